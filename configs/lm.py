@@ -1,0 +1,70 @@
+"""A decoder-only language model on plain text.
+
+What: next-token prediction on bytes with a pre-norm transformer (RMSNorm, rotary positions, SwiGLU, grouped-query
+attention), AdamW, linear warmup and cosine decay; by default on the sources of the running Python's standard library,
+so no download is needed. `--config.data.name` takes a path or a glob of your own text.
+Cost: `tiny` about a minute on two CPU cores; `small` minutes on one GPU; `base` (about 124 million parameters) hours on
+  one.
+Expected: `tiny` ends near LOSS nats per byte on validation text, from 5.5 = ln 256.
+Command: python -m scripts.train --config=configs/lm.py:tiny --workdir=runs/lm
+"""
+
+from ml_collections import ConfigDict
+
+SIZES: dict[str, dict] = {
+    "tiny": {
+        "steps": 400,
+        "batch_size": 16,
+        "length": 128,
+        "lr": 3e-3,
+        "model": {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "dtype": "float32", "remat": "none"},
+    },
+    "small": {
+        "steps": 5000,
+        "batch_size": 64,
+        "length": 512,
+        "lr": 1e-3,
+        "model": {"layers": 8, "width": 512, "heads": 8, "kv_heads": 4, "dtype": "bfloat16", "remat": "none"},
+    },
+    "base": {
+        "steps": 50000,
+        "batch_size": 256,
+        "length": 1024,
+        "lr": 6e-4,
+        "model": {"layers": 12, "width": 768, "heads": 12, "kv_heads": 12, "dtype": "bfloat16", "remat": "dots"},
+    },
+}
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """The settings of one size: tiny, small or base."""
+    if arg not in SIZES:
+        raise ValueError(f"configs/lm.py:{arg}: choose one of {', '.join(SIZES)}")
+    size = SIZES[arg]
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = size["steps"]
+    config.batch_size = size["batch_size"]  # sequences per step over all devices
+    config.length = size["length"]  # tokens per sequence
+    config.lr = size["lr"]
+    config.z_loss = 1e-4
+    config.data = ConfigDict({"name": "stdlib", "dir": "", "tokenizer": "bytes", "vocab_size": 256, "max_bytes": 0})
+    config.model = ConfigDict(size["model"])
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "schedule": "cosine",
+            "warmup": size["steps"] // 20,
+            "final": 0.1,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "accumulate": 1,
+            "ema": 0.0,
+            "options": ConfigDict({"b2": 0.95}),
+        }
+    )
+    config.step = ConfigDict({"microbatches": 1, "noise_scale": False})
+    config.checkpoint = ConfigDict({"every": size["steps"] // 10, "keep": 3, "best": 1, "asynchronous": True})
+    config.log = ConfigDict({"every": 10, "tensorboard": False, "wandb": False})
+    config.eval = ConfigDict({"every": size["steps"] // 10, "batches": 16})
+    return config

@@ -1,0 +1,4 @@
+"""Lottery tickets: finding, checking and running sparse subnetworks. Masks are pytrees.
+
+Axis legend: S stack of tickets (seeds x arms), N inputs of a layer, M outputs, K surviving weights.
+"""

@@ -1,0 +1,168 @@
+"""Pruning: turn scores and quotas into new masks, exactly.
+
+A quota is a number of units to remove from a group of leaves: one group per leaf (`Layerwise`) or one for all of them
+(`Global`). A unit is a weight (structure "unstructured"); other structures pool weights into larger units.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from lottery.masks import flatten, match_paths
+
+# The only group of a Global scope. Not a possible '/'-joined path of a leaf in a nested tree.
+EVERYTHING = "*"
+
+
+@dataclass(frozen=True)
+class Global:
+    """Remove the fraction `rate` of all alive units, the lowest scores wherever they are. 0 <= rate <= 1."""
+
+    rate: float
+
+    def __post_init__(self):
+        _check_rate(self.rate, "Global.rate")
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Remove the fraction `rate` of every leaf's alive units, or another for leaves that an override matches.
+
+    overrides: (regular expression over '/'-joined paths, rate), first match wins; Frankle & Carbin 2019 prune the
+    output layer at half the rate: ((r"^output/", rate / 2),).
+    """
+
+    rate: float
+    overrides: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        _check_rate(self.rate, "Layerwise.rate")
+        for pattern, rate in self.overrides:
+            _check_rate(rate, f"Layerwise.overrides {pattern!r}")
+
+
+Scope = Global | Layerwise
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is removed as a whole.
+
+    pool(scores, mask) -> (unit scores float32, unit alive bool), same shape as each other, from one leaf's two arrays.
+    expand(keep, shape) -> bool mask of the leaf's shape, False wherever a unit is not kept.
+    """
+
+    pool: Callable[[Array, Array], tuple[Array, Array]]
+    expand: Callable[[Array, tuple[int, ...]], Array]
+
+
+STRUCTURES: dict[str, Structure] = {
+    "unstructured": Structure(pool=lambda scores, mask: (scores, mask), expand=lambda keep, shape: keep),
+}
+
+
+def _check_rate(rate: float, what: str) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{what} is {rate}; a fraction of the alive weights, 0 to 1, is needed")
+
+
+def sizes(params: PyTree, which: PyTree) -> dict[str, int]:
+    """Number of weights of every prunable leaf by path. params: arrays or jax.ShapeDtypeStruct of one network."""
+    chosen = flatten(which)
+    return {path: int(np.prod(leaf.shape)) for path, leaf in flatten(params).items() if chosen[path]}
+
+
+def pool_sizes(alive: Mapping[str, int], scope: Scope) -> dict[str, int]:
+    """Alive counts by group of the scope, from counts by path (or already by group: then unchanged)."""
+    if isinstance(scope, Global):
+        return {EVERYTHING: sum(alive.values())}
+    return dict(alive)
+
+
+def quotas(alive: Mapping[str, int], scope: Scope) -> dict[str, int]:
+    """How many units to remove from each group: round(rate * alive), halves to the even number.
+
+    The rounding is the one of the paper's published code (np.round). Counts are Python integers, so the arithmetic is
+    float64 and exact for any model size; a traced count may be rounded by `jnp.round(rate * alive)` instead, exact up
+    to 2**24 weights.
+
+    Args:
+      alive: units alive by path (`sizes`, or `masks.count` brought to the host).
+      scope: Global or Layerwise.
+
+    Returns:
+      Quotas by group: paths for Layerwise, "*" for Global.
+
+    Raises:
+      ValueError: an override that matches no path.
+    """
+    if isinstance(scope, Global):
+        return {EVERYTHING: round(scope.rate * sum(alive.values()))}
+    paths = list(alive)
+    for pattern, _ in scope.overrides:
+        match_paths(pattern, paths, "Layerwise override")
+
+    def rate(path: str) -> float:
+        return next((rate for pattern, rate in scope.overrides if re.search(pattern, path)), scope.rate)
+
+    return {path: round(rate(path) * int(alive[path])) for path in paths}
+
+
+def remove(
+    scores: PyTree,
+    masks: PyTree,
+    which: PyTree,
+    quotas: Mapping[str, int | Array],
+    structure: str = "unstructured",
+) -> PyTree:
+    """Masks with exactly quotas[group] fewer units alive: the lowest scores go, among equal ones the first.
+
+    The order among equal scores is by flat index, and in a Global group by the leaves' order in the tree first. Only
+    alive units are removed; a quota above the number alive removes all of them, one below zero none. A score that is
+    not a number counts as the highest. Runs under jit and, for a stack of networks, under vmap.
+
+    Args:
+      scores: float tree like the parameters.
+      masks: bool tree like the parameters.
+      which: tree of Python bools (static), `masks.prunable`.
+      quotas: units to remove by group, Python ints or int arrays []: keys are prunable paths, or just "*".
+      structure: a name in STRUCTURES.
+
+    Raises:
+      ValueError: a quota for something that is not a prunable path, or an unknown structure.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure {structure!r} is not one of {', '.join(STRUCTURES)}")
+    rule = STRUCTURES[structure]
+    chosen = [path for path, keep in flatten(which).items() if keep]
+    groups = {EVERYTHING: chosen} if set(quotas) == {EVERYTHING} else {path: [path] for path in quotas}
+    wrong = [path for paths in groups.values() for path in paths if path not in chosen]
+    if wrong:
+        raise ValueError(f"quota for {', '.join(wrong)}: not a prunable parameter; prunable: {', '.join(chosen)}")
+    score, mask = flatten(scores), flatten(masks)
+    pruned = dict(mask)
+    for group, paths in groups.items():
+        pooled = [rule.pool(score[path], mask[path]) for path in paths]
+        flat_scores = jnp.concatenate([s.astype(jnp.float32).ravel() for s, _ in pooled])
+        flat_alive = jnp.concatenate([a.ravel() for _, a in pooled])
+        keep = keep_highest(flat_scores, flat_alive, quotas[group])
+        bounds = np.cumsum([s.size for s, _ in pooled])[:-1]
+        for path, part, (units, _) in zip(paths, jnp.split(keep, bounds), pooled, strict=True):
+            pruned[path] = mask[path] & rule.expand(part.reshape(units.shape), mask[path].shape)
+    return jax.tree.unflatten(jax.tree.structure(masks), list(pruned.values()))
+
+
+def keep_highest(
+    scores: Float[Array, " N"], alive: Bool[Array, " N"], quota: int | Int[Array, ""]
+) -> Bool[Array, " N"]:
+    """alive without the `quota` units of lowest score, ties by index, clipped to the number alive."""
+    index = jnp.arange(scores.size, dtype=jnp.int32)
+    # Dead units sort last, whatever their score, so the first `quota` in this order are alive.
+    order = jax.lax.sort((~alive, scores, index), num_keys=3)[2]
+    rank = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+    return alive & (rank >= jnp.minimum(quota, jnp.sum(alive, dtype=jnp.int32)))

@@ -1,0 +1,122 @@
+"""From a search's rows to tables: one CSV line per network, means with confidence intervals, paired differences."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+# The arm name of level 0, whose networks are nobody's arm yet and everybody's reference.
+DENSE = "dense"
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Write rows as CSV, one line each, and return the path.
+
+    Columns are the union of the rows' keys in order of first appearance; a dict becomes one column per entry
+    ("layers/dense0/kernel"); a list (a learning curve) does not fit a cell and is left out. Floats are written so that
+    reading them back gives the same number; a missing value or None is an empty cell. The file appears complete or not
+    at all.
+    """
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(column for row in flat for column in row))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    partial.replace(path)
+    return path
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}/")
+        elif not isinstance(value, list | tuple):
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float, int]:
+    """(mean, half-width of Student's t confidence interval of the mean, n).
+
+    The half-width is t_{n-1, (1 + confidence) / 2} * s / sqrt(n) with s the sample's standard deviation (n - 1 in the
+    denominator); it is not a number for n = 1, where nothing is known about the spread, as is the mean for n = 0.
+    """
+    sample = np.asarray(list(values), np.float64)
+    n = sample.size
+    if n < 2:
+        return (float(sample[0]) if n else math.nan), math.nan, n
+    spread = float(np.std(sample, ddof=1)) / math.sqrt(n)
+    return float(np.mean(sample)), float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread, n
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], value: str, confidence: float = 0.95) -> list[dict[str, Any]]:
+    """One row per (arm, level): arm, level, density, mean, half_width, n, in the rows' order of arms, then by level.
+
+    Args:
+      rows: rows of a search. Rows whose value is None (an early stop that never came, say) are left out of mean and n.
+      value: the key to summarise over seeds.
+      confidence: of the Student-t interval mean +- half_width.
+
+    Raises:
+      ValueError: no row has this key.
+    """
+    _check(rows, value)
+    cells: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["arm"], row["level"]), []).append(row)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    table = []
+    for arm, level in sorted(cells, key=lambda cell: (arms.index(cell[0]), cell[1])):
+        cell = cells[arm, level]
+        mean, half_width, n = interval((row[value] for row in cell if row.get(value) is not None), confidence)
+        density = float(np.mean([row["density"] for row in cell]))
+        table.append({"arm": arm, "level": level, "density": density, "mean": mean, "half_width": half_width, "n": n})
+    return table
+
+
+def differences(
+    rows: Sequence[Mapping[str, Any]], value: str, arm: str, against: str, confidence: float = 0.95
+) -> list[dict[str, Any]]:
+    """Paired differences arm - against, one row per level: level, density, mean, half_width, n.
+
+    Networks of the same seed and level are paired; with against="dense" every level is compared with level 0. Pairing
+    takes out what the seed contributes, so the interval is usually much narrower than the arms' own. An interval that
+    contains 0 has not told the arms apart.
+
+    Raises:
+      ValueError: no row has the key, or one of the two arms has no rows.
+    """
+    _check(rows, value)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for name in (arm, against):
+        if name not in arms:
+            raise ValueError(f"no rows of arm {name!r}; arms: {', '.join(arms)}")
+    reference = {(row["level"], row["seed"]): row.get(value) for row in rows if row["arm"] == against}
+    pairs: dict[int, list[float]] = {}
+    densities: dict[int, list[float]] = {}
+    for row in rows:
+        other = reference.get((0 if against == DENSE else row["level"], row["seed"]))
+        if row["arm"] == arm and row.get(value) is not None and other is not None:
+            pairs.setdefault(row["level"], []).append(row[value] - other)
+            densities.setdefault(row["level"], []).append(row["density"])
+    table = []
+    for level in sorted(pairs):
+        mean, half_width, n = interval(pairs[level], confidence)
+        density = float(np.mean(densities[level]))
+        table.append({"level": level, "density": density, "mean": mean, "half_width": half_width, "n": n})
+    return table
+
+
+def _check(rows: Sequence[Mapping[str, Any]], value: str) -> None:
+    if not any(value in row for row in rows):
+        keys = dict.fromkeys(key for row in rows for key in row)
+        raise ValueError(f"no row has {value!r}; the rows have {', '.join(keys) or 'nothing'}")

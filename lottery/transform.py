@@ -1,0 +1,99 @@
+"""Training under a mask: an optax transformation that keeps pruned weights and their moments at exactly zero."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from lottery import masks as masks_lib
+
+# Extra arguments of optax transformations that are functions of the parameters; sam's also returns gradients.
+GRADIENTS = ("grad_fn",)
+VALUES = ("value_fn", "obj_fn")
+
+
+def sparse(inner: optax.GradientTransformation, masks: PyTree) -> optax.GradientTransformationExtraArgs:
+    """`inner`, trained on the weights that `masks` keeps and on those only.
+
+    After `optax.apply_updates` every pruned weight is exactly zero, whatever it was before, whatever the gradient
+    (not finite included) and whatever `inner` does with it: weight decay, momentum, orthogonalized or normalized
+    updates. Gradients are masked before `inner` sees them, so that global norms and second moments are those of the
+    sparse network. State that mirrors the parameters (moments, slow weights) is zero there too. Statistics of another
+    shape, adafactor's row and column means, are means over the masked gradient: pruned entries add nothing but
+    adafactor's own epsilon. Functions passed to `update` (sam's grad_fn, value_fn, obj_fn) see masked weights and
+    return masked gradients.
+
+    The state is `inner`'s own, so a state saved by one can be loaded by the other.
+
+    Args:
+      inner: any optax transformation for the parameters, MultiSteps included.
+      masks: bool tree like the parameters. May be traced: build the transformation inside jit or vmap for a stack.
+
+    Returns:
+      (init, update); update needs `params` for pruned weights that are not zero yet, and passes extra arguments on.
+
+    Raises:
+      ValueError: from init and update, naming the path, where masks does not fit the parameters.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> PyTree:
+        masks_lib.check(masks, params)
+        return mask_state(inner.init(masks_lib.apply(params, masks)), masks)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        masks_lib.check(masks, updates)
+        masked = None if params is None else masks_lib.apply(params, masks)
+        extra = {name: _masked_function(name, value, masks) for name, value in extra.items()}
+        new, state = inner.update(masks_lib.apply(updates, masks), state, masked, **extra)
+        if params is None:
+            return masks_lib.apply(new, masks), mask_state(state, masks)
+        # p + (-p) is exactly zero, so a weight that was not zero before is zero afterwards.
+        new = jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), masks, new, params)
+        return new, mask_state(state, masks)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _masked_function(name: str, value: Any, masks: PyTree) -> Any:
+    if name in GRADIENTS and callable(value):
+        return lambda params, *args: masks_lib.apply(value(masks_lib.apply(params, masks), *args), masks)
+    if name in VALUES and callable(value):
+        return lambda params, *args: value(masks_lib.apply(params, masks), *args)
+    return value
+
+
+def mask_state(state: PyTree, masks: PyTree) -> PyTree:
+    """An optimizer state with everything that mirrors the parameters set to zero where masks is False.
+
+    Needed by itself for a state restored from before pruning (rewinding the optimizer). Works on stacks.
+    """
+    return map_moments(lambda m, leaf: jnp.where(m, leaf, jnp.zeros((), leaf.dtype)), masks, state)
+
+
+def map_moments(f: Callable[..., Array], params: PyTree, state: PyTree, *rest: PyTree) -> PyTree:
+    """Map f(parameter, leaf, *rest leaves) over the leaves of an optimizer state that mirror a parameter.
+
+    A leaf mirrors the parameter whose path its own path ends with (the longest, if several) if their shapes agree.
+    optax.tree_map_params needs the transformation and a state whose structure follows from a single placeholder, which
+    partitioned optimizers (muon) and adafactor do not have; paths and shapes are there in all of them.
+
+    Args:
+      f: called for mirroring leaves; all other leaves (counts, keys, factored statistics) stay as they are.
+      params: parameters, or any tree of arrays with their structure and shapes, such as masks.
+      state: optimizer state, of one network or stacked like params.
+      rest: further trees with the state's structure.
+    """
+    mirrors = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def at(path: tuple, leaf: Any, *others: Any) -> Any:
+        for start in range(len(path) + 1):
+            param = mirrors.get(path[start:])
+            if param is not None and param.shape == jnp.shape(leaf):
+                return f(param, leaf, *others)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(at, state, *rest)

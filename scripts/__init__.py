@@ -1,0 +1,1 @@
+"""Thin mains: each turns a config into calls."""

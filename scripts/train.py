@@ -1,0 +1,87 @@
+"""Train a language model: `python -m scripts.train --config=configs/lm.py:tiny --workdir=runs/lm`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from training.batches import token_batches
+from training.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
+from training.config import Invocation, build, run
+from training.download import DataUnavailable
+from training.evaluation import evaluate
+from training.logs import Logger
+from training.loop import LoopConfig, train
+from training.next_token import make_eval, make_loss, results_table
+from training.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
+from training.placement import data_parallel, join_processes
+from training.report import lm_report
+from training.step import StepConfig, init_state, make_train_step
+from training.stopping import Interrupted, NonFiniteLoss
+from training.text import TextConfig, load_text
+from training.transformer import Decoder, TransformerConfig
+from training.workdir import WorkdirMismatch, prepare, resolve
+
+ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, CheckpointMismatch, NonFiniteLoss, ImportError)
+
+
+def main(invocation: Invocation) -> int:
+    """Config -> dataclasses -> loop -> table and report. Returns the exit status."""
+    join_processes()
+    c, process, processes = invocation.config, jax.process_index(), jax.process_count()
+    updates = c.steps // c.optimizer.accumulate
+    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=updates)
+    stepping = build(StepConfig, c.step, "config.step", ema=opt.ema)
+    saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
+    loop = LoopConfig(c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
+    splits = load_text(build(TextConfig, c.data, "config.data"))
+    model = Decoder(build(TransformerConfig, c.model, "config.model", vocab_size=splits.vocab_size))
+    # The text itself is part of what makes a run: another text in the same files is another run.
+    settings = resolve(c) | {"data_sha256": splits.content_hash}
+    workdir = prepare(invocation.workdir, settings, name=invocation.name)
+
+    tx, placement, rate = make_optimizer(opt), data_parallel(c.batch_size), learning_rate(opt)
+    loss_fn = make_loss(lambda params, tokens: model.apply({"params": params}, tokens), c.z_loss)
+    eval_fn = make_eval(loss_fn)
+    init_key, step_key = jax.random.split(jax.random.key(c.seed))
+
+    def init():
+        return init_state(model.init(init_key, jnp.zeros((1, c.length), jnp.int32))["params"], tx, stepping)
+
+    def batches(tokens, **options):
+        share = {"process_index": process, "process_count": processes}
+        return token_batches(tokens, batch_size=c.batch_size, length=c.length, seed=c.seed, **share, **options)
+
+    def held_out(state, tokens):
+        params = eval_params(opt, state.opt_state, state.params) if state.ema is None else state.ema
+        some = itertools.islice(batches(tokens, shuffle=False, repeat=False), c.eval.batches)
+        return evaluate(eval_fn, params, (placement.place({"tokens": batch["tokens"]}) for batch in some))
+
+    logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=process == 0)
+    with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
+        try:
+            result = train(
+                make_train_step(loss_fn, tx, stepping),
+                jax.jit(init, out_shardings=placement.state),
+                batches(splits.train),
+                loop,
+                key=step_key,
+                logger=logger,
+                checkpoints=checkpoints,
+                evaluate=lambda state: held_out(state, splits.validation),
+                schedule=lambda step: rate(step // opt.accumulate),
+                place=placement.place,
+            )
+        except Interrupted as stop:
+            Console(stderr=True).print(f"{stop} ({workdir})", soft_wrap=True)
+            return 128 + stop.signum
+        results = {"validation": result.evaluation, "test": held_out(result.state, splits.test)}
+    if process == 0:
+        Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
+        Console().print(f"report: {lm_report(workdir)}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, config_file="lm.py", errors=ERRORS)

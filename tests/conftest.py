@@ -1,0 +1,34 @@
+"""Every test sees eight CPU devices, checked shapes and types, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before any other use of JAX: the device count is read once.
+if os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["lottery", "moe", "sharding", "scaling", "training"], "beartype.beartype")
+
+SHARED_DATA = Path(os.environ.get("TESSERA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def shared_data():
+    """Directory of real data sets kept outside the project; a test that needs a file from it skips, naming the file."""
+
+    def find(relative: str) -> Path:
+        path = SHARED_DATA / relative
+        if not path.exists():
+            pytest.skip(f"needs {relative} in {SHARED_DATA} (set TESSERA_DATA to where the data is)")
+        return path
+
+    return find

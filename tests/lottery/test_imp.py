@@ -1,0 +1,271 @@
+"""Searches on a least-squares problem small enough to check by hand, with a pure-JAX training function."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lottery import imp, masks, transform
+
+TX = optax.adam(0.05)
+STEPS = 6
+
+
+def init_fn(key):
+    first, second = jax.random.split(key)
+    return {
+        "dense0": {"kernel": jax.random.normal(first, (6, 8)), "bias": jnp.zeros(8)},
+        "output": {"kernel": jax.random.normal(second, (8, 3)), "bias": jnp.zeros(3)},
+    }
+
+
+def loss_fn(params, x, y):
+    hidden = jax.nn.relu(x @ params["dense0"]["kernel"] + params["dense0"]["bias"][None])
+    return jnp.mean((hidden @ params["output"]["kernel"] + params["output"]["bias"][None] - y) ** 2)
+
+
+def train_one(rewind, params, mask, opt_state, seed, start_step):
+    tx = transform.sparse(TX, mask)
+
+    def step(carry, i):
+        params, opt_state, snapshot = carry
+        keep = lambda new, old: jnp.where(i == rewind, new, old)  # noqa: E731
+        snapshot = jax.tree.map(keep, {"params": params, "opt_state": opt_state}, snapshot)
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (16, 6))
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, x[:, :3])
+        updates, new = tx.update(grads, opt_state, params)
+        live = i >= start_step
+        params, opt_state = jax.tree.map(
+            lambda a, b: jnp.where(live, a, b), (optax.apply_updates(params, updates), new), (params, opt_state)
+        )
+        return (params, opt_state, snapshot), loss
+
+    start = (params, opt_state, {"params": params, "opt_state": opt_state})
+    (params, _, snapshot), losses = jax.lax.scan(step, start, jnp.arange(STEPS))
+    return params, snapshot, losses
+
+
+@functools.cache
+def compiled(rewind):
+    return jax.jit(jax.vmap(functools.partial(train_one, rewind), in_axes=(0, 0, 0, 0, None)))
+
+
+class Trainer:
+    """A training function that remembers what it was asked to train."""
+
+    def __init__(self, rewind=0):
+        self.rewind, self.starts = rewind, {}
+
+    def __call__(self, starts, *, level):
+        self.starts[level] = starts
+        opt_state = jax.vmap(TX.init)(starts.params) if starts.opt_state is None else starts.opt_state
+        seeds = jnp.asarray(starts.seeds)
+        run = compiled(self.rewind)
+        params, snapshot, losses = run(starts.params, starts.masks, opt_state, seeds, starts.start_step)
+        rows = [{"final_loss": curve[-1], "curve": curve} for curve in np.asarray(losses)]
+        return imp.Trained(params=params, rows=rows, snapshot=snapshot)
+
+
+def run(config, store=None, trainer=None, **options):
+    trainer, store = trainer or Trainer(config.rewind), store or imp.Memory()
+    return imp.search(init_fn, trainer, store, config, **options), store, trainer
+
+
+def part(config, tree, arm):
+    n, i = len(config.seeds), config.arms.index(arm)
+    return jax.tree.map(lambda x: np.asarray(x[i * n : (i + 1) * n]), tree)
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for path, leaf in masks.flatten(a).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(masks.flatten(b)[path]), err_msg=path)
+
+
+ALL = imp.SearchConfig(seeds=(3, 11), levels=3, arms=tuple(imp.ARMS))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return run(ALL)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_each_level_removes_the_smallest_trained_weights_of_the_level_before(scope):
+    config = imp.SearchConfig(seeds=(0, 1), levels=3, scope=scope, arms=("ticket", "continue"))
+    _, store, _ = run(config)
+    for arm in config.arms:
+        for level in range(1, 4):
+            whole, _ = store.load(level - 1, None)
+            before = whole if level == 1 else part(config, whole, arm)
+            after = part(config, store.load(level, None)[0], arm)
+            for s in range(2):
+                kernels = [("dense0", 0.2), ("output", 0.1)]
+                w = [np.abs(np.asarray(before["params"][k]["kernel"][s], np.float64)).ravel() for k, _ in kernels]
+                m = [np.asarray(before["masks"][k]["kernel"][s]).ravel() for k, _ in kernels]
+                new = [np.asarray(after["masks"][k]["kernel"][s]).ravel() for k, _ in kernels]
+                groups = zip(w, m, new, (0.2, 0.1), strict=True)
+                if scope == "global":
+                    groups = [(np.concatenate(w), np.concatenate(m), np.concatenate(new), 0.2)]
+                for weight, mask, got, rate in groups:
+                    alive = np.flatnonzero(mask)
+                    gone = alive[np.argsort(weight[alive], kind="stable")[: round(rate * alive.size)]]
+                    expected = mask.copy()
+                    expected[gone] = False
+                    np.testing.assert_array_equal(got, expected)
+
+
+def test_arms_start_from_the_weights_and_masks_they_are_named_for(everything):
+    _, store, trainer = everything
+    dense, _ = store.load(0, None)
+    for level in range(1, 4):
+        starts = trainer.starts[level]
+        weights = {arm: part(ALL, starts.params, arm) for arm in ALL.arms}
+        mask = {arm: part(ALL, starts.masks, arm) for arm in ALL.arms}
+        equal(weights["ticket"], masks.apply(dense["reset"], mask["ticket"]))
+        equal(weights["random_mask"], masks.apply(dense["reset"], mask["random_mask"]))
+        equal(weights["oneshot"], masks.apply(dense["reset"], mask["oneshot"]))
+        equal(mask["reinit"], mask["ticket"])
+        equal(mask["oneshot"], mask["oneshot_reinit"])
+        previous = dense["params"] if level == 1 else part(ALL, store.load(level - 1, None)[0]["params"], "continue")
+        equal(weights["continue"], masks.apply(previous, mask["continue"]))
+        for fresh in ("reinit", "random_reinit", "oneshot_reinit"):
+            kept = mask[fresh]["dense0"]["kernel"]
+            assert np.all(
+                weights[fresh]["dense0"]["kernel"][kept] != np.asarray(dense["reset"]["dense0"]["kernel"])[kept]
+            )
+        assert np.any(mask["random_mask"]["dense0"]["kernel"] != mask["ticket"]["dense0"]["kernel"])
+    equal(part(ALL, trainer.starts[1].masks, "oneshot"), part(ALL, trainer.starts[1].masks, "ticket"))
+
+
+def test_all_arms_keep_the_same_number_of_weights_in_every_layer(everything):
+    rows, _, _ = everything
+    assert len(rows) == 2 + 3 * 2 * len(ALL.arms)
+    assert [row["arm"] for row in rows[:2]] == ["dense", "dense"]
+    # 48 weights: 20% rounds to 10, 8, 6; 24 in the output layer: 10% rounds to 2, 2, 2.
+    expected = {0: (48, 24), 1: (38, 22), 2: (30, 20), 3: (24, 18)}
+    for row in rows:
+        first, last = expected[row["level"]]
+        assert row["layers"] == {"dense0/kernel": first / 48, "output/kernel": last / 24}
+        assert row["alive"] == first + last and row["prunable"] == 72
+        assert row["density"] == (first + last) / 72
+        assert row["start_step"] == 0 and len(row["curve"]) == STEPS
+
+
+def test_rows_are_json_and_survive_it_exactly(everything):
+    rows, _, _ = everything
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_adding_arms_or_seeds_changes_nothing_in_the_others(everything):
+    rows, store, _ = everything
+    config = imp.SearchConfig(seeds=(11,), levels=3, arms=("ticket", "random_mask"))
+    fewer, less, _ = run(config)
+    for level in range(1, 4):
+        for arm in config.arms:
+            mine = part(config, less.load(level, None)[0]["masks"], arm)
+            theirs = jax.tree.map(lambda x: x[1:], part(ALL, store.load(level, None)[0]["masks"], arm))
+            equal(mine, theirs)
+
+
+class Dying:
+    """A store over JSON and numpy bytes that dies in `save` of one level, before or after keeping it."""
+
+    def __init__(self, level, after):
+        self.level, self.after, self.kept = level, after, {}
+
+    def has(self, level):
+        return level in self.kept
+
+    def load(self, level, like):
+        leaves, rows = self.kept[level]
+        for leaf, shape in zip(leaves, jax.tree.leaves(like), strict=True):
+            assert leaf.shape == shape.shape and leaf.dtype == shape.dtype
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), json.loads(rows)
+
+    def save(self, level, tree, rows):
+        if level == self.level and not self.after:
+            raise KeyboardInterrupt
+        self.kept[level] = ([np.array(leaf) for leaf in jax.tree.leaves(tree)], json.dumps(rows))
+        if level == self.level and self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("rewind", [0, 2])
+def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
+    config = imp.SearchConfig(
+        seeds=(3, 11), levels=2, rewind=rewind, rewind_optimizer=rewind > 0, arms=("ticket", "reinit", "random_mask")
+    )
+    options = {"opt_init": TX.init}
+    rows, store, _ = run(config, **options)
+    dying = Dying(level, after)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, dying, **options)
+    dying.level = None
+    again, _, trainer = run(config, dying, **options)
+    assert again == rows
+    assert sorted(trainer.starts) == list(range(level + after, 3))
+    for each in range(3):
+        equal(dying.load(each, store.load(each, None)[0])[0], store.load(each, None)[0])
+
+
+def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
+    config = imp.SearchConfig(
+        seeds=(0, 5), levels=2, rewind=2, rewind_optimizer=True, arms=("ticket", "reinit", "continue")
+    )
+    rows, store, trainer = run(config, opt_init=TX.init)
+    dense, _ = store.load(0, None)
+    # Two steps of Adam by hand from the initialization.
+    params, state = jax.tree.map(
+        lambda x: x[0], (trainer.starts[0].params, jax.vmap(TX.init)(trainer.starts[0].params))
+    )
+    for i in range(2):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (16, 6))
+        updates, state = TX.update(jax.grad(loss_fn)(params, x, x[:, :3]), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, leaf in masks.flatten(params).items():
+        np.testing.assert_allclose(masks.flatten(dense["reset"])[path][0], leaf, rtol=1e-5, atol=1e-6)
+    for level in (1, 2):
+        starts = trainer.starts[level]
+        assert starts.start_step == 2
+        ticket = part(config, starts.opt_state, "ticket")
+        equal(ticket[0].mu, masks.apply(dense["opt_state"][0].mu, part(config, starts.masks, "ticket")))
+        assert np.all(np.asarray(starts.opt_state[0].count) == 2)
+        for arm in ("reinit", "continue"):
+            assert not any(np.any(leaf) for leaf in jax.tree.leaves(part(config, starts.opt_state, arm)[0].mu))
+    assert {row["start_step"] for row in rows if row["level"] > 0} == {2}
+
+
+@pytest.mark.parametrize(
+    ("config", "trainer", "message"),
+    [
+        (imp.SearchConfig(output="^head/"), None, r"\^head/.*dense0/kernel"),
+        (imp.SearchConfig(rules=(("conv", True),)), None, "conv.*dense0/bias"),
+        (imp.SearchConfig(rewind=2, rewind_optimizer=True), None, "opt_init"),
+        (imp.SearchConfig(rewind=2), lambda s, level: imp.Trained(s.params, [{}]), "snapshot.*params"),
+        (imp.SearchConfig(), lambda s, level: imp.Trained(s.params, []), "0 rows at level 0 for 1"),
+        (
+            imp.SearchConfig(levels=1),
+            lambda s, level: imp.Trained(jax.tree.map(jnp.ones_like, s.params), [{}] * len(s.names)),
+            "dense0/kernel: 30 pruned weights are not zero",
+        ),
+    ],
+)
+def test_wrong_parts_are_refused(config, trainer, message):
+    with pytest.raises(ValueError, match=message):
+        run(config, trainer=trainer)
+
+
+def test_the_random_score_prunes_at_random_but_repeats():
+    config = imp.SearchConfig(levels=1, score="random", arms=("ticket",))
+    first, second = run(config), run(config)
+    equal(first[1].load(1, None)[0], second[1].load(1, None)[0])
+    magnitude = run(imp.SearchConfig(levels=1, arms=("ticket",)))
+    a, b = (r[1].load(1, None)[0]["masks"]["dense0"]["kernel"] for r in (first, magnitude))
+    assert np.any(np.asarray(a) != np.asarray(b)) and np.sum(a) == np.sum(b)

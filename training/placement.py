@@ -1,0 +1,47 @@
+"""Where arrays go under plain data parallelism: the state on every device, the batch split over them."""
+
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+
+def join_processes() -> None:
+    """Join the other processes of a run, if there are any; call it before anything else of JAX.
+
+    Set JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID in each, or only
+    the first of them where JAX finds out the rest by itself (Slurm, Cloud TPU). Without it this process is alone.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count), process_id=None if index is None else int(index)
+        )
+
+
+class Placement(NamedTuple):
+    """Shardings of the state (a copy on every device) and of a batch's leading axis."""
+
+    state: NamedSharding
+    batch: NamedSharding
+
+    def place(self, batch: PyTree) -> PyTree:
+        """This process's rows of a batch (NumPy arrays [b, ...]) as part of the global device arrays [B, ...]."""
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self.batch, rows), batch)
+
+
+def data_parallel(batch_size: int) -> Placement:
+    """Placement over all devices; on a single process over as many of them as divide the batch.
+
+    Raises:
+      ValueError: several processes and a batch that does not divide by their devices.
+    """
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    if jax.process_count() > 1 and count != len(devices):
+        raise ValueError(f"batch_size={batch_size} does not divide by the {len(devices)} devices of all processes")
+    mesh = Mesh(np.array(devices[:count]), ("data",))
+    return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))

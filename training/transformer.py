@@ -1,0 +1,267 @@
+"""A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+The modules here only declare parameters and call `training.layers`. Parameters are plain nested dicts of float32
+arrays; with `scan` (the default) those of all blocks are stacked along a leading layer axis L, so that the program does
+not grow with the depth:
+
+    embed/table [V, D]    final_norm/gain [D]    head/kernel [D, V] (absent when tied)
+    blocks/attention_norm/gain [L, D]    blocks/mlp_norm/gain [L, D]
+    blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
+    blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
+
+Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from training.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and numerics of a `Decoder`.
+
+    Attributes:
+      vocab_size: V, tokens are 0..V-1.
+      layers: L, number of blocks.
+      width: D, size of the residual stream.
+      heads: H, query heads.
+      kv_heads: K, key/value heads; must divide `heads`. 0 takes `heads` (no grouping).
+      head_dim: h, must be even; 0 takes width / heads.
+      ff: F, feed-forward width; 0 takes 8/3 width rounded up to a multiple of 64 (Touvron et al. 2023, section 2.2).
+      mlp: which feed-forward layer a block has, a key of `MLPS`.
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: epsilon of RMSNorm.
+      tied: the output layer reads the transposed embedding table.
+      dtype: "float32" or "bfloat16", for activations; parameters, softmax, statistics and logits are float32.
+      remat: what a backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
+      scan: run the blocks as one `lax.scan` over stacked parameters.
+      init_scale: factor on the standard deviation of every initial kernel.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    ff: int = 0
+    mlp: str = "swiglu"
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    tied: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+    init_scale: float = 1.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("kv_heads", "head_dim", "ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 for the default")
+        if self.heads % self.kv_size:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_size}")
+        if not self.head_dim and self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_dim yourself")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even one")
+        if self.rope_theta <= 0 or self.norm_eps <= 0 or self.init_scale <= 0:
+            raise ValueError(
+                f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
+            )
+        for name, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("mlp", MLPS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+    @property
+    def kv_size(self) -> int:
+        """K with the default filled in."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        """h with the default filled in."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def ff_size(self) -> int:
+        """F with the default filled in."""
+        return self.ff or -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on initial output kernels: 2 L of them add up in the residual stream (Radford et al. 2019, 2.3)."""
+        return 1 / sqrt(2 * self.layers)
+
+
+class Weight(nn.Module):
+    """One float32 kernel whose first `fan_in` axes are contracted; initial variance scale^2 / (their product)."""
+
+    shape: tuple[int, ...]
+    fan_in: int = 1
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        """Return the parameter."""
+        axes = tuple(range(len(self.shape)))
+        init = nn.initializers.variance_scaling(
+            self.scale**2, "fan_in", "truncated_normal", in_axis=axes[: self.fan_in], out_axis=axes[self.fan_in :]
+        )
+        return self.param("kernel", init, self.shape, jnp.float32)
+
+
+class Table(nn.Module):
+    """The embedding table: float32 [V, D], normal with standard deviation scale / sqrt(D)."""
+
+    shape: tuple[int, int]
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        """Return the table."""
+        init = nn.initializers.normal(self.scale / sqrt(self.shape[1]))
+        return self.param("table", init, self.shape, jnp.float32)
+
+
+class Norm(nn.Module):
+    """RMSNorm with a gain that starts at one."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Normalise the last axis."""
+        return rms_norm(x, self.param("gain", nn.initializers.ones, (x.shape[-1],), jnp.float32), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Mix tokens; token t reads tokens 0..t in the order of the axis T."""
+        c = self.config
+        d, h, scale = c.width, c.head_size, c.init_scale
+        q_BTHh = to_heads(x_BTD, Weight((d, c.heads, h), scale=scale, name="query")())
+        k_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="key")())
+        v_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="value")())
+        output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
+        q_BTHh, k_BTKh = rope(q_BTHh, positions_BT, c.rope_theta), rope(k_BTKh, positions_BT, c.rope_theta)
+        return from_heads(attention(q_BTHh, k_BTKh, v_BTKh, causal=True), output_HhD)
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Transform every token by itself."""
+        c = self.config
+        d, f, scale = c.width, c.ff_size, c.init_scale
+        gate_DF = Weight((d, f), scale=scale, name="gate")()
+        up_DF = Weight((d, f), scale=scale, name="up")()
+        down_FD = Weight((f, d), scale=scale * c.residual_scale, name="down")()
+        return swiglu(x_BTD, gate_DF, up_DF, down_FD)
+
+
+# A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
+# collection "intermediates" (auxiliary losses, loads) comes out stacked by layer.
+MLPS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """One pre-norm block; returns (activations, None) as a scan over layers wants it."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Add attention, then the feed-forward layer, to the residual stream."""
+        c = self.config
+        x_BTD += Attention(c, name="attention")(Norm(c.norm_eps, name="attention_norm")(x_BTD), positions_BT)
+        x_BTD += MLPS[c.mlp](c, name="mlp")(Norm(c.norm_eps, name="mlp_norm")(x_BTD))
+        return x_BTD, None
+
+
+def run_blocks(
+    x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], config: TransformerConfig
+) -> Float[Array, "B T D"]:
+    """Run all blocks, scanned or one after the other, recomputing what `remat` says; called inside a compact method."""
+    block = Block
+    if config.remat != "none":
+        # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
+    if not config.scan:
+        for i in range(config.layers):
+            x_BTD, _ = block(config, name=f"blocks_{i}")(x_BTD, positions_BT)
+        return x_BTD
+    stack = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.layers,
+    )
+    return stack(config, name="blocks")(x_BTD, positions_BT)[0]
+
+
+class Decoder(nn.Module):
+    """Tokens to next-token logits.
+
+    The embedding table starts with variance 1 / D, so that tied logits start at unit scale. What is looked up is not
+    multiplied by sqrt(D) as in Vaswani et al. (2017), section 3.4: the residual stream would then point at the token
+    just read, which tied logits predict at first (8.1 instead of 5.7 nats at D = 128, V = 256).
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Compute the logits.
+
+        Args:
+          tokens_BT: token ids in 0..V-1; not checked (JAX's indexing reads the last row for an id past the end).
+          positions_BT: rotary positions, default 0..T-1 in every row.
+
+        Returns:
+          float32 logits; row t predicts token t + 1 and depends on tokens 0..t only.
+        """
+        c = self.config
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+        table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
+        x_BTD = table_VD[tokens_BT].astype(DTYPES[c.dtype])
+        x_BTD = run_blocks(x_BTD, positions_BT, c)
+        x_BTD = Norm(c.norm_eps, name="final_norm")(x_BTD)
+        if c.tied:
+            head_DV = table_VD.T
+        else:
+            head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
+        # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
+        return jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
