@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 REQUIRED = [
     "jax>=0.10",
     "flax>=0.12",
-    "optax>=0.2.6",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.11",
     "ml-collections>=1.0",
     "chex>=0.1.90",

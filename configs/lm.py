@@ -48,8 +48,20 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.length = size["length"]  # tokens per sequence
     config.lr = size["lr"]
     config.z_loss = 1e-4
-    config.data = ConfigDict({"name": "stdlib", "dir": "", "tokenizer": "bytes", "vocab_size": 256, "max_bytes": 0})
-    config.model = ConfigDict(size["model"])
+    config.data = ConfigDict(
+        {
+            "name": "stdlib",
+            "dir": "",
+            "tokenizer": "bytes",
+            "vocab_size": 256,
+            "max_bytes": 0,
+            "validation": 0.05,
+            "test": 0.05,
+        }
+    )
+    config.model = ConfigDict(
+        size["model"] | {"head_dim": 0, "ff": 0, "tied": True, "rope_theta": 1e4, "scan": True, "init_scale": 1.0}
+    )
     config.optimizer = ConfigDict(
         {
             "name": "adamw",
@@ -57,10 +69,12 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "warmup": size["steps"] // 20,
             "final": 0.1,
             "weight_decay": 0.1,
+            "decay_mask": "matrices",
             "clip_norm": 1.0,
+            "agc": 0.0,
             "accumulate": 1,
             "ema": 0.0,
-            "options": ConfigDict({"b2": 0.95}),
+            "options": ConfigDict(),  # of the optimizer: --config.optimizer.options="{'b2': 0.95}"
         }
     )
     config.step = ConfigDict({"microbatches": 1, "noise_scale": False})

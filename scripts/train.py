@@ -8,7 +8,7 @@ from rich.console import Console
 
 from training.batches import token_batches
 from training.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
-from training.config import Invocation, build, run
+from training.config import Invocation, build, checked, run
 from training.download import DataUnavailable
 from training.evaluation import evaluate
 from training.logs import Logger
@@ -30,18 +30,17 @@ def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> loop -> table and report. Returns the exit status."""
     join_processes()
     c, process, processes = invocation.config, jax.process_index(), jax.process_count()
-    updates = c.steps // c.optimizer.accumulate
-    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=updates)
+    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=c.steps // c.optimizer.accumulate)
     stepping = build(StepConfig, c.step, "config.step", ema=opt.ema)
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
-    loop = LoopConfig(c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
-    splits = load_text(build(TextConfig, c.data, "config.data"))
+    loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
+    tx, placement = checked("config.optimizer", make_optimizer, opt), checked("config", data_parallel, c.batch_size)
+    splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
     model = Decoder(build(TransformerConfig, c.model, "config.model", vocab_size=splits.vocab_size))
     # The text itself is part of what makes a run: another text in the same files is another run.
     settings = resolve(c) | {"data_sha256": splits.content_hash}
     workdir = prepare(invocation.workdir, settings, name=invocation.name)
 
-    tx, placement, rate = make_optimizer(opt), data_parallel(c.batch_size), learning_rate(opt)
     loss_fn = make_loss(lambda params, tokens: model.apply({"params": params}, tokens), c.z_loss)
     eval_fn = make_eval(loss_fn)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
@@ -70,7 +69,7 @@ def main(invocation: Invocation) -> int:
                 logger=logger,
                 checkpoints=checkpoints,
                 evaluate=lambda state: held_out(state, splits.validation),
-                schedule=lambda step: rate(step // opt.accumulate),
+                schedule=lambda step: learning_rate(opt)(step // opt.accumulate),
                 place=placement.place,
             )
         except Interrupted as stop:

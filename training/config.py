@@ -55,11 +55,23 @@ def build(cls: type[T], config: Mapping[str, Any] | ConfigDict, path: str = "con
         if required and name not in values:
             raise ConfigError(f"{path}.{name}: missing ({_describe(hints[name])} expected)")
     converted = {name: _convert(value, hints[name], f"{path}.{name}") for name, value in values.items()}
+    return checked(path, cls, **converted)
+
+
+def checked(path: str, make: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Call `make`, turning its own complaint about values (ValueError, FileNotFoundError) into a ConfigError.
+
+    Args:
+      path: the settings it is made from, for the message ("config.optimizer").
+      make: what to call.
+      *arguments: its arguments.
+      **named: its keyword arguments.
+    """
     try:
-        return cls(**converted)
+        return make(*arguments, **named)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:  # the dataclass's own checks
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -262,7 +262,7 @@ def _sam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     base, rho, period = options.pop("base", "momentum"), options.pop("rho", 0.05), options.pop("sync_period", 2)
     # optax's SAM passes no extra arguments on, and keeps the state of its base out of sight of `eval_params`.
     if base in ("sam", "sophia", "momo", "momo_adam", "schedule_free", "schedule_free_sgd"):
-        raise ValueError(f"sam cannot use {base!r} as its base; choose one that looks at gradients only, like 'momentum'")
+        raise ValueError(f"sam cannot use {base!r} as its base; choose one that needs gradients only, like 'momentum'")
     inner = _chain(replace(config, name=base, options=tuple(options.items())))
     # The epsilon keeps a zero gradient from becoming NaN.
     climb = optax.chain(optax.normalize_by_update_norm(eps=1e-12), optax.sgd(rho))

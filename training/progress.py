@@ -32,6 +32,7 @@ class Progress:
         self._parent = parent
         self._bars: bars.Progress | None = None
         self._said = start
+        self._counted = False
         self._postfix = ""
 
     def __enter__(self) -> "Progress":
@@ -63,6 +64,8 @@ class Progress:
         if not self._active:
             return
         now = time.monotonic()
+        if not self._counted:  # the first unit holds compilation: the rate is that of those after it
+            self._counted, self._start, self._began = True, self.done, now
         if self._bars is not None:
             self._bars.update(self._task, completed=self.done, rate=self._rate(now), postfix=self._postfix)
         elif now - self._spoke >= self._every:

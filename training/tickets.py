@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +210,7 @@ def stops(config: TicketConfig, start: int) -> list[int]:
     return sorted(mark for mark in marks if mark > start)
 
 
+@runtime_checkable
 class Unfinished(Protocol):
     """Keeps a level that is still training, so that a killed run goes on where it last saved."""
 

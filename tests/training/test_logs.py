@@ -95,9 +95,10 @@ def test_progress_as_plain_lines():
     stream = io.StringIO()
     with Progress(4, "work", start=1, every=0.0, stream=stream) as bar:
         bar.advance()
-        bar.advance(2, loss=0.25, note="x")
+        bar.advance()
+        bar.advance(1, loss=0.25, note="x")
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("work 2/4") and "left" in lines[0]
+    assert lines[0] == "work 2/4" and lines[1].startswith("work 3/4") and "left" in lines[1]
     assert lines[-1].startswith("work 4/4") and "loss 0.25 note x" in lines[-1] and "left" not in lines[-1]
 
 
