@@ -6,7 +6,7 @@ from rich.console import Console
 
 from lottery import imp, summary
 from training.checkpoint import CheckpointDamaged
-from training.config import Invocation, build, run
+from training.config import Invocation, build, checked, run
 from training.download import DataUnavailable
 from training.images import ImageConfig, load_images
 from training.lenet import LeNet, MLPConfig
@@ -22,21 +22,21 @@ from training.workdir import WorkdirMismatch, prepare
 def main(invocation: Invocation) -> None:
     """Config -> dataclasses -> search -> CSV, report."""
     config = invocation.config
-    splits = load_images(build(ImageConfig, config.data, "config.data"))
+    splits = checked("config.data", load_images, build(ImageConfig, config.data, "config.data"))
     size = len(splits.train.labels)
 
-    def steps(text) -> int:
-        return parse_steps(text, steps_per_epoch=size // config.train.batch_size)
+    def steps(name, text) -> int:
+        return checked(name, parse_steps, text, steps_per_epoch=size // config.train.batch_size)
 
-    rewind = steps(config.search.rewind)
-    train = {**config.train, "steps": steps(config.train.steps)}
+    rewind = steps("config.search.rewind", config.search.rewind)
+    train = {**config.train, "steps": steps("config.train.steps", config.train.steps)}
     ticket = build(TicketConfig, train, "config.train", rewind=rewind)
     search = build(imp.SearchConfig, {**config.search, "rewind": rewind}, "config.search", seeds=tuple(config.seeds))
     optimizer = build(OptimizerConfig, config.optimizer, "config.optimizer", lr=config.lr, steps=ticket.steps)
     model = LeNet(build(MLPConfig, config.model, "config.model", classes=splits.num_classes))
     workdir = prepare(invocation.workdir or f"runs/{invocation.name}", config)
 
-    tx = make_optimizer(optimizer)
+    tx = checked("config.optimizer", make_optimizer, optimizer)
     example = jnp.asarray(splits.train.images[:1])
 
     def apply(params, images):

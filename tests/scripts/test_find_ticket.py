@@ -1,0 +1,119 @@
+"""The search script in processes of its own, killed at random moments."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from training.checkpoint import load_extra
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--config=configs/lottery_digits.py",
+    "--config.seeds=(0, 3)",
+    "--config.model.hidden=(12, 8)",
+    "--config.train.steps=40it",
+    "--config.train.eval_every=10",
+    "--config.train.save_seconds=0.0",
+    "--config.search.levels=3",
+    "--config.search.rewind=10it",
+]
+
+
+def start(workdir, *more):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}-scripts")}
+    cpu = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.find_ticket", *SMALL, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env=os.environ | cache | cpu,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def levels(workdir):
+    """Path -> contents of what a finished search keeps: the table, and each level's rows."""
+    rows = {path.name: load_extra(path)["rows"] for path in sorted((workdir / "levels").iterdir())}
+    return rows | {"csv": (workdir / "tickets.csv").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("search") / "whole"
+    return workdir, finish(start(workdir))
+
+
+def test_a_search_ends_with_a_table_a_csv_and_a_page(reference):
+    workdir, output = reference
+    assert str(workdir / "report.html") in output.replace("\n", "")
+    page = (workdir / "report.html").read_text()
+    assert "Lottery tickets" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    table = np.genfromtxt(workdir / "tickets.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    assert len(table) == 2 + 3 * 3 * 2  # dense, then levels x arms x seeds
+    assert set(table["arm"]) == {"dense", "ticket", "reinit", "random_mask"}
+    assert {path.name for path in (workdir / "levels").iterdir()} == {"00", "01", "02", "03"}
+
+
+def test_a_finished_search_is_not_done_again(reference):
+    workdir, _ = reference
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "levels").rglob("*") if path.is_file()}
+    finish(start(workdir))
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "levels").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_the_same(reference, tmp_path, kills):
+    rng = random.Random(kills)
+    workdir = tmp_path / "killed"
+    died = 0
+    # Killed anywhere between the first file it writes and a little after the search; what is done stays done.
+    while died < kills and not (workdir / "report.html").exists():
+        process = start(workdir)
+        while process.poll() is None and not (workdir / "config.json").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 12.0 / kills + 4.0 * (died > 0)))
+        died += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(workdir))
+    assert died >= min(kills, 5)
+    assert levels(workdir) == levels(reference[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.search.ratee=0.3", "rate"),
+        ("--config.search.arms=('winner',)", "winner"),
+        ("--config.train.steps=40 minutes", "40 minutes"),
+        ("--config.data.name=mnits", "mnist"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(tmp_path, argument, message):
+    process = start(tmp_path / "bad", argument)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert message in output and "Traceback" not in output
+
+
+def test_a_workdir_made_with_another_config_is_refused(reference):
+    workdir, _ = reference
+    process = start(workdir, "--config.lr=0.5")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "lr" in output and "0.5" in output and "Traceback" not in output
