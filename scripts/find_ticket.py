@@ -58,7 +58,7 @@ def main(invocation: Invocation) -> None:
                     config=ticket,
                     size=size,
                     unfinished=store.unfinished(level),
-                    report=lambda steps, row: bar.advance(steps, **row),
+                    report=lambda steps, row: bar.advance(steps, **row) if row else bar.skip(steps),
                 )
 
         rows = imp.search(

@@ -1,4 +1,4 @@
-"""Train a language model: `python -m scripts.train --config=configs/lm.py:tiny --workdir=runs/lm`."""
+"""Train a language model: `python scripts/train.py --config=configs/lm.py:tiny --workdir=runs/lm`."""
 
 import itertools
 
@@ -30,7 +30,9 @@ def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> loop -> table and report. Returns the exit status."""
     join_processes()
     c, process, processes = invocation.config, jax.process_index(), jax.process_count()
-    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=c.steps // c.optimizer.accumulate)
+    opt = build(
+        OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=c.steps // max(c.optimizer.accumulate, 1)
+    )
     stepping = build(StepConfig, c.step, "config.step", ema=opt.ema)
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
@@ -78,7 +80,7 @@ def main(invocation: Invocation) -> int:
         results = {"validation": result.evaluation, "test": held_out(result.state, splits.test)}
     if process == 0:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
-        Console().print(f"report: {lm_report(workdir)}", soft_wrap=True)
+        Console().print(f"report: {lm_report(workdir, results['test'])}", soft_wrap=True)
     return 0
 
 

@@ -72,6 +72,11 @@ class Progress:
             self._spoke = now
             self._say(now)
 
+    def skip(self, n: int) -> None:
+        """Count `n` units that an earlier process did: they are part of the total, not of the rate."""
+        self._start += n
+        self.advance(n)
+
     def _rate(self, now: float) -> str:
         rate = (self.done - self._start) / max(now - self._began, 1e-9)
         return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each" if rate else ""

@@ -240,7 +240,8 @@ def train_stack(
       config: the schedule.
       size: images in the training set (the order of batches depends on it).
       unfinished: where to save between evaluations; None keeps nothing.
-      report: called after every evaluation with the steps taken since the last call and means over the stack.
+      report: called after every evaluation with the steps taken since the last call and means over the stack; first of
+        all, when going on from a save, with the steps saved and an empty dict.
 
     Raises:
       FloatingPointError: a loss became NaN or infinite, naming arm, seed and step.
