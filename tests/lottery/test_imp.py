@@ -80,7 +80,7 @@ def part(config, tree, arm):
     return jax.tree.map(lambda x: np.asarray(x[i * n : (i + 1) * n]), tree)
 
 
-def equal(a, b):
+def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for path, leaf in masks.flatten(a).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(masks.flatten(b)[path]), err_msg=path)
@@ -126,20 +126,20 @@ def test_arms_start_from_the_weights_and_masks_they_are_named_for(everything):
         starts = trainer.starts[level]
         weights = {arm: part(ALL, starts.params, arm) for arm in ALL.arms}
         mask = {arm: part(ALL, starts.masks, arm) for arm in ALL.arms}
-        equal(weights["ticket"], masks.apply(dense["reset"], mask["ticket"]))
-        equal(weights["random_mask"], masks.apply(dense["reset"], mask["random_mask"]))
-        equal(weights["oneshot"], masks.apply(dense["reset"], mask["oneshot"]))
-        equal(mask["reinit"], mask["ticket"])
-        equal(mask["oneshot"], mask["oneshot_reinit"])
+        assert_equal(weights["ticket"], masks.apply(dense["reset"], mask["ticket"]))
+        assert_equal(weights["random_mask"], masks.apply(dense["reset"], mask["random_mask"]))
+        assert_equal(weights["oneshot"], masks.apply(dense["reset"], mask["oneshot"]))
+        assert_equal(mask["reinit"], mask["ticket"])
+        assert_equal(mask["oneshot"], mask["oneshot_reinit"])
         previous = dense["params"] if level == 1 else part(ALL, store.load(level - 1, None)[0]["params"], "continue")
-        equal(weights["continue"], masks.apply(previous, mask["continue"]))
+        assert_equal(weights["continue"], masks.apply(previous, mask["continue"]))
         for fresh in ("reinit", "random_reinit", "oneshot_reinit"):
             kept = mask[fresh]["dense0"]["kernel"]
             assert np.all(
                 weights[fresh]["dense0"]["kernel"][kept] != np.asarray(dense["reset"]["dense0"]["kernel"])[kept]
             )
         assert np.any(mask["random_mask"]["dense0"]["kernel"] != mask["ticket"]["dense0"]["kernel"])
-    equal(part(ALL, trainer.starts[1].masks, "oneshot"), part(ALL, trainer.starts[1].masks, "ticket"))
+    assert_equal(part(ALL, trainer.starts[1].masks, "oneshot"), part(ALL, trainer.starts[1].masks, "ticket"))
 
 
 def test_all_arms_keep_the_same_number_of_weights_in_every_layer(everything):
@@ -169,7 +169,7 @@ def test_adding_arms_or_seeds_changes_nothing_in_the_others(everything):
         for arm in config.arms:
             mine = part(config, less.load(level, None)[0]["masks"], arm)
             theirs = jax.tree.map(lambda x: x[1:], part(ALL, store.load(level, None)[0]["masks"], arm))
-            equal(mine, theirs)
+            assert_equal(mine, theirs)
 
 
 class Dying:
@@ -212,7 +212,7 @@ def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
     assert again == rows
     assert sorted(trainer.starts) == list(range(level + after, 3))
     for each in range(3):
-        equal(dying.load(each, store.load(each, None)[0])[0], store.load(each, None)[0])
+        assert_equal(dying.load(each, store.load(each, None)[0])[0], store.load(each, None)[0])
 
 
 def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
@@ -235,7 +235,7 @@ def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
         starts = trainer.starts[level]
         assert starts.start_step == 2
         ticket = part(config, starts.opt_state, "ticket")
-        equal(ticket[0].mu, masks.apply(dense["opt_state"][0].mu, part(config, starts.masks, "ticket")))
+        assert_equal(ticket[0].mu, masks.apply(dense["opt_state"][0].mu, part(config, starts.masks, "ticket")))
         assert np.all(np.asarray(starts.opt_state[0].count) == 2)
         for arm in ("reinit", "continue"):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(part(config, starts.opt_state, arm)[0].mu))
@@ -265,7 +265,7 @@ def test_wrong_parts_are_refused(config, trainer, message):
 def test_the_random_score_prunes_at_random_but_repeats():
     config = imp.SearchConfig(levels=1, score="random", arms=("ticket",))
     first, second = run(config), run(config)
-    equal(first[1].load(1, None)[0], second[1].load(1, None)[0])
+    assert_equal(first[1].load(1, None)[0], second[1].load(1, None)[0])
     magnitude = run(imp.SearchConfig(levels=1, arms=("ticket",)))
     a, b = (r[1].load(1, None)[0]["masks"]["dense0"]["kernel"] for r in (first, magnitude))
     assert np.any(np.asarray(a) != np.asarray(b)) and np.sum(a) == np.sum(b)

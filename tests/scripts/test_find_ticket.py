@@ -76,23 +76,33 @@ def test_a_finished_search_is_not_done_again(reference):
     assert {path: path.stat().st_mtime_ns for path in (workdir / "levels").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_the_same(reference, tmp_path, kills):
-    rng = random.Random(kills)
-    workdir = tmp_path / "killed"
-    died = 0
-    # Killed anywhere between the first file it writes and a little after the search; what is done stays done.
+def kill_until_done(workdir, kills, *more):
+    """Start and kill the search `kills` times, anywhere between its first file and its last; returns how often it was."""
+    rng, died = random.Random(kills), 0
     while died < kills and not (workdir / "report.html").exists():
-        process = start(workdir)
+        process = start(workdir, *more)
         while process.poll() is None and not (workdir / "config.json").exists():
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 12.0 / kills + 4.0 * (died > 0)))
+        time.sleep(rng.uniform(0.0, 8.0))
         died += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(workdir))
-    assert died >= min(kills, 5)
-    assert levels(workdir) == levels(reference[0])
+    return died
+
+
+def test_killed_once_it_ends_the_same(reference, tmp_path):
+    assert kill_until_done(tmp_path / "killed", 1) == 1
+    finish(start(tmp_path / "killed"))
+    assert levels(tmp_path / "killed") == levels(reference[0])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_ends_the_same(tmp_path):
+    longer = ("--config.train.steps=600it", "--config.search.levels=6")
+    finish(start(tmp_path / "whole", *longer))
+    assert kill_until_done(tmp_path / "killed", 20, *longer) == 20
+    finish(start(tmp_path / "killed", *longer))
+    assert levels(tmp_path / "killed") == levels(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

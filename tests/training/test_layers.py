@@ -12,7 +12,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def close(ours, theirs, tolerance=2e-6):
+def assert_close(ours, theirs, tolerance=2e-6):
     np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs), rtol=tolerance, atol=tolerance)
 
 
@@ -21,7 +21,7 @@ def test_rms_norm_is_torchs(shape):
     torch = pytest.importorskip("torch")
     x, gain = normal(*shape), normal(5, seed=1)
     theirs = torch.nn.functional.rms_norm(torch.tensor(x), (5,), torch.tensor(gain), eps=1e-5)
-    close(rms_norm(jnp.asarray(x), jnp.asarray(gain), 1e-5), theirs)
+    assert_close(rms_norm(jnp.asarray(x), jnp.asarray(gain), 1e-5), theirs)
 
 
 def test_rms_norm_of_bfloat16_takes_its_statistics_in_float32():
@@ -50,7 +50,7 @@ def complex_rope(x, positions, theta):
 def test_rope_is_a_complex_rotation():
     x = normal(2, 5, 3, 8)
     positions = np.array([[0, 1, 2, 3, 4], [7, 7, 100, 3, 0]], np.int32)
-    close(rope(jnp.asarray(x), jnp.asarray(positions), 100.0), complex_rope(x, positions, 100.0), 2e-5)
+    assert_close(rope(jnp.asarray(x), jnp.asarray(positions), 100.0), complex_rope(x, positions, 100.0), 2e-5)
 
 
 @settings(deadline=None, max_examples=15)
@@ -68,8 +68,8 @@ def test_rope_scores_depend_on_distance_alone(shift, first, second):
 def test_rope_keeps_lengths_and_leaves_position_zero_alone():
     x = jnp.asarray(normal(1, 6, 2, 4))
     turned = rope(x, jnp.arange(6, dtype=jnp.int32)[None])
-    close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
-    close(turned[:, 0], x[:, 0])
+    assert_close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
+    assert_close(turned[:, 0], x[:, 0])
 
 
 def test_rope_refuses_an_odd_head():
@@ -85,7 +85,7 @@ def test_attention_is_torchs(causal, kv_heads):
     ours = attention(*map(jnp.asarray, (q, k, v)), causal=causal)
     heads_first = [torch.tensor(x).transpose(1, 2) for x in (q, k, v)]
     theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
-    close(ours, theirs.transpose(1, 2))
+    assert_close(ours, theirs.transpose(1, 2))
 
 
 def test_attention_gradients_are_torchs():
@@ -98,7 +98,7 @@ def test_attention_gradients_are_torchs():
     )
     (out**2).sum().backward()
     for mine, leaf in zip(ours, leaves, strict=True):
-        close(mine, leaf.grad, 1e-5)
+        assert_close(mine, leaf.grad, 1e-5)
 
 
 def test_attention_mask_hides_keys():
@@ -106,7 +106,7 @@ def test_attention_mask_hides_keys():
     mask = jnp.array([True, True, False, True])[None, None, None]
     hidden = attention(q, k, v, causal=False, mask=jnp.broadcast_to(mask, (1, 1, 4, 4)))
     kept = jnp.array([0, 1, 3])
-    close(hidden, attention(q, k[:, kept], v[:, kept], causal=False))
+    assert_close(hidden, attention(q, k[:, kept], v[:, kept], causal=False))
 
 
 def test_attention_refuses_uneven_groups():
@@ -116,9 +116,9 @@ def test_attention_refuses_uneven_groups():
 
 def test_projections_are_matrix_products_on_flattened_heads():
     x, kernel = normal(2, 3, 6), normal(6, 4, 5, seed=1)
-    close(to_heads(jnp.asarray(x), jnp.asarray(kernel)), (x @ kernel.reshape(6, 20)).reshape(2, 3, 4, 5), 1e-5)
+    assert_close(to_heads(jnp.asarray(x), jnp.asarray(kernel)), (x @ kernel.reshape(6, 20)).reshape(2, 3, 4, 5), 1e-5)
     y, back = normal(2, 3, 4, 5), normal(4, 5, 6, seed=2)
-    close(from_heads(jnp.asarray(y), jnp.asarray(back)), y.reshape(2, 3, 20) @ back.reshape(20, 6), 1e-5)
+    assert_close(from_heads(jnp.asarray(y), jnp.asarray(back)), y.reshape(2, 3, 20) @ back.reshape(20, 6), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
@@ -127,7 +127,7 @@ def test_swiglu_is_torchs(shape):
     x, gate, up, down = normal(*shape), normal(6, 10, seed=1), normal(6, 10, seed=2), normal(10, 6, seed=3)
     t = [torch.tensor(array) for array in (x, gate, up, down)]
     theirs = (torch.nn.functional.silu(t[0] @ t[1]) * (t[0] @ t[2])) @ t[3]
-    close(swiglu(*map(jnp.asarray, (x, gate, up, down))), theirs, 1e-5)
+    assert_close(swiglu(*map(jnp.asarray, (x, gate, up, down))), theirs, 1e-5)
 
 
 def test_swiglu_computes_in_the_dtype_of_its_input():

@@ -70,7 +70,7 @@ def test_the_parts_go_together(name):
     assert loss_fn(eval_params(config, state, params)) < 0.35 * losses[0]
 
 
-def same(ours, theirs, **tolerance):
+def assert_same(ours, theirs, **tolerance):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **tolerance or {"rtol": 1e-6, "atol": 1e-7}), ours, theirs
     )
@@ -106,7 +106,7 @@ REFERENCES = [
 
 @pytest.mark.parametrize(("config", "reference"), REFERENCES, ids=lambda x: getattr(x, "name", ""))
 def test_a_config_is_the_optax_call_it_stands_for(config, reference):
-    same(train(make_optimizer(config), 30)[0], train(optax.with_extra_args_support(reference), 30)[0])
+    assert_same(train(make_optimizer(config), 30)[0], train(optax.with_extra_args_support(reference), 30)[0])
 
 
 TORCH = [
@@ -137,7 +137,7 @@ def test_updates_are_torchs(name, keywords, config):
         hidden = torch.tanh(x @ leaves["dense"]["kernel"] + leaves["dense"]["bias"])
         ((hidden @ leaves["output"]["kernel"] + leaves["output"]["bias"] - y) ** 2).mean().backward()
         optimizer.step()
-    same(ours, jax.tree.map(lambda leaf: leaf.detach().numpy(), leaves), rtol=2e-4, atol=2e-6)
+    assert_same(ours, jax.tree.map(lambda leaf: leaf.detach().numpy(), leaves), rtol=2e-4, atol=2e-6)
 
 
 def test_sam_descends_with_the_gradient_at_the_worst_near_point():
@@ -150,14 +150,14 @@ def test_sam_descends_with_the_gradient_at_the_worst_near_point():
         norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
         worst = jax.grad(loss_fn)(jax.tree.map(lambda p, g, norm=norm: p + rho * g / norm, params, grads))
         params = jax.tree.map(lambda p, g: p - lr * g, params, worst)
-    same(ours, params, rtol=1e-5, atol=1e-6)
+    assert_same(ours, params, rtol=1e-5, atol=1e-6)
 
 
 def test_sam_of_a_zero_gradient_stays_finite():
     tx = make_optimizer(OptimizerConfig("sam", 0.1))
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS, grad_fn=lambda p, _: zeros)
-    same(updates, zeros)
+    assert_same(updates, zeros)
 
 
 def test_sophia_reads_the_curvature_from_grad_fn():
@@ -169,7 +169,7 @@ def test_sophia_reads_the_curvature_from_grad_fn():
         s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, contrib.SophiaState)) if hasattr(s, "nu")
     ]
     # Signs squared are one, so the estimate of a diagonal Hessian is exact; the average starts from zero.
-    same(sophia.nu["kernel"], curvature * (1 - 0.5**20), rtol=1e-5, atol=1e-6)
+    assert_same(sophia.nu["kernel"], curvature * (1 - 0.5**20), rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_is_one_update_on_the_mean_gradient():
@@ -181,7 +181,9 @@ def test_accumulation_is_one_update_on_the_mean_gradient():
         if step % 2 == 0:
             assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
         params = optax.apply_updates(params, updates)
-    same(params, train(make_optimizer(OptimizerConfig("adamw", 0.02, clip_norm=0.1)), 3)[0], rtol=1e-4, atol=1e-5)
+    assert_same(
+        params, train(make_optimizer(OptimizerConfig("adamw", 0.02, clip_norm=0.1)), 3)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_schedule_free_evaluates_the_average_wherever_its_state_is():
@@ -189,7 +191,7 @@ def test_schedule_free_evaluates_the_average_wherever_its_state_is():
     params, state, _ = train(make_optimizer(config), 40)
     average = eval_params(config, state, params)
     inner = [s for s in state.inner_opt_state if isinstance(s, contrib.ScheduleFreeState)][0]
-    same(average, contrib.schedule_free_eval_params(inner, params))
+    assert_same(average, contrib.schedule_free_eval_params(inner, params))
     assert jnp.abs(average["dense"]["kernel"] - params["dense"]["kernel"]).max() > 1e-5
     assert eval_params(OptimizerConfig(), (), params) is params
 

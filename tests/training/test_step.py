@@ -25,7 +25,7 @@ def problem(rows=12):
 KEY = jax.random.key(7)
 
 
-def close(a, b, rtol=1e-5):
+def assert_close(a, b, rtol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
 
 
@@ -41,11 +41,11 @@ def test_a_step_is_what_optax_does_by_hand(tx):
         grads = jax.grad(lambda p: loss_fn(p, batch, KEY)[0])(expected)
         updates, opt_state = tx.update(grads, opt_state, expected)
         expected = optax.apply_updates(expected, updates)
-        close(metrics["grad_norm"], optax.global_norm(grads))
-        close(metrics["update_norm"], optax.global_norm(updates))
-    close(state.params, expected)
+        assert_close(metrics["grad_norm"], optax.global_norm(grads))
+        assert_close(metrics["update_norm"], optax.global_norm(updates))
+    assert_close(state.params, expected)
     assert int(state.step) == 3 and bool(metrics["finite"]) and state.ema is None
-    close(metrics["error"] ** 2, metrics["loss"])
+    assert_close(metrics["error"] ** 2, metrics["loss"])
 
 
 @pytest.mark.parametrize("parts", [2, 3, 12])
@@ -56,8 +56,8 @@ def test_microbatches_give_the_gradient_of_the_whole(parts):
     parted, two = jax.jit(make_train_step(loss_fn, tx, StepConfig(microbatches=parts)))(
         init_state(params, tx), batch, KEY
     )
-    close(whole.params, parted.params)
-    close(one["loss"], two["loss"])
+    assert_close(whole.params, parted.params)
+    assert_close(one["loss"], two["loss"])
 
 
 def test_a_batch_that_does_not_divide():
@@ -92,7 +92,7 @@ def test_sam_sees_the_gradient_at_the_disturbed_parameters(parts):
     grads = gradient(params)
     norm = optax.global_norm(grads)
     disturbed = jax.tree.map(lambda p, g: p + rho * g / norm, params, grads)  # Foret et al. 2021, equation 2
-    close(state.params, jax.tree.map(lambda p, g: p - lr * g, params, gradient(disturbed)))
+    assert_close(state.params, jax.tree.map(lambda p, g: p - lr * g, params, gradient(disturbed)))
 
 
 def test_moving_average():
