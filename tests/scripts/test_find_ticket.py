@@ -77,7 +77,7 @@ def test_a_finished_search_is_not_done_again(reference):
 
 
 def kill_until_done(workdir, kills, *more):
-    """Start and kill the search `kills` times, anywhere between its first file and its last; returns how often it was."""
+    """Start and kill the search `kills` times, between its first file and its last; returns how often it was alive."""
     rng, died = random.Random(kills), 0
     while died < kills and not (workdir / "report.html").exists():
         process = start(workdir, *more)
