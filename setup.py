@@ -42,4 +42,6 @@ setup(
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     packages=find_packages(include=["lottery*", "moe*", "sharding*", "scaling*", "training*", "configs*", "scripts*"]),
+    # Measured tile sizes, one table per kind of device.
+    package_data={"moe.kernels": ["tilings/*.json"]},
 )

@@ -1,11 +1,12 @@
 """Pruning: turn scores and quotas into new masks, exactly.
 
 A quota is a number of units to remove from a group of leaves: one group per leaf (`Layerwise`) or one for all of them
-(`Global`). A unit is a weight (structure "unstructured"); other structures pool weights into larger units.
+(`Global`). A unit is a weight (structure "unstructured"); other structures pool weights into larger units, see
+`lottery.structures`. Quotas say how many go (`remove`), counts how many stay (`keep`, with `lottery.allocation`).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lottery.masks import flatten, match_paths
+from lottery import structures
+from lottery.masks import apply, flatten, match_paths
+from lottery.structures import Structure
 
 # The only group of a Global scope. Not a possible '/'-joined path of a leaf in a nested tree.
 EVERYTHING = "*"
@@ -47,23 +50,6 @@ class Layerwise:
 
 
 Scope = Global | Layerwise
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What is removed as a whole.
-
-    pool(scores, mask) -> (unit scores float32, unit alive bool), same shape as each other, from one leaf's two arrays.
-    expand(keep, shape) -> bool mask of the leaf's shape, False wherever a unit is not kept.
-    """
-
-    pool: Callable[[Array, Array], tuple[Array, Array]]
-    expand: Callable[[Array, tuple[int, ...]], Array]
-
-
-STRUCTURES: dict[str, Structure] = {
-    "unstructured": Structure(pool=lambda scores, mask: (scores, mask), expand=lambda keep, shape: keep),
-}
 
 
 def _check_rate(rate: float, what: str) -> None:
@@ -113,47 +99,114 @@ def quotas(alive: Mapping[str, int], scope: Scope) -> dict[str, int]:
     return {path: round(rate(path) * int(alive[path])) for path in paths}
 
 
+def units(params: PyTree, which: PyTree, structure: str | Structure = "unstructured") -> dict[str, int]:
+    """Number of units of every prunable leaf by path. params: arrays or jax.ShapeDtypeStruct of one network.
+
+    Raises:
+      ValueError: a structure that does not fit a leaf, naming the path.
+    """
+    chosen = flatten(which)
+    pooled = {path: _unit_shape(path, leaf, structure) for path, leaf in flatten(params).items() if chosen[path]}
+    return {path: int(np.prod(shape)) for path, shape in pooled.items()}
+
+
+def _unit_shape(path: str, leaf: Array | jax.ShapeDtypeStruct, structure: str | Structure) -> tuple[int, ...]:
+    scores, mask = (jax.ShapeDtypeStruct(leaf.shape, dtype) for dtype in (jnp.float32, jnp.bool_))
+    return jax.eval_shape(lambda s, m: _pool(path, structure, s, m)[1], scores, mask).shape
+
+
+def _pool(path: str, structure: str | Structure, scores: Array, mask: Array) -> tuple[Array, Array]:
+    try:
+        return structures.at(path, structure).pool(scores, mask)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+
+
 def remove(
     scores: PyTree,
     masks: PyTree,
     which: PyTree,
     quotas: Mapping[str, int | Array],
-    structure: str = "unstructured",
+    structure: str | Structure = "unstructured",
 ) -> PyTree:
     """Masks with exactly quotas[group] fewer units alive: the lowest scores go, among equal ones the first.
 
     The order among equal scores is by flat index, and in a Global group by the leaves' order in the tree first. Only
-    alive units are removed; a quota above the number alive removes all of them, one below zero none. A score that is
-    not a number counts as the highest. Runs under jit and, for a stack of networks, under vmap.
+    alive units are removed; a quota above the number alive removes all of them (all that n:m allows), one below zero
+    none. A score that is not a number counts as the highest. Runs under jit and, for a stack of networks, under vmap.
 
     Args:
       scores: float tree like the parameters.
       masks: bool tree like the parameters.
       which: tree of Python bools (static), `masks.prunable`.
       quotas: units to remove by group, Python ints or int arrays []: keys are prunable paths, or just "*".
-      structure: a name in STRUCTURES.
+      structure: a name for `structures.parse` or a Structure.
 
     Raises:
-      ValueError: a quota for something that is not a prunable path, or an unknown structure.
+      ValueError: a quota for something that is not a prunable path, an unknown structure, or one that does not fit a
+        leaf (naming the path).
     """
-    if structure not in STRUCTURES:
-        raise ValueError(f"structure {structure!r} is not one of {', '.join(STRUCTURES)}")
-    rule = STRUCTURES[structure]
-    chosen = [path for path, keep in flatten(which).items() if keep]
-    groups = {EVERYTHING: chosen} if set(quotas) == {EVERYTHING} else {path: [path] for path in quotas}
+    return _remove(scores, masks, which, quotas, structure, stay=False)
+
+
+def keep(
+    scores: PyTree,
+    masks: PyTree,
+    which: PyTree,
+    counts: Mapping[str, int | Array],
+    structure: str | Structure = "unstructured",
+) -> PyTree:
+    """Masks with counts[group] units alive: `remove` with quotas of what is alive beyond that. Never brings any back.
+
+    Args, Raises: as `remove`; counts are of units that stay, e.g. from `allocation.counts`.
+    """
+    return _remove(scores, masks, which, counts, structure, stay=True)
+
+
+def iterate(
+    score_fn: Callable[[PyTree], PyTree],
+    params: PyTree,
+    masks: PyTree,
+    which: PyTree,
+    counts: Sequence[Mapping[str, int]],
+    structure: str | Structure = "unstructured",
+) -> PyTree:
+    """Prune in several rounds, scoring the masked parameters anew before each (SynFlow, iterative SNIP).
+
+    Args:
+      score_fn: masked params -> scores.
+      counts: units that stay after each round, with the same groups in all of them.
+    """
+    rounds = {group: jnp.asarray([count[group] for count in counts], jnp.int32) for group in counts[0]}
+
+    def step(masks: PyTree, count: Mapping[str, Array]) -> tuple[PyTree, None]:
+        return keep(score_fn(apply(params, masks)), masks, which, count, structure), None
+
+    return jax.lax.scan(step, masks, rounds)[0]
+
+
+def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
+    if isinstance(structure, str):
+        structures.parse(structure)
+    chosen = [path for path, prunable in flatten(which).items() if prunable]
+    groups = {EVERYTHING: chosen} if set(numbers) == {EVERYTHING} else {path: [path] for path in numbers}
     wrong = [path for paths in groups.values() for path in paths if path not in chosen]
     if wrong:
         raise ValueError(f"quota for {', '.join(wrong)}: not a prunable parameter; prunable: {', '.join(chosen)}")
     score, mask = flatten(scores), flatten(masks)
     pruned = dict(mask)
     for group, paths in groups.items():
-        pooled = [rule.pool(score[path], mask[path]) for path in paths]
+        rules = [structures.at(path, structure) for path in paths]
+        pooled = [_pool(path, structure, score[path], mask[path]) for path in paths]
         flat_scores = jnp.concatenate([s.astype(jnp.float32).ravel() for s, _ in pooled])
         flat_alive = jnp.concatenate([a.ravel() for _, a in pooled])
-        keep = keep_highest(flat_scores, flat_alive, quotas[group])
+        quota = jnp.sum(flat_alive, dtype=jnp.int32) - numbers[group] if stay else numbers[group]
+        if any(rule.protects for rule in rules):
+            quota = jnp.minimum(quota, jnp.sum(flat_alive & ~jnp.isposinf(flat_scores), dtype=jnp.int32))
+        kept = keep_highest(flat_scores, flat_alive, quota)
         bounds = np.cumsum([s.size for s, _ in pooled])[:-1]
-        for path, part, (units, _) in zip(paths, jnp.split(keep, bounds), pooled, strict=True):
-            pruned[path] = mask[path] & rule.expand(part.reshape(units.shape), mask[path].shape)
+        for path, rule, part, (unit, _) in zip(paths, rules, jnp.split(kept, bounds), pooled, strict=True):
+            pruned[path] = mask[path] & rule.expand(part.reshape(unit.shape), mask[path].shape)
     return jax.tree.unflatten(jax.tree.structure(masks), list(pruned.values()))
 
 

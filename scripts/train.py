@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from sharding.errors import PlanError
+from sharding.plan import Plan
 from training.batches import token_batches
 from training.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
 from training.config import Invocation, build, checked, run
@@ -13,45 +15,60 @@ from training.download import DataUnavailable
 from training.evaluation import evaluate
 from training.logs import Logger
 from training.loop import LoopConfig, train
-from training.next_token import make_eval, make_loss, results_table
+from training.next_token import make_eval, results_table
 from training.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
-from training.placement import data_parallel, join_processes
+from training.placement import join_processes
+from training.planned import plan_decoder
 from training.report import lm_report
+from training.routed import make_adjust
+from training.router_report import write_specialisation
 from training.step import StepConfig, init_state, make_train_step
 from training.stopping import Interrupted, NonFiniteLoss
 from training.text import TextConfig, load_text
 from training.transformer import Decoder, TransformerConfig
 from training.workdir import WorkdirMismatch, prepare, resolve
 
-ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, CheckpointMismatch, NonFiniteLoss, ImportError)
+ERRORS = (
+    DataUnavailable,
+    WorkdirMismatch,
+    CheckpointDamaged,
+    CheckpointMismatch,
+    NonFiniteLoss,
+    PlanError,
+    ImportError,
+)
 
 
 def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> loop -> table and report. Returns the exit status."""
     join_processes()
-    c, process, processes = invocation.config, jax.process_index(), jax.process_count()
+    c, process = invocation.config, jax.process_index()
     opt = build(
         OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=c.steps // max(c.optimizer.accumulate, 1)
     )
     stepping = build(StepConfig, c.step, "config.step", ema=opt.ema)
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
-    tx, placement = checked("config.optimizer", make_optimizer, opt), checked("config", data_parallel, c.batch_size)
+    tx = checked("config.optimizer", make_optimizer, opt)
+    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
     splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
     model = Decoder(build(TransformerConfig, c.model, "config.model", vocab_size=splits.vocab_size))
-    # The text itself is part of what makes a run: another text in the same files is another run.
-    settings = resolve(c) | {"data_sha256": splits.content_hash}
-    workdir = prepare(invocation.workdir, settings, name=invocation.name)
-
-    loss_fn = make_loss(lambda params, tokens: model.apply({"params": params}, tokens), c.z_loss)
-    eval_fn = make_eval(loss_fn)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
 
     def init():
         return init_state(model.init(init_key, jnp.zeros((1, c.length), jnp.int32))["params"], tx, stepping)
 
+    sizes = {"batch_size": c.batch_size, "length": c.length, "microbatches": stepping.microbatches}
+    loss_fn, placement = checked("config.plan", plan_decoder, model.config, plan, init, **sizes, z_loss=c.z_loss)
+    eval_fn = make_eval(loss_fn)
+    # The text itself is part of what makes a run: another text in the same files is another run. The plan is not: a run
+    # may go on under another one.
+    settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
+    workdir = prepare(invocation.workdir, settings | {"data_sha256": splits.content_hash}, name=invocation.name)
+
     def batches(tokens, **options):
-        share = {"process_index": process, "process_count": processes}
+        index, count = placement.share()
+        share = {"process_index": index, "process_count": count}
         return token_batches(tokens, batch_size=c.batch_size, length=c.length, seed=c.seed, **share, **options)
 
     def held_out(state, tokens):
@@ -63,7 +80,7 @@ def main(invocation: Invocation) -> int:
     with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
         try:
             result = train(
-                make_train_step(loss_fn, tx, stepping),
+                make_train_step(loss_fn, tx, stepping, adjust=make_adjust(model.config)),
                 jax.jit(init, out_shardings=placement.state),
                 batches(splits.train),
                 loop,
@@ -78,6 +95,9 @@ def main(invocation: Invocation) -> int:
             Console(stderr=True).print(f"{stop} ({workdir})", soft_wrap=True)
             return 128 + stop.signum
         results = {"validation": result.evaluation, "test": held_out(result.state, splits.test)}
+    if processes == 1:
+        some = itertools.islice(batches(splits.validation, shuffle=False, repeat=False), c.eval.batches)
+        write_specialisation(workdir, model, result.state.params, some, c.data.tokenizer)
     if process == 0:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
         Console().print(f"report: {lm_report(workdir, results['test'])}", soft_wrap=True)

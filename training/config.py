@@ -203,13 +203,12 @@ def read_flags(config_file: str, argv: Sequence[str], values: flags.FlagValues =
 
 
 def _explain(error: Exception, argv: Sequence[str], default: str) -> str:
-    """One line about a command line that could not be read: an unknown setting by its path, else the library's own
-    words."""
+    """One line on what is wrong with a command line: an unknown setting by its path, else the library's own words."""
     words = [argument.lstrip("-") for argument in argv]
     file = next((word.partition("=")[2] for word in words if word.startswith("config=")), default)
     try:
         config = config_flags.config_flags.ConfigFileFlagParser(name="config").parse(file)
-    except (TypeError, ValueError):
+    except Exception:  # whatever is wrong in the file, `error` already says it
         config = None
     for word in words:
         group, path = config, "config"

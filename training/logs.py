@@ -65,7 +65,8 @@ class Logger:
                 purge = {} if self._purge is None else {"purge_step": self._purge}
                 self._writer = SummaryWriter(str(self.workdir / "tensorboard"), **purge)
             for key, value in values.items():
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
+                if not isinstance(value, list):  # lists are for the report
+                    self._writer.add_scalar(f"{kind}/{key}", value, step)
         if self._run is not None:
             self._run.log({f"{kind}/{key}": value for key, value in values.items()}, step=int(step))
 
@@ -123,6 +124,8 @@ def write_text(path: Path, text: str) -> None:
 def _safe(value: Any) -> Any:
     if isinstance(value, str | bool | int) or value is None:
         return value
+    if isinstance(value, list):
+        return [_safe(each) for each in value]
     value = float(value)
     return value if math.isfinite(value) else str(value)
 

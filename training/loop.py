@@ -75,10 +75,10 @@ def train(
 ) -> Result:
     """Train to `config.steps`, from the newest sound checkpoint if there is one.
 
-    However often the process is killed and started again, the weights, the rows of `metrics.jsonl` and the order of the
-    data
-    are those of one uninterrupted run: a checkpoint holds the data position, and rows after it are dropped and made
-      again.
+    However often the process is killed and started again, the weights, the rows of `metrics.jsonl` and the order of
+    the data are those of one uninterrupted run: a checkpoint holds the position in the data, and rows after it are
+    dropped and made again. (As far as the backend computes the same numbers twice: CPU does, GPU may need
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
 
     Args:
       step_fn: from `make_train_step`; jitted here, the state donated.
@@ -110,6 +110,7 @@ def train(
             progress.advance()
 
             last, stop = step == config.steps, signals.reached(step)
+            save = last or stop or bool(checkpoints.config.every and step % checkpoints.config.every == 0)
             validation = None
             if step % config.log_every == 0 or last:
                 watch.drain()
@@ -125,11 +126,11 @@ def train(
                 watch.drain()
                 validation = evaluation = evaluate(state)
                 logger.write(step, validation, kind="eval")
-            if last or stop or (checkpoints.config.every and step % checkpoints.config.every == 0):
+            if save:
                 watch.drain()  # nothing that is not finite is ever saved
                 extra = {"evaluation": evaluation}
                 checkpoints.save(step, state, data=batches.get_state(), extra=extra, metrics=validation)
-            if step % config.log_every == 0 or validation is not None:
+            if save or step % config.log_every == 0 or validation is not None:
                 clock, timed = time.perf_counter(), step  # evaluation and saving are not part of a step's time
             if stop and not last:
                 checkpoints.wait()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from training.curves import column, loss_figure, run_figure, training_loss, window_of
 from training.logs import METRICS, TIMING, read_rows, write_text
 from training.page import Cell, Section, Table, page, paragraphs
+from training.router_report import router_sections
 from training.workdir import flatten
 
 __all__ = [
@@ -133,6 +134,7 @@ def lm_report(workdir: Path | str, test: Mapping[str, float] | None = None) -> P
     sections = [
         Section("", paragraphs(*texts)),
         curves_section([*rows, *timing] if rows else []),
+        *router_sections(rows, workdir),
         table_section(_milestones(rows), "Numbers", "Loss in nats per token at the steps where it was evaluated."),
         config_section(workdir),
     ]

@@ -60,11 +60,16 @@ def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformationExtraArgs,
     config: StepConfig = StepConfig(),
+    *,
+    adjust: Callable[[PyTree, Metrics], PyTree] | None = None,
 ) -> Callable[[TrainState, PyTree, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Make `step(state, batch, key) -> (state, metrics)`, pure and not jitted.
 
     Each step draws its own key by folding in `state.step`, so a resumed run draws what an uninterrupted one would. The
     optimizer is always given `value=` and `grad_fn=` (the gradient of this batch at other parameters, for SAM).
+
+    `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
+    moves outside the gradient, such as the biases of balanced routers.
 
     Metrics: those of `loss_fn` and loss, grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient
     norm are); with `noise_scale` also noise_signal and noise_trace, the two estimates to average over steps and divide.
@@ -79,6 +84,8 @@ def make_train_step(
             grads, state.opt_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]
         )
         params = optax.apply_updates(state.params, updates)
+        if adjust is not None:
+            params = adjust(params, metrics)
         ema = None
         if config.ema:
             ema = optax.incremental_update(params, state.ema, 1.0 - config.ema)

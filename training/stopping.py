@@ -16,8 +16,10 @@ from training.logs import Logger
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or its gradient at `step` (from 1) was not finite; `ids` are the batch rows, `checkpoint` the last good
-    one."""
+    """The loss or its gradient was not finite.
+
+    `step` counts from 1, `ids` are the rows of its batch, `checkpoint` is the step of the last good one (or None).
+    """
 
     def __init__(self, step: int, loss: float, ids: Any, checkpoint: int | None):
         self.step, self.loss, self.ids, self.checkpoint = step, loss, ids, checkpoint
@@ -41,9 +43,13 @@ class Interrupted(Exception):
         super().__init__(f"interrupted at step {step}; run the same command again to continue")
 
 
-def metrics_row(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Metrics of a step as floats in alphabetical order, without the `finite` flag. Waits for the step."""
-    return {name: float(value) for name, value in sorted(jax.device_get(dict(metrics)).items()) if name != "finite"}
+def metrics_row(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Metrics of a step as floats, arrays as lists of them, in alphabetical order without the `finite` flag.
+
+    Waits for the step.
+    """
+    found = sorted(jax.device_get(dict(metrics)).items())
+    return {name: np.asarray(value, np.float64).tolist() for name, value in found if name != "finite"}
 
 
 class Watch:

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from lottery.imp import Starts, Trained
-from lottery.transform import sparse
+from lottery.transform import mask_state, sparse
 from training.batches import index_block
 from training.images import Images, ImageSplits
 
@@ -119,7 +119,7 @@ def train_block(
     carry: Carry, masks: PyTree, index_TB: Int[Array, "T B"], x_NX: Array, y_N: Array, *, apply: ApplyFn, optimizer: Any
 ) -> tuple[Carry, Float[Array, ""]]:
     """Take T optimizer steps on one masked network; returns the carry and the mean training loss of the block."""
-    tx = sparse(optimizer, masks)
+    tx = sparse(optimizer, masks, moments="in")
 
     def loss_fn(params, x_BX, y_B):
         return optax.softmax_cross_entropy_with_integer_labels(apply(params, x_BX), y_B).mean()
@@ -135,7 +135,7 @@ def train_block(
         return (optax.apply_updates(params, updates), opt_state), loss
 
     (params, opt_state), loss_T = jax.lax.scan(step, (carry.params, carry.opt_state), index_TB)
-    return carry._replace(params=params, opt_state=opt_state), loss_T.mean()
+    return carry._replace(params=params, opt_state=mask_state(opt_state, masks)), loss_T.mean()
 
 
 def over_stack(function: Callable, stack: str) -> Callable:

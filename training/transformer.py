@@ -9,9 +9,11 @@ not grow with the depth:
     blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
     blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
 
-Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis.
+Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
+block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
@@ -20,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.layer import MoE, MoEConfig
+from sharding.edges import INSIDE, RESIDUAL
 from training.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
 
 
@@ -35,7 +39,8 @@ class TransformerConfig:
       kv_heads: K, key/value heads; must divide `heads`. 0 takes `heads` (no grouping).
       head_dim: h, must be even; 0 takes width / heads.
       ff: F, feed-forward width; 0 takes 8/3 width rounded up to a multiple of 64 (Touvron et al. 2023, section 2.2).
-      mlp: which feed-forward layer a block has, a key of `MLPS`.
+      mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th.
+      moe: the routed experts.
       rope_theta: base of the rotary wavelengths.
       norm_eps: epsilon of RMSNorm.
       tied: the output layer reads the transposed embedding table.
@@ -53,6 +58,7 @@ class TransformerConfig:
     head_dim: int = 0
     ff: int = 0
     mlp: str = "swiglu"
+    moe: MoEConfig = MoEConfig()
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     tied: bool = True
@@ -81,6 +87,15 @@ class TransformerConfig:
         for name, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("mlp", MLPS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.mlp == "routed":
+            if self.layers % self.moe.every:
+                raise ValueError(f"layers={self.layers} is not a multiple of moe.every={self.moe.every}")
+            self.moe.width_of(self.ff_size)
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The feed-forward layers of consecutive blocks, a key of `MLPS` each, repeated through the depth."""
+        return ("swiglu",) * (self.moe.every - 1) + ("routed",) if self.mlp == "routed" else (self.mlp,)
 
     @property
     def kv_size(self) -> int:
@@ -101,6 +116,19 @@ class TransformerConfig:
     def residual_scale(self) -> float:
         """Factor on initial output kernels: 2 L of them add up in the residual stream (Radford et al. 2019, 2.3)."""
         return 1 / sqrt(2 * self.layers)
+
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+"""(activations, logical axes) -> the same activations, laid out so over devices; see `sharding.rules` for the names."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Causal attention: (queries [B, T, H, h], keys [B, T, K, h], values [B, T, K, h]) -> [B, T, H, h]."""
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Leave x where it is."""
+    del axes
+    return x
 
 
 class Weight(nn.Module):
@@ -148,6 +176,7 @@ class Attention(nn.Module):
     """Causal grouped-query self-attention with rotary positions."""
 
     config: TransformerConfig
+    attend: Attend = attention
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -159,7 +188,7 @@ class Attention(nn.Module):
         v_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="value")())
         output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
         q_BTHh, k_BTKh = rope(q_BTHh, positions_BT, c.rope_theta), rope(k_BTKh, positions_BT, c.rope_theta)
-        return from_heads(attention(q_BTHh, k_BTKh, v_BTKh, causal=True), output_HhD)
+        return from_heads(self.attend(q_BTHh, k_BTKh, v_BTKh), output_HhD)
 
 
 class SwiGLU(nn.Module):
@@ -178,9 +207,15 @@ class SwiGLU(nn.Module):
         return swiglu(x_BTD, gate_DF, up_DF, down_FD)
 
 
+def routed(config: TransformerConfig, name: str) -> nn.Module:
+    """Routed experts in place of the dense feed-forward layer."""
+    c, width = config, config.moe.width_of(config.ff_size)
+    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, name=name)
+
+
 # A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
 # collection "intermediates" (auxiliary losses, loads) comes out stacked by layer.
-MLPS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU}
+MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -191,42 +226,81 @@ REMAT_POLICIES = {
 }
 
 
+def feed_forward(config: TransformerConfig, mlp: str, name: str) -> nn.Module:
+    """The feed-forward layer `MLPS[mlp]`, whole."""
+    return MLPS[mlp](config, name=name)
+
+
 class Block(nn.Module):
-    """One pre-norm block; returns (activations, None) as a scan over layers wants it."""
+    """One pre-norm block; returns (activations, None) as a scan over layers wants it.
+
+    `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
+    under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
+    residual stream is split along time. `feed` makes the feed-forward layer from (config, key of `MLPS`, name).
+    """
 
     config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
+    mlp: str = ""
+    feed: Callable[[TransformerConfig, str, str], nn.Module] = feed_forward
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], None]:
+        self, x_BSD: Float[Array, "B S D"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B S D"], None]:
         """Add attention, then the feed-forward layer, to the residual stream."""
-        c = self.config
-        x_BTD += Attention(c, name="attention")(Norm(c.norm_eps, name="attention_norm")(x_BTD), positions_BT)
-        x_BTD += MLPS[c.mlp](c, name="mlp")(Norm(c.norm_eps, name="mlp_norm")(x_BTD))
-        return x_BTD, None
+        c, constrain = self.config, self.constrain
+        y_BTD = constrain(Norm(c.norm_eps, name="attention_norm")(x_BSD), INSIDE)
+        x_BSD += constrain(Attention(c, self.attend, name="attention")(y_BTD, positions_BT), RESIDUAL)
+        y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
+        x_BSD += constrain(self.feed(c, self.mlp or c.mlp, "mlp")(y_BTD), RESIDUAL)
+        return x_BSD, None
+
+
+class Unit(nn.Module):
+    """The blocks of one `TransformerConfig.pattern`, as one step of a scan."""
+
+    config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Run the blocks in order."""
+        for i, mlp in enumerate(self.config.pattern):
+            x_BSD, _ = Block(self.config, self.constrain, self.attend, mlp, name=f"layer_{i}")(x_BSD, positions_BT)
+        return x_BSD, None
 
 
 def run_blocks(
-    x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], config: TransformerConfig
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    config: TransformerConfig,
+    constrain: Constrain = unconstrained,
+    attend: Attend = attention,
 ) -> Float[Array, "B T D"]:
     """Run all blocks, scanned or one after the other, recomputing what `remat` says; called inside a compact method."""
-    block = Block
+    period = len(config.pattern)
+    block: Callable[..., nn.Module] = Block if period == 1 or not config.scan else Unit
     if config.remat != "none":
         # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
-        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
+        block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
     if not config.scan:
         for i in range(config.layers):
-            x_BTD, _ = block(config, name=f"blocks_{i}")(x_BTD, positions_BT)
+            mlp = config.pattern[i % period]
+            x_BTD, _ = block(config, constrain, attend, mlp, name=f"blocks_{i}")(x_BTD, positions_BT)
         return x_BTD
     stack = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, "intermediates": 0, "routings": 0},
+        split_rngs={"params": True, "router": True},
         in_axes=nn.broadcast,
-        length=config.layers,
+        length=config.layers // period,
     )
-    return stack(config, name="blocks")(x_BTD, positions_BT)[0]
+    return stack(config, constrain, attend, name="blocks")(x_BTD, positions_BT)[0]
 
 
 class Decoder(nn.Module):
@@ -238,6 +312,8 @@ class Decoder(nn.Module):
     """
 
     config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
 
     @nn.compact
     def __call__(
@@ -256,12 +332,13 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
-        x_BTD = table_VD[tokens_BT].astype(DTYPES[c.dtype])
-        x_BTD = run_blocks(x_BTD, positions_BT, c)
-        x_BTD = Norm(c.norm_eps, name="final_norm")(x_BTD)
+        x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
+        x_BTD = run_blocks(x_BTD, positions_BT, c, self.constrain, self.attend)
+        x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T
         else:
             head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
         # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
-        return jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return self.constrain(logits_BTV, ("batch", "time", "vocab"))

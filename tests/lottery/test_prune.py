@@ -120,6 +120,7 @@ def test_quotas(scope, alive, expected):
     assert prune.quotas(alive, scope) == expected
 
 
+@settings(deadline=None)
 @given(rate=st.floats(0, 1), alive=st.integers(0, 10**9))
 def test_quotas_round_as_numpy_and_never_exceed_the_alive(rate, alive):
     quota = prune.quotas({"a": alive}, prune.Layerwise(rate))["a"]

@@ -89,10 +89,10 @@ def loss_fn(params, x):
     return jnp.mean((hidden @ params["output"]["kernel"] + params["output"]["bias"][None] - x[:, :4]) ** 2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def train(name, params, mask, key):
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def train(name, params, mask, key, moments="out"):
     """Seven steps; returns the parameters and states of every step."""
-    tx = transform.sparse(OPTIMIZERS[name](), mask)
+    tx = transform.sparse(OPTIMIZERS[name](), mask, moments=moments)
 
     def step(carry, key):
         params, state = carry
@@ -116,6 +116,20 @@ def mirrored(state, mask):
             if path.endswith(name) and leaf.shape[1:] == m.shape:
                 found[path] = np.asarray(leaf)[:, ~np.asarray(m)]
     return found
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum", "adabelief", "muon"])
+def test_masking_moments_on_the_way_in_trains_the_same_weights(name):
+    params = init_params(jax.random.key(1))
+    mask = random_masks(params, 0.4, jax.random.key(2))
+    runs = [train(name, params, mask, jax.random.key(3), moments)[0] for moments in ("out", "in")]
+    for out, into in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_allclose(into, out, rtol=1e-4, atol=1e-6)
+
+
+def test_another_place_for_moments_is_refused():
+    with pytest.raises(ValueError, match="choose 'out' or 'in'"):
+        transform.sparse(optax.sgd(0.1), {}, moments="never")
 
 
 # Leaves of the state that mirror parameters, in units of one per kernel and bias (4): so nothing is skipped silently.

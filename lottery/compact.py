@@ -1,0 +1,114 @@
+"""Compaction: a structured ticket as a physically smaller dense model with the same outputs.
+
+What counts are the weights, not the masks: a unit whose outgoing or incoming weights are all zero is cut out. Runs on
+the host, once, since shapes follow from values. Outputs agree up to the order of summation (1e-6 in float32).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+def compact_mlp(
+    params: Mapping[str, PyTree], layers: Sequence[str], activation: Callable[[Array], Array] = jax.nn.relu
+) -> tuple[dict[str, PyTree], tuple[int, ...]]:
+    """Cut dead hidden neurons out of a chain of dense layers with biases.
+
+    A neuron that nobody reads is dropped. One that reads nothing is constant, activation(bias), and what it adds to the
+    next layer goes into that layer's bias. Every layer keeps at least one neuron.
+
+    Args:
+      params: {layer: {"kernel" [K, N], "bias" [N]}}; other entries are kept as they are.
+      layers: names from first to last, the last one being the output: ("dense0", "dense1", "output").
+      activation: between layers, elementwise.
+
+    Returns:
+      (smaller params, numpy float32; sizes of the hidden layers).
+
+    Raises:
+      ValueError: a layer that is missing or whose sizes do not chain.
+    """
+    for name in layers:
+        if name not in params:
+            raise ValueError(f"compact_mlp: no layer {name}; layers: {', '.join(params)}")
+    kernels = {name: np.asarray(params[name]["kernel"], np.float32) for name in layers}
+    biases = {name: np.asarray(params[name]["bias"], np.float32) for name in layers}
+    for one, two in zip(layers, layers[1:], strict=False):
+        if kernels[one].shape[1] != kernels[two].shape[0]:
+            raise ValueError(
+                f"compact_mlp: {one} has {kernels[one].shape[1]} outputs, {two} {kernels[two].shape[0]} inputs"
+            )
+    # Forwards, constants: cutting one may leave the next layer's neuron with nothing to read.
+    for one, two in zip(layers, layers[1:], strict=False):
+        idle = np.logical_not(np.any(kernels[one], axis=0))
+        constant = np.asarray(activation(jnp.asarray(biases[one])))[idle]
+        biases[two] = biases[two] + constant @ kernels[two][idle]
+        kernels[two] = np.array(np.where(idle[:, None], np.float32(0), kernels[two]), np.float32)
+    # Backwards, unread neurons: cutting one may leave the layer before without a reader.
+    for one, two in reversed(list(zip(layers, layers[1:], strict=False))):
+        read = np.array(np.any(kernels[two], axis=1))
+        if not read.any():
+            read[0] = True
+        kernels[one], biases[one], kernels[two] = kernels[one][:, read], biases[one][read], kernels[two][read]
+    small = {name: {**params[name], "kernel": kernels[name], "bias": biases[name]} for name in layers}
+    return {**params, **small}, tuple(len(biases[name]) for name in layers[:-1])
+
+
+def compact_decoder(params: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, int]]:
+    """Cut dead feed-forward neurons and attention heads out of a decoder with scanned SwiGLU blocks.
+
+    A neuron is dead if its gate, up or down weights are all zero; a key/value head together with its query heads if
+    its value weights or its rows of the output kernel are. All layers are one stack, so each group shrinks to what its
+    fullest layer needs; layers with fewer keep some dead units, which add nothing.
+
+    Args:
+      params: {"blocks": {"attention": ..., "mlp": ...}, ...} with the layer axis first, as `coupled.decoder_heads`
+        and `decoder_neurons` prune them. Other entries are kept as they are.
+
+    Returns:
+      (smaller params, numpy; {"heads", "kv_heads", "head_dim", "ff"}: the sizes of the smaller model).
+
+    Raises:
+      ValueError: query heads are no multiple of key/value heads.
+    """
+    blocks = jax.tree.map(np.asarray, dict(params["blocks"]))
+    attention, heads = _compact_attention(blocks["attention"])
+    mlp = {name: blocks["mlp"][name]["kernel"] for name in ("gate", "up", "down")}
+    dead = ~mlp["gate"].any(1) | ~mlp["up"].any(1) | ~mlp["down"].any(2)
+    chosen = _fullest(~dead)
+    small = {
+        "gate": np.take_along_axis(mlp["gate"], chosen[:, None, :], 2),
+        "up": np.take_along_axis(mlp["up"], chosen[:, None, :], 2),
+        "down": np.take_along_axis(mlp["down"], chosen[:, :, None], 1),
+    }
+    feed = {**blocks["mlp"], **{name: {"kernel": kernel} for name, kernel in small.items()}}
+    sizes = {**heads, "ff": chosen.shape[1]}
+    return {**params, "blocks": {**blocks, "attention": attention, "mlp": feed}}, sizes
+
+
+def _compact_attention(attention: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, int]]:
+    q, k, v, o = (attention[name]["kernel"] for name in ("query", "key", "value", "output"))
+    layers, width, heads, dim = q.shape
+    groups = k.shape[2]
+    if heads % groups:
+        raise ValueError(f"blocks/attention: {heads} query heads are no multiple of {groups} key/value heads")
+    # Query heads by the key/value head they read.
+    q = q.reshape(layers, width, groups, heads // groups, dim)
+    o = o.reshape(layers, groups, heads // groups, dim, width)
+    chosen = _fullest(v.any((1, 3)) & o.any((2, 3, 4)))
+    count = chosen.shape[1]
+    q = np.take_along_axis(q, chosen[:, None, :, None, None], 2).reshape(layers, width, -1, dim)
+    o = np.take_along_axis(o, chosen[:, :, None, None, None], 1).reshape(layers, -1, dim, width)
+    k, v = (np.take_along_axis(x, chosen[:, None, :, None], 2) for x in (k, v))
+    kernels = {"query": q, "key": k, "value": v, "output": o}
+    sizes = {"heads": q.shape[2], "kv_heads": count, "head_dim": dim}
+    return {**attention, **{name: {"kernel": kernel} for name, kernel in kernels.items()}}, sizes
+
+
+def _fullest(alive_LU: np.ndarray) -> np.ndarray:
+    """[L, most alive in any layer, at least 1] indices: a layer's alive units in order, then dead ones."""
+    count = max(1, int(alive_LU.sum(1).max()))
+    return np.sort(np.argsort(~alive_LU, axis=1, kind="stable")[:, :count], axis=1)

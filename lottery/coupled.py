@@ -1,0 +1,139 @@
+"""Coupled units: one neuron or head is a slice of several kernels at once, which live and die together.
+
+`structures` prunes the slices of one leaf; here a unit's score is its mean over all its members' weights, and a removed
+unit is zero in all of them, so that `lottery.compact` can cut it out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from lottery.masks import flatten
+from lottery.prune import keep_highest
+
+
+@dataclass(frozen=True)
+class Member:
+    """A leaf's part in a group of units.
+
+    path: '/'-joined path of the leaf.
+    axes: the axes along which the leaf's slices are counted; their sizes are the group's grid of units.
+    repeat: that many neighbours along the last of `axes` belong to one unit (query heads that share a key head).
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    repeat: int = 1
+
+
+Groups = Mapping[str, tuple[Member, ...]]
+
+
+def mlp_neurons(layers: Sequence[str]) -> dict[str, tuple[Member, ...]]:
+    """Hidden neurons of a chain of dense layers, by layer: their incoming column and the next layer's row.
+
+    Args:
+      layers: names from first to last, ("dense0", "dense1", "output") for LeNet-300-100.
+    """
+    pairs = zip(layers, layers[1:], strict=False)
+    return {one: (Member(f"{one}/kernel", (1,)), Member(f"{two}/kernel", (0,))) for one, two in pairs}
+
+
+def decoder_neurons(prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
+    """Feed-forward neurons of a decoder with scanned SwiGLU blocks: units are (layer, neuron)."""
+    mlp = f"{prefix}/mlp"
+    members = (
+        Member(f"{mlp}/gate/kernel", (0, 2)),
+        Member(f"{mlp}/up/kernel", (0, 2)),
+        Member(f"{mlp}/down/kernel", (0, 1)),
+    )
+    return {mlp: members}
+
+
+def decoder_heads(heads: int, kv_heads: int, prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
+    """Attention heads of a decoder with scanned blocks: units are (layer, key/value head with its query heads).
+
+    Raises:
+      ValueError: kv_heads does not divide heads.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
+    repeat, at = heads // kv_heads, f"{prefix}/attention"
+    members = [Member(f"{at}/{name}/kernel", (0, 2)) for name in ("key", "value")]
+    members += [Member(f"{at}/query/kernel", (0, 2), repeat), Member(f"{at}/output/kernel", (0, 1), repeat)]
+    return {at: tuple(members)}
+
+
+def keep_units(
+    scores: PyTree, masks: PyTree, which: PyTree, groups: Groups, counts: Mapping[str, int | Array]
+) -> PyTree:
+    """Masks in which counts[group] units of every group stay, those with the highest mean score; the others are False.
+
+    A unit is alive if any of its weights is. Ties go by index; counts above the number alive change nothing. Runs under
+    jit and vmap.
+
+    Args:
+      scores, masks: like the parameters. which: `masks.prunable`, static.
+      groups: by name, e.g. `mlp_neurons`. A leaf may be in several groups.
+      counts: units that stay, by group.
+
+    Raises:
+      ValueError: a member that is not a prunable leaf or whose axes do not fit, or a count for an unknown group.
+    """
+    mask, score, chosen = flatten(masks), flatten(scores), flatten(which)
+    if set(counts) - set(groups):
+        raise ValueError(f"counts for {sorted(set(counts) - set(groups))}; groups: {', '.join(groups)}")
+    result = dict(mask)
+    for name in counts:
+        grids = []
+        for member in groups[name]:
+            if not chosen.get(member.path):
+                able = ", ".join(path for path, keep in chosen.items() if keep)
+                raise ValueError(f"group {name}: {member.path} is not a prunable parameter; prunable: {able}")
+            grids.append(_grid(member, mask[member.path].shape, name))
+        if len(set(grids)) != 1:
+            raise ValueError(
+                f"group {name}: its members count different units: {dict(zip(groups[name], grids, strict=True))}"
+            )
+        total, size = jnp.zeros(grids[0]), 0
+        alive = jnp.zeros(grids[0], jnp.bool_)
+        for member in groups[name]:
+            m = mask[member.path]
+            total += _pool(member, jnp.where(m, score[member.path].astype(jnp.float32), 0)).sum(-1)
+            alive |= _pool(member, m).any(-1)
+            size += m.size // int(np.prod(grids[0]))
+        quota = jnp.sum(alive, dtype=jnp.int32) - counts[name]
+        kept = keep_highest((total / size).ravel(), alive.ravel(), quota).reshape(grids[0])
+        for member in groups[name]:
+            result[member.path] = result[member.path] & _expand(member, kept, mask[member.path].shape)
+    return jax.tree.unflatten(jax.tree.structure(masks), list(result.values()))
+
+
+def unit_counts(params: PyTree, groups: Groups) -> dict[str, int]:
+    """Number of units of every group in parameters (or shapes) of one network."""
+    leaves = flatten(params)
+    return {
+        name: int(np.prod(_grid(members[0], leaves[members[0].path].shape, name))) for name, members in groups.items()
+    }
+
+
+def _grid(member: Member, shape: tuple[int, ...], group: str) -> tuple[int, ...]:
+    if max(member.axes) >= len(shape) or shape[member.axes[-1]] % member.repeat:
+        raise ValueError(f"group {group}: {member.path} of shape {shape} does not fit {member}")
+    grid = [shape[axis] for axis in member.axes]
+    return (*grid[:-1], grid[-1] // member.repeat)
+
+
+def _pool(member: Member, leaf: Array) -> Array:
+    """[*grid, weights of a unit]."""
+    grid = _grid(member, leaf.shape, "")
+    return jnp.moveaxis(leaf, member.axes, range(len(member.axes))).reshape(*grid, -1)
+
+
+def _expand(member: Member, kept: Array, shape: tuple[int, ...]) -> Array:
+    kept = jnp.repeat(kept, member.repeat, axis=-1)
+    return jnp.broadcast_to(jnp.expand_dims(kept, tuple(a for a in range(len(shape)) if a not in member.axes)), shape)

@@ -1,0 +1,180 @@
+"""Supermasks: networks found by choosing weights instead of training them, and the ablations of what a mask does.
+
+Edge-popup: Ramanujan et al. 2020 (arXiv:1911.13299). Mask criteria, mask-1 and mask-0 actions: Zhou et al. 2019
+(arXiv:1905.01067).
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from lottery import criteria, prune, scores
+from lottery import masks as masks_lib
+
+
+def initial_scores(params: PyTree, *, key: Array) -> PyTree:
+    """Random scores to train, float32 like the parameters: uniform in +-1 / sqrt(fan-in), fan-in all axes but the last.
+
+    The paper's code uses Kaiming's uniform distribution with a = sqrt(5), which is this one.
+    """
+
+    def draw(path: tuple, leaf: Array) -> Array:
+        leaf_key = jax.random.fold_in(key, zlib.crc32(masks_lib.path_name(path).encode()))
+        bound = max(leaf.size // leaf.shape[-1] if leaf.ndim else 1, 1) ** -0.5
+        return jax.random.uniform(leaf_key, leaf.shape, minval=-bound, maxval=bound)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def signed_constant(params: PyTree, which: PyTree) -> PyTree:
+    """Prunable weights replaced by their sign times their leaf's standard deviation (Zhou et al. 2019, section 4.2).
+
+    Edge-popup calls it the signed (Kaiming) constant when the weights are Kaiming normal, and finds it works best.
+    """
+    return jax.tree.map(lambda w, p: jnp.sign(w) * jnp.std(w) if p else w, params, which)
+
+
+def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
+    """The subnetwork with the highest |score|; gradients pass straight through to the scores, none to the weights.
+
+    The gradient of a score is the gradient of the effective weight times the weight (equation 7), for weights that are
+    out of the subnetwork too, which is how they come back. Train the scores with any optimizer:
+
+        loss = lambda popups, batch: loss_fn(popup(params, popups, which, counts), batch)
+
+    Args:
+      params: the weights, never trained. Leaves that are not prunable are used as they are, without gradients.
+      popups: float scores like the parameters, `initial_scores`.
+      which: `masks.prunable`, static. counts: weights that stay, `allocation.counts`.
+
+    Returns:
+      Parameters with exact zeros outside the mask.
+    """
+    chosen = popup_masks(popups, which, counts)
+    return jax.tree.map(
+        lambda w, s, m, p: _through(jax.lax.stop_gradient(w), s, m) if p else jax.lax.stop_gradient(w),
+        params,
+        popups,
+        chosen,
+        which,
+    )
+
+
+def popup_masks(popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
+    """The masks of `popup`: the highest |score| of every group."""
+    popups = jax.lax.stop_gradient(popups)
+    return prune.keep(scores.magnitude(popups), masks_lib.ones(popups), which, counts)
+
+
+@jax.custom_vjp
+def _through(weight: Float[Array, "..."], score: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+    del score
+    return jnp.where(mask, weight, jnp.zeros((), weight.dtype))
+
+
+def _through_forward(weight: Array, score: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _through(weight, score, mask), (weight, score)
+
+
+def _through_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[None, Array, None]:
+    weight, score = saved
+    return None, (gradient * weight).astype(score.dtype), None
+
+
+_through.defvjp(_through_forward, _through_backward)
+
+
+def _minus(a: PyTree) -> PyTree:
+    return jax.tree.map(jnp.negative, a)
+
+
+def _least(*trees: PyTree) -> PyTree:
+    return jax.tree.map(lambda *x: jnp.minimum(x[0], x[1]), *trees)
+
+
+def _movement(initial: PyTree, final: PyTree) -> PyTree:
+    return jax.tree.map(lambda i, f: jnp.abs(f.astype(jnp.float32) - i.astype(jnp.float32)), initial, final)
+
+
+# The mask criteria of Zhou et al. 2019, figure 2: (initial, final weights) -> scores, the lowest go first. Their
+# "large init large final" is min(alpha |w_f|, |w_i|); alpha = 1 here.
+MASK_CRITERIA: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
+    "large_final": lambda initial, final: scores.magnitude(final),
+    "small_final": lambda initial, final: _minus(scores.magnitude(final)),
+    "large_init": lambda initial, final: scores.magnitude(initial),
+    "small_init": lambda initial, final: _minus(scores.magnitude(initial)),
+    "large_init_large_final": lambda initial, final: _least(scores.magnitude(initial), scores.magnitude(final)),
+    "small_init_small_final": lambda initial, final: _least(
+        _minus(scores.magnitude(initial)), _minus(scores.magnitude(final))
+    ),
+    "magnitude_increase": lambda initial, final: criteria.magnitude_increase(final, initial),
+    "movement": _movement,
+}
+
+# What weights under the mask become before training again, and what becomes of the others.
+MASK_ONE = ("rewind", "reinit", "shuffle", "constant")
+MASK_ZERO = ("zero", "initial")
+
+
+def treat(
+    initial: PyTree,
+    masks: PyTree,
+    which: PyTree,
+    one: str = "rewind",
+    keep_sign: bool = False,
+    zero: str = "zero",
+    *,
+    key: Array,
+    fresh: PyTree | None = None,
+) -> PyTree:
+    """Weights to train again under a mask, by the ablations of Zhou et al. 2019, sections 3 and 4.
+
+    Args:
+      initial: weights before training. masks, which: the ticket.
+      one: the mask-1 action: "rewind" to initial values, "reinit" (values of `fresh`), "shuffle" (initial values of the
+        kept weights permuted within the leaf), "constant" (the standard deviation of the leaf's initial weights).
+      keep_sign: give kept weights their initial sign; otherwise "constant" gets random signs.
+      zero: the mask-0 action: "zero", or "initial" (frozen at the initial value; such weights are not pruned at all).
+      key: for shuffles and random signs.
+      fresh: another initialisation, needed for "reinit".
+
+    Returns:
+      Parameters; leaves that are not prunable are as in initial.
+
+    Raises:
+      ValueError: unknown actions, or "reinit" without fresh.
+    """
+    if one not in MASK_ONE or zero not in MASK_ZERO:
+        raise ValueError(f"one={one!r}, zero={zero!r}: choose from {', '.join(MASK_ONE)} and {', '.join(MASK_ZERO)}")
+    if one == "reinit" and fresh is None:
+        raise ValueError("one='reinit' needs fresh, another initialisation")
+
+    def treated(path: tuple, w: Array, mask: Array, other: Array, prunable: bool) -> Array:
+        if not prunable:
+            return w
+        leaf_key = jax.random.fold_in(key, zlib.crc32(masks_lib.path_name(path).encode()))
+        shuffle_key, sign_key = jax.random.split(leaf_key)
+        value = other if one == "reinit" else w
+        if one == "shuffle":
+            value = shuffle_kept(w, mask, key=shuffle_key)
+        if one == "constant":
+            value = jnp.std(w) * jax.random.rademacher(sign_key, w.shape, w.dtype)
+        if keep_sign:
+            value = jnp.abs(value) * jnp.sign(w)
+        return jnp.where(mask, value, w if zero == "initial" else jnp.zeros((), w.dtype))
+
+    return jax.tree_util.tree_map_with_path(treated, initial, masks, initial if fresh is None else fresh, which)
+
+
+def shuffle_kept(weights: Float[Array, "..."], mask: Bool[Array, "..."], *, key: Array) -> Float[Array, "..."]:
+    """The weights under the mask permuted among themselves; the others stay where they are."""
+    flat, kept = weights.ravel(), mask.ravel()
+    order = jax.random.permutation(key, flat.size)
+    # Kept positions in order, and kept positions in random order, pair up.
+    places = jnp.argsort(~kept, stable=True)
+    source = order[jnp.argsort(~kept[order], stable=True)]
+    shuffled = flat.at[places].set(flat[source])
+    return jnp.where(kept, shuffled, flat).reshape(weights.shape)

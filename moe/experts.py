@@ -1,0 +1,254 @@
+"""Expert feed-forward layers on rows sorted by expert, and a whole mixture of them from a `Routing`.
+
+Parameters are a dict of stacked arrays: gate [E, D, F] (SwiGLU only), up [E, D, F], down [E, F, D], and optionally
+gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
+
+Axes: N tokens, D width, F feed-forward width, E experts, K choices, R rows sorted by expert.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe import dispatch
+from moe.kernels import Combine, SwiGLU, grouped_matmul
+from moe.kernels.implementations import choose
+from moe.routing import Routing
+
+Params = Mapping[str, Array]
+Activation = Literal["swiglu", "gelu", "relu2"]
+ACTIVATIONS = ("swiglu", "gelu", "relu2")
+IMPLEMENTATIONS = ("auto", "kernels", "tiles", "capacity", "oracle")
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How a mixture is computed.
+
+    Attributes:
+      activation: "swiglu" (Shazeer 2020, eq. 6), "gelu" or "relu2" (squared ReLU: So et al. 2021, section 3.1).
+      implementation: "auto" takes the kernels where the backend has them and the tiles elsewhere; "kernels" are the
+        Pallas kernels (falling back to tiles is logged); "tiles" the plain JAX loop over live tiles; "capacity" a fixed
+        number of places per expert and one batched product; "oracle" a loop over experts (tiny shapes only).
+      capacity_factor: for "capacity", see `dispatch.capacity_of`.
+      groups: for "capacity": groups of consecutive tokens that compete for places.
+      drop: for "capacity": "position" or "probability", see `dispatch.places`.
+      movement: for "capacity": "gather" or "einsum".
+      dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
+    """
+
+    activation: Activation = "swiglu"
+    implementation: Literal["auto", "kernels", "tiles", "capacity", "oracle"] = "auto"
+    capacity_factor: float = 1.25
+    groups: int = 1
+    drop: Literal["position", "probability"] = "position"
+    movement: Literal["gather", "einsum"] = "gather"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        choices = {
+            "activation": ACTIVATIONS,
+            "implementation": IMPLEMENTATIONS,
+            "drop": ("position", "probability"),
+            "movement": ("gather", "einsum"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.capacity_factor <= 0 or self.groups < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be positive, groups={self.groups} at least 1, "
+                f"dropout={self.dropout} in [0, 1)"
+            )
+
+
+def activate(
+    up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None, activation: Activation = "swiglu"
+) -> Float[Array, "*N F"]:
+    """silu(gate) * up, gelu(up) (exact) or relu(up)^2; float32 inside, up's dtype outside."""
+    up32 = up.astype(jnp.float32)
+    if activation == "swiglu":
+        assert gate is not None
+        return (jax.nn.silu(gate.astype(jnp.float32)) * up32).astype(up.dtype)
+    hidden = jax.nn.gelu(up32, approximate=False) if activation == "gelu" else jnp.square(jax.nn.relu(up32))
+    return hidden.astype(up.dtype)
+
+
+def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swiglu") -> Float[Array, "*N D"]:
+    """The layer without experts: parameters lack the axis E. A shared expert is this on every token, added."""
+
+    def product(x, name):
+        y = x @ params[name].astype(x.dtype)
+        bias = params.get(f"{name}_bias")
+        return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    gate = product(x, "gate") if activation == "swiglu" else None
+    return product(activate(product(x, "up"), gate, activation), "down")
+
+
+def drop_hidden(hidden: Float[Array, "*N F"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*N F"]:
+    """Dropout with the survivors scaled up; nothing for a key of None."""
+    if key is None or rate == 0:
+        return hidden
+    kept = jax.random.bernoulli(key, 1 - rate, hidden.shape)
+    return jnp.where(kept, hidden / (1 - rate), 0).astype(hidden.dtype)
+
+
+def apply(
+    params: Params,
+    rows_RD: Float[Array, "R D"],
+    sizes_E: Int[Array, " E"],
+    activation: Activation = "swiglu",
+    *,
+    implementation: Literal["auto", "kernels", "tiles", "batched", "oracle"] = "auto",
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "R D"]:
+    """Every row through its own expert.
+
+    Args:
+      params: stacked parameters, see the module's docstring; any float dtype, products are taken in that of the rows.
+      rows_RD: rows sorted by expert.
+      sizes_E: rows of every expert; rows past their sum become zeros.
+      activation: see `activate`.
+      implementation: "auto", "kernels" or "tiles": see `MixtureConfig`; "batched" is one product for all experts and
+        needs R / E rows for each of them; "oracle" runs every expert on every row.
+      dropout: rate of expert dropout.
+      key: for dropout; None switches it off.
+
+    Raises:
+      ValueError: "batched" and rows that do not divide by the experts.
+    """
+    if implementation == "batched" and rows_RD.shape[0] % sizes_E.shape[0]:
+        raise ValueError(f"batched experts: {rows_RD.shape[0]} rows do not divide among {sizes_E.shape[0]} experts")
+    r = rows_RD.shape[0]
+    row_R = jnp.arange(r)
+    expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), row_R, side="right")  # E past the sum
+
+    def product(x_RD, name):
+        w = params[name].astype(x_RD.dtype)
+        if implementation == "batched":
+            y = jnp.einsum("ecd,edf->ecf", x_RD.reshape(w.shape[0], -1, w.shape[1]), w).reshape(r, -1)
+        elif implementation == "oracle":
+            hot_RE = (expert_R[:, None] == jnp.arange(w.shape[0])[None]).astype(x_RD.dtype)
+            y = jnp.einsum("rd,edf,re->rf", x_RD, w, hot_RE)
+        else:
+            y = grouped_matmul(x_RD, w, sizes_E, implementation=kernel(implementation))
+        if f"{name}_bias" in params:
+            y += jnp.take(params[f"{name}_bias"].astype(y.dtype), expert_R, axis=0, mode="fill", fill_value=0)
+        return y
+
+    gate_RF = product(rows_RD, "gate") if activation == "swiglu" else None
+    hidden_RF = activate(product(rows_RD, "up"), gate_RF, activation)
+    return product(drop_hidden(hidden_RF, dropout, key), "down")
+
+
+def swiglu(params: Params, rows_RD: Float[Array, "R D"], sizes_E: Int[Array, " E"]) -> Float[Array, "R D"]:
+    """`apply` with SwiGLU, short enough for an example."""
+    return apply(params, rows_RD, sizes_E)
+
+
+def kernel(implementation: str) -> str:
+    """Name of the grouped matmul behind "auto", "kernels" or "tiles"; says so, once, where there are no kernels."""
+    found = "cpu" if implementation == "tiles" else choose("auto")
+    if implementation == "kernels" and found == "cpu":
+        logging.log_first_n(
+            logging.WARNING, "no expert kernels for the backend %s: a loop over tiles runs", 1, jax.default_backend()
+        )
+    return found
+
+
+def fused(
+    params: Params,
+    x_ND: Float[Array, "N D"],
+    routing: Routing,
+    *,
+    implementation: str = "auto",
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "N D"]:
+    """Dropless SwiGLU experts without biases in two calls: gather with SwiGLU, then the weighted sum."""
+    plan = dispatch.plan(routing)
+    gate, up, down = (params[name].astype(x_ND.dtype) for name in ("gate", "up", "down"))
+    multiply = partial(grouped_matmul, implementation=kernel(implementation))
+    hidden_RF = multiply(x_ND, (gate, up), plan.sizes_E, gather=plan.tokens_R, epilogue=SwiGLU())
+    hidden_RF = drop_hidden(hidden_RF, dropout, key)
+    weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
+    return multiply(hidden_RF, down, plan.sizes_E, epilogue=Combine(plan.tokens_R, weights_R, x_ND.shape[0]))
+
+
+def mixture(
+    params: Params,
+    x_ND: Float[Array, "N D"],
+    routing: Routing,
+    config: MixtureConfig = MixtureConfig(),
+    *,
+    key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, "N D"], Bool[Array, "N K"] | None]:
+    """Tokens through their experts and back.
+
+    Args:
+      params: stacked parameters, see the module's docstring.
+      x_ND: tokens of any float dtype, which is that of the products.
+      routing: of these tokens, from any router.
+      config: how.
+      key: for expert dropout; None switches it off.
+
+    Returns:
+      The weighted sums of the experts' outputs, and which choices found a place (None: all, nothing is ever dropped).
+    """
+    run = partial(apply, params, activation=config.activation, dropout=config.dropout, key=key)
+    if routing.slots is not None:
+        return dispatch.soft(x_ND, routing, partial(run, implementation="batched")), None
+    if config.implementation == "capacity":
+        tokens = x_ND.shape[0] // config.groups
+        return dispatch.capacity(
+            x_ND,
+            routing,
+            partial(run, implementation="batched"),
+            dispatch.capacity_of(tokens, routing, config.capacity_factor),
+            groups=config.groups,
+            drop=config.drop,
+            implementation=config.movement,
+        )
+    if config.implementation == "oracle":
+        if config.dropout and key is not None:
+            raise ValueError("the oracle has no expert dropout: choose another implementation")
+        one = partial(_expert, params, activation=config.activation)
+        return dispatch.oracle(x_ND, routing, one), None
+    plain = config.activation == "swiglu" and not any(name.endswith("_bias") for name in params)
+    if plain:
+        how = config.implementation
+        return fused(params, x_ND, routing, implementation=how, dropout=config.dropout, key=key), None
+    return dispatch.dropless(x_ND, routing, partial(run, implementation=config.implementation)), None
+
+
+def _expert(params: Params, x_ND: Array, e: int, activation: Activation) -> Array:
+    return dense({name: leaf[e] for name, leaf in params.items()}, x_ND, activation)
+
+
+def initialise(
+    width: int,
+    ff: int,
+    experts: int,
+    activation: Activation = "swiglu",
+    *,
+    biases: bool = False,
+    key: Key[Array, ""],
+) -> dict[str, Array]:
+    """Random float32 parameters, variance 1 / fan-in, zero biases; `experts=0` makes a dense layer's."""
+    names = ("gate", "up", "down") if activation == "swiglu" else ("up", "down")
+    stack = (experts,) if experts else ()
+    params = {}
+    for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
+        inputs, outputs = (ff, width) if name == "down" else (width, ff)
+        params[name] = jax.random.normal(one, (*stack, inputs, outputs), jnp.float32) * inputs**-0.5
+        if biases:
+            params[f"{name}_bias"] = jnp.zeros((*stack, outputs), jnp.float32)
+    return params

@@ -1,0 +1,112 @@
+"""The product with a block-pruned weight: forward and both gradients touch live blocks only."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moe.kernels.implementations import align, call, choose, tiling
+from moe.kernels.metadata import Steps
+from moe.kernels.spec import BlockOperands, BlockSpec
+from moe.kernels.structure import BlockStructure
+from moe.kernels.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class _Call:
+    block: int
+    grid: tuple[int, int]
+    implementation: str
+    tiling: Tiling | None
+
+
+def block_sparse_matmul(
+    x: Float[Array, "M K"],
+    blocks: Float[Array, "B b b"],
+    structure: BlockStructure,
+    *,
+    implementation: str = "auto",
+    tiling: Tiling | None = None,
+) -> Float[Array, "M N"]:
+    """Multiply by a weight of which only some blocks live: x @ to_dense(blocks, structure).
+
+    Products are taken in x's dtype and summed in float32. Differentiable in x and blocks; the gradients work on live
+    blocks only. Where K or N is not a multiple of the block, the last blocks reach past the weight: entries there are
+    ignored in the product and their gradient is zero.
+
+    Args:
+      x: (M, K) bfloat16, float16 or float32.
+      blocks: (B, b, b) live blocks of x's dtype, in the order of `structure.k_B`, `structure.n_B` (see `to_blocks`).
+      structure: from `block_structure`.
+      implementation, tiling: as for `grouped_matmul`.
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+        run.
+      TypeError: x and blocks of different dtypes.
+    """
+    (k, n), b = structure.shape, structure.block
+    if x.shape[1] != k or blocks.shape != (structure.live, b, b):
+        raise ValueError(
+            f"x of {x.shape} and blocks of {blocks.shape} for a weight of {structure.shape} with {structure.live} live "
+            f"blocks: ({x.shape[0]}, {k}) and {(structure.live, b, b)} are needed"
+        )
+    if x.dtype != blocks.dtype:
+        raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")
+    if structure.live == 0 or x.shape[0] == 0:
+        return jnp.zeros((x.shape[0], n), x.dtype)
+    static = _Call(b, structure.grid, choose(implementation), tiling)
+    x = jnp.pad(x, [(0, 0), (0, -k % b)])
+    steps = jax.tree.map(jnp.asarray, (structure.forward, structure.transposed, structure.contraction))
+    return _block_sparse(static, *align((x, blocks, steps)))[:, :n]
+
+
+def to_blocks(w_KN: Float[Array, "K N"], structure: BlockStructure) -> Float[Array, "B b b"]:
+    """Live blocks of a dense weight, zeros where a block reaches past it."""
+    b, (rows, cols) = structure.block, structure.grid
+    w = jnp.pad(w_KN, [(0, rows * b - w_KN.shape[0]), (0, cols * b - w_KN.shape[1])])
+    return w.reshape(rows, b, cols, b).swapaxes(1, 2)[structure.k_B, structure.n_B]
+
+
+def to_dense(blocks: Float[Array, "B b b"], structure: BlockStructure) -> Float[Array, "K N"]:
+    """The weight as a matrix, zeros in the dead blocks."""
+    b, (rows, cols) = structure.block, structure.grid
+    w = jnp.zeros((rows, cols, b, b), blocks.dtype).at[structure.k_B, structure.n_B].set(blocks)
+    return w.swapaxes(1, 2).reshape(rows * b, cols * b)[: structure.shape[0], : structure.shape[1]]
+
+
+def _tiles(static: _Call, kernel: str, x: jax.Array, k: int, n: int) -> Tiling:
+    return static.tiling or tiling(
+        kernel, static.implementation, rows_per_group=float(x.shape[0]), k=k, n=n, dtype=x.dtype
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block_sparse(static: _Call, x: jax.Array, blocks: jax.Array, steps: tuple[Steps, Steps, Steps]):
+    return _product(static, x, blocks, steps[0], transpose=False)
+
+
+def _product(static, x, blocks, steps, *, transpose):
+    rows, cols = static.grid[::-1] if transpose else static.grid
+    tiles = _tiles(static, "block", x, rows * static.block, cols * static.block)
+    spec = BlockSpec(np.dtype(x.dtype), tiles, static.block, cols, transpose)
+    return call("block_matmul", static.implementation, BlockOperands(x, blocks, steps), spec)
+
+
+def _forward(static, x, blocks, steps):
+    return _block_sparse(static, x, blocks, steps), (x, blocks, steps)
+
+
+def _backward(static, saved, dy):
+    x, blocks, steps = saved
+    dx = _product(static, dy, blocks, steps[1], transpose=True)
+    tiles = _tiles(static, "block_contraction", x, x.shape[1], dy.shape[1])
+    spec = BlockSpec(np.dtype(blocks.dtype), tiles, static.block, blocks.shape[0])
+    dblocks = call("block_contract", static.implementation, BlockOperands(x, dy, steps[2]), spec)
+    return dx, dblocks, None
+
+
+_block_sparse.defvjp(_forward, _backward)

@@ -1,0 +1,181 @@
+"""The plain JAX path: a loop over live tiles, driven by the same metadata as the Pallas kernels. Runs on any backend.
+
+Loops are `fori_loop`s over the steps that have work; they are never differentiated (the callers have custom_vjp).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe.kernels.epilogue import swiglu
+from moe.kernels.implementations import zeros
+from moe.kernels.metadata import contraction_steps, matmul_steps
+from moe.kernels.spec import (
+    BlockOperands,
+    BlockSpec,
+    ContractionOperands,
+    ContractionSpec,
+    GroupedOperands,
+    GroupedSpec,
+)
+from moe.kernels.tiling import Tiling
+
+# A step works on whole rows of x and w, so `inner` and `cols` are not used here.
+TILINGS = {
+    "grouped": Tiling(rows=64),
+    "contraction": Tiling(rows=128),
+    "block": Tiling(rows=256),
+    "block_contraction": Tiling(rows=512),
+}
+
+
+def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
+    """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
+    del interpret
+    x_TK, rows = operands.x, operands.rows
+    tile = min(spec.tiling.rows, rows)
+    steps = matmul_steps(operands.sizes, rows=rows, tile=tile)
+    columns = operands.w[0].shape[1 if spec.transpose else 2]
+    combine = spec.epilogue == "combine"
+    shape = (spec.num_tokens if combine else rows, columns)
+    outs = (zeros(shape, jnp.float32 if combine else spec.out_dtype, x_TK),) * (3 if spec.keep else 1)
+
+    def step(s, outs):
+        start, mine_R = _rows(steps, s, tile, rows)
+        x_RK = _take(x_TK, operands.gather, start, tile)
+        group = steps.b[s]
+        scales = operands.scales or (None,) * len(operands.w)
+        products = [
+            _product(x_RK, w[group], None if scale is None else scale[group], spec.transpose)
+            for w, scale in zip(operands.w, scales, strict=True)
+        ]
+        if combine:
+            weights_R = 1.0 if operands.weights is None else _slice(operands.weights, start, tile)[:, None]
+            values_RN = jnp.where(mine_R[:, None], products[0] * weights_R, 0)
+            return (outs[0].at[_slice(operands.tokens, start, tile)].add(values_RN),)
+        if spec.epilogue == "swiglu":
+            products = [swiglu(*products), *products]
+        # Without `keep` there is one output, and gate and up end here.
+        return tuple(_write(out, start, mine_R, value) for out, value in zip(outs, products, strict=False))
+
+    # Silent steps come last and would write the zeros that are there already.
+    outs = jax.lax.fori_loop(0, _working(steps), step, outs)
+    return outs if spec.keep else outs[0].astype(spec.out_dtype)
+
+
+def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
+    """Ragged contraction: (G, K, N), zeros for empty groups."""
+    del interpret
+    rows = operands.dy.shape[0]
+    tile = min(spec.tiling.rows, rows)
+    steps = contraction_steps(operands.sizes, rows=rows, tile=tile)
+    shape = (operands.sizes.shape[0], operands.x.shape[1], operands.dy.shape[1])
+
+    # Groups outside, so that the sums of one stay in the cache and are written once.
+    first_G = jnp.searchsorted(steps.o, jnp.arange(shape[0] + 1, dtype=jnp.int32))
+
+    def step(s, sum_KN):
+        start, mine_R = _rows(steps, s, tile, rows)
+        # Both sides: what lies in rows that are not ours may be NaN, and NaN times zero is NaN.
+        x_RK = jnp.where(mine_R[:, None], _take(operands.x, operands.gather, start, tile), 0)
+        dy_RN = jnp.where(mine_R[:, None], _slice(operands.dy, start, tile), 0)
+        return sum_KN + jax.lax.dot_general(x_RK, dy_RN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def group(g, out_GKN):
+        # The dead tail repeats the last step: it must not be counted as the last group's.
+        end = jnp.minimum(first_G[g + 1], steps.count)
+        sum_KN = jax.lax.fori_loop(first_G[g], end, step, zeros(shape[1:], jnp.float32, operands.x))
+        return out_GKN.at[g].set(sum_KN.astype(spec.out_dtype))
+
+    return jax.lax.fori_loop(0, shape[0], group, zeros(shape, spec.out_dtype, operands.x))
+
+
+def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
+    """Block-sparse matmul: (M, outputs x b)."""
+    del interpret
+    x_MK, steps, b = operands.x, operands.steps, spec.block
+    rows = x_MK.shape[0]
+    tile = min(spec.tiling.rows, rows)
+    contraction = (((1,), (1 if spec.transpose else 0,)), ((), ()))
+
+    def row_tile(i, out_MN):
+        start = jnp.minimum(i * tile, rows - tile)
+
+        def step(s, carry):
+            out_MN, sum_Rb = carry
+            x_Rb = jax.lax.dynamic_slice(x_MK, (start, steps.a[s] * b), (tile, b))
+            product_Rb = jax.lax.dot_general(
+                x_Rb, operands.other[steps.b[s]], contraction, preferred_element_type=jnp.float32
+            )
+            same = (s > 0) & (steps.o[s] == steps.o[jnp.maximum(s - 1, 0)])
+            sum_Rb = jnp.where(same, sum_Rb, 0) + jnp.where(steps.live[s] > 0, product_Rb, 0)
+            # Every partial sum is written: the last of its column stays, also where row tiles overlap.
+            place = (start, steps.o[s] * b)
+            return jax.lax.dynamic_update_slice(out_MN, sum_Rb.astype(spec.out_dtype), place), sum_Rb
+
+        return jax.lax.fori_loop(0, steps.count, step, (out_MN, zeros((tile, b), jnp.float32, x_MK)))[0]
+
+    return jax.lax.fori_loop(0, -(-rows // tile), row_tile, zeros((rows, spec.outputs * b), spec.out_dtype, x_MK))
+
+
+def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
+    """Weight gradient of the live blocks: (outputs, b, b)."""
+    del interpret
+    x_MK, dy_MN, steps, b = operands.x, operands.other, operands.steps, spec.block
+    rows = x_MK.shape[0]
+    tile = min(spec.tiling.rows, rows)
+
+    def step(s, out_Bbb):
+        def row_tile(i, sum_bb):
+            start = jnp.minimum(i * tile, rows - tile)
+            x_Rb = jax.lax.dynamic_slice(x_MK, (start, steps.a[s] * b), (tile, b))
+            dy_Rb = jax.lax.dynamic_slice(dy_MN, (start, steps.b[s] * b), (tile, b))
+            # The last tile is moved back over rows that are counted already.
+            x_Rb = jnp.where(start + jnp.arange(tile)[:, None] >= i * tile, x_Rb, 0)
+            dims = (((0,), (0,)), ((), ()))
+            return sum_bb + jax.lax.dot_general(x_Rb, dy_Rb, dims, preferred_element_type=jnp.float32)
+
+        sum_bb = jax.lax.fori_loop(0, -(-rows // tile), row_tile, zeros((b, b), jnp.float32, x_MK))
+        return out_Bbb.at[steps.o[s]].set(sum_bb.astype(spec.out_dtype))
+
+    return jax.lax.fori_loop(0, steps.count, step, zeros((spec.outputs, b, b), spec.out_dtype, x_MK))
+
+
+def _working(steps):
+    """Steps to run: the first `count`, less the silent ones at their end."""
+    return jnp.sum(jnp.where(jnp.arange(steps.live.shape[0]) < steps.count, steps.live, 0))
+
+
+def _rows(steps, s, tile, rows):
+    """First row to load for step s, and which of `tile` rows from there the step owns."""
+    # The last tile is moved back rather than padded, so its rows are counted from elsewhere.
+    start = jnp.minimum(steps.a[s] * tile, rows - tile)
+    row_R = start - steps.a[s] * tile + jnp.arange(tile)
+    return start, (row_R >= steps.begin[s]) & (row_R < steps.end[s])
+
+
+def _slice(x, start, size):
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _take(x_TK, gather_M, start, size):
+    if gather_M is None:
+        return _slice(x_TK, start, size)
+    return x_TK.at[_slice(gather_M, start, size)].get(mode="clip")
+
+
+def _write(out_MN, start, mine_R, value_RN):
+    before_RN = _slice(out_MN, start, mine_R.shape[0])
+    value_RN = jnp.where(mine_R[:, None], value_RN.astype(out_MN.dtype), before_RN)
+    return jax.lax.dynamic_update_slice_in_dim(out_MN, value_RN, start, 0)
+
+
+def _product(x_RK, w, scale_QN, transpose):
+    """x times one group's weight in float32; a quantised weight's scales multiply the sums over their shares of K."""
+    if scale_QN is None:
+        dims = (((1,), (1 if transpose else 0,)), ((), ()))
+        return jax.lax.dot_general(x_RK, w, dims, preferred_element_type=jnp.float32)
+    shares = scale_QN.shape[0]
+    x_RQK = x_RK.reshape(x_RK.shape[0], shares, -1)
+    w_QKN = w.astype(x_RK.dtype).reshape(shares, -1, w.shape[1])
+    sum_QRN = jnp.einsum("RQK,QKN->QRN", x_RQK, w_QKN, preferred_element_type=jnp.float32)
+    return jnp.sum(sum_QRN * scale_QN[:, None], axis=0)

@@ -1,0 +1,216 @@
+"""Grouped matmul: every row of x times the weight of its group, with all three products of the gradient ours."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe.kernels.epilogue import swiglu_gradient
+from moe.kernels.implementations import align, call, choose, tiling
+from moe.kernels.quantize import Quantized
+from moe.kernels.spec import (
+    Combine,
+    ContractionOperands,
+    ContractionSpec,
+    GroupedOperands,
+    GroupedSpec,
+    SwiGLU,
+)
+from moe.kernels.tiling import Tiling
+
+Weight = Float[Array, "G K N"] | Quantized
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Static side of a call: epilogue, sizes of outputs, who runs it, tiles (None: looked up)."""
+
+    epilogue: str
+    num_tokens: int
+    out_dtype: np.dtype
+    implementation: str
+    tiling: Tiling | None
+
+
+def grouped_matmul(
+    x: Float[Array, "T K"],
+    w: Weight | tuple[Weight, Weight],
+    group_sizes: Int[Array, " G"],
+    *,
+    gather: Int[Array, " M"] | None = None,
+    epilogue: SwiGLU | Combine | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str = "auto",
+    tiling: Tiling | None = None,
+) -> Float[Array, "R N"]:
+    """Multiply consecutive groups of rows each by their own weight: out[i] = x[gather[i]] @ w[group of i].
+
+    Products are taken in x's dtype and summed in float32. Rows past sum(group_sizes) are zeros (and take no part in a
+    Combine). Differentiable in x, w and the weights of Combine; quantised weights are for inference. Works under jit,
+    vmap (a loop over calls), scan and shard_map.
+
+    Args:
+      x: (T, K) bfloat16, float16 or float32; T = M without `gather`.
+      w: (G, K, N) of x's dtype, or `quantize(...)` of such; for SwiGLU the pair (gate, up) of them.
+      group_sizes: (G,) rows of each group, in order, 0 allowed, summing to at most M.
+      gather: (M,) row of x for each row of the product, in [0, T): the load of a tile picks the rows, and no permuted
+        copy of x is made. None: row i is x[i].
+      epilogue: None; SwiGLU(), out = silu(x w_gate) * (x w_up); Combine(tokens, weights, num_tokens), which adds
+        weights[i] times row i to out[tokens[i]].
+      out_dtype: dtype of the result, x's by default.
+      implementation: "auto" picks by the default backend; "cpu" is plain JAX and runs anywhere; "tpu", "gpu";
+        "tpu_interpret" and "gpu_interpret" run those kernels in Pallas's interpreters.
+      tiling: tile sizes of this product and of its gradients; None looks up measured ones.
+
+    Returns:
+      (M, N), or (num_tokens, N) with Combine.
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+        run.
+      TypeError: dtypes that do not match, or a gradient through quantised weights.
+    """
+    pair = w if isinstance(w, tuple) and not isinstance(w, Quantized) else (w,)
+    values = tuple(each.values if isinstance(each, Quantized) else each for each in pair)
+    scales = tuple(each.scales for each in pair if isinstance(each, Quantized))
+    tokens, weights, count = (None, None, 0)
+    if isinstance(epilogue, Combine):
+        tokens, weights, count = epilogue
+    operands = GroupedOperands(x, values, scales, group_sizes, gather, tokens, weights)
+    name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
+    _check(operands, name)
+    dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
+    static = _Call(name, count, dtype, choose(implementation), tiling)
+    if 0 in (*x.shape, *values[0].shape, operands.rows):
+        # Nothing to multiply: an empty sum is zero.
+        return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
+    return _grouped(static, align(operands))
+
+
+def _check(operands: GroupedOperands, epilogue: str) -> None:
+    x, w = operands.x, operands.w
+    if len(w) != (2 if epilogue == "swiglu" else 1):
+        raise ValueError(f"{len(w)} weight(s) for epilogue {epilogue!r}: SwiGLU takes the pair (gate, up), others one")
+    groups = operands.sizes.shape[0]
+    for each in w:
+        if each.ndim != 3 or each.shape != (groups, x.shape[1], w[0].shape[2]):
+            raise ValueError(
+                f"weight of shape {each.shape} with x of {x.shape} and {groups} group sizes: "
+                f"({groups}, {x.shape[1]}, N) is needed"
+            )
+    for scales, each in zip(operands.scales, w, strict=False):
+        shares = scales.shape[1] if scales.ndim == 3 else 0
+        if shares < 1 or each.shape[1] % shares or scales.shape != (groups, shares, each.shape[2]):
+            raise ValueError(
+                f"scales of shape {scales.shape} for a weight of {each.shape}: (G, Q, N), Q dividing K, is needed"
+            )
+    if operands.scales and len(operands.scales) != len(w):
+        raise TypeError("one of (gate, up) is quantised and the other is not: quantise both or none")
+    if not operands.scales and any(each.dtype != x.dtype for each in w):
+        raise TypeError(f"x is {x.dtype} and w is {w[0].dtype}: cast one to the other, or quantise w")
+    for name, array in (("tokens", operands.tokens), ("weights", operands.weights)):
+        if array is not None and array.shape != (operands.rows,):
+            raise ValueError(
+                f"Combine.{name} of shape {array.shape}: one entry for each of the {operands.rows} rows is needed"
+            )
+
+
+def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
+    transpose = changes.get("transpose", False)
+    groups, k, n = operands.w[0].shape
+    tiles = static.tiling or tiling(
+        "grouped",
+        static.implementation,
+        rows_per_group=operands.rows / groups,
+        k=n if transpose else k,
+        n=k if transpose else n,
+        dtype=operands.x.dtype,
+    )
+    spec = GroupedSpec(static.out_dtype, tiles, static.epilogue, num_tokens=static.num_tokens)
+    return dataclasses.replace(spec, **changes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(static: _Call, operands: GroupedOperands):
+    return call("grouped", static.implementation, operands, _spec(static, operands))
+
+
+def _forward(static, operands):
+    if operands.scales:
+        raise TypeError("no gradient through quantised weights: they are for inference")
+    if static.epilogue != "swiglu":
+        return _grouped(static, operands), (operands, None)
+    out, gate, up = call("grouped", static.implementation, operands, _spec(static, operands, keep=True))
+    return out, (operands, (gate, up))
+
+
+def _backward(static, saved, dout):
+    operands, kept = saved
+    if static.epilogue == "swiglu":
+        to_float = partial(jnp.asarray, dtype=jnp.float32)
+        dys = swiglu_gradient(to_float(kept[0]), to_float(kept[1]), to_float(dout))
+        dys = tuple(dy.astype(operands.x.dtype) for dy in dys)
+        dweights, dx = None, sum(_dx(static, operands, w, dy) for w, dy in zip(operands.w, dys, strict=True))
+    elif static.epilogue == "combine":
+        dys, dx, dweights = _combine_backward(static, operands, dout.astype(operands.x.dtype))
+    else:
+        dys, dweights = (dout.astype(operands.x.dtype),), None
+        dx = _dx(static, operands, operands.w[0], dys[0])
+    dw = tuple(_dw(static, operands, w, dy) for w, dy in zip(operands.w, dys, strict=True))
+    return (GroupedOperands(dx, dw, (), None, None, None, dweights),)
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _dx(static, operands, w, dy):
+    """Input gradient: dy w^T, read through the untransposed w; a gathered x gets its rows by a combine."""
+    back = GroupedOperands(dy, (w,), (), operands.sizes, tokens=operands.gather)
+    gathered = operands.gather is not None
+    changes = {
+        "out_dtype": operands.x.dtype,
+        "transpose": True,
+        "epilogue": "combine" if gathered else "none",
+        "num_tokens": operands.x.shape[0] if gathered else 0,
+    }
+    return call("grouped", static.implementation, back, _spec(static, back, **changes))
+
+
+def _dw(static, operands, w, dy):
+    """Weight gradient: the ragged contraction of x and dy."""
+    tiles = static.tiling or tiling(
+        "contraction",
+        static.implementation,
+        rows_per_group=dy.shape[0] / w.shape[0],
+        k=w.shape[1],
+        n=w.shape[2],
+        dtype=dy.dtype,
+    )
+    back = ContractionOperands(operands.x, dy, operands.sizes, operands.gather)
+    return call("contract", static.implementation, back, ContractionSpec(w.dtype, tiles))
+
+
+def _combine_backward(static, operands, dout):
+    """Cotangents of the rows of the product, of x and of the weights.
+
+    With u = dout[tokens] w^T: dx_i = weights_i u_i, and d weights_i = <dout[tokens_i], x_i w> = <u_i, x_i>, so that the
+    rows of the forward product need not be kept.
+    """
+    back = GroupedOperands(dout, operands.w, (), operands.sizes, gather=operands.tokens)
+    changes = {"out_dtype": operands.x.dtype, "transpose": True, "epilogue": "none", "num_tokens": 0}
+    dx_MK = call("grouped", static.implementation, back, _spec(static, back, **changes))
+    dy_MN, dweights_M = dout[operands.tokens], None
+    if operands.weights is not None:
+        x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
+        # Rows past the sum: dx is zero there, and x may be anything.
+        live_M = jnp.arange(dx_MK.shape[0]) < jnp.sum(operands.sizes)
+        dots_M = jnp.sum(dx_MK * x_MK, axis=1, dtype=jnp.float32)
+        dweights_M = jnp.where(live_M, dots_M, 0).astype(operands.weights.dtype)
+        dx_MK, dy_MN = (v * operands.weights[:, None].astype(v.dtype) for v in (dx_MK, dy_MN))
+    if operands.gather is not None:
+        dx_MK = jnp.zeros_like(operands.x).at[operands.gather].add(dx_MK)
+    return (dy_MN,), dx_MK, dweights_M

@@ -1,0 +1,88 @@
+"""Which tiles meet in which step: the one record that drives every kernel of the family.
+
+A kernel walks the steps in order. Step s multiplies tile a[s] of A by tile b[s] of B into tile o[s] of the output;
+steps with the same o are neighbours, so an accumulator lives from the first of them to the last. What a, b and o index:
+
+| product                                | a            | b                    | o              | built             |
+|----------------------------------------|--------------|----------------------|----------------|-------------------|
+| grouped matmul (rows of x, by expert)  | row tile     | group                | row tile       | on device, a step |
+| ragged contraction (weight gradient)   | row tile     | row tile             | group          | on device, a step |
+| block-sparse matmul (x by live blocks) | block column | live block           | output column  | on host, once     |
+| its weight gradient                    | block column | output column        | live block     | on host, once     |
+
+`begin` and `end` are the rows of the tile that the step owns, counted from the tile's start: only those are multiplied
+and written. `live` is 0 for a step that owns rows (or a column) but multiplies nothing: it writes zeros.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class Steps(NamedTuple):
+    """One entry per step, int32; entries from `count` on repeat the last step and must not be run."""
+
+    a: Int[Array, " S"]
+    b: Int[Array, " S"]
+    o: Int[Array, " S"]
+    begin: Int[Array, " S"]
+    end: Int[Array, " S"]
+    live: Int[Array, " S"]
+    count: Int[Array, ""]  # type: ignore[assignment]  # tuple.count is not needed
+
+
+def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int) -> Steps:
+    """Steps of a grouped matmul over `rows` rows in tiles of `tile`.
+
+    Every row tile is visited once by each group that has rows in it. Rows past the sum of the sizes belong to a last,
+    silent group whose steps have live 0 (b stays in range), so every row of the output is written by exactly one step.
+
+    Args:
+      group_sizes_G: rows of each group, in order; what goes past `rows` is cut off.
+      rows: rows of x, at least 1.
+      tile: rows of a tile; the last tile may reach past `rows`.
+
+    Returns:
+      Steps of length ceil(rows / tile) + G, of which the first `count` are to be run.
+    """
+    groups = group_sizes_G.shape[0]
+    begins, ends = _bounds(group_sizes_G, rows)
+    begins, ends = jnp.append(begins, ends[-1]), jnp.append(ends, rows)
+    visits = jnp.where(ends > begins, -(-ends // tile) - begins // tile, 0)
+    group, tiles, begin, end, count = _unroll(
+        begins, ends, visits, rows=rows, tile=tile, length=-(-rows // tile) + groups
+    )
+    live = (group < groups).astype(jnp.int32)
+    return Steps(tiles, jnp.minimum(group, groups - 1), tiles, begin, end, live, count)
+
+
+def contraction_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int) -> Steps:
+    """Steps of the ragged contraction x^T dy, group by group: o is the group.
+
+    An empty group gets one step with live 0, so that its output is written (zeros). Rows past the sum are not visited.
+    Arguments and length as in `matmul_steps`.
+    """
+    begins, ends = _bounds(group_sizes_G, rows)
+    visits = jnp.where(ends > begins, -(-ends // tile) - begins // tile, 1)
+    length = -(-rows // tile) + group_sizes_G.shape[0]
+    group, tiles, begin, end, count = _unroll(begins, ends, visits, rows=rows, tile=tile, length=length)
+    return Steps(tiles, tiles, group, begin, end, (end > begin).astype(jnp.int32), count)
+
+
+def _bounds(group_sizes_G, rows):
+    ends = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
+    return jnp.append(jnp.zeros_like(ends[:1]), ends[:-1]), ends
+
+
+def _unroll(begins, ends, visits, *, rows, tile, length):
+    """Turn visits per group into steps: (group, row tile, begin and end within the tile, count)."""
+    after = jnp.cumsum(visits).astype(jnp.int32)
+    count = after[-1]
+    step = jnp.minimum(jnp.arange(length, dtype=jnp.int32), count - 1)
+    group = jnp.searchsorted(after, step, side="right").astype(jnp.int32)
+    # An empty group at the very end would name a tile that does not exist.
+    tiles = jnp.minimum(begins[group] // tile + step - (after - visits)[group], -(-rows // tile) - 1).astype(jnp.int32)
+    begin = jnp.clip(begins[group] - tiles * tile, 0, tile).astype(jnp.int32)
+    end = jnp.clip(ends[group] - tiles * tile, begin, tile).astype(jnp.int32)
+    return group, tiles, begin, end, count

@@ -1,0 +1,46 @@
+"""Int8 and fp8 weights with scales, for inference."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+DTYPES = {
+    "int8": (jnp.int8, 127.0),
+    "float8_e4m3fn": (jnp.float8_e4m3fn, 448.0),
+    "float8_e5m2": (jnp.float8_e5m2, 57344.0),
+}
+
+
+class Quantized(NamedTuple):
+    """A weight (G, K, N) as values (G, K, N) times scales (G, Q, N): scale q belongs to rows q K/Q to (q+1) K/Q."""
+
+    values: Num[Array, "G K N"]
+    scales: Float[Array, "G Q N"]
+
+
+def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | None = None) -> Quantized:
+    """Round a weight to `dtype`, with the largest magnitude of each scale's share mapped to the dtype's largest.
+
+    Args:
+      w_GKN: weights.
+      dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+      block: rows of K that share a scale; None for one scale per output channel.
+
+    Raises:
+      ValueError: an unknown dtype, or a block that does not divide K.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize to {dtype!r}: choose one of {', '.join(DTYPES)}")
+    groups, k, n = w_GKN.shape
+    block = k if block is None else block
+    if block < 1 or k % block:
+        raise ValueError(f"block={block} does not divide K={k}")
+    target, largest = DTYPES[dtype]
+    w_GQRN = w_GKN.astype(jnp.float32).reshape(groups, k // block, block, n)
+    scales_GQN = jnp.max(jnp.abs(w_GQRN), axis=2) / largest
+    # A channel of zeros: any scale will do.
+    scales_GQN = jnp.where(scales_GQN == 0, 1.0, scales_GQN)
+    scaled = jnp.clip(w_GQRN / scales_GQN[:, :, None], -largest, largest)
+    values = jnp.round(scaled) if target == jnp.int8 else scaled
+    return Quantized(values.astype(target).reshape(groups, k, n), scales_GQN)

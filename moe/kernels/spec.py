@@ -1,0 +1,130 @@
+"""What a kernel is asked to do: operands (arrays), spec (static), and the epilogues a caller may choose."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe.kernels.metadata import Steps
+from moe.kernels.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """Epilogue of the up-projection: silu(x w_gate) * (x w_up) with w = (w_gate, w_up) (Shazeer 2020, eq. 6)."""
+
+
+class Combine(NamedTuple):
+    """Epilogue of the down-projection: row i of the product, times weights[i], is added to row tokens[i] of the output.
+
+    Fields:
+      tokens: (M,) int32, destination of each row, each in [0, num_tokens); rows past the sum of the group sizes add
+        nothing.
+      weights: (M,) floating, or None for ones.
+      num_tokens: rows of the output.
+    """
+
+    tokens: Int[Array, " M"]
+    weights: Float[Array, " M"] | None
+    num_tokens: int
+
+
+class GroupedOperands(NamedTuple):
+    """Arrays of a grouped matmul as every implementation gets them.
+
+    Fields:
+      x: (T, K), with T = M where nothing is gathered.
+      w: one (G, K, N) array, or two for SwiGLU (gate, up); (G, N, K) where `spec.transpose`.
+      scales: () or, for quantised weights, one (G, Q, N) float32 array per w, each scale for K / Q rows of w.
+      sizes: (G,) int32.
+      gather: (M,) int32 rows of x, or None: x is already in the order of the groups.
+      tokens: (M,) int32 destinations for "combine", or None.
+      weights: (M,) float32 row weights for "combine", or None for ones.
+    """
+
+    x: Array
+    w: tuple[Array, ...]
+    scales: tuple[Array, ...]
+    sizes: Array
+    gather: Array | None = None
+    tokens: Array | None = None
+    weights: Array | None = None
+
+    @property
+    def rows(self) -> int:
+        """M: rows after the gather."""
+        return (self.x if self.gather is None else self.gather).shape[0]
+
+
+@dataclass(frozen=True)
+class GroupedSpec:
+    """Static side of a grouped matmul.
+
+    Fields:
+      epilogue: "none" -> (M, N); "swiglu" -> (M, N); "combine" -> (num_tokens, N).
+      transpose: contract over the last axis of w (the input gradient); no transposed copy may be made.
+      keep: with "swiglu", return (out, gate, up), all (M, N): the backward pass needs the last two.
+      num_tokens: rows of the output of "combine".
+      out_dtype: of every output; sums are float32 whatever it is.
+      tiling: tile sizes.
+    """
+
+    out_dtype: np.dtype
+    tiling: Tiling
+    epilogue: str = "none"
+    transpose: bool = False
+    keep: bool = False
+    num_tokens: int = 0
+
+
+class ContractionOperands(NamedTuple):
+    """Arrays of the ragged contraction out[g] = sum over rows i of group g of x[gather[i]]^T dy[i].
+
+    Fields:
+      x: (T, K). dy: (M, N). sizes: (G,) int32. gather: (M,) int32 or None.
+    """
+
+    x: Array
+    dy: Array
+    sizes: Array
+    gather: Array | None = None
+
+
+@dataclass(frozen=True)
+class ContractionSpec:
+    """Static side of a ragged contraction, output (G, K, N): every group written, empty ones with zeros."""
+
+    out_dtype: np.dtype
+    tiling: Tiling
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Static side of a block-sparse product.
+
+    Fields:
+      block: side b of a block.
+      outputs: block columns of the output (matmul: (M, outputs x b)) or live blocks (gradient: (outputs, b, b)).
+      transpose: each block is used transposed (the input gradient).
+    """
+
+    out_dtype: np.dtype
+    tiling: Tiling
+    block: int
+    outputs: int
+    transpose: bool = False
+
+
+class BlockOperands(NamedTuple):
+    """Arrays of a block-sparse product.
+
+    Fields:
+      x: (M, K) with K = rows x block, already padded to whole blocks; (M, N) for `transpose`.
+      other: blocks (B, b, b) for the matmul; dy (M, N) for the weight gradient.
+      steps: `structure.forward`, `.transposed` or `.contraction`, as int32 arrays on the device.
+    """
+
+    x: Array
+    other: Array
+    steps: Steps

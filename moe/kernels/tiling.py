@@ -1,0 +1,76 @@
+"""Tile sizes: a small frozen config, looked up per device kind in tables that ship with the package.
+
+`tilings/<device kind>.json` holds a list of rows {"kernel", "rows_per_group", "k", "n", "dtype", "tiling": {...},
+"seconds"}, written by `scripts/tune_kernels.py`. A lookup takes the row of the same kernel and dtype nearest in shape
+(sum of squared log ratios). A device without a table, or without such a row, gets the safe default and a warning, once.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+TABLES = Path(__file__).parent / "tilings"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tile of one step: `rows` of x (M), `inner` of the contraction (K) and `cols` of the output (N)."""
+
+    rows: int = 128
+    inner: int = 512
+    cols: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"Tiling.{field.name}={getattr(self, field.name)}: at least 1 is needed")
+
+
+T = TypeVar("T")
+
+
+def slug(device_kind: str) -> str:
+    """File name of a device kind: lower case, everything but letters and digits turned into single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+
+
+@cache
+def read_table(device_kind: str) -> tuple[dict[str, Any], ...]:
+    """Rows measured on this kind of device, in the order of the file; none if it has no table (warns, once a kind)."""
+    path = TABLES / f"{slug(device_kind)}.json"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in TABLES.glob("*.json"))) or "none"
+        warnings.warn(
+            f"no measured tile sizes for device kind {device_kind!r} (tables: {known}); using safe defaults. "
+            "Measure with: python scripts/tune_kernels.py",
+            stacklevel=2,
+        )
+        return ()
+    return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+
+def lookup(device_kind: str, kernel: str, *, rows_per_group: float | int, k: int, n: int, dtype: str, default: T) -> T:
+    """Tile sizes for a shape on a device kind.
+
+    Args:
+      device_kind: `jax.devices()[0].device_kind`.
+      kernel: name in the table: "grouped", "contraction", "block", "block_contraction".
+      rows_per_group: M / G (for blocks: M).
+      k, n: contraction and output columns.
+      dtype: name of x's dtype.
+      default: a frozen dataclass; returned with the fields that the table gives replaced.
+    """
+    rows = [row for row in read_table(device_kind) if row["kernel"] == kernel and row["dtype"] == dtype]
+    if not rows:
+        return default
+
+    def distance(row: dict[str, Any]) -> float:
+        pairs = ((row["rows_per_group"], rows_per_group), (row["k"], k), (row["n"], n))
+        return sum(math.log(max(there, 1) / max(here, 1)) ** 2 for there, here in pairs)
+
+    return dataclasses.replace(default, **min(rows, key=distance)["tiling"])  # type: ignore[type-var]

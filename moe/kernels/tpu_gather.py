@@ -1,0 +1,83 @@
+"""Rows of x picked by number while they are loaded: one copy per row from HBM, a step ahead of its use.
+
+The copy engine addresses single rows of 32-bit arrays only, so 16-bit rows travel as words: in every tile of the
+contraction the first half of the columns sits in the low bits and the second half in the high bits. Packing reads and
+writes the tokens once, unpermuted.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moe.kernels.tpu_plan import LARGE, Tiles
+
+# The numbers live in scalar memory (1 MiB), with the steps and perhaps the destinations and weights of a combine.
+MOST_ROWS = 65536
+A, BEGIN, END, LIVE = 0, 3, 4, 5
+
+
+def fits(x_TK: jax.Array, gather_M: jax.Array, tiles: Tiles) -> bool:
+    """Whether the kernel can gather: enough scalar memory, and VMEM for two tiles of whole rows."""
+    row = tiles.grid[1] * tiles.k * x_TK.dtype.itemsize
+    return gather_M.shape[0] <= MOST_ROWS and 2 * tiles.m * row <= LARGE // 3
+
+
+def pack(x_TK: jax.Array, tile: int) -> jax.Array:
+    """x with K padded to whole tiles, 16-bit types as 32-bit words (T, K / 2)."""
+    x_TK = jnp.pad(x_TK, [(0, 0), (0, -x_TK.shape[1] % tile)])
+    if x_TK.dtype.itemsize == 4:
+        return x_TK
+    halves = jax.lax.bitcast_convert_type(x_TK, jnp.uint16).reshape(x_TK.shape[0], -1, 2, tile // 2).astype(jnp.uint32)
+    return (halves[:, :, 0] | halves[:, :, 1] << 16).reshape(x_TK.shape[0], -1)
+
+
+def scratch(packed: jax.Array, tiles: Tiles) -> list:
+    """Two tiles of whole rows, and a semaphore for each."""
+    return [pltpu.VMEM((2, tiles.m, packed.shape[1]), packed.dtype), pltpu.SemaphoreType.DMA((2,))]
+
+
+def advance(x, gather, steps, buffers, tiles: Tiles, place) -> None:
+    """Wait for this step's rows and send for the next step's. To be called once a step.
+
+    `place` is (turn, count, turns): steps gone by in all column tiles, steps of a column tile, steps of all.
+    """
+    buffer, semaphores = buffers
+    turn, count, turns = place
+
+    def copies(turn, begin: bool):
+        slot, step = jax.lax.rem(turn, 2), jax.lax.rem(turn, count)
+        first = steps[A, step] * tiles.m
+
+        def copy(r, _):
+            # A wait counts bytes and does not look at the source.
+            source = gather[first + r] if begin else 0
+            one = pltpu.make_async_copy(x.at[pl.ds(source, 1)], buffer.at[slot, pl.ds(r, 1)], semaphores.at[slot])
+            one.start() if begin else one.wait()
+            return 0
+
+        end = jnp.where(steps[LIVE, step] > 0, steps[END, step], steps[BEGIN, step])
+        jax.lax.fori_loop(steps[BEGIN, step], end, copy, 0)
+
+    @pl.when(turn == 0)
+    def _first():
+        copies(turn, True)
+
+    @pl.when(turn + 1 < turns)
+    def _next():
+        copies(turn + 1, True)
+
+    copies(turn, False)
+
+
+def read(buffers, tiles: Tiles, dtype, turn, k) -> jax.Array:
+    """This step's rows for the contraction tile at hand, (rows, K tile). Rows the step does not own hold anything."""
+    buffer, slot = buffers[0], jax.lax.rem(turn, 2)
+    width = tiles.k if dtype.itemsize == 4 else tiles.k // 2
+    words = buffer[slot, :, pl.ds(pl.multiple_of(k * width, 128), width)]
+    if dtype.itemsize == 4:
+        return words
+    # A bfloat16 is the upper half of a float32.
+    low = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
+    high = jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.concatenate([low, high], axis=1).astype(dtype)

@@ -1,0 +1,229 @@
+"""The Linen layer of routed experts: it declares parameters and calls `moe.gate`, `moe.experts` and `moe.losses`.
+
+    router/{kernel [D, E], ...}    experts/{gate [E, D, F], up [E, D, F], down [E, F, D]}/kernel (and /bias)
+    shared/{gate [D, S F], up [D, S F], down [S F, D]}/kernel
+
+Axes: B batch, T tokens of a sequence, N = B T, D width, F feed-forward width of one expert, E experts, S shared
+  experts.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from moe import losses, metrics
+from moe.experts import Activation, MixtureConfig, dense, mixture
+from moe.gate import RouterConfig, gate, parameter_shapes
+from moe.routing import Routing, require_causal
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A layer of routed experts.
+
+    Attributes:
+      every: every n-th layer of a model is routed, the last of each n.
+      ff: F; 0 takes the dense layer's width divided by `granularity`.
+      granularity: fine-grained experts: each is so many times narrower (Dai et al. 2024, section 3.1; give `router` so
+        many times more experts and choices).
+      shared: S, experts of width F that every token passes, unweighted (Dai et al. 2024, section 3.2).
+      biases: experts have biases.
+      router: which experts a token goes to.
+      mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
+        token decoded alone comes out as in the whole text.
+      balance: coefficient of the load-balance loss; `balance_scope` is "batch" (all its tokens) or "sequence".
+      importance, load, z: coefficients of the importance, load and z losses.
+      bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
+      router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).
+    """
+
+    every: int = 1
+    ff: int = 0
+    granularity: int = 1
+    shared: int = 0
+    biases: bool = False
+    router: RouterConfig = RouterConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    balance: float = 1e-2
+    balance_scope: str = "batch"
+    importance: float = 0.0
+    load: float = 0.0
+    z: float = 0.0
+    bias_rate: float = 0.0
+    router_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.every < 1 or self.granularity < 1 or self.ff < 0 or self.shared < 0:
+            raise ValueError(
+                f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff} and "
+                f"shared={self.shared} at least 0"
+            )
+        if self.balance_scope not in ("batch", "sequence"):
+            raise ValueError(f"balance_scope={self.balance_scope!r}: choose 'batch' or 'sequence'")
+        if self.load and self.router.name not in ("noisy", "hierarchical"):
+            raise ValueError(f"load={self.load} needs the smooth load of the routers noisy and hierarchical")
+        if self.bias_rate and self.router.name != "sigmoid":
+            raise ValueError(f"bias_rate={self.bias_rate} moves the sigmoid router's bias, not {self.router.name}'s")
+
+    def width_of(self, dense_ff: int) -> int:
+        """F beside a dense layer of this width.
+
+        Raises:
+          ValueError: the granularity does not divide the dense width.
+        """
+        if self.ff == 0 and dense_ff % self.granularity:
+            raise ValueError(f"ff={dense_ff} does not divide into granularity={self.granularity} parts; set moe.ff")
+        return self.ff or dense_ff // self.granularity
+
+
+def auxiliary(routing: Routing, config: MoEConfig, sequences: int) -> Float32[Array, ""]:
+    """The layer's weighted sum of auxiliary losses; `sequences` of equal length make up the tokens."""
+    total = jnp.float32(0)
+    if config.balance:
+        groups = sequences if config.balance_scope == "sequence" else 1
+        total += config.balance * losses.load_balance(routing, groups)
+    if config.importance:
+        total += config.importance * losses.importance_loss(routing)
+    if config.load:
+        total += config.load * losses.load_loss(routing)
+    if config.z:
+        total += config.z * losses.z_loss(routing)
+    return total
+
+
+class Kernels(nn.Module):
+    """Kernels [*stack, D, F] or [*stack, F, D] of one feed-forward layer, by name, and biases if asked for."""
+
+    width: int
+    ff: int
+    stack: tuple[int, ...] = ()
+    activation: Activation = "swiglu"
+    biases: bool = False
+    scale: float = 1.0
+    output_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        """The parameters as `moe.experts` wants them."""
+        names = ("gate", "up", "down") if self.activation == "swiglu" else ("up", "down")
+        params: dict[str, Array] = {}
+        for name in names:
+            ends = (self.ff, self.width) if name == "down" else (self.width, self.ff)
+            scale = self.scale * (self.output_scale if name == "down" else 1.0)
+            params |= Kernel((*self.stack, *ends), len(self.stack), scale, self.biases, name=name)(name)
+        return params
+
+
+class Kernel(nn.Module):
+    """One stack of kernels, initial variance scale^2 / inputs, and its bias, zeros."""
+
+    shape: tuple[int, ...]
+    batch_axes: int
+    scale: float
+    biases: bool
+
+    @nn.compact
+    def __call__(self, name: str) -> dict[str, Array]:
+        """{name: kernel} and, with biases, {name_bias: bias}."""
+        init = nn.initializers.variance_scaling(
+            self.scale**2, "fan_in", "truncated_normal", batch_axis=tuple(range(self.batch_axes))
+        )
+        params = {name: self.param("kernel", init, self.shape, jnp.float32)}
+        if self.biases:
+            shape = (*self.shape[:-2], self.shape[-1])
+            params[f"{name}_bias"] = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        return params
+
+
+class Router(nn.Module):
+    """The parameters of a router by the names of `gate.parameter_shapes`."""
+
+    config: RouterConfig
+    width: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        """The parameters."""
+        start = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
+        inits = {"kernel": start, "inner": start, "scale": nn.initializers.ones}
+        shapes = parameter_shapes(self.config, self.width)
+        return {
+            name: self.param(name, inits.get(name, nn.initializers.zeros), shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+
+
+class MoE(nn.Module):
+    """Routed experts in place of a feed-forward layer.
+
+    An rng "router" means training: noise, capacity and expert dropout are on. Sown into "intermediates": "aux_loss",
+    the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives; into
+    "routings": the whole `Routing`. With `causal`, a router that looks ahead is refused outside training, where tokens
+    are decoded.
+    """
+
+    config: MoEConfig
+    width: int
+    ff: int
+    scale: float = 1.0
+    output_scale: float = 1.0
+    causal: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        mask_BT: Bool[Array, "B T"] | None = None,
+        tokens_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Transform every token by its experts.
+
+        Args:
+          x_BTD: activations of any float dtype, which is that of the experts' products.
+          mask_BT: False for padding, which comes out as zeros (but for shared experts).
+          tokens_BT: token ids, for the hash router.
+        """
+        c, (b, t, d) = self.config, x_BTD.shape
+        train = self.has_rng("router")
+        keys = jax.random.split(self.make_rng("router")) if train else (None, None)
+        kernels = partial(
+            Kernels,
+            width=self.width,
+            activation=c.mixture.activation,
+            biases=c.biases,
+            scale=self.scale,
+            output_scale=self.output_scale,
+        )
+        router = Router(c.router, self.width, c.router_scale, name="router")()
+        params = kernels(ff=self.ff, stack=(c.router.experts,), name="experts")()
+
+        x_ND = x_BTD.reshape(b * t, d)
+        mask_N = None if mask_BT is None else mask_BT.reshape(-1)
+        tokens_N = None if tokens_BT is None else tokens_BT.reshape(-1)
+        with jax.named_scope("route"):
+            routing = gate(router, x_ND, c.router, mask_N, key=keys[0], train=train, tokens_N=tokens_N)
+        if self.causal and not train and not self.is_initializing():
+            require_causal(routing)
+        config = c.mixture if train else serving(c.mixture)
+        with jax.named_scope("experts"):
+            y_ND, kept_NK = mixture(params, x_ND, routing, config, key=keys[1])
+        if c.shared:
+            with jax.named_scope("shared"):
+                shared = kernels(ff=c.shared * self.ff, name="shared")()
+                y_ND += dense(shared, x_ND, c.mixture.activation)
+        self.sow("intermediates", "aux_loss", auxiliary(routing, c, b))
+        self.sow("intermediates", "routing", metrics.summary(routing, kept_NK))
+        self.sow("routings", "routing", routing)
+        return y_ND.reshape(b, t, d)
+
+
+def serving(config: MixtureConfig) -> MixtureConfig:
+    """The same mixture without a capacity, so that no token depends on the others of its batch."""
+    if config.implementation != "capacity":
+        return config
+    return MixtureConfig(config.activation, "auto")

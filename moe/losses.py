@@ -1,0 +1,82 @@
+"""Auxiliary losses as functions of a `Routing`, whichever router made it; all float32 scalars without coefficients.
+
+Axes: N tokens, E experts, K choices, G groups of consecutive tokens (sequences, for instance). Padding counts nowhere.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from moe.metrics import counts, importance, squared_variation
+from moe.routing import Routing
+
+
+def load_balance(
+    routing: Routing,
+    groups: int = 1,
+    *,
+    choices: Literal["all", "first"] = "all",
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Float32[Array, ""]:
+    """E sum_i f_i P_i, one at perfect balance and E when all goes to one expert: Fedus et al. (2021), eq. 4-6.
+
+    f_i is the share of choices that go to expert i (no gradient), P_i the mean probability of expert i. GShard's l_aux
+    (Lepikhin et al. 2020, algorithm 1) is this with `choices="first"`, divided by E^2; DeepSeek-V3's sequence-wise loss
+    (eq. 17-20) is this with one group per sequence.
+
+    Args:
+      routing: any routing.
+      groups: the mean over so many groups of consecutive tokens; 1 is the whole batch. Groups of padding alone count 0.
+      choices: "all" K choices, or the "first" alone.
+      axis_name: mapped axes over which f and P are averaged first, so that balance is asked of the global batch only
+        (Qiu et al. 2025); with `groups=1`.
+
+    Raises:
+      ValueError: the tokens do not divide into the groups, or both groups and axis_name are given.
+    """
+    e, n = routing.num_experts, routing.mask_N.shape[0]
+    if groups < 1 or n % groups:
+        raise ValueError(f"{n} tokens do not divide into {groups} groups")
+    if groups > 1 and axis_name is not None:
+        raise ValueError(f"groups={groups} and axis_name={axis_name!r}: a balance is either per group or global")
+    experts_GMK = routing.experts_NK.reshape(groups, n // groups, -1)
+    if choices == "first":
+        experts_GMK = experts_GMK[:, :, :1]
+    counts_GE = jax.vmap(lambda experts: counts(experts, e))(experts_GMK)
+    weight_GM1 = routing.mask_N.reshape(groups, -1, 1).astype(jnp.float32)
+    sums_GE = (routing.probs_NE.reshape(groups, -1, e) * weight_GM1).sum(axis=1)
+    tokens_G1 = weight_GM1.sum(axis=1)
+    if axis_name is not None:
+        counts_GE, sums_GE, tokens_G1 = jax.lax.psum((counts_GE, sums_GE, tokens_G1), axis_name)
+    f_GE = jax.lax.stop_gradient(counts_GE / jnp.maximum(counts_GE.sum(axis=-1, keepdims=True), 1.0))
+    p_GE = sums_GE / jnp.maximum(tokens_G1, 1.0)
+    return e * (f_GE * p_GE).sum(axis=-1).mean()
+
+
+def importance_loss(routing: Routing) -> Float32[Array, ""]:
+    """CV(importance)^2, importance being the sum of weights per expert: Shazeer et al. (2017), eq. 6-7."""
+    return squared_variation(importance(routing))
+
+
+def load_loss(routing: Routing) -> Float32[Array, ""]:
+    """CV(load)^2 of the smooth load: Shazeer et al. (2017), eq. 11 (appendix A).
+
+    Raises:
+      ValueError: the router gave no smooth load (only `noisy_top_k` and `hierarchical` do).
+    """
+    if routing.load_NE is None:
+        raise ValueError("the load loss needs Routing.load_NE: route with noisy_top_k or hierarchical")
+    return squared_variation(routing.load_NE.sum(axis=0))
+
+
+def z_loss(routing: Routing) -> Float32[Array, ""]:
+    """Mean over tokens of logsumexp(logits)^2: Zoph et al. (2022, ST-MoE), eq. 5."""
+    return masked_mean(jnp.square(jax.nn.logsumexp(routing.logits_NE, axis=-1)), routing)
+
+
+def masked_mean(values_N: Float[Array, " N"], routing: Routing) -> Float32[Array, ""]:
+    """Mean over the tokens that are no padding; 0 without any."""
+    weight_N = routing.mask_N.astype(jnp.float32)
+    return (values_N.astype(jnp.float32) * weight_N).sum() / jnp.maximum(weight_N.sum(), 1.0)

@@ -1,0 +1,154 @@
+"""Expert parallelism, for code that runs inside `jax.shard_map`: experts live on different devices, tokens travel.
+
+Every device of the mesh axis `axis` holds E / P consecutive experts and some of the tokens, and calls one of these with
+its own tokens and their routing over all E experts. The result is that of one device, token for token; nothing is
+dropped. Tensor parallelism beside it is the expert function's business (`tensor_parallel`); other axes need nothing.
+
+Axes: N tokens of one device, D width, E experts, L = E / P local experts, P devices of the axis, K choices, R rows a
+device sends, M rows it receives.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe.dispatch import ExpertFn, Plan, combine, gather, plan, plan_rows
+from moe.routing import Routing
+
+Exchange = Literal["auto", "padded", "ragged"]
+
+
+def tensor_parallel(experts: ExpertFn, axis: str) -> ExpertFn:
+    """Experts whose gate and up kernels are split along F and whose down kernel along its rows: sum the parts."""
+    return lambda rows_RD, sizes_E: jax.lax.psum(experts(rows_RD, sizes_E), axis)
+
+
+def all_to_all(
+    x_ND: Float[Array, "N D"],
+    routing: Routing,
+    experts: ExpertFn,
+    axis: str,
+    *,
+    exchange: Exchange = "auto",
+) -> Float[Array, "N F"]:
+    """Send every token to the devices of its experts, run them, send the rows back, combine.
+
+    Args:
+      x_ND: this device's tokens.
+      routing: of these tokens, over all E experts.
+      experts: this device's E / P experts: (rows sorted by expert, sizes [E / P]) -> rows.
+      axis: the mesh axis.
+      exchange: "padded" sends blocks of N K rows, most of them empty, by `all_to_all`; "ragged" sends only what there
+        is by `ragged_all_to_all`; "auto" takes "ragged" on TPUs and GPUs and "padded" elsewhere (XLA has no ragged
+        exchange for CPUs).
+
+    Raises:
+      ValueError: the experts do not divide by the devices, or the routing has slots (Soft MoE).
+    """
+    devices, local = _split(routing, axis)
+    if exchange == "auto":
+        exchange = "ragged" if jax.default_backend() in ("tpu", "gpu") else "padded"
+    by_expert = plan(routing)
+    rows_RD = gather(x_ND, by_expert)
+    run = _ragged if exchange == "ragged" else _padded
+    return combine(run(rows_RD, by_expert, experts, axis, devices, local), routing.weights_NK, by_expert)
+
+
+def all_gather(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn, axis: str) -> Float[Array, "N F"]:
+    """Every device gets all tokens, runs its own experts on theirs, and the sums are scattered back.
+
+    Less to send than `all_to_all` where K is near P or more (fine-grained experts), and no uneven messages.
+
+    Args and errors are those of `all_to_all`.
+    """
+    _, local = _split(routing, axis)
+    all_ND, ids_NK, weights_NK = (
+        jax.lax.all_gather(leaf, axis, tiled=True) for leaf in (x_ND, routing.experts_NK, routing.weights_NK)
+    )
+    first = jax.lax.axis_index(axis) * local
+    mine = plan_rows(ids_NK - first, local, ids_NK.size)
+    y_ND = combine(experts(gather(all_ND, mine), mine.sizes_E), weights_NK, mine)
+    return jax.lax.psum_scatter(y_ND, axis, scatter_dimension=0, tiled=True)
+
+
+def _split(routing: Routing, axis: str) -> tuple[int, int]:
+    """Devices of the axis and experts on each."""
+    if routing.slots is not None:
+        raise ValueError("Soft MoE mixes all tokens of a device into every slot: it has no token to send")
+    devices = jax.lax.axis_size(axis)
+    if routing.num_experts % devices:
+        raise ValueError(f"{routing.num_experts} experts do not divide among the {devices} devices of axis {axis!r}")
+    return devices, routing.num_experts // devices
+
+
+def _padded(rows_RD, by_expert: Plan, experts: ExpertFn, axis: str, devices: int, local: int):
+    """Rows through experts elsewhere, in blocks of R rows per device."""
+    r, d = rows_RD.shape
+    sizes_PL = by_expert.sizes_E.reshape(devices, local)
+    starts_P = jnp.cumsum(sizes_PL.sum(1)) - sizes_PL.sum(1)
+    # Rows are sorted by expert, so those of one device are consecutive.
+    source_PR = starts_P[:, None] + jnp.arange(r)[None]
+    live_PR = jnp.arange(r)[None] < sizes_PL.sum(1)[:, None]
+    send_PRD = jnp.where(live_PR[:, :, None], jnp.take(rows_RD, source_PR, axis=0, mode="clip"), 0)
+    received_PRD = jax.lax.all_to_all(send_PRD, axis, 0, 0, tiled=True)
+    sizes_PL = jax.lax.all_to_all(sizes_PL, axis, 0, 0, tiled=True)
+
+    experts_PR = _expert_of_row(sizes_PL, r)
+    mine = plan_rows(experts_PR.reshape(-1, 1), local, devices * r)
+    y_MF = experts(gather(received_PRD.reshape(-1, d), mine), mine.sizes_E)
+    back_PRF = _unpermute(y_MF, mine).reshape(devices, r, -1)
+    back_PRF = jax.lax.all_to_all(back_PRF, axis, 0, 0, tiled=True)
+    # Row i went to place i - start of its device's block.
+    device_R = jnp.minimum(jnp.searchsorted(starts_P, jnp.arange(r), side="right") - 1, devices - 1)
+    place_R = jnp.arange(r) - starts_P[device_R]
+    live_R = jnp.arange(r) < by_expert.sizes_E.sum()
+    return jnp.where(live_R[:, None], back_PRF[device_R, jnp.minimum(place_R, r - 1)], 0)
+
+
+def _expert_of_row(sizes_PL: Int[Array, "P L"], rows: int) -> Int[Array, "P R"]:
+    """Local expert of every row of every sender's block; L past the end."""
+    ends_PL = jnp.cumsum(sizes_PL, axis=1)
+    return (jnp.arange(rows)[None, :, None] >= ends_PL[:, None, :]).sum(axis=-1).astype(jnp.int32)
+
+
+def _unpermute(y_MF: Float[Array, "M F"], mine: Plan) -> Float[Array, "M F"]:
+    """Rows back in the order in which they came."""
+    ones_M1 = (mine.inverse_NK < mine.order_R.shape[0]).astype(jnp.float32)
+    return combine(y_MF, ones_M1, mine)
+
+
+def _ragged(rows_RD, by_expert: Plan, experts: ExpertFn, axis: str, devices: int, local: int):
+    """Rows through experts elsewhere, sending only those there are."""
+    r, d = rows_RD.shape
+    sizes_PL = by_expert.sizes_E.reshape(devices, local)
+    me = jax.lax.axis_index(axis)
+    table_PP = jax.lax.all_gather(sizes_PL.sum(1), axis)  # [sender, receiver]
+    sent_P, received_P = table_PP[me], table_PP[:, me]
+    sent_starts_P = jnp.cumsum(sent_P) - sent_P
+    # Where my rows begin at every receiver: after those of the senders before me; and theirs at mine.
+    there_P = (jnp.cumsum(table_PP, axis=0) - table_PP)[me]
+    received_starts_P = jnp.cumsum(received_P) - received_P
+    back_P = (jnp.cumsum(table_PP, axis=1) - table_PP)[:, me]
+    buffer_MD = jnp.zeros((devices * r, d), rows_RD.dtype)
+    received_MD = exchange_rows(rows_RD, buffer_MD, sent_starts_P, sent_P, there_P, received_P, axis)
+    sizes_PL = jax.lax.all_to_all(sizes_PL, axis, 0, 0, tiled=True)
+
+    mine = plan_rows(_expert_of_received(sizes_PL, devices * r)[:, None], local, devices * r)
+    y_MF = _unpermute(experts(gather(received_MD, mine), mine.sizes_E), mine)
+    buffer_RF = jnp.zeros((r, y_MF.shape[1]), y_MF.dtype)
+    return exchange_rows(y_MF, buffer_RF, received_starts_P, received_P, back_P, sent_P, axis)
+
+
+def exchange_rows(rows, buffer, starts_P, sizes_P, there_P, received_P, axis: str):
+    """`jax.lax.ragged_all_to_all`: sizes[p] rows from starts[p] go to device p, where they begin at there[p]."""
+    return jax.lax.ragged_all_to_all(rows, buffer, starts_P, sizes_P, there_P, received_P, axis_name=axis)
+
+
+def _expert_of_received(sizes_PL: Int[Array, "P L"], rows: int) -> Int[Array, " M"]:
+    """Local expert of every received row: the senders' blocks follow each other, sorted inside; L past the end."""
+    ends_A = jnp.cumsum(sizes_PL.reshape(-1))
+    block_M = jnp.searchsorted(ends_A, jnp.arange(rows), side="right")
+    local = sizes_PL.shape[1]
+    return jnp.where(block_M < ends_A.shape[0], block_M % local, local).astype(jnp.int32)

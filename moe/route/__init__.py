@@ -1,0 +1,32 @@
+"""Every router, as a pure function `logits -> moe.routing.Routing`.
+
+from moe import route
+routing = route.top_k(x_ND @ router_DE, k=2)
+"""
+
+from moe.route.balanced import auction, base
+from moe.route.biased import limit_groups, sigmoid_top_k, update_bias
+from moe.route.choice import expert_choice, soft
+from moe.route.fixed import hash_tokens, replay, uniform
+from moe.route.noisy import hierarchical, noisy_top_k, smooth_load
+from moe.route.softmax import gshard, jitter, switch, top_k
+
+__all__ = [
+    "auction",
+    "base",
+    "expert_choice",
+    "gshard",
+    "hash_tokens",
+    "hierarchical",
+    "jitter",
+    "limit_groups",
+    "noisy_top_k",
+    "replay",
+    "sigmoid_top_k",
+    "smooth_load",
+    "soft",
+    "switch",
+    "top_k",
+    "uniform",
+    "update_bias",
+]

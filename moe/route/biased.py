@@ -1,0 +1,98 @@
+"""DeepSeek's routers: selection by score + bias, experts in groups, and the bias's update outside the gradient."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+from moe.routing import Routing, check_k, make_routing, prepare, take
+
+
+def limit_groups(
+    scores_NE: Float32[Array, "N E"], groups: int, top_groups: int, group_score: Literal["top2", "max"]
+) -> Float32[Array, "N E"]:
+    """Scores with -inf outside the best `top_groups` of `groups` blocks of consecutive experts.
+
+    A group counts by its best expert (DeepSeek-V2, section 2.1.2) or by the sum of its two best (V3, section 2.1.2).
+
+    Raises:
+      ValueError: the experts do not divide into the groups, or top_groups is not in 1..groups.
+    """
+    n, e = scores_NE.shape
+    if groups < 1 or e % groups:
+        raise ValueError(f"{e} experts do not divide into {groups} groups")
+    if not 1 <= top_groups <= groups:
+        raise ValueError(f"top_groups={top_groups} of {groups} groups: top_groups must be in 1..{groups}")
+    scores_NGM = scores_NE.reshape(n, groups, e // groups)
+    best = min(2 if group_score == "top2" else 1, e // groups)
+    score_NG = jax.lax.top_k(scores_NGM, best)[0].sum(axis=-1)
+    chosen_NI = jax.lax.top_k(score_NG, top_groups)[1]
+    inside_NG = (chosen_NI[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    return jnp.where(inside_NG[:, :, None], scores_NGM, -jnp.inf).reshape(n, e)
+
+
+def sigmoid_top_k(
+    logits_NE: Float[Array, "N E"],
+    k: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    bias_E: Float[Array, " E"] | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: Literal["top2", "max"] = "top2",
+    normalize: bool = True,
+    scale: float = 1.0,
+    score: Literal["sigmoid", "softmax"] = "sigmoid",
+) -> Routing:
+    """The k largest score + bias; weights are the scores without bias: DeepSeek-V3 (2024), eq. 12-16.
+
+    Args:
+      logits_NE: router logits.
+      k: choices.
+      mask_N: False for padding.
+      bias_E: added for the selection only, no gradient; see `update_bias`. None is zeros.
+      groups: blocks of consecutive experts (those of one node).
+      top_groups: blocks a token's experts may come from.
+      group_score: how a block counts, see `limit_groups`.
+      normalize: divide the chosen scores by their sum.
+      scale: factor on the weights (2.5 in V3).
+      score: "sigmoid" (V3) or "softmax" (V2).
+
+    Returns:
+      A routing whose `probs_NE` are the scores over their sum (V3, eq. 19).
+
+    Raises:
+      ValueError: k, groups or top_groups out of range, or fewer than k experts in the groups.
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    e = logits_NE.shape[-1]
+    check_k(k, e)
+    scores_NE = jax.nn.sigmoid(logits_NE) if score == "sigmoid" else jax.nn.softmax(logits_NE)
+    select_NE = jax.lax.stop_gradient(scores_NE)
+    if bias_E is not None:
+        select_NE = select_NE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None]
+    if groups > 1:
+        select_NE = limit_groups(select_NE, groups, top_groups, group_score)
+        if k > top_groups * (e // groups):
+            raise ValueError(f"k={k} experts out of {top_groups} groups of {e // groups}: raise top_groups or lower k")
+    experts_NK = jax.lax.top_k(select_NE, k)[1]
+    weights_NK = take(scores_NE, experts_NK)
+    if normalize:
+        weights_NK /= jnp.maximum(weights_NK.sum(axis=-1, keepdims=True), 1e-20)
+    probs_NE = scores_NE / jnp.maximum(scores_NE.sum(axis=-1, keepdims=True), 1e-20)
+    return make_routing(experts_NK, scale * weights_NK, probs_NE, logits_NE, mask_N)
+
+
+def update_bias(
+    bias_E: Float[Array, "*L E"], load_E: Float[Array, "*L E"], rate: float = 1e-3
+) -> Float32[Array, "*L E"]:
+    """b_i + rate sign(mean load - load_i): Wang et al. (2024), algorithm 1; to be called after the optimizer's step.
+
+    Args:
+      bias_E: biases, in front of them any layer axes.
+      load_E: counts or shares of the tokens each expert got in the last batch (over all devices).
+      rate: u in the paper, where 1e-3 was best.
+    """
+    load_E = load_E.astype(jnp.float32)
+    return bias_E.astype(jnp.float32) + rate * jnp.sign(load_E.mean(axis=-1, keepdims=True) - load_E)

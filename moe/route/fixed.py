@@ -1,0 +1,77 @@
+"""Routers that learn nothing: hash of the token, forced uniform and replayed choices (the last two for benchmarks)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from moe.routing import Routing, check_k, make_routing, prepare, take
+
+
+def hash_tokens(
+    tokens_N: Int[Array, " N"], experts: int, k: int = 1, mask_N: Bool[Array, " N"] | None = None, *, seed: int = 0
+) -> Routing:
+    """The same experts for the same token wherever it stands: Roller et al. (2021), section 3.1, random hash.
+
+    Every pair (token, expert) has a pseudorandom number (the finaliser of MurmurHash3) and the k largest win, so the k
+    experts differ and no table over the vocabulary is needed.
+
+    Args:
+      tokens_N: token ids.
+      experts: E.
+      k: choices, of weight 1 / k each.
+      mask_N: False for padding.
+      seed: layers with different seeds hash differently.
+
+    Raises:
+      ValueError: k is not in 1..E.
+    """
+    check_k(k, experts)
+    pair_NE = (
+        tokens_N.astype(jnp.uint32)[:, None] * jnp.uint32(0x9E3779B1) + jnp.arange(experts, dtype=jnp.uint32)[None]
+    )
+    h_NE = _mix(_mix(pair_NE) ^ jnp.uint32(seed * 0x85EBCA77 % 2**32))
+    # 24 bits are exact in float32, where top_k is fast everywhere.
+    experts_NK = jax.lax.top_k((h_NE >> 8).astype(jnp.float32), k)[1]
+    return _constant(experts_NK, experts, mask_N)
+
+
+def _mix(h: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _constant(experts_NK: Int[Array, "N K"], experts: int, mask_N: Bool[Array, " N"] | None) -> Routing:
+    """Equal weights, uniform probabilities, zero logits."""
+    n, k = experts_NK.shape
+    logits_NE, mask_N = prepare(jnp.zeros((n, experts)), mask_N)
+    return make_routing(experts_NK, jnp.full((n, k), 1 / k), jax.nn.softmax(logits_NE), logits_NE, mask_N)
+
+
+def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
+    """Perfect balance by force: choice j of token n goes to expert (n k + j) mod E; weights as in `replay`.
+
+    Raises:
+      ValueError: k is not in 1..E.
+    """
+    n, e = logits_NE.shape
+    check_k(k, e)
+    return replay(logits_NE, (jnp.arange(n * k, dtype=jnp.int32) % e).reshape(n, k), mask_N)
+
+
+def replay(
+    logits_NE: Float[Array, "N E"], experts_NK: Int[Array, "N K"], mask_N: Bool[Array, " N"] | None = None
+) -> Routing:
+    """Given experts; the weights are the softmax of their logits, so gradients reach the router.
+
+    Args:
+      logits_NE: router logits.
+      experts_NK: experts of an earlier routing; E sends a choice nowhere.
+      mask_N: False for padding.
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    there_NK = experts_NK < logits_NE.shape[-1]
+    chosen_NK = take(logits_NE, jnp.where(there_NK, experts_NK, 0))
+    # A row without any choice would divide zero by zero.
+    weights_NK = jax.nn.softmax(chosen_NK, where=there_NK | ~there_NK.any(axis=-1, keepdims=True))
+    return make_routing(experts_NK, weights_NK, jax.nn.softmax(logits_NE), logits_NE, mask_N, there_NK)

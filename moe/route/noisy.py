@@ -1,0 +1,134 @@
+"""Noisy top-k gating and the two-level gate of Shazeer et al. (2017)."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Key
+
+from moe.routing import Routing, check_k, make_routing, prepare, taken
+
+# Softplus underflows for very negative inputs, and the load divides by it.
+SMALLEST_NOISE = 1e-6
+
+
+def smooth_load(
+    clean_NE: Float32[Array, "N E"], noisy_NE: Float32[Array, "N E"], std_NE: Float32[Array, "N E"], k: int
+) -> Float32[Array, "N E"]:
+    """Probability that expert i is among the top k if only its own noise is drawn again: appendix A, eq. 9.
+
+    P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i). One where k = E.
+    """
+    e = clean_NE.shape[-1]
+    if k == e:
+        return jnp.ones_like(clean_NE)
+    best, experts = jax.lax.top_k(noisy_NE, k + 1)
+    # By index: a fused program may compute the noisy values twice, with different roundings.
+    inside_NE = (experts[:, :k, None] == jnp.arange(e)[None, None]).any(axis=1)
+    # The k-th largest of the others: the (k+1)-th of all for those that are inside, the k-th for those outside.
+    threshold_NE = jnp.where(inside_NE, best[:, k : k + 1], best[:, k - 1 : k])
+    return jax.scipy.stats.norm.cdf((clean_NE - threshold_NE) / std_NE)
+
+
+def noisy_top_k(
+    logits_NE: Float[Array, "N E"],
+    noise_NE: Float[Array, "N E"],
+    k: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    key: Key[Array, ""] | None = None,
+) -> Routing:
+    """softmax(KeepTopK(logits + N(0, 1) softplus(noise))): Shazeer et al. (2017), eq. 3-5.
+
+    Args:
+      logits_NE: clean logits, x W_g.
+      noise_NE: x W_noise; its softplus is the standard deviation of the noise.
+      k: choices.
+      mask_N: False for padding.
+      key: None switches the noise off, as in evaluation; the smooth load is then that of the clean logits.
+
+    Returns:
+      A routing with `load_NE` for `losses.load`.
+
+    Raises:
+      ValueError: k is not in 1..E.
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    check_k(k, logits_NE.shape[-1])
+    std_NE = jnp.maximum(jax.nn.softplus(prepare(noise_NE, mask_N)[0]), SMALLEST_NOISE)
+    noisy_NE = logits_NE
+    if key is not None:
+        noisy_NE = logits_NE + jax.random.normal(key, logits_NE.shape, jnp.float32) * std_NE
+    chosen_NK, experts_NK = jax.lax.top_k(noisy_NE, k)
+    load_NE = smooth_load(logits_NE, noisy_NE, std_NE, k)
+    return make_routing(
+        experts_NK,
+        jax.nn.softmax(chosen_NK),
+        jax.nn.softmax(noisy_NE),
+        logits_NE,
+        mask_N,
+        load_NE=jnp.where(mask_N[:, None], load_NE, 0.0),
+    )
+
+
+def hierarchical(
+    primary_NA: Float[Array, "N A"],
+    secondary_NAB: Float[Array, "N A B"],
+    k_primary: int,
+    k_secondary: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    noise_NA: Float[Array, "N A"] | None = None,
+    noise_NAB: Float[Array, "N A B"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Routing:
+    """Two levels: k_primary of A groups, then k_secondary of the B experts in each: Shazeer et al. (2017), appendix B.
+
+    Expert b of group a is number a B + b; its weight is the product of both gates (eq. 12). The sum of `load_NE` over
+    tokens is the paper's Load_H (eq. 14), that of the weights its Importance_H (eq. 13).
+
+    Args:
+      primary_NA: logits of the groups.
+      secondary_NAB: logits of the experts in every group.
+      k_primary: groups per token.
+      k_secondary: experts per chosen group; the routing has K = k_primary k_secondary.
+      mask_N: False for padding.
+      noise_NA: x W_noise of the groups, zeros if None.
+      noise_NAB: that of the experts, zeros if None.
+      key: None switches the noise off.
+
+    Raises:
+      ValueError: a number of choices out of range.
+    """
+    n, a, b = secondary_NAB.shape
+    keys = (None, None) if key is None else jax.random.split(key)
+    noise_NA = jnp.zeros_like(primary_NA) if noise_NA is None else noise_NA
+    noise_NAB = jnp.zeros_like(secondary_NAB) if noise_NAB is None else noise_NAB
+    primary = noisy_top_k(primary_NA, noise_NA, k_primary, mask_N, key=keys[0])
+
+    flat = (n * a, b)
+    mask_NA = jnp.repeat(primary.mask_N, a)
+    secondary = noisy_top_k(secondary_NAB.reshape(flat), noise_NAB.reshape(flat), k_secondary, mask_NA, key=keys[1])
+    group_NI = jnp.where(taken(primary), primary.experts_NK, 0)
+
+    def chosen(x):  # [N A, ...] -> [N, I, ...]: the rows of the groups taken
+        x = x.reshape(n, a, *x.shape[1:])
+        return jnp.take_along_axis(x, group_NI.reshape(n, -1, *(1,) * (x.ndim - 2)), axis=1)
+
+    experts_NIJ = group_NI[:, :, None] * b + chosen(secondary.experts_NK)
+    weights_NIJ = primary.weights_NK[:, :, None] * chosen(secondary.weights_NK)
+    probs_NAB = primary.probs_NE[:, :, None] * secondary.probs_NE.reshape(n, a, b)
+    logits_NAB = jax.nn.log_softmax(primary.logits_NE)[:, :, None] + secondary.logits_NE.reshape(n, a, b)
+    routing = make_routing(
+        experts_NIJ.reshape(n, -1),
+        weights_NIJ.reshape(n, -1),
+        probs_NAB.reshape(n, -1),
+        logits_NAB.reshape(n, -1),
+        primary.mask_N,
+    )
+    assert primary.load_NE is not None and secondary.load_NE is not None
+    inside_NA = (primary.experts_NK[:, :, None] == jnp.arange(a)[None, None]).any(axis=1).astype(jnp.float32)
+    share_NA = inside_NA / jnp.maximum(inside_NA.sum(axis=0, keepdims=True), 1.0)  # 1 / |X^(a)| on its tokens
+    groups_A = primary.load_NE.sum(axis=0)
+    load_NAB = groups_A[None, :, None] * share_NA[:, :, None] * secondary.load_NE.reshape(n, a, b)
+    return replace(routing, load_NE=load_NAB.reshape(n, -1))

@@ -1,0 +1,111 @@
+"""Do experts specialise? Mutual information between experts and classes of tokens, and whether seeds agree.
+
+Axes: C classes (token classes, positions, languages), E experts. Tables of counts add up over batches, so collect them
+with `joint_counts` on the device and ask the questions afterwards on the host.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int, Num
+from scipy.optimize import linear_sum_assignment
+
+from moe.routing import Routing
+
+
+def joint_counts(routing: Routing, classes_N: Int[Array, " N"], classes: int) -> Float32[Array, "C E"]:
+    """Choices by class of the token and expert; padding and classes outside 0..C-1 count nowhere."""
+    class_NC = (classes_N[:, None] == jnp.arange(classes)[None]).astype(jnp.float32)
+    expert_NE = (routing.experts_NK[:, :, None] == jnp.arange(routing.num_experts)[None, None]).sum(axis=1)
+    return class_NC.T @ expert_NE.astype(jnp.float32)
+
+
+class Information(NamedTuple):
+    """Mutual information in nats.
+
+    `plain` is the plug-in estimate; `corrected` takes off its leading bias (Miller 1955: (C'-1)(E'-1) / 2n for C'
+    classes and E' experts that occur, never below 0); `normalised` is `corrected` over the smaller of the two
+    entropies, so that one means that expert and class determine each other.
+    """
+
+    plain: float
+    corrected: float
+    normalised: float
+
+
+def mutual_information(counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"]) -> Information:
+    """I(class; expert) of a table of counts; zeros for an empty table."""
+    table = np.asarray(counts_CE, np.float64)
+    total = table.sum()
+    if total == 0:
+        return Information(0.0, 0.0, 0.0)
+    joint = table / total
+    rows, columns = joint.sum(1), joint.sum(0)
+    there = joint > 0
+    plain = float((joint[there] * np.log(joint[there] / np.outer(rows, columns)[there])).sum())
+    bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * total)
+    corrected = max(plain - float(bias), 0.0)
+    smaller = min(_entropy(rows), _entropy(columns))
+    return Information(max(plain, 0.0), corrected, corrected / smaller if smaller > 0 else 0.0)
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+class Agreement(NamedTuple):
+    """How alike two seeds' experts are: correlation of class profiles, experts matched as well as possible.
+
+    `matched` is the mean correlation under the best matching; `chance` its mean when the classes of one seed are
+    shuffled (the best matching of noise is positive); specialisation is stable where `matched` is well above `chance`.
+    `pairs[i]` is the second seed's expert for the first seed's expert i.
+    """
+
+    matched: float
+    chance: float
+    pairs: np.ndarray
+
+
+def agreement(
+    counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"],
+    other_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"],
+    *,
+    shuffles: int = 20,
+    seed: int = 0,
+) -> Agreement:
+    """Match the experts of two runs by whom they serve.
+
+    A profile is p(expert | class) minus the expert's overall share, so popular experts do not look alike for that
+    alone.
+
+    Args:
+      counts_CE: table of one run.
+      other_CE: table of another run, same classes, same number of experts.
+      shuffles: random shuffles of the classes for `chance`.
+      seed: of the shuffles.
+
+    Raises:
+      ValueError: tables of different shapes.
+    """
+    if counts_CE.shape != other_CE.shape:
+        raise ValueError(f"tables of {counts_CE.shape} and {other_CE.shape}: runs must share classes and experts")
+    ours, theirs = _profiles(counts_CE), _profiles(other_CE)
+    pairs, matched = _match(ours, theirs)
+    rng = np.random.default_rng(seed)
+    chance = [_match(ours, rng.permutation(theirs, axis=0))[1] for _ in range(shuffles)]
+    return Agreement(matched, float(np.mean(chance)) if chance else 0.0, pairs)
+
+
+def _profiles(counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"]) -> np.ndarray:
+    table = np.asarray(counts_CE, np.float64)
+    profile = table / np.maximum(table.sum(1, keepdims=True), 1)
+    profile -= table.sum(0, keepdims=True) / max(table.sum(), 1)
+    return profile / np.maximum(np.linalg.norm(profile, axis=0, keepdims=True), 1e-12)
+
+
+def _match(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, float]:
+    similarity = ours.T @ theirs
+    rows, columns = linear_sum_assignment(-similarity)
+    return columns, float(similarity[rows, columns].mean())

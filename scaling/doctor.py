@@ -1,0 +1,212 @@
+"""The fit doctor: what can be wrong with a fit, looked for and said in a sentence."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import minimize
+
+from scaling.bootstrap import Bootstrap, refit
+from scaling.fit import Fit, huber_sum, make_problem, thresholds
+from scaling.optimum import optimum
+
+Verdict = Literal["fine", "note", "warning"]
+
+
+class Finding(NamedTuple):
+    """One examination: its name, the verdict, a sentence, and the numbers behind it."""
+
+    name: str
+    verdict: Verdict
+    text: str
+    numbers: dict[str, float]
+
+
+def convergence(fitted: Fit) -> Finding:
+    """Whether the reported optimum is one."""
+    numbers = {"decrement": fitted.decrement, "tol": fitted.config.tol}
+    if fitted.converged:
+        text = f"Newton predicts a further relative decrease of {fitted.decrement:.1e}: the optimum was reached."
+        return Finding("convergence", "fine", text, numbers)
+    text = f"The fit did not converge (predicted decrease {fitted.decrement:.1e}, wanted {fitted.config.tol:.0e})."
+    return Finding("convergence", "warning", text + " Its parameters mean nothing yet.", numbers)
+
+
+def starts(fitted: Fit) -> Finding:
+    """How many starts never moved, had not converged when searching ended, or ended elsewhere."""
+    search = fitted.search
+    total = search.start_PS.shape[1]
+    moved = np.abs(search.ended.theta - search.start_PS).max(0) > 1e-3
+    near = search.ended.value <= 1.01 * search.ended.value.min()
+    numbers = {
+        "starts": total,
+        "unmoved": int((~moved).sum()),
+        "unconverged": int((~search.ended.converged).sum()),
+        "near_best": int(near.sum()),
+        "basins": fitted.basins_PK.shape[1],
+    }
+    text = (
+        f"Of {total} starts {numbers['near_best']} came within 1% of the best objective in "
+        f"{fitted.config.search_steps} steps, {numbers['unconverged']} had not converged and "
+        f"{numbers['unmoved']} had not moved; {numbers['basins']} distinct optima remain after polishing."
+    )
+    if near.mean() < 0.2:
+        text += " A single start, or an average over starts, would not have found the optimum."
+    return Finding("unconverged starts", "note" if near.mean() < 0.2 and total > 1 else "fine", text, numbers)
+
+
+def _objective(fitted: Fit) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """The mean objective and its gradient by central differences, all columns in one call."""
+    delta = thresholds(fitted.config)[-1]
+    problem = make_problem(fitted.rows, fitted.law, delta)
+
+    def value_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        step = 1e-6
+        shifts = np.concatenate([np.zeros((len(theta), 1)), step * np.eye(len(theta)), -step * np.eye(len(theta))], 1)
+        residual = fitted.law.predict(theta[:, None] + shifts, problem.features) - problem.target_R1
+        values = huber_sum(residual, delta) / len(fitted.rows)
+        values = np.where(np.isfinite(values), values, 1e10)
+        return float(values[0]), (values[1 : 1 + len(theta)] - values[1 + len(theta) :]) / (2 * step)
+
+    return value_and_gradient
+
+
+def reduction(fitted: Fit) -> Finding:
+    """What the mean over rows, with an optimizer's default tolerances, would have returned from the best start."""
+    mean = _objective(fitted)
+    delta = thresholds(fitted.config)[-1]
+    problem = make_problem(fitted.rows, fitted.law, delta)
+    start = fitted.search.start_PS
+    initial = huber_sum(fitted.law.predict(start, problem.features) - problem.target_R1, delta)
+    first = start[:, int(np.nanargmin(np.where(np.isfinite(initial), initial, np.inf)))]
+    stopped = minimize(mean, first, jac=True, method="L-BFGS-B")
+    there, best = stopped.fun * len(fitted.rows), fitted.value
+    numbers = {"sum": best, "mean_reduced": float(there), "ratio": float(there / best), "steps": int(stopped.nit)}
+    if {"alpha", "beta"} <= set(fitted.law.parameters):
+        a, b = (fitted.law.parameters.index(name) for name in ("alpha", "beta"))
+        numbers["a"] = float(stopped.x[b] / (stopped.x[a] + stopped.x[b]))
+        numbers["a_here"] = float(fitted.theta[b] / (fitted.theta[a] + fitted.theta[b]))
+    if there <= 1.001 * best:
+        text = "Reducing by the mean and stopping at default tolerances would have ended at the same optimum."
+        return Finding("mean reduction", "fine", text, numbers)
+    text = (
+        f"This fit sums over rows. With the mean, gradients are {len(fitted.rows)} times smaller and L-BFGS-B with its "
+        f"default tolerances stops after {stopped.nit} steps at {there / best:.3g} times the objective"
+    )
+    if "a" in numbers:
+        text += f" (a = {numbers['a']:.3f} instead of {numbers['a_here']:.3f})"
+    return Finding("mean reduction", "note", text + ".", numbers)
+
+
+def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
+    """How nearly some combination of parameters is free: condition number of the unit-column Jacobian."""
+    law, theta = fitted.law, fitted.theta[:, None]
+    step = 1e-6
+    features = law.gather(fitted.rows)
+    shifts = np.concatenate([step * np.eye(len(theta)), -step * np.eye(len(theta))], 1)
+    moved = law.predict(theta + shifts, features)
+    slopes = (moved[:, : len(theta)] - moved[:, len(theta) :]) / (2 * step)
+    size = np.linalg.norm(slopes, axis=0)
+    dead = [name for name, norm in zip(law.parameters, size, strict=True) if norm < 1e-8 * size.max()]
+    if dead:
+        text = (
+            f"The rows do not determine {', '.join(dead)}: predictions do not depend on it here. Hold it or add rows."
+        )
+        return Finding("ill conditioning", "warning", text, {"condition": float("inf")})
+    unit = slopes / size
+    number = float(np.linalg.cond(unit))
+    overlap = np.abs(unit.T @ unit) - np.eye(len(theta))
+    i, j = np.unravel_index(np.argmax(overlap), overlap.shape)
+    pair = f"{law.parameters[i]} and {law.parameters[j]}"
+    numbers = {"condition": number, "largest_correlation": float(overlap[i, j])}
+    text = f"Condition number {number:.3g}; {pair} are the hardest to tell apart (cosine {overlap[i, j]:.4f})."
+    if number > limit:
+        text += " Quote parameters with all their digits: a rounded exponent needs its own coefficient."
+    return Finding("ill conditioning", "warning" if number > limit else "fine", text, numbers)
+
+
+def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: float = 8.0) -> Finding:
+    """Rows far from the law by the residuals' own scale, and what leaving them out does to N* at the budget."""
+    middle = np.median(fitted.residuals)
+    scale = 1.4826 * np.median(np.abs(fitted.residuals - middle))
+    far = np.flatnonzero(np.abs(fitted.residuals - middle) > threshold * scale)
+    if not len(far) or len(fitted.rows) - len(far) < len(fitted.law.parameters):
+        return Finding(
+            "outliers", "fine", f"No row is further than {threshold:g} robust standard deviations.", {"rows": 0}
+        )
+    kept = np.ones((len(fitted.rows), 1))
+    kept[far] = 0
+    without = refit(fitted, kept)
+    pair = np.concatenate([fitted.theta[:, None], without.theta_PB], 1)
+    moved = _log_optimum(fitted, pair, budget)
+    shift = float(moved[1] - moved[0])
+    numbers = {"rows": len(far), "log_shift": shift}
+    shown = ", ".join(str(i + 1) for i in far[:10]) + (" ..." if len(far) > 10 else "")
+    text = (
+        f"{len(far)} rows (of the rows fitted, number {shown}) are further than {threshold:g} robust standard "
+        f"deviations from the law; without them N* at {budget:.3g} FLOPs is {np.exp(shift):.3f} times this fit's"
+    )
+    verdict: Verdict = "note"
+    if boot is not None:
+        spread = float(np.nanstd(_log_optimum(fitted, boot.theta_PB[:, boot.converged_B][:, :200], budget)))
+        numbers["standard_errors"] = abs(shift) / spread
+        text += f", {abs(shift) / spread:.2f} of its standard error"
+        verdict = "warning" if abs(shift) > 0.5 * spread else "note"
+    return Finding("outliers", verdict, text + ".", numbers)
+
+
+def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, "S"]:
+    from scaling.optimum import chinchilla_optimum
+
+    if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
+        values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
+        return np.log(chinchilla_optimum(values, [budget]).params[0])
+    held = {name: float(np.median(values)) for name, values in others(fitted).items()}
+    return np.log(optimum(fitted.law, theta_PS, [budget], at=held).params[0])
+
+
+def others(fitted: Fit) -> dict[str, np.ndarray]:
+    """Columns besides params and tokens that the law reads and the rows have."""
+    names = {"sparsity" if f == "log_density" else f.removeprefix("log_") for f in fitted.law.features}
+    return {n: fitted.rows[n] for n in sorted(names - {"params", "tokens"}) if n in fitted.rows.columns}
+
+
+def extrapolation(fitted: Fit, budget: float, limit: float = 10.0) -> Finding:
+    """How far the budget lies beyond the largest run."""
+    factor = float(budget / fitted.rows["flops"].max())
+    text = f"The budget of {budget:.3g} FLOPs is {factor:.3g} times the largest run fitted"
+    if factor > limit:
+        return Finding(
+            "extrapolation", "warning", text + ": intervals assume that the law holds there.", {"factor": factor}
+        )
+    return Finding("extrapolation", "fine", text + ".", {"factor": factor})
+
+
+def edges(fitted: Fit) -> Finding:
+    """Parameters that ran to an edge: a positive one that vanished, or one far outside its starting grid."""
+    found = []
+    for name, value in zip(fitted.law.parameters, fitted.theta, strict=True):
+        low, high = min(fitted.law.grid[name]), max(fitted.law.grid[name])
+        room = max(high - low, 1.0)
+        if not np.isfinite(value) or value < low - 2 * room or value > high + 2 * room:
+            found.append(name)
+    if found:
+        text = (
+            f"{', '.join(found)} ran far outside the starting grid: a term vanishes or the law does not fit these rows."
+        )
+        return Finding("edge minima", "warning", text, {"parameters": len(found)})
+    return Finding("edge minima", "fine", "No parameter ran to an edge of what was searched.", {"parameters": 0})
+
+
+def examine(fitted: Fit, budget: float, boot: Bootstrap | None = None) -> list[Finding]:
+    """All examinations of a fit for a target budget (FLOPs)."""
+    return [
+        convergence(fitted),
+        starts(fitted),
+        reduction(fitted),
+        edges(fitted),
+        conditioning(fitted),
+        outliers(fitted, boot, budget),
+        extrapolation(fitted, budget),
+    ]

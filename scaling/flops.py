@@ -1,0 +1,189 @@
+"""Parameters and training FLOPs of a transformer under the conventions in use.
+
+Which convention a fit's columns follow moves its exponents (much of Kaplan against Chinchilla is that, Porian et al.
+2024), so every count here carries its convention's name and `CONVENTIONS` can all be applied to one table of shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+BACKWARD = 2  # a backward pass costs twice the forward pass (Kaplan et al. 2020; Hoffmann et al. 2022, appendix F)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only transformer.
+
+    Attributes:
+      layers, width, ff, heads, head_dim: of the blocks; ff is the hidden width of a feed-forward part (of one expert).
+      vocab, length: vocabulary and training context, in tokens.
+      kv_heads: key/value heads; 0: as many as `heads`.
+      gated: a gated feed-forward part has three matrices, a plain one two.
+      tied: input and output embedding are one table.
+      relative_positions: a width x width projection of relative positions per block (Transformer-XL; the models of
+        Hoffmann et al. have it). It is applied to positions, not tokens, and appendix F does not count its FLOPs.
+      experts, active_experts: feed-forward parts per block, and how many a token passes through; 1 is dense.
+    """
+
+    layers: int
+    width: int
+    ff: int
+    heads: int
+    head_dim: int
+    vocab: int
+    length: int
+    kv_heads: int = 0
+    gated: bool = False
+    tied: bool = True
+    relative_positions: bool = False
+    experts: int = 1
+    active_experts: int = 1
+
+    def __post_init__(self):
+        for name in ("layers", "width", "ff", "heads", "head_dim", "vocab", "length", "experts", "active_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.active_experts > self.experts:
+            raise ValueError(f"active_experts {self.active_experts} of experts {self.experts}: at most all are active")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+
+
+class Parameters(NamedTuple):
+    """Weights of the matrices, norms and biases left out (they are under a thousandth and rarely counted)."""
+
+    embedding: int
+    attention: int
+    feed_forward: int
+    router: int
+    positions: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def non_embedding(self) -> int:
+        """Without both embedding tables."""
+        return self.total - self.embedding - self.output
+
+
+def parameters(shape: Shape, *, active: bool = False) -> Parameters:
+    """Count weights; with `active`, only the experts that one token passes through."""
+    s = shape
+    kv = s.kv_heads or s.heads
+    attention = s.width * s.head_dim * (2 * s.heads + 2 * kv)
+    one = (3 if s.gated else 2) * s.width * s.ff
+    return Parameters(
+        embedding=s.vocab * s.width,
+        attention=s.layers * attention,
+        feed_forward=s.layers * one * (s.active_experts if active else s.experts),
+        router=s.layers * s.width * s.experts if s.experts > 1 else 0,
+        positions=s.layers * s.width * s.width if s.relative_positions else 0,
+        output=0 if s.tied else s.vocab * s.width,
+    )
+
+
+def appendix_f(shape: Shape, *, embedding: bool = True, logits: bool = True) -> float:
+    """Training FLOPs per sequence after Hoffmann et al. (2022), appendix F.
+
+    Args:
+      shape: of the model; key/value heads are counted as heads (appendix F knows no others).
+      embedding: count the input embedding as a matrix product, as the appendix's list does.
+      logits: count the output product.
+    """
+    s = shape
+    inner = s.head_dim * s.heads
+    attention = 2 * 3 * s.length * s.width * inner  # queries, keys, values
+    attention += 2 * s.length * s.length * inner  # logits
+    attention += 3 * s.heads * s.length * s.length  # softmax
+    attention += 2 * s.length * s.length * inner  # weighted values
+    attention += 2 * s.length * inner * s.width  # output projection
+    dense = (3 if s.gated else 2) * 2 * s.length * s.width * s.ff * s.active_experts
+    tables = (embedding + logits) * 2 * s.length * s.vocab * s.width
+    return float((1 + BACKWARD) * (s.layers * (attention + dense) + tables))
+
+
+def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
+    """Training FLOPs per sequence of the matrix products that are carried out, and nothing else.
+
+    Projections with their real number of key/value heads, scores and weighted values (half of them under a causal mask
+    that skips what it hides), active experts, the router, and the output product; looking up an embedding is free.
+    """
+    s = shape
+    kv = s.kv_heads or s.heads
+    pairs = s.length * (s.length + 1) / 2 if causal else float(s.length**2)
+    projections = 2 * s.length * s.width * s.head_dim * (2 * s.heads + 2 * kv)
+    scores = 2 * 2 * pairs * s.head_dim * s.heads
+    dense = (3 if s.gated else 2) * 2 * s.length * s.width * s.ff * s.active_experts
+    router = 2 * s.length * s.width * s.experts if s.experts > 1 else 0
+    output = 2 * s.length * s.vocab * s.width
+    return (1 + BACKWARD) * (s.layers * (projections + scores + dense + router) + output)
+
+
+class Count(NamedTuple):
+    """Parameters and training FLOPs per token under one convention."""
+
+    params: float
+    flops_per_token: float
+
+
+def _six(params: int) -> Count:
+    return Count(float(params), 6.0 * params)
+
+
+def _kaplan(shape: Shape) -> Count:
+    """N without embeddings; 6 N plus the scores' 6 layers length inner (Kaplan et al. 2020, table 1)."""
+    count = parameters(shape, active=True).non_embedding
+    return Count(count, 6.0 * count + 6.0 * shape.layers * shape.length * shape.heads * shape.head_dim)
+
+
+CONVENTIONS: Mapping[str, Callable[[Shape], Count]] = {
+    "6ND": lambda s: _six(parameters(s).total),
+    "6ND, active experts": lambda s: _six(parameters(s, active=True).total),
+    "6ND, no embeddings": lambda s: _six(parameters(s, active=True).non_embedding),
+    "kaplan": _kaplan,
+    "appendix F": lambda s: Count(parameters(s).total, appendix_f(s) / s.length),
+    "appendix F, no embedding or logits": lambda s: Count(
+        parameters(s).total, appendix_f(s, embedding=False, logits=False) / s.length
+    ),
+    "exact matmuls": lambda s: Count(parameters(s).total, exact_matmuls(s) / s.length),
+}
+
+
+def count(shape: Shape, convention: str) -> Count:
+    """Parameters and FLOPs per token under a named convention.
+
+    Raises:
+      ValueError: no such convention; those there are.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"no convention {convention!r}; there are {', '.join(map(repr, CONVENTIONS))}")
+    return CONVENTIONS[convention](shape)
+
+
+# Hoffmann et al. (2022), table A4: six models and the ratio of their FLOPs to 6ND. Vocabulary 32,000, context 2,048.
+_SIX = {
+    "73M": (10, 640, 2560, 10, 64, 1.03),
+    "305M": (20, 1024, 4096, 16, 64, 1.10),
+    "552M": (24, 1280, 5120, 10, 128, 1.08),
+    "1.1B": (26, 1792, 7168, 14, 128, 1.04),
+    "1.6B": (28, 2048, 8192, 16, 128, 1.03),
+    "6.8B": (40, 3584, 14336, 28, 128, 0.99),
+}
+CHINCHILLA_MODELS: Mapping[str, tuple[Shape, float]] = {
+    name: (Shape(*sizes[:5], vocab=32_000, length=2_048, relative_positions=True), sizes[5])
+    for name, sizes in _SIX.items()
+}
+
+
+def ratio_to_6nd(shape: Shape, *, embedding: bool, logits: bool) -> float:
+    """FLOPs after appendix F over 6 N D with N all parameters.
+
+    The published table is met, to its two digits, without embedding and logits in the FLOPs but with the embedding and
+    the relative-position projections in N.
+    """
+    return appendix_f(shape, embedding=embedding, logits=logits) / (6 * parameters(shape).total * shape.length)

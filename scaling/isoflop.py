@@ -1,0 +1,235 @@
+"""Approaches 1 and 2 of Hoffmann et al. (2022): the envelope of training curves, and IsoFLOP minima.
+
+Neither assumes a law for the loss; both end in N* = exp(k) C^a. A budget whose minimum lies on the edge of its sizes,
+or whose points scatter more than the curve is deep, is refused and says why.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.interpolate import Akima1DInterpolator
+
+from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
+
+How = Literal["parabola", "akima"]
+
+
+class Minimum(NamedTuple):
+    """One budget's minimum over sizes.
+
+    Attributes:
+      budget: FLOPs, the geometric mean of its runs'.
+      params, loss: where the minimum is; NaN if refused.
+      refused: why there is none, "" if there is.
+      runs: how many runs the budget has.
+      depth: how far the lower end of the curve rises above the minimum.
+      scatter: root mean square of the points about the curve (0 for "akima", which passes through them).
+      coefficients: of the parabola in log params, highest power first; empty for "akima".
+    """
+
+    budget: float
+    params: float
+    loss: float
+    refused: str
+    runs: int
+    depth: float
+    scatter: float
+    coefficients: tuple[float, ...] = ()
+
+
+class PowerLaw(NamedTuple):
+    """N* = exp(intercept) C^exponent, through `points` budgets; `residual` is the rms in log N*."""
+
+    exponent: float
+    intercept: float
+    points: int
+    residual: float
+
+    def __call__(self, budget: float) -> float:
+        """N* at a budget."""
+        return float(np.exp(self.intercept + self.exponent * np.log(budget)))
+
+
+def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.ndarray, "R"]:
+    """Number the budgets: sorted FLOPs split wherever neighbours differ by more than `gap` (relative)."""
+    order = np.argsort(flops, kind="stable")
+    jumps = np.diff(np.log(flops[order])) > np.log1p(gap)
+    groups = np.empty(len(flops), int)
+    groups[order] = np.concatenate([[0], np.cumsum(jumps)])
+    return groups
+
+
+def nearest_budgets(
+    flops: Float[np.ndarray, "R"], budgets: Sequence[float], *, within: float = 0.25
+) -> Int[np.ndarray, "R"]:
+    """Number of the nearest named budget of every run, -1 where none is within the relative distance."""
+    distance = np.abs(np.log(flops)[:, None] - np.log(np.asarray(budgets, float))[None, :])
+    return np.where(distance.min(1) <= np.log1p(within), distance.argmin(1), -1)
+
+
+def minimum(
+    params: Float[np.ndarray, "R"],
+    loss: Float[np.ndarray, "R"],
+    budget: float,
+    *,
+    weights: Float[np.ndarray, "R"] | None = None,
+    how: How = "parabola",
+) -> Minimum:
+    """The minimum of loss over log params among one budget's runs; weight 0 leaves a run out."""
+    weights = np.ones(len(params)) if weights is None else weights
+    used = weights > 0
+    x, y, w = np.log(params[used]), loss[used], weights[used]
+    sizes = len(np.unique(x))
+    wanted = 4 if how == "parabola" else 5
+    if sizes < wanted:
+        reason = f"{sizes} sizes, a {how} needs at least {wanted}"
+        return Minimum(budget, np.nan, np.nan, reason, int(used.sum()), 0.0, 0.0)
+    return (_parabola if how == "parabola" else _akima)(x, y, w, budget)
+
+
+def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimum:
+    centre = float(x.mean())
+    curve = np.polyfit(x - centre, y, 2, w=np.sqrt(w))
+    scatter = float(np.sqrt(np.average((np.polyval(curve, x - centre) - y) ** 2, weights=w)))
+    vertex = -curve[1] / (2 * curve[0]) if curve[0] else np.inf
+    ends = np.polyval(curve, np.array([x.min(), x.max()]) - centre)
+    lowest = float(np.polyval(curve, vertex)) if np.isfinite(vertex) else np.nan
+    depth = float(ends.min() - lowest) if curve[0] > 0 else 0.0
+    a, b, c = (float(value) for value in curve)
+    shifted = (a, b - 2 * a * centre, a * centre**2 - b * centre + c)
+    if curve[0] <= 0:
+        reason = "the parabola opens downwards"
+    elif not x.min() < vertex + centre < x.max():
+        side = "smaller" if vertex + centre <= x.min() else "larger"
+        reason = f"the minimum is at the edge: {side} sizes are needed"
+    elif scatter > depth:
+        reason = f"the points scatter ({scatter:.2g}) more than the parabola is deep ({depth:.2g})"
+    else:
+        return Minimum(budget, float(np.exp(vertex + centre)), lowest, "", len(x), depth, scatter, shifted)
+    return Minimum(budget, np.nan, np.nan, reason, len(x), depth, scatter, shifted)
+
+
+def _akima(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimum:
+    # An interpolant passes through its points: runs of one size count as their weighted mean.
+    knots, where = np.unique(x, return_inverse=True)
+    total = np.bincount(where, w)
+    heights = np.bincount(where, w * y) / total
+    fine = np.linspace(knots[0], knots[-1], 2001)
+    curve = Akima1DInterpolator(knots, heights)(fine)
+    lowest = int(np.argmin(curve))
+    depth = float(min(curve[0], curve[-1]) - curve[lowest])
+    if not 0 < lowest < len(fine) - 1:
+        side = "smaller" if lowest == 0 else "larger"
+        reason = f"the minimum is at the edge: {side} sizes are needed"
+        return Minimum(budget, np.nan, np.nan, reason, len(x), depth, 0.0)
+    return Minimum(budget, float(np.exp(fine[lowest])), float(curve[lowest]), "", len(x), depth, 0.0)
+
+
+def minima(
+    rows: Rows, groups: Int[np.ndarray, "R"], *, how: How = "parabola", weights: Float[np.ndarray, "R"] | None = None
+) -> list[Minimum]:
+    """The minimum of every budget, refused ones among them, in order of the group numbers; -1 is no budget."""
+    weights = np.ones(len(rows)) if weights is None else weights
+    found = []
+    for group in np.unique(groups[groups >= 0]):
+        mine = groups == group
+        budget = float(np.exp(np.log(rows["flops"][mine]).mean()))
+        found.append(minimum(rows["params"][mine], rows["loss"][mine], budget, weights=weights[mine], how=how))
+    return found
+
+
+def power_fit(budgets: Sequence[float], values: Sequence[float]) -> PowerLaw:
+    """Least squares of log value on log budget.
+
+    Raises:
+      ValueError: fewer than two different budgets.
+    """
+    x, y = np.log(np.asarray(budgets, float)), np.log(np.asarray(values, float))
+    if len(np.unique(x)) < 2:
+        raise ValueError(f"{len(x)} budgets with a minimum: a power law needs at least 2")
+    centre = x.mean()
+    slope, height = np.polyfit(x - centre, y, 1)
+    rest = y - height - slope * (x - centre)
+    return PowerLaw(float(slope), float(height - slope * centre), len(x), float(np.sqrt(np.mean(rest**2))))
+
+
+def approach_2(
+    rows: Rows,
+    groups: Int[np.ndarray, "R"],
+    *,
+    how: How = "parabola",
+    weights: Float[np.ndarray, "R"] | None = None,
+) -> tuple[PowerLaw, list[Minimum]]:
+    """IsoFLOP: each budget's minimum, and the power law through those that are not refused.
+
+    Raises:
+      ValueError: fewer than two budgets have a minimum; the message says why the others were refused.
+    """
+    found = minima(rows, groups, how=how, weights=weights)
+    good = [m for m in found if not m.refused]
+    if len(good) < 2:
+        reasons = "; ".join(f"{m.budget:.3g}: {m.refused}" for m in found if m.refused)
+        raise ValueError(f"{len(good)} of {len(found)} budgets have a minimum, 2 are needed ({reasons})")
+    return power_fit([m.budget for m in good], [m.params for m in good]), found
+
+
+def approach_1(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int = 200) -> tuple[PowerLaw, np.ndarray]:
+    """Envelope: at FLOPs spaced evenly in their logarithm, the size of the run whose training curve is lowest there.
+
+    Args:
+      rows: points of training curves; a run's loss is interpolated linearly in log FLOPs, not beyond its ends.
+      runs: the run each row belongs to.
+      points: how many FLOP counts are looked at.
+
+    Returns:
+      The power law, and the envelope [E, 3] of (FLOPs, params, loss): only where at least two runs compete and neither
+      the smallest nor the largest size wins, since an edge says only that better sizes were not tried.
+
+    Raises:
+      ValueError: the envelope has fewer than two different sizes.
+    """
+    labels = np.asarray(runs)
+    log_flops, loss, params = np.log(rows["flops"]), rows["loss"], rows["params"]
+    grid = np.linspace(log_flops.min(), log_flops.max(), points)
+    names = np.unique(labels)
+    sizes, curves = [], []
+    for name in names:
+        mine = np.flatnonzero(labels == name)
+        mine = mine[np.argsort(log_flops[mine])]
+        inside = (grid >= log_flops[mine[0]]) & (grid <= log_flops[mine[-1]])
+        curves.append(np.where(inside, np.interp(grid, log_flops[mine], loss[mine]), np.inf))
+        sizes.append(params[mine[0]])
+    curves_, sizes_ = np.array(curves), np.array(sizes)
+    competing = np.isfinite(curves_).sum(0) >= 2
+    winner = np.argmin(curves_, 0)
+    inner = competing & (sizes_[winner] > sizes_.min()) & (sizes_[winner] < sizes_.max())
+    envelope = np.stack([np.exp(grid), sizes_[winner], curves_.min(0)], 1)[inner]
+    if len(np.unique(envelope[:, 1])) < 2:
+        inner_sizes = len(np.unique(envelope[:, 1]))
+        raise ValueError(f"the envelope of {len(names)} training curves has {inner_sizes} inner sizes; 2 are needed")
+    return power_fit(envelope[:, 0], envelope[:, 1]), envelope
+
+
+def bootstrap_exponent(
+    rows: Rows,
+    groups: Int[np.ndarray, "R"],
+    counts_RB: Float[np.ndarray, "R B"],
+    *,
+    how: How = "parabola",
+) -> Float[np.ndarray, "2 B"]:
+    """(exponent, intercept) of approach 2 on resampled runs; NaN where fewer than two budgets keep a minimum."""
+    found = np.full((2, counts_RB.shape[1]), np.nan)
+    for b in range(counts_RB.shape[1]):
+        try:
+            law, _ = approach_2(rows, groups, how=how, weights=counts_RB[:, b])
+        except ValueError:
+            continue
+        found[:, b] = law.exponent, law.intercept
+    return found
+
+
+def tokens_at(budget: float, params: float) -> float:
+    """Tokens that a budget buys for a size."""
+    return budget / (PER_PARAMETER_AND_TOKEN * params)

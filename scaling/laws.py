@@ -1,0 +1,221 @@
+"""Laws: the loss as a function of a row, with named parameters.
+
+Most published laws are sums of power-law terms, coefficient x prod(feature ^ exponent); those are written down as terms
+and evaluated as a log-sum-exp of linear forms, which neither overflows nor cancels. Others are given as a function.
+
+A parameter listed in `positive` is handled by its logarithm (its *raw* value); the rest, exponents, as they are. Starts
+and fits are in raw values, everything shown to people in natural ones.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scaling.rows import RowError, Rows
+from scaling.solve import LogLoss, predict
+
+# A factor of a term: feature ^ (sign x exponent).
+Factor = tuple[str, str, float]
+Term = tuple[str, tuple[Factor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """A law of loss. Compared by identity: make it once, so that compiled fits are found again.
+
+    Attributes:
+      name: for messages and tables.
+      parameters: names, in the order of every theta [P, ...].
+      positive: those whose raw value is a logarithm.
+      features: what it takes from a row: "log_x" is the logarithm of column x, "log_density" that of 1 - sparsity,
+        anything else the column itself.
+      log_loss: (parameters by name [1, S], features by name [R, 1]) -> log loss [R, S], raw parameters.
+      grid: raw starting values by parameter; starts are their product.
+      pairs: (coefficient, exponent, feature, sign): the raw coefficient plus sign x exponent x mean(feature) is what
+        rows determine; fits move in that.
+      formula: as a person would write it, with its source.
+      optional: features that are 0 when the row has no such column (log of 1: no sparsity, one expert).
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    positive: frozenset[str]
+    features: tuple[str, ...]
+    log_loss: LogLoss
+    grid: Mapping[str, tuple[float, ...]]
+    pairs: tuple[tuple[str, str, str, float], ...] = ()
+    formula: str = ""
+    optional: frozenset[str] = field(default_factory=frozenset)
+
+    def starts(self) -> Float[np.ndarray, "P S"]:
+        """Every combination of the grid's values."""
+        return np.array(list(itertools.product(*(self.grid[name] for name in self.parameters))), float).T
+
+    def natural(self, theta: Float[np.ndarray, "P ..."]) -> Float[np.ndarray, "P ..."]:
+        """Raw parameters as people write them."""
+        logs = np.array([name in self.positive for name in self.parameters])
+        shape = (-1,) + (1,) * (np.ndim(theta) - 1)
+        with np.errstate(over="ignore"):
+            return np.where(logs.reshape(shape), np.exp(theta), theta)
+
+    def raw(self, values: Mapping[str, float]) -> Float[np.ndarray, "P"]:
+        """Natural values by name as raw parameters; a value of 0 for a positive one is its limit, -inf.
+
+        Raises:
+          ValueError: names that are not the law's parameters, or a negative value for a positive one.
+        """
+        if set(values) != set(self.parameters):
+            raise ValueError(f"{self.name}: values for {sorted(values)}, parameters are {sorted(self.parameters)}")
+        for name in self.positive:
+            if values[name] < 0:
+                raise ValueError(f"{self.name}: {name} = {values[name]} must not be negative")
+        with np.errstate(divide="ignore"):
+            return np.array([np.log(values[n]) if n in self.positive else values[n] for n in self.parameters], float)
+
+    def gather(self, rows: Rows) -> dict[str, Float[np.ndarray, "R 1"]]:
+        """The features of rows.
+
+        Raises:
+          scaling.rows.RowError: a column that is missing, not numeric or outside the feature's domain.
+        """
+        return {name: gather_feature(name, rows, name in self.optional)[:, None] for name in self.features}
+
+    def predict(
+        self, theta: Float[np.ndarray, "P S"], features: Mapping[str, Float[np.ndarray, "R 1"]]
+    ) -> Float[np.ndarray, "R S"]:
+        """Log losses of rows under raw parameters, float64."""
+        return predict(theta, features, log_loss=self.log_loss, names=self.parameters)
+
+
+def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, "R"]:
+    """One feature [R] of rows; see `Law.features`."""
+    if name == "log_density":
+        column = "sparsity"
+    else:
+        column = re.sub(r"^log_", "", name)
+    if optional and column not in rows.columns:
+        return np.zeros(len(rows))
+    values = rows.need([column])[column]
+    if not name.startswith("log_"):
+        return values
+    wrong = ~((values >= 0) & (values < 1)) if column == "sparsity" else values <= 0
+    if wrong.any():
+        wanted = "must be at least 0 and under 1" if column == "sparsity" else "is not positive"
+        raise RowError([(int(i) + 1, column, f"{values[i]} {wanted}") for i in np.flatnonzero(wrong)], rows.source)
+    return np.log1p(-values) if column == "sparsity" else np.log(values)
+
+
+def log_sum_exp(parts: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """log(sum(exp(parts))) without overflow; parts broadcast and may be -inf (not all of them)."""
+    top = parts[0]
+    for part in parts[1:]:
+        top = jnp.maximum(top, part)
+    # The maximum only shifts: its derivative cancels, so it is not taken.
+    top = jax.lax.stop_gradient(top)
+    return top + jnp.log(sum(jnp.exp(part - top) for part in parts))
+
+
+def power_law(
+    name: str,
+    terms: Sequence[Term],
+    grid: Mapping[str, tuple[float, ...]],
+    *,
+    formula: str = "",
+    optional: Sequence[str] = (),
+) -> Law:
+    """A law that is a sum of power-law terms.
+
+    Args:
+      name: for messages.
+      terms: (coefficient, ((exponent, feature, sign), ...)); the feature is a logarithm. An exponent may be shared.
+      grid: raw starting values by parameter, coefficients first; its order is that of the parameters.
+      formula: for people.
+      optional: features that may be missing.
+    """
+
+    def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
+        parts = []
+        for coefficient, factors in terms:
+            part = theta[coefficient]
+            for exponent, feature, sign in factors:
+                part = part + sign * theta[exponent] * features[feature]
+            parts.append(part)
+        return log_sum_exp(parts)
+
+    coefficients = [coefficient for coefficient, _ in terms]
+    return Law(
+        name=name,
+        parameters=tuple(grid),
+        positive=frozenset(coefficients),
+        features=tuple(dict.fromkeys(factor[1] for _, factors in terms for factor in factors)),
+        log_loss=log_loss,
+        grid=grid,
+        pairs=tuple((c, exponent, feature, sign) for c, factors in terms for exponent, feature, sign in factors),
+        formula=formula,
+        optional=frozenset(optional),
+    )
+
+
+def custom_law(
+    name: str,
+    predict: Callable[[Mapping[str, Array], Mapping[str, Array]], Array],
+    starts: Mapping[str, Sequence[float]],
+    columns: Sequence[str],
+    formula: str = "",
+) -> Law:
+    """Any function of rows with named positive parameters.
+
+    Args:
+      name: for messages.
+      predict: (natural parameters by name [1, S], columns by name [R, 1]) -> losses [R, S], positive, in jax.numpy.
+      starts: natural (positive) starting values by parameter.
+      columns: the columns it takes.
+      formula: for people.
+
+    Raises:
+      ValueError: a starting value that is not positive.
+    """
+    for parameter, values in starts.items():
+        if not len(values) or min(values) <= 0:
+            raise ValueError(f"{name}: starts of {parameter} are {tuple(values)}; parameters must be positive")
+
+    def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
+        return jnp.log(predict({key: jnp.exp(value) for key, value in theta.items()}, features))
+
+    grid = {key: tuple(float(np.log(value)) for value in values) for key, values in starts.items()}
+    return Law(name, tuple(starts), frozenset(starts), tuple(columns), log_loss, grid, formula=formula)
+
+
+def restrict(law: Law, **values: float) -> Law:
+    """The law with some parameters held at natural values (0 for a coefficient takes its term away).
+
+    Raises:
+      ValueError: names the law does not have.
+    """
+    unknown = sorted(set(values) - set(law.parameters))
+    if unknown:
+        raise ValueError(f"{law.name} has no parameter {unknown[0]!r}; it has {', '.join(law.parameters)}")
+    held = {n: (np.log(v) if v else -np.inf) if n in law.positive else v for n, v in values.items()}
+    free = tuple(name for name in law.parameters if name not in held)
+
+    def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
+        fixed = {name: jnp.full_like(theta[free[0]], value) for name, value in held.items()}
+        return law.log_loss({**theta, **fixed}, features)
+
+    return Law(
+        name=f"{law.name} with " + ", ".join(f"{name} = {value:g}" for name, value in values.items()),
+        parameters=free,
+        positive=law.positive - set(held),
+        features=law.features,
+        log_loss=log_loss,
+        grid={name: law.grid[name] for name in free},
+        pairs=tuple(pair for pair in law.pairs if pair[0] in free and pair[1] in free),
+        formula=law.formula,
+        optional=law.optional,
+    )

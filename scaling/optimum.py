@@ -1,0 +1,199 @@
+"""What to train at a budget: N*, D*, tokens per parameter, and what training off the optimum costs.
+
+A budget C fixes tokens = C / (6 N), so the optimum is a minimum over one number, log N, found for any law of params and
+tokens (others of its columns are held at given values).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import brentq, minimize_scalar
+
+from scaling.laws import Law
+from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
+
+
+class Optimum(NamedTuple):
+    """Optimal sizes at budgets, [C, S] for S parameter vectors; NaN where there is no inner minimum."""
+
+    params: Float[np.ndarray, "C S"]
+    tokens: Float[np.ndarray, "C S"]
+    loss: Float[np.ndarray, "C S"]
+
+    @property
+    def ratio(self) -> Float[np.ndarray, "C S"]:
+        """Tokens per parameter."""
+        return self.tokens / self.params
+
+
+def _rows(params: np.ndarray, tokens: np.ndarray, at: Mapping[str, float]) -> Rows:
+    columns = {"params": params, "tokens": tokens, "flops": PER_PARAMETER_AND_TOKEN * params * tokens}
+    others = {name: np.full(len(params), float(value)) for name, value in at.items()}
+    return Rows({**columns, "loss": np.ones(len(params)), **others}, "optimum")
+
+
+def log_loss_at(
+    law: Law,
+    theta_PS: Float[np.ndarray, "P S"],
+    params: Float[np.ndarray, "R"],
+    tokens: Float[np.ndarray, "R"],
+    at: Mapping[str, float] | None = None,
+) -> Float[np.ndarray, "R S"]:
+    """Log losses the law predicts for sizes, with other columns held at `at`."""
+    rows = _rows(np.asarray(params, float), np.asarray(tokens, float), at or {})
+    return law.predict(np.asarray(theta_PS, float), law.gather(rows))
+
+
+def optimum(
+    law: Law,
+    theta_PS: Float[np.ndarray, "P S"],
+    budgets: Sequence[float],
+    *,
+    at: Mapping[str, float] | None = None,
+    tokens_per_flop: float = 1 / PER_PARAMETER_AND_TOKEN,
+) -> Optimum:
+    """Minimise the law over sizes at each budget (FLOPs), for every column of theta.
+
+    Two grids over log N, the second inside the best cell of the first, then a parabola through the lowest three points:
+    log N* is right to about 1e-6.
+    """
+    theta_PS = np.asarray(theta_PS, float)
+    found = np.full((3, len(budgets), theta_PS.shape[1]), np.nan)
+    for c, budget in enumerate(budgets):
+        product = budget * tokens_per_flop
+        # From one parameter to one token.
+        coarse = np.linspace(0.0, np.log(product), 129)
+        losses = log_loss_at(law, theta_PS, np.exp(coarse), product / np.exp(coarse), at)
+        middle = coarse[np.argmin(losses, axis=0)]
+        inside = (middle > coarse[0]) & (middle < coarse[-1]) & np.isfinite(losses).all(axis=0)
+        for s in np.flatnonzero(inside):
+            found[:, c, s] = _refine(law, theta_PS[:, s : s + 1], middle[s], coarse[1] - coarse[0], product, at)
+    return Optimum(*found)
+
+
+def _refine(law, theta, middle, width, product, at):
+    x = middle
+    for _ in range(4):
+        fine = x + np.linspace(-width, width, 32)
+        losses = log_loss_at(law, theta, np.exp(fine), product / np.exp(fine), at)[:, 0]
+        x = fine[np.argmin(losses)]
+        width /= 8
+    loss = log_loss_at(law, theta, np.array([np.exp(x)]), np.array([product / np.exp(x)]), at)[0, 0]
+    return np.exp(x), product / np.exp(x), np.exp(loss)
+
+
+def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[float]) -> Optimum:
+    """The closed form for E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 4), natural parameters, each [S]."""
+    a, b, e, alpha, beta = (np.atleast_1d(parameters[name]) for name in ("A", "B", "E", "alpha", "beta"))
+    product = np.asarray(budgets, float)[:, None] / PER_PARAMETER_AND_TOKEN
+    # In logarithms: resampled coefficients span many orders of magnitude.
+    params = np.exp((np.log(alpha * a / (beta * b)) + beta * np.log(product)) / (alpha + beta))
+    tokens = product / params
+    return Optimum(params, tokens, e + a / params**alpha + b / tokens**beta)
+
+
+def exponents(parameters: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
+    alpha, beta = np.asarray(parameters["alpha"]), np.asarray(parameters["beta"])
+    return beta / (alpha + beta), alpha / (alpha + beta)
+
+
+def off_optimum(
+    law: Law,
+    theta_P: Float[np.ndarray, "P"],
+    budget: float,
+    factors: Sequence[float],
+    *,
+    at: Mapping[str, float] | None = None,
+) -> list[dict[str, float]]:
+    """The cost of a model `factor` times the optimal size at the same budget.
+
+    Returns:
+      Per factor: params, tokens, loss, excess loss over the optimum, and `wasted`, the share of the budget that an
+      optimal run would not need to reach the same loss.
+    """
+    theta = np.asarray(theta_P, float)[:, None]
+    best = optimum(law, theta, [budget], at=at)
+    table = []
+    for factor in factors:
+        params = float(best.params[0, 0] * factor)
+        tokens = budget / (PER_PARAMETER_AND_TOKEN * params)
+        loss = float(np.exp(log_loss_at(law, theta, np.array([params]), np.array([tokens]), at)[0, 0]))
+        excess = loss - float(best.loss[0, 0])
+        table.append(
+            {"factor": factor, "params": params, "tokens": tokens, "loss": loss, "excess": excess}
+            | {"wasted": 1 - needed_budget(law, theta_P, loss, below=budget, at=at) / budget}
+        )
+    return table
+
+
+def needed_budget(
+    law: Law, theta_P: Float[np.ndarray, "P"], loss: float, *, below: float, at: Mapping[str, float] | None = None
+) -> float:
+    """The least budget whose optimum reaches a loss, at most `below` (which must reach it)."""
+    theta = np.asarray(theta_P, float)[:, None]
+
+    def gap(log_budget: float) -> float:
+        return float(optimum(law, theta, [np.exp(log_budget)], at=at).loss[0, 0]) - loss
+
+    high = np.log(below)
+    if gap(high) >= 0:
+        return below
+    low = high - 1
+    while gap(low) < 0:
+        low -= 2
+    return float(np.exp(brentq(gap, low, high, xtol=1e-7)))
+
+
+class InferenceOptimum(NamedTuple):
+    """The cheapest model of a quality when `inference_tokens` will be served: sizes, and FLOPs of both phases."""
+
+    params: float
+    tokens: float
+    training_flops: float
+    inference_flops: float
+
+
+def inference_optimum(
+    law: Law,
+    theta_P: Float[np.ndarray, "P"],
+    loss: float,
+    inference_tokens: float,
+    *,
+    at: Mapping[str, float] | None = None,
+    sizes: tuple[float, float] = (1e4, 1e15),
+) -> InferenceOptimum:
+    """Minimise 6 N D + 2 N D_inference subject to L(N, D) = loss (Sardana et al. 2024, eq. 2).
+
+    Raises:
+      ValueError: no model between `sizes` reaches the loss.
+    """
+    theta = np.asarray(theta_P, float)[:, None]
+    token_range = (0.0, 80.0)
+
+    def tokens_for(log_params: float) -> float:
+        """log tokens at which the model reaches the loss; infinite if it never does."""
+
+        def gap(log_tokens: float) -> float:
+            sizes_ = np.exp([log_params]), np.exp([log_tokens])
+            return float(log_loss_at(law, theta, *sizes_, at)[0, 0]) - np.log(loss)
+
+        if gap(token_range[1]) >= 0 or gap(token_range[0]) <= 0:
+            return np.inf
+        return brentq(gap, *token_range, xtol=1e-10)
+
+    def cost(log_params: float) -> float:
+        total = np.logaddexp(np.log(6) + tokens_for(log_params), np.log(2) + np.log(max(inference_tokens, 1e-300)))
+        return log_params + total
+
+    grid = np.linspace(np.log(sizes[0]), np.log(sizes[1]), 60)
+    costs = np.array([cost(x) for x in grid])
+    if not np.isfinite(costs).any():
+        raise ValueError(f"{law.name}: no model of {sizes[0]:g} to {sizes[1]:g} parameters reaches a loss of {loss}")
+    i = int(np.argmin(costs))
+    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    best = minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    params, tokens = float(np.exp(best)), float(np.exp(tokens_for(best)))
+    return InferenceOptimum(params, tokens, 6 * params * tokens, 2 * params * inference_tokens)

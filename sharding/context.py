@@ -1,0 +1,207 @@
+"""Attention over a sequence that is split among devices: a ring of keys and values, or heads exchanged for time.
+
+All functions run inside shard_map, on one device's part of time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
+"""Attention over some of the keys, normalised over those, and the log of the normaliser; float32."""
+
+
+def zigzag_positions(index: Int[Array, ""] | int, parts: int, length: int) -> Int[Array, " T"]:
+    """Positions of the tokens that part `index` of `parts` holds: chunks index and 2 parts - 1 - index.
+
+    Under a causal mask early tokens see few keys and late ones many; one chunk from each end gives every device the
+    same work (Brandon et al. 2023, striped attention, has the problem; the pairing is Llama 3's, section 3.3.2).
+
+    Args:
+      index: part, traced or not.
+      parts: number of parts.
+      length: tokens of the whole sequence, a multiple of 2 parts.
+    """
+    chunk = length // (2 * parts)
+    steps = jnp.arange(chunk, dtype=jnp.int32)
+    return jnp.concatenate([index * chunk + steps, (2 * parts - 1 - index) * chunk + steps]).astype(jnp.int32)
+
+
+def contiguous_positions(index: Int[Array, ""] | int, parts: int, length: int) -> Int[Array, " T"]:
+    """Positions of part `index` when time is cut in order; `length` is a multiple of `parts`."""
+    return (index * (length // parts) + jnp.arange(length // parts)).astype(jnp.int32)
+
+
+def ring_attention(
+    q_BTHh: Float[Array, "B T H h"], k_BTKh: Float[Array, "B T K h"], v_BTKh: Float[Array, "B T K h"], axis: str
+) -> Float[Array, "B T H h"]:
+    """Causal attention of one device's queries over everybody's keys: Liu et al. (2023), ring attention.
+
+    Keys and values travel once around the ring; partial results are merged by their log-sum-exp (Milakov & Gimelshein
+    2018). With time laid out by `zigzag_positions` every step but the first is two unmasked chunk products on every
+    device: keys from an earlier part are seen in their low chunk by both query chunks, keys from a later part in both
+    chunks by the high query chunk. The backward pass recomputes the probabilities from the log-sum-exp and sends the
+    keys around again, so what is kept is one device's part of q, k, v, the result and one number per query.
+
+    Args:
+      q_BTHh: queries of this device, its low chunk first.
+      k_BTKh: keys; K divides H.
+      v_BTKh: values.
+      axis: mesh axis of the ring.
+
+    Returns:
+      Attention's result in q's dtype.
+    """
+    B, T, H, h = q_BTHh.shape
+    K = k_BTKh.shape[2]
+    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
+    return _ring(q_BTKGh, k_BTKh, v_BTKh, axis).reshape(B, T, H, h)
+
+
+def heads_attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BTKh: Float[Array, "B T K h"],
+    v_BTKh: Float[Array, "B T K h"],
+    axis: str,
+    attend: Callable[..., jax.Array],
+) -> Float[Array, "B T H h"]:
+    """Exchange heads for time, attend over the whole sequence, exchange back: Jacobs et al. (2023), section 3.
+
+    Args:
+      q_BTHh: queries; H and K must divide by the size of the axis. Time is laid out by `contiguous_positions`.
+      k_BTKh: keys.
+      v_BTKh: values.
+      axis: mesh axis that splits time.
+      attend: causal attention (q, k, v) -> result on whole sequences.
+    """
+    exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    with jax.named_scope("exchange_heads"):
+        whole = [exchange(x, split_axis=2, concat_axis=1) for x in (q_BTHh, k_BTKh, v_BTKh)]
+    result = attend(*whole)
+    with jax.named_scope("exchange_time"):
+        return exchange(result, split_axis=1, concat_axis=2)
+
+
+def _scores(q_BTKGh: jax.Array, k_BSKh: jax.Array, mask_TS: jax.Array | None) -> jax.Array:
+    s_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    s_BKGTS *= q_BTKGh.shape[-1] ** -0.5
+    return s_BKGTS if mask_TS is None else jnp.where(mask_TS[None, None, None], s_BKGTS, -jnp.inf)
+
+
+def _attend(q_BTKGh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: Bool[Array, "T S"] | None) -> Partial:
+    """Attention over these keys alone. Every query sees at least one of them."""
+    s_BKGTS = _scores(q_BTKGh, k_BSKh, mask_TS)
+    lse_BKGT = jax.nn.logsumexp(s_BKGTS, axis=-1)
+    p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None]).astype(v_BSKh.dtype)
+    o_BTKGh = jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKh, preferred_element_type=jnp.float32)
+    return o_BTKGh, lse_BKGT.transpose(0, 3, 1, 2)
+
+
+def _merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the union of two disjoint sets of keys."""
+    (a_BTKGh, a_BTKG), (b_BTKGh, b_BTKG) = a, b
+    lse_BTKG = jnp.logaddexp(a_BTKG, b_BTKG)
+    o_BTKGh = a_BTKGh * jnp.exp(a_BTKG - lse_BTKG)[..., None] + b_BTKGh * jnp.exp(b_BTKG - lse_BTKG)[..., None]
+    return o_BTKGh, lse_BTKG
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low, high = jnp.split(x, 2, axis=1)
+    return low, high
+
+
+def _send(tree: tuple[jax.Array, ...], axis: str) -> tuple[jax.Array, ...]:
+    size = jax.lax.axis_size(axis)
+    with jax.named_scope("ring"):
+        return jax.lax.ppermute(tree, axis, [(i, (i + 1) % size) for i in range(size)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ring(q_BTKGh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, axis: str) -> jax.Array:
+    return _ring_forward(q_BTKGh, k_BTKh, v_BTKh, axis)[0]
+
+
+def _ring_forward(q_BTKGh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, axis: str) -> tuple[jax.Array, tuple]:
+    index, size = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    T = q_BTKGh.shape[1]
+    q_low, q_high = _halves(q_BTKGh)
+    # The device's own keys: its two chunks are in order, so causal by index.
+    result = _attend(q_BTKGh, k_BTKh, v_BTKh, jnp.tril(jnp.ones((T, T), bool)))
+
+    def step(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
+        (o_low, lse_low), (o_high, lse_high), travelling = carry
+        travelling = _send(travelling, axis)
+        (k_low, k_high), (v_low, v_high) = (_halves(x) for x in travelling)
+        earlier = distance <= index  # the keys come from part index - distance, or around the end of the ring
+        high = _merge((o_high, lse_high), _attend(q_high, k_low, v_low, None))
+        other = _attend(
+            jnp.where(earlier, q_low, q_high),
+            jnp.where(earlier, k_low, k_high),
+            jnp.where(earlier, v_low, v_high),
+            None,
+        )
+        low, merged = _merge((o_low, lse_low), other), _merge(high, other)
+        pick = lambda a, b: jnp.where(earlier, a, b)  # noqa: E731
+        return (jax.tree.map(pick, low, (o_low, lse_low)), jax.tree.map(pick, high, merged), travelling), None
+
+    halves = [_halves(x) for x in result]
+    carry = ((halves[0][0], halves[1][0]), (halves[0][1], halves[1][1]), (k_BTKh, v_BTKh))
+    (low, high, _), _ = jax.lax.scan(step, carry, jnp.arange(1, size))
+    o_BTKGh, lse_BTKG = (jnp.concatenate(pair, axis=1) for pair in zip(low, high, strict=True))
+    o_BTKGh = o_BTKGh.astype(q_BTKGh.dtype)
+    return o_BTKGh, (q_BTKGh, k_BTKh, v_BTKh, o_BTKGh, lse_BTKG)
+
+
+def _attend_backward(query: tuple, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: jax.Array | None) -> tuple:
+    """Gradients (dq, dk, dv) of one partial product in float32: Dao et al. (2022), appendix B.2.
+
+    `query` holds q, the result's gradient, the log-sum-exp over all keys and sum(result * gradient) per query.
+    """
+    q_BTKGh, g_BTKGh, lse_BTKG, inner_BTKG = query
+    s_BKGTS = _scores(q_BTKGh, k_BSKh, mask_TS)
+    p_BKGTS = jnp.exp(s_BKGTS - lse_BTKG.transpose(0, 2, 3, 1)[..., None])
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dv_BSKh = product("bkgts,btkgh->bskh", p_BKGTS.astype(g_BTKGh.dtype), g_BTKGh)
+    dp_BKGTS = product("btkgh,bskh->bkgts", g_BTKGh, v_BSKh)
+    ds_BKGTS = p_BKGTS * (dp_BKGTS - inner_BTKG.transpose(0, 2, 3, 1)[..., None]) * q_BTKGh.shape[-1] ** -0.5
+    ds_BKGTS = ds_BKGTS.astype(q_BTKGh.dtype)
+    return product("bkgts,bskh->btkgh", ds_BKGTS, k_BSKh), product("bkgts,btkgh->bskh", ds_BKGTS, q_BTKGh), dv_BSKh
+
+
+def _ring_backward(axis: str, saved: tuple, g_BTKGh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_BTKGh, k_BTKh, v_BTKh, o_BTKGh, lse_BTKG = saved
+    index, size = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    T = q_BTKGh.shape[1]
+    inner_BTKG = (o_BTKGh.astype(jnp.float32) * g_BTKGh.astype(jnp.float32)).sum(-1)
+    query = (q_BTKGh, g_BTKGh, lse_BTKG, inner_BTKG)
+    low, high = zip(*(_halves(x) for x in query), strict=True)
+    dq, dk, dv = _attend_backward(query, k_BTKh, v_BTKh, jnp.tril(jnp.ones((T, T), bool)))
+
+    def step(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
+        dq_low, dq_high, travelling = carry
+        # The gradients of keys and values travel with them.
+        k, v, dk, dv = _send(travelling, axis)
+        (k_low, k_high), (v_low, v_high) = _halves(k), _halves(v)
+        earlier = distance <= index
+        pick = lambda a, b: jnp.where(earlier, a, b)  # noqa: E731
+        dq_first, dk_first, dv_first = _attend_backward(high, k_low, v_low, None)
+        dq_other, dk_other, dv_other = _attend_backward(
+            jax.tree.map(pick, low, high), pick(k_low, k_high), pick(v_low, v_high), None
+        )
+        dq_low += jnp.where(earlier, dq_other, 0)
+        dq_high += dq_first + jnp.where(earlier, 0, dq_other)
+        dk += jnp.concatenate([dk_first + jnp.where(earlier, dk_other, 0), jnp.where(earlier, 0, dk_other)], axis=1)
+        dv += jnp.concatenate([dv_first + jnp.where(earlier, dv_other, 0), jnp.where(earlier, 0, dv_other)], axis=1)
+        return (dq_low, dq_high, (k, v, dk, dv)), None
+
+    carry = (*_halves(dq), (k_BTKh, v_BTKh, dk, dv))
+    (dq_low, dq_high, travelled), _ = jax.lax.scan(step, carry, jnp.arange(1, size))
+    dk, dv = _send(travelled[2:], axis)  # one more step brings them home
+    dq = jnp.concatenate([dq_low, dq_high], axis=1)
+    return dq.astype(q_BTKGh.dtype), dk.astype(k_BTKh.dtype), dv.astype(v_BTKh.dtype)
+
+
+_ring.defvjp(_ring_forward, _ring_backward)

@@ -1,0 +1,117 @@
+"""Count the collectives of a program from its jaxpr: kind, group, bytes and cause, loop trips included.
+
+What is counted is what the program asks for. The compiler may merge or rewrite it (XLA on CPU lowers a reduce-scatter
+to an all-reduce and computes bfloat16 in float32), and adds what automatic sharding needs.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+KINDS = {
+    "psum": "all-reduce",
+    "psum2": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "ragged_all_to_all": "all-to-all",
+    "ppermute": "permute",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: all-reduce, all-gather, reduce-scatter, all-to-all or permute.
+      axes: mesh axes of the group.
+      group: devices in it.
+      count: times it runs in one call, loop trips multiplied.
+      bytes: size of the whole array per run: what is reduced, exchanged or sent, or the gathered result.
+      scope: named scopes it stands in, with JAX's marks for derivatives.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    count: int
+    bytes: int
+    scope: str
+
+    @property
+    def moved(self) -> float:
+        """Bytes one device sends over all runs by the ring algorithms (Thakur et al. 2005, section 4).
+
+        (n - 1) / n of the array for an all-gather, reduce-scatter or all-to-all, twice that for an all-reduce, the
+        array itself for a permute.
+        """
+        share = {"all-reduce": 2 * (self.group - 1) / self.group, "permute": 1.0}
+        return self.count * self.bytes * share.get(self.kind, (self.group - 1) / self.group)
+
+
+def collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
+    """Collectives of one call of `function`, in program order; arguments may be shapes. Nothing is compiled or run.
+
+    A loop whose number of trips is not known before it runs counts once; of a conditional the branch that moves most.
+    Groups of one device do nothing and are left out.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args)
+    return list(_walk(jaxpr.jaxpr, {}, 1, ""))
+
+
+def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
+    """Number of runs and bytes moved by kind."""
+    total: dict[str, tuple[int, float]] = {}
+    for one in found:
+        count, moved = total.get(one.kind, (0, 0.0))
+        total[one.kind] = (count + one.count, moved + one.moved)
+    return total
+
+
+def _walk(jaxpr: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
+        if name in KINDS:
+            yield from _one(equation, sizes, trips, here)
+        elif name == "cond":
+            branches = [list(_walk(branch.jaxpr, sizes, trips, here)) for branch in params["branches"]]
+            yield from max(branches, key=lambda found: sum(one.moved for one in found))
+        else:
+            inside = dict(params["mesh"].shape) if name == "shard_map" else {}
+            times = params["length"] if name == "scan" else 1
+            for inner in _jaxprs(params.values()):
+                yield from _walk(inner, {**sizes, **inside}, trips * times, here)
+
+
+def _one(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+    params = equation.params
+    axes = params["axes"] if "axes" in params else params["axis_name"]
+    axes = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str))
+    group = math.prod(sizes[axis] for axis in axes)
+    if group == 1:
+        return
+    kind = KINDS[equation.primitive.name]
+    arrays = equation.outvars if kind == "all-gather" else equation.invars
+    for array in arrays:
+        size = math.prod(array.aval.shape) * np.dtype(array.aval.dtype).itemsize
+        yield Collective(kind, axes, group, trips, size, scope)
+
+
+def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if hasattr(value, "eqns"):
+            yield value
+        elif hasattr(value, "jaxpr") and hasattr(value.jaxpr, "eqns"):
+            yield value.jaxpr
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)

@@ -1,0 +1,117 @@
+"""Which layer lives on which pipeline stage, and the layers' parameters arranged by stage.
+
+The model's layers are cut into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage
+k % stages. Parts may differ in size: each is padded to the largest, and the padding is never computed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from sharding.errors import PlanError
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """Layers of every part of the model, in the model's order.
+
+    Attributes:
+      counts: layers of parts 0, 1, ...; each at least 1, there are stages * chunks of them.
+      stages: p.
+      chunks: v, parts on one stage (1 unless the schedule is interleaved).
+    """
+
+    counts: tuple[int, ...]
+    stages: int
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.chunks < 1:
+            raise PlanError(f"stages={self.stages} and chunks={self.chunks} must be at least 1")
+        if len(self.counts) != self.stages * self.chunks:
+            raise PlanError(
+                f"{len(self.counts)} layer counts {self.counts} for {self.stages} stages x {self.chunks} chunks; "
+                f"{self.stages * self.chunks} are needed"
+            )
+        if min(self.counts) < 1:
+            raise PlanError(f"layer counts {self.counts}: every part needs at least 1 layer")
+
+    @property
+    def layers(self) -> int:
+        """L, layers of the model."""
+        return sum(self.counts)
+
+    @property
+    def slots(self) -> int:
+        """n, layers there is room for in every part: the largest count."""
+        return max(self.counts)
+
+    @property
+    def even(self) -> bool:
+        """Whether all parts have the same number of layers, so that nothing is padded."""
+        return len(set(self.counts)) == 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether arranging by stage leaves the model's order as it is: `stack` and `unstack` then do nothing."""
+        return self.even and self.chunks == 1
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """int32 [p * v * n]: the layer in each place, ordered by stage, chunk and slot; -1 is padding."""
+        starts = np.cumsum((0, *self.counts))
+        index = np.full((self.stages, self.chunks, self.slots), -1, np.int32)
+        for part, count in enumerate(self.counts):
+            index[part % self.stages, part // self.stages, :count] = starts[part] + np.arange(count)
+        return index.reshape(-1)
+
+
+def split_layers(layers: int, stages: int, chunks: int = 1) -> StageLayout:
+    """Cut `layers` into parts as equal as they can be; where they differ, the last parts (before the head) are smaller.
+
+    Raises:
+      PlanError: fewer layers than parts.
+    """
+    parts = stages * chunks
+    if layers < parts:
+        raise PlanError(
+            f"{layers} layers cannot be cut into {stages} stages x {chunks} chunks = {parts} parts; take at most "
+            f"{max(1, layers // max(1, chunks))} stages"
+        )
+    return StageLayout(tuple(layers // parts + (part < layers % parts) for part in range(parts)), stages, chunks)
+
+
+def stack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
+    """Arrange leaves [L, ...] in the model's order by stage: [p * v * n, ...], zeros for padding.
+
+    Sharded over the pipeline axis on its first dimension, the result has each stage's layers on that stage.
+
+    Raises:
+      PlanError: a leaf's first dimension is not the layout's number of layers.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        if not leaf.ndim or leaf.shape[0] != layout.layers:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise PlanError(f"{name} has shape {leaf.shape}; its first axis must be the {layout.layers} layers")
+    if layout.in_place:
+        return layers
+    present = layout.index >= 0
+
+    def arrange(leaf: Any) -> jax.Array:
+        placed = jnp.take(leaf, np.maximum(layout.index, 0), axis=0)
+        return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), placed, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(arrange, layers)
+
+
+def unstack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
+    """Undo `stack_stages`: leaves [p * v * n, ...] by stage to [L, ...] in the model's order."""
+    if layout.in_place:
+        return layers
+    places = np.argsort(np.where(layout.index < 0, layout.layers, layout.index), kind="stable")[: layout.layers]
+    return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0), layers)

@@ -1,0 +1,130 @@
+"""Structured tickets, cut out: the same outputs from fewer numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lottery import compact, coupled, masks, prune, scores
+from training.lenet import LeNet, MLPConfig
+from training.transformer import Decoder, TransformerConfig
+
+LAYERS = ("dense0", "dense1", "output")
+
+
+def lenet():
+    params = LeNet(MLPConfig((20, 12))).init(jax.random.key(0), jnp.zeros((1, 30)))["params"]
+    keys = jax.random.split(jax.random.key(1), 3)
+    for name, key in zip(LAYERS, keys, strict=True):
+        params[name]["bias"] = jax.random.normal(key, params[name]["bias"].shape)
+    return params
+
+
+def same(config, params, small_config, small, x):
+    want = LeNet(config).apply({"params": params}, x)
+    got = LeNet(small_config).apply({"params": small}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_coupled_neurons_of_lenet_are_cut_out():
+    params = lenet()
+    which, groups = masks.prunable(params), coupled.mlp_neurons(LAYERS)
+    assert coupled.unit_counts(params, groups) == {"dense0": 20, "dense1": 12}
+    counts = {"dense0": 7, "dense1": 5}
+    keep = jax.jit(lambda p: coupled.keep_units(scores.magnitude(p), masks.ones(p), which, groups, counts))
+    mask = keep(params)
+    mean = np.abs(params["dense0"]["kernel"]).sum(0) + np.abs(params["dense1"]["kernel"]).sum(1)
+    best = set(np.argsort(-mean)[:7])
+    assert set(np.flatnonzero(np.asarray(mask["dense0"]["kernel"]).any(0))) == best
+    assert set(np.flatnonzero(np.asarray(mask["dense1"]["kernel"]).any(1))) == best
+    ticket = masks.apply(params, mask)
+    small, hidden = compact.compact_mlp(ticket, LAYERS)
+    assert hidden == (7, 5) and small["dense1"]["kernel"].shape == (7, 5)
+    same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
+
+
+@pytest.mark.parametrize("quota", [1, 6, 12])
+def test_neurons_that_read_nothing_become_part_of_the_next_bias(quota):
+    params = lenet()
+    which = masks.prunable(params)
+    quotas = {"dense0/kernel": quota, "dense1/kernel": min(quota, 11)}
+    mask = prune.remove(scores.magnitude(params), masks.ones(params), which, quotas, "neuron")
+    ticket = masks.apply(params, mask)
+    small, hidden = compact.compact_mlp(ticket, LAYERS)
+    assert hidden == (20 - quota, 12 - min(quota, 11))
+    same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
+
+
+def test_a_network_of_nothing_keeps_one_neuron_a_layer_and_its_constant_output():
+    params = jax.tree.map(lambda x: x * (x.ndim == 1), lenet())
+    small, hidden = compact.compact_mlp(params, LAYERS)
+    assert hidden == (1, 1)
+    same(MLPConfig((20, 12)), params, MLPConfig(hidden), small, jnp.ones((3, 30)))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
+    config = TransformerConfig(vocab_size=31, layers=2, width=16, heads=4, kv_heads=kv_heads, ff=12)
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 31)
+    params = Decoder(config).init(jax.random.key(1), tokens)["params"]
+    which = masks.prunable(params)
+    groups = coupled.decoder_neurons() | coupled.decoder_heads(4, kv_heads)
+    assert coupled.unit_counts(params, groups) == {"blocks/mlp": 24, "blocks/attention": 2 * kv_heads}
+    counts = {"blocks/mlp": 11, "blocks/attention": kv_heads}
+    # Layer 1's heads are worth more, so that the layers keep different numbers and one is padded.
+    score = scores.magnitude(params)
+    score["blocks"]["attention"] = jax.tree.map(lambda s: s.at[1].mul(1.2), score["blocks"]["attention"])
+    mask = coupled.keep_units(score, masks.ones(params), which, groups, counts)
+    ticket = masks.apply(params, mask)
+    small, sizes = compact.compact_decoder(ticket)
+    assert 4 * sizes["ff"] < 4 * 12 and sizes["ff"] >= 6 and sizes["head_dim"] == 4
+    assert sizes["heads"] == sizes["kv_heads"] * (4 // kv_heads)
+    small_config = dataclasses.replace(config, **sizes)
+    want = Decoder(config).apply({"params": ticket}, tokens)
+    got = Decoder(small_config).apply({"params": small}, tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(want, Decoder(config).apply({"params": params}, tokens), atol=1e-3)
+
+
+def test_single_leaf_heads_and_stacked_layouts():
+    config = TransformerConfig(vocab_size=31, layers=2, width=16, heads=4, ff=12)
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    params = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(1), tokens))["params"]
+    which = masks.prunable(params, (("mlp/", False),))
+    found = prune.units(params, which, "head")
+    assert set(found.values()) == {8} and len(found) == 4
+    which = masks.prunable(params, (("attention/", False),))
+    assert prune.units(params, which, "neuron")["blocks/mlp/down/kernel"] == 2 * 16
+    assert prune.units(params, which, "4x4")["blocks/mlp/gate/kernel"] == 2 * 4 * 3
+    moe = {"blocks": {"mlp": {"experts": {"up": {"kernel": jnp.zeros((2, 5, 4, 6))}}}}}
+    assert prune.units(moe, masks.prunable(moe), "expert") == {"blocks/mlp/experts/up/kernel": 10}
+    with pytest.raises(ValueError, match="blocks/mlp/down/kernel: .*no axis of heads"):
+        prune.units(params, masks.prunable(params, (("(gate|up|attention).*", False),)), "head")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: compact.compact_mlp(lenet(), ("dense0", "head")), "no layer head"),
+        (lambda: compact.compact_mlp(lenet(), ("dense1", "dense0")), "dense1 has 12 outputs, dense0 30 inputs"),
+        (lambda: coupled.decoder_heads(5, 2), "5 query heads"),
+    ],
+)
+def test_wrong_requests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_groups_that_do_not_fit_name_the_path():
+    params = lenet()
+    which = masks.prunable(params)
+    for groups, message in [
+        ({"g": (coupled.Member("dense0/bias", (0,)),)}, "dense0/bias is not a prunable"),
+        ({"g": (coupled.Member("dense0/kernel", (2,)),)}, "dense0/kernel of shape"),
+        ({"g": (coupled.Member("dense0/kernel", (1,)), coupled.Member("output/kernel", (0,)))}, "different units"),
+        ({"h": ()}, "groups: h"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            coupled.keep_units(params, masks.ones(params), which, groups, {"g": 1})

@@ -1,0 +1,128 @@
+"""Criteria against their definitions: masks' derivatives, dense Hessians, sums over paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from lottery import allocation, criteria, masks, prune, schedules
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["one"]["kernel"]) @ params["two"]["kernel"]
+
+
+def loss_fn(params, batch):
+    return jnp.mean((apply_fn(params, batch) - batch[:, :2]) ** 2)
+
+
+PARAMS = {
+    "one": {"kernel": jax.random.normal(jax.random.key(0), (3, 4))},
+    "two": {"kernel": jax.random.normal(jax.random.key(1), (4, 2))},
+}
+BATCHES = jax.random.normal(jax.random.key(2), (5, 7, 3))
+
+
+def whole(params):
+    """The loss over all batches: they are equally large, so their mean is the mean over examples."""
+    return loss_fn(params, BATCHES.reshape(-1, 3))
+
+
+def close(got, want):
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
+
+
+def test_snip_is_the_derivative_with_respect_to_the_mask():
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    want = jax.grad(lambda c: whole(jax.tree.map(jnp.multiply, c, PARAMS)))(ones)
+    close(criteria.snip(loss_fn, PARAMS, BATCHES), jax.tree.map(jnp.abs, want))
+
+
+def test_grasp_is_the_weight_times_hessian_times_gradient():
+    flat, unravel = ravel_pytree(PARAMS)
+    hessian, gradient = jax.jit(lambda v: (jax.hessian(lambda v: whole(unravel(v)))(v), jax.grad(whole)(unravel(v))))(
+        flat
+    )
+    want = unravel(flat * (hessian @ ravel_pytree(gradient)[0]))
+    close(jax.jit(lambda p: criteria.grasp(loss_fn, p, BATCHES))(PARAMS), want)
+
+
+def test_taylor_and_fisher_average_squares_over_batches():
+    grads = [jax.grad(loss_fn)(PARAMS, batch) for batch in BATCHES]
+    mean = jax.tree.map(lambda *g: sum(x**2 for x in g) / len(g), *grads)
+    close(criteria.taylor(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f, PARAMS, mean))
+    close(criteria.fisher(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f / 2, PARAMS, mean))
+
+
+def test_magnitude_increase():
+    initial = jax.tree.map(lambda w: -2 * w, PARAMS)
+    close(criteria.magnitude_increase(PARAMS, initial), jax.tree.map(lambda w: -jnp.abs(w), PARAMS))
+
+
+def test_movement_adds_up_minus_weight_times_gradient_and_changes_no_update():
+    tx = optax.chain(criteria.track_movement(), optax.sgd(0.1))
+    params, state = PARAMS, tx.init(PARAMS)
+    total = jax.tree.map(jnp.zeros_like, PARAMS)
+    for batch in BATCHES:
+        grads = jax.grad(loss_fn)(params, batch)
+        total = jax.tree.map(lambda t, w, g: t - w * g, total, params, grads)
+        updates, state = tx.update(grads, state, params)
+        close(updates, jax.tree.map(lambda g: -0.1 * g, grads))
+        params = optax.apply_updates(params, updates)
+    close(criteria.movement(state), total)
+    with pytest.raises(ValueError, match="track_movement"):
+        criteria.movement(optax.adam(1.0).init(PARAMS))
+
+
+def test_synflow_is_the_sum_over_paths_through_the_weight_up_to_one_factor():
+    linear = lambda p, x: jax.nn.relu(x @ p["one"]["kernel"]) @ p["two"]["kernel"]  # noqa: E731
+    got = criteria.synflow(linear, PARAMS, jnp.zeros((1, 3)))
+    one, two = (np.abs(np.asarray(PARAMS[name]["kernel"], np.float64)) for name in ("one", "two"))
+    want = {"one": one * two.sum(1)[None], "two": two * one.sum(0)[:, None]}
+    factor = float(got["one"]["kernel"][0, 0]) / want["one"][0, 0]
+    for name in want:
+        np.testing.assert_allclose(got[name]["kernel"], factor * want[name], rtol=1e-5)
+        # Tanaka et al. 2020, theorem 2: the scores of every layer add up to the same.
+        assert float(got[name]["kernel"].sum()) == pytest.approx(factor * want["one"].sum(), rel=1e-5)
+
+
+DEPTH, WIDTH = 100, 16
+
+
+def deep(params, x):
+    x, _ = jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, params["blocks"]["kernel"])
+    return x @ params["output"]["kernel"]
+
+
+def test_synflow_prunes_a_hundred_layers_without_collapse_where_snip_in_one_shot_collapses():
+    """Tanaka et al. 2020, figure 1 and section 6: SynFlow reaches densities at which SNIP empties whole layers."""
+    he = (2 / WIDTH) ** 0.5
+    params = {
+        "blocks": {"kernel": he * jax.random.normal(jax.random.key(0), (DEPTH, WIDTH, WIDTH))},
+        "output": {"kernel": he * jax.random.normal(jax.random.key(1), (WIDTH, 4))},
+    }
+    which, ones = masks.prunable(params), masks.ones(params)
+    x = jax.random.normal(jax.random.key(2), (1, 32, WIDTH))
+    total = sum(prune.sizes(params, which).values())
+
+    def error(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(deep(params, batch), jnp.arange(32) % 4).mean()
+
+    density, rounds = 0.04, 100
+    levels = schedules.densities(schedules.geometric(1 - density ** (1 / rounds), rounds))
+    shapes = {path: leaf.shape for path, leaf in masks.flatten(params).items()}
+    counts = [allocation.counts(prune.sizes(params, which), allocation.Everywhere(d), shapes) for d in levels]
+    flow = lambda p: criteria.synflow(deep, p, jnp.ones((1, WIDTH)))  # noqa: E731
+    kept = jax.jit(lambda p: prune.iterate(flow, p, ones, which, counts))(params)
+    snip = jax.jit(lambda p: prune.keep(criteria.snip(error, p, x), ones, which, counts[-1]))(params)
+    assert sum(int(m.sum()) for m in jax.tree.leaves(kept)) == round(density * total)
+    assert sum(int(m.sum()) for m in jax.tree.leaves(snip)) == round(density * total)
+    alive = {name: np.asarray(m["blocks"]["kernel"]).sum((1, 2)) for name, m in (("synflow", kept), ("snip", snip))}
+    assert alive["synflow"].min() > 0, alive
+    assert alive["snip"].min() == 0, alive
+    # What flows: with absolute weights, SynFlow's network still connects inputs and outputs.
+    through = lambda m: float(deep(jax.tree.map(jnp.abs, masks.apply(params, m)), jnp.ones((1, WIDTH))).sum())  # noqa: E731
+    assert through(kept) > 0 and through(snip) == 0

@@ -1,0 +1,187 @@
+"""Masks that move during training: counts, zeros, schedules, and that moving pays where it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lottery import dynamic, masks
+
+KEY = jax.random.key(0)
+PARAMS = {"a": {"kernel": jax.random.normal(KEY, (10, 6)), "bias": jnp.zeros(6)}, "b": {"kernel": jnp.ones((6, 4))}}
+WHICH = masks.prunable(PARAMS)
+START = masks.random_like(
+    {
+        "a": {"kernel": (jnp.arange(60) < 21).reshape(10, 6), "bias": jnp.ones(6, bool)},
+        "b": {"kernel": (jnp.arange(24) < 11).reshape(6, 4)},
+    },
+    key=jax.random.key(1),
+)
+STEPS = 12
+
+
+def loss_fn(params, x):
+    return jnp.mean((jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None]) @ params["b"]["kernel"] - 1) ** 2)
+
+
+def run(tx, params, steps=STEPS):
+    """All states by scan under jit: (params, masks, inner state) after every step, stacked."""
+
+    def step(carry, i):
+        params, state = carry
+        x = jax.random.normal(jax.random.fold_in(KEY, i), (16, 10))
+        updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, dynamic.masks_of(state), state.inner)
+
+    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), jnp.arange(steps))[1])(params)
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+@pytest.mark.parametrize("inner", [optax.adamw(1e-2), optax.sgd(0.1, momentum=0.9)], ids=["adamw", "momentum"])
+def test_set_and_rigl_keep_the_count_of_every_leaf_at_every_step(grow, inner):
+    config = dynamic.DynamicConfig(grow, every=3, until=10, fraction=0.5)
+    tx = dynamic.dynamic(inner, START, WHICH, config, key=jax.random.key(2))
+    params, mask, inner_state = run(tx, masks.apply(PARAMS, START))
+    for name, count in (("a", 21), ("b", 11)):
+        kernel, kept = np.asarray(params[name]["kernel"]), np.asarray(mask[name]["kernel"])
+        assert np.all(kept.reshape(STEPS, -1).sum(1) == count)
+        assert not np.any(kernel[~kept]), "exactly zero outside"
+        moved = [bool(np.any(kept[i] != (kept[i - 1] if i else START[name]["kernel"]))) for i in range(STEPS)]
+        assert [i for i in range(STEPS) if moved[i]] == [3, 6, 9]
+        for i in (3, 6, 9):
+            grown = kept[i] & ~kept[i - 1]
+            assert not np.any(kernel[i][grown]), "what grows starts at zero"
+            stayed = kernel[i] != 0
+            np.testing.assert_array_equal(kernel[i][stayed], kernel[i - 1][stayed], "a move trains nothing")
+    moments = [inner_state[0].mu, inner_state[0].nu] if hasattr(inner_state[0], "mu") else [inner_state[0].trace]
+    for moment in moments:
+        for leaf, kept in zip(jax.tree.leaves(moment), jax.tree.leaves(mask), strict=True):
+            assert not np.any(np.asarray(leaf)[~np.asarray(kept)])
+    assert np.all(mask["a"]["bias"])
+
+
+def test_rewire_by_hand():
+    params = {"kernel": jnp.array([[3.0, 0.1, -2.0, 0.0, 0.0, 0.0]])}
+    mask = {"kernel": jnp.array([[True, True, True, False, False, False]])}
+    which = {"kernel": True}
+    grow = {"kernel": jnp.array([[9.0, 9.0, 9.0, 1.0, 5.0, 2.0]])}
+    kept, new = dynamic.rewire(params, grow, mask, which, 1 / 3)
+    np.testing.assert_array_equal(kept["kernel"], [[1, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(new["kernel"], [[1, 1, 1, 0, 0, 0]])  # the dropped one has the largest gradient
+    grow["kernel"] = grow["kernel"].at[0, 1].set(0.0)
+    np.testing.assert_array_equal(dynamic.rewire(params, grow, mask, which, 1 / 3)[1]["kernel"], [[1, 0, 1, 0, 1, 0]])
+    np.testing.assert_array_equal(dynamic.rewire(params, grow, mask, which, 0.0)[1]["kernel"], mask["kernel"])
+
+
+def test_rigl_finds_the_support_of_a_sparse_regression_that_a_fixed_random_mask_misses():
+    truth = jnp.zeros((40, 1)).at[jnp.arange(0, 40, 5)].set(2.0)
+    x = jax.random.normal(jax.random.key(3), (200, 40))
+    mask = {"kernel": (jnp.arange(40) >= 32)[:, None]}
+    which = {"kernel": True}
+    error = lambda p: jnp.mean((x @ (p["kernel"] - truth)) ** 2)  # noqa: E731
+
+    def final(fraction):
+        config = dynamic.DynamicConfig("gradient", every=10, until=150, fraction=fraction)
+        tx = dynamic.dynamic(optax.sgd(0.05), mask, which, config, key=KEY)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(error)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = {"kernel": jnp.zeros((40, 1))}
+        (params, state), _ = jax.lax.scan(step, (start, tx.init(start)), None, length=200)
+        return error(params), dynamic.masks_of(state)["kernel"]
+
+    moving, found = jax.jit(lambda: final(0.5))()
+    fixed, _ = jax.jit(lambda: final(0.0))()
+    np.testing.assert_array_equal(found[:, 0], truth[:, 0] != 0)
+    assert float(moving) < 1e-3 < 1 < float(fixed)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_gradual_pruning_follows_zhu_and_guptas_equation(scope):
+    config = dynamic.GradualConfig(0.25, begin=2, end=9, every=3, scope=scope)
+    tx = dynamic.gradual(optax.adamw(1e-2), WHICH, config)
+    params, mask, inner = run(tx, PARAMS)
+    density, expected = 1.0, []
+    for step in range(STEPS):
+        if step in (2, 5, 8, 9):
+            density = 0.25 + 0.75 * (1 - (step - 2) / 7) ** 3
+        expected.append(density)
+    alive = {name: np.asarray(mask[name]["kernel"]).reshape(STEPS, -1).sum(1) for name in ("a", "b")}
+    if scope == "layer":
+        for name, size in (("a", 60), ("b", 24)):
+            np.testing.assert_array_equal(alive[name], np.round(np.float32(expected) * size))
+    else:
+        np.testing.assert_array_equal(alive["a"] + alive["b"], np.round(np.float32(expected) * 84))
+    for name in ("a", "b"):
+        kept = np.asarray(mask[name]["kernel"])
+        assert not np.any(np.asarray(params[name]["kernel"])[~kept])
+        assert not np.any(np.asarray(inner[0].mu[name]["kernel"])[~kept])
+        assert not np.any(kept[1:] & ~kept[:-1])
+
+
+def test_straight_through_trains_dense_weights_behind_the_largest_against_numpy():
+    counts = {"kernel": 3}
+    which = {"kernel": True}
+    start = np.array([[0.5, -0.4, 0.3], [0.2, 0.1, -0.05]], np.float32)
+    target = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, -1.0]], np.float32)
+    tx = dynamic.straight_through(optax.sgd(0.1), which, counts)
+    dense = {"kernel": jnp.asarray(start)}
+    state = tx.init(dense)
+    params = masks.apply(dense, dynamic.masks_of(state))
+    reference = start.astype(np.float64)
+
+    def masked(w):
+        keep = np.zeros(w.size, bool)
+        keep[np.argsort(-np.abs(w).ravel())[:3]] = True
+        return np.where(keep.reshape(w.shape), w, 0)
+
+    for _ in range(12):
+        np.testing.assert_allclose(params["kernel"], masked(reference), atol=1e-6)
+        gradient = params["kernel"] - target
+        updates, state = tx.update({"kernel": gradient}, state, params)
+        params = optax.apply_updates(params, updates)
+        reference = reference - 0.1 * (masked(reference) - target)
+        assert int(jnp.sum(params["kernel"] != 0)) == 3
+    assert np.all(np.asarray(dynamic.masks_of(state)["kernel"]) == (target != 0)), "pruned weights came back"
+
+
+def test_early_bird_stops_when_the_window_is_full_of_close_masks():
+    params = {"kernel": jnp.zeros((10, 10))}
+    which = {"kernel": True}
+    bird = dynamic.early_bird(params, window=3)
+    watch = jax.jit(lambda bird, mask: dynamic.observe(bird, mask, which, threshold=0.1))
+    sequence = [0, 40, 55, 60, 63, 65, 66, 66]  # how many entries are False; distances are differences / 100
+    found, distances = [], []
+    for dropped in sequence:
+        bird, stop, distance = watch(bird, {"kernel": (jnp.arange(100) >= dropped).reshape(10, 10)})
+        found.append(bool(stop))
+        distances.append(float(distance))
+    assert distances == pytest.approx([0, 0.4, 0.55, 0.6, 0.23, 0.1, 0.06, 0.03])
+    assert found == [False, False, False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dynamic.DynamicConfig("weights"), "'weights' is not one of gradient, random"),
+        (lambda: dynamic.DynamicConfig(fraction=1.5), "fraction"),
+        (lambda: dynamic.GradualConfig(1.2), "GradualConfig.density is 1.2"),
+        (lambda: dynamic.GradualConfig(0.5, begin=5, end=5), "begin < end"),
+        (lambda: dynamic.early_bird(PARAMS, 0), "window is 0"),
+        (lambda: dynamic.masks_of(optax.sgd(0.1).init(PARAMS)), "carries no masks"),
+        (
+            lambda: dynamic.dynamic(optax.sgd(0.1), {"a": START["a"]}, WHICH, dynamic.DynamicConfig(), key=KEY).init(
+                PARAMS
+            ),
+            "no mask for parameter b/kernel",
+        ),
+    ],
+)
+def test_wrong_requests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,224 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle as oracle
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+from jaxtyping import TypeCheckError
+
+from moe.kernels import Combine, Quantized, SwiGLU, grouped_matmul, quantize
+from moe.kernels.tiling import Tiling
+
+M, K, N, T = 75, 12, 20, 31
+# Five groups in all but one, so that they share a compiled program.
+SIZES = {
+    "uneven": [9, 30, 1, 20, 11],
+    "empty at the edges": [0, 33, 0, 12, 0],
+    "one group": [75],
+    "all in one of many": [0, 0, 75, 0, 0],
+    "none at all": [0, 0, 0, 0, 0],
+    "one row each": [1] * 5,
+    "tiles exactly": [16, 32, 16, 0, 11],
+}
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+cpu = partial(grouped_matmul, implementation="cpu", tiling=Tiling(rows=16))
+
+
+def arrays(sizes, dtype="float32", weights=1, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(M, K)] + [(len(sizes), K, N)] * weights
+    x, *w = (jnp.array(rng.normal(size=shape) / np.sqrt(K), dtype) for shape in shapes)
+    return x, *w, jnp.array(sizes, jnp.int32)
+
+
+def routing(seed=1):
+    rng = np.random.default_rng(seed)
+    return jnp.array(rng.integers(0, T, M), jnp.int32), jnp.array(rng.random(M), jnp.float32)
+
+
+@jax.jit
+def forward_and_back(x, w, sizes, dy):
+    out, pull = jax.vjp(lambda x, w: cpu(x, w, sizes), x, w)
+    return out, *pull(dy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_forward_and_both_gradients_against_float64(sizes, dtype):
+    x, w, group_sizes = arrays(sizes, dtype)
+    dy = jnp.array(np.random.default_rng(2).normal(size=(M, N)), dtype)
+    out, dx, dw = forward_and_back(x, w, group_sizes, dy)
+    w64 = np.asarray(w, np.float64)
+    for ours, theirs in (
+        (out, oracle.grouped(x, w, sizes)),
+        (dx, oracle.grouped(dy, w64.swapaxes(1, 2), sizes)),
+        (dw, oracle.contract(x, dy, sizes)),
+    ):
+        assert ours.dtype == dtype
+        tolerance = TOLERANCE[dtype]
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=8 * tolerance, rtol=tolerance)
+    assert (np.asarray(out)[sum(sizes) :] == 0).all() and (np.asarray(dx)[sum(sizes) :] == 0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 25), min_size=5, max_size=5), st.sampled_from([1, 7, 200]))
+def test_any_sizes_and_any_tile(sizes, tile):
+    x, w, group_sizes = arrays(sizes)
+    sizes = np.diff(np.minimum(np.cumsum(sizes), M), prepend=0)
+    out = cpu(x, w, group_sizes, tiling=Tiling(rows=tile))
+    np.testing.assert_allclose(out, oracle.grouped(x, w, sizes), atol=1e-5)
+
+
+def test_rows_past_the_sum_may_hold_anything():
+    x, w, sizes = arrays([9, 30, 1, 15, 5])
+    poison = jnp.where(jnp.arange(M)[:, None] < 60, 0.0, jnp.nan)
+    tokens, weights = routing()
+    for epilogue in (None, Combine(tokens, weights, T)):
+
+        def loss(x, w, epilogue=epilogue):
+            return jnp.sum(jnp.sin(cpu(x, w, sizes, epilogue=epilogue)))
+
+        clean, poisoned = (jax.jit(jax.value_and_grad(loss, (0, 1)))(v, w) for v in (x, x + poison))
+        jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+
+
+def test_fused_gather_swiglu_and_combine_equal_the_unfused():
+    _, w, w2, sizes = arrays(SIZES["uneven"], weights=2)
+    x = jnp.array(np.random.default_rng(3).normal(size=(T, K)), jnp.float32)
+    tokens, weights = routing()
+
+    def fused(x, w, w2, weights):
+        h = cpu(x, (w, w2), sizes, gather=tokens, epilogue=SwiGLU())
+        return cpu(h, w.swapaxes(1, 2), sizes, epilogue=Combine(tokens, weights, T))
+
+    def unfused(x, w, w2, weights):
+        h = jax.nn.silu(cpu(x[tokens], w, sizes)) * cpu(x[tokens], w2, sizes)
+        y = cpu(h, w.swapaxes(1, 2), sizes) * weights[:, None]
+        return jnp.zeros((T, K)).at[tokens].add(y)
+
+    assert_same = partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-5)
+    assert_same(fused(x, w, w2, weights), unfused(x, w, w2, weights))
+    args = (x, w, w2, weights)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.cos(f(*a))), argnums=(0, 1, 2, 3)))(*args)
+        for f in (fused, unfused)
+    )
+    jax.tree.map(assert_same, ours, theirs)
+    h = oracle.swiglu(x, (w, w2), SIZES["uneven"], gather=tokens)
+    y = oracle.combine(h, np.swapaxes(w, 1, 2), SIZES["uneven"], tokens, weights, T)
+    assert_same(fused(x, w, w2, weights), y, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "gather", "swiglu", "combine", "gather and combine"])
+def test_gradients_against_finite_differences(name):
+    x, w, w2, sizes = arrays(SIZES["uneven"], weights=2)
+    tokens, weights = routing()
+
+    @jax.jit
+    def f(x, w, w2, weights):
+        if name == "none":
+            return cpu(x, w, sizes)
+        if name == "gather":
+            return cpu(x[:T], w, sizes, gather=tokens)
+        if name == "swiglu":
+            return cpu(x, (w, w2), sizes, epilogue=SwiGLU())
+        if name == "combine":
+            return cpu(x, w, sizes, epilogue=Combine(tokens, weights, T))
+        return cpu(x[:T], w, sizes, gather=tokens, epilogue=Combine(tokens, None, T))
+
+    # Central differences on float32 lose half the digits.
+    check_grads(f, (x, w, w2, weights), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 0.006), ("float8_e4m3fn", 0.04), ("float8_e5m2", 0.08)])
+@pytest.mark.parametrize("block", [None, 4])
+def test_quantised_weights_are_the_weights_they_stand_for(dtype, error, block):
+    x, w, sizes = arrays(SIZES["uneven"])
+    quantized = quantize(w, dtype, block=block)
+    assert quantized.scales.shape == (5, 1 if block is None else K // block, N)
+    meant = np.asarray(quantized.values, np.float64) * np.repeat(quantized.scales, block or K, axis=1)
+    assert np.abs(meant - w).max() <= error * np.abs(w).max()
+    np.testing.assert_allclose(cpu(x, quantized, sizes), oracle.grouped(x, meant, SIZES["uneven"]), atol=1e-5)
+    with pytest.raises(TypeError, match="inference"):
+        jax.grad(lambda x: cpu(x, quantized, sizes).sum())(x)
+
+
+def test_under_vmap_scan_and_jit():
+    x, w, sizes = arrays(SIZES["uneven"])
+    xs = jnp.stack([x, 2 * x])
+    many = jnp.array([SIZES["uneven"], [0, 75, 0, 0, 0]], jnp.int32)
+    one_by_one = jnp.stack([cpu(xs[i], w, many[i]) for i in range(2)])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(cpu, (0, None, 0)))(xs, w, many), one_by_one)
+    scanned = jax.lax.scan(lambda c, a: (c, cpu(a[0], w, a[1])), 0, (xs, many))[1]
+    np.testing.assert_array_equal(scanned, one_by_one)
+    grads = jax.vmap(jax.grad(lambda w, x, s: jnp.sum(cpu(x, w, s) ** 2)), (None, 0, 0))(w, xs, many)
+    expected = jax.grad(lambda w: jnp.sum(cpu(x, w, sizes) ** 2))(w)
+    np.testing.assert_allclose(grads[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_shard_map_a_replicated_weight_gets_the_summed_gradient():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    x, w, sizes = arrays(SIZES["uneven"])
+    xs = jnp.tile(x, (4, 1)) * jnp.repeat(jnp.arange(4.0), M)[:, None]
+
+    def loss(w, x):
+        return jax.lax.psum(jnp.sum(jnp.sin(cpu(x, w, sizes))), "data")
+
+    spec = PartitionSpec
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    expected = sum(jax.grad(lambda w, i=i: jnp.sum(jnp.sin(cpu(i * x, w, sizes))))(w) for i in range(4))
+    np.testing.assert_allclose(jax.jit(jax.grad(sharded))(w, xs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, K, N), (M, 0, N), (M, K, 0)], ids=str)
+def test_nothing_to_multiply_is_zeros(shape):
+    m, k, n = shape
+    out = cpu(jnp.ones((m, k)), jnp.ones((3, k, n)), jnp.array([1, 0, 2]))
+    assert out.shape == (m, n) and not out.any()
+
+
+def test_no_transposed_copy_of_the_weight():
+    x, w, sizes = arrays(SIZES["uneven"])
+    program = jax.make_jaxpr(jax.grad(lambda x, w: cpu(x, w, sizes).sum(), (0, 1)))(x, w)
+    assert "dot_general" in str(program) and "transpose[" not in str(program)
+
+
+X, W, S = jnp.ones((8, 4)), jnp.ones((2, 4, 6)), jnp.array([3, 5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X, W, S), {"implementation": "cuda"}, ValueError, "choose one of auto"),
+        ((X, W, S), {"implementation": "tpu"}, ValueError, "runs on tpu"),
+        ((X, W, S), {"epilogue": SwiGLU()}, ValueError, "pair"),
+        ((X, (W, W), S), {}, ValueError, "others one"),
+        ((X, W.astype(jnp.bfloat16), S), {}, TypeError, "cast one"),
+        ((X, W, S), {"epilogue": Combine(jnp.zeros(3, jnp.int32), None, 2)}, ValueError, "each of the 8 rows"),
+        ((X, Quantized(W.astype(jnp.int8), jnp.ones((2, 3, 6))), S), {}, ValueError, "Q dividing K"),
+        ((X, (W, quantize(W)), S), {"epilogue": SwiGLU()}, TypeError, "both or none"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        jax.jit(partial(grouped_matmul, **options))(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(X, jnp.ones((2, 5, 6)), S), (X, W, jnp.array([8]))], ids=["w", "sizes"])
+def test_shapes_that_do_not_match_are_refused(arguments):
+    # Under the tests' import hook jaxtyping is first to object.
+    with pytest.raises((ValueError, TypeCheckError)):
+        grouped_matmul(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block", "message"), [("int4", None, "choose one of"), ("int8", 3, "does not divide")]
+)
+def test_quantising_refuses(dtype, block, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(W, dtype, block=block)

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.kernels import block_structure
+from moe.kernels.metadata import contraction_steps, matmul_steps
+
+ROWS, TILE, GROUPS = 45, 8, 5
+BUILD = {
+    build: jax.jit(lambda sizes, build=build: build(sizes, rows=ROWS, tile=TILE))
+    for build in (matmul_steps, contraction_steps)
+}
+sizes_lists = st.lists(st.integers(0, 20), min_size=GROUPS, max_size=GROUPS)
+
+
+def unrolled(build, sizes):
+    """(a, b, o, rows written, live) of every step that is run, and the steps themselves."""
+    steps = jax.tree.map(np.asarray, BUILD[build](jnp.array(sizes, jnp.int32)))
+    run = []
+    for s in range(steps.count):
+        first = steps.a[s] * TILE
+        rows = range(first + steps.begin[s], first + steps.end[s])
+        run.append((int(steps.a[s]), int(steps.b[s]), int(steps.o[s]), rows, bool(steps.live[s])))
+    return run, steps
+
+
+def owner(sizes):
+    """Group of each row, -1 past the sum."""
+    owners = np.repeat(np.arange(GROUPS), sizes)[:ROWS]
+    return np.concatenate([owners, np.full(ROWS - len(owners), -1)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes_lists)
+def test_matmul_steps_write_every_row_once_with_its_own_group(sizes):
+    run, steps = unrolled(matmul_steps, sizes)
+    groups, written = owner(sizes), np.zeros(ROWS, int)
+    for _, b, _, rows, live in run:
+        assert 0 <= b < GROUPS and len(rows) > 0
+        for row in rows:
+            written[row] += 1
+            assert groups[row] == (b if live else -1)
+    assert (written == 1).all()
+    assert len(run) <= len(steps.a) == -(-ROWS // TILE) + GROUPS
+    assert (np.diff(steps.o) >= 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes_lists)
+def test_contraction_steps_visit_every_group_and_every_row_of_it_once(sizes):
+    run, steps = unrolled(contraction_steps, sizes)
+    groups, read = owner(sizes), np.zeros(ROWS, int)
+    for a, b, o, rows, live in run:
+        assert a == b and 0 <= a < -(-ROWS // TILE) and live == (len(rows) > 0)
+        for row in rows:
+            read[row] += 1
+            assert groups[row] == o
+    assert (read == (groups >= 0)).all()
+    assert {o for _, _, o, _, _ in run} == set(range(GROUPS))
+    assert (np.diff(steps.o) >= 0).all() and len(run) <= len(steps.a)
+
+
+@pytest.mark.parametrize("build", BUILD, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("sizes", [[0] * 5, [45, 0, 0, 0, 0], [0, 0, 0, 0, 45], [8] * 5, [1] * 5, [20] * 5], ids=str)
+def test_the_dead_tail_repeats_the_last_step(build, sizes):
+    run, steps = unrolled(build, sizes)
+    for field in steps[:-1]:
+        assert (field[len(run) :] == field[len(run) - 1]).all()
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_block_steps_meet_each_live_block_once_each_way(block, density):
+    rng = np.random.default_rng(0)
+    mask = rng.random((7, 5)) < density
+    structure = block_structure(mask, block, shape=(6 * block + 3, 5 * block))
+    assert structure.live == mask.sum() and structure.grid == (7, 5)
+    where = list(zip(structure.k_B.tolist(), structure.n_B.tolist(), strict=True))
+    assert sorted(where) == sorted(zip(*(index.tolist() for index in np.nonzero(mask)), strict=True))
+    for steps, outputs, side in ((structure.forward, 5, 0), (structure.transposed, 7, 1)):
+        met = [steps.b[s] for s in range(len(steps.a)) if steps.live[s]]
+        assert sorted(met) == list(range(structure.live))
+        assert set(steps.o.tolist()) == set(range(outputs)) and (np.diff(steps.o) >= 0).all()
+        for a, b, o, live in zip(steps.a, steps.b, steps.o, steps.live, strict=True):
+            assert not live or where[b] == ((a, o), (o, a))[side]
+    assert [(a, b) for a, b in zip(structure.contraction.a, structure.contraction.b, strict=True)] == where
+
+
+def test_an_element_mask_makes_a_block_live_if_any_element_is():
+    mask = np.zeros((100, 130), bool)
+    mask[70, 129] = True
+    structure = block_structure(mask, 64)
+    assert structure.shape == (100, 130)
+    assert (structure.k_B.tolist(), structure.n_B.tolist()) == ([1], [2])
+
+
+@pytest.mark.parametrize(
+    ("mask", "arguments", "message"),
+    [
+        (np.ones((4, 4)), {"block": 32}, "blocks of 64 and 128"),
+        (np.ones(4), {}, "a matrix"),
+        (np.ones((2, 2)), {"shape": (129, 300)}, r"\(2, 3\) is needed"),
+    ],
+)
+def test_a_structure_that_cannot_be_is_refused(mask, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        block_structure(mask, **arguments)

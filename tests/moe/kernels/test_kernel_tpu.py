@@ -1,0 +1,207 @@
+"""The TPU kernels in Pallas's interpreter, whose fresh memory is NaN, and compiled ahead of time for real chips."""
+
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle as oracle
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from moe.kernels import Combine, Quantized, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
+from moe.kernels.tiling import Tiling
+
+TILES = Tiling(rows=32, inner=128, cols=128)
+interpreted = partial(grouped_matmul, implementation="tpu_interpret", tiling=TILES)
+reference = partial(grouped_matmul, implementation="cpu", tiling=Tiling(rows=32))
+T = 24
+
+
+def value_and_gradients(f, *args):
+    """f's output and the gradient of a curved loss in every argument, in one program."""
+
+    def both(*args):
+        out, pull = jax.vjp(f, *args)
+        return out, *pull(jnp.sin(out + 1))
+
+    return jax.jit(both)(*args)
+
+
+def problem(name, matmul, *, rows, k, n, groups, dtype, seed=0):
+    """A function of (x, w) by the given grouped matmul, and arguments."""
+    rng = np.random.default_rng(seed)
+    sizes, tokens = jnp.array(oracle.uneven(rng, groups, rows)), jnp.array(rng.integers(0, T, rows), jnp.int32)
+    weights = jnp.array(rng.random(rows), jnp.float32)
+    gathered = name in ("gather", "swiglu")
+    x = jnp.array(rng.normal(size=(T if gathered else rows, k)), dtype)
+    w = jnp.array(rng.normal(size=(groups, k, n)) / np.sqrt(k), dtype)
+    functions = {
+        "plain": lambda x, w: matmul(x, w, sizes),
+        "gather": lambda x, w: matmul(x, w, sizes, gather=tokens),
+        "swiglu": lambda x, w: matmul(x, (w, w[::-1]), sizes, gather=tokens, epilogue=SwiGLU()),
+        "combine": lambda x, w: matmul(x, w, sizes, epilogue=Combine(tokens, weights * x[:, 0].astype("float32"), T)),
+    }
+    return functions[name], x, w
+
+
+def compare(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_the_interpreter_poisons_what_is_not_written():
+    out = pl.pallas_call(lambda out: None, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), interpret=True)()
+    assert np.isnan(out).all()
+
+
+def test_plain_against_float64_with_gradients():
+    f, x, w = problem("plain", interpreted, rows=75, k=200, n=72, groups=4, dtype="float32")
+    sizes = oracle.uneven(np.random.default_rng(0), 4, 75)
+    out, dx, dw = value_and_gradients(f, x, w)
+    dy = np.sin(oracle.grouped(x, w, sizes) + 1)
+    expected = (
+        oracle.grouped(x, w, sizes),
+        oracle.grouped(dy, np.swapaxes(w, 1, 2), sizes),
+        oracle.contract(x, dy, sizes),
+    )
+    compare((out, dx, dw), expected, 1e-4)
+
+
+CASES = [
+    (name, dict(zip(("rows", "k", "n", "groups", "dtype"), shape, strict=True)))
+    for name in ("plain", "gather", "swiglu", "combine")
+    for shape in ((75, 200, 72, 4, "float32"), (130, 256, 136, 6, "bfloat16"), (9, 40, 24, 3, "float16"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['dtype']}" for name, shape in CASES])
+def test_every_epilogue_equals_the_plain_path(name, shape):
+    ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, reference))
+    compare(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
+
+
+def test_fused_layer_forward():
+    rng = np.random.default_rng(0)
+    sizes, tokens = jnp.array([10, 0, 25, 3]), jnp.array(rng.integers(0, T, 40), jnp.int32)
+    weights = jnp.array(rng.random(40), jnp.float32)
+    x = jnp.array(rng.normal(size=(T, 64)), jnp.bfloat16)
+    w, w2 = (jnp.array(rng.normal(size=(4, 64, 40)) / 8, jnp.bfloat16) for _ in range(2))
+
+    @jax.jit
+    def layer(x, w, w2):
+        h = interpreted(x, (w, w2), sizes, gather=tokens, epilogue=SwiGLU())
+        return interpreted(h, w.swapaxes(1, 2), sizes, epilogue=Combine(tokens, weights, T), out_dtype=jnp.float32)
+
+    h = oracle.swiglu(x, (w, w2), sizes, gather=tokens)
+    expected = oracle.combine(h, np.swapaxes(w, 1, 2), sizes, tokens, weights, T)
+    compare((layer(x, w, w2),), (expected,), 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "block"), [("int8", None), ("int8", 128), ("int8", 16), ("float8_e4m3fn", 128)])
+def test_quantised_weights(dtype, block):
+    _, x, w = problem("plain", reference, rows=50, k=256, n=72, groups=3, dtype="float32")
+    quantized, sizes = quantize(w, dtype, block=block), jnp.array([20, 0, 25])
+    compare((interpreted(x, quantized, sizes),), (reference(x, quantized, sizes),), 1e-4)
+
+
+@pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_block_sparse(block):
+    rng = np.random.default_rng(0)
+    mask = rng.random((4, 3)) < 0.4
+    mask[:, 1] = False
+    structure = block_structure(mask, block, shape=(4 * block - 9, 3 * block))
+    x = jnp.array(rng.normal(size=(45, structure.shape[0])), jnp.float32)
+    blocks = jnp.array(rng.normal(size=(structure.live, block, block)) / 16, jnp.float32)
+    ours, theirs = (
+        value_and_gradients(
+            lambda x, b, i=i: block_sparse_matmul(x, b, structure, implementation=i, tiling=Tiling(rows=32)), x, blocks
+        )
+        for i in ("tpu_interpret", "cpu")
+    )
+    compare(ours, theirs, 1e-4)
+
+
+def test_an_output_beyond_two_to_the_31_elements_lowers_for_tpus():
+    rows, n = 1 << 20, 8192
+    shapes = [((rows, 128), jnp.bfloat16), ((4, 128, n), jnp.bfloat16), ((4,), jnp.int32)]
+    program = jax.jit(partial(grouped_matmul, implementation="tpu"))
+    traced = program.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    assert lowered.out_info.shape == (rows, n) and rows * n > 1 << 31
+
+
+@pytest.fixture(scope="session")
+def chip():
+    """A function from a topology's name to one of its devices; needs libtpu, and no TPU."""
+    pytest.importorskip("libtpu", reason="pip install libtpu (the tpu extra)")
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    from jax.experimental.topologies import get_topology_desc
+
+    return lambda name: get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+
+M, K, N, G = 4000, 1024, 1536, 8
+matmul = partial(grouped_matmul, implementation="tpu")
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+X, W, SIZES, INDEX = ((M, K), BF16), ((G, K, N), BF16), ((G,), I32), ((M,), I32)
+
+
+def gradient(f, count=2):
+    return jax.grad(lambda *args: jnp.sum(f(*args).astype(F32)), tuple(range(count)))
+
+
+def blocks_gradient(block):
+    structure = block_structure(np.random.default_rng(0).random((K // block, N // block)) < 0.1, block, shape=(K, N))
+    f = gradient(lambda x, b: block_sparse_matmul(x, b, structure, implementation="tpu"))
+    return f, [X, ((structure.live, block, block), BF16)]
+
+
+def quantised(dtype, shares):
+    f = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes)  # noqa: E731
+    return f, [X, ((G, K, N), dtype), ((G, shares, N), F32), SIZES]
+
+
+def swiglu_gradient(x, w, sizes, rows):
+    return gradient(lambda x, w: matmul(x, (w, w), sizes, gather=rows, epilogue=SwiGLU()))(x, w)
+
+
+def combine_gradient(x, w, weights, sizes, rows):
+    return gradient(lambda x, w, v: matmul(x, w, sizes, epilogue=Combine(rows, v, 2000)), 3)(x, w, weights)
+
+
+COMPILED = {
+    "plain": (lambda x, w, sizes: gradient(lambda x, w: matmul(x, w, sizes))(x, w), [X, W, SIZES]),
+    "plain, float32, odd": (
+        lambda x, w, sizes: gradient(lambda x, w: matmul(x, w, sizes))(x, w),
+        [((13, 1100), F32), ((3, 1100, 1500), F32), ((3,), I32)],
+    ),
+    "gathered swiglu": (swiglu_gradient, [((2000, K), BF16), W, SIZES, INDEX]),
+    "combine": (combine_gradient, [X, W, ((M,), F32), SIZES, INDEX]),
+    "int8 by channel": quantised(jnp.int8, 1),
+    "fp8 by blocks of 128": quantised(jnp.float8_e4m3fn, K // 128),
+    "blocks of 64": blocks_gradient(64),
+    "blocks of 128": blocks_gradient(128),
+}
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_ahead_of_time(chip, topology, name):
+    f, shapes = COMPILED[name]
+    where = jax.sharding.SingleDeviceSharding(chip(topology))
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
+    compiled = jax.jit(f).lower(*args).compile()
+    assert "tpu_custom_call" in compiled.as_text()

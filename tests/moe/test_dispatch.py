@@ -1,0 +1,239 @@
+"""Every way from tokens through experts and back against a plain loop in float64 numpy."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe import dispatch, experts, metrics, route
+from moe.routing import make_routing, prepare
+
+N, D, F, E = 24, 6, 10, 4
+PARAMS = {name: experts.initialise(D, F, E, name, biases=True, key=jax.random.key(2)) for name in experts.ACTIVATIONS}
+# Biases that are not zero.
+PARAMS = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), PARAMS)
+X = jax.random.normal(jax.random.key(3), (N, D))
+LOGITS = 2 * jax.random.normal(jax.random.key(4), (N, E))
+MASK = jnp.arange(N) % 7 != 5
+
+
+def without_biases(params):
+    return {name: leaf for name, leaf in params.items() if not name.endswith("_bias")}
+
+
+ROUTINGS = {
+    "top_k": lambda x: route.top_k(x, 2),
+    "padded": lambda x: route.top_k(x, 2, MASK),
+    "second_left_out": lambda x: route.gshard(x, MASK, key=jax.random.key(0)),
+    "k_is_e": lambda x: route.sigmoid_top_k(x, E),
+    "expert_choice": lambda x: route.expert_choice(x, 9, MASK),
+    "one_expert_gets_all": lambda x: route.switch(x + 30 * (jnp.arange(E) == 2)[None]),
+    "nothing": lambda x: route.top_k(x, 2, jnp.zeros(N, bool)),
+}
+
+
+def by_hand(params, x, routing, activation="swiglu"):
+    """Token by token, choice by choice, in float64."""
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    bias = {name: p.get(f"{name}_bias", np.zeros((E, 1))) for name in ("gate", "up", "down")}
+    erf = np.vectorize(math.erf)
+    out = np.zeros(x.shape)
+    for n in range(x.shape[0]):
+        for e, w in zip(np.asarray(routing.experts_NK[n]), np.asarray(routing.weights_NK[n]), strict=True):
+            if e < E:
+                v = np.asarray(x[n], np.float64)
+                up = v @ p["up"][e] + bias["up"][e]
+                if activation == "swiglu":
+                    gate = v @ p["gate"][e] + bias["gate"][e]
+                    hidden = gate / (1 + np.exp(-gate)) * up
+                elif activation == "gelu":
+                    hidden = 0.5 * up * (1 + erf(up / np.sqrt(2)))
+                else:
+                    hidden = np.maximum(up, 0) ** 2
+                out[n] += w * (hidden @ p["down"][e] + bias["down"][e])
+    return out
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("way", ["auto", "oracle", "gather", "einsum", "unfused"])
+def test_every_way_computes_what_the_plain_loop_does(name, way):
+    activation = {"unfused": "gelu"}.get(way, "swiglu")
+    params = PARAMS[activation] if way == "unfused" else without_biases(PARAMS[activation])
+    routing = jax.jit(ROUTINGS[name])(LOGITS)
+    if way in ("gather", "einsum"):  # as many places as tokens: nothing drops
+        config = experts.MixtureConfig(implementation="capacity", capacity_factor=float(E), movement=way, groups=3)
+    else:
+        config = experts.MixtureConfig(activation, "auto" if way == "unfused" else way)
+    out, kept = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
+    np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
+    if kept is not None:
+        np.testing.assert_array_equal(kept, np.asarray(routing.experts_NK) < E)
+
+
+@pytest.mark.parametrize("activation", experts.ACTIVATIONS)
+@pytest.mark.parametrize("implementation", ["tiles", "oracle", "batched"])
+def test_activations_and_biases(activation, implementation):
+    params = PARAMS[activation]
+    routing = route.uniform(LOGITS, 2)  # equal sizes, as "batched" needs
+    run = partial(experts.apply, params, activation=activation, implementation=implementation)
+    out = jax.jit(lambda x: dispatch.dropless(x, routing, run))(X)
+    np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
+    one = {name: leaf[1] for name, leaf in params.items()}
+    alone = route.replay(LOGITS, jnp.ones((N, 1), jnp.int32))
+    np.testing.assert_allclose(experts.dense(one, X, activation), by_hand(params, X, alone, activation), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["top_k", "padded", "expert_choice"])
+@pytest.mark.parametrize("way", ["auto", "gather", "einsum", "unfused"])
+def test_gradients_are_the_oracles(name, way):
+    params, c = without_biases(PARAMS["swiglu"]), jnp.cos(jnp.arange(N * D).reshape(N, D))
+
+    def loss(args, config):
+        params, x, logits = args
+        routing = ROUTINGS[name](logits)
+        if config == "unfused":
+            return (dispatch.dropless(x, routing, partial(experts.swiglu, params)) * c).sum()
+        return (experts.mixture(params, x, routing, config)[0] * c).sum()
+
+    config = "unfused" if way == "unfused" else experts.MixtureConfig(implementation="auto")
+    if way in ("gather", "einsum"):
+        config = experts.MixtureConfig(implementation="capacity", capacity_factor=float(E), movement=way)
+    ours = jax.jit(jax.grad(partial(loss, config=config)))((params, X, LOGITS))
+    oracle = experts.MixtureConfig(implementation="oracle")
+    theirs = jax.jit(jax.grad(partial(loss, config=oracle)))((params, X, LOGITS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def random_routing(seed, n, e, k):
+    """Any distinct experts, some choices nowhere, any weights."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(e)[:k] for _ in range(n)]).astype(np.int32)
+    logits, mask = prepare(jnp.zeros((n, e)), jnp.asarray(rng.random(n) < 0.8))
+    taken = jnp.asarray(rng.random((n, k)) < 0.8)
+    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, taken)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(1, 1, 1), (7, 3, 2), (16, 5, 5), (16, 9, 1)]))
+def test_a_plan_is_a_stable_sort_and_its_inverse(seed, shape):
+    routing = random_routing(seed, *shape)
+    plan = jax.tree.map(np.asarray, jax.jit(dispatch.plan)(routing))
+    n, e, k = shape
+    flat = np.asarray(routing.experts_NK).reshape(-1)
+    live = plan.sizes_E.sum()
+    np.testing.assert_array_equal(plan.sizes_E, np.bincount(flat, minlength=e + 1)[:e])
+    np.testing.assert_array_equal(plan.order_R, np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(plan.tokens_R, plan.order_R // k)
+    np.testing.assert_array_equal(plan.inverse_NK.reshape(-1)[plan.order_R[:live]], np.arange(live))
+    assert (plan.inverse_NK.reshape(-1)[flat == e] == n * k).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(7, 3, 2), (16, 5, 5)]), st.integers(1, 5), st.booleans())
+def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_probability):
+    routing = random_routing(seed, *shape)
+    drop = "probability" if by_probability else "position"
+    place, kept = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
+    n, e, k = shape
+    ids, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
+    served = np.argsort(-weights.max(1), kind="stable") if by_probability else np.arange(n)
+    used = np.zeros(e, int)
+    for j in range(k):
+        for t in served:
+            if ids[t, j] < e:
+                assert place[t, j] == used[ids[t, j]] and kept[t, j] == (place[t, j] < capacity)
+                used[ids[t, j]] += 1
+            else:
+                assert not kept[t, j]
+
+
+@pytest.mark.parametrize("movement", ["gather", "einsum"])
+@pytest.mark.parametrize("drop", ["position", "probability"])
+def test_dropped_choices_add_nothing(movement, drop):
+    config = experts.MixtureConfig(implementation="capacity", capacity_factor=0.5, drop=drop, movement=movement)
+    routing, params = ROUTINGS["padded"](LOGITS), without_biases(PARAMS["swiglu"])
+    out, kept = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
+    left = make_routing(
+        routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, kept
+    )
+    np.testing.assert_allclose(out, by_hand(params, X, left), rtol=1e-5, atol=1e-5)
+    capacity = dispatch.capacity_of(N, routing, 0.5)
+    assert metrics.load(routing, kept).max() == capacity == 6
+    lost = 1 - np.asarray(kept).sum() / (2 * np.asarray(MASK).sum())
+    assert metrics.drop_fraction(routing, kept) == pytest.approx(lost) and lost > 0
+
+
+def test_capacity_by_probability_keeps_the_surest_tokens():
+    routing = route.switch(jnp.zeros((6, 2)).at[:, 0].set(jnp.array([1.0, 5.0, 2.0, 4.0, 3.0, 0.5])))
+    assert np.asarray(dispatch.places(routing, 2, "position")[1])[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert np.asarray(dispatch.places(routing, 2, "probability")[1])[:, 0].tolist() == [0, 1, 0, 1, 0, 0]
+
+
+def test_capacity_is_switchs_formula():
+    routing = route.top_k(LOGITS, 2)
+    # (tokens / experts) * factor, for two choices twice that.
+    assert dispatch.capacity_of(24, routing, 1.0) == 12
+    assert dispatch.capacity_of(24, routing, 1.25) == 15
+    assert dispatch.capacity_of(24, routing, 1.01) == 13
+    assert dispatch.capacity_of(24, routing, 1.01, multiple=8) == 16
+    assert dispatch.capacity_of(1, routing, 0.1) == 1
+
+
+def test_soft_moe_is_the_papers_formula():
+    routing = route.soft(jax.random.normal(jax.random.key(8), (N, E, 3)))
+    params = without_biases(PARAMS["swiglu"])
+    out, _ = experts.mixture(params, X, routing)
+    slots = jnp.einsum("nep,nd->epd", routing.slots.dispatch_NEP, X)
+    y = jnp.stack([experts.dense({k: v[e] for k, v in params.items()}, slots[e]) for e in range(E)])
+    np.testing.assert_allclose(out, np.einsum("nep,epd->nd", routing.slots.combine_NEP, y), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_stays_bfloat16_and_near():
+    params, routing = without_biases(PARAMS["swiglu"]), ROUTINGS["top_k"](LOGITS)
+    exact = by_hand(params, X, routing)
+    for config in (experts.MixtureConfig(), experts.MixtureConfig(implementation="capacity", capacity_factor=float(E))):
+        out, _ = experts.mixture(params, X.astype(jnp.bfloat16), routing, config)
+        assert out.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_expert_dropout_drops_hidden_units_and_keeps_the_mean():
+    params, routing = without_biases(PARAMS["swiglu"]), ROUTINGS["top_k"](LOGITS)
+    config = experts.MixtureConfig(dropout=0.5)
+    run = jax.jit(lambda key: experts.mixture(params, X, routing, config, key=key)[0])
+    plain = experts.mixture(params, X, routing, config)[0]
+    many = jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(0), 600))
+    assert jnp.abs(many[0] - plain).max() > 0.1
+    np.testing.assert_allclose(many.mean(0), plain, atol=5 * float(many.std(0).max()) / np.sqrt(600))
+
+
+def test_asking_for_kernels_where_there_are_none_is_logged(monkeypatch):
+    said = []
+    monkeypatch.setattr(experts.logging, "log_first_n", lambda level, message, n, *args: said.append(message % args))
+    assert experts.kernel("kernels") == experts.kernel("auto") == experts.kernel("tiles") == "cpu"
+    assert said == ["no expert kernels for the backend cpu: a loop over tiles runs"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: experts.MixtureConfig(dropout=1.0), "dropout=1.0 in"),
+        (lambda: dispatch.places(ROUTINGS["top_k"](LOGITS), 0), "capacity=0 places"),
+        (lambda: dispatch.soft(X, ROUTINGS["top_k"](LOGITS), experts.swiglu), "only route.soft"),
+        (
+            lambda: experts.mixture(
+                {}, X, ROUTINGS["top_k"](LOGITS), experts.MixtureConfig(implementation="capacity", groups=5)
+            ),
+            "24 tokens do not divide into 5",
+        ),
+        (lambda: experts.apply(PARAMS["swiglu"], X[:5], jnp.zeros(E, jnp.int32), implementation="batched"), "5 rows"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

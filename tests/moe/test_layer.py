@@ -1,0 +1,144 @@
+"""The Linen layer with every router, decoding, and the block of another library."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.experts import MixtureConfig
+from moe.gate import ROUTERS, RouterConfig
+from moe.layer import MoE, MoEConfig
+
+B, T, D, F, E = 2, 6, 8, 12, 4
+X = jax.random.normal(jax.random.key(0), (B, T, D))
+TOKENS = jnp.arange(B * T).reshape(B, T) % 5
+
+
+def make(config, **more):
+    model = MoE(config, D, F, **more)
+    return model, jax.jit(model.init)(jax.random.key(1), X, None, TOKENS)["params"]
+
+
+def config(router="top_k", **changes):
+    groups = {"hierarchical": 2, "sigmoid": 2, "softmax_groups": 2}.get(router, 1)
+    k = 1 if router in ("switch", "base") else 2
+    return MoEConfig(router=RouterConfig(router, E, k, groups=groups, top_groups=groups, jitter=0.01), **changes)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_in_a_layer(router):
+    noisy = {"noisy": {"load": 0.1, "importance": 0.1}}.get(router, {})
+    model, params = make(config(router, z=1e-3, shared=1, **noisy))
+
+    def loss(params, key):
+        rngs = {} if key is None else {"router": key}
+        y, sown = model.apply({"params": params}, X, None, TOKENS, rngs=rngs, mutable=["intermediates"])
+        return jnp.square(y).mean() + sown["intermediates"]["aux_loss"][0], (y, sown["intermediates"]["routing"][0])
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (y, summary)), grads = run(params, jax.random.key(3))
+    assert y.shape == X.shape and np.isfinite(y).all()
+    assert {name: leaf.shape for name, leaf in summary.items()} == {
+        "load": (E,),
+        "max_violation": (),
+        "entropy": (),
+        "load_entropy": (),
+        "confidence": (),
+        "drop_fraction": (),
+    }
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.isfinite(leaf).all()
+        # The bias moves outside the gradient.
+        assert (jnp.abs(leaf).max() > 0) == (name != "router/bias"), name
+
+
+def test_experts_start_like_so_many_dense_layers():
+    model = MoE(MoEConfig(router=RouterConfig("top_k", 8, 2), biases=True), 64, 96, 0.5, 0.25)
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2, 64)))["params"]["experts"]
+    assert params["gate"]["kernel"].std() == pytest.approx(0.5 / 8, rel=0.03)
+    assert params["down"]["kernel"].std() == pytest.approx(0.5 * 0.25 / np.sqrt(96), rel=0.03)
+    assert jnp.abs(params["gate"]["kernel"][0] - params["gate"]["kernel"][1]).max() > 0
+    assert params["up"]["bias"].shape == (8, 96) and not params["up"]["bias"].any()
+
+
+@pytest.mark.parametrize("router", ["top_k", "switch", "gshard", "noisy", "hierarchical", "sigmoid", "base", "hash"])
+def test_a_token_decoded_alone_is_the_one_in_the_whole_text(router):
+    """Even where training has a capacity that drops half of the choices."""
+    small = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    model, params = make(config(router, mixture=small), causal=True)
+    forward = jax.jit(lambda x, tokens: model.apply({"params": params}, x, None, tokens))
+    whole = forward(X, TOKENS)
+    for t in range(T):
+        alone = forward(X[:, t : t + 1], TOKENS[:, t : t + 1])
+        np.testing.assert_allclose(alone[:, 0], whole[:, t], rtol=1e-5, atol=1e-6)
+    _, sown = model.apply(
+        {"params": params}, X, None, TOKENS, rngs={"router": jax.random.key(0)}, mutable=["intermediates"]
+    )
+    assert sown["intermediates"]["routing"][0]["drop_fraction"] > 0.2
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_routers_that_look_ahead_are_refused_in_causal_decoding(router):
+    model, params = make(config(router), causal=True)
+    model.apply({"params": params}, X, rngs={"router": jax.random.key(0)})
+    with pytest.raises(ValueError, match="looks ahead"):
+        model.apply({"params": params}, X)
+    make(config(router))[0].apply({"params": params}, X)  # no causal model: nothing to refuse
+
+
+def test_padding_comes_out_as_zeros():
+    model, params = make(config())
+    mask = jnp.arange(T)[None] < jnp.array([[4], [6]])
+    y = model.apply({"params": params}, jnp.where(mask[..., None], X, jnp.nan), mask)
+    assert (np.asarray(y)[~np.asarray(mask)] == 0).all()
+    np.testing.assert_allclose(y[0, :4], model.apply({"params": params}, X)[0, :4], rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_equals_mixtrals_block_in_hugging_face_transformers():
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    theirs_config = mixtral.MixtralConfig(
+        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2, router_jitter_noise=0.0
+    )
+    block = mixtral.MixtralSparseMoeBlock(theirs_config).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(block.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.5)
+        theirs = block(torch.tensor(np.array(X)))
+        theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).numpy()
+    experts = from_mixtral({name: leaf.detach().numpy() for name, leaf in block.named_parameters()})
+    model = MoE(config(), D, F)
+    ours = model.apply({"params": experts}, X)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def from_mixtral(theirs):
+    """Parameters of `MoE` from the block's, which are stored in one of two ways by version (outputs first in both)."""
+    if "experts.gate_up_proj" in theirs:
+        gate, up = np.split(theirs["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=-1)
+        down = theirs["experts.down_proj"].swapaxes(1, 2)
+    else:
+        gate, down, up = (np.stack([theirs[f"experts.{e}.{w}.weight"].T for e in range(E)]) for w in ("w1", "w2", "w3"))
+    experts = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": down}}
+    return {"router": {"kernel": theirs["gate.weight"].T}, "experts": experts}
+
+
+@pytest.mark.parametrize(
+    ("make_config", "message"),
+    [
+        (lambda: MoEConfig(every=0), "every=0"),
+        (lambda: MoEConfig(balance_scope="token"), "balance_scope='token'"),
+        (lambda: MoEConfig(load=0.1), "needs the smooth load"),
+        (lambda: MoEConfig(bias_rate=0.1), "bias_rate=0.1 moves the sigmoid router's bias"),
+        (lambda: MoEConfig(granularity=5).width_of(12), "ff=12 does not divide into granularity=5"),
+        (lambda: RouterConfig("nearest"), "name='nearest': choose one of top_k"),
+        (lambda: RouterConfig(experts=4, k=5), "k=5 choices among 4"),
+        (lambda: RouterConfig(experts=6, groups=4), "groups must divide"),
+        (lambda: RouterConfig(slots=0), "slots=0"),
+        (lambda: RouterConfig(softmax="middle"), "softmax='middle'"),
+    ],
+)
+def test_what_cannot_be_is_refused(make_config, message):
+    with pytest.raises(ValueError, match=message):
+        make_config()

@@ -1,0 +1,210 @@
+"""Losses and metrics against values worked by hand from the papers' formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from moe import losses, metrics, route
+from moe.routing import make_routing
+
+
+def with_probs(probs, k=1, mask=None):
+    """Switch or top-k routing with these probabilities."""
+    return route.top_k(jnp.log(jnp.asarray(probs, jnp.float32)), k, mask, softmax="before")
+
+
+# Four tokens, two experts. Tokens 0-2 go to expert 0: f = (3/4, 1/4), P = (0.6, 0.4).
+PROBS = [[0.7, 0.3], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]
+
+
+def test_switch_load_balance_loss():
+    # Eq. 4 without alpha: N sum f_i P_i = 2 (3/4 * 0.6 + 1/4 * 0.4) = 1.1.
+    assert losses.load_balance(with_probs(PROBS)) == pytest.approx(1.1, rel=1e-6)
+    # The gradient reaches P alone: d/dP_i = N f_i, spread over 4 tokens.
+    routing = with_probs(PROBS)
+
+    def f(probs):
+        return losses.load_balance(make_routing(*prepared(routing, probs)))
+
+    np.testing.assert_allclose(jax.grad(f)(routing.probs_NE), [[2 * 3 / 4 / 4, 2 * 1 / 4 / 4]] * 4, rtol=1e-6)
+
+
+def prepared(routing, probs):
+    return routing.experts_NK, routing.weights_NK, probs, routing.logits_NE, routing.mask_N
+
+
+def test_load_balance_is_one_when_balanced_and_e_when_collapsed():
+    assert losses.load_balance(route.uniform(jnp.zeros((12, 4)), 2)) == pytest.approx(1)
+    assert losses.load_balance(route.switch(jnp.zeros((12, 4)).at[:, 1].set(50.0))) == pytest.approx(4)
+
+
+def test_gshard_auxiliary_loss():
+    # Algorithm 1: l_aux = 1/E sum_e (c_e / S) m_e over first choices = 1/2 (3/4 * 0.6 + 1/4 * 0.4) = 0.275.
+    routing = route.gshard(jnp.log(jnp.array(PROBS)))
+    assert losses.load_balance(routing, choices="first") / 2**2 == pytest.approx(0.275, rel=1e-6)
+    # Over all choices both experts have the same load, and only sum P = 1 is left.
+    assert losses.load_balance(routing) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_load_balance_per_group_and_per_sequence():
+    # Two groups: f = (1, 0), P = (.75, .25) -> 1.5; f = (.5, .5), P = (.45, .55) -> 1. Their mean is 1.25.
+    assert losses.load_balance(with_probs(PROBS), groups=2) == pytest.approx(1.25, rel=1e-6)
+    # A padding token changes its group only: f = (1, 0), P = (.6, .4) -> 1.2 in the second.
+    masked = with_probs(PROBS, mask=jnp.array([True, True, True, False]))
+    assert losses.load_balance(masked, groups=2) == pytest.approx((1.5 + 1.2) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="4 tokens do not divide into 3 groups"):
+        losses.load_balance(masked, groups=3)
+    with pytest.raises(ValueError, match="per group or global"):
+        losses.load_balance(masked, groups=2, axis_name="data")
+
+
+def test_global_balance_over_devices_is_that_of_the_whole_batch():
+    logits = jax.random.normal(jax.random.key(0), (2, 6, 4))
+    whole = losses.load_balance(route.top_k(logits.reshape(12, 4), 2))
+    parts = jax.vmap(lambda x: losses.load_balance(route.top_k(x, 2), axis_name="data"), axis_name="data")(logits)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_st_moe_z_loss():
+    # Eq. 5: mean of (log sum exp)^2. exp rows sum to 1 + e and 2 e^2: logs are log(1 + e) and 2 + log 2.
+    routing = route.top_k(jnp.array([[0.0, 1.0], [2.0, 2.0]]), 1)
+    expected = (np.log(1 + np.e) ** 2 + (2 + np.log(2)) ** 2) / 2
+    assert losses.z_loss(routing) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gshards_gate():
+    # Algorithm 1: softmax, the two largest, g1 / (g1 + g2) and g2 / (g1 + g2).
+    routing = route.gshard(jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2]])))
+    np.testing.assert_array_equal(routing.experts_NK, [[0, 2], [1, 0]])
+    np.testing.assert_allclose(routing.weights_NK, [[5 / 9, 4 / 9], [0.75, 0.25]], rtol=1e-6)
+    # The second expert is taken with probability 2 g2 (here 8/9 and 1/2), and g1 stays g1.
+    logits = jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2]]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    many = jax.jit(jax.vmap(lambda key: route.gshard(logits, key=key)))(keys)
+    rate = np.asarray(many.experts_NK[:, :, 1] < 3).mean(0)
+    np.testing.assert_allclose(rate, [8 / 9, 1 / 2], atol=0.025)
+    np.testing.assert_allclose(many.weights_NK[:, :, 0], np.broadcast_to([5 / 9, 0.75], (4000, 2)), rtol=1e-6)
+
+
+def test_importance_loss():
+    # Importance = sum of gates = (0.7 + 0.8 + 0.6, 0.7) = (2.1, 0.7): mean 1.4, variance 0.49, CV^2 = 0.25.
+    np.testing.assert_allclose(metrics.importance(with_probs(PROBS)), [2.1, 0.7], rtol=1e-6)
+    assert losses.importance_loss(with_probs(PROBS)) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_noisy_top_k_load_is_the_papers_probability():
+    logits = np.array([[1.0, 0.5, -0.2, 0.1]])
+    noise = np.array([[0.3, -1.0, 0.0, 2.0]])
+    routing = route.noisy_top_k(jnp.asarray(logits, jnp.float32), jnp.asarray(noise, jnp.float32), 2)
+    std = np.log1p(np.exp(noise[0]))
+    # kth_excluding(H, 2, i): for experts 0 and 1 (inside) the third largest, 0.1; for the others the second, 0.5.
+    threshold = np.array([0.1, 0.1, 0.5, 0.5])
+    np.testing.assert_allclose(routing.load_NE[0], stats.norm.cdf((logits[0] - threshold) / std), rtol=1e-5)
+    with pytest.raises(ValueError, match="noisy_top_k or hierarchical"):
+        losses.load_loss(route.switch(jnp.zeros((2, 2))))
+
+
+def test_noisy_top_k_load_predicts_how_often_an_expert_is_chosen():
+    logits = jnp.array([[1.0, 0.5, -0.2, 0.1]])
+    noise = jnp.array([[0.3, -1.0, 0.0, 2.0]])
+    keys = jax.random.split(jax.random.key(1), 20000)
+    many = jax.jit(jax.vmap(lambda key: route.noisy_top_k(logits, noise, 2, key=key)))(keys)
+    chosen = np.asarray((many.experts_NK[:, 0, :, None] == jnp.arange(4)[None, None]).any(1)).mean(0)
+    np.testing.assert_allclose(many.load_NE[:, 0].mean(0), chosen, atol=0.02)
+
+
+def test_hierarchical_importance_and_load_are_appendix_b():
+    primary = jax.random.normal(jax.random.key(2), (7, 3))
+    secondary = jax.random.normal(jax.random.key(3), (7, 3, 4))
+    routing = route.hierarchical(primary, secondary, 2, 1)
+    first = route.noisy_top_k(primary, jnp.zeros((7, 3)), 2)
+    for a in range(3):
+        inner = route.noisy_top_k(secondary[:, a], jnp.zeros((7, 4)), 1)
+        here = np.asarray((first.experts_NK == a).any(1))
+        gate = np.asarray(jnp.where(first.experts_NK == a, first.weights_NK, 0).sum(1))
+        for b in range(4):
+            i = 4 * a + b
+            chosen = np.asarray(inner.experts_NK[:, 0] == b)
+            importance = (gate * chosen * np.asarray(inner.weights_NK[:, 0])).sum()  # eq. 13
+            assert metrics.importance(routing)[i] == pytest.approx(importance, rel=1e-5, abs=1e-6)
+            load = first.load_NE[:, a].sum() * inner.load_NE[here, b].sum() / max(here.sum(), 1)  # eq. 14
+            assert routing.load_NE[:, i].sum() == pytest.approx(float(load), rel=1e-5, abs=1e-6)
+
+
+def test_deepseek_v3s_gate():
+    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+    s = 1 / (1 + np.exp(-np.array([2.0, 1.0, 0.0, -1.0])))
+    bias = jnp.array([-0.5, 0.0, 0.0, 0.4])  # s + b = .38, .73, .5, .67
+    routing = route.sigmoid_top_k(logits, 2, bias_E=bias, scale=2.5)
+    np.testing.assert_array_equal(routing.experts_NK, [[1, 3]])
+    np.testing.assert_allclose(routing.weights_NK[0], 2.5 * s[[1, 3]] / s[[1, 3]].sum(), rtol=1e-5)
+    np.testing.assert_allclose(routing.probs_NE[0], s / s.sum(), rtol=1e-5)
+    # Groups {0, 1} and {2, 3} count 1.11 and 1.17 with the bias and 1.61 and .77 without.
+    limited = route.sigmoid_top_k(logits, 2, bias_E=bias, groups=2, top_groups=1)
+    np.testing.assert_array_equal(np.sort(limited.experts_NK[0]), [2, 3])
+    limited = route.sigmoid_top_k(logits, 2, groups=2, top_groups=1)
+    np.testing.assert_array_equal(np.sort(limited.experts_NK[0]), [0, 1])
+
+
+def test_loss_free_balancing_moves_the_bias_by_sign_and_balances():
+    np.testing.assert_allclose(route.update_bias(jnp.zeros(3), jnp.array([4.0, 1.0, 1.0]), 0.1), [-0.1, 0.1, 0.1])
+    logits = jax.random.normal(jax.random.key(0), (256, 8)) + jnp.linspace(2, -2, 8)[None]
+
+    def step(bias, _):
+        load = metrics.load(route.sigmoid_top_k(logits, 2, bias_E=bias))
+        return route.update_bias(bias, load, 0.01), metrics.max_violation(load)
+
+    _, violation = jax.lax.scan(step, jnp.zeros(8), length=200)
+    assert violation[0] > 1.5 and violation[-20:].max() < 0.25
+
+
+def test_expert_choice_is_the_papers_top_k_over_tokens():
+    logits = jax.random.normal(jax.random.key(5), (10, 3))
+    routing = route.expert_choice(logits, 4)
+    s = np.asarray(jax.nn.softmax(logits))
+    for e in range(3):
+        chosen = np.asarray(routing.experts_NK[:, e]) == e
+        assert set(np.flatnonzero(chosen)) == set(np.argsort(-s[:, e])[:4])
+        np.testing.assert_allclose(routing.weights_NK[chosen, e], s[chosen, e], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "e"), [(12, 4), (13, 4), (8, 8), (9, 1)])
+def test_the_auction_finds_scipys_assignment(n, e):
+    from scipy.optimize import linear_sum_assignment
+
+    places = -(-n // e)
+    values = np.random.default_rng(n * e).normal(size=(n, e)).astype(np.float32)
+    found = np.asarray(jax.jit(route.auction, static_argnums=1)(values, places))
+    assert np.bincount(found, minlength=e).max() <= places and (found < e).all()
+    rows, columns = linear_sum_assignment(-np.repeat(values, places, 1))
+    best = np.repeat(values, places, 1)[rows, columns].sum()
+    assert best - n * 1e-3 - 1e-4 <= values[np.arange(n), found].sum() <= best + 1e-4
+
+
+def test_an_auction_cut_short_still_fills_every_place():
+    found = np.asarray(route.auction(jnp.zeros((12, 4)).at[:, 0].set(1.0), 3, rounds=1))
+    np.testing.assert_array_equal(np.bincount(found), [3, 3, 3, 3])
+
+
+def test_hash_depends_on_the_token_alone_and_spreads():
+    tokens = jnp.arange(4000)
+    routing = jax.jit(lambda t: route.hash_tokens(t, 8, 2))(tokens)
+    again = route.hash_tokens(tokens[::-1], 8, 2)
+    np.testing.assert_array_equal(routing.experts_NK, again.experts_NK[::-1])
+    # 8000 choices over 8 experts: chi-square with 7 degrees of freedom, 99.99% quantile.
+    load = np.asarray(metrics.load(routing))
+    assert ((load - 1000) ** 2 / 1000).sum() < stats.chi2.ppf(0.9999, 7)
+    other = route.hash_tokens(tokens, 8, 2, seed=1)
+    assert 0.1 < np.asarray(other.experts_NK[:, 0] == routing.experts_NK[:, 0]).mean() < 0.15
+
+
+def test_summary_by_hand():
+    found = metrics.summary(with_probs(PROBS), jnp.array([[True], [False], [True], [True]]))
+    np.testing.assert_allclose(found["load"], [0.75, 0.25])
+    assert found["max_violation"] == pytest.approx(0.5)
+    assert found["entropy"] == pytest.approx(np.mean([stats.entropy(p) for p in PROBS]), rel=1e-5)
+    assert found["load_entropy"] == pytest.approx(stats.entropy([0.75, 0.25]), rel=1e-5)
+    assert found["confidence"] == pytest.approx(0.7)
+    assert found["drop_fraction"] == pytest.approx(0.25)

@@ -1,0 +1,291 @@
+"""One table of cases over every router."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from moe import losses, metrics, route
+from moe.routing import Routing, grouped, require_causal
+
+N, E = 12, 8
+KEY = jax.random.key(7)
+
+
+def two_levels(logits, mask, key, k=2):
+    groups = 2 if logits.shape[-1] % 2 == 0 else 1
+    secondary = logits.reshape(len(logits), groups, -1)
+    every = (groups, logits.shape[-1] // groups)
+    k1, k2 = every if k == logits.shape[-1] else (1, min(2, every[1]))
+    return route.hierarchical(secondary[..., 0], secondary, k1, k2, mask, noise_NAB=secondary[..., ::-1] / 3, key=key)
+
+
+class Case(NamedTuple):
+    """How to call a router with k choices (where it has a k), and what holds for it."""
+
+    call: Callable  # (logits, mask, key, k) -> Routing
+    least: int = 1  # experts it needs
+    most: int = 99  # largest k
+    sums_to_one: bool = True
+    causal: bool = True
+    follows: bool = True  # logits that favour one expert send every token there
+    learns: bool = True  # gradients reach the logits
+
+
+CASES = {
+    "top_k": Case(lambda x, m, key, k: route.top_k(x, k, m)),
+    "top_k_before": Case(lambda x, m, key, k: route.top_k(x, k, m, softmax="before"), sums_to_one=False),
+    "switch": Case(lambda x, m, key, k: route.switch(x, m), most=1, sums_to_one=False),
+    "gshard": Case(lambda x, m, key, k: route.gshard(x, m), least=2, most=2),
+    "gshard_random": Case(lambda x, m, key, k: route.gshard(x, m, key=key), least=2, most=2, sums_to_one=False),
+    "noisy": Case(lambda x, m, key, k: route.noisy_top_k(x, x[:, ::-1] / 3, k, m, key=key), follows=False),
+    "noisy_off": Case(lambda x, m, key, k: route.noisy_top_k(x, x[:, ::-1] / 3, k, m)),
+    "hierarchical": Case(lambda x, m, key, k: two_levels(x, m, None, k)),
+    "hierarchical_noisy": Case(lambda x, m, key, k: two_levels(x, m, key, k), follows=False),
+    "sigmoid": Case(lambda x, m, key, k: route.sigmoid_top_k(x, k, m)),
+    "sigmoid_biased": Case(
+        lambda x, m, key, k: route.sigmoid_top_k(x, k, m, bias_E=jnp.linspace(-0.1, 0.1, x.shape[-1])), follows=False
+    ),
+    "grouped_top_k": Case(
+        lambda x, m, key, k: route.sigmoid_top_k(
+            x, k, m, groups=4, top_groups=4 if k == x.shape[-1] else 2, group_score="max", score="softmax"
+        ),
+        least=4,
+    ),
+    "expert_choice": Case(
+        lambda x, m, key, k: route.expert_choice(x, max(1, len(x) // x.shape[-1]), m),
+        sums_to_one=False,
+        causal=False,
+        follows=False,
+    ),
+    "soft": Case(lambda x, m, key, k: route.soft(jnp.stack([x, x[:, ::-1]], -1), m), causal=False, follows=False),
+    "base": Case(lambda x, m, key, k: route.base(x, m), most=1, sums_to_one=False, causal=False, follows=False),
+    "base_test": Case(lambda x, m, key, k: route.base(x, m, train=False), most=1, sums_to_one=False),
+    "hash": Case(
+        lambda x, m, key, k: route.hash_tokens(jnp.arange(len(x)), x.shape[-1], k, m), follows=False, learns=False
+    ),
+    "uniform": Case(lambda x, m, key, k: route.uniform(x, k, m), follows=False),
+    "replay": Case(
+        lambda x, m, key, k: route.replay(x, jnp.stack([jnp.roll(jnp.arange(x.shape[-1]), 3)[:k]] * len(x)), m),
+        follows=False,
+    ),
+}
+
+
+def logits(n=N, e=E, seed=0):
+    """Values at least 0.5 apart in a row, of another scale in every row: a finite difference changes no choice."""
+    order = jax.vmap(lambda key: jax.random.permutation(key, e))(jax.random.split(jax.random.key(seed), n))
+    noise = jax.random.uniform(jax.random.key(seed + 1), (n, 1))
+    return (order - e / 2) * 0.5 * (1 + 0.04 * jnp.arange(n)[:, None]) + noise * 0.4
+
+
+@partial(jax.jit, static_argnames=("name", "k"))
+def call(name, x, mask=None, k=2, key=KEY) -> Routing:
+    case = CASES[name]
+    return case.call(x, mask, key, min(k, case.most, x.shape[-1]))
+
+
+@jax.jit
+def all_losses(routing):
+    return losses.load_balance(routing), losses.z_loss(routing), losses.importance_loss(routing)
+
+
+def valid(routing):
+    """What holds for any routing."""
+    n, e = routing.probs_NE.shape
+    experts, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
+    assert experts.dtype == np.int32 and experts.shape == weights.shape == (n, routing.k)
+    for array in (routing.weights_NK, routing.probs_NE, routing.logits_NE):
+        assert array.dtype == jnp.float32 and np.isfinite(array).all()
+    assert routing.probs_NE.shape == routing.logits_NE.shape == (n, e) and routing.mask_N.shape == (n,)
+    assert ((experts >= 0) & (experts <= e)).all()
+    assert (weights[experts == e] == 0).all() and (weights >= 0).all()
+    np.testing.assert_allclose(np.asarray(routing.probs_NE).sum(-1), 1, rtol=1e-5)
+    for row in experts:  # choices of one token differ
+        chosen = row[row < e]
+        assert len(set(chosen.tolist())) == len(chosen)
+    assert (experts < e).sum() <= routing.rows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_dtypes_and_weight_sums(name):
+    routing = call(name, logits().astype(jnp.bfloat16).astype(jnp.float32))
+    valid(routing)
+    if CASES[name].sums_to_one:
+        np.testing.assert_allclose(np.asarray(routing.weights_NK).sum(-1), 1, rtol=1e-5)
+    assert routing.causal == CASES[name].causal
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_logits_are_routed_in_float32(name):
+    x = logits().astype(jnp.bfloat16)
+    half, full = call(name, x), call(name, x.astype(jnp.float32))
+    valid(half)
+    np.testing.assert_array_equal(half.experts_NK, full.experts_NK)
+    # The case's own arithmetic on its noise is bfloat16.
+    np.testing.assert_allclose(half.weights_NK, full.weights_NK, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.learns])
+def test_gradients_are_finite_differences(name):
+    c = jax.random.normal(jax.random.key(3), (4, N, E))
+
+    @jax.jit
+    def f(x):
+        r = call(name, x)
+        w = jnp.zeros((N, E + 1)).at[jnp.arange(N)[:, None], r.experts_NK].set(r.weights_NK)[:, :E]
+        total = (w * c[0]).sum() + (r.probs_NE * c[1]).sum() + (r.logits_NE * c[2]).sum()
+        if r.load_NE is not None:
+            total += (r.load_NE * c[3]).sum()
+        if r.slots is not None:
+            total += (r.slots.dispatch_NEP.sum(-1) * c[3]).sum() + (r.slots.combine_NEP[..., 0] * c[0]).sum()
+        return total
+
+    x = logits()
+    if name in ("base", "expert_choice"):  # one choice among tokens must not be nearly as good as another
+        x += 6 * (1 + jnp.arange(N)[:, None] / 10) * jax.nn.one_hot(jnp.arange(N) % E, E)
+    check_grads(f, (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-3)
+    assert jnp.abs(jax.grad(f)(x)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_jit_vmap_and_scan_give_what_plain_calls_do(name):
+    xs = jnp.stack([logits(seed=s) for s in (0, 5)])
+    # Without jit every primitive is compiled by itself, which takes long: one case of each kind.
+    plain = [(call.__wrapped__ if name in ("top_k", "gshard_random") else call)(name, x) for x in xs]
+    _, scanned = jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, call(name, x)), 0, xs))(xs)
+    mapped = jax.jit(jax.vmap(lambda x: call(name, x)))(xs)
+    for i, expected in enumerate(plain):
+        for found in (scanned, mapped):
+            jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, expected)
+    assert scanned.rows == mapped.rows == plain[0].rows
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.least == 1])
+def test_one_expert(name):
+    routing = call(name, logits(e=1), k=1)
+    valid(routing)
+    assert (routing.experts_NK == 0).all()
+    np.testing.assert_allclose(routing.probs_NE, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.most >= E])
+def test_k_equal_to_e_takes_every_expert(name):
+    routing = call(name, logits(), k=E)
+    valid(routing)
+    if name != "expert_choice":
+        np.testing.assert_array_equal(np.sort(routing.experts_NK, -1), np.broadcast_to(np.arange(E), (N, E)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_tokens_to_one_expert_leaves_the_others_empty(name):
+    x = jnp.zeros((N, E)).at[:, 3].set(9.0)
+    routing = call(name, x, k=1)
+    valid(routing)
+    if CASES[name].follows and name not in ("gshard", "gshard_random", "hierarchical"):
+        np.testing.assert_array_equal(metrics.load(routing), N * (np.arange(E) == 3))
+    if CASES[name].follows:
+        assert (routing.experts_NK[:, 0] == 3).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_goes_nowhere_and_is_not_seen(name):
+    x = logits(N + 4)
+    # The noise of a token must not depend on how many there are: jax.random draws by shape, so compare with it off.
+    key = None if name != "gshard_random" else jax.random.key(7)
+    mask = jnp.arange(N + 4) % 4 != 3
+    garbage = jnp.where(mask[:, None], x, jnp.nan)
+    routing = call(name, garbage, mask, key=key)
+    valid(routing)
+    routing, padding = jax.tree.map(np.asarray, routing), ~np.asarray(mask)
+    assert (routing.experts_NK[padding] == E).all()
+    assert routing.load_NE is None or (routing.load_NE[padding] == 0).all()
+
+    def f(x):
+        r = call(name, jnp.where(mask[:, None], x, jnp.nan), mask, key=key)
+        return (r.weights_NK * jnp.arange(r.k)[None]).sum() + losses.load_balance(r) + losses.z_loss(r)
+
+    grads = jax.jit(jax.grad(f))(x)
+    assert np.isfinite(grads).all() and (np.asarray(grads)[padding] == 0).all()
+    if name in ("hash", "uniform", "gshard_random", "expert_choice", "base"):
+        return  # these depend on the place of a token, or on how many there are
+    alone = call(name, x[mask], key=key)
+    np.testing.assert_array_equal(routing.experts_NK[~padding], alone.experts_NK)
+    np.testing.assert_allclose(routing.weights_NK[~padding], alone.weights_NK, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(all_losses(routing), all_losses(alone), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_but_padding(name):
+    routing = call(name, logits(), jnp.zeros(N, bool))
+    valid(routing)
+    assert (np.asarray(routing.experts_NK) == E).all()
+    assert all_losses(routing) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_routers_that_do_not_look_ahead_may_decode(name):
+    routing = call(name, logits())
+    if not CASES[name].causal:
+        with pytest.raises(ValueError, match="looks ahead"):
+            require_causal(routing)
+        return
+    require_causal(routing)
+    if name in ("noisy", "gshard_random", "hierarchical_noisy"):
+        return  # random
+    # Tokens after the sixth do not change the first six.
+    other = call(name, jnp.concatenate([logits()[:6], logits(6, seed=9)]))
+    np.testing.assert_array_equal(routing.experts_NK[:6], other.experts_NK[:6])
+    np.testing.assert_array_equal(routing.weights_NK[:6], other.weights_NK[:6])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([1, 3]),
+    st.integers(0, 99),
+    st.sampled_from(["top_k", "sigmoid", "expert_choice"]),
+)
+def test_random_routings_are_valid(e, seed, name):
+    x = jax.random.normal(jax.random.key(seed), (5, e)) * 3
+    mask = jax.random.bernoulli(jax.random.key(seed + 1), 0.7, (5,))
+    valid(call(name, x, mask))
+
+
+def test_groups_are_routed_by_themselves():
+    x, mask = logits(), jnp.arange(N) % 5 != 0
+    together = grouped(lambda x, m: route.expert_choice(x, 2, m), x, 3, mask)
+    assert together.rows == 3 * 2 * E
+    for g in range(3):
+        rows = slice(4 * g, 4 * g + 4)
+        alone = route.expert_choice(x[rows], 2, mask[rows])
+        np.testing.assert_array_equal(together.experts_NK[rows], alone.experts_NK)
+        np.testing.assert_allclose(together.weights_NK[rows], alone.weights_NK, rtol=1e-6)
+    with pytest.raises(ValueError, match="12 tokens do not divide into 5 groups"):
+        grouped(lambda x, m: route.expert_choice(x, 2, m), x, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: route.top_k(logits(), 9), "k=9 choices among 8 experts"),
+        (lambda: route.top_k(logits(), 0), "k must be in 1..8"),
+        (lambda: route.gshard(logits(e=1)), "k=2 choices among 1"),
+        (lambda: route.hash_tokens(jnp.arange(3), 2, 3), "k=3 choices among 2"),
+        (lambda: route.expert_choice(logits(), 13), "capacity=13 of 12 tokens"),
+        (lambda: route.sigmoid_top_k(logits(), 2, groups=3), "8 experts do not divide into 3 groups"),
+        (lambda: route.sigmoid_top_k(logits(), 2, groups=4, top_groups=5), "top_groups=5 of 4"),
+        (lambda: route.sigmoid_top_k(logits(), 3, groups=4, top_groups=1), "k=3 experts out of 1 groups of 2"),
+        (lambda: route.auction(logits(), 1), "8 experts with 1 places each cannot take 12"),
+        (lambda: route.auction(logits(), 2, epsilon=0.0), "epsilon=0.0 must be positive"),
+    ],
+)
+def test_impossible_routings_are_refused_with_their_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,65 @@
+import pytest
+
+from scaling import flops
+
+SMALL = flops.Shape(layers=2, width=8, ff=32, heads=2, head_dim=4, vocab=11, length=5)
+
+
+@pytest.mark.parametrize("name", flops.CHINCHILLA_MODELS)
+def test_appendix_f_ratios_of_the_six_published_models(name):
+    shape, published = flops.CHINCHILLA_MODELS[name]
+    assert flops.ratio_to_6nd(shape, embedding=False, logits=False) == pytest.approx(published, abs=0.01)
+    assert round(flops.ratio_to_6nd(shape, embedding=False, logits=False), 2) == published
+    # Their names are their sizes, to the digits they have.
+    size = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
+    assert flops.parameters(shape).total == pytest.approx(size, rel=0.05)
+
+
+def test_other_conventions_miss_the_published_table():
+    off = [
+        max(
+            abs(flops.ratio_to_6nd(shape, embedding=embedding, logits=logits) - published)
+            for shape, published in flops.CHINCHILLA_MODELS.values()
+        )
+        for embedding, logits in ((True, True), (False, True), (True, False))
+    ]
+    assert min(off) > 0.1
+
+
+def test_counts_by_hand():
+    assert flops.parameters(SMALL) == flops.Parameters(88, 2 * 4 * 64, 2 * 2 * 256, 0, 0, 0)
+    untied = flops.parameters(flops.Shape(2, 8, 32, 2, 4, 11, 5, kv_heads=1, gated=True, tied=False))
+    assert untied == flops.Parameters(88, 2 * 3 * 64, 2 * 3 * 256, 0, 0, 88)
+    assert untied.non_embedding == untied.total - 176
+    projections, scores, dense, output = 2 * 5 * 4 * 64, 4 * 15 * 8, 2 * 5 * 2 * 256, 2 * 5 * 88
+    assert flops.exact_matmuls(SMALL) == 3 * (2 * (projections + scores + dense) + output)
+
+
+def test_experts_are_counted_active_and_total():
+    shape = flops.Shape(2, 8, 32, 2, 4, 11, 5, experts=4, active_experts=2)
+    total, active = flops.parameters(shape), flops.parameters(shape, active=True)
+    assert total.feed_forward == 2 * active.feed_forward
+    assert total.router == active.router == 2 * 8 * 4
+    assert flops.count(shape, "6ND").params == total.total
+    assert flops.count(shape, "6ND, active experts").flops_per_token == 6 * active.total
+    # A token's products do not know of experts it does not visit, the router aside.
+    more = flops.Shape(2, 8, 32, 2, 4, 11, 5, experts=8, active_experts=2)
+    assert flops.exact_matmuls(more) - flops.exact_matmuls(shape) == 3 * 2 * 2 * 5 * 8 * 4
+
+
+@pytest.mark.parametrize("convention", flops.CONVENTIONS)
+def test_every_convention_counts_near_six_n(convention):
+    shape, _ = flops.CHINCHILLA_MODELS["1.1B"]
+    count = flops.count(shape, convention)
+    assert 0.9 < count.flops_per_token / (6 * count.params) < 1.3
+
+
+def test_wrong_shapes_and_names():
+    with pytest.raises(ValueError, match="no convention '7ND'; there are '6ND'"):
+        flops.count(SMALL, "7ND")
+    with pytest.raises(ValueError, match="layers = 0"):
+        flops.Shape(0, 8, 32, 2, 4, 11, 5)
+    with pytest.raises(ValueError, match="active_experts 3 of experts 2"):
+        flops.Shape(2, 8, 32, 2, 4, 11, 5, experts=2, active_experts=3)
+    with pytest.raises(ValueError, match="heads 2 is not a multiple of kv_heads 3"):
+        flops.Shape(2, 8, 32, 2, 4, 11, 5, kv_heads=3)

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sharding.errors import PlanError
+from sharding.mesh import make_mesh
+from sharding.plan import Plan
+from sharding.rules import PARAMS, Rules, constrainer, logical_axes, mirrored_specs, param_specs, path_name, shardings
+from training.optimizer import OptimizerConfig, make_optimizer
+from training.step import StepConfig, init_state
+from training.transformer import Decoder, TransformerConfig
+
+CONFIG = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=24, tied=False)
+
+
+def shapes(config=CONFIG):
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def by_path(specs):
+    return {
+        path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=lambda x: isinstance(x, P))
+    }
+
+
+def test_where_the_decoders_parameters_go():
+    specs = by_path(param_specs(shapes(), Plan("pp=2, fsdp=2, tp=2").sizes))
+    assert specs == {
+        "embed/table": P("tp", "fsdp"),
+        "head/kernel": P("fsdp", "tp"),
+        "final_norm/gain": P(),
+        "blocks/attention_norm/gain": P("pp"),
+        "blocks/mlp_norm/gain": P("pp"),
+        "blocks/attention/query/kernel": P("pp", "fsdp", "tp"),
+        "blocks/attention/key/kernel": P("pp", "fsdp", "tp"),
+        "blocks/attention/value/kernel": P("pp", "fsdp", "tp"),
+        "blocks/attention/output/kernel": P("pp", "tp", None, "fsdp"),
+        "blocks/mlp/gate/kernel": P("pp", "fsdp", "tp"),
+        "blocks/mlp/up/kernel": P("pp", "fsdp", "tp"),
+        "blocks/mlp/down/kernel": P("pp", "tp", "fsdp"),
+    }
+    # Absent axes are dropped, and with them what is left of a partition.
+    specs = by_path(param_specs(shapes(), Plan("tp=4").sizes))
+    assert specs["blocks/mlp/down/kernel"] == P(None, "tp") and specs["final_norm/gain"] == P()
+    assert set(by_path(param_specs(shapes(), Plan("dp=8").sizes)).values()) == {P()}
+
+
+@pytest.mark.parametrize(
+    "path, ndim, axes",
+    [
+        ("blocks_3/mlp/gate/kernel", 2, ("width", "ff")),
+        ("blocks/mlp/experts/gate", 4, ("layers", "experts", "width", "ff")),
+        ("blocks_0/mlp/experts/down/kernel", 3, ("experts", "ff", "width")),
+        ("blocks/mlp/router/kernel", 3, ("layers", None, None)),
+        ("blocks_0/mlp/router/kernel", 2, (None, None)),
+        ("dense0/kernel", 2, (None, None)),
+        ("step", 0, ()),
+    ],
+)
+def test_logical_axes(path, ndim, axes):
+    assert logical_axes(path, ndim) == axes
+
+
+def test_fully_sharded_data_parallelism_is_two_lines():
+    without = Rules(params=tuple(rule for rule in PARAMS if rule != ("width", "fsdp")))
+    sizes = Plan("fsdp=4").sizes
+    assert set(by_path(param_specs(shapes(), sizes, without)).values()) == {P()}
+    stored = by_path(param_specs(shapes(), sizes))
+    assert all(("fsdp" in spec) == (not path.endswith("gain")) for path, spec in stored.items())
+    constrain = constrainer(make_mesh(Plan("fsdp=8")))
+    x = jax.jit(lambda x: constrain(x, ("batch", "time", "width")))(jnp.zeros((8, 4, 16)))
+    assert x.sharding.spec == P("fsdp")
+
+
+@pytest.mark.parametrize(
+    "changes, axes, words",
+    [
+        ({}, "tp=8", ["blocks/attention/key/kernel", "(kv_heads) of 4", "tp=8", "nearest valid size: 4"]),
+        ({"heads": 6, "kv_heads": 6, "head_dim": 4}, "tp=4", ["heads) of 6", "tp=4", "nearest valid size: 3"]),
+        ({"layers": 3}, "pp=2", ["blocks/", "dimension 0 (layers) of 3", "pp=2"]),
+        ({"vocab_size": 33}, "tp=2", ["(vocab) of 33"]),
+        ({"width": 24, "head_dim": 4}, "fsdp=16", ["(width) of 24", "fsdp=16", "nearest valid size: 12"]),
+    ],
+)
+def test_an_indivisible_dimension_is_refused_by_path(changes, axes, words):
+    with pytest.raises(PlanError) as error:
+        param_specs(shapes(replace(CONFIG, **changes)), Plan(axes).sizes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_rules_that_split_two_dimensions_over_one_axis_are_refused():
+    rules = Rules(params=(("width", "tp"), ("ff", "tp")))
+    with pytest.raises(PlanError, match="mlp/.*dimensions 1 and 2 .* both over tp"):
+        param_specs(shapes(), {"tp": 2}, rules)
+
+
+def test_optimizer_state_lies_as_its_parameters_and_zero_1_splits_it_alone():
+    params, tx = shapes(), make_optimizer(OptimizerConfig("adamw", clip_norm=1.0))
+    state = jax.eval_shape(lambda p: init_state(p, tx, StepConfig(ema=0.9)), params)
+    sizes = Plan("fsdp=4").sizes
+    specs = by_path(mirrored_specs(state, params, param_specs(params, sizes)))
+    split = {path for path, spec in specs.items() if "fsdp" in spec}
+    kernels = {path for path, spec in by_path(param_specs(params, sizes)).items() if "fsdp" in spec}
+    copies = {"params": 0, "mu": 0, "nu": 0, "ema": 0}
+    for path in split:
+        kind = next(kind for kind in copies if f"{kind}/" in path)
+        copies[kind] += 1
+        assert any(path.endswith(kernel) for kernel in kernels)
+    assert set(copies.values()) == {len(kernels)}
+    assert all(spec == P() for path, spec in specs.items() if path.endswith(("count", "step")))
+    assert set(by_path(param_specs(params, sizes, zero=1)).values()) == {P()}
+    # Masks mirror parameters too.
+    masks = {"masks": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), params)}
+    assert {
+        path for path, spec in by_path(mirrored_specs(masks, params, param_specs(params, sizes))).items() if spec
+    } == {f"masks/{kernel}" for kernel in kernels}
+
+
+def test_a_factored_moment_of_another_shape_stays_whole():
+    params = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), jnp.float32)}}}}
+    state = {"v_row": {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((2, 8), jnp.float32)}}}}}
+    assert set(by_path(mirrored_specs(state, params, param_specs(params, {"fsdp": 2}))).values()) == {P()}
+
+
+def test_a_parameter_is_cut_as_the_partition_says():
+    mesh = make_mesh(Plan("fsdp=4, tp=2"))
+    specs = param_specs({"head": {"kernel": jax.ShapeDtypeStruct((8, 6), jnp.float32)}}, mesh.shape)
+    value = np.arange(48.0).reshape(8, 6)
+    placed = jax.device_put({"head": {"kernel": value}}, shardings(mesh, specs))["head"]["kernel"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(placed, value)

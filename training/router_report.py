@@ -1,0 +1,151 @@
+"""What the routers of a run did, as figures for its report: load over steps, balance, and who serves which tokens."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from matplotlib.figure import Figure
+
+from moe.specialisation import mutual_information
+from training.logs import write_text
+from training.page import Section
+from training.routed import expert_table, router_paths
+from training.transformer import Decoder
+
+Rows = Sequence[Mapping[str, Any]]
+SPECIALISATION = "specialisation.json"
+
+# Classes of bytes for the specialisation map.
+BYTE_CLASSES = ("lower case", "upper case", "digit", "space", "line end", "punctuation", "other")
+
+
+def byte_classes(tokens: np.ndarray) -> np.ndarray:
+    """Class of every byte, an index into `BYTE_CLASSES`, int32 of the shape of `tokens`."""
+    table = np.full(256, len(BYTE_CLASSES) - 1, np.int32)
+    for byte in range(33, 127):
+        c = chr(byte)
+        table[byte] = 0 if c.islower() else 1 if c.isupper() else 2 if c.isdigit() else 5
+    table[ord(" ")], table[ord("\t")], table[ord("\n")] = 3, 3, 4
+    return table[np.asarray(tokens)]
+
+
+def load_history(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and loads [S, L, E] (shares of the choices) of the rows that have them."""
+    found = [row for row in rows if row.get("kind") == "train" and "router/load" in row]
+    if not found:
+        return np.zeros(0), np.zeros((0, 0, 0))
+    return np.array([row["step"] for row in found]), np.array([row["router/load"] for row in found], float)
+
+
+def load_figure(rows: Rows) -> Figure:
+    """A map per routed layer: experts upwards, steps to the right, colour the load over the balanced load."""
+    steps, load_SLE = load_history(rows)
+    layers, experts = load_SLE.shape[1:]
+    figure = Figure(figsize=(8, 1.2 + 1.5 * layers), layout="constrained")
+    axes = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    top = max(2.0, float(load_SLE.max()) * experts)
+    for layer, ax in enumerate(axes):
+        image = ax.imshow(
+            load_SLE[:, layer].T * experts,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            extent=(steps[0], steps[-1] + 1e-9, -0.5, experts - 0.5),
+            vmin=0,
+            vmax=top,
+            cmap="viridis",
+        )
+        ax.set_ylabel(f"layer {layer + 1}\nexpert")
+    axes[-1].set_xlabel("step")
+    figure.colorbar(image, ax=list(axes), label="load / balanced load")
+    return figure
+
+
+def balance_figure(rows: Rows) -> Figure:
+    """Largest violation, entropy of the router and of the load, and confidence over steps, a line per layer."""
+    found = [row for row in rows if row.get("kind") == "train" and "router/load" in row]
+    steps = [row["step"] for row in found]
+    names = {
+        "router/max_violation": "largest load over mean, less one",
+        "router/load_entropy": "entropy of the load (nats)",
+        "router/entropy": "entropy of a token's choice (nats)",
+        "router/drop_fraction": "share of choices dropped",
+    }
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    for ax, (name, label) in zip(figure.subplots(2, 2).flat, names.items(), strict=True):
+        values_SL = np.array([row[name] for row in found], float)
+        for layer in range(values_SL.shape[1]):
+            ax.plot(steps, values_SL[:, layer], linewidth=1, label=f"layer {layer + 1}")
+        ax.set_xlabel("step")
+        ax.set_title(label, fontsize=9, loc="left")
+        ax.set_ylim(bottom=0)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def write_specialisation(
+    workdir: Path, model: Decoder, params: PyTree, batches: Iterable[Mapping[str, Any]], tokenizer: str
+) -> None:
+    """Count who serves which class of bytes on held-out batches and keep it for the report.
+
+    Nothing is written for a model without routed layers or for tokens that are no bytes.
+    """
+    if not router_paths(model.config) or tokenizer != "bytes":
+        return
+    count = jax.jit(lambda p, tokens, classes: expert_table(model, p, tokens, classes, len(BYTE_CLASSES)))
+    total: Any = 0.0
+    for batch in batches:
+        tokens_BT = np.asarray(batch["tokens"])[:, :-1]
+        total = total + np.asarray(count(params, tokens_BT, byte_classes(tokens_BT)), np.float64)
+    write_text(workdir / SPECIALISATION, json.dumps({"classes": BYTE_CLASSES, "counts": np.asarray(total).tolist()}))
+
+
+def specialisation_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_CLASSES) -> Figure:
+    """A map per routed layer: share of a class's choices that go to each expert."""
+    layers, _, experts = counts_LCE.shape
+    figure = Figure(figsize=(8, 0.8 + 1.9 * layers), layout="constrained")
+    axes = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    share_LCE = counts_LCE / np.maximum(counts_LCE.sum(2, keepdims=True), 1)
+    for layer, ax in enumerate(axes):
+        image = ax.imshow(share_LCE[layer], aspect="auto", vmin=0, vmax=max(share_LCE.max(), 1e-9), cmap="magma")
+        information = mutual_information(counts_LCE[layer])
+        ax.set_yticks(range(len(classes)), classes, fontsize=8)
+        ax.set_title(
+            f"layer {layer + 1}: mutual information {information.corrected:.3f} nats "
+            f"({information.normalised:.0%} of the most possible)",
+            fontsize=9,
+            loc="left",
+        )
+    axes[-1].set_xlabel("expert")
+    axes[-1].set_xticks(range(0, experts, -(-experts // 16)))
+    figure.colorbar(image, ax=list(axes), label="share of the class's choices")
+    return figure
+
+
+def router_sections(rows: Rows, workdir: Path | None = None) -> list[Section]:
+    """The report's sections about routing; empty for a run without routed layers.
+
+    Args:
+      rows: the run's rows.
+      workdir: where `write_specialisation` may have left its counts.
+    """
+    steps, load_SLE = load_history(rows)
+    if not len(steps):
+        return []
+    last = load_SLE[-1] * load_SLE.shape[2]
+    caption = (
+        "Share of the choices each expert got in the batch of a logged step, over the share at perfect balance. At the "
+        f"last one the busiest expert of a layer got {last.max():.2f} times its share, the idlest {last.min():.2f}."
+    )
+    sections = [Section("Load of the experts", [load_figure(rows), balance_figure(rows)], caption)]
+    path = workdir / SPECIALISATION if workdir else None
+    if path and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        figure = specialisation_figure(np.array(found["counts"]), found["classes"])
+        text = "Where the tokens of a class went on held-out text, by the class of the byte read."
+        sections.append(Section("Specialisation", figure, text))
+    return sections
