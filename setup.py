@@ -28,7 +28,7 @@ EXTRAS = {
     "export": ["safetensors"],
     "tpu": ["libtpu"],
     "cuda": ["jax[cuda13]>=0.11"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "tokenizers"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "tokenizers", "safetensors"],
 }
 
 setup(

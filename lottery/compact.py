@@ -34,8 +34,8 @@ def compact_mlp(
     for name in layers:
         if name not in params:
             raise ValueError(f"compact_mlp: no layer {name}; layers: {', '.join(params)}")
-    kernels = {name: np.asarray(params[name]["kernel"], np.float32) for name in layers}
-    biases = {name: np.asarray(params[name]["bias"], np.float32) for name in layers}
+    kernels: dict[str, np.ndarray] = {name: np.asarray(params[name]["kernel"], np.float32) for name in layers}
+    biases: dict[str, np.ndarray] = {name: np.asarray(params[name]["bias"], np.float32) for name in layers}
     for one, two in zip(layers, layers[1:], strict=False):
         if kernels[one].shape[1] != kernels[two].shape[0]:
             raise ValueError(
@@ -46,7 +46,7 @@ def compact_mlp(
         idle = np.logical_not(np.any(kernels[one], axis=0))
         constant = np.asarray(activation(jnp.asarray(biases[one])))[idle]
         biases[two] = biases[two] + constant @ kernels[two][idle]
-        kernels[two] = np.array(np.where(idle[:, None], np.float32(0), kernels[two]), np.float32)
+        kernels[two] = np.where(idle[:, None], np.float32(0), kernels[two])
     # Backwards, unread neurons: cutting one may leave the layer before without a reader.
     for one, two in reversed(list(zip(layers, layers[1:], strict=False))):
         read = np.array(np.any(kernels[two], axis=1))

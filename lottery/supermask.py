@@ -38,10 +38,11 @@ def signed_constant(params: PyTree, which: PyTree) -> PyTree:
 
 
 def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
-    """The subnetwork with the highest |score|; gradients pass straight through to the scores, none to the weights.
+    """The subnetwork with the highest scores; gradients pass straight through to the scores, none to the weights.
 
     The gradient of a score is the gradient of the effective weight times the weight (equation 7), for weights that are
-    out of the subnetwork too, which is how they come back. Train the scores with any optimizer:
+    out of the subnetwork too, which is how they come back. (The paper's code ranks |score| and multiplies its gradient
+    by the score's sign; here, as in the paper's text, the score itself is ranked.) Train the scores with any optimizer:
 
         loss = lambda popups, batch: loss_fn(popup(params, popups, which, counts), batch)
 
@@ -64,9 +65,9 @@ def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, in
 
 
 def popup_masks(popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
-    """The masks of `popup`: the highest |score| of every group."""
+    """The masks of `popup`: the highest scores of every group."""
     popups = jax.lax.stop_gradient(popups)
-    return prune.keep(scores.magnitude(popups), masks_lib.ones(popups), which, counts)
+    return prune.keep(popups, masks_lib.ones(popups), which, counts)
 
 
 @jax.custom_vjp

@@ -22,9 +22,9 @@ from moe.kernels.tiling import Tiling
 # A step works on whole rows of x and w, so `inner` and `cols` are not used here.
 TILINGS = {
     "grouped": Tiling(rows=64),
-    "contraction": Tiling(rows=128),
+    "contraction": Tiling(rows=64),
     "block": Tiling(rows=256),
-    "block_contraction": Tiling(rows=512),
+    "block_contraction": Tiling(rows=256),
 }
 
 

@@ -25,7 +25,7 @@ def test_popup_keeps_the_highest_scores_and_passes_gradients_straight_through():
         return jnp.sum(out["a"]["kernel"] * slope) + jnp.sum(out["a"]["bias"])
 
     chosen = supermask.popup(PARAMS, popups, WHICH, counts)["a"]["kernel"]
-    score = np.abs(np.asarray(popups["a"]["kernel"])).ravel()
+    score = np.asarray(popups["a"]["kernel"]).ravel()
     assert set(np.flatnonzero(np.asarray(chosen))) == set(np.argsort(-score)[:12])
     to_scores, to_weights = jax.jit(jax.grad(loss, argnums=(0, 1)))(popups, PARAMS)
     # Ramanujan et al. 2020, equation 7, for weights in and out of the subnetwork alike.

@@ -15,7 +15,7 @@ X = jax.random.normal(jax.random.key(1), (2, 5, D))
 
 def test_an_upcycled_layer_computes_what_the_dense_one_did():
     routed = upcycle(DENSE, E, key=jax.random.key(2))
-    y = MoE(MoEConfig(router=RouterConfig("top_k", E, 2)), D, F).apply({"params": routed}, X)
+    y = jax.jit(MoE(MoEConfig(router=RouterConfig("top_k", E, 2)), D, F).apply)({"params": routed}, X)
     np.testing.assert_allclose(y, experts.dense({k: v["kernel"] for k, v in DENSE.items()}, X), rtol=1e-5, atol=1e-6)
     assert routed["router"]["kernel"].shape == (D, E) and jnp.abs(routed["router"]["kernel"]).max() > 0
 

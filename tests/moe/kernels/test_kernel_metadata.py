@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +111,12 @@ def test_an_element_mask_makes_a_block_live_if_any_element_is():
 def test_a_structure_that_cannot_be_is_refused(mask, arguments, message):
     with pytest.raises(ValueError, match=message):
         block_structure(mask, **arguments)
+
+
+def test_the_drawing_in_the_docs_is_true():
+    text = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text()
+    drawn = [[int(v) for v in match] for match in re.findall(r"(\d)    (\d)  (\d)  (\d)    (\d)    (\d)   (\d)", text)]
+    assert len(drawn) == 7
+    steps = matmul_steps(jnp.array([5, 0, 6], jnp.int32), rows=14, tile=4)
+    assert drawn == [[s, *(int(field[s]) for field in steps[:-1])] for s in range(7)]
+    assert steps.count == 6
