@@ -144,7 +144,7 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     numbers = {"rows": len(far), "log_shift": shift}
     shown = ", ".join(str(i + 1) for i in far[:10]) + (" ..." if len(far) > 10 else "")
     text = (
-        f"{len(far)} rows (of the rows fitted, number {shown}) are further than {threshold:g} robust standard "
+        f"Of the rows fitted, {len(far)} (number {shown}) are further than {threshold:g} robust standard "
         f"deviations from the law; without them N* at {budget:.3g} FLOPs is {np.exp(shift):.3f} times this fit's"
     )
     verdict: Verdict = "note"

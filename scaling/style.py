@@ -1,9 +1,11 @@
 """The look of this package's figures: quiet axes, one palette (Okabe & Ito, two shades darkened), no global state."""
 
+import math
+
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 INK, MUTED, GRID = "#1f2933", "#66737f", "#d8dee4"
 PALETTE = ("#0072b2", "#d55e00", "#008a67", "#b4559a", "#a87400", "#2f86bd", "#6f6a75")
@@ -35,11 +37,18 @@ def titles(ax: Axes, title: str, x: str, y: str) -> None:
 
 
 def decades(ax: Axes, axis: str = "x") -> None:
-    """Logarithmic axis with ticks at powers of ten only."""
+    """Logarithmic axis with ticks at powers of ten, and at 1, 2, 5 when it spans few; call after drawing."""
     (ax.set_xscale if axis == "x" else ax.set_yscale)("log")
     line = ax.xaxis if axis == "x" else ax.yaxis
-    line.set_major_locator(LogLocator(10, numticks=8))
+    low, high = ax.get_xlim() if axis == "x" else ax.get_ylim()
     line.set_minor_locator(NullLocator())
+    if high / low > 200:
+        line.set_major_locator(LogLocator(10, numticks=8))
+        return
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**e for e in powers for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    line.set_major_locator(FixedLocator(ticks))
+    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
 
 
 def ramp(count: int) -> list[str]:

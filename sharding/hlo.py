@@ -36,7 +36,7 @@ def compiled_collectives(text: str) -> list[Collective]:
       As `sharding.count.collectives` does; a loop of unknown length counts once, all branches of a conditional count.
 
     Raises:
-      ValueError: there is no entry computation in the text.
+      ValueError: there is no entry computation in the text, or it names groups of devices in an unknown way.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = None, []
@@ -80,7 +80,15 @@ def _group(rest: str) -> int:
     if iota:
         return int(iota.group(2))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return len(listed.group(1).split(",")) if listed else 1
+    if listed:
+        return len(listed.group(1).split(","))
+    # replica_groups=mesh['dp'=2,'tp'=4] {'tp'}; part of an axis reads 'tp':(1)2.
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+        return math.prod(int(part or sizes[name]) for name, part in named)
+    raise ValueError(f"groups of a collective in a form that is not known here: {rest[:200]}")
 
 
 def _bytes(result: str, op: str, group: int) -> int:

@@ -49,7 +49,7 @@ def lockstep(name: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     for tick in range(first + count):
         rows += [tuple(forward[tick])] if tick < count else []
         rows += [tuple(backward[tick - first])] if tick >= first else []
-    return Schedule(name, p, m, v, tuple(rows))
+    return Schedule(f"{name} in lockstep", p, m, v, tuple(rows))
 
 
 def require_lockstep(schedule: Schedule) -> None:

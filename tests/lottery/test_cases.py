@@ -137,7 +137,7 @@ def test_exact_density_constant_masks_and_zeros_outside(criterion, scope, struct
             assert np.all(np.isfinite(leaf)) and not np.any(np.asarray(leaf)[~np.asarray(keep)])
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["2:4", "4x2"])
 def test_a_stack_and_a_mesh_of_eight_devices_give_the_masks_of_one_network(structure):
     names = list(criteria.CRITERIA)[:8]
     stack = jax.tree.map(lambda *x: jnp.stack(x), *[scored(name) for name in names])

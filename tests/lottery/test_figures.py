@@ -106,7 +106,7 @@ def test_differences_are_paired_by_seed():
         {"accuracy": lambda arm, level, seed: 0.5},
         {"accuracy": lambda arm, level, seed: None if arm == "reinit" and level == 2 else 0.9 - 0.1 * level},
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_every_figure_of_every_search_renders_without_warnings(case, recwarn):
     if "accuracy" in case and case["accuracy"]("reinit", 2, 0) is None:

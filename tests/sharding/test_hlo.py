@@ -41,6 +41,7 @@ def test_groups_and_types_of_other_backends():
 }
 ENTRY %main (p0: f32[4]) -> f32[4] {
   %w = (s32[], bf16[8,128]) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"16"}}
+  %m = f32[6]{0} all-gather(%p0), replica_groups=mesh['dp'=2,'tp'=4] {'dp','tp':(1)2}, dimensions={0}
   %cp = f32[4]{0} collective-permute(%p0), source_target_pairs={{0,1},{1,0}}
   %none = f32[4]{0} collective-permute(%p0), source_target_pairs={{0,0},{1,1}}
   ROOT %ar = (f32[4]{0}, pred[3]{0}) all-reduce(%cp, %q), replica_groups={{0,1}}, to_apply=%add
@@ -49,11 +50,14 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
     assert compiled_collectives(text) == [
         Collective("all-gather", (), 8, 16, 8 * 128 * 2, ""),
         Collective("reduce-scatter", (), 4, 16, 8 * 16 * 2 * 4, "jit(f)/leave"),
+        Collective("all-gather", (), 4, 1, 24, ""),
         Collective("permute", (), 2, 1, 16, ""),
         Collective("all-reduce", (), 2, 1, 4 * 4 + 3, ""),
     ]
     with pytest.raises(ValueError, match="no ENTRY"):
         compiled_collectives("fusion")
+    with pytest.raises(ValueError, match="not known here"):
+        compiled_collectives(text.replace("replica_groups=[32,8]<=[256]", "replica_groups=@all"))
 
 
 STEP = """

@@ -109,7 +109,7 @@ def test_drawings():
 
 
 def test_figure_has_a_box_where_the_table_has_work():
-    schedules = [one_f_one_b(3, 4), interleaved(3, 3, 2), zero_bubble(3, 5)]
+    schedules = [one_f_one_b(3, 4, Ticks(B=2)), interleaved(3, 3, 2), zero_bubble(3, 5)]
     figure = schedule_figure(schedules)
     for ax, schedule in zip(figure.axes, schedules, strict=True):
         boxes = {patch.get_gid(): patch for patch in ax.patches if patch.get_gid()}
@@ -117,7 +117,9 @@ def test_figure_has_a_box_where_the_table_has_work():
             f"{w.kind}{w.microbatch}.{w.chunk}@{s}": t for s, f in enumerate(schedule.spans()) for w, t in f.items()
         }
         assert set(boxes) == set(spans)
-        assert all((boxes[k].get_x(), boxes[k].get_width()) == (t.start, t.end - t.start) for k, t in spans.items())
+        for key, span in spans.items():
+            assert boxes[key].get_x() == span.start / schedule.chunks
+            assert boxes[key].get_width() == pytest.approx((span.end - span.start) / schedule.chunks)
         assert schedule.name in ax.get_title("left")
     assert len({ax.get_xlim() for ax in figure.axes}) == 1, "one time axis"
     figure.canvas.draw()

@@ -176,7 +176,7 @@ def test_damaged_cifar10(tmp_path):
         load_images(ImageConfig(name="cifar10", dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize("data", [b"not an archive", gzip.compress(b"no members either")])
+@pytest.mark.parametrize("data", [b"not an archive", gzip.compress(b"no members either")], ids=["text", "gzip"])
 def test_damaged_cifar10_archive(tmp_path, data):
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(data)
     with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz is damaged"):
