@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lottery import structures
-from lottery.masks import apply, flatten, match_paths
+from lottery.masks import apply, check, flatten, match_paths
 from lottery.structures import Structure
 
 # The only group of a Global scope. Not a possible '/'-joined path of a leaf in a nested tree.
@@ -143,8 +143,8 @@ def remove(
       structure: a name for `structures.parse` or a Structure.
 
     Raises:
-      ValueError: a quota for something that is not a prunable path, an unknown structure, or one that does not fit a
-        leaf (naming the path).
+      ValueError: masks that do not match the scores' tree, a quota for something that is not a prunable path, an
+        unknown structure, or one that does not fit a leaf (naming the path).
     """
     return _remove(scores, masks, which, quotas, structure, stay=False)
 
@@ -186,6 +186,7 @@ def iterate(
 
 
 def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
+    check(masks, scores)
     if isinstance(structure, str):
         structures.parse(structure)
     chosen = [path for path, prunable in flatten(which).items() if prunable]

@@ -70,7 +70,7 @@ class Agreement(NamedTuple):
 
 def agreement(
     counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"],
-    other_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"],
+    other_CE: Num[np.ndarray, "C2 E2"] | Num[Array, "C2 E2"],
     *,
     shuffles: int = 20,
     seed: int = 0,

@@ -33,7 +33,7 @@ def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, "S"]) -> Floa
     return factor * np.log(np.asarray(objectives) / fitted.value)
 
 
-def profile(fitted: Fit, name: str, values: Sequence[float], *, level: float = 0.95) -> Profile:
+def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Profile:
     """Hold a parameter at each natural value, refit the rest, and read the interval off the likelihood ratio.
 
     Args:

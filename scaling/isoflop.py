@@ -62,7 +62,7 @@ def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.
 
 
 def nearest_budgets(
-    flops: Float[np.ndarray, "R"], budgets: Sequence[float], *, within: float = 0.25
+    flops: Float[np.ndarray, "R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
 ) -> Int[np.ndarray, "R"]:
     """Number of the nearest named budget of every run, -1 where none is within the relative distance."""
     distance = np.abs(np.log(flops)[:, None] - np.log(np.asarray(budgets, float))[None, :])
@@ -140,7 +140,7 @@ def minima(
     return found
 
 
-def power_fit(budgets: Sequence[float], values: Sequence[float]) -> PowerLaw:
+def power_fit(budgets: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray) -> PowerLaw:
     """Least squares of log value on log budget.
 
     Raises:

@@ -49,7 +49,7 @@ def log_loss_at(
 def optimum(
     law: Law,
     theta_PS: Float[np.ndarray, "P S"],
-    budgets: Sequence[float],
+    budgets: Sequence[float] | np.ndarray,
     *,
     at: Mapping[str, float] | None = None,
     tokens_per_flop: float = 1 / PER_PARAMETER_AND_TOKEN,
@@ -84,7 +84,7 @@ def _refine(law, theta, middle, width, product, at):
     return np.exp(x), product / np.exp(x), np.exp(loss)
 
 
-def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[float]) -> Optimum:
+def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[float] | np.ndarray) -> Optimum:
     """The closed form for E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 4), natural parameters, each [S]."""
     a, b, e, alpha, beta = (np.atleast_1d(parameters[name]) for name in ("A", "B", "E", "alpha", "beta"))
     product = np.asarray(budgets, float)[:, None] / PER_PARAMETER_AND_TOKEN
@@ -97,7 +97,7 @@ def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[f
 def exponents(parameters: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
     alpha, beta = np.asarray(parameters["alpha"]), np.asarray(parameters["beta"])
-    return beta / (alpha + beta), alpha / (alpha + beta)
+    return np.asarray(beta / (alpha + beta)), np.asarray(alpha / (alpha + beta))
 
 
 def off_optimum(

@@ -95,7 +95,7 @@ def main(invocation: Invocation) -> int:
             Console(stderr=True).print(f"{stop} ({workdir})", soft_wrap=True)
             return 128 + stop.signum
         results = {"validation": result.evaluation, "test": held_out(result.state, splits.test)}
-    if processes == 1:
+    if jax.process_count() == 1:
         some = itertools.islice(batches(splits.validation, shuffle=False, repeat=False), c.eval.batches)
         write_specialisation(workdir, model, result.state.params, some, c.data.tokenizer)
     if process == 0:

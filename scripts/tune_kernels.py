@@ -40,29 +40,28 @@ def main(argv) -> None:
     from scripts.bench_kernels import products, uneven_sizes
     from training.timing import take_turns
 
-    config, found = _CONFIG.value, []
+    config = _CONFIG.value
+    found: list[dict] = []
     defaults = importlib.import_module(IMPLEMENTATIONS[choose("auto")].module).TILINGS
 
     def tune(kernel, product, call, x, w, dy, *, rows_per_group):
-        runs = {}
-        for tiling in candidates(defaults[kernel]):
+        row = {"kernel": kernel, "rows_per_group": rows_per_group, "k": x.shape[1], "n": dy.shape[1]}
+        row["dtype"] = config.dtype
+        if any(row.items() <= old.items() for old in found):
+            # The table does not tell block sizes apart: the first of them is tuned.
+            return
+        runs, tilings = {}, {str(tiling): tiling for tiling in candidates(defaults[kernel])}
+        for name, tiling in tilings.items():
             run = products(lambda x, w, t=tiling: call(x, w, tiling=t), x, w, dy)[product]
             try:
                 run()
             except Exception as error:  # a tile too large fails in the compiler
-                Console().print(f"{kernel} {tiling}: {type(error).__name__}, left out")
+                Console().print(f"{kernel} {name}: {type(error).__name__}, left out")
                 continue
-            runs[tiling] = run
+            runs[name] = run
         times = take_turns(runs, rounds=config.rounds)
-        best = min(times, key=lambda tiling: times[tiling].median)
-        row = {
-            "kernel": kernel,
-            "rows_per_group": rows_per_group,
-            "k": x.shape[1],
-            "n": dy.shape[1],
-            "dtype": config.dtype,
-        }
-        found.append(row | {"tiling": dataclasses.asdict(best), "seconds": round(times[best].median, 6)})
+        best = min(times, key=lambda name: times[name].median)
+        found.append(row | {"tiling": dataclasses.asdict(tilings[best]), "seconds": round(times[best].median, 6)})
         Console().print(found[-1])
 
     for m, k, n, *rest in (*config.grouped, *config.blocks):

@@ -191,6 +191,10 @@ def test_at_its_density_every_group_holds_exactly_n_of_m_the_largest():
         (lambda: prune.units(PARAMS, WHICH, "2:16"), "dense0/kernel: 2:16 needs a multiple of 16 inputs, not 8"),
         (lambda: prune.units(PARAMS, WHICH, "4x3"), "dense0/kernel: blocks of 4 x 3 do not divide a 8 x 16"),
         (lambda: prune.keep(PARAMS, masks.ones(PARAMS), WHICH, {"*": 1}, "5x2"), "dense0/kernel: blocks of 5 x 2"),
+        (
+            lambda: prune.keep(PARAMS, masks.ones(PARAMS["dense0"]), WHICH, {"*": 1}),
+            "no mask for parameter dense0/bias",
+        ),
         (lambda: prune.units(PARAMS, WHICH, "head"), "dense0/kernel: a kernel of 2 axes.*no axis of heads"),
         (lambda: prune.units(PARAMS, WHICH, "expert"), "dense0/kernel: .*no axis of experts"),
         (lambda: prune.units(PARAMS, WHICH, "triangle"), "'triangle' is not one of unstructured.*16x16"),

@@ -71,7 +71,6 @@ def test_dare_keeps_a_share_and_the_mean():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda r: merge(r, method="best"), "method='best': choose one of mean"),
         (lambda r: merge(r, method="ties"), "pass base="),
         (lambda r: merge(r, DENSE, method="dare"), "pass key="),
         (lambda r: merge(r, weights=jnp.ones(3)), "weights of the 4 experts"),

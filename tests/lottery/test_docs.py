@@ -1,0 +1,26 @@
+"""The example in docs/tickets.md runs and does what it says."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lottery import criteria, masks, structures
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tickets.md").read_text(encoding="utf-8")
+
+
+def test_the_example_prunes_whole_blocks_to_the_allocated_counts():
+    scope: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(code, scope)
+    kept = {path: np.asarray(mask) for path, mask in masks.flatten(scope["mask"]).items()}
+    assert {path: int(mask.sum()) for path, mask in kept.items()} == {
+        path: 16 * n for path, n in scope["counts"].items()
+    }
+    assert sum(scope["counts"].values()) * 16 == 96, "half of 192 weights"
+
+
+def test_every_criterion_and_structure_is_on_the_page():
+    for name in (*criteria.CRITERIA, *structures.STRUCTURES):
+        assert name in PAGE

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from scaling import doctor
+from scaling.bootstrap import bootstrap
+from scaling.fit import FitConfig, fit
+from scaling.laws import restrict
+from scaling.published import CHINCHILLA, JOINT
+from scaling.rows import make_rows, read_csv
+
+
+def test_the_traps_of_the_published_rows(shared_data):
+    whole = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
+    rows = whole.without_highest_losses(5)
+    fitted = fit(rows, CHINCHILLA)
+    found = {finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200))}
+    assert found["convergence"].verdict == "fine"
+    starts = found["unconverged starts"].numbers
+    assert starts["starts"] == 4500 and starts["near_best"] < 1000
+    # The mean over rows stops early and is far off.
+    assert found["mean reduction"].verdict == "note"
+    assert found["mean reduction"].numbers["ratio"] > 2
+    assert abs(found["mean reduction"].numbers["a"] - found["mean reduction"].numbers["a_here"]) > 0.1
+    assert found["ill conditioning"].numbers["condition"] > 100
+    assert found["extrapolation"].numbers["factor"] == pytest.approx(5.88e23 / rows["flops"].max())
+    assert found["extrapolation"].verdict == "warning"
+    assert found["outliers"].verdict == "note"
+    # Keeping all 245 is a warning: a handful of rows moves the optimum by more than its standard error.
+    kept = fit(whole, CHINCHILLA, starts=fitted.theta[:, None])
+    outliers = doctor.outliers(kept, bootstrap(kept, 200), 5.88e23)
+    assert outliers.verdict == "warning"
+    assert outliers.numbers["standard_errors"] > 1
+
+
+def rows_of(params, tokens, loss):
+    return make_rows({"params": params, "tokens": tokens, "loss": loss})
+
+
+def test_an_unconverged_fit_a_free_parameter_and_a_vanished_term_are_found():
+    rng = np.random.default_rng(0)
+    n, d = np.exp(rng.uniform(14, 22, 60)), np.exp(rng.uniform(18, 26, 60))
+    rows = rows_of(n, d, 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28)
+    start = CHINCHILLA.starts()[:, 100:101]
+    stopped = fit(rows, CHINCHILLA, FitConfig(search_steps=1, polish_steps=1), starts=start)
+    assert not stopped.converged
+    assert doctor.convergence(stopped).verdict == "warning"
+    # Without experts in the rows nothing determines their exponents.
+    law = restrict(JOINT, sigma=1.0, gamma=0.0)
+    truth = law.raw({"S": 1.0, "A": 406.4, "B": 410.7, "E": 1.69, "chi": 0.2, "alpha": 0.34, "beta": 0.28})
+    free = fit(rows, law, FitConfig(search_steps=2, polish_steps=2), starts=truth[:, None])
+    conditioning = doctor.conditioning(free)
+    assert conditioning.verdict == "warning" and "chi" in conditioning.text

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+from scaling import isoflop
+from scaling.optimum import chinchilla_optimum
+from scaling.projection import fit_projected
+from scaling.rows import make_rows
+
+T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+BUDGETS = np.array([1e17, 1e18, 1e19, 1e20, 1e21])
+
+
+def surface(params, tokens):
+    return T["E"] + T["A"] / params ** T["alpha"] + T["B"] / tokens ** T["beta"]
+
+
+def sweep(reach=2.0, sizes=9, noise=0.0, seed=0):
+    best = chinchilla_optimum({k: np.array(v) for k, v in T.items()}, BUDGETS).params[:, 0]
+    params = (best[:, None] * reach ** np.linspace(-1, 1, sizes)).ravel()
+    flops = np.repeat(BUDGETS, sizes)
+    loss = surface(params, flops / (6 * params))
+    return make_rows(
+        {
+            "params": params,
+            "flops": flops,
+            "loss": loss + noise * np.random.default_rng(seed).standard_normal(len(loss)),
+        }
+    )
+
+
+@pytest.mark.parametrize("how", ["parabola", "akima"])
+def test_the_true_exponent_is_found_near_the_optimum(how):
+    rows = sweep(reach=1.5)
+    law, found = isoflop.approach_2(rows, isoflop.group_budgets(rows["flops"]), how=how)
+    assert law.exponent == pytest.approx(T["beta"] / (T["alpha"] + T["beta"]), abs=2e-3)
+    assert law.points == 5 and not any(m.refused for m in found)
+    exact = chinchilla_optimum({k: np.array(v) for k, v in T.items()}, [1e19])
+    assert law(1e19) == pytest.approx(float(exact.params[0, 0]), rel=0.02)
+
+
+def test_edges_scatter_and_few_sizes_are_refused():
+    x = np.exp(np.linspace(0, 2, 7))
+    log = np.log(x)
+    assert "larger sizes" in isoflop.minimum(x, 3 - log + 0.1 * log**2, 1.0).refused
+    assert "smaller sizes" in isoflop.minimum(x, 3 + log + 0.1 * log**2, 1.0).refused
+    assert "downwards" in isoflop.minimum(x, 3 - (log - 1) ** 2, 1.0).refused
+    noisy = 3 + 0.02 * (log - 1) ** 2 + 0.03 * np.array([-1, 2, 0, -2, 0, 2, -1])
+    assert "scatter" in isoflop.minimum(x, noisy, 1.0).refused
+    assert "3 sizes" in isoflop.minimum(x[:3], x[:3], 1.0).refused
+    assert "larger sizes" in isoflop.minimum(x, -log, 1.0, how="akima").refused
+    rows = make_rows({"params": x[:3], "flops": [1e3] * 3, "loss": [3.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match="0 of 1 budgets have a minimum.*3 sizes"):
+        isoflop.approach_2(rows, np.zeros(3, int))
+
+
+def test_akima_averages_repeated_sizes_by_weight():
+    x = np.exp(np.array([0.0, 1, 2, 2, 3, 4]))
+    y = np.array([4.0, 2.0, 0.0, 2.0, 2.0, 4.0])
+    even = isoflop.minimum(x, y, 1.0, how="akima")
+    assert even.loss == pytest.approx(1.0) and even.params == pytest.approx(np.exp(2))
+    assert isoflop.minimum(x, y, 1.0, weights=np.array([1.0, 1, 3, 1, 1, 1]), how="akima").loss == pytest.approx(0.5)
+
+
+def test_budgets_are_grouped_by_gaps_or_by_name():
+    flops = np.array([1.02e18, 9.9e18, 1e18, 1.05e19, 3e20])
+    np.testing.assert_array_equal(isoflop.group_budgets(flops), [0, 1, 0, 1, 2])
+    np.testing.assert_array_equal(isoflop.nearest_budgets(flops, [1e18, 1e19]), [0, 1, 0, 1, -1])
+
+
+def test_the_envelope_of_training_curves():
+    params = np.geomspace(1e6, 1e10, 33)
+    curves = [(n, np.geomspace(n / 5, n * 2000, 60)) for n in params]
+    columns = {
+        "params": np.concatenate([np.full(60, n) for n, _ in curves]),
+        "tokens": np.concatenate([d for _, d in curves]),
+    }
+    rows = make_rows({**columns, "loss": surface(columns["params"], columns["tokens"])})
+    law, envelope = isoflop.approach_1(rows, np.repeat(np.arange(33), 60))
+    assert law.exponent == pytest.approx(T["beta"] / (T["alpha"] + T["beta"]), abs=0.02)
+    assert (np.diff(envelope[:, 2]) < 0).all()
+    with pytest.raises(ValueError, match="inner sizes"):
+        isoflop.approach_1(rows.take(np.arange(120)), np.repeat([0, 1], 60))
+
+
+def test_resampled_minima():
+    rows = sweep(reach=3.0, noise=0.002)
+    counts = np.random.default_rng(0).multinomial(45, np.ones(45) / 45, size=50).T.astype(float)
+    draws = isoflop.bootstrap_exponent(rows, isoflop.group_budgets(rows["flops"]), counts)
+    assert 0 < np.nanstd(draws[0]) < 0.05
+    assert np.nanmean(draws[0]) == pytest.approx(0.4516, abs=0.03)
+
+
+def test_variable_projection_recovers_the_truth():
+    rows = sweep(reach=8.0)
+    found = fit_projected(rows)
+    assert found.parameters == pytest.approx(T, rel=1e-3)
+    with pytest.raises(ValueError, match="4 rows cannot determine the 5 parameters"):
+        fit_projected(rows.take(np.arange(4)))
