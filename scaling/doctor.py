@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from scaling.bootstrap import Bootstrap, refit
 from scaling.fit import Fit, huber_sum, make_problem, thresholds
-from scaling.optimum import optimum
+from scaling.optimum import chinchilla_optimum, optimum
 
 Verdict = Literal["fine", "note", "warning"]
 
@@ -157,8 +157,6 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
 
 
 def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, "S"]:
-    from scaling.optimum import chinchilla_optimum
-
     if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
         values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
         return np.log(chinchilla_optimum(values, [budget]).params[0])

@@ -1,10 +1,12 @@
 """Figures of a fit: IsoFLOP curves, the loss surface with its frontier, residuals, the bootstrap's cloud."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from scipy.stats import norm
 
 from scaling.bootstrap import Bootstrap, interval
 from scaling.fit import Fit
@@ -53,7 +55,13 @@ def isoflop_figure(
             if line[0] <= best.params[0, 0] <= line[-1]:
                 ax.plot(best.params[0], best.loss[0], "D", color=INK, markersize=4, zorder=4)
         end = float(loss[np.argmax(sizes)])
-        note = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 8, "color": colour, "va": "center"}
+        note: dict[str, Any] = {
+            "xytext": (6, 0),
+            "textcoords": "offset points",
+            "fontsize": 8,
+            "color": colour,
+            "va": "center",
+        }
         ax.annotate(short(budgets[number]), (float(sizes.max()) * 1.15, end), **note)
     for found, colour in zip(minima, ramp(len(minima)), strict=True):
         if found.coefficients:
@@ -101,8 +109,6 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
 
 def residual_figure(fitted: Fit) -> Figure:
     """Residuals of log loss against FLOPs, and against normal quantiles."""
-    from scipy.stats import norm
-
     figure, (left, right) = canvas(2, height=3.6)
     residual = -100 * fitted.residuals
     left.axhline(0, color=GRID, linewidth=1)
@@ -128,7 +134,8 @@ def bootstrap_figure(
     left.plot(point[i], point[j], "D", color=PALETTE[1], markersize=6)
     titles(left, f"{boot.theta_PB.shape[1]} resamples (dots), all rows (diamond)", names[0], names[1])
     finite = log_params_B[np.isfinite(log_params_B)]
-    right.hist(np.exp(finite), bins=np.geomspace(*np.exp(np.percentile(finite, [0.1, 99.9])), 50), color=PALETTE[0])
+    low, high = (float(edge) for edge in np.exp(np.percentile(finite, [0.1, 99.9])))
+    right.hist(np.exp(finite), bins=np.geomspace(low, high, 50).tolist(), color=PALETTE[0])
     low, high = np.exp(interval(finite))
     for edge in (low, high):
         right.axvline(edge, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 2)))

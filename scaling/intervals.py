@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import chi2
+from scipy.stats import chi2, t
 
-from scaling.bootstrap import Bootstrap, bootstrap, interval, refit
+from scaling.bootstrap import Bootstrap, bootstrap, interval
 from scaling.fit import Fit, FitConfig, fit, polish
 from scaling.laws import Law, restrict
 from scaling.rows import Rows
@@ -97,8 +97,6 @@ def student_interval(draws: Float[np.ndarray, "B"], estimate: float, rows: int, 
     A pairs bootstrap of R rows and P parameters understates the variance by about (R - P) / R; percentiles of its draws
     cover less than they say when R / P is small.
     """
-    from scipy.stats import t
-
     spread = np.std(draws, ddof=1) * np.sqrt(rows / max(rows - parameters, 1))
     half = t.ppf(0.5 + level / 2, max(rows - parameters, 1)) * spread
     return np.array([estimate - half, estimate + half])
@@ -154,15 +152,3 @@ def simulate_coverage(
 
 def _by_name(law: Law, theta_PS: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(law.parameters, law.natural(theta_PS), strict=True))
-
-
-__all__ = [
-    "Coverage",
-    "Profile",
-    "prediction_interval",
-    "profile",
-    "refit",
-    "relative_likelihood",
-    "simulate_coverage",
-    "student_interval",
-]

@@ -75,11 +75,15 @@ def optimum(
 
 def _refine(law, theta, middle, width, product, at):
     x = middle
-    for _ in range(4):
-        fine = x + np.linspace(-width, width, 32)
+    for _ in range(2):
+        fine = x + np.linspace(-width, width, 33)
         losses = log_loss_at(law, theta, np.exp(fine), product / np.exp(fine), at)[:, 0]
-        x = fine[np.argmin(losses)]
+        i = int(np.clip(np.argmin(losses), 1, 31))
+        x = fine[i]
         width /= 8
+    below, here, above = losses[i - 1 : i + 2]
+    if above - 2 * here + below > 0:
+        x += 0.5 * (fine[1] - fine[0]) * (below - above) / (above - 2 * here + below)
     loss = log_loss_at(law, theta, np.array([np.exp(x)]), np.array([product / np.exp(x)]), at)[0, 0]
     return np.exp(x), product / np.exp(x), np.exp(loss)
 

@@ -50,7 +50,7 @@ def fit_projected(
     grid = [(project(rows, a, b, weights)[1], a, b) for a in exponents for b in exponents]
     _, alpha, beta = min(grid)
     found = minimize(
-        lambda logs: project(rows, *np.exp(logs), weights)[1],
+        lambda logs: project(rows, float(np.exp(logs[0])), float(np.exp(logs[1])), weights)[1],
         np.log([alpha, beta]),
         method="Nelder-Mead",
         options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 2000},

@@ -135,7 +135,9 @@ def _solve_chunk(phi_PS, weights_RS, problem: Problem, predict: Callable, newton
         for k, (i, j) in enumerate(lower):
             matrix[i, j] = base[k] + damping * irls[k] + (damping * irls[k] + floor if i == j else 0.0)
         step, fine = cholesky_solve(matrix, gradient)
-        return step, fine, jnp.abs(jnp.sum(gradient * step, 0)) / jnp.maximum(objective, 1e-300)
+        # Residuals of 1e-9 count as none: below, a relative decrease would measure rounding.
+        reference = jnp.maximum(objective, 1e-18 * jnp.sum(weights_RS, 0))
+        return step, fine, jnp.abs(jnp.sum(gradient * step, 0)) / jnp.maximum(reference, 1e-300)
 
     def body(state):
         i, phi, trial, tried, point, damping, done, used, decrement = state

@@ -99,7 +99,7 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig) -> 
     # Laws without a closed form take a search per draw: some hundreds give the interval.
     few = drawn if drawn is None or fitted.law is CHINCHILLA else drawn[:, :300]
     natural = by_name(fitted, drawn) if drawn is not None else {}
-    parameters = {
+    parameters: dict[str, dict[str, Any]] = {
         name: {"value": here[name]}
         | (
             {"interval": _pair(natural[name], config.level), "se": float(np.std(natural[name], ddof=1))}

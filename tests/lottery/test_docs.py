@@ -15,9 +15,8 @@ def test_the_example_prunes_whole_blocks_to_the_allocated_counts():
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(code, scope)
     kept = {path: np.asarray(mask) for path, mask in masks.flatten(scope["mask"]).items()}
-    assert {path: int(mask.sum()) for path, mask in kept.items()} == {
-        path: 16 * n for path, n in scope["counts"].items()
-    }
+    wanted = {path: 16 * count for path, count in scope["counts"].items()}
+    assert {path: int(mask.sum()) for path, mask in kept.items()} == wanted
     assert sum(scope["counts"].values()) * 16 == 96, "half of 192 weights"
 
 

@@ -15,7 +15,7 @@ def test_the_search_agrees_with_the_closed_form():
     found = opt.optimum(CHINCHILLA, theta, budgets)
     values = dict(zip(CHINCHILLA.parameters, CHINCHILLA.natural(theta), strict=True))
     exact = opt.chinchilla_optimum(values, budgets)
-    np.testing.assert_allclose(found.params, exact.params, rtol=3e-3)
+    np.testing.assert_allclose(found.params, exact.params, rtol=1e-5)
     np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-7)
     np.testing.assert_allclose(6 * exact.params * exact.tokens, np.array(budgets)[:, None] * [[1, 1]], rtol=1e-12)
 

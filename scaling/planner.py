@@ -1,0 +1,124 @@
+"""The next run to buy: which affordable run shrinks the interval of log N*(C) most per FLOP.
+
+Near the fit a law is linear in its parameters, so a run's worth is known before it is made (c-optimality in the design
+of experiments): with information M = sum j j' / noise^2 over runs and g the gradient of log N*, the variance of log N*
+is g' M^-1 g, and a run with slopes j takes (g' M^-1 j)^2 / (noise^2 + j' M^-1 j) off it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from scaling.laws import Law
+from scaling.optimum import log_loss_at, optimum
+from scaling.rows import PER_PARAMETER_AND_TOKEN
+
+_STEP = 1e-5
+
+
+class Choice(NamedTuple):
+    """Candidates ranked: index of the best per FLOP, every candidate's standard error after it, and the one before."""
+
+    best: int
+    after: Float[np.ndarray, "R"]
+    before: float
+
+
+def slopes(
+    law: Law, theta_P: Float[np.ndarray, "P"], params: Float[np.ndarray, "R"], tokens: Float[np.ndarray, "R"]
+) -> Float[np.ndarray, "R P"]:
+    """Derivatives of log loss by raw parameters, central differences."""
+    size = len(theta_P)
+    shifts = _STEP * np.concatenate([np.eye(size), -np.eye(size)], 1)
+    moved = log_loss_at(law, theta_P[:, None] + shifts, params, tokens)
+    return (moved[:, :size] - moved[:, size:]) / (2 * _STEP)
+
+
+def target_gradient(law: Law, theta_P: Float[np.ndarray, "P"], budget: float) -> Float[np.ndarray, "P"]:
+    """Gradient of log N*(budget) by raw parameters, from the first-order condition.
+
+    h(theta, x) = d log loss / dx vanishes at x = log N*, so dx / dtheta = -(dh / dtheta) / (dh / dx).
+
+    Raises:
+      ValueError: the law has no inner minimum at the budget.
+    """
+    best = np.log(optimum(law, theta_P[:, None], [budget]).params[0, 0])
+    if not np.isfinite(best):
+        raise ValueError(f"{law.name} has no inner minimum over sizes at {budget:.3g} FLOPs")
+    width = 1e-2
+    x = best + width * np.array([-1.0, 0.0, 1.0])
+    sizes = np.exp(x), budget / (PER_PARAMETER_AND_TOKEN * np.exp(x))
+    height = log_loss_at(law, theta_P[:, None], *sizes)[:, 0]
+    bend = (height[0] - 2 * height[1] + height[2]) / width**2
+    by_parameter = slopes(law, theta_P, *sizes)
+    return -(by_parameter[2] - by_parameter[0]) / (2 * width) / bend
+
+
+def covariance(slopes_RP: Float[np.ndarray, "R P"], noise: float) -> Float[np.ndarray, "P P"]:
+    """Covariance of the raw parameters from runs with independent noise of log loss.
+
+    Raises:
+      ValueError: the runs do not determine all parameters.
+    """
+    size = np.linalg.norm(slopes_RP, axis=0)
+    if (size == 0).any() or np.linalg.matrix_rank(slopes_RP / np.where(size, size, 1.0)) < slopes_RP.shape[1]:
+        raise ValueError(f"{len(slopes_RP)} runs do not determine {slopes_RP.shape[1]} parameters: add different sizes")
+    unit = slopes_RP / size
+    return noise**2 * np.linalg.inv(unit.T @ unit) / np.outer(size, size)
+
+
+def standard_error(
+    law: Law,
+    theta_P: Float[np.ndarray, "P"],
+    params: Float[np.ndarray, "R"],
+    tokens: Float[np.ndarray, "R"],
+    *,
+    budget: float,
+    noise: float,
+) -> float:
+    """Standard error of log N*(budget) given runs of these sizes."""
+    gradient = target_gradient(law, theta_P, budget)
+    return float(np.sqrt(gradient @ covariance(slopes(law, theta_P, params, tokens), noise) @ gradient))
+
+
+def choose(
+    law: Law,
+    theta_P: Float[np.ndarray, "P"],
+    made: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]],
+    candidates: tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]],
+    *,
+    budget: float,
+    noise: float,
+    affordable: float = np.inf,
+) -> Choice:
+    """Rank candidate runs by how much each takes off the variance of log N*(budget) per FLOP it costs.
+
+    Args:
+      law: of params and tokens.
+      theta_P: raw parameters of the present fit.
+      made: (params, tokens) of the runs there are.
+      candidates: (params, tokens) of those that could be made.
+      budget: the target, FLOPs.
+      noise: standard deviation of log loss between runs.
+      affordable: most FLOPs one run may cost.
+
+    Raises:
+      ValueError: no candidate is affordable, or the runs made do not determine the law.
+    """
+    cost = PER_PARAMETER_AND_TOKEN * candidates[0] * candidates[1]
+    if not (cost <= affordable).any():
+        raise ValueError(f"no candidate costs {affordable:.3g} FLOPs or less; the cheapest costs {cost.min():.3g}")
+    gradient = target_gradient(law, theta_P, budget)
+    spread = covariance(slopes(law, theta_P, *made), noise)
+    before = gradient @ spread @ gradient
+    rows = slopes(law, theta_P, *candidates)
+    gain = (rows @ spread @ gradient) ** 2 / (noise**2 + np.einsum("rp,pq,rq->r", rows, spread, rows))
+    worth = np.where(cost <= affordable, gain / cost, -np.inf)
+    return Choice(int(np.argmax(worth)), np.sqrt(np.maximum(before - gain, 0.0)), float(np.sqrt(before)))
+
+
+def tight_enough(errors: Sequence[float], wanted: float) -> bool:
+    """Whether the latest standard error of log N* is at or under what was wanted: the sweep can stop."""
+    return bool(errors) and errors[-1] <= wanted
