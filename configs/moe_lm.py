@@ -12,14 +12,12 @@ collapses (the report's load map shows both).
 Command: python scripts/train.py --config=configs/moe_lm.py:tiny --workdir=runs/moe
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import lm
 
 # What differs from the defaults of `moe.layer.MoEConfig`, by the size of `configs/lm.py` it is put in.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[str, dict]] = {
     "tiny": ("tiny", {"granularity": 2}),
     "small": ("small", {"granularity": 2, "every": 2}),
     "mixtral": ("small", {"balance": 0.02}),

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 from scipy.stats import chi2, t
 
 from scaling.bootstrap import Bootstrap, bootstrap, interval
 from scaling.fit import Fit, FitConfig, fit, polish
-from scaling.laws import Law, restrict
+from scaling.laws import Law
 from scaling.rows import Rows
 
 
@@ -45,13 +45,34 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
     law = fitted.law
     index = law.parameters.index(name)
     rest = np.delete(fitted.theta, index)[:, None]
-    objectives = []
+    held, objectives = hold(law, name), []
     for value in values:
-        held = restrict(law, **{name: value})
-        solved = polish(rest, np.ones((len(fitted.rows), 1)), fitted.rows, held, fitted.config)
+        raw = np.log(value) if name in law.positive else value
+        rows = Rows({**fitted.rows.columns, "held": np.full(len(fitted.rows), float(raw))}, fitted.rows.source)
+        solved = polish(rest, np.ones((len(rows), 1)), rows, held, fitted.config)
         objectives.append(float(solved.value[0]))
     lost = relative_likelihood(fitted, np.array(objectives)) - chi2.ppf(level, 1)
     return Profile(np.asarray(values, float), np.array(objectives), _crossings(np.asarray(values, float), lost))
+
+
+def hold(law: Law, name: str) -> Law:
+    """The law with one parameter read, raw, from a column `held`: one compiled fit serves every value of it."""
+
+    def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
+        return law.log_loss({**theta, name: features["held"]}, features)
+
+    free = tuple(other for other in law.parameters if other != name)
+    return Law(
+        name=f"{law.name} with {name} held",
+        parameters=free,
+        positive=law.positive - {name},
+        features=(*law.features, "held"),
+        log_loss=log_loss,
+        grid={other: law.grid[other] for other in free},
+        pairs=tuple(pair for pair in law.pairs if name not in pair[:2]),
+        formula=law.formula,
+        optional=law.optional,
+    )
 
 
 def _crossings(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -72,7 +93,10 @@ def _crossings(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def prediction_interval(
     fitted: Fit, boot: Bootstrap, rows: Rows, *, level: float = 0.95, seed: int = 0
 ) -> Float[np.ndarray, "2 R"]:
-    """Where the loss of one new run at each row's sizes will fall: spread of the refits plus a drawn residual."""
+    """Where the loss of one new run at each row's sizes will fall: spread of the refits plus a drawn residual.
+
+    Quantiles of few residuals are too narrow: with one fit to 40 runs, a nominal 95% interval held 87% of new runs.
+    """
     theta = boot.theta_PB[:, boot.converged_B]
     predicted = fitted.law.predict(theta, fitted.law.gather(rows))
     # Fitted residuals are smaller than the noise by the parameters they paid for.

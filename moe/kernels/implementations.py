@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -32,27 +33,24 @@ class Implementation:
 IMPLEMENTATIONS = {
     "cpu": Implementation("moe.kernels.cpu"),
     "tpu": Implementation("moe.kernels.tpu", ("tpu",)),
-    "gpu": Implementation("moe.kernels.gpu", ("cuda", "gpu")),
     "tpu_interpret": Implementation("moe.kernels.tpu", interpret=True),
-    "gpu_interpret": Implementation("moe.kernels.gpu", interpret=True),
 }
-# wgmma exists on Hopper only; other GPUs run the plain JAX path.
-HOPPER = ("H100", "H200", "GH200", "H20", "H800")
 
 
 def choose(implementation: str) -> str:
     """Resolve "auto" for the default backend; other names are checked and returned.
 
-    "auto" is "tpu" on TPUs, "gpu" on Hopper GPUs and "cpu" (plain JAX, runs anywhere) elsewhere. Programs compiled
-    ahead of time for another platform than the default backend name it themselves.
+    "auto" is "tpu" on TPUs and "cpu" (plain JAX, runs anywhere) elsewhere. There are no GPU kernels yet, which the log
+    says once on a GPU. Programs compiled ahead of time for another platform than the default backend name it
+    themselves.
 
     Raises:
       ValueError: an unknown name.
     """
     if implementation == "auto":
         backend = jax.default_backend()
-        if backend == "gpu" and any(name in jax.devices()[0].device_kind for name in HOPPER):
-            return "gpu"
+        if backend not in ("cpu", "tpu"):
+            logging.log_first_n(logging.WARNING, "no kernels for %s yet: the plain JAX path runs instead", 1, backend)
         return "tpu" if backend == "tpu" else "cpu"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
