@@ -27,7 +27,12 @@ def config(router="top_k", **changes):
     return MoEConfig(router=RouterConfig(router, E, k, groups=groups, top_groups=groups, jitter=0.01), **changes)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+def quick_first(names, quick):
+    """All names as cases; those that are not in `quick` are slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("router", quick_first(ROUTERS, ("top_k", "expert_choice")))
 def test_every_router_in_a_layer(router):
     noisy = {"noisy": {"load": 0.1, "importance": 0.1}}.get(router, {})
     model, params = make(config(router, z=1e-3, shared=1, **noisy))
@@ -64,7 +69,10 @@ def test_experts_start_like_so_many_dense_layers():
     assert params["up"]["bias"].shape == (8, 96) and not params["up"]["bias"].any()
 
 
-@pytest.mark.parametrize("router", ["top_k", "switch", "gshard", "noisy", "hierarchical", "sigmoid", "base", "hash"])
+@pytest.mark.parametrize(
+    "router",
+    quick_first(["top_k", "switch", "gshard", "noisy", "hierarchical", "sigmoid", "base", "hash"], ("sigmoid",)),
+)
 def test_a_token_decoded_alone_is_the_one_in_the_whole_text(router):
     """Even where training has a capacity that drops half of the choices."""
     small = MixtureConfig(implementation="capacity", capacity_factor=0.3)

@@ -24,16 +24,16 @@ ROUTED = {"mlp": "routed", "moe": EXPERTS}
 
 # Plan, options of the plan, changes of the model. The heavy rest is every pair and more triples.
 PLANS = [
-    ("dp=8", {}, {}),
     ("fsdp=8", {}, {"tied": False, "remat": "full"}),
-    ("tp=8", {}, {"tied": False}),
     ("tp=2, fsdp=4", {"sequence": True}, {"kv_heads": 2}),
-    ("cp=4, fsdp=2", {}, {"kv_heads": 2}),
-    ("cp=2, tp=2, dp=2", {"context": "all_to_all", "sequence": True}, {}),
     ("fsdp=2, tp=2, cp=2", {"sequence": True}, {"remat": "dots"}),
     ("ep=4, tp=2", {}, ROUTED),
 ]
 MORE_PLANS = [
+    ("dp=8", {}, {}),
+    ("tp=8", {}, {"tied": False}),
+    ("cp=4, fsdp=2", {}, {"kv_heads": 2}),
+    ("cp=2, tp=2, dp=2", {"context": "all_to_all", "sequence": True}, {}),
     ("fsdp=8", {"zero": 1}, {}),
     ("ep=8", {}, {}),
     ("tp=4, dp=2", {}, {"scan": False}),

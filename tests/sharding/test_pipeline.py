@@ -83,13 +83,13 @@ def assert_equal(got, wanted):
 
 # name: schedule, stages, dp, microbatches, layers, chunks, tied, skip_idle
 CASES = {
-    "1f1b": ("1f1b", 4, 2, 6, 4, 1, True, True),
     "1f1b uneven untied": ("1f1b", 2, 2, 4, 5, 1, False, True),
     "interleaved uneven": ("interleaved", 2, 2, 4, 9, 2, True, True),
-    "gpipe uneven": ("gpipe", 4, 1, 5, 6, 1, True, True),
     "1f1b uneven without branches": ("1f1b", 2, 1, 3, 3, 1, True, False),
 }
 MORE = {
+    "1f1b": ("1f1b", 4, 2, 6, 4, 1, True, True),
+    "gpipe uneven": ("gpipe", 4, 1, 5, 6, 1, True, True),
     "one stage": ("1f1b", 1, 2, 3, 3, 1, True, True),
     "eight stages": ("1f1b", 8, 1, 8, 11, 1, False, True),
     "interleaved even": ("interleaved", 4, 2, 8, 12, 3, False, True),

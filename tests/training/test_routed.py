@@ -41,6 +41,7 @@ def unstacked(params):
     return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
 
 
+@pytest.mark.slow
 def test_every_second_block_is_routed_and_scan_changes_nothing():
     model, params = make()
     assert set(params["blocks"]["layer_0"]["mlp"]) == {"gate", "up", "down"}
@@ -81,6 +82,7 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
     np.testing.assert_array_equal(np.asarray(table).sum(2)[0], 2 * np.bincount(np.asarray(TOKENS).ravel() % 3))
 
 
+@pytest.mark.slow
 def test_greedy_tokens_one_by_one_are_the_teacher_forced_ones():
     """With a capacity in training that drops tokens, and none in decoding."""
     capacity = MixtureConfig(implementation="capacity", capacity_factor=0.3)
@@ -145,6 +147,7 @@ def test_byte_classes():
     assert names == ["lower case", "upper case", "digit", "space", "line end", "punctuation", "other", "other"]
 
 
+@pytest.mark.slow
 def test_microbatches_average_the_routers_metrics():
     model, params = make()
     tx = optax.sgd(0.0)
