@@ -88,8 +88,8 @@ def _refine(law, theta, middle, width, product, at):
     return np.exp(x), product / np.exp(x), np.exp(loss)
 
 
-def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[float] | np.ndarray) -> Optimum:
-    """The closed form for E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 4), natural parameters, each [S]."""
+def chinchilla_optimum(parameters: Mapping[str, float | np.ndarray], budgets: Sequence[float] | np.ndarray) -> Optimum:
+    """The closed form for E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 4); parameters are numbers or [S]."""
     a, b, e, alpha, beta = (np.atleast_1d(parameters[name]) for name in ("A", "B", "E", "alpha", "beta"))
     product = np.asarray(budgets, float)[:, None] / PER_PARAMETER_AND_TOKEN
     # In logarithms: resampled coefficients span many orders of magnitude.
@@ -98,7 +98,7 @@ def chinchilla_optimum(parameters: Mapping[str, np.ndarray], budgets: Sequence[f
     return Optimum(params, tokens, e + a / params**alpha + b / tokens**beta)
 
 
-def exponents(parameters: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def exponents(parameters: Mapping[str, float | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
     alpha, beta = np.asarray(parameters["alpha"]), np.asarray(parameters["beta"])
     return np.asarray(beta / (alpha + beta)), np.asarray(alpha / (alpha + beta))
