@@ -3,7 +3,7 @@
 What: Hoffmann et al. (2022), approach 3: E + A / N^alpha + B / D^beta by Huber loss on log loss from 4500 starts, and a
 bootstrap over runs; `config.approach = 2` fits IsoFLOP minima instead, 1 the envelope of training curves (needs a
 `run` column). `config.runs` is a CSV with loss and any two of params, tokens, flops.
-Cost: about ten seconds on one CPU core for 240 runs and 4000 resamples.
+Cost: about eleven seconds of processor time for 240 runs and 4000 resamples.
 Expected: on the runs of their figure 4 (Besiroglu et al. 2024), the 5 highest losses dropped: A 477.83, B 2143.4,
 E 1.8172, alpha .34731, beta .36717, and 17.9 tokens per parameter at 5.88e23 FLOPs.
 Command: python scripts/fit_scaling.py --config=configs/chinchilla_fit.py --config.runs=RUNS.csv --workdir=runs/fit

@@ -3,9 +3,10 @@
 What: next-token prediction on bytes with a pre-norm transformer (RMSNorm, rotary positions, SwiGLU, grouped-query
 attention), AdamW, linear warmup and cosine decay; by default on the sources of the running Python's standard library,
 so no download is needed. `--config.data.name` takes a path or a glob of your own text.
-Cost: `tiny` about a minute on two CPU cores; `small` and `base` (85 million parameters) are for accelerators, untimed.
+Cost: `tiny` about 90 seconds of processor time; `small` and `base` (85 million parameters) are for accelerators,
+untimed.
 Expected: `tiny` ends near 1.55 nats per byte on validation text, from 5.5 = ln 256.
-Command: python -m scripts.train --config=configs/lm.py:tiny --workdir=runs/lm
+Command: python scripts/train.py --config=configs/lm.py:tiny --workdir=runs/lm
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
 What: Frankle & Carbin (2019), section 2 on a small set: LeNet-300-100 is trained, 20% of the smallest weights of each
 layer are removed (10% of the output layer), the rest goes back to its initial values, and again. Beside the ticket run
 its controls: the same mask with fresh weights, and a random mask with as many weights in every layer.
-Cost: about a minute on two CPU cores.
-Expected: the ticket keeps the dense network's test accuracy down to a few per cent of the weights; the controls fall
-behind and stop later.
+Cost: about 90 seconds of processor time.
+Expected: at 3.9% of the weights the ticket is ahead of both controls in test accuracy and within about a point of the
+dense network (98.9%); with 300 test images and three seeds the intervals are wide.
 Command: python scripts/find_ticket.py --config=configs/lottery_digits.py --workdir=runs/digits
 """
 

@@ -6,9 +6,9 @@ experts half as wide as the dense layer, two per token, so that a token costs wh
 (Jiang et al. 2024). `deepseek`: 64 fine-grained experts, eight per token out of four of eight groups, one shared,
 sigmoid scores, loss-free balancing (DeepSeek-AI 2024). `switch`: 32 experts, one per token, in every other block, with
 a capacity (Fedus et al. 2021).
-Cost: `tiny` a few minutes on two CPU cores; `small`, `mixtral`, `deepseek` and `switch` minutes to an hour on one GPU.
-Expected: at equal active FLOPs and steps `tiny` ends below `dense_tiny`; with --config.model.moe.balance=0 the load
-collapses (the report's load map shows both).
+Cost: not measured; `tiny` is meant for two CPU cores, the others for accelerators.
+Expected: not measured. The question it asks: at equal active FLOPs and steps, does `tiny` end below `dense_tiny`, and
+does the load collapse with --config.model.moe.balance=0 (the report's load map shows it)?
 Command: python scripts/train.py --config=configs/moe_lm.py:tiny --workdir=runs/moe
 """
 

@@ -30,7 +30,7 @@ def whole(params):
     return loss_fn(params, BATCHES.reshape(-1, 3))
 
 
-def close(got, want):
+def assert_close(got, want):
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
 
@@ -38,7 +38,7 @@ def close(got, want):
 def test_snip_is_the_derivative_with_respect_to_the_mask():
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     want = jax.grad(lambda c: whole(jax.tree.map(jnp.multiply, c, PARAMS)))(ones)
-    close(criteria.snip(loss_fn, PARAMS, BATCHES), jax.tree.map(jnp.abs, want))
+    assert_close(criteria.snip(loss_fn, PARAMS, BATCHES), jax.tree.map(jnp.abs, want))
 
 
 def test_grasp_is_the_weight_times_hessian_times_gradient():
@@ -47,19 +47,19 @@ def test_grasp_is_the_weight_times_hessian_times_gradient():
         flat
     )
     want = unravel(flat * (hessian @ ravel_pytree(gradient)[0]))
-    close(jax.jit(lambda p: criteria.grasp(loss_fn, p, BATCHES))(PARAMS), want)
+    assert_close(jax.jit(lambda p: criteria.grasp(loss_fn, p, BATCHES))(PARAMS), want)
 
 
 def test_taylor_and_fisher_average_squares_over_batches():
     grads = [jax.grad(loss_fn)(PARAMS, batch) for batch in BATCHES]
     mean = jax.tree.map(lambda *g: sum(x**2 for x in g) / len(g), *grads)
-    close(criteria.taylor(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f, PARAMS, mean))
-    close(criteria.fisher(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f / 2, PARAMS, mean))
+    assert_close(criteria.taylor(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f, PARAMS, mean))
+    assert_close(criteria.fisher(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f / 2, PARAMS, mean))
 
 
 def test_magnitude_increase():
     initial = jax.tree.map(lambda w: -2 * w, PARAMS)
-    close(criteria.magnitude_increase(PARAMS, initial), jax.tree.map(lambda w: -jnp.abs(w), PARAMS))
+    assert_close(criteria.magnitude_increase(PARAMS, initial), jax.tree.map(lambda w: -jnp.abs(w), PARAMS))
 
 
 def test_movement_adds_up_minus_weight_times_gradient_and_changes_no_update():
@@ -70,9 +70,9 @@ def test_movement_adds_up_minus_weight_times_gradient_and_changes_no_update():
         grads = jax.grad(loss_fn)(params, batch)
         total = jax.tree.map(lambda t, w, g: t - w * g, total, params, grads)
         updates, state = tx.update(grads, state, params)
-        close(updates, jax.tree.map(lambda g: -0.1 * g, grads))
+        assert_close(updates, jax.tree.map(lambda g: -0.1 * g, grads))
         params = optax.apply_updates(params, updates)
-    close(criteria.movement(state), total)
+    assert_close(criteria.movement(state), total)
     with pytest.raises(ValueError, match="track_movement"):
         criteria.movement(optax.adam(1.0).init(PARAMS))
 

@@ -46,7 +46,7 @@ def problem(name, matmul, *, rows, k, n, groups, dtype, seed=0):
     return functions[name], x, w
 
 
-def compare(ours, theirs, tolerance):
+def assert_agree(ours, theirs, tolerance):
     for a, b in zip(ours, theirs, strict=True):
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         assert np.isfinite(a).all()
@@ -68,7 +68,7 @@ def test_plain_against_float64_with_gradients():
         oracle.grouped(dy, np.swapaxes(w, 1, 2), sizes),
         oracle.contract(x, dy, sizes),
     )
-    compare((out, dx, dw), expected, 1e-4)
+    assert_agree((out, dx, dw), expected, 1e-4)
 
 
 CASES = [
@@ -82,7 +82,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['dtype']}" for name, shape in CASES])
 def test_every_epilogue_equals_the_plain_path(name, shape):
     ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, reference))
-    compare(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
+    assert_agree(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
 
 
 def test_fused_layer_forward():
@@ -99,7 +99,7 @@ def test_fused_layer_forward():
 
     h = oracle.swiglu(x, (w, w2), sizes, gather=tokens)
     expected = oracle.combine(h, np.swapaxes(w, 1, 2), sizes, tokens, weights, T)
-    compare((layer(x, w, w2),), (expected,), 0.05)
+    assert_agree((layer(x, w, w2),), (expected,), 0.05)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_fused_layer_forward():
 def test_quantised_weights(dtype, block):
     _, x, w = problem("plain", reference, rows=50, k=256, n=72, groups=3, dtype="float32")
     quantized, sizes = quantize(w, dtype, block=block), jnp.array([20, 0, 25])
-    compare((interpreted(x, quantized, sizes),), (reference(x, quantized, sizes),), 1e-4)
+    assert_agree((interpreted(x, quantized, sizes),), (reference(x, quantized, sizes),), 1e-4)
 
 
 @pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
@@ -124,7 +124,7 @@ def test_block_sparse(block):
         )
         for i in ("tpu_interpret", "cpu")
     )
-    compare(ours, theirs, 1e-4)
+    assert_agree(ours, theirs, 1e-4)
 
 
 def test_an_output_beyond_two_to_the_31_elements_lowers_for_tpus():
