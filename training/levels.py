@@ -30,6 +30,7 @@ class LevelStore:
 
     def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
         """The tree and rows of a finished level. Raises CheckpointDamaged if its files were altered."""
+        self.unfinished(level).clear()  # a search killed while it removed them left some
         return load_tree(self.path(level), like), load_extra(self.path(level))["rows"]
 
     def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:

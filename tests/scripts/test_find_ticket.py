@@ -53,9 +53,21 @@ def levels(workdir):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("search") / "whole"
-    return workdir, finish(start(workdir))
+def two_searches(tmp_path_factory):
+    """A whole search and, beside it to save time, one that was killed after its first level."""
+    whole, killed = tmp_path_factory.mktemp("search") / "whole", tmp_path_factory.mktemp("search") / "killed"
+    process, other = start(whole), start(killed)
+    while other.poll() is None and not (killed / "levels" / "01").exists():
+        time.sleep(0.002)
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert other.returncode == -signal.SIGKILL
+    return whole, finish(process), killed
+
+
+@pytest.fixture(scope="module")
+def reference(two_searches):
+    return two_searches[:2]
 
 
 def test_a_search_ends_with_a_table_a_csv_and_a_page(reference):
@@ -90,10 +102,11 @@ def kill_until_done(workdir, kills, *more):
     return died
 
 
-def test_killed_once_it_ends_the_same(reference, tmp_path):
-    assert kill_until_done(tmp_path / "killed", 1) == 1
-    finish(start(tmp_path / "killed"))
-    assert levels(tmp_path / "killed") == levels(reference[0])
+def test_killed_once_it_ends_the_same(two_searches):
+    whole, _, killed = two_searches
+    assert not (killed / "report.html").exists()
+    finish(start(killed))
+    assert levels(killed) == levels(whole)
 
 
 @pytest.mark.slow
@@ -109,9 +122,9 @@ def test_killed_at_twenty_random_moments_it_ends_the_same(tmp_path):
     ("argument", "message"),
     [
         ("--config.search.ratee=0.3", "rate"),
-        ("--config.search.arms=('winner',)", "winner"),
+        pytest.param("--config.search.arms=('winner',)", "winner", marks=pytest.mark.slow),
         ("--config.train.steps=40 minutes", "40 minutes"),
-        ("--config.data.name=mnits", "mnist"),
+        pytest.param("--config.data.name=mnits", "mnist", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(tmp_path, argument, message):

@@ -27,6 +27,9 @@ def test_a_finished_level_comes_back_and_its_leftovers_go(tmp_path):
     tree, rows = store.load(3, TREE)
     np.testing.assert_array_equal(tree["params"]["w"], TREE["params"]["w"])
     assert rows == ROWS and store.unfinished(3).load(TREE) is None
+    (tmp_path / "03.step10" / "state").mkdir(parents=True)  # killed while it was removed
+    store.load(3, TREE)
+    assert [path.name for path in tmp_path.iterdir()] == ["03"]
 
 
 def test_a_damaged_level_is_named(tmp_path):
