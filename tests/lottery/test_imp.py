@@ -195,9 +195,9 @@ class Dying:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("rewind", [0, 2])
+@pytest.mark.parametrize(
+    ("level", "after", "rewind"), [(0, False, 2), (0, True, 0), (1, False, 0), (1, True, 2), (2, False, 2), (2, True, 0)]
+)
 def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
     config = imp.SearchConfig(
         seeds=(3, 11), levels=2, rewind=rewind, rewind_optimizer=rewind > 0, arms=("ticket", "reinit", "random_mask")

@@ -73,12 +73,15 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
     level1, rows = store.load(1, None)
     params = setup.network.init(imp.search_keys(setup.search, 0, "init")[1])
     state, kept = setup.optimizer.init(params), None
+
+    @jax.jit
+    def train_step(params, state, x, y):
+        updates, state = setup.optimizer.update(jax.grad(setup.loss)(params, (x, y)), state, params)
+        return {**optax.apply_updates(params, updates), **setup.network.train(params, x)[1]}, state
+
     for step, index in enumerate(index_block(seed=4, start=0, steps=6, batch_size=5, size=40), start=1):
         x, y = jnp.asarray(SPLITS.train.images[index]), jnp.asarray(SPLITS.train.labels[index])
-        grads = jax.grad(setup.loss)(params, (x, y))
-        statistics = setup.network.train(params, x)[1]
-        updates, state = setup.optimizer.update(grads, state, params)
-        params = {**optax.apply_updates(params, updates), **statistics}
+        params, state = train_step(params, state, x, y)
         kept = params if step == 2 else kept
     for want, name in ((params, "params"), (kept, "reset")):
         got = jax.tree.map(lambda leaf: leaf[1], level0[name])

@@ -149,8 +149,7 @@ def test_unrolled_blocks_compute_what_the_scan_does():
     )
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "dots")])
 def test_remat_changes_memory_and_not_gradients(remat, scan):
     model, params = make(scan=scan)
     again = Decoder(TransformerConfig(**SMALL, remat=remat, scan=scan))

@@ -46,10 +46,15 @@ def test_the_base_width_is_trained_as_optax_would():
     state = jax.jit(trial.init)()
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask=_matrices))
     params, opt_state, index = state.params, tx.init(state.params), np.arange(24, dtype=np.int32).reshape(3, 8)
-    for row in index:
-        grads = jax.grad(trial.loss)(params, trial.windows(tokens, jnp.asarray(row)))
+
+    @jax.jit
+    def step(params, opt_state, row):
+        grads = jax.grad(trial.loss)(params, trial.windows(tokens, row))
         updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), opt_state
+
+    for row in index:
+        params, opt_state = step(params, opt_state, row)
     ours, _ = jax.jit(trial.advance)(state, tokens, index, np.int32(3), Course(1e-2, 0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), ours.params, params)
 
