@@ -33,7 +33,7 @@ def get_config(arg: str = "short") -> ConfigDict:
     run.model.moe.ff = 96
     run.model.moe.router.experts = 16
     config = ConfigDict()
-    config.seeds = (0, 1, 2) if arg == "short" else (0, 1)
+    config.seeds = (0, 1, 2, 3, 4) if arg == "short" else (0, 1)
     config.run = run
     # What each arm changes in `run`. 3 x 198 >= 2 x 3 x 96 + 16: products per token and channel, router and all.
     config.arms = ConfigDict(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Key, PyTree
 
 from sharding.count import Collective
 from sharding.hlo import compiled_collectives
@@ -39,10 +40,13 @@ class Run:
     length: int
     z_loss: float = 0.0
 
-    def init(self) -> TrainState:
+    def init(self, key: Key[Array, ""] | None = None) -> TrainState:
         """The state before the first step; call it under `jax.eval_shape` to have its shapes alone."""
         tokens = jnp.zeros((1, self.length), jnp.int32)
-        params = Decoder(self.model).init(jax.random.key(0), tokens)["params"]
+        return self.state(Decoder(self.model).init(jax.random.key(0) if key is None else key, tokens)["params"])
+
+    def state(self, params: PyTree) -> TrainState:
+        """The state before the first step with these parameters."""
         return init_state(params, make_optimizer(self.optimizer), self.step)
 
 

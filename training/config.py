@@ -168,7 +168,9 @@ class Invocation:
     config: ConfigDict
     name: str
     workdir: str
-    hosts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hosts: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {name: default for name, (default, _) in HOSTS.items()}
+    )
 
 
 # Flags of a run on several hosts, with their defaults and what they say; see `sharding.distributed`.
