@@ -21,10 +21,10 @@ demo-isoflop: $(VENV)/installed
 	$(BIN)/python scripts/sweep.py --config=configs/isoflop.py:tiny --workdir=runs/demo-isoflop
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu and not tpu'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu'
 
 # On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
 # for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/kernels.csv too.

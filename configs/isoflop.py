@@ -2,7 +2,8 @@
 
 What: decoders over bytes, a width family under the maximal-update parametrisation, every size trained once and read out
 at all budgets (warmup, stable learning rate, decays branched off); IsoFLOP minima, their power law with an interval,
-and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths.
+and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths, `batch` one
+of learning rates and batch sizes at two.
 Cost: the full sweep took 34 minutes on a 2-core machine that was running other work; `tiny` 70 seconds on two cores.
 Expected: five budgets from 2.5e10 to 4e11 FLOPs with their minima inside, at 9,500 to 42,000 parameters, which grow as
 C^0.53; `tiny` refuses its smallest budget (docs/results/isoflop.md).
@@ -40,11 +41,22 @@ VARIANTS: dict[str, dict] = {
         "eval_tokens": 131072,
         "noise_batches": 0,
     },
+    "batch": {
+        "widths": (12, 24),
+        "tokens": (4e5,),
+        "lr_factors": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "batch_factors": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "batch": 16.0,
+        "warmup": 15,
+        "least_steps": 60,
+        "eval_tokens": 131072,
+        "noise_batches": 32,
+    },
 }
 
 
 def get_config(arg: str = "full") -> ConfigDict:
-    """The settings of one variant: full, tiny or transfer."""
+    """The settings of one variant: full, tiny, transfer or batch."""
     if arg not in VARIANTS:
         raise ValueError(f"configs/isoflop.py:{arg}: choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[arg]
@@ -61,7 +73,7 @@ def get_config(arg: str = "full") -> ConfigDict:
             "lr": {"value": 2e-2, "at": 1e4, "exponent": 0.0, "multiple": 0},
             "batch": {"value": variant["batch"], "at": 1e4, "exponent": 0.0, "multiple": 1},
             "lr_factors": variant.get("lr_factors", (1.0,)),
-            "batch_factors": (1.0,),
+            "batch_factors": variant.get("batch_factors", (1.0,)),
             "seeds": (0,),
             "warmup": variant["warmup"],
             "decay": 0.2,

@@ -17,7 +17,23 @@ def get_config() -> ConfigDict:
     # How the work is split over devices, like "tp=4, dp=2"; "" is one device. The other devices stay idle.
     config.plan = ""
     # See `training.serving.load.SourceConfig`.
-    config.model = ConfigDict({"dir": "runs/lm", "ticket": "", "tokenizer": "", "dtype": "", "bits": 0, "group": 0})
+    config.model = ConfigDict(
+        {
+            "dir": "runs/lm",
+            "ticket": "",
+            "tokenizer": "",
+            "dtype": "",
+            "bits": 0,
+            "group": 0,
+            "method": "rtn",
+            "calibration": "",
+        }
+    )
+    # A small model of the same vocabulary that drafts for it; without a dir nothing is drafted. See
+    # `training.serving.load.DraftConfig`.
+    config.draft = ConfigDict(
+        {"dir": "", "ticket": "", "dtype": "", "bits": 0, "group": 0, "plan": "same", "tokens": 4}
+    )
     # See `training.serving.programs.ServeConfig`.
     config.sizes = ConfigDict(
         {
@@ -41,6 +57,8 @@ def get_config() -> ConfigDict:
             "top_p": 0.95,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": 0,
             "max_tokens": 200,
         }

@@ -1,10 +1,13 @@
-"""A ticket's mask on another seed's weights, with and without alignment, LeNet on MNIST.
+"""A ticket's mask on weights it was not found for, LeNet on MNIST.
 
-What: five seeds search for tickets; every seed then trains under the next seed's mask, as it is and permuted to match
-its own dense network by weight matching and activation matching (Ainsworth et al. 2023), beside its own ticket's mask
-and random masks of equal density in every layer. `:tiny` is a minute on digits.
+What: `:mnist` five seeds search for tickets; every seed then trains under the next seed's mask, as it is and permuted
+to match its own dense network by weight matching and activation matching (Ainsworth et al. 2023), beside its own
+ticket's mask and random masks of equal density in every layer. `:tiny` is a minute on digits. `:sources` five seeds
+search on MNIST averaged to 8 x 8 pixels, and again with other data (scikit-learn's digits), another optimizer
+(momentum) and another width (half as many hidden units); all those masks then go on the weights of the first search.
+`config.sources` says what a source changes. `:sources-tiny` is a minute on digits.
 Cost: see docs/results/mask_transfer_mnist.md.
-Expected: the own mask leads; alignment gives about a point over the other seed's mask as it is.
+Expected: `:mnist` the own mask leads; alignment gives about a point over the other seed's mask as it is.
 Command: python scripts/study.py --config=configs/study_transfer.py --config.data.dir=DATA --workdir=runs/transfer
 """
 
@@ -12,10 +15,10 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "mnist") -> ConfigDict:
-    """The experiment; `arg` is "mnist" or "tiny" (digits, no files needed)."""
-    if arg not in ("mnist", "tiny"):
-        raise ValueError(f"configs/study_transfer.py:{arg}: choose 'mnist' or 'tiny'")
-    tiny = arg == "tiny"
+    """The experiment; `arg` is "mnist" or "sources"; "tiny" and "sources-tiny" need no files."""
+    if arg not in ("mnist", "tiny", "sources", "sources-tiny"):
+        raise ValueError(f"configs/study_transfer.py:{arg}: choose 'mnist', 'tiny', 'sources' or 'sources-tiny'")
+    tiny = arg.endswith("tiny")
     config = ConfigDict()
     config.name = "transfer"
     config.seeds = (0, 1) if tiny else (0, 1, 2, 3, 4)
@@ -31,4 +34,21 @@ def get_config(arg: str = "mnist") -> ConfigDict:
         {"levels": 2 if tiny else 6, "rate": 0.4, "output_rate": 0.2, "arms": ("ticket",), "rewind": "0it"}
     )
     config.study = ConfigDict({"levels": (2,) if tiny else (4, 6)})
+    return with_sources(config, tiny) if arg.startswith("sources") else config
+
+
+def with_sources(config: ConfigDict, tiny: bool) -> ConfigDict:
+    """The same network on 8 x 8 pixels, and what the other searches change."""
+    config.name = "sources"
+    if not tiny:
+        config.data.update({"crop": 2, "shrink": 3})
+    digits = {"name": "digits", "validation": 100, "crop": 0, "shrink": 1}
+    config.sources = ConfigDict(
+        {
+            # The tiny one has digits already: another split of them.
+            "other data": {"data": {"seed": 1} if tiny else digits},
+            "another optimizer": {"optimizer": {"name": "momentum"}, "lr": 0.05},
+            "half the width": {"model": {"hidden": (16, 8) if tiny else (150, 50)}},
+        }
+    )
     return config

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lottery.figures import pick
+from lottery.curve_figures import pick
 from lottery.style import INK, MUTED, canvas
 
 LETTERING: dict[str, Any] = {"fontsize": 9.5, "color": INK}

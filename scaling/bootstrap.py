@@ -61,8 +61,9 @@ def resamples(
             raise ValueError(f"{len(clusters)} cluster labels for {rows} rows")
         members = np.unique(np.asarray(clusters), return_inverse=True)[1]
     total = int(members.max()) + 1
-    counts = np.stack([np.bincount(stream.choice(total, size=total), minlength=total) for _ in range(count)], 1)
-    return counts[members].astype(float)
+    drawn = stream.choice(total, size=(count, total)) + total * np.arange(count)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=count * total).reshape(count, total)
+    return counts.T[members].astype(float)
 
 
 def bootstrap(

@@ -19,22 +19,24 @@ def cholesky_solve(
       The solutions, and whether each matrix was positive definite (if not, its solution means nothing).
     """
     size = right_PS.shape[0]
-    factor: dict[Pair, Any] = {}
-    inverse: list[Any] = []
+    columns = [xp.stack([matrix[i, j] for i in range(j, size)]) for j in range(size)]
     fine = xp.ones(right_PS.shape[1], bool)
-    for i in range(size):
-        for j in range(i + 1):
-            s = matrix[i, j] - sum(factor[i, k] * factor[j, k] for k in range(j))
-            if i == j:
-                fine &= s > 0
-                inverse.append(1.0 / xp.sqrt(xp.where(s > 0, s, 1.0)))
-            else:
-                factor[i, j] = s * inverse[j]
+    below: list[Any] = []
+    inverse: list[Any] = []
     half: list[Any] = []
-    for i in range(size):
-        half.append((right_PS[i] - sum(factor[i, k] * half[k] for k in range(i))) * inverse[i])
-    solution: dict[int, Any] = {}
-    for i in reversed(range(size)):
-        rest = sum(factor[k, i] * solution[k] for k in range(i + 1, size))
-        solution[i] = (half[i] - rest) * inverse[i]
-    return xp.stack([solution[i] for i in range(size)]), fine
+    rest = right_PS
+    # Column by column: few operations on several rows, where single elements would be many on one.
+    for k in range(size):
+        pivot = columns[k][:1]
+        fine &= pivot[0] > 0
+        inverse.append(1.0 / xp.sqrt(xp.where(pivot > 0, pivot, 1.0)))
+        below.append(columns[k][1:] * inverse[k])
+        half.append(rest[:1] * inverse[k])
+        rest = rest[1:] - below[k] * half[k]
+        for j in range(k + 1, size):
+            columns[j] = columns[j] - below[k][j - k - 1 :] * below[k][j - k - 1 : j - k]
+    for k in reversed(range(size)):
+        half[k] = half[k] * inverse[k]
+        for j in range(k):
+            half[j] = half[j] - below[j][k - j - 1 : k - j] * half[k]
+    return xp.concatenate(half), fine

@@ -105,6 +105,7 @@ class Terms:
       names: its parameters, in the order of phi.
       features: [R, 1] by name.
       means: of the features; zeros give phi = theta.
+      dtype: everything is computed in.
     """
 
     def __init__(
@@ -113,14 +114,17 @@ class Terms:
         names: Sequence[str],
         features: Mapping[str, Float[np.ndarray, "R 1"]],
         means: Mapping[str, float],
+        dtype: Any = np.float64,
     ):
         one_R1 = np.ones_like(next(iter(features.values())))
         self.size = len(names)
         self.where = [[names.index(c)] + [names.index(exponent) for exponent, _, _ in factors] for c, factors in terms]
-        self.design = [
+        self.dtype = np.dtype(dtype)
+        design = [
             np.concatenate([one_R1] + [sign * (features[f] - means[f]) for _, f, sign in factors], 1)
             for _, factors in terms
         ]
+        self.design = [matrix.astype(dtype) for matrix in design]
         self.pairs = [(k, n) for k in range(len(terms)) for n in range(k + 1)]
         self.entries = {
             (k, n): [(a, b) for a in range(len(self.where[k])) for b in range(len(self.where[n])) if k != n or b <= a]
@@ -129,71 +133,113 @@ class Terms:
         meet = np.bincount(np.concatenate(self.where), minlength=self.size)
         # (a + b)^2 <= 2 (a^2 + b^2): squares by term stand for the square of what terms sharing an exponent add up to.
         self.squares = [
-            (matrix**2 * meet[index]).T.copy() for index, matrix in zip(self.where, self.design, strict=True)
+            (matrix**2 * meet[index]).T.astype(dtype) for index, matrix in zip(self.where, design, strict=True)
         ]
         self.products = {
-            (k, n): np.stack([self.design[k][:, a] * self.design[n][:, b] for a, b in entries])
+            (k, n): np.stack([design[k][:, a] * design[n][:, b] for a, b in entries]).astype(dtype)
             for (k, n), entries in self.entries.items()
         }
 
     def shares(
-        self, phi_PS: Float[np.ndarray, "P S"]
+        self, phi_PS: Float[np.ndarray, "P S"], room: "Room | None" = None
     ) -> tuple[Float[np.ndarray, "R S"], list[Float[np.ndarray, "R S"]]]:
-        """Log losses, and every term's share of the loss."""
-        # A column of the design times a row of phi is an outer product: BLAS sums the factors of a term in one go.
-        parts = [matrix @ phi_PS[index] for index, matrix in zip(self.where, self.design, strict=True)]
-        top = parts[0]
-        for part in parts[1:]:
-            top = np.maximum(top, part)
-        for part in parts:
-            part -= top
-            np.exp(part, out=part)
-        total = sum(parts[1:], parts[0])
-        top += np.log(total)
+        """Log losses, and every term's share of the loss; in `room`, if given, until its next use."""
+        room, count = room or Room(self.dtype), phi_PS.shape[1]
+        total, value = (room.take(name, len(self.design[0]), count) for name in ("total", "value"))
+        powers = []
+        for k, (index, matrix) in enumerate(zip(self.where, self.design, strict=True)):
+            power = room.take(f"term {k}", len(matrix), count)
+            if len(index) == 1:  # the same on every row
+                np.copyto(power, np.exp(phi_PS[index]))
+            else:
+                # A column of the design times a row of phi is an outer product: BLAS sums a term's factors in one go.
+                np.exp(np.matmul(matrix, phi_PS[index], out=power), out=power)
+            powers.append(power)
+            np.add(total, power, out=total) if k else np.copyto(total, power)
+        # Somewhere a term overflows, or all of them vanish: relative to the largest term nothing does.
+        far = 1 / np.finfo(self.dtype).tiny ** 0.8
+        if not (1 / far < total.min() and total.max() < far):
+            parts = [matrix @ phi_PS[index] for index, matrix in zip(self.where, self.design, strict=True)]
+            top = np.maximum.reduce(parts)
+            powers = [np.exp(part - top) for part in parts]
+            total = sum(powers[1:], powers[0])
+            value = top + np.log(total)
+        else:
+            np.log(total, out=value)
         np.divide(1.0, total, out=total)
-        for part in parts:
-            part *= total
-        return top, parts
+        for power in powers:
+            power *= total
+        return value, powers
 
-    def gather(self, weighted: Mapping[tuple[int, int], np.ndarray]) -> Float[np.ndarray, "T S"]:
-        """Lower triangle of sums over rows, by pair of terms, added up where parameters meet."""
-        total: dict[tuple[int, int], Any] = {}
-        for pair, values_RS in weighted.items():
-            k, n = pair
-            summed = self.products[pair] @ values_RS
-            for row, (a, b) in zip(summed, self.entries[pair], strict=True):
-                i, j = self.where[k][a], self.where[n][b]
-                # A pair of different terms stands for both its orders; they meet where an exponent is shared.
-                twice = 2.0 if i == j and k != n else 1.0
-                place = (max(i, j), min(i, j))
-                total[place] = total.get(place, 0.0) + twice * row
-        return np.stack([total[place] for place in lower(self.size)])
+    def gather(
+        self, pair: tuple[int, int], weighed_RS: Float[np.ndarray, "R S"], total: dict[tuple[int, int], Any]
+    ) -> None:
+        """Add the sums over rows of a pair of terms to a lower triangle, where their parameters meet."""
+        k, n = pair
+        summed = self.products[pair] @ weighed_RS
+        for row, (a, b) in zip(summed, self.entries[pair], strict=True):
+            i, j = self.where[k][a], self.where[n][b]
+            # A pair of different terms stands for both its orders; they meet where an exponent is shared.
+            twice = 2.0 * row if i == j and k != n else row
+            place = (max(i, j), min(i, j))
+            total[place] = total[place] + twice if place in total else twice
+
+
+class Room:
+    """Arrays that are used again: a fresh one of this size costs its page faults, more than what is computed in it."""
+
+    def __init__(self, dtype: Any = np.float64):
+        self._flat: dict[str, np.ndarray] = {}
+        self._dtype = dtype
+
+    def take(self, name: str, rows: int, count: int) -> Float[np.ndarray, "R S"]:
+        """A contiguous [rows, count] under a name, with whatever was in it."""
+        if name not in self._flat or len(self._flat[name]) < rows * count:
+            self._flat[name] = np.empty(rows * count, self._dtype)
+        return self._flat[name][: rows * count].reshape(rows, count)
 
 
 def by_terms(
     terms: Terms, target_R1: Float[np.ndarray, "R 1"], delta: float, *, newton: bool
 ) -> Callable[[np.ndarray, np.ndarray], Point]:
     """Curvature of a sum of power-law terms, in numpy; see `by_autodiff`."""
+    room, target = Room(terms.dtype), target_R1.astype(terms.dtype)
 
     def evaluate(phi_PS: np.ndarray, weights_RS: np.ndarray) -> Point:
-        value_RS, share = terms.shares(phi_PS)
-        value_RS -= target_R1
-        parts = _weigh(value_RS, weights_RS, delta, np)
+        rows, count = len(target_R1), phi_PS.shape[1]
+        residual, share = terms.shares(phi_PS, room)
+        # Few arrays, each used for several things: together they stay in the cache.
+        clipped, pull, product = (room.take(name, rows, count) for name in ("total", "pull", "product"))
+        residual -= target
+        np.clip(residual, -delta, delta, out=clipped)
+        np.multiply(weights_RS, clipped, out=pull)
+        # Huber's loss is c (r - c / 2) with c = clip(r), and psi / r is min(1, delta / |r|).
+        objective = np.einsum("rs,rs->s", pull, residual) - 0.5 * np.einsum("rs,rs->s", pull, clipped)
+        inside = clipped == residual
+        irls = np.abs(residual, out=residual)
+        np.maximum(irls, delta, out=irls)
+        np.divide(delta, irls, out=irls)
+        irls *= weights_RS
+        if newton:
+            weight = np.multiply(weights_RS, inside, out=clipped)
+            weight -= pull
+        else:
+            weight = irls
         gradient, diagonal = np.zeros_like(phi_PS), np.zeros_like(phi_PS)
-        both = {(k, n): share[k] * share[n] for k, n in terms.pairs}
+        curvature: dict[tuple[int, int], Any] = {}
         for k, index in enumerate(terms.where):
-            share[k] *= parts.pull
-            summed = terms.design[k].T @ share[k]
-            squared = terms.squares[k] @ (both[k, k] * parts.irls)
+            summed = terms.design[k].T @ np.multiply(pull, share[k], out=product)
+            if newton:
+                terms.gather((k, k), product, curvature)
+            np.multiply(share[k], share[k], out=product)
+            product *= irls
+            squared = terms.squares[k] @ product
             for row, i in enumerate(index):
                 gradient[i] += summed[row]
                 diagonal[i] += squared[row]
-        weight = parts.inside - parts.pull if newton else parts.irls
-        for product in both.values():
-            product *= weight
-        if newton:
-            for k in range(len(share)):
-                both[k, k] += share[k]
-        return Point(parts.loss.sum(0), gradient, terms.gather(both), diagonal)
+            weighed = np.multiply(weight, share[k], out=room.take("weighed", rows, count))
+            for n in range(k + 1):
+                terms.gather((k, n), np.multiply(weighed, share[n], out=product), curvature)
+        return Point(objective, gradient, np.stack([curvature[place] for place in lower(terms.size)]), diagonal)
 
     return evaluate

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scaling.cholesky import cholesky_solve
-from scaling.curvature import Evaluate, Point, Term, Terms, by_autodiff, by_terms, lower
+from scaling.curvature import Evaluate, Term, Terms, by_autodiff, by_terms
+from scaling.lean import ByShares, floor_of, last_step
+from scaling.newton import State, advance, begin, run_queue
 
 LogLoss = Callable[[Mapping[str, Array], Mapping[str, Array]], Array]
 
@@ -40,15 +41,19 @@ class Solved(NamedTuple):
     iterations: Int[np.ndarray, "S"]
 
 
-class State(NamedTuple):
-    """Where S fits are: phi [P, S], and [S] of damping, decrement, steps used, whether done, objective."""
+class Course(NamedTuple):
+    """How fits go on; see `solve`."""
 
-    phi: Any
-    damping: Any
-    decrement: Any
-    used: Any
-    done: Any
-    objective: Any
+    newton: bool
+    iterations: int
+    tol: float
+    held: tuple[int, ...]
+    chunk: int
+
+
+# In single precision relative decreases below ROUGH are rounding. MANY fits are worth the second pass over them.
+ROUGH, MANY, WIDE = 1e-5, 64, 512
+BURST = 8  # steps of the compiled program
 
 
 class Problem(NamedTuple):
@@ -80,63 +85,6 @@ def _mix(mixing_PP: Array, phi_PS: Array) -> Array:
     return jnp.stack([sum(row[j] * phi_PS[j : j + 1][0] for j in range(len(phi_PS))) for row in mixing_PP])
 
 
-class Loop(NamedTuple):
-    """Between steps: where the fits are, the next trial, whether there is one, and what is known where they are."""
-
-    index: Any
-    state: State
-    trial: Any
-    tried: Any
-    point: Point
-
-
-def _begin(start: State, xp: Any) -> Loop:
-    size, count = start.phi.shape
-    nothing = xp.zeros((size, count))
-    point = Point(xp.full(count, xp.inf), nothing, xp.zeros((len(lower(size)), count)), nothing)
-    return Loop(0, start, start.phi, xp.ones(count, bool), point)
-
-
-def _propose(point: Point, damping: Any, weight: Any, held: tuple[int, ...], xp: Any) -> tuple[Any, Any, Any]:
-    """The step at a point, whether it exists, and Newton's predicted relative decrease of the objective."""
-    entries = lower(len(point.gradient))
-    gradient = xp.stack([row * 0.0 if i in held else row for i, row in enumerate(point.gradient)])
-    # A direction that no row feels has zero curvature; the tiny last term leaves it where it is.
-    floor = 1e-14 * xp.max(point.diagonal, 0) + 1e-300
-    damped = damping[None] * point.diagonal + floor[None]
-    matrix = {(i, j): point.curvature[k] + (damped[i] if i == j else 0.0) for k, (i, j) in enumerate(entries)}
-    for i, j in entries:
-        if i in held or j in held:
-            matrix[i, j] = xp.full_like(damping, float(i == j))
-    step, fine = cholesky_solve(matrix, gradient, xp)
-    # Residuals of 1e-9 count as none: below, a relative decrease would measure rounding.
-    reference = xp.maximum(xp.maximum(point.objective, 1e-18 * weight), 1e-300)
-    return step, fine, xp.abs(xp.sum(gradient * step, 0)) / reference
-
-
-def _advance(loop: Loop, weights_RS: Any, evaluate: Evaluate, tol: Any, held: tuple[int, ...], xp: Any) -> Loop:
-    """One evaluation, one decision for every fit, and the next trial."""
-    index, now, trial, tried, point = loop
-    reached = evaluate(trial, weights_RS)
-    better = tried & (reached.objective <= point.objective)
-    move = better & ~now.done
-    point = Point(*(xp.where(move, new, old) for new, old in zip(reached, point, strict=True)))
-    damping = xp.where(better, xp.maximum(now.damping / 8, 1e-14), now.damping * 6)
-    damping = xp.where(now.done | (index == 0), now.damping, damping)
-    step, fine, predicted = _propose(point, damping, xp.sum(weights_RS, 0), held, xp)
-    measured = fine & (damping < 1.0) & ~now.done
-    after = State(
-        phi=xp.where(move, trial, now.phi),
-        damping=damping,
-        decrement=xp.where(measured, predicted, now.decrement),
-        used=now.used + ~now.done,
-        # The start itself may be hopeless (overflow); a fit whose damping exploded cannot go down any further.
-        done=now.done | (measured & (predicted <= tol)) | (damping > 1e12) | ~xp.isfinite(point.objective),
-        objective=point.objective,
-    )
-    return Loop(index + 1, after, after.phi - xp.where(fine, step, 0.0), fine, point)
-
-
 @partial(jax.jit, static_argnames=("model", "newton", "held"))
 def _solve_compiled(start, weights_RS, problem, iterations, tol, *, model, newton, held):
     def log_loss(*columns):
@@ -144,22 +92,12 @@ def _solve_compiled(start, weights_RS, problem, iterations, tol, *, model, newto
         return model.log_loss({name: mixed[i : i + 1] for i, name in enumerate(model.names)}, problem.features)
 
     evaluate = by_autodiff(log_loss, problem.target_R1, problem.delta, newton=newton)
-    begun = _begin(start, jnp)._replace(index=jnp.int32(0))
-    return jax.lax.while_loop(
-        lambda loop: (loop.index < iterations) & ~jnp.all(loop.state.done),
-        lambda loop: _advance(loop, weights_RS, evaluate, tol, held, jnp),
-        begun,
-    ).state
-
-
-def _solve_terms(
-    start: State, weights_RS: np.ndarray, evaluate: Evaluate, iterations: int, tol: float, held: tuple[int, ...]
-) -> State:
-    loop = _begin(start, np)
-    with np.errstate(all="ignore"):
-        while loop.index < iterations and not loop.state.done.all():
-            loop = _advance(loop, weights_RS, evaluate, tol, held, np)
-    return loop.state
+    _, ended = jax.lax.while_loop(
+        lambda carry: (carry[0] < iterations) & ~jnp.all(carry[1].state.done),
+        lambda carry: (carry[0] + 1, advance(carry[1], weights_RS, evaluate, tol, held, jnp)),
+        (jnp.int32(0), begin(start, jnp)),
+    )
+    return ended.state
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -213,7 +151,6 @@ def solve(
     tol: float,
     held: tuple[int, ...] = (),
     chunk: int = 128,
-    burst: int = 8,
 ) -> Solved:
     """Minimise from every start, each with its own row weights.
 
@@ -227,8 +164,7 @@ def solve(
       iterations: most steps.
       tol: relative predicted decrease below which a fit has converged.
       held: parameters that stay where they start; phi must equal theta for them (no mixing).
-      chunk: fits in one vectorised piece; small enough that its arrays stay in cache.
-      burst: steps after which finished fits leave and the rest close ranks.
+      chunk: fits side by side; few enough that their arrays stay in cache.
     """
     count = theta_PS.shape[1]
     mixing = np.asarray(problem.mixing_PP, np.float64)
@@ -240,42 +176,63 @@ def solve(
         done=np.zeros(count, bool),
         objective=np.full(count, np.inf),
     )
-    advance = _runner(problem, model, newton, tol, held)
     weights = np.asarray(weights_RS, np.float64)
-    for begun in range(0, iterations, burst):
-        left = np.flatnonzero(~state.done)
-        if not len(left):
-            break
-        # Compiled programs want one shape, and a small one: a few fits are padded to it. Numpy takes what is left.
-        for mine in np.array_split(left, -(-len(left) // chunk)) if model.terms else chunks(left, min(chunk, 32)):
-            piece = State(*(x[..., mine] for x in state))
-            ended = advance(
-                piece, weights if weights.shape[1] == 1 else weights[:, mine], min(burst, iterations - begun)
-            )
-            for whole, part in zip(state, ended, strict=True):
-                whole[..., mine] = np.asarray(part)
+    run = _in_numpy if model.terms else _compiled
+    state = run(state, weights, problem, model, Course(newton, iterations, tol, held, chunk))
     converged = state.decrement <= tol
     return Solved(mixing @ state.phi, state.objective, state.decrement, converged, state.used)
 
 
-def _runner(
-    problem: Problem, model: Model, newton: bool, tol: float, held: tuple[int, ...]
-) -> Callable[[State, np.ndarray, int], State]:
-    """Some steps of a piece of fits under given weights: in numpy for sums of terms, compiled for other laws."""
-    if model.terms:
-        terms = Terms(model.terms, model.names, problem.features, problem.means)
-        evaluate = by_terms(terms, np.asarray(problem.target_R1), float(problem.delta), newton=newton)
-        return lambda piece, weights, steps: _solve_terms(piece, weights, evaluate, steps, tol, held)
+def _in_numpy(state: State, weights_RS: np.ndarray, problem: Problem, model: Model, how: Course) -> State:
+    """Sums of power-law terms: the closed form, nothing to compile."""
+    target, delta, many = np.asarray(problem.target_R1), float(problem.delta), len(state.done) >= MANY
+
+    def terms(dtype: Any) -> Terms:
+        return Terms(model.terms, model.names, problem.features, problem.means, dtype)
+
+    def queue(start: State, weights_RS: np.ndarray, evaluate: Evaluate, **rest: Any) -> State:
+        return run_queue(start, weights_RS, evaluate, iterations=how.iterations, held=how.held, **rest)
+
+    double = terms(np.float64)
+    if not (how.newton and many and delta >= 1e-4 and floor_of(double) is not None):
+        evaluate = by_terms(double, target, delta, newton=how.newton)
+        return queue(state, weights_RS, evaluate, tol=how.tol, width=how.chunk)
+    # The way is gone in single precision, at a third of the cost; one step in double ends it, or as many as it takes.
+    single = State(*(x.astype(np.float32) if x.dtype == np.float64 else x for x in state))
+    evaluate = ByShares(terms(np.float32), target, delta)
+    near = queue(single, weights_RS.astype(np.float32), evaluate, tol=ROUGH, width=WIDE, step=True)
+    sound = np.isfinite(near.phi).all(0) & (near.decrement <= ROUGH)
+    begun = state._replace(
+        phi=np.where(sound, near.phi, state.phi), damping=np.where(sound, near.damping, state.damping)
+    )
+    ended = last_step(begun, weights_RS, double, target, delta, tol=how.tol, held=how.held, width=how.chunk)
+    rest = np.flatnonzero(~ended.done)
+    mine = weights_RS if weights_RS.shape[1] == 1 else weights_RS[:, rest]
+    evaluate = by_terms(double, target, delta, newton=True)
+    more = queue(State(*(x[..., rest] for x in begun)), mine, evaluate, tol=how.tol, width=how.chunk)
+    for whole, part in zip(ended, more, strict=True):
+        whole[..., rest] = part
+    return ended._replace(used=ended.used + near.used)
+
+
+def _compiled(state: State, weights_RS: np.ndarray, problem: Problem, model: Model, how: Course) -> State:
+    """Any law: one program of one small shape; after every BURST steps finished fits leave, the rest close ranks."""
     rows = {name: pad_rows(np.asarray(x, np.float64), repeat=True) for name, x in problem.features.items()}
     target = pad_rows(np.asarray(problem.target_R1, np.float64), repeat=True)
     whole = Problem(rows, target, dict(problem.means), np.asarray(problem.mixing_PP, float), float(problem.delta))
-
-    def run(piece: State, weights: np.ndarray, steps: int) -> State:
-        wide = np.broadcast_to(pad_rows(weights, repeat=False), (len(target), piece.phi.shape[1]))
-        with jax.enable_x64(True):
-            double = jax.tree.map(jnp.asarray, whole)
-            limits = jnp.int32(steps), jnp.float64(tol)
-            ended = _solve_compiled(piece, wide, double, *limits, model=model, newton=newton, held=held)
-            return State(*(np.asarray(x) for x in ended))
-
-    return run
+    padded_RS = pad_rows(weights_RS, repeat=False)
+    for begun in range(0, how.iterations, BURST):
+        left = np.flatnonzero(~state.done)
+        if not len(left):
+            break
+        for mine in chunks(left, min(how.chunk, 32)):
+            piece = State(*(x[..., mine] for x in state))
+            own_RS = padded_RS if padded_RS.shape[1] == 1 else padded_RS[:, mine]
+            wide = np.broadcast_to(own_RS, (len(target), len(mine)))
+            with jax.enable_x64(True):
+                double = jax.tree.map(jnp.asarray, whole)
+                limits = jnp.int32(min(BURST, how.iterations - begun)), jnp.float64(how.tol)
+                ended = _solve_compiled(piece, wide, double, *limits, model=model, newton=how.newton, held=how.held)
+            for every, part in zip(state, ended, strict=True):
+                every[..., mine] = np.asarray(part)
+    return state

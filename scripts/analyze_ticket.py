@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from training.analysis import AnalysisConfig
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import ConfigError, Invocation, build, checked, run
 from training.download import DataUnavailable
 from training.pieces import Pieces

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from scripts.bench_inference import bandwidth, compare, measure, plain, plot, random_weights, table
 from sharding.errors import PlanError
+from sharding.plan import Plan
 from training.config import Invocation, build, run
 from training.transformer import TransformerConfig
 from training.workdir import resolve
@@ -25,7 +26,7 @@ def main(invocation: Invocation) -> int:
     console.print(f"{device}, {os.cpu_count()} cores; memory {speed / 1e9:.1f} GB/s ({source})", soft_wrap=True)
     rows = []
     for axes in c.plans:
-        for slots in c.slots:
+        for slots in (slots for slots in c.slots if slots % Plan(axes).data == 0):
             rows.append(measure(params, model, axes, slots, c, speed))
             console.print(table(rows[-1:]).splitlines()[-1], soft_wrap=True)
     found = compare(params, model, c)

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from lottery import imp, summary
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import Invocation, checked, run
 from training.download import DataUnavailable
 from training.levels import LevelStore

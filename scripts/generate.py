@@ -4,9 +4,9 @@ import sys
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import Invocation, build, checked, run
-from training.serving.load import SourceConfig, make_engine
+from training.serving.load import DraftConfig, SourceConfig, make_engine
 from training.serving.programs import ServeConfig
 from training.serving.requests import Sampling
 from training.serving.text import TextStream
@@ -20,7 +20,8 @@ def main(invocation: Invocation) -> int:
     source = build(SourceConfig, c.model, "config.model")
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     sampling = build(Sampling, c.sampling, "config.sampling")
-    engine, loaded = checked("config.model", make_engine, source, build(Plan, {}, "config", axes=c.plan), sizes)
+    plan, draft = build(Plan, {}, "config", axes=c.plan), build(DraftConfig, c.draft, "config.draft")
+    engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft)
     stream = TextStream(loaded.tokenizer)
 
     def show(text):

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from sharding.inference.quantize import QuantConfig, stored_bytes
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import Invocation, build, checked, run
 from training.next_token import make_loss
 from training.serving.load import SourceConfig, load

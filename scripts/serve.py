@@ -7,10 +7,10 @@ from rich.console import Console
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import Invocation, build, checked, run
 from training.serving.app import AppConfig, make_app
-from training.serving.load import SourceConfig, make_engine
+from training.serving.load import DraftConfig, SourceConfig, make_engine
 from training.serving.programs import ServeConfig
 from training.serving.service import Service
 
@@ -29,7 +29,8 @@ def main(invocation: Invocation) -> int:
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     plan = build(Plan, {}, "config", axes=c.plan)
     settings = build(AppConfig, c.app, "config.app", api_key=os.environ.get(c.api_key_variable, ""))
-    engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue)
+    draft = build(DraftConfig, c.draft, "config.draft")
+    engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft)
     if c.host not in LOOPBACK and not settings.api_key:
         logging.warning("%s is reachable from elsewhere and %s is not set: anybody may ask", c.host, c.api_key_variable)
     app = make_app(Service(engine), loaded.tokenizer, settings)

@@ -4,11 +4,11 @@ import time
 
 from rich.console import Console
 
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.config import Invocation, checked, run
 from training.download import DataUnavailable
 from training.pieces import Pieces
-from training.studies import distribution, instability, population, rewinding, transfer
+from training.studies import distribution, instability, population, rewinding, sources, sparse_training, transfer
 from training.studies.study import write_study
 from training.workdir import WorkdirMismatch, prepare
 
@@ -17,6 +17,8 @@ STUDIES = {
     "instability": instability.run,
     "population": population.run,
     "rewinding": rewinding.run,
+    "sources": sources.run,
+    "sparse_training": sparse_training.run,
     "transfer": transfer.run,
 }
 

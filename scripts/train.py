@@ -5,7 +5,8 @@ from rich.console import Console
 
 from sharding.distributed import DistributedError
 from sharding.errors import PlanError
-from training.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
+from training.artefacts import CheckpointDamaged, CheckpointMismatch
+from training.checkpoint import CheckpointConfig, Checkpoints
 from training.config import Invocation, build, run
 from training.download import DataUnavailable
 from training.logs import Logger

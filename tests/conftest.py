@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, checked shapes and types, and compiled programs kept between runs."""
 
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ if os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many small objects that live: at Python's own thresholds a tenth of the suite's time is the collector's.
+gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

@@ -1,16 +1,13 @@
 """Checkpoints that survive a kill at any moment: atomic, asynchronous, and checked when they are read.
 
-Orbax writes each checkpoint to a temporary directory and renames it, so a half-written one is never listed. What Orbax
-does not notice is a file that changed after it was written (a flipped byte restores as another number), so every
-checkpoint carries checksums of its arrays, computed on device, and `Checkpoints.restore_latest` walks back past a
-damaged one. This is the only module that imports Orbax.
+Orbax writes each checkpoint to a temporary directory and renames it, so a half-written one is never listed. Every one
+carries checksums (`training.artefacts`), and `Checkpoints.restore_latest` walks back past a damaged one. Only these two
+modules import Orbax.
 """
 
-import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +19,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from training.checksums import checksums, name_of, signature
+from training.artefacts import (
+    CheckpointDamaged,
+    abstract,
+    barrier,
+    read_meta,
+    read_state,
+    save_args,
+    short,
+)
 from training.logs import write_text
 
 BEST = "loss"  # the validation metric that ranks checkpoints; lower is better
-
-
-class CheckpointDamaged(RuntimeError):
-    """A checkpoint that is truncated, altered or unreadable."""
-
-
-class CheckpointMismatch(ValueError):
-    """A sound checkpoint of another model or optimizer."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,9 @@ class Checkpoints:
                 try:
                     float(json.loads(path.read_text(encoding="utf-8"))[BEST])
                 except (ValueError, TypeError, LookupError) as error:
-                    logging.warning("the validation loss kept in %s is unreadable (%s)", path, _short(error))
+                    logging.warning("the validation loss kept in %s is unreadable (%s)", path, short(error))
                     write_text(path, json.dumps({BEST: math.inf}))
-        _barrier("tessera:mend_ranks")
+        barrier("tessera:mend_ranks")
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -140,7 +136,7 @@ class Checkpoints:
         ranked = metrics is not None and BEST in metrics and math.isfinite(metrics[BEST])
         rank = {BEST: float(metrics[BEST]) if ranked and metrics is not None else math.inf}
         self._manager.save(
-            step, args=_save_args(state, {"data": data, "extra": dict(extra or {})}), metrics=rank, force=True
+            step, args=save_args(state, {"data": data, "extra": dict(extra or {})}), metrics=rank, force=True
         )
 
     def restore(self, step: int, like: PyTree = None) -> Restored:
@@ -162,8 +158,8 @@ class Checkpoints:
         def read(args: ocp.args.Composite) -> Any:
             return self._manager.restore(step, args=args)
 
-        meta = _read_meta(read, name)
-        state = _read_state(read, like, meta, name)
+        meta = read_meta(read, name)
+        state = read_state(read, like, meta, name)
         return Restored(step, state, meta["data"], meta["extra"])
 
     def restore_whole(self, step: int) -> Restored:
@@ -171,7 +167,7 @@ class Checkpoints:
         try:
             found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(self.directory / str(step) / "state"))
         except Exception as error:  # Orbax raises many kinds for files it cannot read
-            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {_short(error)}") from error
+            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {short(error)}") from error
 
         def wanted(leaf: Any) -> np.ndarray:  # its shape alone is looked at
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
@@ -215,7 +211,7 @@ class Checkpoints:
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in place.iterdir())
                 os.replace(self.directory / str(step), place / (f"{step}.{number}" if number else str(step)))
-        _barrier("tessera:set_aside")
+        barrier("tessera:set_aside")
         self._manager.close()
         self._manager = self._open()
 
@@ -240,124 +236,5 @@ class Checkpoints:
         self.close()
 
 
-def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
-    """Write one pytree as the directory `path`, which is absent or complete at any moment.
-
-    What stood there is replaced. `extra` are JSON-able values, read back by `load_extra`.
-    """
-    path = Path(path).absolute()
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    _barrier("tessera:save_tree")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(fresh, args=_save_args(tree, {"extra": dict(extra or {})}), force=True)
-    if jax.process_index() == 0:
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
-    _barrier("tessera:save_tree:done")
-
-
-def load_tree(path: Path | str, like: PyTree) -> PyTree:
-    """Read what `save_tree` wrote, into the structure, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
-
-    Raises:
-      FileNotFoundError: nothing is there.
-      CheckpointDamaged: it is truncated or altered.
-      CheckpointMismatch: it holds other arrays than `like`.
-    """
-    with _reader(path) as read:
-        return _read_state(read, abstract(like), _read_meta(read, str(path)), str(path))
-
-
-def load_extra(path: Path | str) -> dict[str, Any]:
-    """Read the `extra` values that `save_tree` wrote; same errors as `load_tree`."""
-    with _reader(path) as read:
-        return _read_meta(read, str(path))["extra"]
-
-
-class _reader:
-    """Opens an artefact of `save_tree` and gives the function that reads items of it."""
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path).absolute()
-        if not self.path.exists():
-            raise FileNotFoundError(f"nothing saved at {self.path}")
-
-    def __enter__(self) -> Any:
-        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        return lambda args: self._checkpointer.restore(self.path, args=args)
-
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
-
-
-def abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of a pytree without its arrays (NumPy arrays stay, and restore as NumPy)."""
-
-    def leaf(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
-
-    return jax.tree.map(leaf, tree)
-
-
 def _rank(metrics: Mapping[str, float]) -> float:
     return metrics[BEST]
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:
-    text = json.dumps(meta | {"arrays": checksums(state)})
-    sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
-
-
-def _read_meta(read: Any, name: str) -> dict[str, Any]:
-    try:
-        sealed = read(ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        text = sealed["text"]
-        sound = hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"]
-    except Exception as error:  # Orbax raises many kinds for files it cannot read
-        raise CheckpointDamaged(f"{name} is damaged: its description cannot be read ({_short(error)})") from error
-    if not sound:
-        raise CheckpointDamaged(f"{name} is damaged: the checksum of its description differs")
-    return json.loads(text)
-
-
-def _read_state(read: Any, like: PyTree, meta: dict[str, Any], name: str) -> PyTree:
-    wanted = (
-        None if like is None else {name_of(path): signature(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
-    )
-    saved = {path: (dtype, shape) for path, (dtype, shape, _, _) in meta["arrays"].items()}
-    if wanted is not None and wanted != saved:
-        paths = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
-        shown = "; ".join(
-            f"{path}: saved {_show(saved.get(path))}, wanted {_show(wanted.get(path))}" for path in paths[:5]
-        )
-        raise CheckpointMismatch(f"{name} holds other arrays than this run ({len(paths)} differ): {shown}")
-    try:
-        state = read(ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-    except Exception as error:
-        raise CheckpointDamaged(f"{name} is damaged: its arrays cannot be read ({_short(error)})") from error
-    found = checksums(state)
-    wrong = [path for path in found if found[path] != meta["arrays"][path]]
-    if wrong:
-        raise CheckpointDamaged(f"{name} is damaged: checksums differ for {', '.join(wrong[:5])}")
-    return state
-
-
-def _show(signature: tuple[str, list[int]] | None) -> str:
-    return "nothing" if signature is None else f"{signature[0]}{signature[1]}"
-
-
-def _short(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:160]}"

@@ -27,7 +27,8 @@ class ImageConfig:
       seed: which images those are. The test set does not depend on it.
       limit: training images to keep, the first of the others in the same random order; 0 keeps all.
       test_limit: test images to keep, the first ones; 0 keeps all. For runs on a laptop: intervals grow.
-      shrink: average over squares of so many pixels a side, which must divide the image's.
+      crop: pixels cut off at every border.
+      shrink: average over squares of so many pixels a side, which must divide what is left of the image's.
     """
 
     name: str = "digits"
@@ -36,11 +37,12 @@ class ImageConfig:
     seed: int = 0
     limit: int = 0
     test_limit: int = 0
+    crop: int = 0
     shrink: int = 1
 
     def __post_init__(self):
-        if self.limit < 0 or self.test_limit < 0 or self.shrink < 1:
-            limits = f"limit={self.limit}, test_limit={self.test_limit}"
+        if min(self.limit, self.test_limit, self.crop) < 0 or self.shrink < 1:
+            limits = f"limit={self.limit}, test_limit={self.test_limit}, crop={self.crop}"
             raise ValueError(f"{limits} must be 0 (all) or more, shrink={self.shrink} 1 or more")
 
 
@@ -140,7 +142,7 @@ def load_images(config: ImageConfig) -> ImageSplits:
     def convert(images, labels):
         scaled = images.astype(np.float32, order="C")  # CIFAR's planes come transposed
         scaled /= raw.white
-        return Images(_shrunk(scaled, config.shrink), labels.astype(np.int32))
+        return Images(_shrunk(_cropped(scaled, config.crop), config.shrink), labels.astype(np.int32))
 
     return ImageSplits(
         train=convert(raw.train_images[kept], raw.train_labels[kept]),
@@ -148,6 +150,13 @@ def load_images(config: ImageConfig) -> ImageSplits:
         test=convert(raw.test_images[:last], raw.test_labels[:last]),
         num_classes=10,
     )
+
+
+def _cropped(images: np.ndarray, border: int) -> np.ndarray:
+    height, width = images.shape[1:3]
+    if 2 * border >= min(height, width):
+        raise ValueError(f"crop={border} leaves nothing of images of {height} x {width}")
+    return images[:, border : height - border, border : width - border]
 
 
 def _shrunk(images: np.ndarray, side: int) -> np.ndarray:

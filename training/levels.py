@@ -7,7 +7,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from lottery.levels import Row
-from training.checkpoint import CheckpointDamaged, load_extra, load_tree, save_tree
+from training.artefacts import CheckpointDamaged, load_extra, load_tree, save_tree
 
 
 class LevelStore:

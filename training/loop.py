@@ -10,7 +10,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import PyTree
 
-from training.checkpoint import Checkpoints, abstract
+from training.artefacts import abstract
+from training.checkpoint import Checkpoints
 from training.logs import Logger
 from training.progress import Progress
 from training.stopping import Interrupted, Signals, Watch, metrics_row

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from training.checkpoint import load_tree, save_tree
+from training.artefacts import load_tree, save_tree
 from training.logs import write_text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from moe import losses
 from moe.experts import apply, dense, mixture
@@ -88,8 +88,11 @@ class SplitMoE(nn.Module):
     platform: str = ""
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Send every token to its experts, wherever they are, and bring the results back."""
+    def __call__(self, x_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"] | None = None) -> Array:
+        """Send every token to its experts, wherever they are, and bring the results [B, T, D] back.
+
+        Only the hash router reads the token ids.
+        """
         c, (b, t, d) = self.config, x_BTD.shape
         ep, tp = (next(iter(self.plan.present(axis)), None) for axis in ("ep", "tp"))
         ff = self.ff // self.plan.size("tp")
@@ -97,7 +100,8 @@ class SplitMoE(nn.Module):
         experts = c.router.experts // self.plan.size("ep")
         params = Kernels(self.width, ff, (experts,), activation, c.biases, name="experts")()
         with jax.named_scope("route"):
-            routing = gate(Router(c.router, self.width, name="router")(), x_ND, c.router)
+            tokens_N = None if tokens_BT is None else tokens_BT.reshape(b * t)
+            routing = gate(Router(c.router, self.width, name="router")(), x_ND, c.router, tokens_N=tokens_N)
         ahead: Any = {"implementation": "tpu"} if self.platform == "tpu" else {}
         with jax.named_scope("experts"):
             if ep is None:

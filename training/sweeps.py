@@ -16,8 +16,8 @@ from absl import logging
 from jaxtyping import Array
 
 from scaling.family import Readout, Run
+from training.artefacts import CheckpointDamaged, load_tree, save_tree
 from training.batches import index_block
-from training.checkpoint import CheckpointDamaged, load_tree, save_tree
 from training.text import TextConfig, load_text
 from training.trial import Course, Programs, State, Trial, TrialConfig, compile_programs
 

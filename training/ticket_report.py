@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from lottery import figures
+from lottery import curve_figures, figures
 from lottery.figures import arm_name, arms, main_arm, series
 from lottery.findings import ROUNDING, caveats, describe, findings
 from lottery.levels import Row, Store
@@ -133,7 +133,7 @@ def curves_section(rows: Rows) -> Section:
     """Learning curves at a few levels."""
     return Section(
         "Learning curves",
-        figures.curves_figure(rows),
+        curve_figures.curves_figure(rows),
         "Means over seeds; each line is labelled with its weights remaining, the dense network is dashed. The climb "
         "from chance at the start is cut off in the upper panels.",
     )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lottery import figures, findings, mask_figures, style
+from lottery import curve_figures, figures, findings, mask_figures, style
 
 ARMS = ("ticket", "reinit", "random_mask")
 RATE = 0.8
@@ -116,7 +116,7 @@ def test_every_figure_of_every_search_renders_without_warnings(case, recwarn):
                 row["early_stop_test_accuracy"] = row["early_stop_step"] = None
     else:
         rows = make_rows(**case)
-    made = [figures.accuracy_figure(rows), figures.speed_figure(rows), figures.curves_figure(rows)]
+    made = [figures.accuracy_figure(rows), figures.speed_figure(rows), curve_figures.curves_figure(rows)]
     made += [figures.layer_figure(rows, figures.main_arm(rows))]
     if figures.arms(rows):
         made.append(figures.difference_figure(rows, arm=figures.main_arm(rows)))
@@ -139,7 +139,7 @@ def test_curves_average_over_the_steps_all_seeds_have():
         {"curve": {"step": [1, 2, 3], "validation_loss": [3.0, 2.0, 1.0]}},
         {"curve": {"step": [2, 3, 4], "validation_loss": [4.0, 5.0, 6.0]}},
     ]
-    step, mean = figures.mean_curve(rows, "validation_loss")
+    step, mean = curve_figures.mean_curve(rows, "validation_loss")
     assert step.tolist() == [2, 3] and mean.tolist() == [3.0, 3.0]
 
 
@@ -161,7 +161,7 @@ def test_labels_that_fit_stay_where_they_are():
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_picked_levels_keep_the_ends(count, wanted):
     levels = list(range(3, 3 + count))
-    picked = figures.pick(levels, wanted)
+    picked = curve_figures.pick(levels, wanted)
     assert len(picked) <= wanted and set(picked) <= set(levels) and picked == sorted(picked)
     assert picked[0] == 3 and (wanted == 1 or picked[-1] == levels[-1])
 

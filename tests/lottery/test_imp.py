@@ -196,7 +196,8 @@ class Dying:
 
 
 @pytest.mark.parametrize(
-    ("level", "after", "rewind"), [(0, False, 2), (0, True, 0), (1, False, 0), (1, True, 2), (2, False, 2), (2, True, 0)]
+    ("level", "after", "rewind"),
+    [(0, False, 2), (0, True, 0), (1, False, 0), (1, True, 2), (2, False, 2), (2, True, 0)],
 )
 def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
     config = imp.SearchConfig(

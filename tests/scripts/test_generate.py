@@ -53,6 +53,10 @@ def generate(run, *settings):
     return subprocess.run(asked, env=ENVIRONMENT, capture_output=True, timeout=300)
 
 
+def draft_of(run):
+    return [f"--config.draft.dir={run}", "--config.draft.bits=8", "--config.draft.tokens=2"]
+
+
 def test_a_wrong_setting_and_a_missing_run_are_said_in_one_line(made_run, tmp_path):
     for settings, words in (
         (["--config.sampling.top_p=2.0"], b"top_p=2.0 must be in (0, 1]"),
@@ -69,6 +73,8 @@ def test_text_of_a_run_and_of_its_ticket_are_equal_and_start_with_the_prompt(mad
     assert done.stdout.startswith(b"def ") and len(done.stdout.decode()) > 6
     ticket = generate(made_run, f"--config.model.ticket={made_run}/ticket.safetensors")
     assert ticket.stdout == done.stdout
+    greedy = [generate(made_run, "--config.sampling.temperature=0.0", *more) for more in ([], draft_of(made_run))]
+    assert greedy[0].stdout == greedy[1].stdout != done.stdout
 
 
 @pytest.mark.slow

@@ -27,9 +27,20 @@ def script(name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["instability", "transfer", "population", "distribution", "rewinding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "instability:tiny",
+        "transfer:tiny",
+        "transfer:sources-tiny",
+        "population:tiny",
+        "distribution:tiny",
+        "rewinding:tiny",
+        "sparse_training:tiny",
+    ],
+)
 def test_a_study_writes_its_page_and_goes_on_from_its_pieces(name, tmp_path):
-    command = ("study", f"--config=configs/study_{name}.py:tiny", f"--workdir={tmp_path / 'run'}")
+    command = ("study", f"--config=configs/study_{name.replace(':', '.py:')}", f"--workdir={tmp_path / 'run'}")
     first = script(*command)
     assert first.returncode == 0, first.stderr
     table = (tmp_path / "run" / "table.md").read_text()
@@ -78,6 +89,10 @@ def test_a_finished_search_is_analysed(tmp_path):
         (("analyze_ticket", "--config.search="), "config.search: the workdir of a finished search is needed"),
         (("analyze_ticket", "--config.search=/nowhere"), "has no config.json"),
         (("study", "--config.name=stability"), "'stability' is not one of distribution"),
+        (
+            ("study", "--config=configs/study_sparse_training.py:tiny", "--config.search.scope=global"),
+            "config.search.scope: 'global' gives layers no counts to share",
+        ),
         (("find_ticket", "--config.search.structure=7x7"), "dense0/kernel: blocks of 7 x 7 do not divide a 64 x 300"),
     ],
 )

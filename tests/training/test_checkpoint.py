@@ -17,16 +17,8 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from training.checkpoint import (
-    CheckpointConfig,
-    CheckpointDamaged,
-    CheckpointMismatch,
-    Checkpoints,
-    abstract,
-    load_extra,
-    load_tree,
-    save_tree,
-)
+from training.artefacts import CheckpointDamaged, CheckpointMismatch, abstract, load_extra, load_tree, save_tree
+from training.checkpoint import CheckpointConfig, Checkpoints
 from training.checksums import checksums
 
 

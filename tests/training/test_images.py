@@ -69,6 +69,15 @@ def test_seed_moves_validation_but_never_test():
     np.testing.assert_array_equal(a.validation.labels, again.validation.labels)
 
 
+def test_borders_are_cut_and_squares_averaged():
+    whole, part = load_images(ImageConfig()), load_images(ImageConfig(crop=1, shrink=3))
+    check(part, (1197, 300, 300), (2, 2, 1))
+    np.testing.assert_allclose(part.test.images[:, 1, 0], whole.test.images[:, 4:7, 1:4].mean((1, 2)), rtol=1e-6)
+    for settings, message in (({"crop": 4}, "crop=4 leaves nothing of images of 8 x 8"), ({"shrink": 3}, "8 x 8")):
+        with pytest.raises(ValueError, match=message):
+            load_images(ImageConfig(**settings))
+
+
 @pytest.mark.parametrize("count", [0, 7, 1496])
 def test_validation_size(count):
     splits = load_images(ImageConfig(validation=count))

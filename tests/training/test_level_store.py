@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.checkpoint import CheckpointDamaged
+from training.artefacts import CheckpointDamaged
 from training.levels import LevelStore
 
 TREE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "masks": {"w": jnp.ones((2, 3), bool)}}

@@ -123,6 +123,8 @@ class Pages:
             *metrics.counter("requests_finished", "Texts ended, by reason.", dict(ends)),
             *metrics.counter("prompt_tokens", "Tokens read.", counts["prompt_tokens"]),
             *metrics.counter("tokens", "Tokens drawn.", counts["tokens"]),
+            *metrics.counter("drafted_tokens", "Tokens the draft model guessed.", counts["drafted"]),
+            *metrics.counter("accepted_tokens", "Of those, the ones that stayed.", counts["accepted"]),
             *metrics.gauge("waiting", "Texts waiting for a slot.", len(engine.waiting)),
             *metrics.gauge("running", "Texts that have a slot.", engine.running),
             *metrics.gauge("slots", "Slots there are.", len(engine.slots)),

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from sharding.inference.sample import Settings
+from sharding.inference.sample import Settings, greedy
 from training.serving.programs import Programs, Rows
 from training.serving.requests import PromptTooLong, QueueFull, Sampling, Text
+from training.serving.speculative import Speculating
 
 DEFAULT = Sampling()
 
@@ -24,22 +25,20 @@ class Engine:
     """Serves texts from the slots of some programs.
 
     Args:
-      programs: from `make_programs`.
+      programs: from `make_programs`, or two of them in `Speculating`.
       params: from `programs.place`.
       queue: texts that may wait for a slot.
     """
 
-    def __init__(self, programs: Programs, params: PyTree, queue: int = 64):
+    def __init__(self, programs: Programs | Speculating, params: PyTree, queue: int = 64):
         self.programs, self.params, self.queue = programs, params, queue
         slots = programs.config.slots
         self.waiting: deque[Text] = deque()
         self.slots: list[Text | None] = [None] * slots
         self.counts: Counter[str] = Counter()
-        self._state = programs.start()
+        self._state: Any = programs.start()
         self._last = np.zeros(slots, np.int32)
-        ones, zeros = np.ones(slots, np.float32), np.zeros(slots, np.float32)
-        whole = np.zeros(slots, np.int32)
-        self._settings = Settings(zeros, whole, ones, zeros.copy(), ones.copy(), whole.astype(np.uint32), whole.copy())
+        self._settings = Settings(*(np.array(leaf) for leaf in greedy(slots)))
         self._lock = threading.Lock()
         self._cancelled: set[Text] = set()
 
@@ -66,15 +65,13 @@ class Engine:
         Raises:
           QueueFull: too many texts wait.
           PromptTooLong: no room for a token after the prompt, or no prompt.
-          ValueError: a token outside the vocabulary, or top_k beyond the candidates.
+          ValueError: a token outside the vocabulary.
         """
         length, vocabulary = self.programs.config.length, self.programs.served.config.vocab_size
         if not 0 < len(prompt) < length:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; 1 to {length - 1} fit")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(f"token {max(prompt, key=abs)} is not in the vocabulary of {vocabulary}")
-        if sampling.top_k > self.programs.config.candidates:
-            raise ValueError(f"top_k={sampling.top_k}: at most {self.programs.config.candidates} here")
         text = Text(tuple(int(token) for token in prompt), sampling)
         if notify is not None:
             text.notify = notify
@@ -135,6 +132,8 @@ class Engine:
                 values.top_p,
                 values.min_p,
                 values.repetition_penalty,
+                values.presence_penalty,
+                values.frequency_penalty,
                 values.seed,
                 0,
             )
@@ -189,9 +188,14 @@ class Engine:
         self.counts["decode_steps"] += len(tokens)
         for text in running:
             slot = text.slot
-            for step in range(min(len(tokens), budget[slot])):
+            found = tokens[: budget[slot], slot]
+            found = found[found >= 0]
+            if isinstance(self.programs, Speculating):
+                self.counts["drafted"] += self.programs.drafted
+                self.counts["accepted"] += int((tokens[:, slot] >= 0).sum()) - 1
+            for step, token in enumerate(found):
                 if not text.finish:
-                    self._add(text, int(tokens[step, slot]), float(logprobs[step, slot]), last=step == len(tokens) - 1)
+                    self._add(text, int(token), float(logprobs[step, slot]), last=step == len(found) - 1)
 
     def _left(self, text: Text) -> int:
         room = self.programs.config.length - len(text.prompt)

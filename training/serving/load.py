@@ -1,7 +1,7 @@
 """Models to serve: a run of the training script, a ticket of it, or a Hugging Face directory."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from training.serving.engine import Engine
 from training.serving.huggingface import is_directory, load_directory
-from training.serving.programs import ServeConfig, make_programs
+from training.serving.programs import Programs, ServeConfig, make_programs
 from training.serving.quantized import quantise_decoder
 from training.serving.served import serve, shapes
+from training.serving.speculative import Speculating
 from training.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from training.transformer import TransformerConfig
 from training.warm_start import read_model
@@ -31,8 +32,10 @@ class SourceConfig:
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
       dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
-      bits: 0 keeps the weights, 8 and 4 round them to nearest (AWQ and GPTQ need text: `training.serving.quantized`).
+      bits: 0 keeps the weights, 8 and 4 round them.
       group: inputs that share a scale; 0 is all.
+      method: "rtn" (to nearest), "awq" or "gptq"; see `sharding.inference.quantize`.
+      calibration: a file of text such as the model reads, for AWQ and GPTQ.
     """
 
     dir: str = ""
@@ -41,6 +44,31 @@ class SourceConfig:
     dtype: str = ""
     bits: int = 0
     group: int = 0
+    method: str = "rtn"
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        if self.bits and self.method != "rtn" and not self.calibration:
+            raise ValueError(f"method={self.method!r} needs calibration, a file of text such as the model reads")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A second, small model that drafts for the first; see `training.serving.speculative`.
+
+    Attributes:
+      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` nothing is drafted.
+      plan: how it is split; "same" as the large model. Slots must be split over as many devices.
+      tokens: drafted per round.
+    """
+
+    dir: str = ""
+    ticket: str = ""
+    dtype: str = ""
+    bits: int = 0
+    group: int = 0
+    plan: str = "same"
+    tokens: int = 4
 
 
 class Loaded(NamedTuple):
@@ -92,6 +120,20 @@ def read_ticket(path: Path | str, config: TransformerConfig) -> PyTree:
     return params
 
 
+def read_calibration(path: Path | str, tokenizer: Tokenizer, rows: int = 32, length: int = 128) -> np.ndarray:
+    """Tokens int32 [rows, length] from places spread evenly over a file of text.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it has fewer than `length` tokens.
+    """
+    tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    if len(tokens) < length:
+        raise ValueError(f"{path} has {len(tokens)} tokens; calibration needs {length}")
+    starts = np.linspace(0, len(tokens) - length, rows).astype(int)
+    return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
+
+
 def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     """The tokenizer of a run (bytes, or the BPE it trained, kept in the cache directory) or of a directory.
 
@@ -113,20 +155,33 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     raise FileNotFoundError(f"{path} has no tokenizer.json; give one as tokenizer")
 
 
-def make_engine(source: SourceConfig, plan: Plan, sizes: ServeConfig, queue: int = 64) -> tuple[Engine, Loaded]:
+def make_engine(
+    source: SourceConfig, plan: Plan, sizes: ServeConfig, queue: int = 64, draft: DraftConfig = DraftConfig()
+) -> tuple[Engine, Loaded]:
     """A model from where it is kept to an engine that serves it, and what was loaded (its weights let go of).
 
     Raises:
-      PlanError: the plan does not fit the model, the sizes or the devices.
+      PlanError: the plan does not fit the model, the sizes or the devices; a draft that does not fit the model.
       and what `load` raises.
     """
     loaded = load(source)
-    params, config = loaded.params, loaded.config
+    programs, params = _programs(loaded, source, plan, sizes)
+    if not draft.dir:
+        return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
+    small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
+    split = plan if draft.plan == "same" else Plan(draft.plan)
+    drafting, draft_params = _programs(load(small), small, split, replace(sizes, groups=0))
+    both = Speculating(programs, drafting, draft.tokens)
+    return Engine(both, both.place(params, draft_params), queue), loaded._replace(params=None)
+
+
+def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:
+    params = loaded.params
     if source.bits:
-        params = quantise_decoder(params, config, QuantConfig(source.bits, "rtn", source.group))
-    params, served = serve(params, config, plan, source.dtype)
-    programs = make_programs(served, sizes)
-    return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
+        text = read_calibration(source.calibration, loaded.tokenizer) if source.method != "rtn" else None
+        params = quantise_decoder(params, loaded.config, QuantConfig(source.bits, source.method, source.group), text)
+    params, served = serve(params, loaded.config, plan, source.dtype)
+    return make_programs(served, sizes), params
 
 
 def _flat(tree: PyTree, prefix: str = "") -> dict[str, Any]:

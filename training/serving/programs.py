@@ -111,7 +111,7 @@ class Programs:
         vocabulary = self.served.config.vocab_size
 
         def make() -> State:
-            return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), bool))
+            return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
 
         if "start" not in self._made:
             self._made["start"] = jax.jit(make, out_shardings=shardings(self.mesh, self.state_specs))

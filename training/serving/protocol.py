@@ -15,13 +15,12 @@ IGNORED = {"user", "best_of", "metadata", "store", "service_tier"}
 FIELDS = {
     *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stream"),
     *("stream_options", "stop", "seed", "logprobs", "top_k", "min_p", "repetition_penalty", "stop_token_ids"),
+    *("presence_penalty", "frequency_penalty"),
 }
 # Settings that must keep the value that switches them off.
 OFF: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "tools": (None, []),
     "response_format": (None, {"type": "text"}),
@@ -84,6 +83,8 @@ def read_body(body: Any, tokenizer: Tokenizer, *, chat: bool, limit: int, max_ch
             top_p=_number(body, "top_p", float, 1.0),
             min_p=_number(body, "min_p", float, 0.0),
             repetition_penalty=_number(body, "repetition_penalty", float, 1.0),
+            presence_penalty=_number(body, "presence_penalty", float, 0.0),
+            frequency_penalty=_number(body, "frequency_penalty", float, 0.0),
             seed=first,
             max_tokens=limit if most is None else most,
             stop_tokens=tuple(_tokens(body.get("stop_token_ids") or [], "stop_token_ids")),

@@ -18,10 +18,12 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most probable token.
-      top_k: 0 is off; at most the server's `candidates`.
+      top_k: 0 is off.
       top_p: 1 is off.
       min_p: 0 is off.
       repetition_penalty: of tokens in the prompt or drawn before; 1 is off.
+      presence_penalty: taken off the logits of tokens drawn before; 0 is off.
+      frequency_penalty: the same for every time a token was drawn.
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
       max_tokens: tokens to draw at most.
       stop_tokens: tokens that end the text; they are not part of it.
@@ -32,6 +34,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     max_tokens: int = 16
     stop_tokens: tuple[int, ...] = ()
@@ -43,6 +47,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in 0..1"),
             "repetition_penalty": (0 < self.repetition_penalty <= 100, "in (0, 100]"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in -2..2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in -2..2"),
             "seed": (0 <= self.seed < 2**32, "in 0..2^32-1"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
         }

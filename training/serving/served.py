@@ -174,15 +174,7 @@ class Served:
             return feed_forward(replace(config, ff=self.local.ff_size), mlp, name)
         moe = self.config.moe
         ff = moe.width_of(self.config.ff_size)
-        return TokensIgnored(moe, self.plan, config.width, ff, (), self.platform, name=name)
-
-
-class TokensIgnored(SplitMoE):
-    """`SplitMoE`, which routes by activations alone, as a block with token ids calls it."""
-
-    def __call__(self, x_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"] | None = None) -> jax.Array:
-        """The layer's result; token ids are for the hash router, which `serve` refuses here."""
-        return super().__call__(x_BTD)
+        return SplitMoE(moe, self.plan, config.width, ff, (), self.platform, name=name)
 
 
 def serve(params: Mapping[str, Any], config: TransformerConfig, plan: Plan, dtype: str = "") -> tuple[PyTree, Served]:
@@ -209,8 +201,6 @@ def serve(params: Mapping[str, Any], config: TransformerConfig, plan: Plan, dtyp
         near = nearest_divisor(config.heads, tp)
         raise PlanError(f"plan {plan.axes!r}: {config.heads} heads do not divide by tp={tp}; nearest valid: tp={near}")
     if "routed" in config.pattern and plan.present("tp", "ep"):
-        if config.moe.router.name == "hash":
-            raise PlanError(f"plan {plan.axes!r}: router 'hash' reads token ids and runs without tp and ep only")
         if config.moe.biases and tp > 1:
             raise PlanError(f"plan {plan.axes!r}: experts with biases run without tp only")
     if tp > config.kv_size:

@@ -16,16 +16,14 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from lottery import align, controls, transfer
-from lottery import masks as masks_lib
-from lottery.style import MARKERS, PALETTE, canvas, titles
 from training.config import build
 from training.levels import LevelStore
-from training.page import Table
 from training.pieces import Pieces
-from training.studies.study import Study, with_interval
-from training.ticket_setup import Finished, Setup, make_setup, search_tickets, starts_of
+from training.studies.compared_masks import OWN, RANDOM, compare, train_masks
+from training.studies.study import Study
+from training.ticket_setup import Finished, Setup, make_setup, search_tickets
 
-MASKS = ("own", "other", "aligned by weights", "aligned by activations", "random")
+MASKS = (OWN, "other", "aligned by weights", "aligned by activations", RANDOM)
 
 
 @dataclass(frozen=True)
@@ -87,71 +85,26 @@ def _transfer(setup: Setup, study: TransferConfig, search: Finished, level: int)
         source = (target + 1) % len(seeds)
         theirs, here, there = one(masks, source), one(trained, target), one(trained, source)
         acts = [hidden_activations(params, x, study.layers) for params in (here, there)]
-        found["own"].append(one(masks, target))
+        found[OWN].append(one(masks, target))
         found["other"].append(theirs)
         by_weights = align.match_weights(here, there, spec)
         found["aligned by weights"].append(align.permute(theirs, by_weights, spec))
         found["aligned by activations"].append(align.permute(theirs, align.match_activations(*acts), spec))
-        found["random"].append(controls.shuffle_masks(theirs, key=jax.random.key(seed)))
-    stacks = [jax.tree.map(lambda *leaf: jnp.stack(leaf), *found[name]) for name in MASKS]
-    stacked = jax.tree.map(lambda *leaf: jnp.concatenate(leaf), *stacks)
-    weights = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(MASKS)), reset)
-    names = [name for name in MASKS for _ in seeds]
-    starts = starts_of(masks_lib.apply(weights, stacked), stacked, list(seeds) * len(MASKS), names, setup.search.rewind)
-    which = masks_lib.prunable(one(reset, 0), setup.search.rules)
-    result = []
-    for i, ((name, seed), row) in enumerate(zip(starts.names, setup.train(starts).rows, strict=True)):
-        both = controls.overlap(one(stacked, i), one(masks, i % len(seeds)), which)["*"]
-        keep = {k: row[k] for k in ("early_stop_test_accuracy", "final_test_accuracy", "early_stop_step")}
-        mine = {"mask": name, "seed": seed, "level": level, "overlap": both.shared / both.expected}
-        result.append({**mine, "density": float(masks_lib.density(one(stacked, i), which)), **keep})
-    return result
+        found[RANDOM].append(controls.shuffle_masks(theirs, key=jax.random.key(seed)))
+    return train_masks(setup, found, reset, seeds, level)
 
 
 def _study(rows: list[dict[str, Any]], setup: Setup) -> Study:
-    levels = sorted({row["level"] for row in rows})
-    cell = lambda mask, level: [row for row in rows if row["mask"] == mask and row["level"] == level]  # noqa: E731
-    value = "final_test_accuracy"
-    body, findings = [], []
-    figure, axes = canvas(1, width=7.2, height=3.6)
-    for level in levels:
-        base = {row["seed"]: row[value] for row in cell("random", level)}
-        plain = {row["seed"]: row[value] for row in cell("other", level)}
-        density = np.mean([row["density"] for row in cell("own", level)])
-        for i, name in enumerate(MASKS):
-            mine = cell(name, level)
-            gain = [row[value] - base[row["seed"]] for row in mine]
-            over = [row[value] - plain[row["seed"]] for row in mine]
-            body.append(
-                [f"{density:.1%}", name, with_interval([row[value] for row in mine])]
-                + [with_interval(gain) if name != "random" else None, with_interval(over) if name != "other" else None]
-                + [with_interval([row["overlap"] for row in mine], 1) if name != "own" else None]
-            )
-            height = [100 * g for g in gain]
-            place = levels.index(level) + (i - 2) * 0.14
-            axes[0].plot([place] * len(height), height, MARKERS[i], color=PALETTE[i], alpha=0.35, markersize=5)
-            mark: dict[str, Any] = {"marker": MARKERS[i], "color": PALETTE[i], "markersize": 8, "linestyle": "none"}
-            axes[0].plot([place], [np.mean(height)], label=name if level == levels[0] else None, **mark)
-        for name in MASKS[2:4]:
-            text = with_interval([row[value] - plain[row["seed"]] for row in cell(name, level)])
-            findings.append(f"At {density:.1%} of the weights, mask {name} minus mask as it is: {text} points.")
-    axes[0].set_xticks(range(len(levels)), [f"{np.mean([r['density'] for r in cell('own', n)]):.1%}" for n in levels])
-    titles(
-        axes[0], "A mask on another seed's weights", "weights remaining", "points over random masks of the same seed"
-    )
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="mask")
-    head = [
-        "weights",
-        "mask",
-        "test accuracy (%)",
-        "points over random",
-        "points over other",
-        "overlap with own/chance",
-    ]
     where = f"step {setup.search.rewind}" if setup.search.rewind else "the initialization"
     caption = (
         f"Every seed's weights at {where} under five masks: its own ticket's, the next seed's as it is and permuted to "
         "match this seed's dense network by weights or by activations, and random ones of the same density in every "
         "layer. Small marks are seeds, large ones means; accuracy after the last step."
     )
-    return Study("Carrying a mask to another initialization", findings, Table(head, body), figure, caption, rows)
+    words = {
+        "title": "Carrying a mask to another initialization",
+        "figure": "A mask on another seed's weights",
+        "second": "as it is",
+        "caption": caption,
+    }
+    return compare(rows, MASKS, "other", MASKS[2:4], words)

@@ -1,26 +1,33 @@
 from functools import partial
 
+import hypothesis
+import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from sharding.inference.sample import Settings, greedy, penalise, sample, uniform, warp
+from sharding.inference.cutoff import cutoff
+from sharding.inference.sample import DRAWN, READ, Settings, greedy, penalise, sample, uniform, warp
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 
 V = 16
+CUTOFF = jax.jit(partial(cutoff, tp=None))
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
 
-def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seed=0, index=0):
+def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seed=0, index=0, **drawn):
     def spread(value, dtype):
         return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
-    floats = (spread(x, jnp.float32) for x in (temperature, top_p, min_p, penalty))
-    t, p, m, r = floats
-    return Settings(t, spread(top_k, jnp.int32), p, m, r, spread(seed, jnp.uint32), spread(index, jnp.int32))
+    off = {"presence": 0.0, "frequency": 0.0} | drawn
+    t, *floats = (spread(x, jnp.float32) for x in (temperature, top_p, min_p, penalty, *off.values()))
+    return Settings(t, spread(top_k, jnp.int32), *floats, spread(seed, jnp.uint32), spread(index, jnp.int32))
 
 
 def kept(logits, **how):
@@ -48,10 +55,13 @@ CASES = [
 
 @pytest.mark.parametrize("how", CASES, ids=str)
 def test_what_may_be_drawn_is_what_the_definitions_say(how):
+    """By a full sort; with fewer candidates than tokens are left, the thresholds come from bisection."""
     logits = np.random.default_rng(0).normal(0, 2, (5, V)).astype(np.float32)
-    found = np.isfinite(jax.jit(partial(warp, tp=None))(jnp.asarray(logits), settings(5, **how)))
-    for row, allowed in zip(logits, found, strict=True):
-        assert set(np.flatnonzero(allowed).tolist()) == kept(row, **how)
+    for candidates in (2, 128):
+        cut = jax.jit(partial(warp, tp=None, candidates=candidates))
+        found = np.isfinite(cut(jnp.asarray(logits), settings(5, **how)))
+        for row, allowed in zip(logits, found, strict=True):
+            assert set(np.flatnonzero(allowed).tolist()) == kept(row, **how)
 
 
 @pytest.mark.parametrize("how", [CASES[1], CASES[-1]], ids=str)
@@ -59,7 +69,7 @@ def test_draws_have_the_distribution(how):
     logits = np.random.default_rng(1).normal(0, 1.5, V).astype(np.float32)
     draws = 4000
     rows = settings(draws, seed=np.arange(draws) % 37, index=np.arange(draws) // 37, **how)
-    tokens, logprobs = jax.jit(sample)(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), bool), rows)
+    tokens, logprobs = jax.jit(sample)(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), jnp.int32), rows)
     allowed = sorted(kept(logits, **how))
     p = np.exp(logits[allowed].astype(np.float64) / how["temperature"])
     counts = np.bincount(np.asarray(tokens), minlength=V)
@@ -69,32 +79,42 @@ def test_draws_have_the_distribution(how):
     np.testing.assert_allclose(logprobs, model[tokens], rtol=1e-5)
 
 
-@pytest.mark.parametrize("candidates", [pytest.param(4, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize("candidates", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_split_vocabulary_gives_the_same_tokens(candidates):
+    """Rows over dp too; in only one of the two parts is a nucleus larger than the candidates."""
     logits = jax.random.normal(jax.random.key(0), (12, 32)) * 2
-    seen = jax.random.bernoulli(jax.random.key(1), 0.3, (12, 32))
+    seen = jax.random.randint(jax.random.key(1), (12, 32), 0, 6)
     rows = settings(
         12,
         temperature=[0, 0.5, 1, 2] * 3,
-        top_k=[0, 3, 4, 0, 0, 0] * 2,
-        top_p=[1, 0.9, 0.5, 1] * 3,
+        top_k=[0, 3, 4, 0, 0, 0, 30, 0, 9, 0, 0, 0],
+        top_p=[1, 0.1, 0.1, 1, 1, 1] + [1, 0.95, 0.8, 0.99, 1, 0.9],
         min_p=[0, 0, 0.1] * 4,
         penalty=[1.0, 1.3] * 6,
+        presence=[0.0, 0.5, -0.5] * 4,
+        frequency=[0.0, 0.25] * 6,
         seed=np.arange(12),
         index=7,
     )
-    one = jax.jit(partial(sample, candidates=candidates))(logits, seen, rows)
-    mesh = make_mesh(Plan("tp=4"), jax.devices()[:4])
+    one = jax.jit(partial(sample, candidates=128))(logits, seen, rows)
     split = jax.shard_map(
         partial(sample, tp="tp", candidates=candidates),
-        mesh=mesh,
-        in_specs=(P(None, "tp"), P(None, "tp"), P()),
-        out_specs=P(),
+        mesh=make_mesh(Plan("dp=2, tp=4"), jax.devices()),
+        in_specs=(P("dp", "tp"), P("dp", "tp"), P("dp")),
+        out_specs=P("dp"),
         check_vma=False,
     )
     tokens, logprobs = jax.jit(split)(logits, seen, rows)
     assert tokens.tolist() == one[0].tolist()
     np.testing.assert_allclose(logprobs, one[1], rtol=1e-5)
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@given(hnp.arrays(np.float32, (1, 7), elements=FLOATS), st.integers(1, 7))
+def test_a_cutoff_by_bisection_is_the_kth_largest_to_the_last_bit(x, k):
+    ones, need = jnp.ones((1, 7)), jnp.array([k], jnp.float32)
+    found = CUTOFF(jnp.asarray(x), ones, need, jnp.zeros(1), jnp.array([True]))
+    assert found[0] == np.sort(x[0])[-k]
 
 
 def test_a_rows_noise_depends_on_nothing_but_its_seed_and_place():
@@ -109,6 +129,9 @@ def test_a_rows_noise_depends_on_nothing_but_its_seed_and_place():
 
 def test_greedy_takes_the_first_of_equals_and_the_penalty_pushes_both_signs_down():
     logits = jnp.array([[1.0, 3.0, 3.0, -1.0]])
-    assert jax.jit(sample)(logits, jnp.zeros((1, 4), bool), greedy(1))[0].tolist() == [1]
-    seen = jnp.array([[False, True, False, True]])
-    assert penalise(logits, seen, jnp.array([2.0])).tolist() == [[1.0, 1.5, 3.0, -2.0]]
+    assert jax.jit(sample)(logits, jnp.zeros((1, 4), jnp.int32), greedy(1))[0].tolist() == [1]
+    # The first token is new, the second was read, the third drawn twice, the last read and drawn.
+    seen = jnp.array([[0, READ, 2 * DRAWN, READ + DRAWN]])
+    assert penalise(logits, seen, settings(1, penalty=2.0)).tolist() == [[1.0, 1.5, 1.5, -2.0]]
+    assert penalise(logits, seen, settings(1, presence=0.5)).tolist() == [[1.0, 3.0, 2.5, -1.5]]
+    assert penalise(logits, seen, settings(1, frequency=0.5)).tolist() == [[1.0, 3.0, 2.0, -1.5]]

@@ -1,4 +1,4 @@
-"""Quantised and speculative decoding of whole decoders, and where served models come from."""
+"""Quantised decoding of whole decoders, and where served models come from."""
 
 from dataclasses import replace
 
@@ -12,15 +12,14 @@ from lottery import export, masks
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig, stored_bytes
-from sharding.inference.sample import Settings, greedy
 from sharding.plan import Plan
 from training.serving.engine import generate_all
-from training.serving.load import SourceConfig, make_engine, read_ticket
+from training.serving.load import SourceConfig, make_engine, read_calibration, read_ticket
 from training.serving.programs import ServeConfig, make_programs
 from training.serving.quantized import dequantise_layer, quantise_decoder
 from training.serving.requests import Sampling
 from training.serving.served import serve
-from training.serving.speculative import speculate
+from training.tokenizer import ByteTokenizer
 from training.transformer import Decoder, TransformerConfig
 
 DENSE = TransformerConfig(vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, ff=32)
@@ -66,42 +65,14 @@ def test_quantised_kernels_are_served_as_they_are(axes):
     np.testing.assert_allclose(found, logits(dequantise_layer(small, "float32"), DENSE)[:, -1], atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    made = []
-    for config, seed in ((DENSE, 0), (replace(DENSE, layers=1), 0)):
-        params, served = serve(weights(config, seed), config, Plan(""))
-        programs = make_programs(served, ServeConfig(slots=8, length=32, chunk=16))
-        made.append((programs, programs.place(params)))
-    return made
-
-
-@pytest.mark.slow
-def test_speculation_draws_the_large_models_own_greedy_tokens(pair):
-    target, draft = pair
-    lengths = np.array([16, 3, 7, 1, 12, 9, 16, 5])
-    prompts = np.where(np.arange(16)[None] < lengths[:, None], TEXT, 0)
-    found = speculate(target, draft, prompts, lengths, greedy(8), 10, drafted=3)
-    state, first = target[0].prefill(target[1], prompts, lengths)
-    tokens = [np.asarray(first).argmax(-1)]
-    for _ in range(9):
-        state, now = target[0].decode(target[1], state, tokens[-1], np.ones(8, bool))
-        tokens.append(np.asarray(now).argmax(-1))
-    assert np.array(found.tokens).tolist() == np.stack(tokens, 1).tolist()
-    assert 0 <= found.acceptance < 1
-    itself = speculate(target, target, prompts, lengths, greedy(8), 10, drafted=3)
-    assert itself.tokens == found.tokens and itself.acceptance == 1 and itself.rounds == 3
-
-
-@pytest.mark.slow
-def test_sampled_speculation_of_a_model_by_itself_keeps_everything(pair):
-    rows = greedy(8)._replace(temperature=jnp.ones(8), seed=jnp.arange(8, dtype=jnp.uint32))
-    found = speculate(pair[0], pair[0], TEXT, np.full(8, 16), rows, 8, drafted=3)
-    assert found.acceptance > 0.9  # p / q is 1 but for rounding
-    other = speculate(*pair, TEXT, np.full(8, 16), rows, 8, drafted=3)
-    assert [len(tokens) for tokens in other.tokens] == [8] * 8 and other.acceptance < 1
-    with pytest.raises(ValueError, match="penalty"):
-        speculate(*pair, TEXT, np.full(8, 16), Settings(*rows[:4], jnp.full(8, 1.2), *rows[5:]), 8)
+def test_calibration_text_comes_from_all_over_a_file(tmp_path):
+    (tmp_path / "text").write_text("ab" * 100)
+    rows = read_calibration(tmp_path / "text", ByteTokenizer(), 3, 128)
+    assert rows.shape == (3, 128) and rows[:, 0].tolist() == [97, 97, 97]
+    with pytest.raises(ValueError, match="200 tokens; calibration needs 201"):
+        read_calibration(tmp_path / "text", ByteTokenizer(), 3, 201)
+    with pytest.raises(ValueError, match="'gptq' needs calibration"):
+        SourceConfig("a run", bits=4, method="gptq")
 
 
 def test_a_ticket_is_served_with_zeros_outside_its_mask(tmp_path):

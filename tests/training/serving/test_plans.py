@@ -20,7 +20,8 @@ from training.transformer import Decoder, TransformerConfig
 
 DENSE = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=16)
 ROUTED = replace(DENSE, mlp="routed", moe=MoEConfig(router=RouterConfig(experts=8, k=2), shared=1))
-CONFIGS = {"dense": DENSE, "routed": ROUTED}
+HASHED = replace(DENSE, mlp="routed", moe=MoEConfig(router=RouterConfig(name="hash", experts=8, k=2)))
+CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED}
 SIZES = ServeConfig(slots=8, length=24, chunk=8)
 LENGTHS = np.array([12, 5, 8, 1, 9, 0, 3, 11], np.int32)
 STEPS = 4
@@ -35,15 +36,17 @@ SLOW_PLANS = [
     ("dense", "pp=4, dp=2"),
     *(
         (name, axes)
-        for name in CONFIGS
+        for name in ("dense", "routed")
         for axes in ("tp=8", "dp=8", "cp=8", "pp=2, tp=4", "fsdp=4, tp=2", "fsdp=2, cp=4")
     ),
     *(
         (name, axes)
-        for name in CONFIGS
+        for name in ("dense", "routed")
         for axes in ("pp=4, cp=2", "pp=2, cp=2, tp=2", "dp=4, tp=2", "dp=2, pp=2, tp=2")
     ),
     ("dense", "ep=2, cp=4"),
+    ("hashed", ""),
+    ("hashed", "ep=4, tp=2"),
     *(("routed", axes) for axes in ("ep=8", "ep=4, tp=2", "dp=2, ep=2, cp=2", "dp=2, cp=2, tp=2", "pp=4, dp=2")),
 ]
 

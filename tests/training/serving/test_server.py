@@ -105,7 +105,7 @@ def test_several_prompts_choices_chat_and_what_samplers_take(server):
     assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
     tokens = client.completions.create(model="tiny", prompt=[98, 99], max_tokens=4, seed=5)
     assert tokens.choices[0].text == many.choices[2].text
-    more = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.2}
+    more = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
     one = client.completions.create(model="tiny", prompt="a", max_tokens=6, seed=1, extra_body=more)
     other = client.completions.create(model="tiny", prompt="a", max_tokens=6, seed=2, extra_body=more)
     assert one.choices[0].text == other.choices[0].text, "top_k = 1 leaves nothing to the seed"
@@ -155,7 +155,7 @@ def test_what_is_wrong_is_said_in_the_clients_own_errors(server):
         {"top_p": 2},
         {"n": 99},
         {"prompt": ""},
-        {"presence_penalty": 1},
+        {"presence_penalty": 3},
         {"echo": True},
     ):
         with pytest.raises(openai.BadRequestError):

@@ -1,0 +1,42 @@
+"""Every way to a sparse network at equal density, LeNet on MNIST: tickets, sparse training, supermasks.
+
+What: three seeds; iterative magnitude pruning, random masks and pruning at initialization (SNIP's criterion is one
+setting away: --config.search.score=snip) from one search, then SET, RigL, straight-through magnitude training, the
+cubic schedule, early-bird tickets and edge-popup from the same initializations, all to the same number of weights.
+`config.study.methods` says which. `:tiny` is a minute on digits.
+Cost: see docs/results/sparse_training_mnist.md.
+Expected: iterative tickets, which take many runs, and pruning during training lead; a fixed random mask is last of
+those that train weights.
+Command: python scripts/study.py --config=configs/study_sparse_training.py --config.data.dir=DATA --workdir=runs/sparse
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "mnist") -> ConfigDict:
+    """The experiment; `arg` is "mnist" or "tiny" (digits, no files needed)."""
+    if arg not in ("mnist", "tiny"):
+        raise ValueError(f"configs/study_sparse_training.py:{arg}: choose 'mnist' or 'tiny'")
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.name = "sparse_training"
+    config.seeds = (0, 1) if tiny else (0, 1, 2)
+    config.lr = 1.2e-3
+    config.data = ConfigDict({"kind": "images", "name": "digits" if tiny else "mnist", "dir": ""})
+    config.data.update({"validation": 100 if tiny else 1000, "shrink": 1 if tiny else 2})
+    config.model = ConfigDict({"name": "lenet", "hidden": (32, 16) if tiny else (300, 100)})
+    config.optimizer = ConfigDict({"name": "adam"})
+    config.train = ConfigDict({"steps": "120it" if tiny else "1000it", "batch_size": 60, "eval_every": 100})
+    config.search = ConfigDict(
+        {
+            "levels": 2 if tiny else 6,
+            "scope": "erk",
+            "schedule": "geometric",
+            "density": 0.2 if tiny else 0.05,
+            "arms": ("ticket", "random_mask", "at_init"),
+            "rewind": "0it",
+        }
+    )
+    names = ("set", "rigl", "straight_through", "gradual", "early_bird", "popup")
+    config.study = ConfigDict({"methods": names, "moves": 20 if tiny else 50, "every": 20})
+    return config
