@@ -101,6 +101,9 @@ def get_config(arg: str = "full") -> ConfigDict:
     )
     # Where runs are carried out; not part of what they are. slots 0: one run per core.
     config.engine = ConfigDict({"name": "local", "slots": 0, "retries": 1, "options": ConfigDict()})
+    # begin: budgets, the cheapest first, that are read out before the planner chooses runs, `at_once` at a time, until the
+    # interval is as narrow as report.stop_at asks, `flops` are spent or nothing is left; 0: the whole plan.
+    config.planner = ConfigDict({"begin": 0, "at_once": 2, "flops": 0.0})
     # stop_at: half the interval of log N*(target) at which the sweep ends; 0 carries out the whole plan. target 0: ten
     # times the largest budget.
     config.report = ConfigDict({"resamples": 1000, "level": 0.95, "seed": 42, "target": 0.0, "stop_at": 0.0})

@@ -2,7 +2,9 @@
 
 A channel that nobody reads is dropped. One whose own weights are all zero is the same number everywhere in the image;
 since padding makes a constant differ at the borders, such channels are not folded into the next bias but merged into a
-single channel of ones, whose outgoing weights carry their sum. Runs on the host, once.
+single channel of ones, whose outgoing weights carry their sum. Behind group normalization nothing is constant, and a
+zero channel takes part in its group's statistics: there channels are dropped that nobody writes and nobody reads (as
+`lottery.coupled.keep_units` leaves them), and the smaller network counts them as zeros. Runs on the host, once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,24 +26,28 @@ class Link:
 
     writer: name of the convolution {kernel [h, w, I, C], bias [C] if any}.
     reader: name of the convolution {kernel [h, w, C, O]} or dense layer {kernel [C, O] or, flattened, [H W C, O]}.
-    norm: name of the batch normalization {scale, bias [C]}, with {mean, var [C]} under STATISTICS; "" for none.
+    norm: name of the normalization {scale, bias [C]}, "" for none: batch normalization with {mean, var [C]} under
+      STATISTICS, or
+    groups: group normalization in so many groups (at most C); 0 for batch normalization.
     """
 
     writer: str
     reader: str
     norm: str = ""
+    groups: int = 0
 
 
-def chain(convolutions: int, reader: str, norm: bool) -> tuple[Link, ...]:
+def chain(convolutions: int, reader: str, norm: bool, groups: int = 0) -> tuple[Link, ...]:
     """Links of conv0, conv1, ... with norm0, ... if any; the last one is read by the layer `reader`."""
     names = [*(f"conv{i}" for i in range(convolutions)), reader]
-    return tuple(Link(names[i], names[i + 1], f"norm{i}" if norm else "") for i in range(convolutions))
+    return tuple(Link(names[i], names[i + 1], f"norm{i}" if norm else "", groups) for i in range(convolutions))
 
 
-def residual(stages: int, blocks: int, norm: bool = True) -> tuple[Link, ...]:
+def residual(stages: int, blocks: int, norm: bool = True, groups: int = 0) -> tuple[Link, ...]:
     """Links inside the blocks of a ResNet: between the first and second convolution of stage0_0, stage0_1, ..."""
     names = [f"stage{stage}_{block}" for stage in range(stages) for block in range(blocks)]
-    return tuple(Link(f"{n}_first_conv", f"{n}_second_conv", f"{n}_first_norm" if norm else "") for n in names)
+    norms = [f"{n}_first_norm" if norm else "" for n in names]
+    return tuple(Link(f"{n}_first_conv", f"{n}_second_conv", at, groups) for n, at in zip(names, norms, strict=True))
 
 
 def channel_groups(links: Sequence[Link]) -> dict[str, tuple[Member, ...]]:
@@ -62,18 +68,47 @@ def compact_channels(
       eps: of the batch normalization.
 
     Returns:
-      (smaller params, numpy; channels left by writer, at least one each).
+      (smaller params, numpy; channels left by writer, at least one each). With group normalization the smaller network
+      also needs to know whose groups they were: `group_sizes`.
 
     Raises:
       ValueError: a layer that is missing or shapes that do not fit, naming them.
     """
+    tree, kept = _compacted(params, links, eps)
+    return tree, {writer: len(channels) for writer, channels in kept.items()}
+
+
+def group_sizes(params: Mapping[str, PyTree], links: Sequence[Link]) -> dict[str, tuple[int, ...]]:
+    """What compaction leaves of the groups, by writer: channels a group has now, then channels left of each group.
+
+    Args, Raises: as `compact_channels`, params before it. () for links without groups.
+    """
+    _, kept = _compacted(params, links, 1e-5)
+    found: dict[str, tuple[int, ...]] = {}
+    for link in links:
+        channels = np.shape(params[link.writer]["kernel"])[-1]
+        groups = min(link.groups, channels)
+        size = channels // groups if groups else 0
+        left = np.bincount(kept[link.writer] // size, minlength=groups).tolist() if size else []
+        found[link.writer] = (size, *left) if size else ()
+    return found
+
+
+def _compacted(
+    params: Mapping[str, PyTree], links: Sequence[Link], eps: float
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The smaller tree, and the channels kept of every writer."""
     tree: dict[str, Any] = jax.tree.map(np.asarray, dict(params))
     for link in links:
         tree = _merge_constants(tree, link, eps)
+    kept = {}
     for link in reversed(links):
-        read = _rows(tree, link).any((0, 2))
-        tree = _take(tree, link, np.flatnonzero(read) if read.any() else np.asarray([0]))
-    return tree, {link.writer: tree[link.writer]["kernel"].shape[-1] for link in links}
+        used = _rows(tree, link).any((0, 2))
+        if link.groups:
+            used |= tree[link.writer]["kernel"].any((0, 1, 2)) | (tree[link.writer].get("bias", np.zeros(1)) != 0)
+        kept[link.writer] = np.flatnonzero(used) if used.any() else np.asarray([0])
+        tree = _take(tree, link, kept[link.writer])
+    return tree, {link.writer: kept[link.writer] for link in links}
 
 
 def _rows(tree: Mapping[str, Any], link: Link) -> np.ndarray:
@@ -81,10 +116,10 @@ def _rows(tree: Mapping[str, Any], link: Link) -> np.ndarray:
     for name in (link.writer, link.reader, *([link.norm] if link.norm else [])):
         if name not in tree:
             raise ValueError(f"compact_channels: no layer {name}; layers: {', '.join(tree)}")
-    if link.norm and link.norm not in tree.get(STATISTICS, {}):
+    if link.norm and not link.groups and link.norm not in tree.get(STATISTICS, {}):
         raise ValueError(
-            f"compact_channels: {link.norm} has no running mean and variance under {STATISTICS}; channels are cut out "
-            "behind batch normalization or none: group normalization ties a group's channels together"
+            f"compact_channels: {link.norm} has no running mean and variance under {STATISTICS}: if it is group "
+            "normalization, the link needs its number of groups"
         )
     channels, kernel = tree[link.writer]["kernel"].shape[-1], tree[link.reader]["kernel"]
     inputs = kernel.size // kernel.shape[-1]
@@ -115,7 +150,7 @@ def _constant(tree: Mapping[str, Any], link: Link, eps: float) -> np.ndarray:
 def _merge_constants(tree: dict[str, Any], link: Link, eps: float) -> dict[str, Any]:
     rows = _rows(tree, link).copy()
     dead = np.flatnonzero(~tree[link.writer]["kernel"].any((0, 1, 2)))
-    if not len(dead):
+    if not len(dead) or link.groups:
         return tree
     constant = _constant(tree, link, eps)[dead]
     total = np.einsum("c,pco->po", constant, rows[:, dead])
@@ -138,6 +173,7 @@ def _take(tree: dict[str, Any], link: Link, keep: np.ndarray) -> dict[str, Any]:
     pick = lambda part: {name: leaf[..., keep] for name, leaf in part.items()}  # noqa: E731
     tree = {**tree, link.writer: pick(tree[link.writer])}
     if link.norm:
-        seen = {**tree[STATISTICS], link.norm: pick(tree[STATISTICS][link.norm])}
-        tree = {**tree, link.norm: pick(tree[link.norm]), STATISTICS: seen}
+        tree = {**tree, link.norm: pick(tree[link.norm])}
+    if link.norm and not link.groups:
+        tree = {**tree, STATISTICS: {**tree[STATISTICS], link.norm: pick(tree[STATISTICS][link.norm])}}
     return tree

@@ -106,9 +106,11 @@ def simulate_coverage(
         fitted = fit(seen, law, config, starts=around(theta))
         boot = refit(fitted, resamples(resampled, len(rows), seed=seed + 1 + sweep))
         converged.append(fitted.converged)
-        draws = _by_name(law, boot.theta_PB[:, boot.converged_B])
+        draws, here = (_by_name(law, x) for x in (boot.theta_PB[:, boot.converged_B], fitted.theta[:, None]))
+        sizes = len(rows), len(law.parameters)
         for name, f in quantities.items():
-            edges[name].append(bootstrap_interval(f(draws), len(rows), len(law.parameters), level, config.objective))
+            at = float(np.squeeze(f(here)))
+            edges[name].append(bootstrap_interval(f(draws), *sizes, level, config.objective, estimate=at))
         low, high = prediction_interval(fitted, boot, rows, level=level)
         fell.append(np.mean((low <= again) & (again <= high)))
         for name in profiled:

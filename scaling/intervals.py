@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import chi2, f, norm, t
+from scipy.stats import f, norm, t
 
 from scaling.bootstrap import Bootstrap, interval
-from scaling.fit import Fit, polish
+from scaling.fit import Fit, polish, thresholds
 from scaling.rows import Rows
 
 
@@ -29,15 +29,25 @@ class Profile(NamedTuple):
 
 
 def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
-    """Twice the log likelihood lost against the best fit, the scale of the residuals re-estimated at each point.
+    """Twice the log likelihood lost against the best fit, the scale of the residuals estimated.
 
-    For "laplace" and "normal" that is exact: 2 n log(S / S_0) and n log(S / S_0), S the sum of absolute values or of
-    squares. Huber residuals are mostly beyond delta on noisy rows, where the loss is delta times the absolute value, so
-    "huber" is read as "laplace"; on normal noise its intervals then hold 85 to 89% (docs/results/scaling_fits.md).
+    For "normal" that is exact: n log(S / S_0), S the sum of squares. Huber's loss and the absolute value are no
+    likelihood of the noise that is there, so what is lost of them is read as a quasi-likelihood: 2 (S - S_0) times
+    mean psi' / mean psi^2, which is chi-squared as a likelihood ratio is (Ronchetti 1982). psi' is a density at zero
+    where residuals are beyond delta; it is taken over the middle half of the residuals, those that the parameters
+    interpolate left out.
     """
-    rows = len(fitted.rows)
-    factor = rows if fitted.config.objective == "normal" else 2 * rows
-    return factor * np.log(np.asarray(objectives) / fitted.value)
+    lost = np.asarray(objectives) - fitted.value
+    rows, parameters = len(fitted.rows), len(fitted.law.parameters)
+    if fitted.config.objective == "normal":
+        return rows * np.log1p(lost / fitted.value)
+    delta, spare = thresholds(fitted.config)[-1], max(rows - parameters, 1)
+    size = np.sort(np.abs(fitted.residuals))
+    middle = max(delta, float(size[min(parameters + spare // 2, rows - 1)]))
+    inside = max(int(np.sum(size <= middle)) - parameters, 1) / spare
+    bend = delta / middle * inside
+    square = float(np.sum(np.minimum(size, delta) ** 2)) / spare
+    return 2 * lost * bend / square
 
 
 def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Profile:
@@ -49,8 +59,8 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
       values: increasing natural values around the estimate.
       level: of the interval; its ends are interpolated, and infinite where `values` do not reach far enough.
 
-    The threshold is chi-squared's, for "normal" the one that makes it exact for a linear law: with F's quantile q for 1
-    and R - P degrees of freedom, R log(1 + q / (R - P)).
+    The threshold is F's quantile q for 1 and R - P degrees of freedom, for "normal" what makes it exact for a linear
+    law: R log(1 + q / (R - P)).
     """
     law = fitted.law
     index = law.parameters.index(name)
@@ -58,10 +68,10 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
     theta = np.repeat(fitted.theta[:, None], len(values), 1)
     theta[index] = np.log(values) if name in law.positive else values
     solved = polish(theta, np.ones((len(fitted.rows), 1)), fitted.rows, law, fitted.config, held=(index,))
-    threshold = float(chi2.ppf(level, 1))
+    spare = max(len(fitted.rows) - len(law.parameters), 1)
+    threshold = float(f.ppf(level, 1, spare))
     if fitted.config.objective == "normal":
-        spare = max(len(fitted.rows) - len(law.parameters), 1)
-        threshold = len(fitted.rows) * float(np.log1p(f.ppf(level, 1, spare) / spare))
+        threshold = len(fitted.rows) * float(np.log1p(threshold / spare))
     over = relative_likelihood(fitted, solved.value) - threshold
     return Profile(values, solved.value, over <= 0, _crossings(values, over))
 
@@ -81,29 +91,29 @@ def _crossings(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def widened_level(level: float, units: int, parameters: int) -> float:
-    """The nominal level whose bootstrap percentiles cover `level`: Hesterberg's (2015) expanded percentiles.
+def student_level(level: float, spare: int) -> float:
+    """The level whose normal quantile is Student's of `level` with `spare` degrees of freedom, for few rows.
 
-    A pairs bootstrap of R rows and P parameters understates the spread by sqrt((R - P) / R), and normal quantiles stand
-    where Student's belong: the percentiles are taken at Phi(-+ sqrt(R / (R - P)) t). They transform with the quantity,
-    so an interval of log A is that of A.
+    Percentiles transform with the quantity, so an interval of log A is that of A.
     """
-    spare = max(units - parameters, 1)
-    return float(2 * norm.cdf(np.sqrt(units / spare) * t.ppf(0.5 + level / 2, spare)) - 1)
+    return float(2 * norm.cdf(t.ppf(0.5 + level / 2, max(spare, 1))) - 1)
 
 
 def bootstrap_interval(
-    draws: Float[np.ndarray, "... B"],
+    draws: Float[np.ndarray, "B"],
     units: int,
     parameters: int,
     level: float = 0.95,
     objective: str = "normal",
-) -> Float[np.ndarray, "2 ..."]:
-    """The percentile interval of bootstrap draws in the last axis that covers the level.
+    *,
+    estimate: float | None = None,
+) -> Float[np.ndarray, "2"]:
+    """The percentile interval of bootstrap draws that covers the level.
 
-    Least squares gets expanded percentiles (`widened_level`); the draws of "huber" and "laplace", whose end points are
-    near order statistics, scatter more than the estimates they stand for, and plain percentiles cover (both measured in
-    docs/results/scaling_fits.md).
+    Least squares takes percentiles at Student's level. End points of "huber" and "laplace" lie near order statistics:
+    their draws scatter more than the estimates they stand for, to one side of the estimate in one sweep and to the
+    other in the next, and bias-corrected percentiles (Efron 1981) follow that. Both are measured in
+    docs/results/scaling_fits.md.
 
     Args:
       draws: of any quantity.
@@ -111,8 +121,17 @@ def bootstrap_interval(
       parameters: of the law.
       level: wanted coverage.
       objective: of the fit, see `scaling.fit.FitConfig`.
+      estimate: the quantity at the full fit; without one (or where it is not finite) nothing is corrected.
     """
-    return interval(draws, widened_level(level, units, parameters) if objective == "normal" else level)
+    if objective == "normal":
+        return interval(draws, student_level(level, units - parameters))
+    if estimate is None or not np.isfinite(estimate):
+        return interval(draws, level)
+    count = len(draws)
+    below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate) + 0.5) / (count + 1)
+    edge = float(norm.ppf(0.5 + level / 2))
+    shares = norm.cdf(2 * norm.ppf(below) + np.array([-edge, edge]))
+    return np.percentile(draws, 100 * shares)
 
 
 def prediction_interval(fitted: Fit, boot: Bootstrap, rows: Rows, *, level: float = 0.95) -> Float[np.ndarray, "2 R"]:

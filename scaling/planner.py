@@ -95,6 +95,7 @@ def choose(
     budget: float,
     noise: float,
     affordable: float = np.inf,
+    cost: Float[np.ndarray, "K"] | None = None,
 ) -> Choice:
     """Rank candidate runs by how much each takes off the variance of log N*(budget) per FLOP it costs.
 
@@ -106,11 +107,13 @@ def choose(
       budget: the target, FLOPs.
       noise: standard deviation of log loss between runs.
       affordable: most FLOPs one run may cost.
+      cost: FLOPs of each candidate; 6 N D if None.
 
     Raises:
       ValueError: no candidate is affordable, or the runs made do not determine the law.
     """
-    cost = PER_PARAMETER_AND_TOKEN * candidates[0] * candidates[1]
+    if cost is None:
+        cost = PER_PARAMETER_AND_TOKEN * candidates[0] * candidates[1]
     if not (cost <= affordable).any():
         raise ValueError(f"no candidate costs {affordable:.3g} FLOPs or less; the cheapest costs {cost.min():.3g}")
     gradient = target_gradient(law, theta_P, budget)
@@ -194,31 +197,47 @@ def buy(
     return Sweep(rows, fitted, widths, float(rows["flops"].sum()))
 
 
-def next_run(fitted: Fit, candidates: Rows, *, budget: float, affordable: float = np.inf) -> int:
+def next_run(
+    fitted: Fit,
+    candidates: Rows,
+    *,
+    budget: float,
+    affordable: float = np.inf,
+    made: Float[np.ndarray, "2 M"] | None = None,
+    cost: Float[np.ndarray, "K"] | None = None,
+) -> int:
     """Index of the candidate to buy next after a fit.
 
     The best by `choose`; where the fit has no inner optimum yet, or does not determine its parameters, the one farthest
     (in log params and log tokens, per log FLOP) from every run there is.
 
+    Args:
+      fitted: the fit.
+      candidates: runs that can be bought.
+      budget: the target, FLOPs.
+      affordable: most FLOPs one run may cost.
+      made: params and tokens of all runs counted on; those of the fit if None.
+      cost: FLOPs of each candidate; its `flops` if None.
+
     Raises:
       ValueError: no candidate is affordable.
     """
-    made = fitted.rows["params"], fitted.rows["tokens"]
+    known = (fitted.rows["params"], fitted.rows["tokens"]) if made is None else (made[0], made[1])
     sizes = candidates["params"], candidates["tokens"]
-    cheap = candidates["flops"] <= affordable
+    flops = candidates["flops"] if cost is None else cost
+    cheap = flops <= affordable
     if not cheap.any():
-        least = candidates["flops"].min()
-        raise ValueError(f"no candidate costs {affordable:.3g} FLOPs or less; the cheapest costs {least:.3g}")
-    noise = noise_of(fitted)
+        raise ValueError(f"no candidate costs {affordable:.3g} FLOPs or less; the cheapest costs {flops.min():.3g}")
+    limits = {"budget": budget, "noise": noise_of(fitted), "affordable": affordable}
     try:
-        found = choose(fitted.law, fitted.theta, made, sizes, budget=budget, noise=noise, affordable=affordable)
+        found = choose(fitted.law, fitted.theta, known, sizes, cost=flops, **limits)
     except ValueError:
         found = None
     if found is not None and np.isfinite(found.before):
         return found.best
-    here, there = (np.log(np.stack(pair, 1)) for pair in (made, sizes))
+    here, there = (np.log(np.stack(pair, 1)) for pair in (known, sizes))
     distance = np.linalg.norm(there[:, None] - here[None], axis=2).min(1)
-    return int(np.argmax(np.where(cheap, distance / np.log(candidates["flops"]), -np.inf)))
+    return int(np.argmax(np.where(cheap, distance / np.log(flops), -np.inf)))
 
 
 def suggest(fitted: Fit, budget: float, *, budgets: int = 4, sizes: int = 13) -> list[dict[str, float]]:

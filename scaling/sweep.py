@@ -74,9 +74,14 @@ class Status:
     errors: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        count = len(self.runs)
-        self.states, self.steps = self.states or ["waiting"] * count, self.steps or [0] * count
-        self.losses, self.tries = self.losses or [None] * count, self.tries or [0] * count
+        self.runs, planned = [], self.runs
+        self.extend(planned)
+
+    def extend(self, runs: Sequence[Run]) -> None:
+        """More runs of the plan, all waiting."""
+        self.runs = [*self.runs, *runs]
+        for values, value in ((self.states, "waiting"), (self.steps, 0), (self.losses, None), (self.tries, 0)):
+            values += [value] * len(runs)
 
 
 def sweep(
@@ -88,6 +93,7 @@ def sweep(
     config: SweepConfig = SweepConfig(),
     *,
     enough: Callable[[list[Row]], bool] | None = None,
+    more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None = None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> list[Row]:
     """Carry out a table of runs.
@@ -101,6 +107,9 @@ def sweep(
       config: retries and polling.
       enough: asked about the rows so far after every run, in the order of the plan; True ends the sweep, and later runs
         are left out of the CSV even if they are finished.
+      more: asked for further runs, given the rows and the runs so far, whenever all runs have ended; the sweep goes on
+        with them until there are none. Runs of the same settings may come again with other readouts. It must depend on
+        nothing else: a restart asks it again.
       watch: called now and then.
 
     Returns:
@@ -109,7 +118,7 @@ def sweep(
     Raises:
       RunFailed: after everything else is done, if runs failed more often than `config.retries`.
     """
-    state = _Sweep(runs, train, store, engine, Path(path), config, enough)
+    state = _Sweep(runs, train, store, engine, Path(path), config, enough, more)
     try:
         while state.turn():
             watch(state.status)
@@ -118,8 +127,8 @@ def sweep(
     finally:
         engine.stop([job for _, job in state.running])
     if state.status.errors:
-        lines = [f"  {runs[i].name}: {error}" for i, error in sorted(state.status.errors.items())]
-        raise RunFailed(f"{len(lines)} of {len(runs)} runs failed; start again to retry:\n" + "\n".join(lines))
+        lines = [f"  {state.runs[i].name}: {error}" for i, error in sorted(state.status.errors.items())]
+        raise RunFailed(f"{len(lines)} of {len(state.runs)} runs failed; start again to retry:\n" + "\n".join(lines))
     return state.rows
 
 
@@ -135,25 +144,43 @@ class _Sweep:
         path: Path,
         config: SweepConfig,
         enough: Callable[[list[Row]], bool] | None,
+        more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None,
     ):
         self.runs, self.train, self.store, self.engine = list(runs), train, store, engine
-        self.path, self.config, self.enough = path, config, enough
+        self.path, self.config, self.enough, self.more = path, config, enough, more
         self.status = Status(self.runs)
         self.running: list[tuple[int, Job]] = []
         self.waiting = list(range(len(self.runs)))
         self.rows: list[Row] = []
         self.next = 0  # the first run that is not in the CSV
         self.over = False
-        keys = [run.key for run in self.runs]
-        if len(set(keys)) < len(keys):
-            twice = sorted({run.name for run in self.runs if keys.count(run.key) > 1})
-            raise ValueError(f"runs with the same settings are planned twice: {', '.join(twice)}")
+        self._check(self.runs)
         self._write("")
+
+    def _check(self, runs: Sequence[Run]) -> None:
+        """No two runs of the same settings side by side: they would write the same files."""
+        keys = [run.key for run in runs]
+        if len(set(keys)) < len(keys):
+            twice = sorted({run.name for run in runs if keys.count(run.key) > 1})
+            raise ValueError(f"runs with the same settings are planned twice: {', '.join(twice)}")
+
+    def _grow(self) -> None:
+        """Ask for more runs when all there are have ended."""
+        while self.more and not self.over and self.next == len(self.runs):
+            further = list(self.more(self.rows, self.runs))
+            if not further:
+                return
+            self._check(further)
+            self.waiting += range(len(self.runs), len(self.runs) + len(further))
+            self.runs += further
+            self.status.extend(further)
+            self._append()
 
     def turn(self) -> bool:
         """Look at the runs under way, write rows, start runs; whether there is more to do."""
         self._collect()
         self._append()
+        self._grow()
         if self.over:
             for i, state in enumerate(self.status.states):
                 if state in ("waiting", "running") and i >= self.next:

@@ -1,13 +1,14 @@
 """Carry out a sweep and fit it: `python scripts/sweep.py --config=configs/isoflop.py:tiny --workdir=runs/isoflop`."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from rich.console import Console
 
 from scaling.engines import EngineConfig, make_engine
 from scaling.family import Family, PlanConfig, plan_runs
+from scaling.purchases import PlannerConfig, choose_runs, first_table
 from scaling.store import Store
 from scaling.sweep import RunFailed, SweepConfig, sweep
 from training.config import Invocation, build, checked, run
@@ -30,21 +31,29 @@ def main(invocation: Invocation) -> None:
     plan = build(PlanConfig, c.plan, "config.plan")
     engine = build(EngineConfig, c.engine, "config.engine")
     report = build(ReportConfig, c.report, "config.report")
+    planner = build(PlannerConfig, c.get("planner", {}), "config.planner")
     common = {"training": trial.settings(), "data": asdict(text) | {"sha256": splits.content_hash}}
     runs = checked("config.plan", plan_runs, family, plan, resolve(common))
     # Where runs are carried out, and what is read off their rows, is not part of what they are.
-    settings = {name: value for name, value in resolve(c).items() if name not in ("engine", "report")}
+    settings = {name: value for name, value in resolve(c).items() if name not in ("engine", "report", "planner")}
     workdir = prepare(invocation.workdir or f"runs/{invocation.name}", settings | {"data_sha256": splits.content_hash})
     console = Console()
+    table, more = runs, None
+    if planner.begin:
+        # The target must not move as larger budgets come in.
+        report = replace(report, target=report.target or 10 * max(r.budget for run in runs for r in run.readouts))
+        table = checked("config.planner", first_table, runs, planner)
+        more = partial(choose_runs, runs=runs, config=planner, target=report.target)
     with SweepTable() as watch:
         sweep(
-            runs,
+            table,
             partial(train_run, text=text, config=trial),
             Store(workdir / "runs"),
             make_engine(engine, workdir / "logs", compile_cache(workdir / "compiled")),
             workdir / "runs.csv",
             SweepConfig(retries=engine.retries),
             enough=partial(enough, config=report) if report.stop_at else None,
+            more=more,
             watch=watch,
         )
     lines, page = sweep_report(workdir, report, length=family.length)

@@ -87,10 +87,10 @@ def gather_params(
     return jax.tree_util.tree_map_with_path(gather, params, specs)
 
 
-def keep_gathers_out(policy: Callable[..., bool], fsdp: str | None) -> Callable[..., bool]:
+def keep_gathers_out(policy: Callable[..., Any], fsdp: str | None) -> Callable[..., Any]:
     """A checkpoint policy that never saves gathered parameters: the backward pass gathers them again (ZeRO-3)."""
 
-    def saveable(primitive, *args, **params) -> bool:
+    def saveable(primitive: Any, *args: Any, **params: Any) -> Any:
         if fsdp is not None and primitive.name == "all_gather" and fsdp in params.get("axis_name", ()):
             return False
         return policy(primitive, *args, **params)

@@ -5,6 +5,7 @@ Axes: B batch, H and W height and width, C channels, I and O channels in and out
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ("auto", "conv", "patches")
@@ -106,4 +107,36 @@ def group_norm(
     variance = grouped.var((1, 2, 4), keepdims=True)
     flat = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x_BHWC.shape)
     shape = (1, 1, 1, -1)
+    return (flat * scale.reshape(shape) + bias.reshape(shape)).astype(x_BHWC.dtype)
+
+
+def cut_group_norm(
+    x_BHWC: Float[Array, "B H W C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    size: int,
+    left: tuple[int, ...],
+    eps: float = 1e-5,
+) -> Float[Array, "B H W C"]:
+    """`group_norm` where channels that are zero everywhere were cut out: they still count in their group's statistics.
+
+    Args:
+      x_BHWC: the channels that are left, in order. scale, bias: theirs.
+      size: channels every group had. left: channels left of each group, from 0 to size, C together.
+
+    Raises:
+      ValueError: numbers that do not fit.
+    """
+    _, height, width, channels = x_BHWC.shape
+    if sum(left) != channels or min(left) < 0 or max(left) > size:
+        raise ValueError(f"groups of {left} channels, once of {size}, do not make {channels} channels")
+    group_C = np.repeat(np.arange(len(left)), left)
+    member_CG = jnp.asarray(np.eye(len(left), dtype=np.float32)[group_C])
+    x, pixels = x_BHWC.astype(jnp.float32), height * width
+    mean_BG = x.sum((1, 2)) @ member_CG / (size * pixels)
+    centred = x - mean_BG[:, None, None, group_C]
+    gone_G = pixels * (size - np.asarray(left, np.float32))
+    variance_BG = ((centred**2).sum((1, 2)) @ member_CG + gone_G[None] * mean_BG**2) / (size * pixels)
+    shape = (1, 1, 1, -1)
+    flat = centred * jax.lax.rsqrt(variance_BG + eps)[:, None, None, group_C]
     return (flat * scale.reshape(shape) + bias.reshape(shape)).astype(x_BHWC.dtype)

@@ -46,7 +46,7 @@ def estimate_costs(parts: DecoderParts, placed: StateParts, batch_size: int, len
     z = local_sizes(config, plan, batch_size, length, accumulate)
     stages = plan.size("pp")
     rounds = accumulate * (plan.microbatch_count if stages > 1 else 1)
-    passes = PASSES[config.remat] + (stages > 1)  # a stage computes its layers again
+    passes = _mean(config, PASSES) + (stages > 1)  # a stage computes its layers again
     forward = _layer_flops(config, z, length)
     head = 2.0 * z.b * z.t * z.D * z.V
     flops = rounds * (passes * sum(forward) + 3 * head)
@@ -61,12 +61,19 @@ def estimate_costs(parts: DecoderParts, placed: StateParts, batch_size: int, len
 
 
 # How often a layer's products run: forward, and twice for the backward pass; again where they are computed again.
-PASSES = {"none": 3.0, "dots": 3.2, "full": 4.0}
+# Naming what to keep saves some of the second forward pass; counted is all of it.
+PASSES = {"none": 3.0, "dots": 3.2, "full": 4.0, "names": 4.0}
+AGAIN = {"none": 0.0, "dots": 0.0, "full": 1.0, "names": 1.0}
 
 
-def forward_passes(config: TransformerConfig, plan: Plan) -> int:
+def _mean(config: TransformerConfig, by_base: dict[str, float]) -> float:
+    """Mean over layers of a number that belongs to how they are recomputed."""
+    return sum(by_base[way.base] * way.layers for way in config.remat_groups) / config.layers
+
+
+def forward_passes(config: TransformerConfig, plan: Plan) -> float:
     """How often a layer runs forward in a step: once, again if it is recomputed, and again in a pipeline's stage."""
-    return 1 + (config.remat == "full") + (plan.size("pp") > 1)
+    return 1 + _mean(config, AGAIN) + (plan.size("pp") > 1)
 
 
 def _layer_flops(config: TransformerConfig, z: Sizes, length: int) -> tuple[float, float, float]:
@@ -131,7 +138,7 @@ def _times(parts: DecoderParts, rounds: int) -> int:
     return rounds if parts.plan.size("pp") == 1 else max(1, rounds // parts.plan.microbatch_count)
 
 
-def _context(plan: Plan, z: Sizes, n: int, again: int) -> float:
+def _context(plan: Plan, z: Sizes, n: int, again: float) -> float:
     """Bytes of one layer's attention over cp."""
     if plan.context == "all_to_all":
         return (again + 1) * (n - 1) / n * z.b * z.t * (2 * z.H + 2 * z.K) * z.h * z.item

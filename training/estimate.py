@@ -39,6 +39,7 @@ class Memory:
       feed_forward: of one layer, dense or experts, forward and backward.
       gathered: parameters made whole over fsdp for one layer, and their gradients.
       logits: of the head, and their gradient.
+      host: offloaded activations in the host's memory, per device; no part of the total.
     """
 
     params: float
@@ -49,6 +50,7 @@ class Memory:
     feed_forward: float
     gathered: float
     logits: float
+    host: float = 0.0
 
     @property
     def state(self) -> float:
@@ -62,8 +64,8 @@ class Memory:
         return self.state + self.saved + max(self.logits, self.gradients + layer)
 
     def rows(self) -> list[tuple[str, float]]:
-        """(part, bytes) in order."""
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        """(part, bytes) of the device in order."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "host"]
 
 
 class Sizes(NamedTuple):
@@ -137,7 +139,7 @@ def estimate_memory(
     z = local_sizes(config, plan, batch_size, length, accumulate)
     params = sum(one.bytes for one in placed["params"])
     gradients = params * (2 if accumulate > 1 or plan.size("pp") > 1 else 1)
-    saved = _saved(config, plan, z, length)
+    saved, host = _saved(config, plan, z, length)
     layer = _layer_bytes(parts, placed["params"]) * z.item // F32
     logits = z.b * z.t * z.V * F32
     return Memory(
@@ -149,6 +151,7 @@ def estimate_memory(
         feed_forward=_feed_forward(z),
         gathered=2.0 * layer,
         logits=LOGITS * logits + z.D * z.V * z.item,
+        host=host,
     )
 
 
@@ -169,19 +172,24 @@ LOGITS = 3.0
 SCORES = 2.0 * F32
 
 
-def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> float:
-    """Activations that all layers of a device keep for the backward pass."""
+def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tuple[float, float]:
+    """Activations that all layers of a device keep for the backward pass: on the device and on the host."""
     dense = replace_routed(config)
-    one = kept_per_row(dense, plan, length, config.remat) * z.b
     if plan.size("pp") > 1:
         # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again.
+        (way,) = config.remat_groups
+        one = kept_per_row(dense, plan, length, way)
         table = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
-        inputs = z.b * z.s * z.D * z.item
-        return float(slots(table)[0] * inputs + one * (z.layers // plan.virtual))
-    extra = 0.0
-    if z.routed and config.remat != "full":
-        extra = z.M * (2 * z.D + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
-    return one * z.layers + extra * z.routed
+        inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
+        return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
+    device = host = 0.0
+    for way in config.remat_groups:
+        one = kept_per_row(dense, plan, length, way)
+        device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
+        if z.routed and way.base in ("none", "dots"):
+            extra = z.M * (2 * z.D + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
+            device += extra * way.layers // len(config.pattern)
+    return device, host
 
 
 def _attention(plan: Plan, z: Sizes) -> float:

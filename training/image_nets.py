@@ -4,6 +4,7 @@ The modules only declare parameters and call `training.convolution` and `trainin
 [h, w, I, O]; running statistics of batch normalization are in the collection "batch_stats" (mean, var [C]).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -11,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from training.convolution import IMPLEMENTATIONS, batch_statistics, conv, group_norm, max_pool, normalise
+from training.convolution import (
+    IMPLEMENTATIONS,
+    batch_statistics,
+    conv,
+    cut_group_norm,
+    group_norm,
+    max_pool,
+    normalise,
+)
 from training.layers import attention, from_heads, to_heads
 
 NORMS = ("none", "batch", "group")
@@ -27,6 +36,8 @@ class ConvConfig:
       dense: hidden units after them; () averages over the image instead of flattening it (VGG).
       norm: "none", "batch" or "group", after every convolution.
       groups: of group normalization, at most the channels.
+      left: of every convolution, what compaction leaves of its groups: channels a group had, then channels left of each
+        group (`training.convolution.cut_group_norm`); () where nothing was cut out.
       classes: number of logits.
       implementation: see `training.convolution.conv`.
     """
@@ -35,11 +46,12 @@ class ConvConfig:
     dense: tuple[int, ...] = (256, 256)
     norm: str = "none"
     groups: int = 8
+    left: tuple[tuple[int, ...], ...] = ()
     classes: int = 10
     implementation: str = "auto"
 
     def __post_init__(self):
-        _check(self)
+        _check(self, [size for block in self.blocks for size in block])
         if min((size for block in self.blocks for size in block), default=0) < 1 or any(n < 1 for n in self.dense):
             raise ValueError(f"blocks={self.blocks} and dense={self.dense} must be at least 1 everywhere")
 
@@ -52,6 +64,7 @@ class ResNetConfig:
       blocks: residual blocks per stage.
       widths: channels of the stages; from the second on the first block halves the image.
       inner: channels between the two convolutions of every block; () are those of its stage. What compaction leaves.
+      left: of the groups of these channels in every block, as in `ConvConfig`.
       norm, groups, classes, implementation: as in `ConvConfig`, norm "batch" or "group".
     """
 
@@ -60,11 +73,12 @@ class ResNetConfig:
     inner: tuple[int, ...] = ()
     norm: str = "batch"
     groups: int = 8
+    left: tuple[tuple[int, ...], ...] = ()
     classes: int = 10
     implementation: str = "auto"
 
     def __post_init__(self):
-        _check(self)
+        _check(self, self.inner or [width for width in self.widths for _ in range(self.blocks)])
         if self.blocks < 1 or not self.widths or min(self.widths) < 1:
             raise ValueError(f"blocks={self.blocks} and widths={self.widths} must be at least 1")
         if self.inner and (len(self.inner) != self.blocks * len(self.widths) or min(self.inner) < 1):
@@ -94,7 +108,7 @@ class ViTConfig:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
 
 
-def _check(config: ConvConfig | ResNetConfig) -> None:
+def _check(config: ConvConfig | ResNetConfig, channels: Sequence[int]) -> None:
     if config.norm not in NORMS or config.implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"norm={config.norm!r}, implementation={config.implementation!r}: choose from {', '.join(NORMS)} and "
@@ -102,6 +116,9 @@ def _check(config: ConvConfig | ResNetConfig) -> None:
         )
     if config.groups < 1 or config.classes < 1:
         raise ValueError(f"groups={config.groups} and classes={config.classes} must be at least 1")
+    sums = [sum(left[1:]) if left else size for left, size in zip(config.left, channels, strict=False)]
+    if config.left and (config.norm != "group" or len(config.left) != len(channels) or sums != list(channels)):
+        raise ValueError(f"left={config.left} with norm={config.norm!r} does not fit channels {tuple(channels)}")
 
 
 class Conv(nn.Module):
@@ -129,6 +146,7 @@ class Norm(nn.Module):
     kind: str
     training: bool
     groups: int = 8
+    left: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -138,6 +156,8 @@ class Norm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if self.kind == "group" and self.left:
+            return cut_group_norm(x, scale, bias, self.left[0], self.left[1:])
         if self.kind == "group":
             return group_norm(x, scale, bias, min(self.groups, channels))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -165,7 +185,8 @@ class ConvNet(nn.Module):
             for features in block:
                 bias = c.norm == "none"
                 x = Conv(features, bias=bias, implementation=c.implementation, name=f"conv{index}")(x)
-                x = nn.relu(Norm(c.norm, self.training, c.groups, name=f"norm{index}")(x))
+                left = c.left[index] if c.left else ()
+                x = nn.relu(Norm(c.norm, self.training, c.groups, left, name=f"norm{index}")(x))
                 index += 1
             x = max_pool(x)
         x = x.reshape(x.shape[0], -1) if c.dense else x.mean((1, 2))
@@ -186,16 +207,19 @@ class ResNet(nn.Module):
         """Map images to logits."""
         c = self.config
 
-        def layer(x: Array, features: int, name: str, side: int = 3, stride: int = 1) -> Array:
+        def layer(
+            x: Array, features: int, name: str, side: int = 3, stride: int = 1, left: tuple[int, ...] = ()
+        ) -> Array:
             x = Conv(features, side, stride, c.norm == "none", c.implementation, name=f"{name}_conv")(x)
-            return Norm(c.norm, self.training, c.groups, name=f"{name}_norm")(x)
+            return Norm(c.norm, self.training, c.groups, left, name=f"{name}_norm")(x)
 
         x = nn.relu(layer(x, c.widths[0], "stem"))
         for stage, width in enumerate(c.widths):
             for block in range(c.blocks):
                 name, stride = f"stage{stage}_{block}", 2 if stage and not block else 1
-                inner = c.inner[stage * c.blocks + block] if c.inner else width
-                y = nn.relu(layer(x, inner, f"{name}_first", stride=stride))
+                at = stage * c.blocks + block
+                inner, left = c.inner[at] if c.inner else width, c.left[at] if c.left else ()
+                y = nn.relu(layer(x, inner, f"{name}_first", stride=stride, left=left))
                 y = layer(y, width, f"{name}_second")
                 if x.shape != y.shape:
                     x = layer(x, width, f"{name}_skip", side=1, stride=stride)

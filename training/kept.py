@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,19 @@ import jax.numpy as jnp
 from sharding.edges import INSIDE, RESIDUAL
 from sharding.plan import Plan
 from training.layers import attention
-from training.transformer import DTYPES, REMAT_POLICIES, Block, TransformerConfig
+from training.remat import Remat
+from training.transformer import DTYPES, Block, TransformerConfig
 
 
-def kept_per_row(config: TransformerConfig, plan: Plan, length: int, remat: str) -> int:
-    """Bytes that one block with a dense feed-forward layer keeps for one row of a device's batch.
+class Kept(NamedTuple):
+    """Bytes kept in the device's memory and in the host's."""
+
+    device: int
+    host: int
+
+
+def kept_per_row(config: TransformerConfig, plan: Plan, length: int, way: Remat) -> Kept:
+    """What one block with a dense feed-forward layer keeps for one row of a device's batch.
 
     The block is traced with one device's sizes and without a mesh: where a collective would change a shape, copies and
     slices stand in. Parameters are not counted.
@@ -23,11 +31,12 @@ def kept_per_row(config: TransformerConfig, plan: Plan, length: int, remat: str)
       config: the whole model.
       plan: how it is split; only tp, cp, `sequence` and `context` matter.
       length: tokens of a whole sequence.
-      remat: key of `REMAT_POLICIES`; the block's input is counted under every one.
+      way: what the backward pass recomputes; the block's input is counted under every one.
     """
     tp, cp = plan.size("tp"), plan.size("cp")
-    if remat == "full":  # the input alone
-        return length // cp // (tp if plan.sequence else 1) * config.width * DTYPES[config.dtype].dtype.itemsize
+    if way.base == "full":  # the input alone
+        tokens = length // cp // (tp if plan.sequence else 1)
+        return Kept(tokens * config.width * DTYPES[config.dtype].dtype.itemsize, 0)
     local = replace(
         config,
         heads=config.heads // tp,
@@ -40,16 +49,16 @@ def kept_per_row(config: TransformerConfig, plan: Plan, length: int, remat: str)
         remat="none",
     )
     context = plan.context if cp > 1 else "whole"
-    return _kept(local, tp if plan.sequence else 1, length // cp, context, cp, remat)
+    return _kept(local, tp if plan.sequence else 1, length // cp, context, cp, replace(way, layers=1))
 
 
 @functools.lru_cache(maxsize=512)
-def _kept(config: TransformerConfig, split: int, t: int, context: str, cp: int, remat: str) -> int:
-    one, two = (_residuals(config, split, t, context, cp, remat, rows) for rows in (1, 2))
-    return two - one
+def _kept(config: TransformerConfig, split: int, t: int, context: str, cp: int, way: Remat) -> Kept:
+    one, two = (_residuals(config, split, t, context, cp, way, rows) for rows in (1, 2))
+    return Kept(two.device - one.device, two.host - one.host)
 
 
-def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: int, remat: str, rows: int) -> int:
+def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: int, way: Remat, rows: int) -> Kept:
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         if split > 1 and axes == INSIDE:
             return jnp.concatenate([x] * split, axis=1)
@@ -71,7 +80,9 @@ def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: 
     def run(params: Any, x: jax.Array) -> jax.Array:
         return block.apply(params, x, positions)[0]
 
-    if remat != "none":
-        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
-    pull = jax.eval_shape(lambda params, x: jax.vjp(run, params, x)[1], params, x)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull) if hasattr(leaf, "size"))
+    kept = run if way.base == "none" else jax.checkpoint(run, policy=way.policy)
+    pull = jax.make_jaxpr(lambda params, x: jax.tree.leaves(jax.vjp(kept, params, x)[1]))(params, x)
+    total = {False: 0, True: 0}
+    for aval in pull.out_avals:
+        total[aval.memory_space == jax.memory.Space.Host] += aval.size * aval.dtype.itemsize
+    return Kept(total[False], total[True])

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -104,4 +105,5 @@ def swiglu(
 ) -> Float[Array, "*N D"]:
     """Gated feed-forward layer (silu(x gate) * (x up)) down without biases: Shazeer (2020), eq. 6."""
     gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    gated, raised = checkpoint_name(x @ gate, "gate_up"), checkpoint_name(x @ up, "gate_up")
+    return (jax.nn.silu(gated) * raised) @ down

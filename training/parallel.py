@@ -26,9 +26,10 @@ from sharding.rules import mirrored_specs, param_specs, shardings
 from sharding.stages import split_layers
 from sharding.vocabulary import lookup, token_losses
 from training.layers import attention, rms_norm
+from training.remat import Remat
 from training.split_experts import SplitMoE, check_experts
 from training.step import LossFn
-from training.transformer import DTYPES, REMAT_POLICIES, Block, Decoder, TransformerConfig, feed_forward
+from training.transformer import DTYPES, Block, Decoder, TransformerConfig, feed_forward
 
 Micro = Mapping[str, Any]
 Stream = PyTree
@@ -138,6 +139,11 @@ class DecoderParts:
         stages, parts, rows = self.plan.size("pp"), self.plan.microbatch_count, batch_size // self.plan.data
         if not self.config.scan:
             raise PlanError(f"plan {self.plan.axes!r}: a pipeline needs stacked layers; set model.scan=True")
+        if len(self.config.remat_groups) > 1:
+            raise PlanError(
+                f"plan {self.plan.axes!r}: all stages run one program, so their layers are recomputed alike; "
+                f"remat={self.config.remat!r} has groups: choose one policy"
+            )
         split_layers(self.config.layers // len(self.config.pattern), stages, self.plan.virtual)
         if rows % parts:
             valid = [n for n in range(stages, rows + 1) if rows % n == 0]
@@ -208,18 +214,27 @@ class DecoderParts:
 
     def layers(self, params: PyTree, stream: Stream, micro: Micro) -> Stream:
         """All blocks; the backward pass recomputes what the config's `remat` says, and gathered parameters always."""
-        policy = REMAT_POLICIES[self.config.remat] or jax.checkpoint_policies.everything_saveable
-        fsdp = next(iter(self.plan.present("fsdp")), None)
-        layer = self.layer
-        if self.config.remat != "none" or (fsdp and self.plan.zero == 3):
-            scanned = self.config.scan
-            policy = keep_gathers_out(policy, fsdp)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+        groups, period, start = self.config.remat_groups, len(self.config.pattern), 0
         if not self.config.scan:
-            for i in range(self.config.layers):
-                stream = layer(params[f"blocks_{i}"], stream, micro)
+            for i, way in enumerate(group for group in groups for _ in range(group.layers)):
+                stream = self.recomputed(way)(params[f"blocks_{i}"], stream, micro)
             return stream
-        return jax.lax.scan(lambda stream, one: (layer(one, stream, micro), None), stream, params["blocks"])[0]
+        for way in groups:
+            layer, end = self.recomputed(way), start + way.layers // period
+            blocks = params["blocks"]
+            if len(groups) > 1:
+                blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
+            stream, _ = jax.lax.scan(lambda stream, one, layer=layer: (layer(one, stream, micro), None), stream, blocks)
+            start = end
+        return stream
+
+    def recomputed(self, way: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
+        """`layer`, keeping for the backward pass what `way` says and never gathered parameters."""
+        fsdp = next(iter(self.plan.present("fsdp")), None)
+        if way.base == "none" and not (fsdp and self.plan.zero == 3):
+            return self.layer
+        policy = keep_gathers_out(way.policy or jax.checkpoint_policies.everything_saveable, fsdp)
+        return jax.checkpoint(self.layer, policy=policy, prevent_cse=not self.config.scan)
 
     def _gather(self, params: PyTree, specs: PyTree) -> PyTree:
         fsdp = next(iter(self.plan.present("fsdp")), None)

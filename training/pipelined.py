@@ -13,7 +13,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PyTree
 
-from sharding.edges import keep_gathers_out
 from sharding.errors import PlanError
 from sharding.pipeline import PipelineConfig, make_value_and_grad
 from sharding.pipeline import make_loss as make_forward
@@ -21,7 +20,6 @@ from sharding.stages import StageLayout, split_layers, stack_stages, unstack_sta
 from sharding.ticks import StageFns
 from training.parallel import DecoderParts
 from training.step import LossFn
-from training.transformer import REMAT_POLICIES
 
 
 def stage_layout(parts: DecoderParts) -> StageLayout:
@@ -120,9 +118,6 @@ def make_loss(
 
 def stage_fns(parts: DecoderParts) -> StageFns:
     """The parts as a pipeline wants them; a layer recomputes what the config's `remat` says."""
-    remat, fsdp = parts.config.remat, next(iter(parts.plan.present("fsdp")), None)
-    layer = parts.layer
-    if remat != "none":
-        policy = keep_gathers_out(REMAT_POLICIES[remat], fsdp)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    (way,) = parts.config.remat_groups
+    layer = parts.layer if way.base == "none" else parts.recomputed(way)
     return StageFns(parts.embed, layer, parts.head_loss)

@@ -68,6 +68,8 @@ def memory_rows(explained: Explained, compiled: Compiled | None) -> Rows:
     memory, limit = explained.memory, explained.hardware.memory
     rows: Rows = [(name, size(amount), f"{100 * amount / limit:.2f}%") for name, amount in memory.rows()]
     rows.append(("most at once", size(memory.total), f"{100 * memory.total / limit:.2f}%"))
+    if memory.host:
+        rows.append(("offloaded to the host", size(memory.host), "none of it"))
     if compiled:
         error = memory.total / compiled.total - 1
         rows.append(("the compiler's", size(compiled.total), f"{100 * compiled.total / limit:.2f}%"))

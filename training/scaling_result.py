@@ -79,12 +79,15 @@ def medians(fitted: Fit) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in doctor.others(fitted).items()}
 
 
-def edges(draws: np.ndarray, units: int, parameters: int, level: float, objective: str) -> list[float] | None:
-    """An interval from draws, or None from fewer than two finite ones."""
+def edges(
+    draws: np.ndarray, units: int, parameters: int, level: float, objective: str, estimate: float | None = None
+) -> list[float] | None:
+    """An interval from draws, or None from fewer than two finite ones; see `bootstrap_interval`."""
     finite = draws[np.isfinite(draws)]
     if len(finite) < 2:
         return None
-    return [float(edge) for edge in bootstrap_interval(finite, units, parameters, level, objective)]
+    found = bootstrap_interval(finite, units, parameters, level, objective, estimate=estimate)
+    return [float(edge) for edge in found]
 
 
 def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, whole: Rows) -> dict[str, Any]:
@@ -93,13 +96,13 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
     law = fitted.law
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
 
-    def pair(draws: np.ndarray) -> list[float] | None:
-        return edges(draws, units, len(law.parameters), config.level, fitted.config.objective)
+    def pair(draws: np.ndarray, estimate: float) -> list[float] | None:
+        return edges(draws, units, len(law.parameters), config.level, fitted.config.objective, estimate)
 
     natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
     parameters: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
     for name, draws in natural.items():
-        parameters[name] |= {"interval": pair(draws), "se": float(np.std(draws, ddof=1))}
+        parameters[name] |= {"interval": pair(draws, here[name]), "se": float(np.std(draws, ddof=1))}
     result: dict[str, Any] = {
         "approach": 3,
         "law": law.name,
@@ -111,7 +114,7 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
         "log_likelihood": fitted.log_likelihood,
         "scale": fitted.scale,
         "level": config.level,
-        "intervals": "bootstrap over runs, percentiles" if boot is not None else "none",
+        "intervals": "bootstrap over runs, percentiles (bias-corrected for huber and laplace)" if boot is not None else "none",
         "parameters": parameters,
         "budgets": planned(fitted, boot, config, pair),
         "off_optimum": off_optimum(law, fitted.theta, config.budgets[0], (0.25, 0.5, 2.0, 4.0), at=medians(fitted)),
@@ -122,9 +125,10 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
     if {"alpha", "beta"} <= set(law.parameters):
         result["exponents"] = {}
         for name, (top, rest) in {"a": ("beta", "alpha"), "b": ("alpha", "beta")}.items():
-            result["exponents"][name] = {"value": here[top] / (here[top] + here[rest])}
+            value = here[top] / (here[top] + here[rest])
+            result["exponents"][name] = {"value": value}
             if natural:
-                result["exponents"][name]["interval"] = pair(natural[top] / (natural[top] + natural[rest]))
+                result["exponents"][name]["interval"] = pair(natural[top] / (natural[top] + natural[rest]), value)
     return result
 
 
@@ -142,7 +146,7 @@ def planned(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: An
         for name in ("params", "tokens", "ratio", "loss"):
             row[name] = float(getattr(best, name)[c, 0])
             if spread is not None:
-                row[f"{name}_interval"] = pair(getattr(spread, name)[c])
+                row[f"{name}_interval"] = pair(getattr(spread, name)[c], row[name])
         if boot is not None and np.isfinite(row["params"]):
             columns = {"params": [row["params"]], "tokens": [row["tokens"]], "loss": [1.0]}
             there = make_rows(columns | {name: [value] for name, value in medians(fitted).items()}, "the optimum")

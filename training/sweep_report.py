@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling import figures, isoflop, planner, sweep_figures
+from scaling import figures, isoflop, purchases, sweep_figures
 from scaling.batch import critical_batch, fit_rule, fit_surface
-from scaling.fit import FitConfig, fit
 from scaling.isoflop import Minimum
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows, read_csv
@@ -52,17 +51,9 @@ def target_of(rows: Rows, config: ReportConfig) -> float:
 
 
 def enough(found: Sequence[dict[str, Any]], config: ReportConfig) -> bool:
-    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks.
-
-    Never before there are twice as many rows as the law has parameters, of three sizes or more.
-    """
-    rows = make_rows({name: [row[name] for row in found] for name in ("params", "tokens", "flops", "loss")})
-    if len(rows) < 2 * len(LAW.parameters) or len(np.unique(rows["params"])) < 3:
-        return False
-    fitted = fit(rows, LAW, FitConfig())
-    return (
-        fitted.converged and planner.half_width(fitted, target_of(rows, config), level=config.level) <= config.stop_at
-    )
+    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks; see `purchases.tight`."""
+    target = config.target or 10 * max(row["flops"] for row in found)
+    return purchases.tight(found, target=target, level=config.level, wanted=config.stop_at)
 
 
 def best_rows(rows: Rows) -> Rows:

@@ -14,17 +14,19 @@ block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, bl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe.layer import MoE, MoEConfig
 from sharding.edges import INSIDE, RESIDUAL
 from training.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
+from training.remat import Remat, parse_remat
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class TransformerConfig:
       norm_eps: epsilon of RMSNorm.
       tied: the output layer reads the transposed embedding table.
       dtype: "float32" or "bfloat16", for activations; parameters, softmax, statistics and logits are float32.
-      remat: what a backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
+      remat: what a backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products), names
+        to keep or to offload, or several of these by group of layers; see `training.remat`.
       scan: run the blocks as one `lax.scan` over stacked parameters.
       init_scale: factor on the standard deviation of every initial kernel.
     """
@@ -84,9 +87,14 @@ class TransformerConfig:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
             )
-        for name, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("mlp", MLPS)):
+        for name, choices in (("dtype", DTYPES), ("mlp", MLPS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        uneven = [group.layers for group in self.remat_groups if group.layers % len(self.pattern)]
+        if uneven:
+            raise ValueError(
+                f"remat={self.remat!r}: a group of {uneven[0]} layers is not a multiple of moe.every={self.moe.every}"
+            )
         if self.mlp == "routed":
             if self.layers % self.moe.every:
                 raise ValueError(f"layers={self.layers} is not a multiple of moe.every={self.moe.every}")
@@ -101,6 +109,11 @@ class TransformerConfig:
     def pattern(self) -> tuple[str, ...]:
         """The feed-forward layers of consecutive blocks, a key of `MLPS` each, repeated through the depth."""
         return ("swiglu",) * (self.moe.every - 1) + ("routed",) if self.mlp == "routed" else (self.mlp,)
+
+    @property
+    def remat_groups(self) -> tuple[Remat, ...]:
+        """What consecutive layers keep for the backward pass."""
+        return parse_remat(self.remat, self.layers)
 
     @property
     def kv_size(self) -> int:
@@ -193,7 +206,8 @@ class Attention(nn.Module):
         v_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="value")())
         output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
         q_BTHh, k_BTKh = rope(q_BTHh, positions_BT, c.rope_theta), rope(k_BTKh, positions_BT, c.rope_theta)
-        return from_heads(self.attend(q_BTHh, k_BTKh, v_BTKh), output_HhD)
+        q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in (q_BTHh, k_BTKh, v_BTKh))
+        return from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKh), "attended"), output_HhD)
 
 
 class SwiGLU(nn.Module):
@@ -224,12 +238,6 @@ MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 def feed_forward(config: TransformerConfig, mlp: str, name: str) -> nn.Module:
     """The feed-forward layer `MLPS[mlp]`, whole."""
@@ -259,12 +267,14 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B S D"], None]:
         """Add attention, then the feed-forward layer, to the residual stream; token ids are for hash routing."""
         c, constrain = self.config, self.constrain
+        x_BSD = checkpoint_name(x_BSD, "residual")
         y_BTD = constrain(Norm(c.norm_eps, name="attention_norm")(x_BSD), INSIDE)
-        x_BSD += constrain(Attention(c, self.attend, name="attention")(y_BTD, positions_BT), RESIDUAL)
+        added_BSD = constrain(Attention(c, self.attend, name="attention")(y_BTD, positions_BT), RESIDUAL)
+        x_BSD += checkpoint_name(added_BSD, "attention")
         y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
         mlp = self.mlp or c.mlp
         ids = {} if tokens_BT is None or mlp != "routed" else {"tokens_BT": tokens_BT}
-        x_BSD += constrain(self.feed(c, mlp, "mlp")(y_BTD, **ids), RESIDUAL)
+        x_BSD += checkpoint_name(constrain(self.feed(c, mlp, "mlp")(y_BTD, **ids), RESIDUAL), "mlp")
         return x_BSD, None
 
 
@@ -290,6 +300,7 @@ class Unit(nn.Module):
 
 
 def run_blocks(
+    parent: nn.Module,
     x_BTD: Float[Array, "B T D"],
     positions_BT: Int[Array, "B T"],
     config: TransformerConfig,
@@ -299,23 +310,58 @@ def run_blocks(
 ) -> Float[Array, "B T D"]:
     """Run all blocks, scanned or one after the other, recomputing what `remat` says; called inside a compact method."""
     period = len(config.pattern)
-    block: Callable[..., nn.Module] = Block if period == 1 or not config.scan else Unit
-    if config.remat != "none":
-        # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
-        block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
-    if not config.scan:
-        for i in range(config.layers):
-            mlp = config.pattern[i % period]
-            x_BTD, _ = block(config, constrain, attend, mlp, name=f"blocks_{i}")(x_BTD, positions_BT, tokens_BT)
-        return x_BTD
-    stack = nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0, "routings": 0},
-        split_rngs={"params": True, "router": True},
-        in_axes=nn.broadcast,
-        length=config.layers // period,
-    )
-    return stack(config, constrain, attend, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
+    arguments = (config, constrain, attend)
+    if config.scan:
+        return _scan_blocks(parent, x_BTD, positions_BT, arguments, tokens_BT)
+    ways = [group for group in config.remat_groups for _ in range(group.layers)]
+    for i, way in enumerate(ways):
+        block = recomputed(Block, way, scanned=False)(*arguments, config.pattern[i % period], name=f"blocks_{i}")
+        x_BTD, _ = block(x_BTD, positions_BT, tokens_BT)
+    return x_BTD
+
+
+def recomputed(block: Callable[..., nn.Module], way: Remat, scanned: bool) -> Callable[..., nn.Module]:
+    """A block whose backward pass computes again what it does not keep."""
+    if way.base == "none":
+        return block
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
+    return nn.remat(block, policy=way.policy, prevent_cse=not scanned)
+
+
+def _scan_blocks(
+    parent: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, arguments: tuple, tokens_BT: jax.Array | None
+) -> jax.Array:
+    """One scan over the stacked blocks for every group of layers that is recomputed alike."""
+    config: TransformerConfig = arguments[0]
+    period, groups = len(config.pattern), config.remat_groups
+    block: Callable[..., nn.Module] = Block if period == 1 else Unit
+
+    def scan(way: Remat, x_BTD: jax.Array) -> jax.Array:
+        stack = nn.scan(
+            recomputed(block, way, scanned=True),
+            variable_axes={"params": 0, "intermediates": 0, "routings": 0},
+            split_rngs={"params": True, "router": True},
+            in_axes=nn.broadcast,
+            length=way.layers // period,
+        )
+        return stack(*arguments, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
+
+    if len(groups) == 1 or parent.is_initializing():
+        return scan(replace(groups[0], layers=config.layers), x_BTD)
+    if "routed" in config.pattern:
+        raise ValueError(f"remat={config.remat!r}: groups of layers with routed experts need a plan, or scan=False")
+    start = 0
+    for way in groups:
+        end = start + way.layers // period
+
+        def cut(variables: dict, start: int = start, end: int = end) -> dict:
+            blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"]["blocks"])
+            return {"params": {**variables["params"], "blocks": blocks}}
+
+        # The lifted function sees these layers' parameters as if they were all of the stack.
+        x_BTD = nn.map_variables(lambda _, x, way=way: scan(way, x), "params", trans_in_fn=cut)(parent, x_BTD)
+        start = end
+    return x_BTD
 
 
 class Decoder(nn.Module):
@@ -348,7 +394,7 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
-        x_BTD = run_blocks(x_BTD, positions_BT, c, self.constrain, self.attend, tokens_BT)
+        x_BTD = run_blocks(self, x_BTD, positions_BT, c, self.constrain, self.attend, tokens_BT)
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T

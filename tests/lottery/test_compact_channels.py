@@ -33,7 +33,7 @@ CONV = ConvConfig(blocks=((6, 8), (10,)), dense=(), classes=4)
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("dense", [(), (12,)], ids=["average", "flat"])
-@pytest.mark.parametrize("quota", [3, 5])
+@pytest.mark.parametrize("quota", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_channels_of_a_chain_are_cut_out(norm, dense, quota):
     config = dataclasses.replace(CONV, norm=norm, dense=dense)
     network = conv_net(config, X)
@@ -72,6 +72,38 @@ def test_coupled_channels_of_a_residual_network_are_cut_out():
     # What three dead channels leave behind, if anything, fits into one.
     assert left["stage0_0_first_conv"] in (3, 4) and left["stage1_0_first_conv"] == 8
     close(network, ticket, resnet(dataclasses.replace(config, inner=tuple(left.values())), X), small)
+
+
+@pytest.mark.parametrize("kind", ["chain", pytest.param("residual", marks=pytest.mark.slow)])
+def test_channels_behind_group_normalization_go_where_nobody_writes_and_nobody_reads(kind):
+    if kind == "chain":
+        config, make = ConvConfig(blocks=((6, 8),), dense=(), classes=4, norm="group", groups=2), conv_net
+        links = compact_channels.chain(1, "conv1", True, 2)
+        counts = {"conv0": 2}
+    else:
+        config, make = ResNetConfig(blocks=1, widths=(6, 8), classes=4, norm="group", groups=2), resnet
+        links = compact_channels.residual(2, 1, groups=2)
+        counts = {"stage0_0_first_conv": 1, "stage1_0_first_conv": 5}
+    network = make(config, X)
+    tree = shaken(network.init(jax.random.key(0)))
+    groups = compact_channels.channel_groups(links)
+    mask = coupled.keep_units(scores.magnitude(tree), masks.ones(tree), masks.prunable(tree), groups, counts)
+    ticket = masks.apply(tree, mask)
+    small, left = compact_channels.compact_channels(ticket, links)
+    parts = compact_channels.group_sizes(ticket, links)
+    assert left == counts and {name: sum(part[1:]) for name, part in parts.items()} == counts
+    if kind == "chain":
+        sizes = dataclasses.replace(config, blocks=((left["conv0"], 8),), left=(parts["conv0"], ()))
+    else:
+        sizes = dataclasses.replace(config, inner=tuple(left.values()), left=tuple(parts.values()))
+    close(network, ticket, make(sizes, X), small)
+    # A filter of zeros that somebody reads is not a constant here, and stays.
+    alone = prune.remove(
+        scores.magnitude(tree), masks.ones(tree), masks.prunable(tree), {f"{links[0].writer}/kernel": 3}, "channel"
+    )
+    assert compact_channels.compact_channels(masks.apply(tree, alone), links)[1][links[0].writer] == 6
+    with pytest.raises(ValueError, match="does not fit channels"):
+        dataclasses.replace(sizes, left=((3, 3, 3),) * len(sizes.left))
 
 
 def test_layers_that_do_not_chain_are_named():

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from scaling.bootstrap import bootstrap
 from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, isoflop_design, simulate_coverage
-from scaling.fit import FitConfig, fit
-from scaling.intervals import bootstrap_interval, widened_level
+from scaling.fit import FitConfig
+from scaling.intervals import bootstrap_interval, student_level
 from scaling.published import CHINCHILLA, CURVE
 from scaling.rows import make_rows
 
@@ -63,17 +62,26 @@ def test_95_percent_intervals_of_chinchillas_law_cover_the_truth(objective):
         noise=0.01,
         sweeps=400,
         config=FitConfig(objective=objective),
+        profiled=("alpha", "beta"),
     )
-    check_band(list(found.share.values()))
+    check_band([*found.share.values(), *found.profiled.values()])
     assert 0.93 <= found.new_run <= 0.98
 
 
-def test_percentiles_are_widened_by_rows_and_parameters():
-    assert widened_level(0.95, 10_000, 5) == pytest.approx(0.95, abs=1e-3)
-    assert 0.95 < widened_level(0.95, 45, 5) < widened_level(0.95, 15, 5) < 1
-    loss = (2 + 300 / TOKENS**0.3) * np.exp(0.003 * np.random.default_rng(0).standard_normal(40))
-    rows = make_rows({"params": np.ones(40), "tokens": TOKENS, "loss": loss})
-    boot = bootstrap(fit(rows, CURVE, FitConfig(objective="normal"), starts=CURVE.raw(T)[:, None]), 300)
-    wide = bootstrap_interval(boot.natural_PB, 40, 3)
-    plain = bootstrap_interval(boot.natural_PB, 40, 3, objective="huber")
-    assert (wide[0] < plain[0]).all() and (plain[1] < wide[1]).all()
+def test_percentiles_are_widened_for_few_rows():
+    assert student_level(0.95, 10_000) == pytest.approx(0.95, abs=1e-3)
+    assert 0.95 < student_level(0.95, 40) < student_level(0.95, 10) < 1
+    # Of normal draws they are Student's interval.
+    draws = np.random.default_rng(0).standard_normal(200_000)
+    np.testing.assert_allclose(bootstrap_interval(draws, 15, 5), [-2.228, 2.228], atol=0.04)
+
+
+def test_percentiles_are_bias_corrected():
+    draws = np.exp(np.random.default_rng(0).standard_normal(200_000))
+    plain = bootstrap_interval(draws, 15, 5, objective="huber")
+    np.testing.assert_allclose(np.log(plain), [-1.96, 1.96], atol=0.02)
+    np.testing.assert_allclose(bootstrap_interval(draws, 15, 5, objective="huber", estimate=1.0), plain, rtol=0.02)
+    # Estimate half a standard deviation above the draws' middle: both ends move up by one (Efron 1981).
+    moved = bootstrap_interval(draws, 15, 5, objective="huber", estimate=float(np.exp(0.5)))
+    np.testing.assert_allclose(np.log(moved), [-0.96, 2.96], atol=0.04)
+    np.testing.assert_array_equal(bootstrap_interval(draws, 15, 5, objective="huber", estimate=np.nan), plain)

@@ -17,6 +17,7 @@ from training.kept import kept_per_row
 from training.optimizer import OptimizerConfig
 from training.parallel import DecoderParts, state_shardings
 from training.plan_report import picture_sections, tables, terminal, verdict, write_page
+from training.remat import parse_remat
 from training.step import StepConfig
 from training.transformer import TransformerConfig
 
@@ -44,12 +45,13 @@ def test_state_bytes_are_those_of_the_arrays():
 @pytest.mark.parametrize("remat, least, most", [("full", 1, 1), ("dots", 4, 30), ("none", 30, 1000)])
 def test_the_remat_policy_decides_what_is_kept(remat, least, most):
     stream = 128 * 64 * 2
-    kept = kept_per_row(MODEL, Plan(""), 128, remat)
+    (way,) = parse_remat(remat, 4)
+    kept = kept_per_row(MODEL, Plan(""), 128, way).device
     assert least * stream <= kept <= most * stream
     if remat == "dots":
         # The block's input, queries, keys, values, attention's result, gate and up, each once.
         assert kept == pytest.approx(stream * (1 + 3 + 1 + 2 * 128 / 64), rel=0.05)
-    halved = kept_per_row(MODEL, Plan("tp=2", sequence=True), 128, remat)
+    halved = kept_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
     assert halved < kept
 
 

@@ -226,7 +226,7 @@ def test_default_sizes():
         ({"ff": -1}, "ff=-1 must be positive"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
         ({"dtype": "float16"}, "dtype='float16': choose one of float32, bfloat16"),
-        ({"remat": "some"}, "remat='some': choose one of none, full, dots"),
+        ({"remat": "some"}, "remat='some': choose none, full, dots"),
         ({"mlp": "gelu"}, "mlp='gelu': choose one of swiglu"),
     ],
 )

@@ -17,6 +17,8 @@ from sharding.mesh import make_mesh
 from sharding.plan import Plan
 
 V = 16
+WARPS = [jax.jit(partial(warp, tp=None, candidates=candidates)) for candidates in (2, 128)]
+SAMPLE = jax.jit(sample)
 CUTOFF = jax.jit(partial(cutoff, tp=None))
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
@@ -57,8 +59,7 @@ CASES = [
 def test_what_may_be_drawn_is_what_the_definitions_say(how):
     """By a full sort; with fewer candidates than tokens are left, the thresholds come from bisection."""
     logits = np.random.default_rng(0).normal(0, 2, (5, V)).astype(np.float32)
-    for candidates in (2, 128):
-        cut = jax.jit(partial(warp, tp=None, candidates=candidates))
+    for cut in WARPS:
         found = np.isfinite(cut(jnp.asarray(logits), settings(5, **how)))
         for row, allowed in zip(logits, found, strict=True):
             assert set(np.flatnonzero(allowed).tolist()) == kept(row, **how)
@@ -69,7 +70,7 @@ def test_draws_have_the_distribution(how):
     logits = np.random.default_rng(1).normal(0, 1.5, V).astype(np.float32)
     draws = 4000
     rows = settings(draws, seed=np.arange(draws) % 37, index=np.arange(draws) // 37, **how)
-    tokens, logprobs = jax.jit(sample)(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), jnp.int32), rows)
+    tokens, logprobs = SAMPLE(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), jnp.int32), rows)
     allowed = sorted(kept(logits, **how))
     p = np.exp(logits[allowed].astype(np.float64) / how["temperature"])
     counts = np.bincount(np.asarray(tokens), minlength=V)
@@ -129,7 +130,7 @@ def test_a_rows_noise_depends_on_nothing_but_its_seed_and_place():
 
 def test_greedy_takes_the_first_of_equals_and_the_penalty_pushes_both_signs_down():
     logits = jnp.array([[1.0, 3.0, 3.0, -1.0]])
-    assert jax.jit(sample)(logits, jnp.zeros((1, 4), jnp.int32), greedy(1))[0].tolist() == [1]
+    assert SAMPLE(logits, jnp.zeros((1, 4), jnp.int32), greedy(1))[0].tolist() == [1]
     # The first token is new, the second was read, the third drawn twice, the last read and drawn.
     seen = jnp.array([[0, READ, 2 * DRAWN, READ + DRAWN]])
     assert penalise(logits, seen, settings(1, penalty=2.0)).tolist() == [[1.0, 1.5, 1.5, -2.0]]

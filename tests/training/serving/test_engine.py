@@ -112,7 +112,7 @@ def test_what_cannot_be_served_is_refused():
         {"min_p": 2.0},
         {"max_tokens": 0},
         {"seed": -1},
-        {"presence_penalty": 3},
+        {"presence_penalty": 3.0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Sampling(**wrong)

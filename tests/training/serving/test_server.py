@@ -22,7 +22,7 @@ pytest.importorskip("starlette")
 
 KEY = "a key"
 CONFIG = AppConfig(model="tiny", api_key=KEY, patience=0.2)
-LONG = replace(tiny.SIZES, length=512)
+SLOW = 0.1  # seconds between two steps where a text shall take a while
 
 
 class Running:
@@ -190,8 +190,8 @@ def test_a_full_queue_is_refused_and_nothing_in_it_is_lost():
 
 
 def test_a_client_that_leaves_frees_its_slot():
-    with running(LONG, pause=0.01) as server:
-        ask = {"model": "tiny", "prompt": "a", "max_tokens": 500}
+    with running(pause=SLOW) as server:
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 60}
         stream = server.client().completions.create(**ask, stream=True)
         next(iter(stream))
         assert server.engine.running == 1
@@ -204,8 +204,8 @@ def test_a_client_that_leaves_frees_its_slot():
 
 
 def test_a_request_that_takes_too_long_is_ended():
-    with running(LONG, config=replace(CONFIG, timeout=0.3), pause=0.02) as server:
-        ask = {"model": "tiny", "prompt": "a", "max_tokens": 500}
+    with running(config=replace(CONFIG, timeout=0.3), pause=SLOW) as server:
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 60}
         with pytest.raises(openai.APIStatusError) as error:
             server.client().completions.create(**ask)
         assert error.value.status_code == 504

@@ -12,10 +12,11 @@ from training.serving.requests import Sampling
 from training.serving.speculative import Speculating
 
 SMALL = replace(tiny.CONFIG, layers=1)
-PROMPTS = [[5, 6, 7], list(range(40)), [1], list(range(9, 26)), [200], [3, 1, 4, 1, 5]]
+PROMPTS = [[5, 6, 7], list(range(14)), [1], list(range(9, 25)), [200], [3, 1, 4, 1, 5]]
+LONG = list(range(40))  # read in pieces
 GREEDY = [
     Sampling(temperature=0.0, max_tokens=12),
-    Sampling(temperature=0.0, max_tokens=50),
+    Sampling(temperature=0.0, max_tokens=60),
     Sampling(temperature=0.0, max_tokens=1),
     Sampling(temperature=0.0, repetition_penalty=1.4, max_tokens=15),
     Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5, max_tokens=14),
@@ -45,15 +46,16 @@ def engine(axes="", small=SMALL, draft_axes=None, drafted=3):
 )
 def test_greedy_texts_are_the_large_models_own(axes, draft_axes):
     """Six texts through four slots, with penalties, one until there is no room, one to a stop token."""
-    plain = generate_all(tiny.engine(axes=axes), PROMPTS, GREEDY)
+    prompts = [PROMPTS[0], LONG if axes else PROMPTS[1], *PROMPTS[2:]]
+    plain = generate_all(tiny.engine(axes=axes), prompts, GREEDY)
     stop = plain[5].tokens[4]
     asked = [*GREEDY[:5], replace(GREEDY[5], stop_tokens=(stop,))]
     both = engine(axes, draft_axes=draft_axes)
-    found = generate_all(both, PROMPTS, asked)
+    found = generate_all(both, prompts, asked)
     for one, other in zip(found[:5], plain[:5], strict=True):
         assert one.tokens == other.tokens and one.finish == other.finish == "length"
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    assert len(found[1].tokens) == tiny.SIZES.length - 40
+    assert len(found[1].tokens) == tiny.SIZES.length - len(prompts[1])
     assert found[5].finish == "stop" and found[5].tokens == plain[5].tokens[: plain[5].tokens.index(stop)]
     assert 0 < both.counts["accepted"] < both.counts["drafted"]
 
@@ -71,7 +73,7 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_neighbours():
 @pytest.mark.slow
 def test_a_model_that_drafts_for_itself_is_always_right():
     itself = engine(small=tiny.CONFIG)
-    texts = generate_all(itself, PROMPTS, SAMPLED)
+    texts = generate_all(itself, [PROMPTS[0], LONG, *PROMPTS[2:]], SAMPLED)
     assert [len(text.tokens) for text in texts] == [12, 24, 1, 15, 14, 9]
     assert itself.counts["accepted"] > 0.98 * itself.counts["drafted"]  # p / q is 1 but for rounding
     assert itself.counts["decode_steps"] < 0.6 * sum(len(text.tokens) for text in texts)
