@@ -4,9 +4,9 @@ What: three arms, every one with the same seeds, data order and steps. `dense`: 
 feed-forward layers replaced by 16 experts, two per token, together so wide that a token costs what it costs in the
 dense model with the router counted (the dense layer is a little wider for that). `unbalanced`: the same without the
 load-balance loss. `:tiny` is a minute's check that everything runs.
-Cost: 15 minutes of processor time for the nine runs.
-Expected: after a million tokens `moe` ends at 1.414 nats per byte, `dense` at 1.449, every seed of the first below all
-of the second; without a balance term 7.6 of the 16 experts are in use, with it 15.7. See docs/results/moe_lm.md.
+Cost: 23 minutes of processor time for the 15 runs.
+Expected: after a million tokens `moe` ends at 1.414 nats per byte, `dense` at 1.454, every seed of the first below all
+of the second; without a balance term 7.6 of the 16 experts are in use, with it 15.8. See docs/results/moe_lm.md.
 Command: python scripts/compare_moe.py --config=configs/moe_vs_dense.py --workdir=runs/moe_vs_dense
 """
 
