@@ -7,7 +7,8 @@ search on MNIST averaged to 8 x 8 pixels, and again with other data (scikit-lear
 (momentum) and another width (half as many hidden units); all those masks then go on the weights of the first search.
 `config.sources` says what a source changes. `:sources-tiny` is a minute on digits.
 Cost: see docs/results/mask_transfer_mnist.md.
-Expected: `:mnist` the own mask leads; alignment gives about a point over the other seed's mask as it is.
+Expected: `:mnist` the own mask leads; alignment gives about a point over the other seed's mask as it is. `:sources`
+masks of another optimizer are as good as the own; those of other data and another width are worth about another seed's.
 Command: python scripts/study.py --config=configs/study_transfer.py --config.data.dir=DATA --workdir=runs/transfer
 """
 

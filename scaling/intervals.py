@@ -138,20 +138,17 @@ def prediction_interval(fitted: Fit, boot: Bootstrap, rows: Rows, *, level: floa
     """Where the loss of one new run at each row's sizes will fall.
 
     The standard error of a new run is that of its noise and of the fitted curve together; how many of them are needed
-    is read off the fit's own residuals, each in its standard error, as the order statistic ceil(level (R + 1)) of their
-    sizes (a conformal interval, so heavy tails widen it), or from Student's t where R is too small for one.
+    is read off the fit's own residuals, in units of their root mean square, as the order statistic ceil(level (R + 1))
+    of their sizes (a conformal interval, so heavy tails widen it), or from Student's t where R is too small for one.
+    The curve's is half the distance of its draws' 16th and 84th percentiles, which outlying resamples do not move.
     """
     count, spare = len(fitted.rows), max(len(fitted.rows) - len(fitted.law.parameters), 1)
-    theta = boot.theta_PB[:, boot.converged_B]
+    curves = fitted.law.predict(boot.theta_PB[:, boot.converged_B], fitted.law.gather(rows))
+    low, high = np.percentile(curves, 100 * norm.cdf([-1.0, 1.0]), axis=1)
     noise = np.sum(fitted.residuals**2) / spare
-    spread_R, known_R = (
-        np.var(fitted.law.predict(theta, fitted.law.gather(r)), axis=1, ddof=1) * count / spare
-        for r in (rows, fitted.rows)
-    )
-    # A fitted residual varies less than the noise by what its own row taught the curve.
-    scores = np.sort(np.abs(fitted.residuals) / np.sqrt(np.maximum(noise - known_R, 0.1 * noise)))
+    scores = np.sort(np.abs(fitted.residuals)) / np.sqrt(max(np.mean(fitted.residuals**2), 1e-300))
     rank = int(np.ceil(level * (count + 1)))
     needed = scores[rank - 1] if rank <= count else t.ppf(0.5 + level / 2, spare)
     middle = fitted.law.predict(fitted.theta[:, None], fitted.law.gather(rows))[:, 0]
-    half = needed * np.sqrt(noise + spread_R)
+    half = needed * np.sqrt(noise + ((high - low) / 2) ** 2)
     return np.exp(np.stack([middle - half, middle + half]))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from scaling.batch import Surface
 from scaling.isoflop import Minimum
 from scaling.rows import Rows
 from scaling.style import INK, MUTED, canvas, decades, ramp, titles
@@ -32,6 +33,39 @@ def lr_figure(rows: Rows, minima: Sequence[Minimum]) -> Figure:
     decades(ax)
     ax.margins(x=0.12)
     titles(ax, "Loss by width", "learning rate of the base width", "loss (nats per token); diamonds are minima")
+    return figure
+
+
+def surface_figure(grids: Sequence[tuple[Rows, Surface]]) -> Figure:
+    """Loss against learning rate, a panel per size and a line per batch; diamonds: the surfaces' minima.
+
+    Args:
+      grids: rows of one size and token count, and the surface through them.
+    """
+    figure, axes = canvas(width=4.6 * max(len(grids), 1) + 1.0, height=4.2, columns=len(grids))
+    for ax, (rows, surface) in zip(axes, grids, strict=True):
+        batches = np.unique(rows["batch"])
+        for batch, colour in zip(batches, ramp(len(batches)), strict=True):
+            mine = rows.take(rows["batch"] == batch)
+            order = np.argsort(mine["lr"], kind="stable")
+            ax.plot(mine["lr"][order], mine["loss"][order], "o-", color=colour, markersize=4, linewidth=1.4)
+            ax.annotate(
+                f"{batch:g}",
+                (float(mine["lr"][order][0]), float(mine["loss"][order][0])),
+                xytext=(-6, 0),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=colour,
+                va="center",
+                ha="right",
+            )
+        if not surface.refused:
+            ax.plot([surface.lr], [surface.loss], "D", color=INK, markersize=6, zorder=4)
+            label = f"lr {surface.lr:.3g}, batch {surface.batch:.3g}"
+            ax.annotate(label, (surface.lr, surface.loss), xytext=(0, -14), textcoords="offset points", fontsize=8.5)
+        decades(ax)
+        ax.margins(x=0.12, y=0.12)
+        titles(ax, f"{rows['params'][0]:,.0f} parameters", "learning rate of the base width", "loss (nats), by batch")
     return figure
 
 

@@ -40,7 +40,7 @@ _GRAMMAR = (
 
 @dataclass(frozen=True)
 class Remat:
-    """How `layers` consecutive layers are treated; `base` is "none", "full", "dots" or "names": `saved`, `offloaded`."""
+    """How `layers` layers in a row are treated; `base` is "none", "full", "dots" or "names": `saved`, `offloaded`."""
 
     layers: int
     base: str

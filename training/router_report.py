@@ -134,6 +134,22 @@ def specialisation_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
     return figure
 
 
+def depth_figure(classes_LCE: np.ndarray, bytes_LVE: np.ndarray) -> Figure:
+    """Mutual information with the expert, over the most possible, against the position of the layer."""
+    figure, (ax,) = canvas(1, height=2.9)
+    layers = np.arange(1, len(classes_LCE) + 1)
+    for colour, name, counts in zip(PALETTE, ("byte read", "its class"), (bytes_LVE, classes_LCE), strict=False):
+        shares = [100 * mutual_information(layer[layer.sum(1) > 0]).normalised for layer in counts]
+        ax.plot(layers, shares, marker="o", markersize=4, color=colour, label=name)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=8, frameon=False)
+    titles(
+        ax, "What tokens tell about experts, by depth", x="routed layer", y="mutual information, % of the most possible"
+    )
+    return figure
+
+
 def router_sections(rows: Rows, workdir: Path | None = None) -> list[Section]:
     """The report's sections about routing; empty for a run without routed layers.
 
@@ -153,7 +169,10 @@ def router_sections(rows: Rows, workdir: Path | None = None) -> list[Section]:
     path = workdir / SPECIALISATION if workdir else None
     if path and path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        figure = specialisation_figure(np.array(found["counts"]), found["classes"])
+        counts = np.array(found["counts"])
+        figures = [specialisation_figure(counts, found["classes"])]
+        if len(counts) > 1:
+            figures.append(depth_figure(counts, np.array(found["bytes"])))
         text = "Where the tokens of a class went on held-out text, by the class of the byte read."
-        sections.append(Section("Specialisation", figure, text))
+        sections.append(Section("Specialisation", figures, text))
     return sections

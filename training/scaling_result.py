@@ -114,7 +114,9 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
         "log_likelihood": fitted.log_likelihood,
         "scale": fitted.scale,
         "level": config.level,
-        "intervals": "bootstrap over runs, percentiles (bias-corrected for huber and laplace)" if boot is not None else "none",
+        "intervals": "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
+        if boot is not None
+        else "none",
         "parameters": parameters,
         "budgets": planned(fitted, boot, config, pair),
         "off_optimum": off_optimum(law, fitted.theta, config.budgets[0], (0.25, 0.5, 2.0, 4.0), at=medians(fitted)),

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scaling import figures, isoflop, purchases, sweep_figures
-from scaling.batch import critical_batch, fit_rule, fit_surface
+from scaling.batch import Surface, critical_batch, fit_rule, fit_surface
 from scaling.isoflop import Minimum
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows, read_csv
@@ -91,39 +91,39 @@ def lr_section(rows: Rows) -> Section:
     return Section("Learning rate", [paragraphs(*texts), sweep_figures.lr_figure(last, minima), table])
 
 
-def surface_section(rows: Rows) -> Section:
-    """The surface over learning rate and batch of every size at its last token count."""
+NEAR = 0.3  # nats above the best run within which a quadratic is asked to hold
+
+
+def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
+    """The surface over learning rate and batch of every size at its last token count: numbers, and a section."""
     body: list[tuple[Cell, ...]] = []
-    found = []
+    found: list[dict[str, Any]] = []
+    shown: list[tuple[Rows, Surface]] = []
     for params in np.unique(rows["params"]):
         mine = rows.take(rows["params"] == params)
         mine = mine.take(mine["budget"] == mine["budget"].max())
         try:
-            surface = fit_surface(mine["lr"], mine["batch"], mine["loss"])
+            surface = fit_surface(mine["lr"], mine["batch"], mine["loss"], within=NEAR)
         except ValueError as error:
             body.append((f"{params:g}", len(mine), None, None, None, None, str(error)))
             continue
-        body.append(
-            (
-                f"{params:g}",
-                len(mine),
-                surface.lr,
-                surface.batch,
-                surface.loss,
-                surface.ridge,
-                surface.refused or "used",
-            )
-        )
-        if not surface.refused:
-            found.append((params, surface))
+        values = {name: getattr(surface, name) for name in ("lr", "batch", "loss", "ridge", "scatter", "refused")}
+        found.append({"params": float(params), "tokens": float(mine["tokens"].max()), **values})
+        body.append((f"{params:g}", len(mine), *list(values.values())[:4], surface.refused or "used"))
+        shown.append((mine, surface))
     head = ("parameters", "runs", "best learning rate", "best batch", "loss", "lr ~ batch^", "verdict")
     texts = []
-    if len(found) > 1:
+    good = [one for one in found if not one["refused"]]
+    if len(good) > 1:
         for name in ("lr", "batch"):
-            rule = fit_rule([p for p, _ in found], [getattr(s, name) for _, s in found])
+            rule = fit_rule([one["params"] for one in good], [one[name] for one in good])
             texts.append(f"Best {name}: {rule.value:.3g} (parameters / {rule.at:.3g})^{rule.exponent:.2f}.")
-    caption = "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares."
-    return Section("Learning rate and batch", [paragraphs(*texts), Table(head, body)], caption)
+    caption = (
+        "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares to the runs "
+        f"within {NEAR} nats of the best."
+    )
+    content = [paragraphs(*texts), *([sweep_figures.surface_figure(shown)] if shown else []), Table(head, body)]
+    return found, Section("Learning rate and batch", content, caption)
 
 
 def noise_section(rows: Rows, length: int) -> Section:
@@ -136,14 +136,17 @@ def noise_section(rows: Rows, length: int) -> Section:
         except ValueError as error:
             body.append((figures.short(budget), len(mine), None, str(error)))
             continue
-        low_high = [length * found.low, length * found.high]
+        low_high = [length * found.low, length * found.high] if np.isfinite(found.low) else None
         body.append((figures.short(budget), found.measurements, length * found.examples, span(low_high)))
-    table = Table(("budget (FLOPs)", "sizes", "critical batch (tokens)", "95% interval over sizes"), body)
+    table = Table(("budget (FLOPs)", "runs", "critical batch (tokens)", "95% interval over runs"), body)
     caption = (
         "tr(Sigma) / |G|^2 (McCandlish et al. 2018, B_simple) at the branch points, before the decay. Batches far "
         "above it waste tokens, far below it waste steps."
     )
-    return Section("Gradient noise", [sweep_figures.noise_figure(rows, length), table], caption)
+    # A curve along the budgets says something where a size has several.
+    several = len(np.unique(rows["budget"])) > len(np.unique(rows["width"]))
+    shown = [sweep_figures.noise_figure(rows, length)] if several else []
+    return Section("Gradient noise", [*shown, table], caption)
 
 
 def runs_section(rows: Rows) -> Section:
@@ -244,12 +247,14 @@ def sweep_report(workdir: Path, config: ReportConfig, *, length: int) -> tuple[l
         if len(best) >= 2 * len(LAW.parameters):
             results["parametric"], more, texts = parametric_part(best, config, path)
             sections, lead = [*sections, *more], [*lead, *texts]
-    if len(np.unique(rows["batch"])) > 2 and len(np.unique(rows["lr"])) > 2:
-        sections.append(surface_section(rows))
+    grid = len(np.unique(rows["batch"])) > 2 and len(np.unique(rows["lr"])) > 2
+    if grid:
+        results["surfaces"], section = surface_part(rows)
+        sections.append(section)
     elif len(np.unique(rows["lr"])) > 3:
         sections.append(lr_section(rows))
     if "gradient_signal" in rows.columns:
-        sections.append(noise_section(best, length))
+        sections.append(noise_section(rows if grid else best, length))
     write_text(workdir / "fit.json", json.dumps(finite(results), indent=1) + "\n")
     sections = [Section("", paragraphs(*lead)), *sections, runs_section(rows), config_section(workdir)]
     return lead, write_report(workdir, f"Sweep of {len(rows)} readouts", sections, subtitle=workdir.resolve().name)

@@ -1,7 +1,8 @@
-"""Starting a run from the weights of another: the same model, its upcycled twin, or its experts merged.
+"""Starting a run from the weights of another: the same model, its upcycled twin, its experts merged, or fewer of them.
 
 `convert` turns the parameters of a decoder into those of another one that differs in its feed-forward layers alone:
-a dense layer becomes experts (sparse upcycling), experts become a dense layer (merging), block by block.
+a dense layer becomes experts (sparse upcycling), experts become a dense layer (merging), block by block. Where a run
+has more experts than are wanted, those it used least are cut out first (`training.expert_pruning`).
 """
 
 import json
@@ -21,6 +22,9 @@ from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
 from training.checkpoint import Checkpoints
 from training.config import build
+from training.expert_pruning import drop_experts, prune_experts
+from training.logs import METRICS, read_rows
+from training.router_report import load_history
 from training.transformer import Decoder, TransformerConfig
 
 
@@ -29,7 +33,8 @@ class StartConfig:
     """Which weights a run starts from; the optimizer starts afresh.
 
     Attributes:
-      workdir: a run of `scripts/train.py`, whose newest checkpoint is taken; "" starts from random weights.
+      workdir: a run of `scripts/train.py`, whose newest checkpoint is taken; "" starts from random weights. Of a
+        run with more experts than this one the busiest of every layer stay.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
       method: merging: "mean", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
@@ -60,6 +65,11 @@ def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[A
       CheckpointDamaged: the newest checkpoint cannot be read.
     """
     params, source = read_model(start.workdir)
+    if "routed" in source.pattern and "routed" in config.pattern:
+        keep = config.moe.router.experts
+        if keep < source.moe.router.experts:
+            masks = prune_experts(params, recorded_load(start.workdir), keep, source)
+            params, source = drop_experts(params, masks, source)
     base = None
     if start.base:
         dense, dense_config = read_model(start.base)
@@ -87,6 +97,18 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
         params = jax.tree.map(np.asarray, checkpoints.restore_whole(steps[-1]).state["params"])
     vocabulary = params["embed"]["table"].shape[0]
     return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)
+
+
+def recorded_load(workdir: Path | str) -> np.ndarray:
+    """Mean share [L, E] of the choices that every expert of a run got, over the last tenth of its logged steps.
+
+    Raises:
+      ValueError: the run logged no loads.
+    """
+    steps, load_SLE = load_history(read_rows(Path(workdir) / METRICS))
+    if not len(steps):
+        raise ValueError(f"{Path(workdir) / METRICS} has no row with router/load to prune experts by")
+    return load_SLE[-max(1, len(steps) // 10) :].mean(0)
 
 
 def split_blocks(params: Mapping[str, Any], config: TransformerConfig) -> list[PyTree]:

@@ -118,6 +118,24 @@ def test_a_dense_run_is_upcycled_trained_on_and_merged_back(tmp_path, text):
     assert first["loss"] < rows[0]["loss"] + 0.1
 
 
+def test_the_idlest_experts_are_cut_out_and_the_run_goes_on(tmp_path, text):
+    train(tmp_path / "eight", text, "--config=configs/moe_lm.py:tiny")
+    loss = [row for row in read_rows(tmp_path / "eight" / METRICS) if row["kind"] == "eval"][-1]["loss"]
+    fewer = ["--config.model.moe.router.experts=6", "--config.eval.every=1", "--config.lr=1e-4"]
+    train(
+        tmp_path / "six",
+        text,
+        "--config=configs/moe_lm.py:tiny",
+        f"--config.start.workdir={tmp_path / 'eight'}",
+        *fewer,
+    )
+    rows = [row for row in read_rows(tmp_path / "six" / METRICS) if row["kind"] == "eval"]
+    assert abs(rows[0]["loss"] - loss) < 0.2 and rows[-1]["loss"] < rows[0]["loss"]
+    before, after = (arrays(tmp_path / name) for name in ("eight", "six"))
+    (name,) = (name for name in after if name.startswith("params") and name.endswith("experts/up/kernel"))
+    assert before[name].shape[1] == 8 and after[name].shape[1] == 6
+
+
 def test_a_comparison_is_never_redone(tmp_path, text):
     flags = ["--config=configs/moe_vs_dense.py:tiny", f"--config.run.data.name={text}", "--config.run.steps=20"]
 

@@ -9,10 +9,10 @@ from moe.layer import MoEConfig
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from training.kept import kept_per_row
-from training.routed import lm_loss
 from training.parallel import DecoderParts
 from training.parallel import make_loss as make_split_loss
 from training.remat import NAMES, Remat, parse_remat
+from training.routed import lm_loss
 from training.transformer import Decoder, TransformerConfig
 
 SIZES = {"vocab_size": 32, "layers": 4, "width": 16, "heads": 2, "ff": 32}

@@ -15,7 +15,7 @@ from training.sweep_report import (
     isoflop_part,
     lr_minima,
     lr_section,
-    surface_section,
+    surface_part,
     sweep_report,
 )
 
@@ -110,8 +110,10 @@ def test_a_learning_rate_grid_is_read_by_width():
 
 def test_a_grid_of_learning_rates_and_batches_is_fitted():
     found = as_rows(rows(sizes=4, factors=(0.5, 1.0, 2.0, 4.0), batches=(8, 16, 32, 64), noise=0.0))
-    page = shown([surface_section(found)])
+    numbers, section = surface_part(found)
+    page = shown([section])
     assert "Best batch: 20 (" in page and "Best lr: 0.015 (" in page
+    assert [one["batch"] for one in numbers] == pytest.approx([20.0] * 4)
 
 
 def test_the_best_of_a_grid_is_what_isoflops_are_drawn_through():

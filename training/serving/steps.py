@@ -134,9 +134,9 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             x_N1D, tokens_N, state, tokens, kept = carry
             item = ring.item(number, stage)
             slots_N = groups_n[item.group]
-            own = jax.tree.map(lambda leaf: leaf[slots_N], (tokens, budget, settings))
+            entering_N, budget_N, settings_N = jax.tree.map(lambda leaf: leaf[slots_N], (tokens, budget, settings))
             # Only the first stage knows what was drawn in this call: the tokens go around with their activations.
-            tokens_N, budget_N, settings_N = jnp.where(stage == 0, own[0], tokens_N), *own[1:]
+            tokens_N = jnp.where(stage == 0, entering_N, tokens_N)
             live_N = item.live & (item.step < budget_N)
             starts_N = state.cache.lengths[slots_N]
             entering_N1D = served.embed(params, tokens_N[:, None])
