@@ -8,6 +8,7 @@ import pytest
 from scaling.cholesky import cholesky_solve
 from scaling.curvature import Terms, by_autodiff, by_terms, lower
 from scaling.laws import gather_feature
+from scaling.lean import ByShares, floor_of
 from scaling.published import CHINCHILLA, CURVE, FINE_GRAINED, JOINT, SPARSITY
 from scaling.rows import make_rows
 
@@ -83,3 +84,38 @@ def test_cholesky_against_numpys_solver(xp):
     np.testing.assert_array_equal(fine, np.arange(7) != 3)
     for s in np.flatnonzero(np.arange(7) != 3):
         np.testing.assert_allclose(found[:, s], np.linalg.solve(whole[:, :, s], right[:, s]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY], ids=lambda law: law.name)
+def test_sums_without_the_floor_give_the_same_curvature(law):
+    features, means, target, phi, weights = case(law)
+    terms = Terms(law.terms, law.parameters, features, means)
+    whole = by_terms(terms, target, DELTA, newton=True)(phi, weights)
+    lean = ByShares(terms, target, DELTA)(phi, weights)
+    for found, wanted in zip(lean[:3], whole[:3], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    diagonal = [k for k, (i, j) in enumerate(lower(terms.size)) if i == j]
+    np.testing.assert_allclose(lean.diagonal, np.abs(lean.curvature[diagonal]))
+
+
+def test_terms_without_a_floor_of_their_own_are_refused():
+    features, means, target, _, _ = case(CHINCHILLA)
+    for kept in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
+        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in kept)]
+        terms = Terms(kept, names, features, means)
+        assert floor_of(terms) is None
+        with pytest.raises(ValueError, match="use by_terms"):
+            ByShares(terms, target, DELTA)
+
+
+def test_a_law_whose_terms_overflow_or_vanish_keeps_its_shares():
+    features, means, _, phi, _ = case(CHINCHILLA, fits=3)
+    terms = Terms(CHINCHILLA.terms, CHINCHILLA.parameters, features, means)
+    phi[[0, 1, 2], 1] += 800.0
+    phi[[0, 1, 2], 2] -= 800.0
+    with np.errstate(over="ignore"):
+        value, share = terms.shares(phi)
+    base, same = terms.shares(phi - np.array([0, 800.0, -800.0]) * np.isin(np.arange(5), [0, 1, 2])[:, None])
+    np.testing.assert_allclose(value, base + [0, 800.0, -800.0], rtol=1e-12)
+    for one, other in zip(share, same, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9)

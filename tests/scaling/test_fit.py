@@ -79,6 +79,15 @@ def test_resamples_agree_with_scipy(fitted):
         np.testing.assert_allclose(boot.theta_PB[:, b], rival.x, rtol=1e-4)
 
 
+def test_many_resamples_at_once_end_where_few_do(fitted):
+    counts = resamples(96, 240, seed=5)
+    many = refit(fitted, counts)
+    few = [refit(fitted, counts[:, i : i + 48]) for i in (0, 48)]
+    assert many.converged_B.all()
+    np.testing.assert_allclose(many.value_B, np.concatenate([boot.value_B for boot in few]), rtol=1e-10)
+    np.testing.assert_allclose(many.theta_PB, np.concatenate([boot.theta_PB for boot in few], 1), rtol=1e-4)
+
+
 def check_against_search(fitted, count):
     counts = resamples(count, 240, seed=3)
     boot = refit(fitted, counts)

@@ -5,10 +5,11 @@ its interval (`lottery.tails`), not a verdict.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from lottery import masks as masks_lib
 from lottery import prune, scores, tails
@@ -87,64 +88,46 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     ]
 
 
+class Cell(NamedTuple):
+    """One size: tickets' accuracies in percent, test losses, and the tail of 1 / loss."""
+
+    depth: int
+    width: int
+    weights: int
+    accuracy: np.ndarray
+    loss: np.ndarray
+    tail: tails.Tail
+
+    @property
+    def quantiles(self) -> tuple[float, float, float]:
+        """Of the accuracy: 5%, median, 95%."""
+        low, middle, high = np.quantile(self.accuracy, [0.05, 0.5, 0.95])
+        return float(low), float(middle), float(high)
+
+    def row(self) -> list[Any]:
+        """In the table."""
+        low, middle, high = self.quantiles
+        spread = [f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{self.accuracy.max():.2f}"]
+        losses = [f"{self.accuracy.std(ddof=1):.2f}", f"{np.median(self.loss):.4f}", f"{self.loss.min():.4f}"]
+        interval = f"{self.tail.index:.2f} ({self.tail.low:.2f} to {self.tail.high:.2f})"
+        return [self.depth, self.width, self.weights, *spread, *losses, interval]
+
+
+HEAD = ("depth", "width", "weights", "median (%)", "5% to 95%", "best", "sd", "median loss", "least loss", "tail index")
+
+
 def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) -> Study:
     count = round(study.tail * study.tickets)
-    figure, axes = canvas(2, width=9.6, height=3.8)
-    body: list[list[Any]] = []
-    colours = ramp(len(study.depths))
-    for depth, colour in zip(study.depths, colours, strict=True):
-        ends: list[tuple[float, tails.Tail]] = []
+    cells = []
+    for depth in study.depths:
         for width in study.widths:
             mine = [row for row in rows if row["depth"] == depth and row["width"] == width]
             loss = np.asarray([row["loss"] for row in mine])
             accuracy = 100 * np.asarray([row["accuracy"] for row in mine])
             # Quality is the inverse loss: positive, and large for good tickets.
             tail = tails.tail_index(1 / loss, count)
-            low, middle, high = np.quantile(accuracy, [0.05, 0.5, 0.95])
-            interval = f"{tail.index:.2f} ({tail.low:.2f} to {tail.high:.2f})"
-            spread = [f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{accuracy.max():.2f}"]
-            losses = f"{np.median(loss):.4f}", f"{loss.min():.4f}"
-            body.append([depth, width, mine[0]["weights"], *spread, f"{accuracy.std(ddof=1):.2f}", *losses, interval])
-            place = mine[0]["weights"]
-            axes[0].plot([place] * 2, [low, high], color=colour, linewidth=1.6, solid_capstyle="round")
-            axes[0].plot([place], [middle], "o", color=colour, markersize=4.5)
-            axes[0].plot([place], [accuracy.max()], "_", color=colour, markersize=8)
-            ends.append((place, tail))
-        at = np.asarray([place for place, _ in ends])
-        index = np.asarray([tail.index for _, tail in ends])
-        bars = np.asarray([[t.index - t.low for _, t in ends], [t.high - t.index for _, t in ends]])
-        axes[1].errorbar(
-            at,
-            index,
-            np.maximum(bars, 0),
-            color=colour,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linestyle="none",
-            label=f"{depth} hidden layer{'s' * (depth > 1)}",
-        )
-    ticks = [row[2] for row in body if row[0] == study.depths[0]]
-    for ax in axes:
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{weights:,}" for weights in ticks])
-        ax.set_xticks([], minor=True)
-    axes[1].axhline(0, color="#66737f", linewidth=0.9, linestyle=(0, (4, 3)))
-    axes[1].legend(frameon=False, fontsize=9)
-    titles(axes[0], "Test accuracy of tickets", "weights of the ticket", "%: median, 5% to 95%, best (dash)")
-    titles(axes[1], "Upper tail of 1 / test loss", "weights of the ticket", "extreme value index, 95% interval")
-    head = [
-        "depth",
-        "width",
-        "weights",
-        "median (%)",
-        "5% to 95%",
-        "best",
-        "sd",
-        "median loss",
-        "least loss",
-        "tail index",
-    ]
+            cells.append(Cell(depth, width, mine[0]["weights"], accuracy, loss, tail))
+    body = [cell.row() for cell in cells]
     smallest, largest = body[0], body[-1]
     findings = [
         f"From {smallest[2]:,} weights (depth {smallest[0]}, width {smallest[1]}) to {largest[2]:,} (depth "
@@ -157,4 +140,32 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
         f"Every cell: {study.tickets} networks of that width and depth, trained {setup.ticket.steps} steps, pruned "
         f"once to {study.density:.0%} of each layer, rewound to the initialization, trained again. Test set."
     )
-    return Study("The distribution of tickets over width and depth", findings, Table(head, body), figure, caption, rows)
+    title = "The distribution of tickets over width and depth"
+    return Study(title, findings, Table(HEAD, body), _figure(cells, study), caption, rows)
+
+
+def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
+    """Left the spread of accuracy over size, right the tail index with its interval; a colour for every depth."""
+    figure, axes = canvas(2, width=9.6, height=3.8)
+    for depth, colour in zip(study.depths, ramp(len(study.depths)), strict=True):
+        mine = [cell for cell in cells if cell.depth == depth]
+        for cell in mine:
+            low, middle, high = cell.quantiles
+            axes[0].plot([cell.weights] * 2, [low, high], color=colour, linewidth=1.6, solid_capstyle="round")
+            axes[0].plot([cell.weights], [middle], "o", color=colour, markersize=4.5)
+            axes[0].plot([cell.weights], [cell.accuracy.max()], "_", color=colour, markersize=8)
+        index = np.asarray([cell.tail.index for cell in mine])
+        bars = np.asarray([[c.tail.index - c.tail.low for c in mine], [c.tail.high - c.tail.index for c in mine]])
+        look: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "none"}
+        label = f"{depth} hidden layer{'s' * (depth > 1)}"
+        axes[1].errorbar([cell.weights for cell in mine], index, np.maximum(bars, 0), color=colour, label=label, **look)
+    ticks = [cell.weights for cell in cells if cell.depth == study.depths[0]]
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{weights:,}" for weights in ticks])
+        ax.set_xticks([], minor=True)
+    axes[1].axhline(0, color="#66737f", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes[1].legend(frameon=False, fontsize=9)
+    titles(axes[0], "Test accuracy of tickets", "weights of the ticket", "%: median, 5% to 95%, best (dash)")
+    titles(axes[1], "Upper tail of 1 / test loss", "weights of the ticket", "extreme value index, 95% interval")
+    return figure
