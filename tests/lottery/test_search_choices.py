@@ -67,7 +67,7 @@ def one(stack, i):
     return jax.tree.map(lambda leaf: leaf[i], stack)
 
 
-def same(a, b):
+def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -126,7 +126,7 @@ def test_criteria_score_the_trained_weights_of_the_level_before(score):
         full = criteria.Evidence(loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0], **evidence)
         got = criteria.score(score, one(tree["params"], i), full)
         want = prune.keep(got, one(tree["masks"], i), WHICH, counts[level - 1])
-        same(one(arm(store, config, level, "ticket"), i), want)
+        assert_same(one(arm(store, config, level, "ticket"), i), want)
 
 
 def test_arms_get_the_masks_and_weights_they_are_named_for():
@@ -140,11 +140,11 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
         starts = trainer.starts[level]
         rows = [{"arm": a, "seed": s} for a, s in starts.names]
         weights = {name: transfer.of_arm(starts.params, rows, name)[0] for name in names}
-        same(mask["strategy2"], mask["continue"])
-        same(mask["same_sign"], mask["ticket"])
-        same(mask["other_seed"], jax.tree.map(lambda m: m[::-1], mask["ticket"]))
-        same(mask["transfer"], given[level])
-        same(weights["strategy2"], masks.apply(dense["reset"], mask["continue"]))
+        assert_same(mask["strategy2"], mask["continue"])
+        assert_same(mask["same_sign"], mask["ticket"])
+        assert_same(mask["other_seed"], jax.tree.map(lambda m: m[::-1], mask["ticket"]))
+        assert_same(mask["transfer"], given[level])
+        assert_same(weights["strategy2"], masks.apply(dense["reset"], mask["continue"]))
         for path, leaf in masks.flatten(weights["same_sign"]).items():
             if path.endswith("kernel"):
                 signs = np.sign(masks.flatten(initial)[path]) * np.asarray(masks.flatten(mask["ticket"])[path])
@@ -152,7 +152,7 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
         for i in range(2):
             counts = masks.count(one(mask["ticket"], i), WHICH)
             full = masks.ones(one(initial, i))
-            same(one(mask["large_init"], i), prune.keep(scores.magnitude(one(initial, i)), full, WHICH, counts))
+            assert_same(one(mask["large_init"], i), prune.keep(scores.magnitude(one(initial, i)), full, WHICH, counts))
             final = level_counts(config, prune.sizes(SHAPES, WHICH), {})[level - 1]
             assert {path: int(n) for path, n in masks.count(one(mask["at_init"], i), WHICH).items()} == final
         late = dict(zip(starts.names, starts.late, strict=True))
@@ -168,14 +168,14 @@ def test_teachers_are_the_networks_they_are_named_for(teacher):
         for name in config.arms:
             got = transfer.of_arm(trainer.starts[level].teachers, rows, name)[0]
             before = 0 if teacher == "dense" or level == 1 else level - 1
-            same(got, arm(store, config, before, "dense" if before == 0 else name, "params"))
+            assert_same(got, arm(store, config, before, "dense" if before == 0 else name, "params"))
 
 
 def test_masks_are_fitted_to_other_widths_and_seeds():
     mask = {"kernel": jnp.asarray([[True, False], [False, True]])}
     wide = transfer.resize(mask, {"kernel": jnp.zeros((4, 3))})
     np.testing.assert_array_equal(wide["kernel"], [[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]])
-    same(transfer.resize(wide, mask), mask)
+    assert_same(transfer.resize(wide, mask), mask)
     stack = {"kernel": jnp.stack([jnp.zeros(2, bool), jnp.ones(2, bool)])}
     got = transfer.by_seed((stack, (3, 5)), (5, 3, 9))["kernel"]
     np.testing.assert_array_equal(got[:, 0], [True, False, False])

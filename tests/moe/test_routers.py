@@ -97,7 +97,7 @@ def all_losses(routing):
     return losses.load_balance(routing), losses.z_loss(routing), losses.importance_loss(routing)
 
 
-def valid(routing):
+def assert_valid(routing):
     """What holds for any routing."""
     n, e = routing.probs_NE.shape
     experts, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
@@ -117,7 +117,7 @@ def valid(routing):
 @pytest.mark.parametrize("name", CASES)
 def test_shapes_dtypes_and_weight_sums(name):
     routing = call(name, logits().astype(jnp.bfloat16).astype(jnp.float32))
-    valid(routing)
+    assert_valid(routing)
     if CASES[name].sums_to_one:
         np.testing.assert_allclose(np.asarray(routing.weights_NK).sum(-1), 1, rtol=1e-5)
     assert routing.causal == CASES[name].causal
@@ -127,7 +127,7 @@ def test_shapes_dtypes_and_weight_sums(name):
 def test_bfloat16_logits_are_routed_in_float32(name):
     x = logits().astype(jnp.bfloat16)
     half, full = call(name, x), call(name, x.astype(jnp.float32))
-    valid(half)
+    assert_valid(half)
     np.testing.assert_array_equal(half.experts_NK, full.experts_NK)
     # The case's own arithmetic on its noise is bfloat16.
     np.testing.assert_allclose(half.weights_NK, full.weights_NK, atol=2e-3)
@@ -171,7 +171,7 @@ def test_jit_vmap_and_scan_give_what_plain_calls_do(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.least == 1])
 def test_one_expert(name):
     routing = call(name, logits(e=1), k=1)
-    valid(routing)
+    assert_valid(routing)
     assert (routing.experts_NK == 0).all()
     np.testing.assert_allclose(routing.probs_NE, 1, rtol=1e-6)
 
@@ -179,7 +179,7 @@ def test_one_expert(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.most >= E])
 def test_k_equal_to_e_takes_every_expert(name):
     routing = call(name, logits(), k=E)
-    valid(routing)
+    assert_valid(routing)
     if name != "expert_choice":
         np.testing.assert_array_equal(np.sort(routing.experts_NK, -1), np.broadcast_to(np.arange(E), (N, E)))
 
@@ -188,7 +188,7 @@ def test_k_equal_to_e_takes_every_expert(name):
 def test_all_tokens_to_one_expert_leaves_the_others_empty(name):
     x = jnp.zeros((N, E)).at[:, 3].set(9.0)
     routing = call(name, x, k=1)
-    valid(routing)
+    assert_valid(routing)
     if CASES[name].follows and name not in ("gshard", "gshard_random", "hierarchical"):
         np.testing.assert_array_equal(metrics.load(routing), N * (np.arange(E) == 3))
     if CASES[name].follows:
@@ -203,7 +203,7 @@ def test_padding_goes_nowhere_and_is_not_seen(name):
     mask = jnp.arange(N + 4) % 4 != 3
     garbage = jnp.where(mask[:, None], x, jnp.nan)
     routing = call(name, garbage, mask, key=key)
-    valid(routing)
+    assert_valid(routing)
     routing, padding = jax.tree.map(np.asarray, routing), ~np.asarray(mask)
     assert (routing.experts_NK[padding] == E).all()
     assert routing.load_NE is None or (routing.load_NE[padding] == 0).all()
@@ -225,7 +225,7 @@ def test_padding_goes_nowhere_and_is_not_seen(name):
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_but_padding(name):
     routing = call(name, logits(), jnp.zeros(N, bool))
-    valid(routing)
+    assert_valid(routing)
     assert (np.asarray(routing.experts_NK) == E).all()
     assert all_losses(routing) == (0, 0, 0)
 
@@ -255,7 +255,7 @@ def test_only_routers_that_do_not_look_ahead_may_decode(name):
 def test_random_routings_are_valid(e, seed, name):
     x = jax.random.normal(jax.random.key(seed), (5, e)) * 3
     mask = jax.random.bernoulli(jax.random.key(seed + 1), 0.7, (5,))
-    valid(call(name, x, mask))
+    assert_valid(call(name, x, mask))
 
 
 def test_groups_are_routed_by_themselves():

@@ -88,7 +88,7 @@ def test_many_resamples_at_once_end_where_few_do(fitted):
     np.testing.assert_allclose(many.theta_PB, np.concatenate([boot.theta_PB for boot in few], 1), rtol=1e-4)
 
 
-def check_against_search(fitted, count):
+def assert_as_search(fitted, count):
     counts = resamples(count, 240, seed=3)
     boot = refit(fitted, counts)
     for b in range(count):
@@ -98,12 +98,12 @@ def check_against_search(fitted, count):
 
 
 def test_scoring_basins_equals_a_search_from_every_start(fitted):
-    check_against_search(fitted, 1)
+    assert_as_search(fitted, 1)
 
 
 @pytest.mark.slow
 def test_scoring_basins_equals_a_search_from_every_start_on_fifty_resamples(fitted):
-    check_against_search(fitted, 50)
+    assert_as_search(fitted, 50)
 
 
 def test_resamples_are_counts_and_clusters_stay_together():

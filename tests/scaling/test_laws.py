@@ -102,7 +102,7 @@ def test_laws_are_their_papers_formulas(name):
         assert found[i] == pytest.approx(by_hand(name, TRUTH[name], row), rel=1e-10)
 
 
-def recover(law, truth, noise, tolerance):
+def assert_recovered(law, truth, noise, tolerance):
     rows = simulate(law, truth, noise)
     found = fit(rows, law, FitConfig(objective="normal" if noise else "huber"))
     mean = law.predict(law.raw(truth)[:, None], law.gather(rows))[:, 0]
@@ -116,13 +116,13 @@ def recover(law, truth, noise, tolerance):
 
 @pytest.mark.parametrize("name", ["chinchilla", "curve", "kaplan"])
 def test_truth_is_recovered_exactly_without_noise(name):
-    recover(find_law(name), TRUTH[name], 0.0, 1e-5)
+    assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAWS if name not in ("chinchilla", "curve", "kaplan")])
 def test_truth_is_recovered_exactly_without_noise_larger_laws(name):
-    recover(find_law(name), TRUTH[name], 0.0, 1e-4)
+    assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-4)
 
 
 def test_the_joint_law_contains_the_others():

@@ -98,7 +98,7 @@ MORE = {
 }
 
 
-def run_case(name, stages, dp, m, layers, chunks, tied, skip_idle):
+def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle):
     mesh = mesh_of(pp=stages, dp=dp)
     config = PipelineConfig(name, m, split_layers(layers, stages, chunks), skip_idle=skip_idle)
     params, batch = model(layers, tied), data(2 * dp * m)
@@ -109,13 +109,13 @@ def run_case(name, stages, dp, m, layers, chunks, tied, skip_idle):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_loss_and_gradient_are_those_of_one_device(case):
-    run_case(*case)
+    assert_one_devices(*case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE.values(), ids=MORE)
 def test_more_losses_and_gradients_are_those_of_one_device(case):
-    mesh, config, params, batch, wanted = run_case(*case)
+    mesh, config, params, batch, wanted = assert_one_devices(*case)
     assert_equal(jax.jit(make_loss(FNS, mesh, config))(*params, batch), wanted[0])
 
 

@@ -34,7 +34,7 @@ def make_state(seed=0):
     }
 
 
-def same(a, b):
+def assert_same(a, b):
     a, b = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
     assert [path for path, _ in a] == [path for path, _ in b]
     for (path, x), (_, y) in zip(a, b, strict=True):
@@ -91,10 +91,10 @@ def test_round_trip_is_bit_exact(tmp_path, asynchronous):
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.steps() == [10, 20, 30]
         found = checkpoints.restore_latest(make_state())
-        same(found.state, make_state(30))
+        assert_same(found.state, make_state(30))
         assert type(found.state["opt"]) is type(make_state()["opt"])
         assert (found.step, found.data, found.extra, found.skipped) == (30, {"next_index": 30}, {"note": [1, "x"]}, ())
-        same(checkpoints.restore(10, abstract(make_state())).state, make_state(10))
+        assert_same(checkpoints.restore(10, abstract(make_state())).state, make_state(10))
         raw = checkpoints.restore(20).state
         np.testing.assert_array_equal(raw["params"]["kernel"], make_state(20)["params"]["kernel"])
 
@@ -113,13 +113,13 @@ def test_damaged_newest_is_reported_and_passed_over(tmp_path, damage, caplog):
     with Checkpoints(tmp_path / "c") as checkpoints:
         found = checkpoints.restore_latest(make_state())
         assert found.step == 20
-        same(found.state, make_state(20))
+        assert_same(found.state, make_state(20))
         assert [step for step, _ in found.skipped] == [30] and "damaged" in found.skipped[0][1]
         assert (tmp_path / "c_damaged" / "30").exists()
         # The run goes on and writes the same step again.
         checkpoints.save(30, make_state(31))
         checkpoints.wait()
-        same(checkpoints.restore_latest(make_state()).state, make_state(31))
+        assert_same(checkpoints.restore_latest(make_state()).state, make_state(31))
 
 
 def test_an_unreadable_rank_costs_the_rank_only(tmp_path):
@@ -172,7 +172,7 @@ def test_donation_right_after_an_async_save_is_safe(tmp_path):
             x = step(x)
         checkpoints.wait()
         for i, array in expected.items():
-            same(checkpoints.restore(i, {"x": x}).state, {"x": array})
+            assert_same(checkpoints.restore(i, {"x": x}).state, {"x": array})
 
 
 def test_another_sharding_reads_the_same_values(tmp_path):
@@ -186,7 +186,7 @@ def test_another_sharding_reads_the_same_values(tmp_path):
         checkpoints.wait()
         like = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("b", "a")))}
         found = checkpoints.restore(1, like).state
-    same(found, {"x": array})
+    assert_same(found, {"x": array})
     assert found["x"].sharding == like["x"].sharding
 
 
@@ -223,7 +223,7 @@ def test_save_tree_round_trip_replace_and_damage(tmp_path):
     tree = make_state(1) | {"numpy": np.arange(5), "wide": np.arange(3, dtype=np.float64)}
     save_tree(path, tree, {"rows": [1.5]})
     found = load_tree(path, tree)
-    same(found, tree)
+    assert_same(found, tree)
     assert isinstance(found["numpy"], np.ndarray) and load_extra(path) == {"rows": [1.5]}
     save_tree(path, tree | {"step": jnp.int32(9)})
     assert int(load_tree(path, tree)["step"]) == 9

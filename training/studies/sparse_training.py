@@ -76,7 +76,7 @@ def _trained(ground: Ground, method: Method) -> list[dict[str, Any]]:
     found, masks = method.train(ground)
     shapes = jax.eval_shape(ground.setup.network.init, jax.random.key(0))
     total = sum(prune.sizes(shapes, ground.which).values())
-    alive = jax.vmap(lambda mask: sum(masks_lib.count(mask, ground.which).values()))(masks)
+    alive = np.asarray(jax.vmap(lambda mask: sum(masks_lib.count(mask, ground.which).values()))(masks))
     steps = ground.setup.ticket.steps
     return [_row(method.name, row, int(n) / total, steps) for row, n in zip(found, alive, strict=True)]
 
@@ -124,7 +124,7 @@ def _figure(values: Mapping[str, list[float]]) -> Figure:
     for place, name in enumerate(names):
         ax.plot(values[name], [place] * len(values[name]), "o", color=PALETTE[0], alpha=0.35, markersize=5)
         ax.plot([np.mean(values[name])], [place], "o", color=PALETTE[0], markersize=8)
-    ax.axvline(np.mean(values["dense"]), color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+    ax.axvline(float(np.mean(values["dense"])), color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     titles(ax, "Ways to a sparse network", "test accuracy (%)", "")

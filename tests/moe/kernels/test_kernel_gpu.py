@@ -56,7 +56,7 @@ def wide(x):
     return np.nan_to_num(np.asarray(x, np.float64))
 
 
-def close(ours, theirs, tolerance):
+def assert_close(ours, theirs, tolerance):
     ours = np.asarray(ours, np.float64)
     assert ours.shape == theirs.shape and np.isfinite(ours).all()
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(initial=1))
@@ -86,9 +86,9 @@ def test_the_three_products_against_float64(matmul, name, k, n, dtype):
         return out, *pull(dy)
 
     out, dx, dw = products(x, w, dy)
-    close(out, oracle.grouped(wide(x), wide(w), sizes), TOLERANCE[dtype])
-    close(dx, oracle.grouped(wide(dy), wide(w).swapaxes(1, 2), sizes), TOLERANCE[dtype])
-    close(dw, oracle.contract(wide(x), wide(dy), sizes), TOLERANCE[dtype])
+    assert_close(out, oracle.grouped(wide(x), wide(w), sizes), TOLERANCE[dtype])
+    assert_close(dx, oracle.grouped(wide(dy), wide(w).swapaxes(1, 2), sizes), TOLERANCE[dtype])
+    assert_close(dw, oracle.contract(wide(x), wide(dy), sizes), TOLERANCE[dtype])
 
 
 @slow
@@ -131,7 +131,7 @@ def test_epilogues_equal_the_plain_path(matmul, name, alike):
         out, pull = jax.jit(partial(jax.vjp, f))(x, w)
         results.append((out, *pull(jnp.ones_like(out))))
     for ours, theirs in zip(*results, strict=True):
-        close(ours, wide(theirs), 0.02)
+        assert_close(ours, wide(theirs), 0.02)
 
 
 @slow
@@ -139,7 +139,7 @@ def test_quantised_weights_are_widened(matmul):
     sizes, rows = SIZES["uneven"]
     x, w, _ = arrays(sizes, rows, 128, 64, "bfloat16")
     small, counts = quantize(w.astype(jnp.float32), block=64), jnp.array(sizes)
-    close(matmul(x, small, counts), wide(grouped_matmul(x, small, counts, implementation="cpu")), 0.02)
+    assert_close(matmul(x, small, counts), wide(grouped_matmul(x, small, counts, implementation="cpu")), 0.02)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_block_sparse(implementation, block, density):
         return out, *pull(jnp.sin(out))
 
     for ours, theirs in zip(*map(value_and_gradients, (implementation, "cpu")), strict=True):
-        close(ours, wide(theirs), 0.02)
+        assert_close(ours, wide(theirs), 0.02)
 
 
 @slow
@@ -169,7 +169,7 @@ def test_every_tile_size_gives_the_same(matmul, tiling):
     sizes, rows = SIZES["uneven"]
     x, w, _ = arrays(sizes, rows, 128, 256, "bfloat16")
     out = jax.jit(partial(matmul, tiling=tiling))(x, w, jnp.array(sizes))
-    close(out, oracle.grouped(wide(x), wide(w), sizes), 0.006)
+    assert_close(out, oracle.grouped(wide(x), wide(w), sizes), 0.006)
 
 
 def test_float32_runs_as_plain_jax(matmul):
@@ -237,7 +237,7 @@ def test_large_products_on_a_gpu(groups, dtype):
             expected = (xs @ ws, dys @ ws.T, xs.T @ dys)
         for ours, theirs in zip((out[part], dx[part], dw[g]), expected, strict=True):
             if theirs.size:
-                close(ours, wide(theirs), TOLERANCE[dtype])
+                assert_close(ours, wide(theirs), TOLERANCE[dtype])
     assert not np.any(wide(out[sizes.sum() :])) and not np.any(wide(dx[sizes.sum() :]))
 
 
