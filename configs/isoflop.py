@@ -4,7 +4,7 @@ What: decoders over bytes, a width family under the maximal-update parametrisati
 at all budgets (warmup, stable learning rate, decays branched off); IsoFLOP minima, their power law with an interval,
 and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths, `batch` one
 of learning rates and batch sizes at two.
-Cost: the full sweep took 34 minutes on a 2-core machine that was running other work; `tiny` 70 seconds on two cores.
+Cost: the full sweep took 34 minutes on a 2-core machine that was running other work; `tiny` 63 seconds on two cores.
 Expected: five budgets from 2.5e10 to 4e11 FLOPs with their minima inside, at 9,500 to 42,000 parameters, which grow as
 C^0.53; `tiny` refuses its smallest budget (docs/results/isoflop.md).
 Command: python scripts/sweep.py --config=configs/isoflop.py --workdir=runs/isoflop
@@ -101,8 +101,8 @@ def get_config(arg: str = "full") -> ConfigDict:
     )
     # Where runs are carried out; not part of what they are. slots 0: one run per core.
     config.engine = ConfigDict({"name": "local", "slots": 0, "retries": 1, "options": ConfigDict()})
-    # begin: budgets, the cheapest first, that are read out before the planner chooses runs, `at_once` at a time, until the
-    # interval is as narrow as report.stop_at asks, `flops` are spent or nothing is left; 0: the whole plan.
+    # begin: budgets, the cheapest first, that are read out before the planner chooses runs, `at_once` at a time, until
+    # the interval is as narrow as report.stop_at asks, `flops` are spent or nothing is left; 0: the whole plan.
     config.planner = ConfigDict({"begin": 0, "at_once": 2, "flops": 0.0})
     # stop_at: half the interval of log N*(target) at which the sweep ends; 0 carries out the whole plan. target 0: ten
     # times the largest budget.

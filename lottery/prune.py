@@ -221,9 +221,27 @@ def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
 def keep_highest(
     scores: Float[Array, " N"], alive: Bool[Array, " N"], quota: int | Int[Array, ""]
 ) -> Bool[Array, " N"]:
-    """alive without the `quota` units of lowest score, ties by index, clipped to the number alive."""
-    index = jnp.arange(scores.size, dtype=jnp.int32)
-    # Dead units sort last, whatever their score, so the first `quota` in this order are alive.
-    order = jax.lax.sort((~alive, scores, index), num_keys=3)[2]
-    rank = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
-    return alive & (rank >= jnp.minimum(quota, jnp.sum(alive, dtype=jnp.int32)))
+    """alive without the `quota` units of lowest score, ties by index, clipped to the number alive.
+
+    Scores are ordered as `jax.lax.sort` orders them: zeros of both signs are equal, NaN comes last. The threshold is
+    found bit by bit, 32 counts over the scores, which takes a small part of the time of a sort.
+    """
+    canonical = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), jnp.nan, scores)).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(canonical, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned integers in the order of the floats.
+    key = jnp.where(bits & sign, ~bits, bits | sign)
+    quota = jnp.minimum(quota, jnp.sum(alive, dtype=jnp.int32))
+
+    def below(bound: Array) -> Array:
+        return jnp.sum(alive & (key < bound), dtype=jnp.int32)
+
+    def refine(i: Array, bound: Array) -> Array:
+        higher = bound | (sign >> i.astype(jnp.uint32))
+        return jnp.where(below(higher) < quota, higher, bound)
+
+    # The largest bound with fewer than quota units below it: the score of the last unit to go.
+    bound = jax.lax.fori_loop(0, 32, refine, jnp.uint32(0))
+    tied = alive & (key == bound)
+    among = jnp.cumsum(tied, dtype=jnp.int32) <= quota - below(bound)
+    return alive & ~((key < bound) | (tied & among))

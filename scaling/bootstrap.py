@@ -54,16 +54,19 @@ def resamples(
       ValueError: labels for another number of rows.
     """
     stream = np.random.RandomState(seed)
-    if clusters is None:
-        members = np.arange(rows)
-    else:
+    members = np.arange(rows)
+    if clusters is not None:
         if len(clusters) != rows:
             raise ValueError(f"{len(clusters)} cluster labels for {rows} rows")
         members = np.unique(np.asarray(clusters), return_inverse=True)[1]
     total = int(members.max()) + 1
-    drawn = stream.choice(total, size=(count, total)) + total * np.arange(count)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=count * total).reshape(count, total)
-    return counts.T[members].astype(float)
+    counts = np.empty((total, count))
+    for begun in range(0, count, 512):  # arrays that stay in the cache
+        here = min(512, count - begun)
+        drawn = stream.choice(total, size=(here, total))
+        drawn += total * np.arange(here)[:, None]
+        counts[:, begun : begun + here] = np.bincount(drawn.ravel(), minlength=here * total).reshape(here, total).T
+    return counts if clusters is None else counts[members]
 
 
 def bootstrap(

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scaling import isoflop
-from scaling.bootstrap import bootstrap, interval
+from scaling.bootstrap import bootstrap
 from scaling.fit import Fit, FitConfig, fit
 from scaling.flops import CONVENTIONS, Shape, count
+from scaling.intervals import bootstrap_interval
 from scaling.optimum import log_loss_at
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows
@@ -120,13 +121,15 @@ def effect(
     """
     recounted = recount(rows, shapes, convention)
     fitted = fit(recounted, CHINCHILLA, config)
-    edges = None
+    edges, found = None, fitted.parameters
     if resampled:
         drawn = bootstrap(fitted, resampled, seed=seed)
         alpha, beta = (drawn.natural_PB[CHINCHILLA.parameters.index(name)] for name in ("alpha", "beta"))
-        low, high = interval((beta / (alpha + beta))[drawn.converged_B])
+        draws = (beta / (alpha + beta))[drawn.converged_B]
+        here = found["beta"] / (found["alpha"] + found["beta"])
+        sizes = len(rows), len(CHINCHILLA.parameters)
+        low, high = bootstrap_interval(draws, *sizes, objective=fitted.config.objective, estimate=here)
         edges = float(low), float(high)
-    found = fitted.parameters
     groups = isoflop.group_budgets(rows["flops"]) if groups is None else groups
     try:
         parabolas = isoflop.approach_2(recounted, groups)[0].exponent

@@ -143,7 +143,7 @@ def bootstrap_figure(
     for edge in (low, high):
         axes[1].axvline(edge, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 2)))
     decades(axes[1])
-    titles(axes[1], f"N* at {short(budget)} FLOPs, 95% between the lines", "optimal parameters", "resamples")
+    titles(axes[1], f"N* at {short(budget)} FLOPs, 95% of draws between lines", "optimal parameters", "resamples")
     return figure
 
 

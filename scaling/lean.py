@@ -119,22 +119,6 @@ class ByShares:
         return gradient, sums
 
 
-def first_step(
-    state: State, weights_RS: Float[np.ndarray, "R S"], evaluate: ByShares, held: tuple[int, ...]
-) -> tuple[Float[np.ndarray, "P S"], Float[np.ndarray, "S"]]:
-    """One Newton step of fits that start at one point, each with weights of its own; phi after it, the objective before.
-
-    Every row's part of the objective and its derivatives is the same for all of them: a product with the weights.
-    """
-    rows = len(weights_RS)
-    part = evaluate(np.repeat(state.phi[:, :1], rows, 1), np.eye(rows, dtype=state.phi.dtype))
-    objective, gradient, curvature = (x @ weights_RS for x in part[:3])
-    size = np.abs([row for row, (i, j) in zip(curvature, lower(len(gradient)), strict=True) if i == j])
-    point = Point(objective, gradient, curvature, size)
-    step, fine, _ = propose(point, state.damping, np.add.reduce(weights_RS, 0), held, np)
-    return np.where(fine, state.phi - step, state.phi), objective
-
-
 def last_step(
     state: State,
     weights_RS: Float[np.ndarray, "R S"] | Float[np.ndarray, "R 1"],

@@ -161,7 +161,6 @@ def buy(
     *,
     budget: float,
     wanted: float,
-    patience: int = 1,
     most: int = 1000,
     level: float = 0.95,
     config: FitConfig | None = None,
@@ -176,7 +175,6 @@ def buy(
         before it is bought.
       budget: the target, FLOPs.
       wanted: half the width of the interval at which buying ends.
-      patience: fits in a row whose interval must be that narrow; one that is by luck is not followed by another.
       most: runs bought at most.
       level: of the interval.
       config: of the fits.
@@ -188,7 +186,7 @@ def buy(
     left = np.ones(len(candidates), bool)
     fitted = fit(rows, law, config, starts=starts)
     widths = [half_width(fitted, budget, level=level)]
-    while not narrow(widths, wanted, patience) and left.any() and len(widths) <= most:
+    while widths[-1] > wanted and left.any() and len(widths) <= most:
         choice = next_run(fitted, candidates.take(left), budget=budget)
         bought = np.flatnonzero(left)[choice]
         left[bought] = False
@@ -197,11 +195,6 @@ def buy(
         fitted = fit_near(fitted, rows)
         widths.append(half_width(fitted, budget, level=level))
     return Sweep(rows, fitted, widths, float(rows["flops"].sum()))
-
-
-def narrow(widths: Sequence[float], wanted: float, patience: int) -> bool:
-    """Whether the last `patience` intervals were all as narrow as wanted."""
-    return len(widths) >= patience and max(widths[-patience:]) <= wanted
 
 
 def next_run(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scaling.curvature import Evaluate, Term, Terms, by_autodiff, by_terms
-from scaling.lean import ByShares, first_step, floor_of, last_step
+from scaling.lean import ByShares, floor_of, last_step
 from scaling.newton import State, advance, begin, run_queue
 
 LogLoss = Callable[[Mapping[str, Array], Mapping[str, Array]], Array]
@@ -200,12 +200,8 @@ def _in_numpy(state: State, weights_RS: np.ndarray, problem: Problem, model: Mod
     # The way is gone in single precision, at a third of the cost; one step in double ends it, or as many as it takes.
     single = State(*(x.astype(np.float32) if x.dtype == np.float64 else x for x in state))
     evaluate = ByShares(terms(np.float32), target, delta)
-    weights_32, below = weights_RS.astype(np.float32), np.inf
-    if weights_RS.shape[1] > 1 and (state.phi == state.phi[:, :1]).all():
-        phi, below = first_step(single, weights_32, evaluate, how.held)
-        single = single._replace(phi=phi)
-    near = queue(single, weights_32, evaluate, tol=ROUGH, width=WIDE, step=True)
-    sound = np.isfinite(near.phi).all(0) & (near.decrement <= ROUGH) & (near.objective <= below)
+    near = queue(single, weights_RS.astype(np.float32), evaluate, tol=ROUGH, width=WIDE, step=True)
+    sound = np.isfinite(near.phi).all(0) & (near.decrement <= ROUGH)
     begun = state._replace(
         phi=np.where(sound, near.phi, state.phi), damping=np.where(sound, near.damping, state.damping)
     )

@@ -13,7 +13,7 @@ import numpy as np
 from scaling.coverage import isoflop_design
 from scaling.fit import FitConfig, fit
 from scaling.optimum import chinchilla_optimum
-from scaling.planner import buy, half_width, narrow
+from scaling.planner import buy, half_width
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows
 
@@ -70,7 +70,9 @@ def shop(grid: Rows, *, budgets: int = 9, sizes: int = 25) -> Rows:
     return rows.take((ratio > known.min() / 4) & (ratio < known.max() * 4))
 
 
-def race(seed: int, *, noise: float = 0.005, target: float = 1e21, begin: int = 2, most: int = 150, patience: int = 1) -> Race:
+def race(
+    seed: int, *, noise: float = 0.005, target: float = 1e21, begin: int = 2, most: int = 150, patience: int = 1
+) -> Race:
     """A surface, its grid (5 budgets of 7 sizes about the true optima), and the planner.
 
     The planner begins with the grid's `begin` cheapest budgets, its losses drawn anew, and buys at most `most` runs.
@@ -92,7 +94,6 @@ def race(seed: int, *, noise: float = 0.005, target: float = 1e21, begin: int = 
         measured(shop(grid), truth, noise, rng),
         budget=target,
         wanted=wanted,
-        patience=patience,
         most=most,
         config=config,
         starts=starts,
@@ -109,5 +110,5 @@ def race(seed: int, *, noise: float = 0.005, target: float = 1e21, begin: int = 
         grid_width=wanted,
         error=error(found.fitted.parameters),
         grid_error=error(whole.parameters),
-        reached=narrow(found.widths, wanted, patience),
+        reached=found.widths[-1] <= wanted,
     )

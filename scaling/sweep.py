@@ -80,8 +80,11 @@ class Status:
     def extend(self, runs: Sequence[Run]) -> None:
         """More runs of the plan, all waiting."""
         self.runs = [*self.runs, *runs]
-        for values, value in ((self.states, "waiting"), (self.steps, 0), (self.losses, None), (self.tries, 0)):
-            values += [value] * len(runs)
+        count = len(runs)
+        self.states += ["waiting"] * count
+        self.steps += [0] * count
+        self.losses += [None] * count
+        self.tries += [0] * count
 
 
 def sweep(

@@ -13,7 +13,7 @@ from scaling import figures, isoflop, purchases, sweep_figures
 from scaling.batch import Surface, critical_batch, fit_rule, fit_surface
 from scaling.isoflop import Minimum
 from scaling.published import CHINCHILLA
-from scaling.rows import Rows, make_rows, read_csv
+from scaling.rows import Rows, read_csv
 from training.logs import write_text
 from training.page import Cell, Section, Table, paragraphs
 from training.report import config_section, write_report
@@ -122,7 +122,9 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
         "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares to the runs "
         f"within {NEAR} nats of the best."
     )
-    content = [paragraphs(*texts), *([sweep_figures.surface_figure(shown)] if shown else []), Table(head, body)]
+    content: list[str | Figure | Table] = [paragraphs(*texts), Table(head, body)]
+    if shown:
+        content.insert(1, sweep_figures.surface_figure(shown))
     return found, Section("Learning rate and batch", content, caption)
 
 
