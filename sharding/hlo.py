@@ -100,8 +100,8 @@ def _group(rest: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed.group(1).split(","))
-    # replica_groups=mesh['dp'=2,'tp'=4] {'tp'}; part of an axis reads 'tp':(1)2.
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
+    # replica_groups=mesh['dp'=2,'tp'=4] {'tp'}; part of an axis reads 'tp':(1)2. An order of devices may stand between.
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))

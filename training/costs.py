@@ -121,7 +121,7 @@ def _moved(parts: DecoderParts, z: Sizes, bytes_of: dict[str, float], rounds: in
             add(axis, _times(parts, rounds) * 2 * ring * (experts + others))
         elif axis == "ep":
             tokens = z.routed * z.b * z.t * parts.config.moe.router.k * z.D * z.item
-            sent = ring * tokens if parts.platform == "tpu" else (n - 1) * tokens
+            sent = ring * tokens if parts.platform in ("tpu", "gpu") else (n - 1) * tokens
             add(axis, _times(parts, rounds) * 2 * ring * others + rounds * (2 * again + 2) * sent)
         elif axis == "cp":
             add(axis, rounds * z.layers * _context(plan, z, n, again) + 2 * ring * (experts + others))
