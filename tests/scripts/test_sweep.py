@@ -18,6 +18,7 @@ SMALL = [
     "--config.plan.widths=(8, 12, 16, 20)",
     "--config.plan.budgets=(5e8, 1e9)",
     "--config.plan.least_steps=10",
+    "--config.plan.tokens_per_parameter=(0.1, 1e4)",
     "--config.plan.warmup=4",
     "--config.train.eval_tokens=4096",
     "--config.train.noise_batches=2",
