@@ -224,7 +224,7 @@ class DecoderParts:
             blocks = params["blocks"]
             if len(groups) > 1:
                 blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
-            stream, _ = jax.lax.scan(lambda stream, one, layer=layer: (layer(one, stream, micro), None), stream, blocks)
+            stream, _ = jax.lax.scan(partial(_scanned, layer, micro), stream, blocks)
             start = end
         return stream
 
@@ -252,6 +252,10 @@ class DecoderParts:
         if self.plan.context == "ring":
             return partial(ring_attention, axis="cp")
         return partial(heads_attention, axis="cp", attend=attention)
+
+
+def _scanned(layer: Callable[..., Stream], micro: Micro, stream: Stream, one: PyTree) -> tuple[Stream, None]:
+    return layer(one, stream, micro), None
 
 
 def make_loss(parts: DecoderParts, mesh: Mesh | AbstractMesh) -> LossFn:
