@@ -6,7 +6,7 @@ accelerator. `:short` is the same network for a CPU: CIFAR-10 averaged to 8 x 8 
 once to 1%, k = 50, eight seeds. Its weight decay is 63 times the paper's, so that rate x decay x steps is the full
 schedule's and weights are as far from their initialization at the end. `:text` is a small decoder on tinyshakespeare's
 bytes with a short schedule; `:tiny` is a minute on Python's sources.
-Cost: `:short` about 10 minutes of processor time, `:text` see docs/results/late_rewinding_text.md; `:resnet20` not
+Cost: `:short` see docs/results/late_rewinding_resnet20.md, `:text` docs/results/late_rewinding_text.md; `:resnet20` not
 measured.
 Expected: `:text` as measured does not tell the two apart; `:resnet20` should have late rewinding ahead, the more so the
 fewer weights are left (not measured here), and so should `:short`, by a few hundredths of a nat.
