@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 
 from lottery import imp, summary
 from lottery.levels import level_like
@@ -84,23 +85,39 @@ def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> 
             f"At {density} of the weights rewinding to step {late} is {verdict}: {with_interval(gain, scale, digits)} "
             f"{unit}, above 0 in favour of late rewinding, paired over {len(gain)} seeds."
         )
-    figure, (ax,) = canvas(1, width=6.4, height=3.6)
-    ends = []
-    both = ((0, "to step 0"), (late, f"to step {late}"))
-    for i, (k, label) in enumerate(both):
-        at = [100 * cell(k, level)[0]["density"] for level in levels]
-        found = [summary.interval(row[study.value] for row in cell(k, level)) for level in levels]
-        means, halves = (scale * np.asarray([f[j] for f in found]) for j in (0, 1))
-        ax.errorbar(at, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)
-        ends.append((at[-1], means[-1], label, PALETTE[i]))
-    ax.axhline(scale * np.mean(dense), color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
-    ax.text(0.01, scale * np.mean(dense), "dense", transform=ax.get_yaxis_transform(), fontsize=8, va="bottom")
-    ax.invert_xaxis()
-    label_lines(ax, ends)
-    titles(ax, f"Rewinding: {name} of the ticket", "weights remaining (%)", unit if sign < 0 else "%")
+    figure = _figure(rows, study, setup)
     head = ["weights", f"to step 0 ({name})", f"to step {late}", f"late minus 0, {unit}, + is better", "seeds better"]
     caption = "After the last step, on the test set; means and 95% intervals over seeds. Dotted: the dense networks."
     return Study("Late rewinding and rewinding to 0", findings, Table(head, body), figure, caption, _short(rows))
+
+
+def _figure(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> Figure:
+    """Both arms side by side at every level: seeds pale, means with their intervals."""
+    name, unit, scale, _ = UNITS[study.value]
+    late, levels = setup.search.rewind, np.arange(1, setup.search.levels + 1)
+    figure, (ax,) = canvas(1, width=6.4, height=3.6)
+    ends, densities = [], []
+    for i, (k, label) in enumerate(((0, "to step 0"), (late, f"to step {late}"))):
+        parts = [[row for row in rows if row["rewind"] == k and row["level"] == level] for level in levels]
+        values = [[scale * row[study.value] for row in part] for part in parts]
+        found = [summary.interval(part) for part in values]
+        means, halves = ([one[j] for one in found] for j in (0, 1))
+        x = levels + 0.2 * (i - 0.5)
+        for place, part in zip(x, values, strict=True):
+            ax.plot(
+                [place] * len(part), part, MARKERS[i], color=PALETTE[i], alpha=0.35, markersize=4, markeredgewidth=0
+            )
+        ax.errorbar(x, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)
+        ends.append((x[-1], means[-1], label, PALETTE[i]))
+        densities = [part[0]["density"] for part in parts]
+    dense = scale * np.mean([row[study.value] for row in rows if row["level"] == 0 and row["rewind"] == late])
+    ax.axhline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+    ax.text(0.01, dense, "dense", transform=ax.get_yaxis_transform(), fontsize=8, va="bottom")
+    ax.set_xlim(0.5, len(levels) + 0.5)
+    ax.set_xticks(levels, [f"{density:.1%}" for density in densities])
+    label_lines(ax, ends)
+    titles(ax, f"Rewinding: {name} of the ticket", "weights remaining", unit if "loss" in study.value else "%")
+    return figure
 
 
 def _short(rows: list[dict[str, Any]]) -> list[PyTree]:
