@@ -4,7 +4,7 @@ What: three seeds; iterative magnitude pruning, random masks and pruning at init
 setting away: --config.search.score=snip) from one search, then SET, RigL, straight-through magnitude training, the
 cubic schedule, early-bird tickets and edge-popup from the same initializations, all to the same number of weights.
 `config.study.methods` says which. `:tiny` is a minute on digits.
-Cost: about 5 minutes of processor time.
+Cost: see docs/results/sparse_training_mnist.md.
 Expected: pruning along the cubic schedule is close to or ahead of methods whose mask moves, without their need of a
 mask at the start.
 Command: python scripts/study.py --config=configs/study_sparse_training.py --config.data.dir=DATA --workdir=runs/sparse
