@@ -90,8 +90,9 @@ class TransformerConfig:
         for name, choices in (("dtype", DTYPES), ("mlp", MLPS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        uneven = [group.layers for group in self.remat_groups if group.layers % len(self.pattern)]
-        if uneven:
+        groups = self.remat_groups
+        uneven = [group.layers for group in groups if group.layers % len(self.pattern)]
+        if len(groups) > 1 and uneven:
             raise ValueError(
                 f"remat={self.remat!r}: a group of {uneven[0]} layers is not a multiple of moe.every={self.moe.every}"
             )

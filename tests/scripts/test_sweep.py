@@ -27,8 +27,10 @@ SMALL = [
 
 
 def start(workdir, *more):
+    given = {flag.split("=")[0] for flag in more}  # a flag may be given once
+    flags = [flag for flag in SMALL if flag.split("=")[0] not in given]
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.sweep", *SMALL, f"--workdir={workdir}", *more],
+        [sys.executable, "-m", "scripts.sweep", *flags, f"--workdir={workdir}", *more],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
