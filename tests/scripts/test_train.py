@@ -138,7 +138,7 @@ def test_killed_once(two_runs, text):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(text, tmp_path):
     moments = random.Random(0)
-    longer, whole, run = "--config.steps=240", tmp_path / "whole", tmp_path / "run"
+    longer, whole, run = "--config.steps=600", tmp_path / "whole", tmp_path / "run"
     status, output = finish(start(whole, text, longer))
     assert status == 0, output
     kills = 0
@@ -147,12 +147,13 @@ def test_killed_at_twenty_random_moments(text, tmp_path):
         rows = len(read_rows(run / METRICS))
         count = rows + moments.randrange(1, 5) if moments.random() < 0.7 else 0
         # Without a row to wait for, anywhere from the start of Python to the middle of training.
-        delay = moments.uniform(0, 0.05 if count else 6.0)
+        delay = moments.uniform(0, 0.05 if count else 4.0)
         _, status, output = interrupt(process, run, count, signal.SIGKILL, delay)
         assert status in (0, -signal.SIGKILL), output
         kills += status != 0
     status, output = finish(start(run, text, longer))
-    assert status == 0 and kills == 20, output
+    assert status == 0, output
+    assert kills == 20  # fewer: the run was over before, and more steps are needed
     assert_same_run(run, whole)
 
 
