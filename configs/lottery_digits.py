@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "output_rate": 0.1,
             "scope": "layer",
             "score": "magnitude",
+            "structure": "unstructured",
             "arms": ("ticket", "reinit", "random_mask") + (("oneshot",) if arg == "oneshot" else ()),
             "rewind": "0it",
             "rewind_optimizer": False,
