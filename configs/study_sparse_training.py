@@ -5,8 +5,8 @@ setting away: --config.search.score=snip) from one search, then SET, RigL, strai
 cubic schedule, early-bird tickets and edge-popup from the same initializations, all to the same number of weights.
 `config.study.methods` says which. `:tiny` is a minute on digits.
 Cost: see docs/results/sparse_training_mnist.md.
-Expected: pruning along the cubic schedule is close to or ahead of methods whose mask moves, without their need of a
-mask at the start.
+Expected: at 5% iterative tickets have 95.1% test accuracy with seven times the steps, the cubic schedule 93.3%, SET,
+RigL and early bird about 91%, a random mask 90%, edge-popup 67%; dense networks 96.2%.
 Command: python scripts/study.py --config=configs/study_sparse_training.py --config.data.dir=DATA --workdir=runs/sparse
 """
 

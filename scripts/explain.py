@@ -13,14 +13,11 @@ from rich.console import Console
 
 from sharding import hardware, topology
 from sharding.errors import PlanError
-from sharding.plan import Plan
-from training.compiled import Run, compile_step
-from training.config import ConfigError, Invocation, build, checked, run
+from training.compiled import compile_step
+from training.config import ConfigError, Invocation, checked, run
 from training.explained import explain, search
-from training.optimizer import OptimizerConfig
 from training.plan_report import terminal, write_page
-from training.step import StepConfig
-from training.transformer import TransformerConfig
+from training.text_run import make_run
 
 flags.DEFINE_string("hardware", "v5p", f"What the step would run on: {', '.join(hardware.HARDWARE)}.")
 flags.DEFINE_string("compile", "", "TPU slice to compile the step for, such as v5p:8x8x8.")
@@ -32,16 +29,12 @@ def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> tables and a page. Returns the exit status."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is for compiling; there is no TPU to look for
     c, values = invocation.config, flags.FLAGS
-    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=max(c.steps, 1))
-    step = build(StepConfig, c.step, "config.step", ema=opt.ema)
-    model = build(TransformerConfig, c.model, "config.model", vocab_size=c.data.vocab_size)
-    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
+    what = make_run(c, c.data.vocab_size)
     device = checked("--hardware", hardware.find, values.compile or values.hardware)
     count = values.devices
     if values.compile:
         count = checked("--compile", hardware.chips, values.compile)
-    count = count or max(1, plan.devices)
-    what = Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
+    count = count or max(1, what.plan.devices)
     ranking = search(what, device, count) if values.search else None
     if not c.plan:
         if ranking is None or not ranking.fits:

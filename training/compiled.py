@@ -15,9 +15,10 @@ from sharding.count import Collective
 from sharding.hlo import compiled_collectives
 from sharding.plan import Plan
 from training.optimizer import OptimizerConfig, make_optimizer
+from training.placement import Placement
 from training.planned import plan_decoder
 from training.routed import make_adjust
-from training.step import StepConfig, TrainState, init_state, make_train_step
+from training.step import LossFn, StepConfig, TrainState, init_state, make_train_step
 from training.transformer import Decoder, TransformerConfig
 
 
@@ -48,6 +49,11 @@ class Run:
     def state(self, params: PyTree) -> TrainState:
         """The state before the first step with these parameters."""
         return init_state(params, make_optimizer(self.optimizer), self.step)
+
+    def under_plan(self, devices: Sequence[Any] | None = None) -> tuple[LossFn, Placement]:
+        """Loss and placement, see `training.planned.plan_decoder`."""
+        sizes = {"batch_size": self.batch_size, "length": self.length, "microbatches": self.step.microbatches}
+        return plan_decoder(self.model, self.plan, self.init, **sizes, z_loss=self.z_loss, devices=devices)
 
 
 class Compiled(NamedTuple):
@@ -83,8 +89,7 @@ def compile_step(run: Run, devices: Sequence[Any]) -> Compiled:
       PlanError: the plan does not fit the devices, the model or the batch.
       jax.errors.JaxRuntimeError: the compiler refuses the program, for want of memory for example.
     """
-    sizes = {"batch_size": run.batch_size, "length": run.length, "microbatches": run.step.microbatches}
-    loss_fn, placement = plan_decoder(run.model, run.plan, run.init, **sizes, z_loss=run.z_loss, devices=devices)
+    loss_fn, placement = run.under_plan(devices)
     step = make_train_step(loss_fn, make_optimizer(run.optimizer), run.step, adjust=make_adjust(run.model))
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ from training.loop import LoopConfig
 from training.next_token import make_eval
 from training.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
 from training.placement import Placement
-from training.planned import plan_decoder
 from training.routed import make_adjust
 from training.step import LossFn, StepConfig, TrainState, make_train_step
 from training.text import TextConfig, TextSplits, load_text
@@ -112,6 +111,21 @@ class TextRun:
         return learning_rate(self.run.optimizer)(step // self.run.optimizer.accumulate)
 
 
+def make_run(c: ConfigDict, vocab_size: int) -> Run:
+    """What a training step depends on, from the config of `scripts/train.py`; nothing is read or placed.
+
+    Raises:
+      ConfigError: a setting that is wrong, by its path.
+    """
+    steps = max(c.steps // max(c.optimizer.accumulate, 1), 1)
+    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=steps)
+    step = build(StepConfig, c.step, "config.step", ema=opt.ema)
+    checked("config.optimizer", make_optimizer, opt)
+    model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
+    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
+    return Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
+
+
 def make_text_run(c: ConfigDict) -> TextRun:
     """Build and check every part of a run and read its text; nothing is written.
 
@@ -119,16 +133,10 @@ def make_text_run(c: ConfigDict) -> TextRun:
       ConfigError: a setting that is wrong, by its path.
       DataUnavailable: the text is neither there nor to be had.
     """
-    steps = c.steps // max(c.optimizer.accumulate, 1)
-    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=steps)
-    step = build(StepConfig, c.step, "config.step", ema=opt.ema)
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
-    checked("config.optimizer", make_optimizer, opt)
-    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
-    splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
-    model = build(TransformerConfig, c.model, "config.model", vocab_size=splits.vocab_size)
     start = build(StartConfig, c.start, "config.start")
-    run = Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
-    sizes = {"batch_size": c.batch_size, "length": c.length, "microbatches": step.microbatches}
-    loss_fn, placement = checked("config.plan", plan_decoder, model, plan, run.init, **sizes, z_loss=c.z_loss)
+    run = make_run(c, vocab_size=1)  # every other setting is checked before the text is read, or even fetched
+    splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
+    run = replace(run, model=replace(run.model, vocab_size=splits.vocab_size))
+    loss_fn, placement = checked("config.plan", run.under_plan)
     return TextRun(c, run, splits, loop, start, loss_fn, placement)

@@ -14,7 +14,7 @@ block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, bl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from moe.layer import MoE, MoEConfig
 from sharding.edges import INSIDE, RESIDUAL
 from training.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
 from training.remat import Remat, parse_remat
+from training.stack import run_stack
 
 
 @dataclass(frozen=True)
@@ -300,71 +301,6 @@ class Unit(nn.Module):
         return x_BSD, None
 
 
-def run_blocks(
-    parent: nn.Module,
-    x_BTD: Float[Array, "B T D"],
-    positions_BT: Int[Array, "B T"],
-    config: TransformerConfig,
-    constrain: Constrain = unconstrained,
-    attend: Attend = attention,
-    tokens_BT: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T D"]:
-    """Run all blocks, scanned or one after the other, recomputing what `remat` says; called inside a compact method."""
-    period = len(config.pattern)
-    arguments = (config, constrain, attend)
-    if config.scan:
-        return _scan_blocks(parent, x_BTD, positions_BT, arguments, tokens_BT)
-    ways = [group for group in config.remat_groups for _ in range(group.layers)]
-    for i, way in enumerate(ways):
-        block = recomputed(Block, way, scanned=False)(*arguments, config.pattern[i % period], name=f"blocks_{i}")
-        x_BTD, _ = block(x_BTD, positions_BT, tokens_BT)
-    return x_BTD
-
-
-def recomputed(block: Callable[..., nn.Module], way: Remat, scanned: bool) -> Callable[..., nn.Module]:
-    """A block whose backward pass computes again what it does not keep."""
-    if way.base == "none":
-        return block
-    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
-    return nn.remat(block, policy=way.policy, prevent_cse=not scanned)
-
-
-def _scan_blocks(
-    parent: nn.Module, x_BTD: jax.Array, positions_BT: jax.Array, arguments: tuple, tokens_BT: jax.Array | None
-) -> jax.Array:
-    """One scan over the stacked blocks for every group of layers that is recomputed alike."""
-    config: TransformerConfig = arguments[0]
-    period, groups = len(config.pattern), config.remat_groups
-    block: Callable[..., nn.Module] = Block if period == 1 else Unit
-
-    def scan(way: Remat, x_BTD: jax.Array) -> jax.Array:
-        stack = nn.scan(
-            recomputed(block, way, scanned=True),
-            variable_axes={"params": 0, "intermediates": 0, "routings": 0},
-            split_rngs={"params": True, "router": True},
-            in_axes=nn.broadcast,
-            length=way.layers // period,
-        )
-        return stack(*arguments, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
-
-    if len(groups) == 1 or parent.is_initializing():
-        return scan(replace(groups[0], layers=config.layers), x_BTD)
-    if "routed" in config.pattern:
-        raise ValueError(f"remat={config.remat!r}: groups of layers with routed experts need a plan, or scan=False")
-    start = 0
-    for way in groups:
-        end = start + way.layers // period
-
-        def cut(variables: dict, start: int = start, end: int = end) -> dict:
-            blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"]["blocks"])
-            return {"params": {**variables["params"], "blocks": blocks}}
-
-        # The lifted function sees these layers' parameters as if they were all of the stack.
-        x_BTD = nn.map_variables(lambda _, x, way=way: scan(way, x), "params", trans_in_fn=cut)(parent, x_BTD)
-        start = end
-    return x_BTD
-
-
 class Decoder(nn.Module):
     """Tokens to next-token logits.
 
@@ -395,7 +331,7 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
-        x_BTD = run_blocks(self, x_BTD, positions_BT, c, self.constrain, self.attend, tokens_BT)
+        x_BTD = run_stack(self, c, (Block, Unit), (c, self.constrain, self.attend), (x_BTD, positions_BT, tokens_BT))
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T

@@ -4,8 +4,9 @@
 Axes: B slots, T drafted tokens, U = T + 1, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,6 @@ class Speculating:
     target: Programs
     draft: Programs
     drafted: int = 4
-    _made: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         large, small = self.target, self.draft
@@ -110,15 +110,17 @@ class Speculating:
         draft, made = self.draft.generate(
             params.draft, state.draft, tokens, live * steps, settings, steps=steps, logits=True
         )
-        if "verify" not in self._made:
-            self._made["verify"] = verify_program(self.target)
         guesses, logits = self._move(made)
-        target, drawn, lengths, seen = self._made["verify"](
+        target, drawn, lengths, seen = self._verify(
             params.target, state.target, tokens, guesses, logits, live, settings
         )
         specs = shardings(self.draft.mesh, self.draft.state_specs)
         cache = draft.cache._replace(lengths=jax.device_put(lengths, specs.cache.lengths))
         return Both(target, State(cache, jax.device_put(seen, specs.seen))), drawn
+
+    @cached_property
+    def _verify(self) -> Callable:
+        return verify_program(self.target)
 
     def _move(self, made: Drawn) -> tuple[jax.Array, jax.Array]:
         """The draft's tokens and logits on the large model's devices."""
