@@ -3,9 +3,11 @@
 What the kernels do not do is done around them, and said in the log once:
 
 - float32 operands, and shapes with fewer than 8 rows, go to the plain JAX path (`cpu.py`): wgmma has no float32.
-- int8 and fp8 weights are widened to x's dtype first.
-- Rows picked by `gather` are copied first (Hopper's TMA cannot pick rows), and `combine` is a gather and sum, or a
-  scatter-add, behind the kernel. Both are part of the programs that XLA compiles around it and need no word in the log.
+- float8_e5m2 weights, and int8 and float8_e4m3fn ones whose scales belong to fewer rows than a step has, are widened to
+  x's dtype first.
+- The sum of `combine` is a gather and sum, or a scatter-add, behind the kernel; the weight gradient of gathered rows
+  takes a permuted copy of them. Both are part of the programs that XLA compiles around the kernels and need no word in
+  the log.
 - K and N that are no multiples of 64, and rows that are none of 8, are padded by a copy.
 """
 
@@ -44,18 +46,20 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
     if not _runs("grouped", operands.x, interpret):
         return cpu.grouped(operands, replace(spec, tiling=cpu.TILINGS["grouped"]))
-    from moe.kernels import gpu_grouped
+    from moe.kernels import gpu_grouped, gpu_widen
 
     check(spec.tiling)
-    x, rows = operands.x, operands.rows
-    if operands.gather is not None:
-        x = x[operands.gather]
-    w = operands.w
-    if operands.scales:
+    x, rows, w, scales = operands.x, operands.rows, operands.w, operands.scales
+    if scales and not gpu_widen.supported(w[0].dtype, w[0].shape[1], scales[0].shape[1], spec.tiling.inner):
         logging.log_first_n(logging.WARNING, "gpu: %s weights are widened to %s first", 1, w[0].dtype, x.dtype)
-        w = tuple(_widen(each, scale, x.dtype) for each, scale in zip(w, operands.scales, strict=True))
+        w = tuple(_widen(each, scale, x.dtype) for each, scale in zip(w, scales, strict=True))
+        scales = ()
     columns = w[0].shape[1 if spec.transpose else 2]
-    plain = operands._replace(x=_pad(x, 8, 64), w=tuple(_pad(each, 64, 64) for each in w), gather=None, scales=())
+    plain = operands._replace(
+        x=_pad(x, 8 if operands.gather is None else 1, 64),
+        w=tuple(_pad(each, 64, 64) for each in w),
+        scales=tuple(_pad(each, 1, 64) for each in scales),
+    )
     combine = spec.epilogue == "combine"
     outs = gpu_grouped.grouped(plain, replace(spec, epilogue="none") if combine else spec, interpret=interpret)
     outs = tuple(out[:rows, :columns] for out in outs)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.kernels import gpu_ring, gpu_store
-from moe.kernels.gpu_ring import Ring
+from moe.kernels.gpu_ring import Ring, Tile
 from moe.kernels.implementations import struct
 from moe.kernels.spec import BlockOperands, BlockSpec
 
@@ -32,8 +32,8 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -
     # Steps of one output are neighbours; an output without live blocks has one that multiplies nothing.
     bounds = jnp.searchsorted(steps.o, jnp.arange(spec.outputs + 1, dtype=jnp.int32)).astype(jnp.int32)
     columns = jnp.stack([bounds[:-1], (bounds[1:] - bounds[:-1]) * steps.live[bounds[:-1]]])
-    tiles = [(tile, step), (b, step) if spec.transpose else (step, b)]
-    memory = _memory(tiles, x.dtype, tile // CONSUMERS, spec.out_dtype, consumers=CONSUMERS, pairs=True)
+    tiles = [Tile((tile, step), x.dtype), Tile((b, step) if spec.transpose else (step, b), x.dtype)]
+    memory = _memory(tiles, tile // CONSUMERS, spec.out_dtype, consumers=CONSUMERS, pairs=True)
     body = partial(_matmul, spec, (tile, step))
     out = struct((x.shape[0], spec.outputs * b), spec.out_dtype, x)
     name = f"block_matmul{'_transposed' if spec.transpose else ''}"
@@ -83,7 +83,7 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
     x, dy, steps, b = operands.x, operands.other, operands.steps, spec.block
     # Each warpgroup has 64 rows of the block.
     consumers = b // 64
-    memory = _memory([(STEP, b)] * 2, x.dtype, 64, spec.out_dtype, consumers=consumers, pairs=False)
+    memory = _memory([Tile((STEP, b), x.dtype)] * 2, 64, spec.out_dtype, consumers=consumers, pairs=False)
     out = struct((spec.outputs, b, b), spec.out_dtype, x)
     body = partial(_contract, spec, consumers)
     options: dict[str, Any] = {
@@ -121,9 +121,9 @@ def _contract(spec, consumers, steps, x, dy, out, *, ring, stage):
     gpu_ring.run(Ring(*ring), jnp.int32(spec.outputs), consumers=consumers, sums=[(64, b)], **work)
 
 
-def _memory(tiles, dtype, rows, out_dtype, *, consumers, pairs):
-    slots = gpu_ring.stages(tiles, dtype, other=gpu_store.size(rows, consumers=consumers))
+def _memory(tiles, rows, out_dtype, *, consumers, pairs):
+    slots = gpu_ring.stages(tiles, other=gpu_store.size(rows, consumers=consumers))
     return {
-        "ring": gpu_ring.scratch(tiles, dtype, slots=slots, consumers=consumers, pairs=pairs),
+        "ring": gpu_ring.scratch(tiles, slots=slots, consumers=consumers, pairs=pairs),
         "stage": gpu_store.scratch(rows, out_dtype, consumers=consumers),
     }

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.kernels import gpu_ring, gpu_store
-from moe.kernels.gpu_ring import ALIGN, Ring
+from moe.kernels.gpu_ring import ALIGN, Ring, Tile
 from moe.kernels.implementations import struct
 from moe.kernels.metadata import contraction_steps
 from moe.kernels.spec import ContractionOperands, ContractionSpec
@@ -37,11 +37,11 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
     # A tile as long as the array: each group is one step of the metadata, and the ring cuts it up.
     steps = contraction_steps(operands.sizes, rows=dy.shape[0], tile=dy.shape[0], align=ALIGN)
     table = jnp.stack([steps.a, steps.begin, steps.end])[:, :groups]
-    tiles = [(STEP, HIGH), (STEP, cols)]
+    tiles = [Tile((STEP, HIGH), x.dtype), Tile((STEP, cols), x.dtype)]
     other = gpu_store.size(HIGH // CONSUMERS, consumers=CONSUMERS)
-    slots = gpu_ring.stages(tiles, x.dtype, other=other)
+    slots = gpu_ring.stages(tiles, other=other)
     memory = {
-        "ring": gpu_ring.scratch(tiles, x.dtype, slots=slots, consumers=CONSUMERS, pairs=True),
+        "ring": gpu_ring.scratch(tiles, slots=slots, consumers=CONSUMERS, pairs=True),
         "stage": gpu_store.scratch(HIGH // CONSUMERS, spec.out_dtype, consumers=CONSUMERS),
         "masked": plgpu.Barrier(num_arrivals=CONSUMERS),
     }

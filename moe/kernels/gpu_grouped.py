@@ -2,11 +2,12 @@
 
 A tile begins where its group does, rounded down to 8 rows (`metadata.matmul_steps(..., align=8)`), which is as fine as
 TMA can start a swizzled tile. So only the first and the last tile of a group have rows of another, and only those are
-written in parts. Blocks work as pairs on neighbouring column tiles and share the tile of x.
+written in parts. Blocks work as pairs on neighbouring column tiles and share the tile of x, unless its rows are
+gathered (`gpu_gather`). Quantised weights are widened in the slots of the ring (`gpu_widen`).
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels import gpu_ring, gpu_store
+from moe.kernels import gpu_gather, gpu_ring, gpu_store, gpu_widen
 from moe.kernels.epilogue import swiglu
-from moe.kernels.gpu_ring import ALIGN, Ring
+from moe.kernels.gpu_ring import ALIGN, Ring, Tile
 from moe.kernels.implementations import struct
 from moe.kernels.metadata import matmul_steps
 from moe.kernels.spec import GroupedOperands, GroupedSpec
@@ -24,64 +25,131 @@ from moe.kernels.spec import GroupedOperands, GroupedSpec
 CONSUMERS = 2
 # Pairs of column tiles that run side by side, so that their row tiles of x are read from L2.
 SWATH = 4
+# Columns of all weights of a step where they are quantised: four slots fit.
+QUANTISED_COLS = 128
 # Rows of the step table.
 A, B, BEGIN, END, LIVE = range(5)
 
 
-def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) -> tuple[jax.Array, ...]:
-    """Rows of the product: (out,) or (out, gate, up), (M, N) each; "none" and "swiglu" only, nothing gathered.
+class Way(NamedTuple):
+    """What a kernel is made for.
 
-    Rows of x are a multiple of 8, K and N of 64; so is M of the result.
+    Fields:
+      spec: what is asked.
+      tile: rows, columns and step of the contraction.
+      k, n: sizes of the contraction and the columns.
+      weights: one, or gate and up.
+      gathered: rows of x are picked.
+      quantised: weights have scales.
+      interpret: run by the interpreter.
+    """
+
+    spec: GroupedSpec
+    tile: tuple[int, int, int]
+    k: int
+    n: int
+    weights: int
+    gathered: bool
+    quantised: bool
+    interpret: bool
+
+    @property
+    def parts(self) -> int:
+        """Buffers of a slot that belong to one weight."""
+        return 3 if self.quantised else 1
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, as profilers show it."""
+        said = {"transposed": self.spec.transpose, "gathered": self.gathered, "quantised": self.quantised}
+        return "_".join(["grouped", self.spec.epilogue, *(word for word, so in said.items() if so)])
+
+
+def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) -> tuple[jax.Array, ...]:
+    """Rows of the product: (out,) or (out, gate, up), (M', N) each with M' >= M; "none" and "swiglu" only.
+
+    Rows of x are a multiple of 8 unless they are gathered, K and N of 64.
     """
     x, weights, rows = operands.x, len(operands.w), operands.rows
     k, n = operands.w[0].shape[:0:-1] if spec.transpose else operands.w[0].shape[1:]
+    most = min(spec.tiling.cols, QUANTISED_COLS) if operands.scales else spec.tiling.cols
     # The sums of all weights share the registers; columns come in swizzled tiles of 64, and there are two of a pair.
-    cols = min(max(spec.tiling.cols // weights // 64, 1), -(-n // 128)) * 64
+    cols = min(max(most // weights // 64, 1), -(-n // 128)) * 64
     tile, step = spec.tiling.rows, spec.tiling.inner
+    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, tile),)
+    way = Way(spec, (tile, cols, step), k, n, weights, bool(gather), bool(operands.scales), interpret)
     steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=ALIGN)
     table = jnp.stack([steps.a, steps.b, steps.begin, steps.end, steps.live])
-    outs = 3 if spec.keep else 1
-    shape = struct((x.shape[0], n), spec.out_dtype, x)
-    tiles = [(tile, step), *[(cols, step) if spec.transpose else (step, cols)] * weights]
-    other = gpu_store.size(tile // CONSUMERS, consumers=CONSUMERS)
-    slots = gpu_ring.stages(tiles, x.dtype, other=other)
+    shape = struct((-(-rows // ALIGN) * ALIGN, n), spec.out_dtype, x)
+    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": way.name}
+    call = gpu_ring.launch(partial(_kernel, way), [shape] * (3 if spec.keep else 1), _memory(way, operands), **options)
+    return tuple(call(table, steps.count[None], x, *operands.w, *operands.scales, *gather))
+
+
+def _memory(way, operands):
+    (tile, cols, step), dtype = way.tile, operands.x.dtype
+    if way.gathered:
+        left = Tile((tile, step), dtype, copies=tile, layout=gpu_gather.layout(dtype))
+    else:
+        left = Tile((tile, step), dtype)
+    if way.quantised:
+        right = gpu_widen.tiles(step, cols, operands.w[0].dtype, dtype)
+    else:
+        right = [Tile((cols, step) if way.spec.transpose else (step, cols), dtype)]
+    tiles = [left, *right * way.weights]
+    other = gpu_store.size(tile // CONSUMERS, consumers=CONSUMERS) + 4 * tile * way.gathered
     memory = {
-        "ring": gpu_ring.scratch(tiles, x.dtype, slots=slots, consumers=CONSUMERS, pairs=True),
-        "stage": gpu_store.scratch(tile // CONSUMERS, spec.out_dtype, consumers=CONSUMERS),
+        "ring": gpu_ring.scratch(tiles, slots=gpu_ring.stages(tiles, other=other), consumers=CONSUMERS, pairs=True),
+        "stage": gpu_store.scratch(tile // CONSUMERS, way.spec.out_dtype, consumers=CONSUMERS),
     }
-    body = partial(_kernel, spec, (tile, step, cols), (k, n), weights)
-    name = f"grouped_{spec.epilogue}{'_transposed' if spec.transpose else ''}"
-    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": name}
-    call = gpu_ring.launch(body, [shape] * outs, memory, **options)
-    return tuple(call(table, steps.count[None], x, *operands.w))
+    if way.gathered:
+        memory["picked"] = gpu_gather.scratch(tile)
+    if way.quantised:
+        memory["made"] = plgpu.Barrier(num_arrivals=CONSUMERS)
+    return memory
 
 
-def _kernel(spec, tile, sizes, weights, table, count, x, *refs, ring, stage):
-    w, outs = refs[:weights], refs[weights:]
-    (rows, step, cols), (k, n) = tile, sizes
+def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None):
+    refs, spec = list(refs), way.spec
+    w, scales = _take(refs, way.weights), _take(refs, way.weights * way.quantised)
+    gather, outs = _take(refs, way.gathered), refs
+    rows, cols, step = way.tile
     wg, mine = lax.axis_index("wg"), rows // CONSUMERS
     # The second of a pair may have a tile past the end: it is multiplied (by zeros) and never written.
-    column_pairs = -(-n // (2 * cols))
+    column_pairs = -(-way.n // (2 * cols))
 
     def plan(t):
         s, column = plgpu.planar_snake(t, (count[0], column_pairs), 1, min(SWATH, column_pairs))
         column = 2 * column + lax.axis_index(gpu_ring.PAIR)
         # A silent step multiplies nothing and writes zeros.
-        return (s, table[A, s] * ALIGN, table[B, s], column * cols), table[LIVE, s] * -(-k // step)
+        return (s, table[A, s] * ALIGN, table[B, s], column * cols), table[LIVE, s] * -(-way.k // step)
 
     def load(where, i, slot, barrier):
         _, first, group, col = where
         inner, across = pl.ds(i * step, step), pl.ds(col, cols)
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=gpu_ring.PAIR)
-        for each, buffer in zip(w, slot[1:], strict=True):
-            source = each.at[group, across, inner] if spec.transpose else each.at[group, inner, across]
-            plgpu.copy_gmem_to_smem(source, buffer, barrier)
+        if way.gathered:
+            gpu_gather.load(x, picked, inner, slot[0], barrier)
+        else:
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=gpu_ring.PAIR)
+        for j, each in enumerate(w):
+            parts = slot[1 + j * way.parts :][: way.parts]
+            if way.quantised:
+                gpu_widen.load(each, scales[j], (group, i * step, col), step, parts, barrier)
+            else:
+                source = each.at[group, across, inner] if spec.transpose else each.at[group, inner, across]
+                plgpu.copy_gmem_to_smem(source, parts[0], barrier)
 
     def multiply(totals, where, i, slot):
         del where, i
-        for total, buffer in zip(totals, slot[1:], strict=True):
-            right = buffer.transpose((1, 0)) if spec.transpose else buffer
-            plgpu.wgmma(total, slot[0].at[pl.ds(wg * mine, mine)], right)
+        left, right = slot[0].at[pl.ds(wg * mine, mine)], slot[1:]
+        if way.quantised:
+            right = gpu_widen.widen([right[j * 3 :][:3] for j in range(way.weights)], CONSUMERS)
+            gpu_widen.meet(made)
+        # The interpreter knows wgmma of shared memory only, and no layouts, so there the reference is as good.
+        if way.gathered and not way.interpret:
+            left = left[...]
+        for total, buffer in zip(totals, right, strict=True):
+            plgpu.wgmma(total, left, buffer.transpose((1, 0)) if spec.transpose else buffer)
 
     def bounds(s):
         """Rows of this warpgroup's half of the tile that the step owns."""
@@ -102,10 +170,19 @@ def _kernel(spec, tile, sizes, weights, table, count, x, *refs, ring, stage):
         targets = [place(out) for out in outs]
         gpu_store.write(stage, sums, targets, partial(_epilogue, spec), dtype=spec.out_dtype, begin=begin, end=end)
 
-    work = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
-    gpu_ring.run(
-        Ring(*ring), count[0] * column_pairs, consumers=CONSUMERS, sums=[(mine, cols)] * weights, busy=busy, **work
-    )
+    work: dict[str, Any] = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
+    if way.gathered:
+        work |= {"begin": lambda where: gpu_gather.begin(picked, gather[0], where[1]), "registers": True}
+    if not way.quantised:  # a warpgroup without rows has weights to widen
+        work["busy"] = busy
+    total, sums = count[0] * column_pairs, [(mine, cols)] * way.weights
+    gpu_ring.run(Ring(*ring), total, consumers=CONSUMERS, sums=sums, **work)
+
+
+def _take(refs: list[Any], count: int) -> list[Any]:
+    """The next `count`, which go."""
+    taken, refs[:] = refs[:count], refs[count:]
+    return taken
 
 
 def _epilogue(spec, sums):

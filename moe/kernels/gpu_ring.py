@@ -11,6 +11,7 @@ for both (`load` with collective_axes=PAIR), and a slot is filled again when bot
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -53,28 +54,54 @@ def swizzled(dtype: Any) -> tuple[Any, ...]:
     return plgpu.TilingTransform((ALIGN, chunk(dtype))), plgpu.SwizzleTransform(ROW_BYTES)
 
 
-def stages(tiles: Sequence[tuple[int, ...]], dtype: Any, *, other: int, most: int = 6) -> int:
+class Tile(NamedTuple):
+    """An operand's part of a slot.
+
+    Fields:
+      shape: of the part.
+      dtype: of its elements.
+      copies: TMA copies that fill it; 0 where the multiplying warpgroups do.
+      layout: of shared memory; None: `swizzled(dtype)`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    copies: int = 1
+    layout: tuple[Any, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size."""
+        return prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def buffer(self, slots: int) -> Any:
+        """What a kernel allocates: this part of every slot."""
+        layout = swizzled(self.dtype) if self.layout is None else self.layout
+        return plgpu.SMEM((slots, *self.shape), self.dtype, transforms=layout)
+
+
+def stages(tiles: Sequence[Tile], *, other: int, most: int = 6) -> int:
     """Slots that fit in shared memory next to `other` bytes.
 
     Raises:
       ValueError: fewer than two fit.
     """
-    step = sum(rows * cols for rows, cols in tiles) * jnp.dtype(dtype).itemsize
+    step = sum(tile.bytes for tile in tiles)
     count = min((SHARED - other) // step, most)
     if count < 2:
         raise ValueError(
-            f"tiles {list(tiles)} of {jnp.dtype(dtype).name} take {step} bytes a step: two steps and {other} bytes for "
+            f"tiles {[tile.shape for tile in tiles]} take {step} bytes a step: two steps and {other} bytes for "
             f"results do not fit in {SHARED} bytes of shared memory. Choose smaller rows or cols in Tiling"
         )
     return count
 
 
-def scratch(tiles: Sequence[tuple[int, ...]], dtype: Any, *, slots: int, consumers: int, pairs: bool) -> Ring:
-    """What a kernel allocates for its ring: one buffer for each operand tile of a step."""
+def scratch(tiles: Sequence[Tile], *, slots: int, consumers: int, pairs: bool) -> Ring:
+    """What a kernel allocates for its ring."""
     count: dict[str, Any] = {"num_arrivals": consumers, "num_barriers": slots}
     return Ring(
-        tuple(plgpu.SMEM((slots, *tile), dtype, transforms=swizzled(dtype)) for tile in tiles),
-        plgpu.Barrier(num_arrivals=len(tiles), num_barriers=slots),
+        tuple(tile.buffer(slots) for tile in tiles),
+        plgpu.Barrier(num_arrivals=sum(tile.copies for tile in tiles), num_barriers=slots),
         plgpu.ClusterBarrier(collective_axes=(PAIR,), **count) if pairs else plgpu.Barrier(**count),
     )
 
@@ -90,6 +117,8 @@ def run(
     finish: Callable[..., None],
     sums: Sequence[tuple[int, int]],
     busy: Callable[[Any], Any] | None = None,
+    begin: Callable[[Any], None] | None = None,
+    registers: bool = False,
 ) -> None:
     """The body of a kernel.
 
@@ -104,18 +133,21 @@ def run(
       sums: shape of each accumulator of one warpgroup.
       busy: where -> whether this warpgroup has anything to write there; None: always. Warpgroups share the tensor
         cores, so that what one leaves out makes the other faster.
+      begin: where -> None; called by the loading warpgroup before a tile's first step.
+      registers: whether `multiply` gives wgmma operands in registers. They may not change before the product is done,
+        so each step waits for its own.
     """
     loading = lax.axis_index("wg") == consumers
 
     @pl.when(loading)
     def _load():
         plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
-        _produce(ring, total, plan, load)
+        _produce(ring, total, plan, load, begin)
 
     @pl.when(jnp.logical_not(loading))
     def _multiply():
         plgpu.set_max_registers(min(256, (512 - LOADING_REGISTERS) // consumers // 8 * 8), action="increase")
-        _consume(ring, total, plan, multiply, finish, sums, busy)
+        _consume(ring, total, plan, multiply, finish, sums, busy, registers)
 
 
 def _walk(total, visit, carry):
@@ -125,11 +157,13 @@ def _walk(total, visit, carry):
     return lax.fori_loop(0, mine, lambda i, carry: visit(first + i * size, carry), carry)
 
 
-def _produce(ring, total, plan, load):
+def _produce(ring, total, plan, load, begin):
     slots = ring.buffers[0].shape[0]
 
     def tile(t, step):
         where, count = plan(t)
+        if begin is not None:
+            begin(where)
 
         def fill(i, step):
             slot = ring.slot(step)
@@ -152,26 +186,28 @@ def _produce(ring, total, plan, load):
     lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)
 
 
-def _consume(ring, total, plan, multiply, finish, sums, busy):
+def _consume(ring, total, plan, multiply, finish, sums, busy, registers):
+    late = 0 if registers else 1  # steps by which a slot is handed back after its product was begun
+
     def work(where, count, step):
         def accumulate(*totals):
             def one(i, step):
                 slot = ring.slot(step)
                 plgpu.barrier_wait(ring.ready.at[slot])
                 multiply(totals, where, i, [buffer.at[slot] for buffer in ring.buffers])
-                # All products but those of this step are done: the slot before can be filled again.
-                plgpu.wgmma_wait(len(sums))
+                # Left under way: the products of this step. Those before are done, and their slot can be filled again.
+                plgpu.wgmma_wait(late * len(sums))
 
-                @pl.when(i > 0)
+                @pl.when(i >= late)
                 def _release():
-                    plgpu.barrier_arrive(ring.consumed.at[ring.slot(step - 1)])
+                    plgpu.barrier_arrive(ring.consumed.at[ring.slot(step - late)])
 
                 return step + 1
 
             end = lax.fori_loop(0, count, one, step)
             plgpu.wgmma_wait(0)
 
-            @pl.when(count > 0)
+            @pl.when(late * count > 0)
             def _release_last():
                 plgpu.barrier_arrive(ring.consumed.at[ring.slot(end - 1)])
 

@@ -134,12 +134,28 @@ def test_epilogues_equal_the_plain_path(matmul, name, alike):
         assert_close(ours, wide(theirs), 0.02)
 
 
-@slow
-def test_quantised_weights_are_widened(matmul):
-    sizes, rows = SIZES["uneven"]
-    x, w, _ = arrays(sizes, rows, 128, 64, "bfloat16")
-    small, counts = quantize(w.astype(jnp.float32), block=64), jnp.array(sizes)
-    assert_close(matmul(x, small, counts), wide(grouped_matmul(x, small, counts, implementation="cpu")), 0.02)
+QUANTISED = [("single rows", 64, 64, "int8", None), ("uneven", 128, 64, "int8", 64), ("uneven", 72, 136, "int8", None)]
+QUANTISED += [("uneven", 128, 136, "float8_e4m3fn", 64), ("uneven", 128, 64, "int8", 32)]
+QUANTISED += [("single rows", 64, 64, "float8_e5m2", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "n", "dtype", "block"),
+    [pytest.param(*case, marks=[] if case is QUANTISED[0] else slow) for case in QUANTISED],
+)
+def test_quantised_weights_and_gathered_rows(matmul, name, k, n, dtype, block):
+    """Against float64 products of the dequantised weight; where a step would meet two scales it is widened before."""
+    sizes, rows = SIZES[name]
+    rng = np.random.default_rng(0)
+    x, w = jnp.array(rng.normal(size=(17, k)), jnp.bfloat16), jnp.array(rng.normal(size=(2, len(sizes), k, n)))
+    gate, up = (quantize(each.astype(jnp.float32) / k**0.5, dtype, block=block) for each in w)
+    tokens = jnp.array(rng.integers(0, 17, rows), jnp.int32)
+    out = matmul(x, (gate, up), jnp.array(sizes), gather=tokens, epilogue=SwiGLU())
+    g, u = (
+        oracle.grouped(wide(x)[tokens], wide(each.values) * np.repeat(each.scales, k // each.scales.shape[1], 1), sizes)
+        for each in (gate, up)
+    )
+    assert_close(out, g / (1 + np.exp(-g)) * u, 0.01)
 
 
 @pytest.mark.parametrize(

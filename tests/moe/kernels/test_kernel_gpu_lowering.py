@@ -10,6 +10,7 @@ import pytest
 
 from configs.bench_kernels import get_config
 from moe.kernels import Combine, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul
+from moe.kernels.quantize import Quantized
 from moe.kernels.tiling import Tiling
 
 if jax.__version_info__ < (0, 11):
@@ -78,6 +79,28 @@ def test_every_shape_of_the_speed_table_lowers(name):
     f, shapes = build(*case)
     # A layer: SwiGLU that keeps gate and up, and two input and two weight gradients (gate and up call the same ones).
     assert kernels(lower(f, *shapes)) == (5 if build is layer else 3)
+
+
+ROUTED = [((64, 256), BF16), ((4,), I32), ((512,), I32)]
+
+
+def routed(x, sizes, rows, *w):
+    """SwiGLU of gathered rows; w: gate and up, or values and scales of each."""
+    pair = (Quantized(*w[:2]), Quantized(*w[2:])) if len(w) == 4 else w
+    return matmul(x, pair, sizes, gather=rows, epilogue=SwiGLU())
+
+
+def test_no_copy_of_the_tokens_and_none_of_the_weights():
+    """All arrays that programs around the kernel make are as long as the tokens are many: row numbers and metadata."""
+    weights = [((4, 256, 128), BF16)] * 2
+    text = lower(routed, *ROUTED, *weights)
+    assert kernels(text) == 1 and "512x256" not in text
+    quantised = [((4, 256, 128), jnp.int8), ((4, 2, 128), jnp.float32)] * 2
+    text = lower(routed, *ROUTED, *quantised)
+    assert kernels(text) == 1 and "4x256x128xbf16" not in text
+    # The check can fail: a share of 32 rows is narrower than a step, and such weights are widened first.
+    narrow = [((4, 256, 128), jnp.int8), ((4, 8, 128), jnp.float32)] * 2
+    assert "4x256x128xbf16" in lower(routed, *ROUTED, *narrow)
 
 
 def test_odd_shapes_lower():

@@ -1,0 +1,61 @@
+"""Rows picked by `gather`, fetched as a step needs them: no permuted copy of the tokens.
+
+Hopper's TMA moves boxes, so every row of a step is a copy of its own, 128 bytes for 64 columns, shared out among the
+four warps of the loading warpgroup. A row may land at any place of a slot only if slots are tiles of one row, which
+wgmma does not read: the multiplying warpgroups take rows through registers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe.kernels.gpu_ring import ROW_BYTES, chunk
+
+WARPS = 4
+# Rows that a warp fetches at a time.
+EACH = 8
+
+
+def layout(dtype: Any) -> tuple[Any, ...]:
+    """Layout of a slot: rows one by one, swizzled as wgmma's tiles are: registers reach it without conflicts."""
+    return plgpu.TilingTransform((1, chunk(dtype))), plgpu.SwizzleTransform(ROW_BYTES)
+
+
+def scratch(rows: int) -> Any:
+    """Where a tile's row numbers lie while its steps are loaded: (rows,) int32."""
+    return plgpu.SMEM((rows,), jnp.int32)
+
+
+def pad(gather_M: jax.Array, tile: int) -> jax.Array:
+    """Row numbers with a tile of zeros behind them: the last tile reads past the end."""
+    return jnp.pad(gather_M.astype(jnp.int32), (0, tile))
+
+
+def begin(picked: Any, gather: Any, first: Any) -> None:
+    """Read the row numbers of a tile; called by the loading warpgroup before the tile's first step."""
+    picked[...] = gather[pl.ds(first, picked.shape[0])]
+
+
+def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any) -> None:
+    """Fetch the picked rows of these columns; the barrier counts one arrival a row."""
+
+    def some(i, _):
+        first = i * WARPS * EACH
+        # A warp on its own reads no memory: the numbers are read by all, and each warp chooses its own.
+        numbers = [[picked[first + warp * EACH + j] for warp in range(WARPS)] for j in range(EACH)]
+
+        def fetch(warp):
+            for j, of_warps in enumerate(numbers):
+                number = of_warps[0]
+                for other in range(1, WARPS):
+                    number = jnp.where(warp == other, of_warps[other], number)
+                target = slot.at[pl.ds(first + warp * EACH + j, 1)]
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), columns], target, barrier)
+
+        plgpu.warp_map(fetch)
+
+    lax.fori_loop(0, picked.shape[0] // (WARPS * EACH), some, None)
