@@ -8,11 +8,21 @@ from training.artefacts import CheckpointDamaged
 from training.config import Invocation, checked, run
 from training.download import DataUnavailable
 from training.pieces import Pieces
-from training.studies import distribution, instability, population, rewinding, sources, sparse_training, transfer
+from training.studies import (
+    ablations,
+    distribution,
+    instability,
+    population,
+    rewinding,
+    sources,
+    sparse_training,
+    transfer,
+)
 from training.studies.study import write_study
 from training.workdir import WorkdirMismatch, prepare
 
 STUDIES = {
+    "ablations": ablations.run,
     "distribution": distribution.run,
     "instability": instability.run,
     "population": population.run,

@@ -37,6 +37,7 @@ def script(name, *arguments):
         "distribution:tiny",
         "rewinding:tiny",
         "sparse_training:tiny",
+        "ablations:tiny",
     ],
 )
 def test_a_study_writes_its_page_and_goes_on_from_its_pieces(name, tmp_path):

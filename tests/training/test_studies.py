@@ -1,10 +1,14 @@
 """What studies make of rows and settings, without training anything."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from training.config import ConfigError
+from training.networks import Network
+from training.studies.ablations import AblationConfig, Start, frozen_network
 from training.studies.compared_masks import compare
 from training.studies.sources import changed
 from training.studies.sparse_methods import SparseConfig
@@ -47,6 +51,36 @@ def test_masks_are_compared_seed_by_seed():
     assert study.findings == ["At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 63.53 points."]
     (ax,) = study.figure.axes
     assert np.allclose(sorted(line.get_ydata().mean() for line in ax.lines), [0, 0, 25, 25, 40, 40])
+
+
+def test_frozen_weights_count_and_get_no_gradient():
+    weights, mask = {"w": jnp.array([1.0, -2.0, 3.0])}, {"w": jnp.array([True, False, True])}
+    start = Start.under(weights, mask)
+    np.testing.assert_array_equal(start.trained["w"], [1, 0, 3])
+    np.testing.assert_array_equal(start.frozen["w"], [0, -2, 0])
+
+    def cubes(params, x):
+        return jnp.sum(params["w"] ** 3 * x)
+
+    network = frozen_network(Network(lambda key: weights, cubes, lambda p, x: (cubes(p, x), {"statistics": 1})))
+    tree, x = {"trained": start.trained, "frozen": start.frozen}, jnp.array([1.0, 10.0, 100.0])
+    assert network.apply(tree, x) == cubes(weights, x) and network.train(tree, x)[1] == {}
+    gradient = jax.grad(network.apply)(tree, x)
+    np.testing.assert_array_equal(gradient["trained"]["w"], [3, 120, 2700])
+    np.testing.assert_array_equal(gradient["frozen"]["w"], [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criteria": ("largest",)}, "criteria: largest unknown; choose from large_final, small_final"),
+        ({"treatments": ("rewind", "burn")}, "treatments: burn unknown; choose from rewind"),
+        ({"criteria": ("small_init",)}, "criteria must have 'large_final'"),
+    ],
+)
+def test_ablations_that_could_not_be_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AblationConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""What makes a ticket, LeNet on MNIST: the ablations of Zhou et al. 2019 (arXiv:1905.01067).
+
+What: five seeds; one-shot masks from the trained dense networks by eight criteria and at random, trained from the
+rewound initialization; and, under the masks of the largest final weights, weights drawn anew, shuffled or made
+constant, with their initial signs and without, and pruned weights frozen at their initial values in place of zero. The
+accuracy before any training is in the table too: masks alone do something. `:tiny` is a minute on digits.
+Cost: see docs/results/ablations_mnist.md.
+Expected: not measured.
+Command: python scripts/study.py --config=configs/study_ablations.py --config.data.dir=DATA --workdir=runs/ablations
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "mnist") -> ConfigDict:
+    """The experiment; `arg` is "mnist" or "tiny" (digits, no files needed)."""
+    if arg not in ("mnist", "tiny"):
+        raise ValueError(f"configs/study_ablations.py:{arg}: choose 'mnist' or 'tiny'")
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.name = "ablations"
+    config.seeds = (0, 1) if tiny else (0, 1, 2, 3, 4)
+    config.lr = 1.2e-3
+    config.data = ConfigDict({"kind": "images", "name": "digits" if tiny else "mnist", "dir": ""})
+    config.data.update({"validation": 100 if tiny else 1000, "shrink": 1 if tiny else 2})
+    config.model = ConfigDict({"name": "lenet", "hidden": (32, 16) if tiny else (300, 100)})
+    config.optimizer = ConfigDict({"name": "adam"})
+    config.train = ConfigDict({"steps": "120it" if tiny else "1000it", "batch_size": 60, "eval_every": 100})
+    config.search = ConfigDict({"levels": 1 if tiny else 2, "scope": "layer", "schedule": "geometric", "rewind": "0it"})
+    config.search.density = 0.2 if tiny else 0.04
+    config.study = ConfigDict()
+    config.study.criteria = (
+        *("large_final", "small_final", "large_init", "small_init", "large_init_large_final"),
+        *("small_init_small_final", "magnitude_increase", "movement"),
+    )
+    config.study.treatments = (
+        *("rewind", "rewind, rest frozen", "reinit", "reinit, signs kept", "shuffle", "shuffle, signs kept"),
+        *("constant", "constant, signs kept"),
+    )
+    return config
