@@ -5,7 +5,7 @@ of equal FLOPs, `jax.lax.ragged_dot` and the grouped kernels inside JAX for the 
 the dense product; a whole layer, router to combine, forward and backward, against a dense layer. All in turns in one
 process.
 Cost: "cpu" 42 seconds on two cores, most of it `ragged_dot`; "hopper" not measured.
-Expected: docs/kernels.md has what was measured ("cpu": 17 to 52 times `ragged_dot` at 64 experts) and the goals.
+Expected: docs/kernels.md has what was measured ("cpu": 25 to 28 times `ragged_dot` at 64 experts) and the goals.
 Command: python scripts/benchmark_kernels.py --config=configs/bench_kernels.py:cpu
 """
 

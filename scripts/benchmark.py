@@ -45,6 +45,9 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}: give --config=FILE and --config.key=value")
     config = _CONFIG.value
+    if config.get("name") not in RIVALS:
+        own = "bench_moe, bench_kernels and bench_inference have scripts of their own"
+        raise app.UsageError(f"config.name={config.get('name')!r}: choose from {', '.join(RIVALS)} ({own})")
     if config.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: config.cores]))
     from training.timing import take_turns
