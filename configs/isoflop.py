@@ -4,7 +4,7 @@ What: decoders over bytes, a width family under the maximal-update parametrisati
 at all budgets (warmup, stable learning rate, decays branched off); IsoFLOP minima, their power law with an interval,
 and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths, `batch` one
 of learning rates and batch sizes at two.
-Cost: the full sweep took 34 minutes on a 2-core machine that was running other work; `tiny` 63 seconds on two cores.
+Cost: the full sweep took 10.5 minutes on a 2-core machine that was running other work; `tiny` 63 seconds on two cores.
 Expected: five budgets from 2.5e10 to 4e11 FLOPs with their minima inside, at 9,500 to 42,000 parameters, which grow as
 C^0.53; `tiny` refuses its smallest budget (docs/results/isoflop.md).
 Command: python scripts/sweep.py --config=configs/isoflop.py --workdir=runs/isoflop
