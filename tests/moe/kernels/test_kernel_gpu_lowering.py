@@ -130,6 +130,13 @@ def test_too_much_shared_memory_is_caught(monkeypatch):
 def test_every_tile_size_lowers(dtype, tiling):
     text = lower(partial(matmul, tiling=tiling), ((300, 256), dtype), ((4, 256, 512), dtype), ((4,), I32))
     assert kernels(text) == 1
+    gathered = lambda x, w, sizes, rows: matmul(x, w, sizes, gather=rows, tiling=tiling)  # noqa: E731
+    text = lower(gathered, ((70, 256), dtype), ((4, 256, 512), dtype), ((4,), I32), ((300,), I32))
+    assert kernels(text) == 1
+    quantised = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
+    weight = ((4, 256, 512), jnp.int8), ((4, 2, 512), jnp.float32)
+    text = lower(quantised, ((300, 256), dtype), *weight, ((4,), I32))
+    assert kernels(text) == 1 and f"4x256x512x{'bf16' if dtype == 'bfloat16' else 'f16'}" not in text
 
 
 def test_under_vmap_scan_and_shard_map():
