@@ -4,7 +4,7 @@ What: LeNet-300-100, Gaussian Glorot, Adam 1.2e-3, batch 60; every round removes
 (10% of the output layer) and sets the rest back to its initial values; random reinitialization and random masks as
 controls.
 `:short` trains 10,000 iterations per round with 3 seeds, `:paper` 50,000 (as the paper) with 5.
-Cost: `:short` about three quarters of an hour on one CPU core; `:paper` about eight times that.
+Cost: `:short` 33 minutes on one CPU core; `:paper` about eight times that (not run).
 Expected: dense about 98%; the ticket at 21.1% of the weights at least as accurate; tickets ahead of reinitialized ones
 in accuracy and early stop at 21.1%, 13.5% and 3.6%. See docs/results/lottery_mnist.md.
 Command: python scripts/find_ticket.py --config=configs/lottery_mnist.py --config.data.dir=DATA --workdir=runs/mnist
