@@ -80,8 +80,7 @@ def _kernel(cols, sizes, dtype, table, x, dy, out, *, ring, stage, masked):
             for turn, buffer in enumerate(slot):
                 # One operand each; both are read by both.
                 pl.when(wg == turn)(partial(_keep, buffer, begin, end))
-            plgpu.barrier_arrive(masked)
-            plgpu.barrier_wait(masked)
+            gpu_ring.meet(masked)
 
         plgpu.wgmma(totals[0], slot[0].at[:, pl.ds(wg * mine, mine)].transpose((1, 0)), slot[1])
 

@@ -143,8 +143,8 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None):
         del where, i
         left, right = slot[0].at[pl.ds(wg * mine, mine)], slot[1:]
         if way.quantised:
-            right = gpu_widen.widen([right[j * 3 :][:3] for j in range(way.weights)], CONSUMERS)
-            gpu_widen.meet(made)
+            right = gpu_widen.widen([right[j * way.parts :][: way.parts] for j in range(way.weights)], CONSUMERS)
+            gpu_ring.meet(made)
         # The interpreter knows wgmma of shared memory only, and no layouts, so there the reference is as good.
         if way.gathered and not way.interpret:
             left = left[...]

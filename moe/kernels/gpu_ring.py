@@ -150,6 +150,12 @@ def run(
         _consume(ring, total, plan, multiply, finish, sums, busy, registers)
 
 
+def meet(barrier: Any) -> None:
+    """Wait until every multiplying warpgroup is here; the barrier counts one arrival of each."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def _walk(total, visit, carry):
     """Visit this block's share of the tiles, in order."""
     first, size = lax.axis_index("sm"), lax.axis_size("sm")

@@ -80,9 +80,3 @@ def widen(weights: Sequence[Any], consumers: int) -> list[Any]:
 
             turn += 1
     return [wide for _, _, wide in weights]
-
-
-def meet(made: Any) -> None:
-    """Wait until every multiplying warpgroup has widened its share."""
-    plgpu.barrier_arrive(made)
-    plgpu.barrier_wait(made)

@@ -7,7 +7,7 @@ one shot from the trained dense weights; in the paper pruning is iterative.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 
 from lottery import masks as masks_lib
 from lottery import prune, scores, supermask
-from lottery.imp import initial_weights, search_keys
-from lottery.levels import level_counts
+from lottery.imp import search_keys
 from lottery.style import MARKERS, PALETTE, canvas, titles
 from training.config import ConfigError, build
 from training.networks import STATISTICS, Network
 from training.page import Table
 from training.pieces import Pieces
-from training.studies.sparse_methods import Ground, SparseConfig, advance, rows_of
+from training.studies.sparse_methods import Ground, SparseConfig, advance, lifted, make_ground, rows_of
 from training.studies.study import Study, with_interval
 from training.ticket_setup import Setup, init_stack, make_setup
 
@@ -82,36 +81,31 @@ def run(config: Any, pieces: Pieces) -> Study:
         raise ConfigError("config.search: rewind 0 and a level are needed")
     if config.optimizer.get("weight_decay", 0):
         raise ConfigError("config.optimizer.weight_decay: frozen weights are not to change; 0 is needed")
-    ground, counts = _ground(setup, config)
+    ground, counts = make_ground(setup, SparseConfig(), config)
     if STATISTICS in ground.initial:
         raise ConfigError("config.model.name: a network without batch statistics is needed, such as lenet or conv2")
     programs = ground.programs(setup.optimizer, frozen_network(setup.network))
 
-    def trained(part: str, name: str, level: int, start: Callable[[], Start]) -> tuple[list[dict[str, Any]], PyTree]:
-        found = start()
-        tree = {"trained": found.trained, "frozen": found.frozen}
-        masks = {"trained": found.mask, "frozen": masks_lib.ones(found.frozen)}
+    def trained(part: str, name: str, level: int, start: Start) -> tuple[list[dict[str, Any]], PyTree]:
+        tree = {"trained": start.trained, "frozen": start.frozen}
+        masks = {"trained": start.mask, "frozen": masks_lib.ones(start.frozen)}
         before = rows_of(programs, programs.init(tree, masks), ground.seeds)
         _, carry = advance(ground, programs, tree, masks, None, ground.seeds)
-        about = {"part": part, "name": name, "level": level, "density": _density(ground, found.mask)}
+        about = {"part": part, "name": name, "level": level, "density": _density(ground, start.mask)}
         rows = [
             {**about, **row, "untrained_test_accuracy": first["final_test_accuracy"]}
             for first, row in zip(before, rows_of(programs, carry, ground.seeds), strict=True)
         ]
         return rows, carry.params["trained"]
 
-    def dense() -> PyTree:
-        rows, params = trained("dense", "dense", 0, lambda: Start.of(ground.initial))
-        pieces.rows("dense", lambda: rows)
-        return params
-
-    final = pieces.tree("dense_weights", ground.initial, dense)
-    rows = pieces.rows("dense", lambda: [])
+    dense = cache(lambda: trained("dense", "dense", 0, Start.of(ground.initial)))
+    rows = pieces.rows("dense", lambda: dense()[0])
+    final = pieces.tree("dense_weights", ground.initial, lambda: dense()[1])
     for level, kept in enumerate(counts, 1):
         for part, name, start in _starts(ground, final, study, kept, level):
             piece = f"level{level} {part} {name}".replace(",", "").replace(" ", "_")
-            rows += pieces.rows(piece, lambda: trained(part, name, level, start)[0])  # noqa: B023
-    return _study(rows, study, setup)
+            rows += pieces.rows(piece, lambda: trained(part, name, level, start())[0])  # noqa: B023
+    return _study(rows, setup)
 
 
 class Start(NamedTuple):
@@ -138,21 +132,7 @@ def frozen_network(network: Network) -> Network:
     def both(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a + jax.lax.stop_gradient(b), tree["trained"], tree["frozen"])
 
-    return Network(
-        init=network.init,
-        apply=lambda tree, x: network.apply(both(tree), x),
-        train=lambda tree, x: (network.train(both(tree), x)[0], {}),
-    )
-
-
-def _ground(setup: Setup, config: Any) -> tuple[Ground, list[dict[str, int]]]:
-    shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
-    which = masks_lib.prunable(shapes, setup.search.rules)
-    leaves = {path: leaf.shape for path, leaf in masks_lib.flatten(shapes).items()}
-    counts = level_counts(setup.search, prune.sizes(shapes, which), leaves)
-    if prune.EVERYTHING in counts[-1]:
-        raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
-    return Ground(setup, SparseConfig(), config, initial_weights(setup.network.init, setup.search), which, {}), counts
+    return lifted(network, both)
 
 
 def _density(ground: Ground, masks: PyTree) -> float:
@@ -195,7 +175,7 @@ def _starts(
     return listed + [("weights", name, partial(by_treatment, name)) for name in treated]
 
 
-def _study(rows: list[dict[str, Any]], study: AblationConfig, setup: Setup) -> Study:
+def _study(rows: list[dict[str, Any]], setup: Setup) -> Study:
     levels = sorted({row["level"] for row in rows if row["level"]})
     value, before = "final_test_accuracy", "untrained_test_accuracy"
 

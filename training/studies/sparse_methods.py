@@ -11,7 +11,8 @@ from jaxtyping import Array, PyTree
 
 from lottery import dynamic, prune, scores, supermask
 from lottery import masks as masks_lib
-from lottery.imp import search_keys
+from lottery.imp import initial_weights, search_keys
+from lottery.levels import level_counts
 from training.batches import index_block
 from training.config import ConfigError, build
 from training.networks import Network
@@ -89,6 +90,31 @@ class Ground:
         """Random masks [seeds, ...]."""
         draw = lambda params, key: self.largest(scores.random(params, key=key))  # noqa: E731
         return jax.jit(jax.vmap(draw))(self.initial, search_keys(self.setup.search, 1, "sparse training"))
+
+
+def make_ground(setup: Setup, study: SparseConfig, config: Any) -> tuple[Ground, list[dict[str, int]]]:
+    """The ground of a search's last level, and the counts of every level.
+
+    Raises:
+      ConfigError: a scope that gives layers no counts.
+    """
+    shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
+    which = masks_lib.prunable(shapes, setup.search.rules)
+    leaves = {path: leaf.shape for path, leaf in masks_lib.flatten(shapes).items()}
+    counts = level_counts(setup.search, prune.sizes(shapes, which), leaves)
+    if prune.EVERYTHING in counts[-1]:
+        raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
+    initial = initial_weights(setup.network.init, setup.search)
+    return Ground(setup, study, config, initial, which, counts[-1]), counts
+
+
+def lifted(network: Network, effective: Callable[[PyTree], PyTree]) -> Network:
+    """`network` on trees from which `effective` makes its weights; batch statistics do not move."""
+    return Network(
+        init=network.init,
+        apply=lambda tree, x: network.apply(effective(tree), x),
+        train=lambda tree, x: (network.train(effective(tree), x)[0], {}),
+    )
 
 
 class Result(NamedTuple):
@@ -212,11 +238,6 @@ def popup(ground: Ground) -> Result:
     def effective(tree: PyTree) -> PyTree:
         return supermask.popup(tree["weights"], tree["scores"], which, ground.counts)
 
-    lifted = Network(
-        init=network.init,
-        apply=lambda tree, x: network.apply(effective(tree), x),
-        train=lambda tree, x: (network.train(effective(tree), x)[0], {}),
-    )
     settings = build(
         OptimizerConfig,
         ground.config.optimizer,
@@ -226,7 +247,7 @@ def popup(ground: Ground) -> Result:
     )
     if settings.weight_decay:
         raise ConfigError("config.optimizer.weight_decay: the weights of a supermask are not to change; 0 is needed")
-    programs = ground.programs(make_optimizer(settings), lifted)
+    programs = ground.programs(make_optimizer(settings), lifted(network, effective))
     keys = search_keys(ground.setup.search, 0, "popup")
     draw = lambda params, key: {  # noqa: E731
         "scores": supermask.initial_scores(params, key=key),

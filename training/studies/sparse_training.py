@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 
 from lottery import imp, prune
 from lottery import masks as masks_lib
-from lottery.levels import level_counts
 from lottery.style import PALETTE, canvas, titles
 from training.config import ConfigError, build
 from training.levels import LevelStore
 from training.page import Table
 from training.pieces import Pieces
-from training.studies.sparse_methods import METHODS, Ground, Method, SparseConfig
+from training.studies.sparse_methods import METHODS, Ground, Method, SparseConfig, make_ground
 from training.studies.study import Study, with_interval
 from training.ticket_setup import Setup, make_setup, search_tickets
 
@@ -37,22 +36,11 @@ def run(config: Any, pieces: Pieces) -> Study:
             f"config.search: arms among {', '.join(SEARCHED)}, rewind 0 and a level are needed, found arms {wrong}, "
             f"rewind {setup.search.rewind}, levels {setup.search.levels}"
         )
-    ground = _ground(setup, study, config)
+    ground, _ = make_ground(setup, study, config)
     rows = _searched(setup, ground, pieces, config)
     for name in study.methods:
         rows += pieces.rows(name, lambda: _trained(ground, METHODS[name]))  # noqa: B023
     return _study(rows, study, setup)
-
-
-def _ground(setup: Setup, study: SparseConfig, config: Any) -> Ground:
-    shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
-    which = masks_lib.prunable(shapes, setup.search.rules)
-    leaves = {path: leaf.shape for path, leaf in masks_lib.flatten(shapes).items()}
-    counts = level_counts(setup.search, prune.sizes(shapes, which), leaves)[-1]
-    if prune.EVERYTHING in counts:
-        raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
-    initial = imp.initial_weights(setup.network.init, setup.search)
-    return Ground(setup, study, config, initial, which, counts)
 
 
 def _searched(setup: Setup, ground: Ground, pieces: Pieces, config: Any) -> list[dict[str, Any]]:
