@@ -42,6 +42,8 @@ class MixtureConfig:
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
+      deterministic: for the kernels of GPUs: a token's rows are summed in the same order every time, and a run that
+        resumes repeats itself bit for bit. False lets the kernels add them as they come; see `grouped_matmul`.
     """
 
     activation: Activation = "swiglu"
@@ -51,6 +53,7 @@ class MixtureConfig:
     drop: Literal["position", "probability"] = "position"
     movement: Literal["gather", "einsum"] = "gather"
     dropout: float = 0.0
+    deterministic: bool = True
 
     def __post_init__(self):
         choices = {
@@ -172,6 +175,7 @@ def fused(
     *,
     implementation: str = "auto",
     dropout: float = 0.0,
+    deterministic: bool = True,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
     """Dropless SwiGLU experts without biases in two calls: gather with SwiGLU, then the weighted sum; one on CPUs."""
@@ -180,7 +184,7 @@ def fused(
     weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
     if found == "cpu" and (key is None or not dropout) and x_ND.size and gate.size:
         return cpu_mixture.mixture(x_ND, gate, up, down, plan.sizes_E, plan.tokens_R, weights_R)
-    multiply = partial(grouped_matmul, implementation=found)
+    multiply = partial(grouped_matmul, implementation=found, deterministic=deterministic)
     hidden_RF = multiply(x_ND, (gate, up), plan.sizes_E, gather=plan.tokens_R, epilogue=SwiGLU())
     hidden_RF = drop_hidden(hidden_RF, dropout, key)
     return multiply(hidden_RF, down, plan.sizes_E, epilogue=Combine(plan.tokens_R, weights_R, x_ND.shape[0]))
@@ -227,8 +231,8 @@ def mixture(
         return dispatch.oracle(x_ND, routing, one), None
     plain = config.activation == "swiglu" and not any(name.endswith("_bias") for name in params)
     if plain:
-        how = config.implementation
-        return fused(params, x_ND, routing, implementation=how, dropout=config.dropout, key=key), None
+        how = {name: getattr(config, name) for name in ("implementation", "dropout", "deterministic")}
+        return fused(params, x_ND, routing, **how, key=key), None
     return dispatch.dropless(x_ND, routing, partial(run, implementation=config.implementation)), None
 
 

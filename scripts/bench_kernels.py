@@ -203,22 +203,29 @@ def block_rivals(case: tuple[int, int, int, int, float], *, dtype: str, seed: in
 
 
 def layer_rivals(case: tuple[int, int, int, int, int], *, dtype: str, seed: int, repeat: int = 1) -> Rivals:
-    """Tokens, d, ff, experts, choices: router to combine, forward and backward, and a dense layer of equal FLOPs."""
+    """Tokens, d, ff, experts, choices: router to combine, forward and backward, and a dense layer of equal FLOPs.
+
+    On GPUs ours runs twice: a token's rows summed in order behind the kernel, and in any order within it.
+    """
     tokens, d, ff, count, chosen = case
     keys = jax.random.split(jax.random.key(seed), 4)
     x_ND = jax.random.normal(keys[0], (tokens, d), jnp.dtype(dtype))
     routed = experts.initialise(d, ff, count, key=keys[1])
     routed |= {"router": jax.random.normal(keys[2], (d, count)) * d**-0.5}
 
-    def mixture(params, x_ND):
+    def mixture(params, x_ND, deterministic=True):
+        config = experts.MixtureConfig(deterministic=deterministic)
         weights = {name: leaf for name, leaf in params.items() if name != "router"}
-        return experts.mixture(weights, x_ND, route.top_k(x_ND @ params["router"], chosen))[0]
+        return experts.mixture(weights, x_ND, route.top_k(x_ND @ params["router"], chosen), config)[0]
 
-    calls = {}
-    for name, f, params in (
+    contestants = [
         ("tessera", mixture, routed),
         ("dense, equal FLOPs", experts.dense, experts.initialise(d, chosen * ff, 0, key=keys[3])),
-    ):
+    ]
+    if jax.default_backend() == "gpu":
+        contestants.append(("tessera, sums in any order", partial(mixture, deterministic=False), routed))
+    calls = {}
+    for name, f, params in contestants:
         params = jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), params)
         step = jax.grad(lambda p, x, f=f: jnp.sum(jnp.square(f(p, x)).astype(jnp.float32)), argnums=(0, 1))
         calls[name] = ready(step, params, x_ND, repeat=repeat)

@@ -5,9 +5,8 @@ What the kernels do not do is done around them, and said in the log once:
 - float32 operands, and shapes with fewer than 8 rows, go to the plain JAX path (`cpu.py`): wgmma has no float32.
 - float8_e5m2 weights, and int8 and float8_e4m3fn ones whose scales belong to fewer rows than a step has, are widened to
   x's dtype first.
-- The sum of `combine` is a gather and sum, or a scatter-add, behind the kernel; the weight gradient of gathered rows
-  takes a permuted copy of them. Both are part of the programs that XLA compiles around the kernels and need no word in
-  the log.
+- A deterministic `combine` is a gather and sum, or a scatter-add, behind the kernel, as part of the program that XLA
+  compiles around it; one that need not be deterministic is done in the kernel.
 - K and N that are no multiples of 64, and rows that are none of 8, are padded by a copy.
 """
 
@@ -46,7 +45,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
     if not _runs("grouped", operands.x, interpret):
         return cpu.grouped(operands, replace(spec, tiling=cpu.TILINGS["grouped"]))
-    from moe.kernels import gpu_grouped, gpu_widen
+    from moe.kernels import gpu_combine, gpu_grouped, gpu_ring, gpu_widen
 
     check(spec.tiling)
     x, rows, w, scales = operands.x, operands.rows, operands.w, operands.scales
@@ -61,10 +60,13 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
         scales=tuple(_pad(each, 1, 64) for each in scales),
     )
     combine = spec.epilogue == "combine"
-    outs = gpu_grouped.grouped(plain, replace(spec, epilogue="none") if combine else spec, interpret=interpret)
+    behind = combine and (spec.deterministic or interpret and "additions" in gpu_ring.LACKING)
+    outs = gpu_grouped.grouped(plain, replace(spec, epilogue="none") if behind else spec, interpret=interpret)
+    if combine and not behind:
+        return outs[0][:, :columns].astype(spec.out_dtype)
     outs = tuple(out[:rows, :columns] for out in outs)
-    if combine:
-        return _combine(outs[0], operands.tokens, operands.weights, spec)
+    if behind:
+        return gpu_combine.behind(outs[0], operands.tokens, operands.weights, spec)
     return outs if spec.keep else outs[0]
 
 
@@ -75,9 +77,9 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
     from moe.kernels import gpu_contraction
 
     check(spec.tiling)
-    x = operands.x if operands.gather is None else operands.x[operands.gather]
-    k, n = x.shape[1], operands.dy.shape[1]
-    padded = ContractionOperands(_pad(x, 8, 64), _pad(operands.dy, 8, 64), operands.sizes)
+    x, k, n = operands.x, operands.x.shape[1], operands.dy.shape[1]
+    x = _pad(x, 8 if operands.gather is None else 1, 64)
+    padded = operands._replace(x=x, dy=_pad(operands.dy, 8, 64))
     return gpu_contraction.contract(padded, spec, interpret=interpret)[:, :k, :n]
 
 
@@ -160,31 +162,3 @@ def _widen(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     groups, k, n = values.shape
     shares = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
     return (shares * scales[:, :, None]).reshape(groups, k, n).astype(dtype)
-
-
-def _combine(rows_MN: jax.Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
-    """Sums of each token's weighted rows; rows past the sum of the sizes are zero already.
-
-    Where every token has the same number of rows, as in dropless routing, they are gathered and summed: no atomic
-    additions, and the same order of summation every time.
-    """
-
-    def weighted(values, weights):
-        return values.astype(jnp.float32) * (1.0 if weights is None else weights[:, None])
-
-    def scatter():
-        out = jnp.zeros((spec.num_tokens, rows_MN.shape[1]), jnp.float32)
-        return out.at[tokens_M].add(weighted(rows_MN, weights_M))
-
-    each, rest = divmod(rows_MN.shape[0], spec.num_tokens)
-    if rest or not each:
-        return scatter().astype(spec.out_dtype)
-    order_M = jnp.argsort(tokens_M, stable=True)
-    expected_M = jnp.repeat(jnp.arange(spec.num_tokens), each)
-
-    def gather():
-        weights = None if weights_M is None else weights_M[order_M]
-        return jnp.sum(weighted(rows_MN[order_M], weights).reshape(spec.num_tokens, each, -1), axis=1)
-
-    alike = jnp.all(tokens_M[order_M] == expected_M)
-    return jax.lax.cond(alike, gather, scatter).astype(spec.out_dtype)

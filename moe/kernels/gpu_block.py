@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.kernels import gpu_ring, gpu_store
 from moe.kernels.gpu_ring import Ring, Tile
-from moe.kernels.implementations import struct
 from moe.kernels.spec import BlockOperands, BlockSpec
 
 CONSUMERS = 2
@@ -35,7 +34,7 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -
     tiles = [Tile((tile, step), x.dtype), Tile((b, step) if spec.transpose else (step, b), x.dtype)]
     memory = _memory(tiles, tile // CONSUMERS, spec.out_dtype, consumers=CONSUMERS, pairs=True)
     body = partial(_matmul, spec, (tile, step))
-    out = struct((x.shape[0], spec.outputs * b), spec.out_dtype, x)
+    out = jax.ShapeDtypeStruct((x.shape[0], spec.outputs * b), spec.out_dtype)
     name = f"block_matmul{'_transposed' if spec.transpose else ''}"
     options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": name}
     call = gpu_ring.launch(body, [out], memory, **options)
@@ -84,7 +83,7 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
     # Each warpgroup has 64 rows of the block.
     consumers = b // 64
     memory = _memory([Tile((STEP, b), x.dtype)] * 2, 64, spec.out_dtype, consumers=consumers, pairs=False)
-    out = struct((spec.outputs, b, b), spec.out_dtype, x)
+    out = jax.ShapeDtypeStruct((spec.outputs, b, b), spec.out_dtype)
     body = partial(_contract, spec, consumers)
     options: dict[str, Any] = {
         "consumers": consumers,

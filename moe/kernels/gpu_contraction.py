@@ -2,7 +2,8 @@
 
 The tile of x is transposed by the descriptor that wgmma reads it with; no transposed copy is made. The first rows of a
 group's first step and the last of its last may be another group's: they are set to zero in shared memory, on both
-sides, because they may be NaN. Blocks work as pairs on neighbouring columns of x and share the tile of dy.
+sides, because they may be NaN. Blocks work as pairs on neighbouring columns of x and share the tile of dy. Gathered
+rows of x are fetched one by one and transposed on their way into registers (`gpu_gather`).
 """
 
 from functools import partial
@@ -14,9 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels import gpu_ring, gpu_store
+from moe.kernels import gpu_gather, gpu_ring, gpu_store
 from moe.kernels.gpu_ring import ALIGN, Ring, Tile
-from moe.kernels.implementations import struct
 from moe.kernels.metadata import contraction_steps
 from moe.kernels.spec import ContractionOperands, ContractionSpec
 
@@ -25,35 +25,42 @@ CONSUMERS = 2
 STEP, HIGH = 64, 64 * CONSUMERS
 # Column tiles of dy that run side by side.
 SWATH = 8
+# Steps whose row numbers are read at a time, where rows are gathered.
+AHEAD = 8
 # Rows of the table of groups.
 A, BEGIN, END = range(3)
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool) -> jax.Array:
-    """(G, K, N), zeros for empty groups. Rows are a multiple of 8, K and N of 64; nothing gathered."""
+    """(G, K, N), zeros for empty groups. Rows are a multiple of 8 (those of x unless gathered), K and N of 64."""
     x, dy, groups = operands.x, operands.dy, operands.sizes.shape[0]
     k, n = x.shape[1], dy.shape[1]
     cols = min(spec.tiling.cols, n)
     # A tile as long as the array: each group is one step of the metadata, and the ring cuts it up.
     steps = contraction_steps(operands.sizes, rows=dy.shape[0], tile=dy.shape[0], align=ALIGN)
     table = jnp.stack([steps.a, steps.begin, steps.end])[:, :groups]
-    tiles = [Tile((STEP, HIGH), x.dtype), Tile((STEP, cols), x.dtype)]
-    other = gpu_store.size(HIGH // CONSUMERS, consumers=CONSUMERS)
+    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, STEP * (AHEAD + 1)),)
+    gathered: dict[str, Any] = {"copies": STEP, "layout": gpu_gather.layout(x.dtype)} if gather else {}
+    tiles = [Tile((STEP, HIGH), x.dtype, **gathered), Tile((STEP, cols), x.dtype)]
+    other = gpu_store.size(HIGH // CONSUMERS, consumers=CONSUMERS) + 4 * STEP * AHEAD * bool(gather)
     slots = gpu_ring.stages(tiles, other=other)
     memory = {
         "ring": gpu_ring.scratch(tiles, slots=slots, consumers=CONSUMERS, pairs=True),
         "stage": gpu_store.scratch(HIGH // CONSUMERS, spec.out_dtype, consumers=CONSUMERS),
         "masked": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
-    body = partial(_kernel, cols, (groups, k, n), spec.out_dtype)
-    out = struct((groups, k, n), spec.out_dtype, x)
-    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": "contraction"}
+    if gather:
+        memory["picked"] = gpu_gather.scratch(STEP * AHEAD)
+    body = partial(_kernel, cols, (groups, k, n), spec.out_dtype, interpret)
+    out = jax.ShapeDtypeStruct((groups, k, n), spec.out_dtype)
+    name = "contraction_gathered" if gather else "contraction"
+    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": name}
     call = gpu_ring.launch(body, [out], memory, **options)
-    return call(table, x, dy)[0]
+    return call(table, x, dy, *gather)[0]
 
 
-def _kernel(cols, sizes, dtype, table, x, dy, out, *, ring, stage, masked):
-    groups, k, n = sizes
+def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, masked, picked=None):
+    (groups, k, n), out = sizes, refs[-1]
     wg, mine = lax.axis_index("wg"), HIGH // CONSUMERS
     row_pairs, column_tiles = -(-k // (2 * HIGH)), -(-n // cols)
 
@@ -68,8 +75,13 @@ def _kernel(cols, sizes, dtype, table, x, dy, out, *, ring, stage, masked):
 
     def load(where, i, slot, barrier):
         _, first, _, _, row, col = where
-        at = pl.ds(first + i * STEP, STEP)
-        plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row, HIGH)], slot[0], barrier)
+        at, across = pl.ds(first + i * STEP, STEP), pl.ds(row, HIGH)
+        if picked is None:
+            plgpu.copy_gmem_to_smem(x.at[at, across], slot[0], barrier)
+        else:
+            step = lax.rem(i, jnp.int32(AHEAD))
+            pl.when(step == 0)(partial(gpu_gather.begin, picked, refs[0], first + i * STEP))
+            gpu_gather.load(x, picked, across, slot[0], barrier, skip=step * STEP)
         plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(col, cols)], slot[1], barrier, collective_axes=gpu_ring.PAIR)
 
     def multiply(totals, where, i, slot):
@@ -82,7 +94,10 @@ def _kernel(cols, sizes, dtype, table, x, dy, out, *, ring, stage, masked):
                 pl.when(wg == turn)(partial(_keep, buffer, begin, end))
             gpu_ring.meet(masked)
 
-        plgpu.wgmma(totals[0], slot[0].at[:, pl.ds(wg * mine, mine)].transpose((1, 0)), slot[1])
+        left = slot[0].at[:, pl.ds(wg * mine, mine)].transpose((1, 0))
+        if picked is not None and not (interpret and "registers" in gpu_ring.LACKING):
+            left = gpu_gather.read(left)
+        plgpu.wgmma(totals[0], left, slot[1])
 
     def finish(where, sums):
         group, _, _, _, row, col = where
@@ -92,15 +107,17 @@ def _kernel(cols, sizes, dtype, table, x, dy, out, *, ring, stage, masked):
 
         gpu_store.write(stage, sums, [place], list, dtype=dtype)
 
-    work = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
-    gpu_ring.run(
-        Ring(*ring), jnp.int32(groups * row_pairs * column_tiles), consumers=CONSUMERS, sums=[(mine, cols)], **work
-    )
+    work: dict[str, Any] = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
+    work |= {"consumers": CONSUMERS, "sums": [(mine, cols)], "registers": picked is not None}
+    gpu_ring.run(Ring(*ring), jnp.int32(groups * row_pairs * column_tiles), **work)
 
 
 def _keep(ref, begin, end):
-    """Zeros in the rows outside [begin, end)."""
-    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, ref.shape, 0), plgpu.Layout.WGMMA)
+    """Zeros in the rows outside [begin, end). A chunk of columns at a time: the sums leave few registers."""
+    shape = ref.shape[0], gpu_ring.chunk(ref.dtype)
+    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), plgpu.Layout.WGMMA)
     inside = jnp.logical_and(row >= begin, row < end)
-    ref[...] = jnp.where(inside, ref[...], jnp.zeros(ref.shape, ref.dtype))
+    for col in range(0, ref.shape[1], shape[1]):
+        here = pl.ds(col, shape[1])
+        ref[:, here] = jnp.where(inside, ref[:, here], jnp.zeros(shape, ref.dtype))
     plgpu.commit_smem()

@@ -5,6 +5,7 @@ four warps of the loading warpgroup. A row may land at any place of a slot only 
 wgmma does not read: the multiplying warpgroups take rows through registers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,22 +41,44 @@ def begin(picked: Any, gather: Any, first: Any) -> None:
     picked[...] = gather[pl.ds(first, picked.shape[0])]
 
 
-def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any) -> None:
-    """Fetch the picked rows of these columns; the barrier counts one arrival a row."""
+def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any, skip: Any = 0) -> None:
+    """Fetch as many picked rows as the slot has, from number `skip` on; the barrier counts one arrival a row."""
+
+    def fetch(row, number):
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), columns], slot.at[pl.ds(row, 1)], barrier)
+
+    spread(picked, slot.shape[0], fetch, skip)
+
+
+def read(rows: Any) -> jax.Array:
+    """A part of a slot, in registers as wgmma takes its left operand; a transposed part is turned on the way."""
+    values = plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)  # type: ignore[call-arg]  # JAX 0.11
+    # TMA, which fills the slot next, is ordered behind reads by threads only by a fence.
+    plgpu.commit_smem()
+    return values
+
+
+def spread(numbers: Any, rows: int, copy: Callable[[Any, Any], None], skip: Any = 0) -> None:
+    """Share out copies of single rows among the warps of a warpgroup.
+
+    Args:
+      numbers: (skip + rows or more,) int32 in shared memory.
+      rows: how many, a multiple of 32.
+      copy: (row, its number) -> None; called for rows 0 to rows - 1 with numbers from `skip` on, by one warp each.
+    """
 
     def some(i, _):
         first = i * WARPS * EACH
         # A warp on its own reads no memory: the numbers are read by all, and each warp chooses its own.
-        numbers = [[picked[first + warp * EACH + j] for warp in range(WARPS)] for j in range(EACH)]
+        read = [[numbers[skip + first + warp * EACH + j] for warp in range(WARPS)] for j in range(EACH)]
 
-        def fetch(warp):
-            for j, of_warps in enumerate(numbers):
+        def each(warp):
+            for j, of_warps in enumerate(read):
                 number = of_warps[0]
                 for other in range(1, WARPS):
                     number = jnp.where(warp == other, of_warps[other], number)
-                target = slot.at[pl.ds(first + warp * EACH + j, 1)]
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), columns], target, barrier)
+                copy(first + warp * EACH + j, number)
 
-        plgpu.warp_map(fetch)
+        plgpu.warp_map(each)
 
-    lax.fori_loop(0, picked.shape[0] // (WARPS * EACH), some, None)
+    lax.fori_loop(0, rows // (WARPS * EACH), some, None)

@@ -15,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels import gpu_gather, gpu_ring, gpu_store, gpu_widen
+from moe.kernels import gpu_combine, gpu_gather, gpu_ring, gpu_store, gpu_widen
 from moe.kernels.epilogue import swiglu
 from moe.kernels.gpu_ring import ALIGN, Ring, Tile
-from moe.kernels.implementations import struct
+from moe.kernels.implementations import vary
 from moe.kernels.metadata import matmul_steps
 from moe.kernels.spec import GroupedOperands, GroupedSpec
 
@@ -41,6 +41,7 @@ class Way(NamedTuple):
       weights: one, or gate and up.
       gathered: rows of x are picked.
       quantised: weights have scales.
+      weighted: rows of a combine have weights.
       interpret: run by the interpreter.
     """
 
@@ -51,7 +52,18 @@ class Way(NamedTuple):
     weights: int
     gathered: bool
     quantised: bool
+    weighted: bool
     interpret: bool
+
+    @property
+    def added(self) -> bool:
+        """Whether rows are added to those of the output."""
+        return self.spec.epilogue == "combine"
+
+    @property
+    def out_dtype(self) -> Any:
+        """What the kernel writes."""
+        return jnp.float32 if self.added else self.spec.out_dtype
 
     @property
     def parts(self) -> int:
@@ -66,7 +78,7 @@ class Way(NamedTuple):
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) -> tuple[jax.Array, ...]:
-    """Rows of the product: (out,) or (out, gate, up), (M', N) each with M' >= M; "none" and "swiglu" only.
+    """The product: (out,) or (out, gate, up), (M', N) each with M' >= M, or for "combine" (num_tokens, N) float32.
 
     Rows of x are a multiple of 8 unless they are gathered, K and N of 64.
     """
@@ -76,14 +88,21 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) ->
     # The sums of all weights share the registers; columns come in swizzled tiles of 64, and there are two of a pair.
     cols = min(max(most // weights // 64, 1), -(-n // 128)) * 64
     tile, step = spec.tiling.rows, spec.tiling.inner
-    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, tile),)
-    way = Way(spec, (tile, cols, step), k, n, weights, bool(gather), bool(operands.scales), interpret)
+    said = {"gathered": operands.gather is not None, "quantised": bool(operands.scales)}
+    said |= {"weighted": operands.weights is not None, "interpret": interpret}
+    way = Way(spec, (tile, cols, step), k, n, weights, **said)
     steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=ALIGN)
     table = jnp.stack([steps.a, steps.b, steps.begin, steps.end, steps.live])
-    shape = struct((-(-rows // ALIGN) * ALIGN, n), spec.out_dtype, x)
+    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, tile),)
+    inputs = (table, steps.count[None], x, *operands.w, *operands.scales, *gather)
     options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": way.name}
-    call = gpu_ring.launch(partial(_kernel, way), [shape] * (3 if spec.keep else 1), _memory(way, operands), **options)
-    return tuple(call(table, steps.count[None], x, *operands.w, *operands.scales, *gather))
+    launch = partial(gpu_ring.launch, partial(_kernel, way), memory=_memory(way, operands), **options)
+    if way.added:
+        sums = gpu_combine.start(spec, n)
+        launch(out=[])(*inputs, *gpu_combine.inputs(operands, tile), sums)
+        return (vary(jax.freeze(sums), table),)
+    shape = jax.ShapeDtypeStruct((-(-rows // ALIGN) * ALIGN, n), spec.out_dtype)
+    return tuple(launch(out=[shape] * (3 if spec.keep else 1))(*inputs))
 
 
 def _memory(way, operands):
@@ -97,11 +116,15 @@ def _memory(way, operands):
     else:
         right = [Tile((cols, step) if way.spec.transpose else (step, cols), dtype)]
     tiles = [left, *right * way.weights]
-    other = gpu_store.size(tile // CONSUMERS, consumers=CONSUMERS) + 4 * tile * way.gathered
+    mine = tile // CONSUMERS
+    other = gpu_store.size(mine, consumers=CONSUMERS) + 4 * tile * way.gathered
+    other += gpu_combine.size(mine, consumers=CONSUMERS) * way.added
     memory = {
         "ring": gpu_ring.scratch(tiles, slots=gpu_ring.stages(tiles, other=other), consumers=CONSUMERS, pairs=True),
-        "stage": gpu_store.scratch(tile // CONSUMERS, way.spec.out_dtype, consumers=CONSUMERS),
+        "stage": gpu_store.scratch(mine, way.out_dtype, consumers=CONSUMERS),
     }
+    if way.added:
+        memory["kept"] = gpu_combine.scratch(mine, consumers=CONSUMERS)
     if way.gathered:
         memory["picked"] = gpu_gather.scratch(tile)
     if way.quantised:
@@ -109,10 +132,10 @@ def _memory(way, operands):
     return memory
 
 
-def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None):
+def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, kept=None):
     refs, spec = list(refs), way.spec
     w, scales = _take(refs, way.weights), _take(refs, way.weights * way.quantised)
-    gather, outs = _take(refs, way.gathered), refs
+    gather, combine, outs = _take(refs, way.gathered), _take(refs, way.added * (1 + way.weighted)), refs
     rows, cols, step = way.tile
     wg, mine = lax.axis_index("wg"), rows // CONSUMERS
     # The second of a pair may have a tile past the end: it is multiplied (by zeros) and never written.
@@ -145,9 +168,8 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None):
         if way.quantised:
             right = gpu_widen.widen([right[j * way.parts :][: way.parts] for j in range(way.weights)], CONSUMERS)
             gpu_ring.meet(made)
-        # The interpreter knows wgmma of shared memory only, and no layouts, so there the reference is as good.
-        if way.gathered and not way.interpret:
-            left = left[...]
+        if way.gathered and not (way.interpret and "registers" in gpu_ring.LACKING):
+            left = gpu_gather.read(left)
         for total, buffer in zip(totals, right, strict=True):
             plgpu.wgmma(total, left, buffer.transpose((1, 0)) if spec.transpose else buffer)
 
@@ -163,6 +185,11 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None):
         s, first, _, col = where
         first = first + wg * mine
         begin, end = bounds(s)
+        if way.added:
+            tokens, weights = (*combine, None)[:2]
+            rows_of = {"first": first, "col": col, "begin": begin, "end": end * table[LIVE, s]}
+            gpu_combine.add(stage, kept, sums[0], outs[0], tokens, weights, **rows_of)
+            return
 
         def place(out):
             return lambda r, c, height, width: out.at[pl.ds(first + r, height), pl.ds(col + c, width)]

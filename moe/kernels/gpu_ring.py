@@ -20,12 +20,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe.kernels.implementations import local, vary
+
 # Rows of a swizzled tile of shared memory; a TMA copy of such tiles starts at a multiple of it.
 ALIGN = 8
 # Bytes of a row of such a tile: 64 columns of a 16-bit type.
 ROW_BYTES = 128
 # Shared memory that a block may have on compute capability 9.0, less what barriers and alignment take.
 SHARED = 227 * 1024 - 2048
+# What Pallas' interpreter (JAX 0.12) does not know and is done otherwise there: TMA copies that add, and wgmma whose
+# left operand is in registers. Tests teach it both.
+LACKING = frozenset({"additions", "registers"})
 # Name of the axis along which blocks work as a pair.
 PAIR = "pair"
 # Registers of a thread that loads; the rest of the file is shared out among the threads that multiply.
@@ -253,17 +258,28 @@ def cores(interpret: bool) -> int:
 
 
 def launch(
-    body: Callable[..., None], out: Any, memory: Any, *, consumers: int, pairs: bool, interpret: bool, name: str
-) -> Callable:
-    """The kernel: a function of its operands, whose `body` gets operands, outputs and what `memory` asks for."""
+    body: Callable[..., None],
+    out: Sequence[Any],
+    memory: Any,
+    *,
+    consumers: int,
+    pairs: bool,
+    interpret: bool,
+    name: str,
+) -> Callable[..., list[jax.Array]]:
+    """The kernel: a function of its operands, whose `body` gets operands, outputs and what `memory` asks for.
+
+    Inside shard_map, arrays and refs of the kernel are those of one shard, and `out` is too: a map over warps takes
+    nothing that varies over mesh axes.
+    """
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.11
     if pairs:
         options |= {"cluster": (2,), "cluster_names": (PAIR,)}
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
-        out_type=out,
+        out_type=list(out),
         scratch_types=memory,
         grid=(cores(interpret) // (2 if pairs else 1),),
         grid_names=("sm",),
@@ -272,3 +288,9 @@ def launch(
         kernel_name=name,
         **options,
     )
+
+    def call(*operands):
+        # The first is the list of steps, which varies wherever anything does.
+        return [vary(each, operands[0]) for each in kernel(*map(local, operands))]
+
+    return call

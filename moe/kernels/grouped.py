@@ -27,13 +27,14 @@ Weight = Float[Array, "G K N"] | Quantized
 
 @dataclass(frozen=True)
 class _Call:
-    """Static side of a call: epilogue, sizes of outputs, who runs it, tiles (None: looked up)."""
+    """Static side of a call: epilogue, sizes of outputs, who runs it, tiles (None: looked up), order of sums."""
 
     epilogue: str
     num_tokens: int
     out_dtype: np.dtype
     implementation: str
     tiling: Tiling | None
+    deterministic: bool
 
 
 def grouped_matmul(
@@ -46,6 +47,7 @@ def grouped_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str = "auto",
     tiling: Tiling | None = None,
+    deterministic: bool = True,
 ) -> Float[Array, "R N"]:
     """Multiply consecutive groups of rows each by their own weight: out[i] = x[gather[i]] @ w[group of i].
 
@@ -66,6 +68,9 @@ def grouped_matmul(
         capability 9.0; float32 runs as plain JAX there); "tpu_interpret" and "gpu_interpret" run the kernels in
         Pallas's interpreters.
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
+      deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
+        time. On GPUs this takes a pass over them behind the kernel; False adds them in the kernel in any order. Other
+        implementations add them in the kernel and in order whatever is asked.
 
     Returns:
       (M, N), or (num_tokens, N) with Combine.
@@ -85,7 +90,7 @@ def grouped_matmul(
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
     _check(operands, name)
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
-    static = _Call(name, count, dtype, choose(implementation), tiling)
+    static = _Call(name, count, dtype, choose(implementation), tiling, deterministic)
     if 0 in (*x.shape, *values[0].shape, operands.rows):
         # Nothing to multiply: an empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
@@ -132,6 +137,7 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
         dtype=operands.x.dtype,
     )
     spec = GroupedSpec(static.out_dtype, tiles, static.epilogue, num_tokens=static.num_tokens)
+    changes["deterministic"] = static.deterministic
     return dataclasses.replace(spec, **changes)
 
 

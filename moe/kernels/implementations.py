@@ -122,11 +122,27 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def vary(x: Any, like: Any) -> jax.Array:
+    """x, which varies over no mesh axes, as varying over the same ones as `like`."""
+    axes = tuple(sorted(varying(like)))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
     """Zeros that vary over the same mesh axes as `like`."""
-    result, axes = jnp.zeros(shape, dtype), tuple(sorted(varying(like)))
-    return jax.lax.pcast(result, axes, to="varying") if axes else result
+    return vary(jnp.zeros(shape, dtype), like)
 
+
+def local(x: Any) -> Any:
+    """This shard's x with nothing said of mesh axes, for kernels whose inner parts know none; the inverse of `vary`."""
+    return _local_p.bind(x) if varying(x) else x
+
+
+_local_p = Primitive("local_shard")
+_local_p.def_impl(lambda x: x)
+_local_p.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
+batching.defvectorized(_local_p)
+mlir.register_lowering(_local_p, lambda ctx, x: [x])
 
 _require_p = Primitive("require_platform")
 _require_p.def_impl(lambda x, *, implementation: jax.jit(partial(_require_p.bind, implementation=implementation))(x))

@@ -66,6 +66,7 @@ class GroupedSpec:
       transpose: contract over the last axis of w (the input gradient); no transposed copy may be made.
       keep: with "swiglu", return (out, gate, up), all (M, N): the backward pass needs the last two.
       num_tokens: rows of the output of "combine".
+      deterministic: rows of "combine" that share a destination are added in the same order every time.
       out_dtype: of every output; sums are float32 whatever it is.
       tiling: tile sizes.
     """
@@ -76,6 +77,7 @@ class GroupedSpec:
     transpose: bool = False
     keep: bool = False
     num_tokens: int = 0
+    deterministic: bool = True
 
 
 class ContractionOperands(NamedTuple):

@@ -12,15 +12,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe.kernels.tpu_plan import LARGE, Tiles
 
-# The numbers live in scalar memory (1 MiB), with the steps and perhaps the destinations and weights of a combine.
-MOST_ROWS = 65536
-A, BEGIN, END, LIVE = 0, 3, 4, 5
+A, BEGIN, END, LIVE, NEXT = 0, 3, 4, 5, 6
 
 
-def fits(x_TK: jax.Array, gather_M: jax.Array, tiles: Tiles) -> bool:
-    """Whether the kernel can gather: enough scalar memory, and VMEM for two tiles of whole rows."""
+def fits(x_TK: jax.Array, tiles: Tiles) -> bool:
+    """Whether the kernel can gather: VMEM for two tiles of whole rows."""
     row = tiles.grid[1] * tiles.k * x_TK.dtype.itemsize
-    return gather_M.shape[0] <= MOST_ROWS and 2 * tiles.m * row <= LARGE // 3
+    return 2 * tiles.m * row <= LARGE // 3
+
+
+def numbers(values_M: jax.Array, tiles: Tiles) -> jax.Array:
+    """A number for each row, by row tiles: (tiles, 1, rows of a tile), a tile of it in scalar memory at a time."""
+    return jnp.pad(values_M, (0, -values_M.shape[0] % tiles.m)).reshape(-1, 1, tiles.m)
+
+
+def numbers_spec(tiles: Tiles, step_axis: int, field: int = A) -> pl.BlockSpec:
+    """Of `numbers`: those of the step at hand, or for NEXT of the one that follows; `step_axis` of the grid."""
+    block = (None, 1, tiles.m)
+    return pl.BlockSpec(block, lambda *at: (at[3][field, at[step_axis]], 0, 0), memory_space=pltpu.SMEM)
 
 
 def pack(x_TK: jax.Array, tile: int) -> jax.Array:
@@ -37,23 +46,23 @@ def scratch(packed: jax.Array, tiles: Tiles) -> list:
     return [pltpu.VMEM((2, tiles.m, packed.shape[1]), packed.dtype), pltpu.SemaphoreType.DMA((2,))]
 
 
-def advance(x, gather, steps, buffers, tiles: Tiles, place) -> None:
+def advance(x, picked, steps, buffers, place) -> None:
     """Wait for this step's rows and send for the next step's. To be called once a step.
 
-    `place` is (turn, count, turns): steps gone by in all column tiles, steps of a column tile, steps of all.
+    `picked` are the `numbers` of this step and of the next; `place` is (turn, count, turns): steps gone by in all
+    column tiles, steps of a column tile, steps of all.
     """
     buffer, semaphores = buffers
     turn, count, turns = place
 
-    def copies(turn, begin: bool):
+    def copies(turn, numbers=None):
         slot, step = jax.lax.rem(turn, 2), jax.lax.rem(turn, count)
-        first = steps[A, step] * tiles.m
 
         def copy(r, _):
             # A wait counts bytes and does not look at the source.
-            source = gather[first + r] if begin else 0
+            source = 0 if numbers is None else numbers[0, r]
             one = pltpu.make_async_copy(x.at[pl.ds(source, 1)], buffer.at[slot, pl.ds(r, 1)], semaphores.at[slot])
-            one.start() if begin else one.wait()
+            one.wait() if numbers is None else one.start()
             return 0
 
         end = jnp.where(steps[LIVE, step] > 0, steps[END, step], steps[BEGIN, step])
@@ -61,13 +70,13 @@ def advance(x, gather, steps, buffers, tiles: Tiles, place) -> None:
 
     @pl.when(turn == 0)
     def _first():
-        copies(turn, True)
+        copies(turn, picked[0])
 
     @pl.when(turn + 1 < turns)
     def _next():
-        copies(turn + 1, True)
+        copies(turn + 1, picked[1])
 
-    copies(turn, False)
+    copies(turn)
 
 
 def read(buffers, tiles: Tiles, dtype, turn, k) -> jax.Array:

@@ -16,7 +16,7 @@ from moe.kernels.spec import GroupedOperands, GroupedSpec
 from moe.kernels.tpu_plan import LANES, LARGE, SUBLANES, Tiles, fit, round_up, split
 
 # Rows of the step table in scalar memory.
-A, B, OUT, BEGIN, END, LIVE = range(6)
+A, B, OUT, BEGIN, END, LIVE, NEXT = range(7)
 
 
 def precision(dtype) -> jax.lax.Precision | None:
@@ -25,8 +25,10 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 def step_table(steps) -> jax.Array:
-    """The steps as one (6, S) int32 array for scalar memory."""
-    return jnp.stack([steps.a, steps.b, steps.o, steps.begin, steps.end, steps.live])
+    """The steps as one (7, S) int32 array for scalar memory; its last row is `a` of the step after, in a circle."""
+    after = jnp.arange(1, steps.a.shape[0] + 1)
+    following = jnp.where(after < steps.count, jnp.roll(steps.a, -1), steps.a[0])
+    return jnp.stack([steps.a, steps.b, steps.o, steps.begin, steps.end, steps.live, following])
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
@@ -37,7 +39,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
         # Shares of K narrower than the lanes: no tile of x fits one, so the weight is widened first.
         w = tuple(_widen(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
         return grouped(operands._replace(w=w, scales=()), spec, interpret=interpret)
-    if operands.gather is not None and not tpu_gather.fits(operands.x, operands.gather, tiles):
+    if operands.gather is not None and not tpu_gather.fits(operands.x, tiles):
         operands = operands._replace(x=operands.x[operands.gather], gather=None)
         return grouped(operands, spec, interpret=interpret)
     if spec.epilogue == "combine" and not _combine_fits(spec, tiles):
@@ -69,8 +71,8 @@ def _tiles(operands, spec):
 
 
 def _combine_fits(spec, tiles):
-    # Two buffers of float32, and the destinations' numbers in scalar memory.
-    return 8 * spec.num_tokens * round_up(tiles.n, LANES) <= LARGE // 2 and tiles.rows <= tpu_gather.MOST_ROWS
+    # Two buffers of float32.
+    return 8 * spec.num_tokens * round_up(tiles.n, LANES) <= LARGE // 2
 
 
 def _widen(values, scales, dtype):
@@ -92,10 +94,10 @@ def _launch(operands, spec, tiles, shares, interpret):
     """Lay out scalars, blocks and scratch, and call the kernel: (out,) or (out, gate, up)."""
     x, count_w, combine = operands.x, len(operands.w), spec.epilogue == "combine"
     steps = matmul_steps(operands.sizes, rows=tiles.rows, tile=tiles.m)
-    scalars = {"steps": step_table(steps), "gather": operands.gather}
+    by_row = {"here": (operands.gather, A), "next": (operands.gather, NEXT)}
     if combine:
-        scalars |= {"tokens": operands.tokens, "weights": operands.weights}
-    scalars = {name: value for name, value in scalars.items() if value is not None}
+        by_row |= {"tokens": (operands.tokens, A), "weights": (operands.weights, A)}
+    by_row = {name: entry for name, entry in by_row.items() if entry[0] is not None}
     x_spec = pl.BlockSpec((tiles.m, tiles.k), lambda n, s, k, t, *_: (t[A, s], k))
     if operands.gather is not None:
         x, x_spec = tpu_gather.pack(x, tiles.k), pl.BlockSpec(memory_space=pl.ANY)
@@ -116,14 +118,15 @@ def _launch(operands, spec, tiles, shares, interpret):
     scratch = [pltpu.VMEM((tiles.m, tiles.n), jnp.float32)] * count_w
     if operands.gather is not None:
         scratch += tpu_gather.scratch(x, tiles)
+    number_specs = [tpu_gather.numbers_spec(tiles, 1, field) for _, field in by_row.values()]
     outs = 3 if spec.keep else 1
     large = combine or operands.gather is not None
     call = pl.pallas_call(
-        partial(_kernel, tuple(scalars), spec, tiles, count_w, bool(scales), operands.x.dtype),
+        partial(_kernel, tuple(by_row), spec, tiles, count_w, bool(scales), operands.x.dtype),
         out_shape=[out_shape] * outs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            in_specs=[x_spec, *[w_spec] * count_w, *[scale_spec] * len(scales)],
+            num_scalar_prefetch=1,
+            in_specs=[*number_specs, x_spec, *[w_spec] * count_w, *[scale_spec] * len(scales)],
             out_specs=[out_spec] * outs,
             grid=(tiles.grid[2], steps.count, tiles.grid[1]),
             scratch_shapes=scratch,
@@ -137,7 +140,8 @@ def _launch(operands, spec, tiles, shares, interpret):
         interpret=interpret,
         name=f"grouped_{spec.epilogue}{'_transposed' if spec.transpose else ''}",
     )
-    return tuple(call(*scalars.values(), x, *operands.w, *scales))
+    values = [tpu_gather.numbers(array, tiles) for array, _ in by_row.values()]
+    return tuple(call(step_table(steps), *values, x, *operands.w, *scales))
 
 
 def _cost(operands, tiles):
@@ -151,13 +155,13 @@ def _cost(operands, tiles):
     )
 
 
-def _kernel(names, spec, tiles, count_w, scaled, dtype, *refs):
-    scalars, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
+    by_row, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     x, w, refs = refs[0], refs[1 : 1 + count_w], refs[1 + count_w :]
     scales, refs = (refs[:count_w], refs[count_w:]) if scaled else ((), refs)
     count_out = 3 if spec.keep else 1
     outs, sums, buffers = refs[:count_out], refs[count_out : count_out + count_w], refs[count_out + count_w :]
-    steps, s, k = scalars["steps"], pl.program_id(1), pl.program_id(2)
+    s, k = pl.program_id(1), pl.program_id(2)
     # Read here: the interpreter knows program ids outside branches only.
     count = pl.num_programs(1)
     place = (pl.program_id(0) * count + s, count, tiles.grid[2] * count)
@@ -167,7 +171,7 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, *refs):
         for total in sums:
             total[...] = jnp.zeros_like(total)
         if buffers:
-            tpu_gather.advance(x, scalars["gather"], steps, buffers, tiles, place)
+            tpu_gather.advance(x, (by_row["here"], by_row["next"]), steps, buffers, place)
 
     @pl.when(steps[LIVE, s] > 0)
     def _multiply():
@@ -189,7 +193,7 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, *refs):
     @pl.when(k == tiles.grid[1] - 1)
     def _finish():
         if spec.epilogue == "combine":
-            _add_rows(scalars, outs[0], sums[0], tiles, s)
+            _add_rows(by_row, steps, outs[0], sums[0], s)
             return
         values = [total[...] for total in sums]
         if spec.epilogue == "swiglu":
@@ -209,20 +213,18 @@ def _mask(tile, axis, tiles, k):
     return jnp.where(index < tiles.inner, tile.astype(jnp.float32), 0).astype(tile.dtype)
 
 
-def _add_rows(scalars, out, total, tiles, s):
+def _add_rows(by_row, steps, out, total, s):
     """Add the step's rows to their destinations, one at a time: neighbours may share one."""
-    steps = scalars["steps"]
 
     @pl.when(s == 0)
     def _zero():
         out[...] = jnp.zeros_like(out)
 
     def add(r, _):
-        row = steps[A, s] * tiles.m + r
         value = total[pl.ds(r, 1), :]
-        if "weights" in scalars:
-            value = value * scalars["weights"][row]
-        out[pl.ds(scalars["tokens"][row], 1), :] += value
+        if "weights" in by_row:
+            value = value * by_row["weights"][0, r]
+        out[pl.ds(by_row["tokens"][0, r], 1), :] += value
         return 0
 
     # Silent steps own rows that add nothing.

@@ -103,6 +103,25 @@ def test_no_copy_of_the_tokens_and_none_of_the_weights():
     assert "4x256x128xbf16" in lower(routed, *ROUTED, *narrow)
 
 
+def test_nothing_as_long_as_the_rows_around_gradients_of_gathered_rows_and_sums():
+    """512 rows of 96 picked tokens: of their width (256, 128) nothing lies in memory but what a caller gave."""
+
+    def weight_gradient(x, sizes, rows, w, dy):
+        return jax.vjp(lambda w: matmul(x, w, sizes, gather=rows), w)[1](dy)
+
+    def summed(h, w, sizes, rows, weights, deterministic=False):
+        combine = Combine(rows, weights, 96)
+        return matmul(h, w, sizes, epilogue=combine, deterministic=deterministic)
+
+    routed = [((4,), I32), ((512,), I32)]
+    text = lower(weight_gradient, ((96, 256), BF16), *routed, ((4, 256, 128), BF16), ((512, 128), BF16))
+    assert kernels(text) == 1 and "512x256" not in text
+    shapes = [((512, 256), BF16), ((4, 256, 128), BF16), *routed, ((512,), jnp.float32)]
+    text = lower(summed, *shapes)
+    assert kernels(text) == 1 and "512x128" not in text and "output_operand_alias<" in text
+    assert "512x128" in lower(partial(summed, deterministic=True), *shapes)
+
+
 def test_odd_shapes_lower():
     f, shapes = grouped(13, 100, 72, 3)
     assert kernels(lower(f, *shapes)) == 3
@@ -133,19 +152,37 @@ def test_every_tile_size_lowers(dtype, tiling):
     gathered = lambda x, w, sizes, rows: matmul(x, w, sizes, gather=rows, tiling=tiling)  # noqa: E731
     text = lower(gathered, ((70, 256), dtype), ((4, 256, 512), dtype), ((4,), I32), ((300,), I32))
     assert kernels(text) == 1
+    summed = lambda x, w, sizes, rows: matmul(  # noqa: E731
+        x, w, sizes, epilogue=Combine(rows, None, 70), tiling=tiling, deterministic=False
+    )
+    text = lower(summed, ((300, 256), dtype), ((4, 256, 512), dtype), ((4,), I32), ((300,), I32))
+    assert kernels(text) == 1 and "300x512" not in text
     quantised = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
     weight = ((4, 256, 512), jnp.int8), ((4, 2, 512), jnp.float32)
     text = lower(quantised, ((300, 256), dtype), *weight, ((4,), I32))
     assert kernels(text) == 1 and f"4x256x512x{'bf16' if dtype == 'bfloat16' else 'f16'}" not in text
 
 
-def test_under_vmap_scan_and_shard_map():
+def test_under_vmap():
     many = jax.vmap(lambda x, sizes, w: matmul(x, w, sizes), (0, 0, None))
     shapes = [((3, 64, 128), BF16), ((3, 4), I32), ((4, 128, 64), BF16)]
     assert kernels(lower(many, *shapes)) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_shard_map(fused):
     mesh = AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=H200)
     spec = PartitionSpec("ep")
-    split = jax.shard_map(lambda x, sizes, w: matmul(x[0], w, sizes[0])[None], mesh=mesh, in_specs=spec, out_specs=spec)
-    args = [jax.ShapeDtypeStruct(*s) for s in (((2, 64, 128), BF16), ((2, 2), I32), ((4, 128, 64), BF16))]
+
+    def layer(x, sizes, rows, w):
+        options = {"gather": rows[0], "epilogue": Combine(rows[0], None, 64), "deterministic": False} if fused else {}
+        return matmul(x[0], w, sizes[0], **options)[None]
+
+    def loss(x, w, sizes, rows):
+        split = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
+        return jnp.sum(split(x, sizes, rows, w).astype(jnp.float32))
+
+    shapes = ((2, 64, 128), BF16), ((4, 128, 64), BF16), ((2, 2), I32), ((2, 96), I32)
     with use_abstract_mesh(mesh):
-        assert kernels(jax.jit(split).trace(*args).lower(lowering_platforms=("cuda",)).as_text()) == 1
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*[jax.ShapeDtypeStruct(*s) for s in shapes])
+        assert kernels(lowered.lower(lowering_platforms=("cuda",)).as_text()) == 3

@@ -187,6 +187,10 @@ COMPILED = {
         [((13, 1100), F32), ((3, 1100, 1500), F32), ((3,), I32)],
     ),
     "gathered swiglu": (swiglu_gradient, [((2000, K), BF16), W, SIZES, INDEX]),
+    "gathered swiglu, many rows": (
+        swiglu_gradient,
+        [((20000, 256), BF16), ((G, 256, 384), BF16), SIZES, ((140000,), I32)],
+    ),
     "combine": (combine_gradient, [X, W, ((M,), F32), SIZES, INDEX]),
     "int8 by channel": quantised(jnp.int8, 1),
     "fp8 by blocks of 128": quantised(jnp.float8_e4m3fn, K // 128),
@@ -204,4 +208,6 @@ def test_compiles_ahead_of_time(chip, topology, name):
     where = jax.sharding.SingleDeviceSharding(chip(topology))
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
     compiled = jax.jit(f).lower(*args).compile()
-    assert "tpu_custom_call" in compiled.as_text()
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text
+    assert ("ragged_contraction_gathered" in text) == ("gathered" in name)
