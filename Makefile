@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo demo-isoflop test test-all test-gpu lint clean
+.PHONY: demo demo-isoflop test test-all test-kernels test-gpu lint clean
 
 $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -25,6 +25,14 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu'
+
+# Every kernel test that needs no accelerator, the slow ones too: interpreted, and compiled for TPUs ahead of time by libtpu,
+# which has a directory of its own, as elsewhere JAX would look for a TPU with it. Without it those tests are skipped.
+$(VENV)/libtpu: | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ libtpu || echo "no libtpu here"
+
+test-kernels: $(VENV)/libtpu
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels
 
 # On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
 # for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/kernels.csv too.
