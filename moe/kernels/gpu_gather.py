@@ -37,7 +37,7 @@ def pad(gather_M: jax.Array, tile: int) -> jax.Array:
 
 
 def begin(picked: Any, gather: Any, first: Any) -> None:
-    """Read the row numbers of a tile; called by the loading warpgroup before the tile's first step."""
+    """Read the row numbers of the steps that follow, from row `first` on; called by the loading warpgroup."""
     picked[...] = gather[pl.ds(first, picked.shape[0])]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.bench_kernels import get_config
+from moe import experts, route
 from moe.kernels import Combine, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul
 from moe.kernels.quantize import Quantized
 from moe.kernels.tiling import Tiling
@@ -122,6 +123,18 @@ def test_nothing_as_long_as_the_rows_around_gradients_of_gathered_rows_and_sums(
     assert "512x128" in lower(partial(summed, deterministic=True), *shapes)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_mixture_says_whether_its_kernels_may_add_in_any_order(deterministic):
+    def mixture(x, gate, up, down, logits):
+        params = {"gate": gate, "up": up, "down": down}
+        routing = route.top_k(logits, 2)
+        return experts.fused(params, x, routing, implementation="gpu", deterministic=deterministic)
+
+    up = (4, 128, 192), BF16
+    text = lower(mixture, ((96, 128), BF16), up, up, ((4, 192, 128), BF16), ((96, 4), jnp.float32))
+    assert kernels(text) == 2 and ("output_operand_alias<" in text) != deterministic
+
+
 def test_odd_shapes_lower():
     f, shapes = grouped(13, 100, 72, 3)
     assert kernels(lower(f, *shapes)) == 3
@@ -167,6 +180,17 @@ def test_under_vmap():
     many = jax.vmap(lambda x, sizes, w: matmul(x, w, sizes), (0, 0, None))
     shapes = [((3, 64, 128), BF16), ((3, 4), I32), ((4, 128, 64), BF16)]
     assert kernels(lower(many, *shapes)) == 1
+
+
+def test_under_scan_and_recomputation():
+    def loss(x, ws, sizes, rows):
+        one = partial(matmul, gather=rows, epilogue=Combine(rows, None, 64), deterministic=False)
+        step = jax.checkpoint(lambda x, w: (one(x, w, sizes), None))
+        return jnp.sum(jax.lax.scan(step, x, ws)[0].astype(jnp.float32))
+
+    shapes = ((64, 128), BF16), ((3, 4, 128, 128), BF16), ((4,), I32), ((96,), I32)
+    # Once forward, and backward both gradients: a loop's body is in the program once, whatever its length.
+    assert kernels(lower(jax.grad(loss, (0, 1)), *shapes)) == 3
 
 
 @pytest.mark.parametrize("fused", [False, True])
