@@ -69,7 +69,7 @@ def _launch(x, dy, gather, sizes, spec, tiles, interpret):
     numbers, number_specs = [], []
     if gathered:
         x, x_spec = tpu_gather.pack(x, tiles.k), pl.BlockSpec(memory_space=pl.ANY)
-        numbers = [tpu_gather.numbers(gather, tiles)] * 2
+        numbers = [tpu_gather.numbers(gather, tiles, below=x.shape[0])] * 2
         number_specs = [tpu_gather.numbers_spec(tiles, 2, field) for field in (A, NEXT)]
         scratch += tpu_gather.scratch(x, tiles)
     return pl.pallas_call(
@@ -88,6 +88,7 @@ def _launch(x, dy, gather, sizes, spec, tiles, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if gathered else "parallel", "arbitrary"),
             vmem_limit_bytes=LARGE if gathered else None,
+            disable_bounds_checks=gathered,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * k * n,

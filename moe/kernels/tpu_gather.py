@@ -13,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from moe.kernels.tpu_plan import LARGE, Tiles
 
 A, BEGIN, END, LIVE, NEXT = 0, 3, 4, 5, 6
+# Rows handled without a branch between them: what one waits for is done beside another.
+RUN = 8
 
 
 def fits(x_TK: jax.Array, tiles: Tiles) -> bool:
@@ -21,8 +23,12 @@ def fits(x_TK: jax.Array, tiles: Tiles) -> bool:
     return 2 * tiles.m * row <= LARGE // 3
 
 
-def numbers(values_M: jax.Array, tiles: Tiles) -> jax.Array:
-    """A number for each row, by row tiles: (tiles, 1, rows of a tile), a tile of it in scalar memory at a time."""
+def numbers(values_M: jax.Array, tiles: Tiles, below: int | None = None) -> jax.Array:
+    """A number for each row, by row tiles: (tiles, 1, rows of a tile), a tile of it in scalar memory at a time.
+
+    Numbers of rows are held within [0, below): what is copied is not checked on the way.
+    """
+    values_M = values_M if below is None else jnp.clip(values_M, 0, below - 1)
     return jnp.pad(values_M, (0, -values_M.shape[0] % tiles.m)).reshape(-1, 1, tiles.m)
 
 
@@ -42,8 +48,15 @@ def pack(x_TK: jax.Array, tile: int) -> jax.Array:
 
 
 def scratch(packed: jax.Array, tiles: Tiles) -> list:
-    """Two tiles of whole rows, and a semaphore for each."""
-    return [pltpu.VMEM((2, tiles.m, packed.shape[1]), packed.dtype), pltpu.SemaphoreType.DMA((2,))]
+    """Two tiles of whole rows by runs, which makes a row's address short to compute, and a semaphore for each."""
+    shape = 2, tiles.m // RUN, RUN, packed.shape[1]
+    return [pltpu.VMEM(shape, packed.dtype), pltpu.SemaphoreType.DMA((2,))]
+
+
+def runs(steps, step) -> tuple[jax.Array, jax.Array]:
+    """First and last + 1 of the runs of `RUN` rows that hold all rows a step owns; none where it owns them silently."""
+    first, last = (jax.lax.div(row, RUN) for row in (steps[BEGIN, step], steps[END, step] + RUN - 1))
+    return first, jnp.where(steps[LIVE, step] > 0, last, first)
 
 
 def advance(x, picked, steps, buffers, place) -> None:
@@ -55,35 +68,35 @@ def advance(x, picked, steps, buffers, place) -> None:
     buffer, semaphores = buffers
     turn, count, turns = place
 
-    def copies(turn, numbers=None):
+    def send(turn, numbers):
         slot, step = jax.lax.rem(turn, 2), jax.lax.rem(turn, count)
 
-        def copy(r, _):
-            # A wait counts bytes and does not look at the source.
-            source = 0 if numbers is None else numbers[0, r]
-            one = pltpu.make_async_copy(x.at[pl.ds(source, 1)], buffer.at[slot, pl.ds(r, 1)], semaphores.at[slot])
-            one.wait() if numbers is None else one.start()
+        def some(i, _):
+            for j in range(RUN):
+                one = x.at[pl.ds(numbers[0, i * RUN + j], 1)], buffer.at[slot, i, pl.ds(j, 1)]
+                pltpu.make_async_copy(*one, semaphores.at[slot]).start()
             return 0
 
-        end = jnp.where(steps[LIVE, step] > 0, steps[END, step], steps[BEGIN, step])
-        jax.lax.fori_loop(steps[BEGIN, step], end, copy, 0)
+        jax.lax.fori_loop(*runs(steps, step), some, 0)
 
-    @pl.when(turn == 0)
-    def _first():
-        copies(turn, picked[0])
+    pl.when(turn == 0)(lambda: send(turn, picked[0]))
+    pl.when(turn + 1 < turns)(lambda: send(turn + 1, picked[1]))
 
-    @pl.when(turn + 1 < turns)
-    def _next():
-        copies(turn + 1, picked[1])
+    def wait(_, carry):
+        # A wait counts bytes, here of a run, and does not look at the source.
+        slot = jax.lax.rem(turn, 2)
+        run = buffer.at[slot, 0]
+        pltpu.make_async_copy(run, run, semaphores.at[slot]).wait()
+        return carry
 
-    copies(turn)
+    jax.lax.fori_loop(*runs(steps, jax.lax.rem(turn, count)), wait, 0)
 
 
 def read(buffers, tiles: Tiles, dtype, turn, k) -> jax.Array:
     """This step's rows for the contraction tile at hand, (rows, K tile). Rows the step does not own hold anything."""
     buffer, slot = buffers[0], jax.lax.rem(turn, 2)
     width = tiles.k if dtype.itemsize == 4 else tiles.k // 2
-    words = buffer[slot, :, pl.ds(pl.multiple_of(k * width, 128), width)]
+    words = buffer[slot, :, :, pl.ds(pl.multiple_of(k * width, 128), width)].reshape(tiles.m, width)
     if dtype.itemsize == 4:
         return words
     # A bfloat16 is the upper half of a float32.

@@ -94,10 +94,14 @@ def _launch(operands, spec, tiles, shares, interpret):
     """Lay out scalars, blocks and scratch, and call the kernel: (out,) or (out, gate, up)."""
     x, count_w, combine = operands.x, len(operands.w), spec.epilogue == "combine"
     steps = matmul_steps(operands.sizes, rows=tiles.rows, tile=tiles.m)
-    by_row = {"here": (operands.gather, A), "next": (operands.gather, NEXT)}
+    by_row = {}
+    if operands.gather is not None:
+        picked = tpu_gather.numbers(operands.gather, tiles, below=x.shape[0])
+        by_row = {"here": (picked, A), "next": (picked, NEXT)}
     if combine:
-        by_row |= {"tokens": (operands.tokens, A), "weights": (operands.weights, A)}
-    by_row = {name: entry for name, entry in by_row.items() if entry[0] is not None}
+        by_row["tokens"] = tpu_gather.numbers(operands.tokens, tiles, below=spec.num_tokens), A
+    if combine and operands.weights is not None:
+        by_row["weights"] = tpu_gather.numbers(operands.weights, tiles), A
     x_spec = pl.BlockSpec((tiles.m, tiles.k), lambda n, s, k, t, *_: (t[A, s], k))
     if operands.gather is not None:
         x, x_spec = tpu_gather.pack(x, tiles.k), pl.BlockSpec(memory_space=pl.ANY)
@@ -135,13 +139,13 @@ def _launch(operands, spec, tiles, shares, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary" if large else "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=LARGE if large else None,
+            disable_bounds_checks=large,
         ),
         cost_estimate=_cost(operands, tiles),
         interpret=interpret,
         name=f"grouped_{spec.epilogue}{'_transposed' if spec.transpose else ''}",
     )
-    values = [tpu_gather.numbers(array, tiles) for array, _ in by_row.values()]
-    return tuple(call(step_table(steps), *values, x, *operands.w, *scales))
+    return tuple(call(step_table(steps), *[array for array, _ in by_row.values()], x, *operands.w, *scales))
 
 
 def _cost(operands, tiles):
@@ -220,12 +224,15 @@ def _add_rows(by_row, steps, out, total, s):
     def _zero():
         out[...] = jnp.zeros_like(out)
 
-    def add(r, _):
-        value = total[pl.ds(r, 1), :]
-        if "weights" in by_row:
-            value = value * by_row["weights"][0, r]
-        out[pl.ds(by_row["tokens"][0, r], 1), :] += value
+    def some(i, _):
+        for r in (i * tpu_gather.RUN + j for j in range(tpu_gather.RUN)):
+            value = total[pl.ds(r, 1), :]
+            if "weights" in by_row:
+                value = value * by_row["weights"][0, r]
+            # A row of another group may be NaN.
+            mine = (r >= steps[BEGIN, s]) & (r < steps[END, s])
+            out[pl.ds(by_row["tokens"][0, r], 1), :] += jnp.where(mine, value, 0)
         return 0
 
     # Silent steps own rows that add nothing.
-    jax.lax.fori_loop(steps[BEGIN, s], jnp.where(steps[LIVE, s] > 0, steps[END, s], steps[BEGIN, s]), add, 0)
+    jax.lax.fori_loop(*tpu_gather.runs(steps, s), some, 0)
