@@ -80,28 +80,23 @@ def add(
     if weights is not None:
         part, layout = weights.at[pl.ds(first, rows)], plgpu.Layout.WGMMA.reduce(1)
         scale = plgpu.load(part, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.11
-    # The first slot may be the last one of the tile before.
-    _by_warps(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
     for turn, at in enumerate(range(0, cols, width)):
         buffer = stage.at[wg, turn % SLOTS]
         piece = total[:, at : at + width]
-        if weights is not None:
-            piece = piece * lax.broadcast_in_dim(scale, piece.shape, (0,))
-        _by_warps(plgpu.wait_smem_to_gmem, SLOTS - 1, wait_read_only=True)
-        buffer[...] = piece
+        buffer[...] = piece if weights is None else piece * lax.broadcast_in_dim(scale, piece.shape, (0,))
         plgpu.commit_smem()
 
         def send(at_row, number, buffer=buffer, at=at):
             target = out.at[pl.ds(number, 1), pl.ds(col + at, width)]
             plgpu.copy_smem_to_gmem(buffer.at[pl.ds(at_row, 1)], target, commit_group=False, reduction_op="add")
 
-        spread(numbers, rows, send)
-        _by_warps(plgpu.commit_smem_to_gmem_group)
+        spread(numbers, rows, send, last=_sent)
 
 
-def _by_warps(call, *args, **kwargs):
-    """Each warp for the copies that it sent."""
-    plgpu.warp_map(lambda _: call(*args, **kwargs))
+def _sent():
+    """Each warp, for the copies that it began: the slot of the chunk to come, the one before this, has been read."""
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
 
 
 def behind(rows_MN: jax.Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:

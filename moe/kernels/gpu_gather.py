@@ -58,16 +58,20 @@ def read(rows: Any) -> jax.Array:
     return values
 
 
-def spread(numbers: Any, rows: int, copy: Callable[[Any, Any], None], skip: Any = 0) -> None:
+def spread(
+    numbers: Any, rows: int, copy: Callable[[Any, Any], None], skip: Any = 0, last: Callable[[], None] | None = None
+) -> None:
     """Share out copies of single rows among the warps of a warpgroup.
 
     Args:
       numbers: (skip + rows or more,) int32 in shared memory.
       rows: how many, a multiple of 32.
       copy: (row, its number) -> None; called for rows 0 to rows - 1 with numbers from `skip` on, by one warp each.
+      skip: numbers to pass over.
+      last: called by each warp after its copies. With it the copies are not in a loop.
     """
 
-    def some(i, _):
+    def some(i, _, last=None):
         first = i * WARPS * EACH
         # A warp on its own reads no memory: the numbers are read by all, and each warp chooses its own.
         read = [[numbers[skip + first + warp * EACH + j] for warp in range(WARPS)] for j in range(EACH)]
@@ -78,7 +82,14 @@ def spread(numbers: Any, rows: int, copy: Callable[[Any, Any], None], skip: Any 
                 for other in range(1, WARPS):
                     number = jnp.where(warp == other, of_warps[other], number)
                 copy(first + warp * EACH + j, number)
+            if last is not None:
+                last()
 
         plgpu.warp_map(each)
 
-    lax.fori_loop(0, rows // (WARPS * EACH), some, None)
+    turns = rows // (WARPS * EACH)
+    if last is None:
+        lax.fori_loop(0, turns, some, None)
+        return
+    for i in range(turns):
+        some(i, None, last if i == turns - 1 else None)
