@@ -224,14 +224,23 @@ def _add_rows(by_row, steps, out, total, s):
     def _zero():
         out[...] = jnp.zeros_like(out)
 
+    begin, end = steps[BEGIN, s], steps[END, s]
+
+    @pl.when((steps[LIVE, s] > 0) & ((begin > 0) | (end < total.shape[0])))
+    def _mask_others():
+        # A row of another group may be NaN.
+        row = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
+        total[...] = jnp.where((row >= begin) & (row < end), total[...], 0)
+
+    by_run = total.reshape(-1, tpu_gather.RUN, total.shape[1])
+
     def some(i, _):
-        for r in (i * tpu_gather.RUN + j for j in range(tpu_gather.RUN)):
-            value = total[pl.ds(r, 1), :]
+        for j in range(tpu_gather.RUN):
+            r = i * tpu_gather.RUN + j
+            value = by_run[i, pl.ds(j, 1), :]
             if "weights" in by_row:
                 value = value * by_row["weights"][0, r]
-            # A row of another group may be NaN.
-            mine = (r >= steps[BEGIN, s]) & (r < steps[END, s])
-            out[pl.ds(by_row["tokens"][0, r], 1), :] += jnp.where(mine, value, 0)
+            out[pl.ds(by_row["tokens"][0, r], 1), :] += value
         return 0
 
     # Silent steps own rows that add nothing.
