@@ -135,6 +135,7 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
         k=n if transpose else k,
         n=k if transpose else n,
         dtype=operands.x.dtype,
+        transpose=transpose,
     )
     spec = GroupedSpec(static.out_dtype, tiles, static.epilogue, num_tokens=static.num_tokens)
     changes["deterministic"] = static.deterministic

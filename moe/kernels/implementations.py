@@ -4,7 +4,8 @@ An implementation is a module with four functions, each `(operands, spec, *, int
 
     grouped(GroupedOperands, GroupedSpec)              contract(ContractionOperands, ContractionSpec)
     block_matmul(BlockOperands, BlockSpec)             block_contract(BlockOperands, BlockSpec)
-    TILINGS = {"grouped": ..., "contraction": ..., "block": ..., "block_contraction": ...}
+    TILINGS = {"grouped": ..., "contraction": ..., "block": ..., "block_contraction": ...} and perhaps "transposed",
+    for a grouped matmul with transposed weights
 """
 
 import importlib
@@ -74,10 +75,20 @@ def hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
-def tiling(kernel: str, implementation: str, *, rows_per_group: float | int, k: int, n: int, dtype: Any) -> Tiling:
+def tiling(
+    kernel: str,
+    implementation: str,
+    *,
+    rows_per_group: float | int,
+    k: int,
+    n: int,
+    dtype: Any,
+    transpose: bool = False,
+) -> Tiling:
     """Tile sizes of a kernel for a shape: measured ones if there is a table, else the implementation's own."""
     entry = IMPLEMENTATIONS[implementation]
-    default = importlib.import_module(entry.module).TILINGS[kernel]
+    own = importlib.import_module(entry.module).TILINGS
+    default = own.get("transposed", own[kernel]) if transpose else own[kernel]
     if implementation == "cpu":
         kind = "cpu"
     elif entry.interpret or jax.default_backend() != implementation:

@@ -44,13 +44,13 @@ def _whole_rows(operands, spec):
     (rows, n), k = operands.dy.shape, operands.x.shape[1]
     m = round_up(min(spec.tiling.rows, rows), SUBLANES)
     inner = min(round_up(spec.tiling.inner, 2 * LANES), round_up(k, 2 * LANES))
-    tiles = Tiles(m, inner, split(n, spec.tiling.cols), rows, k, n)
+    tiles = tpu_gather.shorten(operands.x, Tiles(m, inner, split(n, spec.tiling.cols), rows, k, n))
     if not tpu_gather.fits(operands.x, tiles):
         return None
     while True:
         cols, height = round_up(tiles.n, LANES), tiles.grid[1] * tiles.k
         sums = height * cols * (4 + 2 * spec.out_dtype.itemsize)
-        need = sums + 2 * m * (height * operands.x.dtype.itemsize + cols * operands.dy.dtype.itemsize)
+        need = sums + 2 * tiles.m * (height * operands.x.dtype.itemsize + cols * operands.dy.dtype.itemsize)
         # What is left is for the values at hand.
         if need <= LARGE * 2 // 3:
             return tiles

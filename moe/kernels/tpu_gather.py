@@ -5,12 +5,14 @@ contraction the first half of the columns sits in the low bits and the second ha
 writes the tokens once, unpermuted.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe.kernels.tpu_plan import LARGE, Tiles
+from moe.kernels.tpu_plan import LARGE, SUBLANES, Tiles, round_up
 
 A, BEGIN, END, LIVE, NEXT = 0, 3, 4, 5, 6
 # Rows handled without a branch between them: what one waits for is done beside another.
@@ -21,6 +23,13 @@ def fits(x_TK: jax.Array, tiles: Tiles) -> bool:
     """Whether the kernel can gather: VMEM for two tiles of whole rows."""
     row = tiles.grid[1] * tiles.k * x_TK.dtype.itemsize
     return 2 * tiles.m * row <= LARGE // 3
+
+
+def shorten(x_TK: jax.Array, tiles: Tiles) -> Tiles:
+    """Half as many rows of a tile until they fit, but not fewer than 128."""
+    while not fits(x_TK, tiles) and tiles.m >= 256:
+        tiles = replace(tiles, m=round_up(tiles.m // 2, SUBLANES))
+    return tiles
 
 
 def numbers(values_M: jax.Array, tiles: Tiles, below: int | None = None) -> jax.Array:

@@ -63,6 +63,7 @@ def _tiles(operands, spec):
     tiles = replace(tiles, inner=k)
     if operands.gather is not None:
         tiles = replace(tiles, k=min(round_up(tiles.k, 2 * LANES), round_up(k, 2 * LANES)))
+        tiles = tpu_gather.shorten(operands.x, tiles)
     if spec.epilogue == "combine":
         # All destinations of a column tile stay in VMEM while the steps go by.
         while not _combine_fits(spec, tiles) and tiles.n > LANES:

@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from moe.kernels import Combine, Quantized, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
+from moe.kernels import (
+    Combine,
+    Quantized,
+    SwiGLU,
+    block_sparse_matmul,
+    block_structure,
+    grouped_matmul,
+    quantize,
+    tpu_gather,
+)
 from moe.kernels.tiling import Tiling
+from moe.kernels.tpu_plan import Tiles
 
 TILES = Tiling(rows=32, inner=128, cols=128)
 interpreted = partial(grouped_matmul, implementation="tpu_interpret", tiling=TILES)
@@ -134,6 +144,13 @@ def test_an_output_beyond_two_to_the_31_elements_lowers_for_tpus():
     traced = program.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     lowered = traced.lower(lowering_platforms=("tpu",))
     assert lowered.out_info.shape == (rows, n) and rows * n > 1 << 31
+
+
+@pytest.mark.parametrize(("width", "rows", "fits"), [(2048, 512, True), (16384, 256, True), (65536, 128, False)])
+def test_wider_gathered_rows_make_shorter_tiles(width, rows, fits):
+    x = jnp.zeros((8, width), jnp.bfloat16)
+    tiles = tpu_gather.shorten(x, Tiles(m=512, k=1024, n=512, rows=4096, inner=width, cols=512))
+    assert tiles.m == rows and tpu_gather.fits(x, tiles) == fits
 
 
 @pytest.fixture(scope="session")
