@@ -23,8 +23,8 @@ TILINGS = {
     # The compiler turns the weight's tile round in every step, whatever the rows (docs/kernels.md).
     "transposed": Tiling(rows=512, inner=1024, cols=1024),
     "contraction": Tiling(rows=256, inner=1024, cols=1024),
-    "block": Tiling(rows=1024),
-    "block_contraction": Tiling(rows=1024),
+    "block": Tiling(rows=4096),
+    "block_contraction": Tiling(rows=4096),
 }
 
 

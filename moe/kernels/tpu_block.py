@@ -11,7 +11,7 @@ from moe.kernels.implementations import struct
 from moe.kernels.metadata import Steps
 from moe.kernels.spec import BlockOperands, BlockSpec
 from moe.kernels.tpu_grouped import LIVE, OUT, A, B, precision, step_table
-from moe.kernels.tpu_plan import LANES, SUBLANES, round_up
+from moe.kernels.tpu_plan import LANES, even, round_up
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool):
@@ -21,7 +21,7 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool):
         blocks, steps = _place(blocks, steps, spec.transpose)
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES)])
     rows, columns = x.shape[0], spec.outputs * spec.block
-    m = round_up(min(spec.tiling.rows, rows), SUBLANES)
+    m = even(rows, spec.tiling.rows)
     out = pl.pallas_call(
         partial(_matmul, spec.transpose),
         out_shape=struct((rows, round_up(columns, LANES)), spec.out_dtype, x),
@@ -51,7 +51,7 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
         quarter_S = (steps.a % 2, steps.b % 2)
         steps = steps._replace(a=steps.a // 2, b=steps.b // 2)
     rows = x.shape[0]
-    m = round_up(min(spec.tiling.rows, rows), SUBLANES)
+    m = even(rows, spec.tiling.rows)
     out = pl.pallas_call(
         partial(_contract, rows, m),
         out_shape=struct((spec.outputs, LANES, LANES), spec.out_dtype, x),

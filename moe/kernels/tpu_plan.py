@@ -16,6 +16,11 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def even(size: int, most: int, multiple: int = SUBLANES) -> int:
+    """Tile of an axis that is cut into as few tiles of at most about `most` as possible, of about the same size."""
+    return round_up(-(-size // -(-size // most)), multiple)
+
+
 def split(size: int, tile: int, multiple: int = LANES) -> int:
     """Tile of an axis: all of it if it fits in `tile`, else a multiple of `multiple`, dividing `size` if possible."""
     if size <= tile:
