@@ -4,8 +4,9 @@ An implementation is a module with four functions, each `(operands, spec, *, int
 
     grouped(GroupedOperands, GroupedSpec)              contract(ContractionOperands, ContractionSpec)
     block_matmul(BlockOperands, BlockSpec)             block_contract(BlockOperands, BlockSpec)
-    TILINGS = {"grouped": ..., "contraction": ..., "block": ..., "block_contraction": ...} and perhaps "transposed",
-    for a grouped matmul with transposed weights
+    TILINGS = {"grouped": ..., "contraction": ..., "block": ..., "block_contraction": ...}
+
+A module may also choose them by shape: `default_tiling(kernel, rows_per_group, transpose)`.
 """
 
 import importlib
@@ -87,8 +88,9 @@ def tiling(
 ) -> Tiling:
     """Tile sizes of a kernel for a shape: measured ones if there is a table, else the implementation's own."""
     entry = IMPLEMENTATIONS[implementation]
-    own = importlib.import_module(entry.module).TILINGS
-    default = own.get("transposed", own[kernel]) if transpose else own[kernel]
+    module = importlib.import_module(entry.module)
+    choose_own = getattr(module, "default_tiling", lambda kernel, *_: module.TILINGS[kernel])
+    default = choose_own(kernel, rows_per_group, transpose)
     if implementation == "cpu":
         kind = "cpu"
     elif entry.interpret or jax.default_backend() != implementation:

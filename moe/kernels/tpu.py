@@ -20,12 +20,25 @@ from moe.kernels.tiling import Tiling
 
 TILINGS = {
     "grouped": Tiling(rows=256, inner=1024, cols=1024),
-    # The compiler turns the weight's tile round in every step, whatever the rows (docs/kernels.md).
-    "transposed": Tiling(rows=512, inner=1024, cols=1024),
     "contraction": Tiling(rows=256, inner=1024, cols=1024),
     "block": Tiling(rows=4096),
     "block_contraction": Tiling(rows=4096),
 }
+
+
+def default_tiling(kernel: str, rows_per_group: float | int, transpose: bool) -> Tiling:
+    """Tile sizes where none are measured, from bytes and from the compiler's listings (docs/kernels.md).
+
+    A weight's tile is read, and where it is transposed turned round, in every step: the more rows share it the better.
+    But every group also multiplies up to a tile of rows that are not its own, which may be a quarter of its own.
+    """
+    tiling = TILINGS[kernel]
+    if kernel != "grouped":
+        return tiling
+    rows = 2 * tiling.rows if transpose else tiling.rows
+    while rows < 1024 and 4 * 2 * rows <= rows_per_group:
+        rows *= 2
+    return replace(tiling, rows=rows)
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):

@@ -44,7 +44,9 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
         return grouped(operands, spec, interpret=interpret)
     if spec.epilogue == "combine" and not _combine_fits(spec, tiles):
         rows = grouped(
-            operands._replace(tokens=None, weights=None), replace(spec, epilogue="none"), interpret=interpret
+            operands._replace(tokens=None, weights=None),
+            replace(spec, epilogue="none", num_tokens=0),
+            interpret=interpret,
         )
         return _combine_rows(rows, operands, spec)
     outs = _launch(operands, spec, tiles, shares, interpret)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from moe.kernels import tiling
+from moe.kernels import implementations, tiling
 from moe.kernels.tiling import Tiling, lookup
 
 
@@ -48,6 +48,15 @@ def test_an_unknown_device_gets_the_default_and_says_so_once(tables):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lookup("TPU v9", "grouped", default=Tiling(), **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_group", "transpose", "rows"),
+    [(8, False, 256), (2047, False, 256), (2048, False, 512), (4096, False, 1024), (1e6, True, 1024), (8, True, 512)],
+)
+def test_tpus_take_taller_tiles_for_larger_groups(rows_per_group, transpose, rows):
+    shape = {"rows_per_group": rows_per_group, "k": 4096, "n": 14336, "dtype": "bfloat16", "transpose": transpose}
+    assert implementations.tiling("grouped", "tpu_interpret", **shape) == Tiling(rows, 1024, 1024)
 
 
 def test_a_table_that_was_not_measured_says_so(tables):
