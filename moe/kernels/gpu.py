@@ -5,8 +5,8 @@ What the kernels do not do is done around them, and said in the log once:
 - float32 operands, and shapes with fewer than 8 rows, go to the plain JAX path (`cpu.py`): wgmma has no float32.
 - float8_e5m2 weights, and int8 and float8_e4m3fn ones whose scales belong to fewer rows than a step has, are widened to
   x's dtype first.
-- A deterministic `combine` is a gather and sum, or a scatter-add, behind the kernel, as part of the program that XLA
-  compiles around it; one that need not be deterministic is done in the kernel.
+- A deterministic `combine` is a pass behind the kernel, part of the program that XLA compiles around it; one that need
+  not be deterministic is done in the kernel.
 - K and N that are no multiples of 64, and rows that are none of 8, are padded by a copy.
 """
 

@@ -69,8 +69,9 @@ def grouped_matmul(
         Pallas's interpreters.
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
       deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
-        time. On GPUs this takes a pass over them behind the kernel; False adds them in the kernel in any order. Other
-        implementations add them in the kernel and in order whatever is asked.
+        time. On Hopper GPUs this takes a pass over them behind the kernel; False adds them in the kernel, in any order.
+        TPUs and CPUs add in the kernel and in order whatever is asked; plain JAX on a GPU has XLA's scatter, which
+        keeps no order.
 
     Returns:
       (M, N), or (num_tokens, N) with Combine.
