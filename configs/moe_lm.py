@@ -75,6 +75,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "drop": "position",
         "movement": "gather",
         "dropout": 0.0,
+        "deterministic": True,
     }
     config.model.moe = ConfigDict(
         {
