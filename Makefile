@@ -26,10 +26,13 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu'
 
-# Every kernel test that needs no accelerator, the slow ones too: interpreted, and compiled for TPUs ahead of time by libtpu,
-# which has a directory of its own, as elsewhere JAX would look for a TPU with it. Without it those tests are skipped.
+# Every kernel test that needs no accelerator, the slow ones too: interpreted, and compiled for TPUs ahead of time by the libtpu
+# that this JAX asks for. It has a directory of its own, as elsewhere JAX would look for a TPU with it; without it those tests
+# are skipped.
+LIBTPU = import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 $(VENV)/libtpu: | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ libtpu || echo "no libtpu here"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	    "$$($(BIN)/python -c '$(LIBTPU)')" || echo "no libtpu here"
 
 test-kernels: $(VENV)/libtpu
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels

@@ -29,7 +29,7 @@ EXTRAS = {
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "slurm": ["submitit>=1.5"],
     "ray": ["ray[default]>=2.9"],
-    "tpu": ["libtpu"],
+    "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]>=0.11"],
     "dev": [
         *("pytest", "pytest-xdist", "hypothesis", "beartype", "ruff", "mypy", "tokenizers", "safetensors"),

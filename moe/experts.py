@@ -42,8 +42,8 @@ class MixtureConfig:
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
-      deterministic: for the kernels of GPUs: a token's rows are summed in the same order every time, and a run that
-        resumes repeats itself bit for bit. False lets the kernels add them as they come; see `grouped_matmul`.
+      deterministic: for the kernels of GPUs: a token's rows are summed in the same order every time, without which no
+        run repeats itself bit for bit. False lets the kernels add them as they come; see `grouped_matmul`.
     """
 
     activation: Activation = "swiglu"

@@ -173,20 +173,9 @@ def mosaic_gpu(x, w, dy, sizes, repeat) -> Rivals:
     again = partial(ready, repeat=repeat)
     names = ("block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n")
     # Of the kind that JAX's own sweeps try; all lower for an H200.
-    shapes = (
-        (128, 128, 64, 4, 8),
-        (128, 128, 64, 6, 4),
-        (192, 128, 64, 4, 8),
-        (128, 192, 64, 4, 1),
-        (64, 128, 64, 6, 8),
-    )
-    turned = (
-        (128, 128, 64, 4, 8),
-        (128, 128, 64, 6, 4),
-        (128, 128, 128, 2, 8),
-        (128, 256, 64, 4, 4),
-        (64, 128, 64, 6, 8),
-    )
+    both = [(128, 128, 64, 4, 8), (128, 128, 64, 6, 4), (64, 128, 64, 6, 8)]
+    shapes = [*both, (192, 128, 64, 4, 8), (128, 192, 64, 4, 1)]
+    turned = [*both, (128, 128, 128, 2, 8), (128, 256, 64, 4, 4)]
     tilings = {name: turned if name == "weight gradient" else shapes for name in PRODUCTS}
     calls = {
         "forward": lambda t: again(lambda x, w, s: ragged_dot(x, w, group_sizes=s, **t), x, w, sizes),

@@ -53,7 +53,7 @@ def add(
     total: Any,
     out: Any,
     tokens: Any,
-    weights: Any | None,
+    weights: Any | None = None,
     *,
     first: Any,
     col: Any,

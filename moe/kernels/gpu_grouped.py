@@ -149,18 +149,12 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
 
     def load(where, i, slot, barrier):
         _, first, group, col = where
-        inner, across = pl.ds(i * step, step), pl.ds(col, cols)
+        inner = pl.ds(i * step, step)
         if way.gathered:
             gpu_gather.load(x, picked, inner, slot[0], barrier)
         else:
             plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=gpu_ring.PAIR)
-        for j, each in enumerate(w):
-            parts = slot[1 + j * way.parts :][: way.parts]
-            if way.quantised:
-                gpu_widen.load(each, scales[j], (group, i * step, col), step, parts, barrier)
-            else:
-                source = each.at[group, across, inner] if spec.transpose else each.at[group, inner, across]
-                plgpu.copy_gmem_to_smem(source, parts[0], barrier)
+        _load_weights(way, w, scales, (group, i * step, col), slot[1:], barrier)
 
     def multiply(totals, where, i, slot):
         del where, i
@@ -186,10 +180,8 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
         first = first + wg * mine
         begin, end = bounds(s)
         if way.added:
-            tokens, weights = (*combine, None)[:2]
-            rows_of = {"first": first, "col": col, "begin": begin, "end": end * table[LIVE, s]}
-            gpu_combine.add(stage, kept, sums[0], outs[0], tokens, weights, **rows_of)
-            return
+            bounds_of = {"first": first, "col": col, "begin": begin, "end": end * table[LIVE, s]}
+            return gpu_combine.add(stage, kept, sums[0], outs[0], *combine, **bounds_of)
 
         def place(out):
             return lambda r, c, height, width: out.at[pl.ds(first + r, height), pl.ds(col + c, width)]
@@ -204,6 +196,19 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
         work["busy"] = busy
     total, sums = count[0] * column_pairs, [(mine, cols)] * way.weights
     gpu_ring.run(Ring(*ring), total, consumers=CONSUMERS, sums=sums, **work)
+
+
+def _load_weights(way, w, scales, at, slot, barrier):
+    """One weight, or gate and up, of a step: `at` is the group, the first of K and the first column."""
+    _, cols, step = way.tile
+    group, inner, across = at[0], pl.ds(at[1], step), pl.ds(at[2], cols)
+    for j, each in enumerate(w):
+        parts = slot[j * way.parts :][: way.parts]
+        if way.quantised:
+            gpu_widen.load(each, scales[j], at, step, parts, barrier)
+        else:
+            source = each.at[group, across, inner] if way.spec.transpose else each.at[group, inner, across]
+            plgpu.copy_gmem_to_smem(source, parts[0], barrier)
 
 
 def _take(refs: list[Any], count: int) -> list[Any]:

@@ -70,8 +70,8 @@ def grouped_matmul(
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
       deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
         time. On Hopper GPUs this takes a pass over them behind the kernel; False adds them in the kernel, in any order.
-        TPUs and CPUs add in the kernel and in order whatever is asked; plain JAX on a GPU has XLA's scatter, which
-        keeps no order.
+        TPUs and CPUs add in order whatever is asked. XLA's scatter on a GPU keeps no order: plain JAX uses it there,
+        and so does the gradient in x of a call with both `gather` and Combine.
 
     Returns:
       (M, N), or (num_tokens, N) with Combine.

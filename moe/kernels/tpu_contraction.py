@@ -84,9 +84,8 @@ def _launch(x, dy, gather, sizes, spec, tiles, interpret):
             grid=(1 if gathered else tiles.grid[1], tiles.grid[2], steps.count),
             scratch_shapes=scratch,
         ),
-        # A gather looks ahead across column tiles, so those cannot be split between cores.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary" if gathered else "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=LARGE if gathered else None,
             disable_bounds_checks=gathered,
         ),
@@ -105,9 +104,8 @@ def _kernel(tiles, gathered, steps, *refs):
     s, count = pl.program_id(2), pl.num_programs(2)
     group = steps[OUT, s]
     picked, (x, dy, out, total, *buffers) = refs[: 2 * gathered], refs[2 * gathered :]
-    turn = pl.program_id(1) * count + s
     if gathered:
-        tpu_gather.advance(x, picked, steps, buffers, (turn, count, pl.num_programs(1) * count))
+        tpu_gather.advance(x, picked, steps, buffers, s, count)
 
     @pl.when((s == 0) | (steps[OUT, jnp.maximum(s - 1, 0)] != group))
     def _begin():
@@ -123,7 +121,7 @@ def _kernel(tiles, gathered, steps, *refs):
         # Both sides: a row that is not ours may hold NaN in either, and NaN times zero is NaN.
         right = mine(dy[...])
         for part in range(total.shape[0] // tiles.k):
-            left = tpu_gather.read(buffers, tiles, dy.dtype, turn, part) if gathered else x[...]
+            left = tpu_gather.read(buffers, tiles, dy.dtype, s, part) if gathered else x[...]
             total[part * tiles.k : (part + 1) * tiles.k, :] += jax.lax.dot_general(
                 mine(left),
                 right,

@@ -68,17 +68,16 @@ def runs(steps, step) -> tuple[jax.Array, jax.Array]:
     return first, jnp.where(steps[LIVE, step] > 0, last, first)
 
 
-def advance(x, picked, steps, buffers, place) -> None:
-    """Wait for this step's rows and send for the next step's. To be called once a step.
+def advance(x, picked, steps, buffers, s, count) -> None:
+    """Wait for the rows of step s of `count` and send for the next step's. To be called once a step.
 
-    `picked` are the `numbers` of this step and of the next; `place` is (turn, count, turns): steps gone by in all
-    column tiles, steps of a column tile, steps of all.
+    `picked` are the `numbers` of this step and of the next. The first step of a column tile waits for rows that were
+    not sent for ahead, so that column tiles know nothing of each other and may go to different cores.
     """
     buffer, semaphores = buffers
-    turn, count, turns = place
 
-    def send(turn, numbers):
-        slot, step = jax.lax.rem(turn, 2), jax.lax.rem(turn, count)
+    def send(step, numbers):
+        slot = jax.lax.rem(step, 2)
 
         def some(i, _):
             for j in range(RUN):
@@ -88,22 +87,22 @@ def advance(x, picked, steps, buffers, place) -> None:
 
         jax.lax.fori_loop(*runs(steps, step), some, 0)
 
-    pl.when(turn == 0)(lambda: send(turn, picked[0]))
-    pl.when(turn + 1 < turns)(lambda: send(turn + 1, picked[1]))
+    pl.when(s == 0)(lambda: send(s, picked[0]))
+    pl.when(s + 1 < count)(lambda: send(s + 1, picked[1]))
 
     def wait(_, carry):
         # A wait counts bytes, here of a run, and does not look at the source.
-        slot = jax.lax.rem(turn, 2)
+        slot = jax.lax.rem(s, 2)
         run = buffer.at[slot, 0]
         pltpu.make_async_copy(run, run, semaphores.at[slot]).wait()
         return carry
 
-    jax.lax.fori_loop(*runs(steps, jax.lax.rem(turn, count)), wait, 0)
+    jax.lax.fori_loop(*runs(steps, s), wait, 0)
 
 
-def read(buffers, tiles: Tiles, dtype, turn, k) -> jax.Array:
+def read(buffers, tiles: Tiles, dtype, s, k) -> jax.Array:
     """This step's rows for the contraction tile at hand, (rows, K tile). Rows the step does not own hold anything."""
-    buffer, slot = buffers[0], jax.lax.rem(turn, 2)
+    buffer, slot = buffers[0], jax.lax.rem(s, 2)
     width = tiles.k if dtype.itemsize == 4 else tiles.k // 2
     words = buffer[slot, :, :, pl.ds(pl.multiple_of(k * width, 128), width)].reshape(tiles.m, width)
     if dtype.itemsize == 4:

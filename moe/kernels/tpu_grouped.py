@@ -25,10 +25,9 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 def step_table(steps) -> jax.Array:
-    """The steps as one (7, S) int32 array for scalar memory; its last row is `a` of the step after, in a circle."""
-    after = jnp.arange(1, steps.a.shape[0] + 1)
-    following = jnp.where(after < steps.count, jnp.roll(steps.a, -1), steps.a[0])
-    return jnp.stack([steps.a, steps.b, steps.o, steps.begin, steps.end, steps.live, following])
+    """The steps as one (7, S) int32 array for scalar memory; its last row is `a` of the step after."""
+    after = jnp.append(steps.a[1:], steps.a[-1:])
+    return jnp.stack([steps.a, steps.b, steps.o, steps.begin, steps.end, steps.live, after])
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
@@ -138,9 +137,8 @@ def _launch(operands, spec, tiles, shares, interpret):
             grid=(tiles.grid[2], steps.count, tiles.grid[1]),
             scratch_shapes=scratch,
         ),
-        # A gather looks ahead across column tiles, so those cannot be split between cores.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary" if large else "parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=LARGE if large else None,
             disable_bounds_checks=large,
         ),
@@ -171,18 +169,17 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
     s, k = pl.program_id(1), pl.program_id(2)
     # Read here: the interpreter knows program ids outside branches only.
     count = pl.num_programs(1)
-    place = (pl.program_id(0) * count + s, count, tiles.grid[2] * count)
 
     @pl.when(k == 0)
     def _begin():
         for total in sums:
             total[...] = jnp.zeros_like(total)
         if buffers:
-            tpu_gather.advance(x, (by_row["here"], by_row["next"]), steps, buffers, place)
+            tpu_gather.advance(x, (by_row["here"], by_row["next"]), steps, buffers, s, count)
 
     @pl.when(steps[LIVE, s] > 0)
     def _multiply():
-        x_RK = tpu_gather.read(buffers, tiles, dtype, place[0], k) if buffers else x[...]
+        x_RK = tpu_gather.read(buffers, tiles, dtype, s, k) if buffers else x[...]
         x_RK = _mask(x_RK, 1, tiles, k)
         for i in range(count_w):
             w_KN = _mask(w[i][...], 1 if spec.transpose else 0, tiles, k)
