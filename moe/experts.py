@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import dispatch
 from moe.kernels import Combine, SwiGLU, cpu_mixture, grouped_matmul
-from moe.kernels.implementations import choose
+from moe.kernels.implementations import choose, hopper
 from moe.routing import Routing
 
 Params = Mapping[str, Array]
 Activation = Literal["swiglu", "gelu", "relu2"]
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
-IMPLEMENTATIONS = ("auto", "kernels", "tpu", "tiles", "capacity", "oracle")
+IMPLEMENTATIONS = ("auto", "kernels", "gpu", "tpu", "tiles", "capacity", "oracle")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class MixtureConfig:
 
     Attributes:
       activation: "swiglu" (Shazeer 2020, eq. 6), "gelu" or "relu2" (squared ReLU: So et al. 2021, section 3.1).
-      implementation: "auto" takes the kernels where the backend has them and the tiles elsewhere; "kernels" are the
-        Pallas kernels (falling back to tiles is logged); "tpu" those of TPUs, to compile for one ahead of time; "tiles"
-        the plain JAX loop over live tiles; "capacity" a fixed number of places per expert and one batched product;
-        "oracle" a loop over experts (tiny shapes only).
+      implementation: "auto" takes the kernels on TPUs and the tiles elsewhere; "kernels" are the Pallas kernels of the
+        backend, on GPUs of compute capability 9.0 too, where they are experimental (falling back to tiles is logged);
+        "gpu" and "tpu" those of one backend, to compile for it ahead of time; "tiles" the plain JAX loop over live
+        tiles; "capacity" a fixed number of places per expert and one batched product; "oracle" a loop over experts
+        (tiny shapes only).
       capacity_factor: for "capacity", see `dispatch.capacity_of`.
       groups: for "capacity": groups of consecutive tokens that compete for places.
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
@@ -47,7 +48,7 @@ class MixtureConfig:
     """
 
     activation: Activation = "swiglu"
-    implementation: Literal["auto", "kernels", "tpu", "tiles", "capacity", "oracle"] = "auto"
+    implementation: Literal["auto", "kernels", "gpu", "tpu", "tiles", "capacity", "oracle"] = "auto"
     capacity_factor: float = 1.25
     groups: int = 1
     drop: Literal["position", "probability"] = "position"
@@ -110,7 +111,7 @@ def apply(
     sizes_E: Int[Array, " E"],
     activation: Activation = "swiglu",
     *,
-    implementation: Literal["auto", "kernels", "tpu", "tiles", "batched", "oracle"] = "auto",
+    implementation: Literal["auto", "kernels", "gpu", "tpu", "tiles", "batched", "oracle"] = "auto",
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "R D"]:
@@ -121,8 +122,8 @@ def apply(
       rows_RD: rows sorted by expert.
       sizes_E: rows of every expert; rows past their sum become zeros.
       activation: see `activate`.
-      implementation: "auto", "kernels", "tpu" or "tiles": see `MixtureConfig`; "batched" is one product for all experts
-        and needs R / E rows for each of them; "oracle" runs every expert on every row.
+      implementation: "auto", "kernels", "gpu", "tpu" or "tiles": see `MixtureConfig`; "batched" is one product for all
+        experts and needs R / E rows for each of them; "oracle" runs every expert on every row.
       dropout: rate of expert dropout.
       key: for dropout; None switches it off.
 
@@ -160,6 +161,8 @@ def swiglu(params: Params, rows_RD: Float[Array, "R D"], sizes_E: Int[Array, " E
 
 def kernel(implementation: str) -> str:
     """Name of the grouped matmul behind a mixture's implementation; says so, once, where there are no kernels."""
+    if implementation == "kernels" and jax.default_backend() == "gpu" and hopper():
+        return choose("gpu")
     found = choose({"tiles": "cpu", "kernels": "auto"}.get(implementation, implementation))
     if implementation == "kernels" and found == "cpu":
         logging.log_first_n(

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,18 @@ def main(argv) -> None:
     from moe.kernels import block_sparse_matmul, block_structure, grouped_matmul, to_blocks
     from moe.kernels.implementations import IMPLEMENTATIONS, choose
     from moe.kernels.tiling import TABLES, slug
-    from scripts.bench_kernels import products, uneven_sizes
+    from scripts.bench_kernels import ours, products, uneven_sizes
     from training.timing import take_turns
+
+    def _grouped(sizes, x, w, tiling):
+        return grouped_matmul(x, w, sizes, tiling=tiling, implementation=ours())
+
+    def _blocks(structure, x, b, tiling):
+        return block_sparse_matmul(x, b, structure, tiling=tiling, implementation=ours())
 
     config = _CONFIG.value
     found: list[dict] = []
-    defaults = importlib.import_module(IMPLEMENTATIONS[choose("auto")].module).TILINGS
+    defaults = importlib.import_module(IMPLEMENTATIONS[choose(ours())].module).TILINGS
 
     def tune(kernel, product, call, x, w, dy, *, rows_per_group):
         row = {"kernel": kernel, "rows_per_group": rows_per_group, "k": x.shape[1], "n": dy.shape[1]}
@@ -72,7 +79,7 @@ def main(argv) -> None:
             sizes = jnp.array(uneven_sizes(m, groups, concentration=config.concentration, seed=config.seed))
             w = jax.random.normal(keys[2], (groups, k, n), x.dtype)
             for kernel, product in (("grouped", "forward"), ("contraction", "weight gradient")):
-                call = lambda x, w, tiling, sizes=sizes: grouped_matmul(x, w, sizes, tiling=tiling)  # noqa: E731
+                call = partial(_grouped, sizes)
                 tune(kernel, product, call, x, w, dy, rows_per_group=m / groups)
         else:
             block, density = rest
@@ -80,7 +87,7 @@ def main(argv) -> None:
             structure = block_structure(mask, block, shape=(k, n))
             w = to_blocks(jax.random.normal(keys[2], (k, n), x.dtype), structure)
             for kernel, product in (("block", "forward"), ("block_contraction", "weight gradient")):
-                call = lambda x, b, tiling, s=structure: block_sparse_matmul(x, b, s, tiling=tiling)  # noqa: E731
+                call = partial(_blocks, structure)
                 tune(kernel, product, call, x, w, dy, rows_per_group=m)
     path = _OUT.value or TABLES / f"{slug(jax.devices()[0].device_kind)}.json"
     with open(path, "w", encoding="utf-8") as file:

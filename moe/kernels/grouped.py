@@ -64,9 +64,9 @@ def grouped_matmul(
       epilogue: None; SwiGLU(), out = silu(x w_gate) * (x w_up); Combine(tokens, weights, num_tokens), which adds
         weights[i] times row i to out[tokens[i]].
       out_dtype: dtype of the result, x's by default.
-      implementation: "auto" picks by the default backend; "cpu" is plain JAX and runs anywhere; "tpu"; "gpu" (compute
-        capability 9.0; float32 runs as plain JAX there); "tpu_interpret" and "gpu_interpret" run the kernels in
-        Pallas's interpreters.
+      implementation: "auto" is "tpu" on TPUs and "cpu" elsewhere; "cpu" is plain JAX and runs anywhere; "tpu"; "gpu"
+        (experimental; compute capability 9.0; float32 runs as plain JAX there); "tpu_interpret" and "gpu_interpret" run
+        the kernels in Pallas's interpreters.
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
       deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
         time. On Hopper GPUs this takes a pass over them behind the kernel; False adds them in the kernel, in any order.

@@ -47,24 +47,25 @@ OLDEST_MOSAIC_GPU = (0, 11)
 def choose(implementation: str) -> str:
     """Resolve "auto" for the default backend; other names are checked and returned.
 
-    "auto" is "tpu" on TPUs, "gpu" on GPUs of compute capability 9.0 and "cpu" (plain JAX, runs anywhere) elsewhere; on
-    other GPUs the log says so once. Programs compiled ahead of time for another platform than the default backend name
-    it themselves.
+    "auto" is "tpu" on TPUs and "cpu" (plain JAX, runs anywhere) elsewhere. The kernels for GPUs are taken by name only,
+    until they have been timed against plain JAX; the log says once what runs. Programs compiled ahead of time for
+    another platform than the default backend name it themselves.
 
     Raises:
       ValueError: an unknown name.
     """
     if implementation == "auto":
         backend = jax.default_backend()
-        if backend in ("cpu", "tpu"):
-            return backend
-        device = jax.devices()[0]
-        if hopper() and jax.__version_info__ >= OLDEST_MOSAIC_GPU:
-            return "gpu"
-        message = (
-            "no kernels for %s with JAX %s (they need compute capability 9.0 and JAX 0.11): plain JAX runs instead"
-        )
-        logging.log_first_n(logging.WARNING, message, 1, device.device_kind, jax.__version__)
+        if backend == "tpu":
+            logging.log_first_n(
+                logging.WARNING, "implementation='auto': %s", 1, "TPU kernels (experimental, not timed)"
+            )
+            return "tpu"
+        if backend != "cpu":
+            able = hopper() and jax.__version_info__ >= OLDEST_MOSAIC_GPU
+            more = "; implementation='gpu' asks for the experimental Hopper kernels, not timed yet" if able else ""
+            message = "implementation='auto' on %s: plain JAX, right and slow%s"
+            logging.log_first_n(logging.WARNING, message, 1, jax.devices()[0].device_kind, more)
         return "cpu"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")

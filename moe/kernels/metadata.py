@@ -47,13 +47,13 @@ def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align
         `align` rows: fewer tiles are shared between groups.
 
     Returns:
-      Steps of fixed length (ceil(rows / tile) + G on the grid), of which the first `count` are to be run.
+      Steps of fixed length (on the grid ceil(rows / tile) + G), of which the first `count` are to be run.
     """
     groups = group_sizes_G.shape[0]
     begins, ends = _bounds(group_sizes_G, rows)
     begins, ends = jnp.append(begins, ends[-1]), jnp.append(ends, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
-    group, tiles, begin, end, count = _unroll(begins, ends, empty=0, groups=groups, **shape)
+    group, tiles, begin, end, count = _unroll(begins, ends, empty=0, **shape)
     live = (group < groups).astype(jnp.int32)
     return Steps(tiles, jnp.minimum(group, groups - 1), tiles, begin, end, live, count)
 
@@ -62,11 +62,11 @@ def contraction_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, 
     """Steps of the ragged contraction x^T dy, group by group: o is the group.
 
     An empty group gets one step with live 0, so that its output is written (zeros). Rows past the sum are not visited.
-    Arguments and length as in `matmul_steps`.
+    Arguments as in `matmul_steps`; the length (ceil(rows / tile) + G - 1 on the grid) has room for the empty groups.
     """
     begins, ends = _bounds(group_sizes_G, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
-    group, tiles, begin, end, count = _unroll(begins, ends, empty=1, groups=group_sizes_G.shape[0], **shape)
+    group, tiles, begin, end, count = _unroll(begins, ends, empty=1, **shape)
     return Steps(tiles, tiles, group, begin, end, (end > begin).astype(jnp.int32), count)
 
 
@@ -75,13 +75,25 @@ def _bounds(group_sizes_G, rows):
     return jnp.append(jnp.zeros_like(ends[:1]), ends[:-1]), ends
 
 
-def _unroll(begins, ends, *, empty, groups, rows, tile, align):
+def _most_steps(groups: int, *, empty: int, rows: int, tile: int, align: int) -> int:
+    """Upper bound of the steps that `groups` groups take, over all sizes that sum to at most `rows`.
+
+    On the grid there are ceil(rows / tile) tiles, and each group but the first begins in a tile that another has begun
+    or takes its one empty step. Where tiles follow the groups, n groups with rows take at most
+    (rows + n (align + tile - 2)) / tile together, as each loses up to align - 1 rows in front and tile - 1 behind; the
+    others take `empty` each. That is linear in n, so its maximum lies at the least or at the greatest n possible.
+    """
+    if align == tile:
+        return -(-rows // tile) + groups - 1
+    return max((rows + n * (align + tile - 2)) // tile + empty * (groups - n) for n in (1, min(groups, rows)))
+
+
+def _unroll(begins, ends, *, empty, rows, tile, align):
     """Turn groups into steps: (group, first row in units of `align`, begin and end within the tile, count).
 
-    A group without rows gets `empty` steps. Where tiles follow the groups, a group of s rows takes at most
-    (s + align + tile - 2) / tile of them.
+    A group without rows gets `empty` steps. `length` is an upper bound of the steps; a step beyond it would be lost.
     """
-    length = -(-rows // tile) + groups if align == tile else (rows + (groups + 1) * (align + tile - 2)) // tile + 1
+    length = _most_steps(begins.shape[0], empty=empty, rows=rows, tile=tile, align=align)
     firsts = begins // align * align
     visits = jnp.where(ends > begins, -((firsts - ends) // tile), empty)
     after = jnp.cumsum(visits).astype(jnp.int32)

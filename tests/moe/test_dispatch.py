@@ -1,6 +1,7 @@
 """Every way from tokens through experts and back against a plain loop in float64 numpy."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -107,6 +108,47 @@ def test_gradients_are_the_oracles(name, way):
     oracle = experts.MixtureConfig(implementation="oracle")
     theirs = jax.jit(jax.grad(partial(loss, config=oracle)))((params, X, LOGITS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def few_rows(e, k, n, ff=5, collapsed=False):
+    """Parameters, tokens, cotangent and a routing with more experts than rows, or with one expert for all of them."""
+    params = experts.initialise(D, ff, e, key=jax.random.key(0))
+    x, c = jax.random.normal(jax.random.key(1), (n, D)), jax.random.normal(jax.random.key(2), (n, D))
+    logits = jax.random.normal(jax.random.key(3), (n, e)) + 30.0 * collapsed * (jnp.arange(e) == e // 3)[None]
+    return params, x, c, route.top_k(logits, k)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["mixture", "apply"])
+@pytest.mark.parametrize(
+    ("e", "k", "n", "collapsed"),
+    [(8, 2, 1, False), (64, 1, 16, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)],
+)
+def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapsed, fused):
+    params, x, c, routing = few_rows(e, k, n, collapsed=collapsed)
+
+    @jax.jit
+    @jax.grad
+    def ours(args):
+        params, x, weights = args
+        r = replace(routing, weights_NK=weights)
+        if fused:
+            return (experts.mixture(params, x, r, experts.MixtureConfig())[0] * c).sum()
+        return (dispatch.dropless(x, r, lambda rows, sizes: experts.apply(params, rows, sizes)) * c).sum()
+
+    args = (params, x, routing.weights_NK)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), args)
+        c64, ids_NK = jnp.asarray(np.asarray(c, np.float64)), np.asarray(routing.experts_NK)
+
+        def plain(args):
+            """Each row times its own expert's weights, gathered."""
+            params, x, weights = args
+            gate, up, down = (params[name][ids_NK] for name in ("gate", "up", "down"))
+            hidden = jax.nn.silu(jnp.einsum("nd,nkdf->nkf", x, gate)) * jnp.einsum("nd,nkdf->nkf", x, up)
+            return (jnp.einsum("nkf,nkfd,nk->nd", hidden, down, weights) * c64).sum()
+
+        theirs = jax.tree.map(np.asarray, jax.grad(plain)(wide))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours(args), theirs)
 
 
 def random_routing(seed, n, e, k):

@@ -12,6 +12,7 @@ import kernel_oracle as oracle
 import numpy as np
 import pytest
 
+from moe import experts
 from moe.kernels import Combine, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
 from moe.kernels.implementations import choose, hopper
 from moe.kernels.tiling import Tiling
@@ -29,6 +30,7 @@ SIZES = {
     "more groups than rows": ((2, 0, 0, 3, 0, 0, 2, 0, 0, 0, 0, 2), 9),
 }
 slow, on_gpu = pytest.mark.slow, pytest.mark.gpu
+gpu = partial(grouped_matmul, implementation="gpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -246,14 +248,15 @@ class Device:
         self.compute_capability = capability
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [("9.0", "gpu"), ("8.0", "cpu"), ("10.0", "cpu")])
-def test_auto_chooses_by_compute_capability(monkeypatch, capability, chosen):
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "10.0"])
+def test_auto_never_chooses_kernels_that_no_gpu_has_timed(monkeypatch, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device(capability)])
-    assert choose("auto") == chosen
+    assert choose("auto") == experts.kernel("auto") == "cpu" and choose("gpu") == "gpu"
+    assert experts.kernel("kernels") == ("gpu" if capability == "9.0" else "cpu")
     # A shape of its own: what was traced for another device is not traced again.
     x, w = jnp.ones((16, 64), jnp.bfloat16), jnp.ones((2, 64, int(float(capability))), jnp.bfloat16)
-    if chosen == "cpu":
+    if capability != "9.0":
         with pytest.raises(ValueError, match=f"compute capability 9.0 .* an A100 with {capability}"):
             grouped_matmul(x, w, jnp.array([3, 5]), implementation="gpu")
 
@@ -268,7 +271,7 @@ def test_large_products_on_a_gpu(groups, dtype):
     rng, (rows, k, n) = np.random.default_rng(groups), (12345, 1536, 1408)
     sizes = oracle.uneven(rng, groups, rows)
     x, w, dy = (jnp.asarray(v, dtype) for v in (rng.normal(size=s) for s in ((rows, k), (groups, k, n), (rows, n))))
-    out, pull = jax.jit(partial(jax.vjp, lambda x, w: grouped_matmul(x, w, jnp.array(sizes))))(x, w)
+    out, pull = jax.jit(partial(jax.vjp, lambda x, w: gpu(x, w, jnp.array(sizes))))(x, w)
     dx, dw = pull(dy)
     for g, part in enumerate(oracle.rows_by_group(sizes)):
         with jax.default_matmul_precision("highest"):
@@ -288,7 +291,7 @@ def test_beyond_two_to_the_31_elements_on_a_gpu():
     x = jnp.ones((rows, k), jnp.bfloat16) * (jnp.arange(rows) % 7)[:, None].astype(jnp.bfloat16)
     w = jnp.ones((3, k, n), jnp.bfloat16) * jnp.arange(1, 4, dtype=jnp.bfloat16)[:, None, None]
     sizes = jnp.array([rows // 2, 0, rows // 2 - 5])
-    out = jax.jit(grouped_matmul)(x, w, sizes)
+    out = jax.jit(gpu)(x, w, sizes)
     assert rows * n > 1 << 31
     group = np.where(np.arange(rows) < rows // 2, 1, 3) * (np.arange(rows) < rows - 5)
     np.testing.assert_array_equal(wide(out[:, -1]), k * (np.arange(rows) % 7) * group)

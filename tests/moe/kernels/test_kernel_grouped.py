@@ -65,6 +65,27 @@ def test_forward_and_both_gradients_against_float64(sizes, dtype):
     assert (np.asarray(out)[sum(sizes) :] == 0).all() and (np.asarray(dx)[sum(sizes) :] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ([0, 0, 0, 0, 0, 1, 0, 1], 2),
+        ([0] * 63 + [1], 1),
+        ([1, 0, 0, 0] * 16, 16),
+        ([0] * 85 + [512] + [0] * 170, 512),
+        ([0] * 255 + [3], 5),
+    ],
+    ids=["issue", "one row", "every fourth", "collapsed", "at the end"],
+)
+def test_weight_gradients_when_groups_outnumber_rows(sizes, rows):
+    """The same by `jax.lax.ragged_dot`'s definition in float64, with the tile that is chosen for such shapes."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((rows, 3), (len(sizes), 3, 2), (rows, 2)))
+    pull = jax.jit(lambda x, w, dy: jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)[1](dy))
+    dx, dw = pull(x, w, dy)
+    np.testing.assert_allclose(dw, oracle.contract(x, dy, sizes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, oracle.grouped(dy, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 25), min_size=5, max_size=5), st.sampled_from([1, 7, 200]))
 def test_any_sizes_and_any_tile(sizes, tile):

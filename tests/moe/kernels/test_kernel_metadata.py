@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.kernels import block_structure
+from moe.kernels import block_structure, metadata
 from moe.kernels.metadata import contraction_steps, matmul_steps
 
 ROWS, TILE, GROUPS = 45, 8, 5
@@ -16,9 +16,9 @@ ROWS, TILE, GROUPS = 45, 8, 5
 BUILD = {
     (build, align): jax.jit(lambda sizes, build=build, align=align: build(sizes, rows=ROWS, tile=TILE, align=align))
     for build in (matmul_steps, contraction_steps)
-    for align in (None, 2, 4)
+    for align in (None, 1, 2, 4)
 }
-aligns = st.sampled_from((None, 2, 4))
+aligns = st.sampled_from((None, 1, 2, 4))
 sizes_lists = st.lists(st.integers(0, 20), min_size=GROUPS, max_size=GROUPS)
 
 
@@ -69,6 +69,55 @@ def test_contraction_steps_visit_every_group_and_every_row_of_it_once(sizes, ali
     assert (read == (groups >= 0)).all()
     assert {o for _, _, o, _, _ in run} == set(range(GROUPS))
     assert (np.diff(steps.o) >= 0).all() and len(run) <= len(steps.a)
+
+
+def brute_force_count(sizes, rows, tile, align, empty, silent):
+    """Steps by counting: tiles that each group touches, walked one by one."""
+    ends = np.minimum(np.cumsum(sizes), rows)
+    spans = list(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)) + [(ends[-1], rows)] * silent
+    count = 0
+    for begin, end in spans:
+        first = begin // align * align
+        count += len(range(first, end, tile)) if end > begin else empty
+    return count
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.data())
+def test_no_sizes_take_more_steps_than_there_are(data):
+    rows, groups = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 60))
+    tile = data.draw(st.sampled_from((1, 2, 4, 8, 16, 64)))
+    align = data.draw(st.sampled_from([a for a in (1, 2, 4, 8, 16, 64) if tile % a == 0]))
+    # Few groups with rows, many without, sums below, at and above the rows.
+    size = st.one_of(st.just(0), st.just(1), st.integers(0, 2 * rows))
+    sizes = data.draw(st.lists(size, min_size=groups, max_size=groups))
+    for empty, silent in ((0, 1), (1, 0)):
+        length = metadata._most_steps(groups + silent, empty=empty, rows=rows, tile=tile, align=align)
+        count = brute_force_count(sizes, rows, tile, align, empty, silent)
+        assert count <= length, f"{count} steps, room for {length}: {sizes}, {rows=}, {tile=}, {align=}"
+        # The bound is no guess: no more than a step for each group and tile above what is needed at worst.
+        assert length <= -(-rows // tile) + 2 * (groups + silent)
+
+
+@pytest.mark.parametrize("align", [1, None])
+@pytest.mark.parametrize(
+    ("rows", "tile", "sizes"),
+    [
+        (2, 2, [0, 0, 0, 0, 0, 1, 0, 1]),
+        (1, 1, [0] * 7 + [1]),
+        (16, 16, [0] * 60 + [8, 4, 3, 1]),
+        (512, 64, [0] * 200 + [512] + [0] * 55),
+        (8, 8, [1, 0, 0] * 10),
+    ],
+    ids=str,
+)
+def test_more_groups_than_rows_keep_every_row_and_every_group(rows, tile, sizes, align):
+    sizes_G = jnp.array(sizes, jnp.int32)
+    steps = jax.tree.map(np.asarray, contraction_steps(sizes_G, rows=rows, tile=tile, align=align))
+    met = np.zeros(len(sizes), int)
+    np.add.at(met, steps.o[: steps.count], (steps.end - steps.begin)[: steps.count])
+    assert met.tolist() == np.diff(np.minimum(np.cumsum([0, *sizes]), rows)).tolist()
+    assert set(steps.o[: steps.count].tolist()) == set(range(len(sizes))) and steps.count <= len(steps.o)
 
 
 @pytest.mark.parametrize("build", [matmul_steps, contraction_steps], ids=lambda build: build.__name__)
