@@ -45,7 +45,7 @@ test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "test-gpu needs a GPU; JAX sees " + jax.devices()[0].device_kind)'
 	TESSERA_TEST_PLATFORM=gpu $(PYTHON) -m pytest -m gpu tests/moe/kernels/test_kernel_gpu.py
 	mkdir -p runs
-	$(PYTHON) scripts/benchmark_kernels.py --config=configs/bench_kernels.py:hopper --out=runs/kernels.csv
+	$(PYTHON) scripts/benchmarks/kernels.py --config=configs/bench_kernels.py:hopper --out=runs/kernels.csv
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

@@ -47,7 +47,7 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    packages=find_packages(include=["lottery*", "moe*", "sharding*", "scaling*", "training*", "configs*", "scripts*"]),
+    packages=find_packages(include=["lottery*", "moe*", "sharding*", "scaling*", "tessera*", "configs*", "scripts*"]),
     # Measured tile sizes, one table per kind of device.
     package_data={"moe.kernels": ["tilings/*.json"]},
 )

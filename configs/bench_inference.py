@@ -7,7 +7,7 @@ of one slot, one after the other. Writes a table, a plot and JSON.
 Cost: under three minutes on two CPU cores once compiled.
 Expected: docs/results/inference.md has the table of two CPU cores: continuous batching in 16 slots 5.3 times the tokens
 per second of one request at a time. On a GPU, not measured; the goal is 60% of the bandwidth roofline in bfloat16.
-Command: python scripts/benchmark_inference.py --config=configs/bench_inference.py --workdir=runs/bench-inference
+Command: python scripts/benchmarks/inference.py --config=configs/bench_inference.py --workdir=runs/bench-inference
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ the dense product; a whole layer, router to combine, forward and backward, again
 process.
 Cost: "cpu" 42 seconds on two cores, most of it `ragged_dot`; "hopper" not measured.
 Expected: docs/kernels.md has what was measured ("cpu": 25 to 28 times `ragged_dot` at 64 experts) and the goals.
-Command: python scripts/benchmark_kernels.py --config=configs/bench_kernels.py:cpu
+Command: python scripts/benchmarks/kernels.py --config=configs/bench_kernels.py:cpu
 """
 
 from ml_collections import ConfigDict

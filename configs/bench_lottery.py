@@ -4,7 +4,7 @@ What: LeNet-300-100 under a mask, batch 60, Adam; stacks of tickets by `lax.map`
 with fused Adam, with the mask on the gradients and without any mask; all in turns in one process on `cores` cores.
 Cost: three minutes.
 Expected: on one CPU core at least 1.5 times the PyTorch loop that does the same work.
-Command: python scripts/benchmark.py --config=configs/bench_lottery.py
+Command: python scripts/benchmarks/lottery.py --config=configs/bench_lottery.py
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ Cost: 35 seconds on two CPU cores, most of it `ragged_dot`, which computes every
 --config.ragged='()').
 Expected: on two CPU cores 1.05 times the dense layer's time forward and 1.42 forward + backward at 8 experts, 1.39 and
 2.09 at 64 (goals: within 1.6 and 2.2), and ragged_dot 38 and 52 times slower than that at 64. See docs/moe.md.
-Command: python scripts/bench_moe.py --config=configs/bench_moe.py
+Command: python scripts/benchmarks/moe.py --config=configs/bench_moe.py
 """
 
 from ml_collections import ConfigDict

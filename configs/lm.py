@@ -60,7 +60,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "context": "ring",
         }
     )
-    # Weights to start from: those of another run's directory; "" is random. See `training.warm_start.StartConfig`.
+    # Weights to start from: those of another run's directory; "" is random. See `tessera.lm.warm_start.StartConfig`.
     config.start = ConfigDict(
         {
             "workdir": "",

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     # How the work is split over devices, like "tp=4, dp=2"; "" is one device. The other devices stay idle.
     config.plan = ""
-    # See `training.serving.load.SourceConfig`.
+    # See `tessera.serving.load.SourceConfig`.
     config.model = ConfigDict(
         {
             "dir": "runs/lm",
@@ -30,11 +30,11 @@ def get_config() -> ConfigDict:
         }
     )
     # A small model of the same vocabulary that drafts for it; without a dir nothing is drafted. See
-    # `training.serving.load.DraftConfig`.
+    # `tessera.serving.load.DraftConfig`.
     config.draft = ConfigDict(
         {"dir": "", "ticket": "", "dtype": "", "bits": 0, "group": 0, "plan": "same", "tokens": 4}
     )
-    # See `training.serving.programs.ServeConfig`.
+    # See `tessera.serving.programs.ServeConfig`.
     config.sizes = ConfigDict(
         {
             "slots": 8,
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.queue = 64  # requests that may wait for a slot
-    # For scripts/generate.py; see `training.serving.requests.Sampling`.
+    # For scripts/generate.py; see `tessera.serving.requests.Sampling`.
     config.prompt = "def "
     config.sampling = ConfigDict(
         {
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             "max_tokens": 200,
         }
     )
-    # For scripts/serve.py; see `training.serving.app.AppConfig`.
+    # For scripts/serve.py; see `tessera.serving.app.AppConfig`.
     config.host = "127.0.0.1"  # reachable from this machine only
     config.port = 8000
     config.api_key_variable = "TESSERA_API_KEY"  # environment variable with the key; none set, none asked for

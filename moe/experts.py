@@ -17,8 +17,9 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import dispatch
-from moe.kernels import Combine, SwiGLU, cpu_mixture, grouped_matmul
+from moe.kernels import Combine, SwiGLU, grouped_matmul
 from moe.kernels.implementations import choose, hopper
+from moe.kernels.xla import mixture as cpu_mixture
 from moe.routing import Routing
 
 Params = Mapping[str, Array]

@@ -2,7 +2,7 @@
 
 Works on the parameters of one feed-forward layer, or of a stack of layers (any leading axes): dense {gate, up,
 down}/kernel [*L, D, F], routed router/kernel [*L, D, E] and experts/{gate, up, down}/kernel [*L, E, D, F], the trees of
-`training.transformer` and `moe.layer`. Axes: L layers, D width, F feed-forward width, E experts.
+`tessera.models.transformer` and `moe.layer`. Axes: L layers, D width, F feed-forward width, E experts.
 """
 
 from collections.abc import Mapping

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import least_squares
 
-from scaling.family import Rule
 from scaling.isoflop import power_fit
+from scaling.sweeps.plan import Rule
 
 
 class CriticalBatch(NamedTuple):

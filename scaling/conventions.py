@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scaling import isoflop
-from scaling.bootstrap import bootstrap
-from scaling.fit import Fit, FitConfig, fit
+from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.fit import Fit, FitConfig, fit
+from scaling.fitting.intervals import bootstrap_interval
 from scaling.flops import CONVENTIONS, Shape, count
-from scaling.intervals import bootstrap_interval
 from scaling.optimum import log_loss_at
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows

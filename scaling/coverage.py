@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from scaling.bootstrap import refit, resamples
-from scaling.fit import Fit, FitConfig, fit
-from scaling.intervals import bootstrap_interval, prediction_interval, profile
+from scaling.fitting.bootstrap import refit, resamples
+from scaling.fitting.fit import Fit, FitConfig, fit
+from scaling.fitting.intervals import bootstrap_interval, prediction_interval, profile
 from scaling.laws import Law
 from scaling.optimum import chinchilla_optimum
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows

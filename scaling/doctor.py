@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize
 
-from scaling.bootstrap import Bootstrap, refit
-from scaling.fit import Fit, huber_sum, make_problem, polish, thresholds
+from scaling.fitting.bootstrap import Bootstrap, refit
+from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds
 from scaling.optimum import chinchilla_optimum, optimum
 from scaling.rows import Rows
 

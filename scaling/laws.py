@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scaling.curvature import Term
+from scaling.fitting.derivatives import Term
+from scaling.fitting.solve import LogLoss, Model, predict
 from scaling.rows import RowError, Rows
-from scaling.solve import LogLoss, Model, predict
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import t
 
-from scaling.fit import Fit, FitConfig, fit, fit_near
+from scaling.fitting.fit import Fit, FitConfig, fit, fit_near
 from scaling.laws import Law
 from scaling.optimum import log_loss_at, optimum
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows

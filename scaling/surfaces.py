@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scaling.coverage import isoflop_design
-from scaling.fit import FitConfig, fit
+from scaling.fitting.fit import FitConfig, fit
 from scaling.optimum import chinchilla_optimum
 from scaling.planner import buy, half_width
 from scaling.published import CHINCHILLA

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from training.analysis import AnalysisConfig
-from training.artefacts import CheckpointDamaged
-from training.config import ConfigError, Invocation, build, checked, run
-from training.download import DataUnavailable
-from training.pieces import Pieces
-from training.ticket_analysis import analyse, analysis_report
-from training.ticket_setup import finished
-from training.workdir import WorkdirMismatch, prepare
+from tessera.data.download import DataUnavailable
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import ConfigError, Invocation, build, checked, run
+from tessera.infra.memo import Pieces
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.tickets.probe_report import analyse, analysis_report
+from tessera.tickets.probes import AnalysisConfig
+from tessera.tickets.setup import finished
 
 
 def main(invocation: Invocation) -> None:

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from lottery.summary import write_csv
 from scripts import train
-from training import comparison
-from training.config import Invocation, run
-from training.report import config_section, write_report
-from training.workdir import prepare
+from tessera.infra.config import Invocation, run
+from tessera.infra.workdir import prepare
+from tessera.reports import comparison
+from tessera.reports.run_report import config_section, write_report
 
 
 def main(invocation: Invocation) -> int:

@@ -11,13 +11,13 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from sharding import hardware, topology
+from sharding.analysis import hardware, topology
 from sharding.errors import PlanError
-from training.compiled import compile_step
-from training.config import ConfigError, Invocation, checked, run
-from training.explained import explain, search
-from training.plan_report import terminal, write_page
-from training.text_run import make_run
+from tessera.infra.config import ConfigError, Invocation, checked, run
+from tessera.lm.run import make_run
+from tessera.planning.compile import compile_step
+from tessera.planning.explain import explain, search
+from tessera.planning.report import terminal, write_page
 
 flags.DEFINE_string("hardware", "v5p", f"What the step would run on: {', '.join(hardware.HARDWARE)}.")
 flags.DEFINE_string("compile", "", "TPU slice to compile the step for, such as v5p:8x8x8.")

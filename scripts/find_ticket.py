@@ -3,14 +3,14 @@
 from rich.console import Console
 
 from lottery import imp, summary
-from training.artefacts import CheckpointDamaged
-from training.config import Invocation, checked, run
-from training.download import DataUnavailable
-from training.levels import LevelStore
-from training.progress import Progress
-from training.ticket_report import FirstLayer, lottery_report, summary_table
-from training.ticket_setup import make_setup, search_tickets
-from training.workdir import WorkdirMismatch, prepare
+from tessera.data.download import DataUnavailable
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import Invocation, checked, run
+from tessera.infra.progress import Progress
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.tickets.report import FirstLayer, lottery_report, summary_table
+from tessera.tickets.setup import make_setup, search_tickets
+from tessera.tickets.store import LevelStore
 
 
 def main(invocation: Invocation) -> None:

@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scaling.rows import read_csv
-from training.config import Invocation, build, run
-from training.scaling_report import ScalingConfig, span, summary, write_fit
-from training.workdir import WorkdirMismatch, prepare
+from tessera.infra.config import Invocation, build, run
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.sweeps.fit_report import ScalingConfig, span, summary, write_fit
 
 
 def main(invocation: Invocation) -> None:

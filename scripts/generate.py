@@ -4,12 +4,12 @@ import sys
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from training.artefacts import CheckpointDamaged
-from training.config import Invocation, build, checked, run
-from training.serving.load import DraftConfig, SourceConfig, make_engine
-from training.serving.programs import ServeConfig
-from training.serving.requests import Sampling
-from training.serving.text import TextStream
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import Invocation, build, checked, run
+from tessera.serving.load import DraftConfig, SourceConfig, make_engine
+from tessera.serving.programs import ServeConfig
+from tessera.serving.requests import Sampling
+from tessera.serving.text import TextStream
 
 ERRORS = (FileNotFoundError, CheckpointDamaged, PlanError, ImportError)
 

@@ -8,13 +8,13 @@ import numpy as np
 from rich.console import Console
 
 from sharding.inference.quantize import QuantConfig, stored_bytes
-from training.artefacts import CheckpointDamaged
-from training.config import Invocation, build, checked, run
-from training.next_token import make_loss
-from training.serving.load import SourceConfig, load
-from training.serving.quantized import dequantise_layer, quantise_decoder
-from training.text import TextConfig, load_text
-from training.transformer import Decoder
+from tessera.data.text import TextConfig, load_text
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import Invocation, build, checked, run
+from tessera.models.transformer import Decoder
+from tessera.next_token import make_loss
+from tessera.serving.load import SourceConfig, load
+from tessera.serving.quantized import dequantise_layer, quantise_decoder
 
 ERRORS = (FileNotFoundError, CheckpointDamaged, ImportError)
 

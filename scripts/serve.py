@@ -7,12 +7,12 @@ from rich.console import Console
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from training.artefacts import CheckpointDamaged
-from training.config import Invocation, build, checked, run
-from training.serving.app import AppConfig, make_app
-from training.serving.load import DraftConfig, SourceConfig, make_engine
-from training.serving.programs import ServeConfig
-from training.serving.service import Service
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import Invocation, build, checked, run
+from tessera.serving.app import AppConfig, make_app
+from tessera.serving.load import DraftConfig, SourceConfig, make_engine
+from tessera.serving.programs import ServeConfig
+from tessera.serving.service import Service
 
 ERRORS = (FileNotFoundError, CheckpointDamaged, PlanError, ImportError)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

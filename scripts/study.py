@@ -4,11 +4,12 @@ import time
 
 from rich.console import Console
 
-from training.artefacts import CheckpointDamaged
-from training.config import Invocation, checked, run
-from training.download import DataUnavailable
-from training.pieces import Pieces
-from training.studies import (
+from tessera.data.download import DataUnavailable
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.config import Invocation, checked, run
+from tessera.infra.memo import Pieces
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.tickets.studies import (
     ablations,
     distribution,
     instability,
@@ -18,8 +19,7 @@ from training.studies import (
     sparse_training,
     transfer,
 )
-from training.studies.study import write_study
-from training.workdir import WorkdirMismatch, prepare
+from tessera.tickets.studies.study import write_study
 
 STUDIES = {
     "ablations": ablations.run,

@@ -6,19 +6,19 @@ from functools import partial
 
 from rich.console import Console
 
-from scaling.engines import EngineConfig, make_engine
-from scaling.family import Family, PlanConfig, plan_runs
-from scaling.purchases import PlannerConfig, choose_runs, first_table
-from scaling.store import Store
-from scaling.sweep import RunFailed, SweepConfig, sweep
-from training.config import Invocation, build, checked, run
-from training.download import DataUnavailable
-from training.sweep_report import ReportConfig, enough, sweep_report
-from training.sweep_table import SweepTable
-from training.sweeps import compile_cache, train_run
-from training.text import TextConfig, load_text
-from training.trial import TrialConfig
-from training.workdir import WorkdirMismatch, prepare, resolve
+from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
+from scaling.sweeps.executors import EngineConfig, make_engine
+from scaling.sweeps.plan import Family, PlanConfig, plan_runs
+from scaling.sweeps.store import Store
+from scaling.sweeps.sweep import RunFailed, SweepConfig, sweep
+from tessera.data.download import DataUnavailable
+from tessera.data.text import TextConfig, load_text
+from tessera.infra.config import Invocation, build, checked, run
+from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
+from tessera.sweeps.programs import TrialConfig
+from tessera.sweeps.report import ReportConfig, enough, sweep_report
+from tessera.sweeps.table import SweepTable
+from tessera.sweeps.train import compile_cache, train_run
 
 
 def main(invocation: Invocation) -> None:

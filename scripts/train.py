@@ -3,22 +3,22 @@
 import jax
 from rich.console import Console
 
-from sharding.distributed import DistributedError
 from sharding.errors import PlanError
-from training.artefacts import CheckpointDamaged, CheckpointMismatch
-from training.checkpoint import CheckpointConfig, Checkpoints
-from training.config import Invocation, build, run
-from training.download import DataUnavailable
-from training.logs import Logger
-from training.loop import train
-from training.next_token import results_table
-from training.placement import join_processes
-from training.plan_report import run_sections
-from training.report import lm_report
-from training.router_report import write_specialisation
-from training.stopping import Interrupted, NonFiniteLoss
-from training.text_run import make_text_run
-from training.workdir import WorkdirMismatch, prepare
+from sharding.multihost.distributed import DistributedError
+from tessera.data.download import DataUnavailable
+from tessera.infra.artifacts import CheckpointDamaged, CheckpointMismatch
+from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
+from tessera.infra.config import Invocation, build, run
+from tessera.infra.logger import Logger
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.lm.run import make_text_run
+from tessera.loop import train
+from tessera.next_token import results_table
+from tessera.parallel.placement import join_processes
+from tessera.planning.report import run_sections
+from tessera.reports.router import write_specialisation
+from tessera.reports.run_report import lm_report
+from tessera.signals import Interrupted, NonFiniteLoss
 
 ERRORS = (
     DataUnavailable,

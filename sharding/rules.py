@@ -179,7 +179,7 @@ def constrainer(mesh: Mesh | AbstractMesh, rules: Rules = Rules()) -> Callable[[
     """`constrain(x, logical_axes)` that tells the compiler where an activation lies (inside jit, outside shard_map).
 
     Given to a model's block edges, it leaves the choice of collectives to the compiler: any model trains under a plan
-    this way. The decoder's own way is explicit, see `sharding.edges`.
+    this way. The decoder's own way is explicit, see `sharding.tensor_parallel`.
     """
 
     def constrain(x: jax.Array, axes: Logical) -> jax.Array:

@@ -25,7 +25,7 @@ if not find_spec("jaxtyping"):
 if find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook(["lottery", "moe", "sharding", "scaling", "training"], "beartype.beartype")
+    install_import_hook(["lottery", "moe", "sharding", "scaling", "tessera"], "beartype.beartype")
 
 SHARED_DATA = Path(os.environ.get("TESSERA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "scripts": {*FOUR, "training"},
     "configs": set(),
 }
-ORBAX = ("training/artefacts.py", "training/checkpoint.py")
+ORBAX = ("tessera/infra/artifacts.py", "tessera/infra/checkpoint.py")
 
 
 def imports(path: Path) -> set[str]:

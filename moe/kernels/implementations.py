@@ -33,11 +33,11 @@ class Implementation:
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation("moe.kernels.cpu"),
-    "gpu": Implementation("moe.kernels.gpu", ("cuda",)),
-    "gpu_interpret": Implementation("moe.kernels.gpu", interpret=True),
-    "tpu": Implementation("moe.kernels.tpu", ("tpu",)),
-    "tpu_interpret": Implementation("moe.kernels.tpu", interpret=True),
+    "cpu": Implementation("moe.kernels.xla.ops"),
+    "gpu": Implementation("moe.kernels.hopper.ops", ("cuda",)),
+    "gpu_interpret": Implementation("moe.kernels.hopper.ops", interpret=True),
+    "tpu": Implementation("moe.kernels.tpu.ops", ("tpu",)),
+    "tpu_interpret": Implementation("moe.kernels.tpu.ops", interpret=True),
 }
 
 # Whose Mosaic GPU the kernels are written for.

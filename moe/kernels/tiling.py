@@ -1,9 +1,9 @@
 """Tile sizes: a small frozen config, looked up per device kind in tables that ship with the package.
 
 `tilings/<device kind>.json` holds a list of rows {"kernel", "rows_per_group", "k", "n", "dtype", "tiling": {...},
-"seconds"}, written by `scripts/tune_kernels.py`. A lookup takes the row of the same kernel and dtype nearest in shape
-(sum of squared log ratios). A device without a table, or without such a row, gets the safe default and a warning, once;
-so does one whose table says "not tuned" in place of seconds.
+"seconds"}, written by `scripts/benchmarks/tune_kernels.py`. A lookup takes the row of the same kernel and dtype nearest
+in shape (sum of squared log ratios). A device without a table, or without such a row, gets the safe default and a
+warning, once; so does one whose table says "not tuned" in place of seconds.
 """
 
 import dataclasses
@@ -48,14 +48,15 @@ def read_table(device_kind: str) -> tuple[dict[str, Any], ...]:
         known = ", ".join(sorted(file.stem for file in TABLES.glob("*.json"))) or "none"
         warnings.warn(
             f"no measured tile sizes for device kind {device_kind!r} (tables: {known}); using safe defaults. "
-            "Measure with: python scripts/tune_kernels.py",
+            "Measure with: python scripts/benchmarks/tune_kernels.py",
             stacklevel=2,
         )
         return ()
     rows = tuple(json.loads(path.read_text(encoding="utf-8")))
     if any(row["seconds"] == "not tuned" for row in rows):
         warnings.warn(
-            f"tile sizes for device kind {device_kind!r} are not tuned. Measure with: python scripts/tune_kernels.py",
+            f"tile sizes for device kind {device_kind!r} are not tuned. Measure with: "
+            "python scripts/benchmarks/tune_kernels.py",
             stacklevel=2,
         )
     return rows

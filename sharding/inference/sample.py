@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sharding.inference.cutoff import cutoff, log_normaliser
+from sharding.inference.top_p import cutoff, log_normaliser
 
 CANDIDATES = 128
 """Default C; a larger top-k, or a nucleus (top-p) of more tokens, is found by bisection."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding.inference.cutoff import log_normaliser
 from sharding.inference.sample import CANDIDATES, DRAWN, Settings, best, penalise, uniform, vocabulary_ids, warp
+from sharding.inference.top_p import log_normaliser
 
 AGAIN = 1 << 30  # added to a token's index: noise that the draft has not used
 COIN = -1  # in place of a vocabulary id: the number that decides whether a drafted token stays

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lottery import align, masks
-from training.lenet import LeNet, MLPConfig
-from training.transformer import Decoder, TransformerConfig
+from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.transformer import Decoder, TransformerConfig
 
 LAYERS = ("dense0", "dense1", "output")
 SPEC = align.chain_spec(LAYERS)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from lottery import block_sparse, masks, prune, scores, transform
-from training.layers import swiglu
-from training.lenet import LeNet, MLPConfig
-from training.transformer import Decoder, TransformerConfig
+from tessera.models.layers import swiglu
+from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.transformer import Decoder, TransformerConfig
 
 LAYERS = ("dense0", "dense1", "output")
 

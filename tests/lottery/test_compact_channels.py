@@ -9,8 +9,8 @@ import pytest
 
 from lottery import compact_channels, compact_experts, coupled, masks, prune, scores
 from moe import dispatch, experts, route
-from training.image_nets import ConvConfig, ResNetConfig
-from training.networks import STATISTICS, conv_net, resnet
+from tessera.models.registry import STATISTICS, conv_net, resnet
+from tessera.models.vision import ConvConfig, ResNetConfig
 
 X = jax.random.normal(jax.random.key(9), (5, 8, 8, 3))
 

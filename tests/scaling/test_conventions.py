@@ -3,7 +3,7 @@ import pytest
 
 from scaling import conventions, flops
 from scaling.coverage import EPOCH
-from scaling.fit import FitConfig, fit
+from scaling.fitting.fit import FitConfig, fit
 from scaling.published import CHINCHILLA
 from scaling.rows import make_rows, read_csv
 

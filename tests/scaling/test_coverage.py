@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, isoflop_design, simulate_coverage
-from scaling.fit import FitConfig
-from scaling.intervals import bootstrap_interval, student_level
+from scaling.fitting.fit import FitConfig
+from scaling.fitting.intervals import bootstrap_interval, student_level
 from scaling.published import CHINCHILLA, CURVE
 from scaling.rows import make_rows
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from scaling import doctor
-from scaling.bootstrap import bootstrap
-from scaling.fit import FitConfig, fit
+from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.fit import FitConfig, fit
 from scaling.published import CHINCHILLA, JOINT
 from scaling.rows import make_rows, read_csv
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scaling import doctor_powers as doctor
+from scaling import doctor_powers
 from scaling.isoflop import Curves, Minimum, PowerLaw, envelope
 
 
@@ -18,7 +18,7 @@ NO_DRAWS = np.zeros((2, 0))
 
 def test_sound_minima_are_fine():
     minima = [minimum(b) for b in (1e18, 1e19, 1e20, 1e21)]
-    found = doctor.examine_minima(PowerLaw(0.5, 0.0, 4, 0.01), minima, np.zeros((2, 10)), 2e21)
+    found = doctor_powers.examine_minima(PowerLaw(0.5, 0.0, 4, 0.01), minima, np.zeros((2, 10)), 2e21)
     assert {finding.verdict for finding in found} == {"fine"}
 
 
@@ -33,7 +33,7 @@ def test_sound_minima_are_fine():
     ],
 )
 def test_each_trap_is_warned_of(name, minima, law, draws, budget):
-    found = named(doctor.examine_minima(law, minima, draws, budget))
+    found = named(doctor_powers.examine_minima(law, minima, draws, budget))
     assert found[name].verdict == "warning"
 
 
@@ -43,7 +43,7 @@ def test_an_envelope_of_edge_sizes_is_warned_of():
     losses = np.stack([3 + 0.1 * np.abs(np.log(flops / c)) for c in (1e15, 2e15, 4e15, 8e15)])
     curves = Curves(flops, np.array([1.0, 2.0, 3.0, 4.0]), losses)
     law, found = envelope(curves)
-    findings = named(doctor.examine_envelope(found, curves, NO_DRAWS, 1e17, named=False))
+    findings = named(doctor_powers.examine_envelope(found, curves, NO_DRAWS, 1e17, named=False))
     assert findings["edge minima"].verdict == "warning" and findings["edge minima"].numbers["share"] < 0.5
     assert findings["runs"].verdict == "note"
     assert findings["extrapolation"].verdict == "warning"

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from scaling import isoflop
+from scaling.fitting.variable_projection import fit_projected
 from scaling.optimum import chinchilla_optimum
-from scaling.projection import fit_projected
 from scaling.rows import make_rows
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.fit import FitConfig, fit
+from scaling.fitting.fit import FitConfig, fit
 from scaling.laws import custom_law, restrict
 from scaling.published import (
     CHINCHILLA,

@@ -3,7 +3,7 @@ import pytest
 
 from scaling import planner
 from scaling.coverage import isoflop_design
-from scaling.fit import fit
+from scaling.fitting.fit import fit
 from scaling.optimum import chinchilla_optimum
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows

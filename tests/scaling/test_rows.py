@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scaling.fit import fit
+from scaling.fitting.fit import fit
 from scaling.published import CHINCHILLA, SPARSITY
 from scaling.rows import RowError, make_rows, read_csv
 

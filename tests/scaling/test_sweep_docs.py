@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scaling import family, store
+from scaling.sweeps import plan, store
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -25,5 +25,5 @@ def test_a_sweep_of_your_own_training(tmp_path):
 
 def test_the_page_speaks_of_what_there_is():
     for name in re.findall(r"`plan\.(\w+)`", PAGE):
-        assert hasattr(family.PlanConfig((8,), (1.0,)), name), name
+        assert hasattr(plan.PlanConfig((8,), (1.0,)), name), name
     assert "readouts" in PAGE and hasattr(store.Store, "missing")

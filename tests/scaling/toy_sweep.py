@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from scaling.engines import Local
-from scaling.family import Family, PlanConfig, Rule, plan_runs
-from scaling.store import Store
-from scaling.sweep import SweepConfig, sweep
+from scaling.sweeps.executors import Local
+from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
+from scaling.sweeps.store import Store
+from scaling.sweeps.sweep import SweepConfig, sweep
 
 PLAN = PlanConfig(
     widths=(8, 16, 24, 32), budgets=(1e9, 3e9, 9e9), batch=Rule(4.0, multiple=1), warmup=0, least_steps=10

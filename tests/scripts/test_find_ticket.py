@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from training.artefacts import load_extra
+from tessera.infra.artifacts import load_extra
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 
 from lottery import export, masks
-from training.checkpoint import Checkpoints
-from training.transformer import Decoder, TransformerConfig
-from training.workdir import prepare
+from tessera.infra.checkpoint import Checkpoints
+from tessera.infra.workdir import prepare
+from tessera.models.transformer import Decoder, TransformerConfig
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "ff": 16}

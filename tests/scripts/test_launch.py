@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import HOSTS
+from tessera.infra.config import HOSTS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "scripts" / "launch").iterdir())

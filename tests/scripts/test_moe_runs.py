@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from training.checkpoint import Checkpoints
-from training.checksums import name_of
-from training.logs import METRICS, read_rows
+from tessera.infra.checkpoint import Checkpoints
+from tessera.infra.checksums import name_of
+from tessera.infra.logger import METRICS, read_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from training.logs import METRICS, read_rows
+from tessera.infra.logger import METRICS, read_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

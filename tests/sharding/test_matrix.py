@@ -11,9 +11,9 @@ from moe.layer import MoEConfig
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import path_name, shardings
-from training.parallel import DecoderParts, batch_sharding, make_loss
-from training.routed import lm_loss
-from training.transformer import Decoder, TransformerConfig
+from tessera.models.lm_loss import lm_loss
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.parallel.decoder import DecoderParts, batch_sharding, make_loss
 
 CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=8, head_dim=4, ff=16)
 Z_LOSS = 1e-2  # large enough to show in the gradient

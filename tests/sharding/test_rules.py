@@ -10,9 +10,9 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import PARAMS, Rules, constrainer, logical_axes, mirrored_specs, param_specs, path_name, shardings
-from training.optimizer import OptimizerConfig, make_optimizer
-from training.step import StepConfig, init_state
-from training.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer
+from tessera.step import StepConfig, init_state
 
 CONFIG = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=24, tied=False)
 

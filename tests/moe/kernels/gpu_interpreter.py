@@ -12,7 +12,7 @@ from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.state.types import AbstractRef
 
-from moe.kernels import gpu_ring
+from moe.kernels.hopper import ring
 
 LOCK = threading.Lock()
 
@@ -25,7 +25,7 @@ def teach(monkeypatch):
     monkeypatch.setattr(
         jaxpr_interpret.JaxprInterpreter, "_interpret_wgmma_ref_p", lambda *args: interpret_wgmma(plain, *args)
     )
-    monkeypatch.setattr(gpu_ring, "LACKING", frozenset())
+    monkeypatch.setattr(ring, "LACKING", frozenset())
 
 
 class Addition(gpu_callbacks.AsyncCopySmemToGmemTask):

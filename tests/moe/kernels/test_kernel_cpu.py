@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels import cpu, cpu_mixture
 from moe.kernels.spec import ContractionOperands, ContractionSpec, GroupedOperands, GroupedSpec
 from moe.kernels.tiling import Tiling
+from moe.kernels.xla import mixture, ops
 
 R, K, N, G, TILE = 300, 24, 16, 6, 128
 FLOAT = np.dtype("float32")
@@ -17,13 +17,13 @@ X, W, DY = (RNG.normal(size=shape).astype(np.float32) for shape in ((R, K), (G, 
 
 @jax.jit
 def both(x, dy, sizes):
-    made = cpu.grouped(GroupedOperands(x, (jnp.asarray(W),), (), sizes), GroupedSpec(FLOAT, Tiling(rows=TILE)))
-    return made, cpu.contract(ContractionOperands(x, dy, sizes), ContractionSpec(FLOAT, Tiling(rows=TILE)))
+    made = ops.grouped(GroupedOperands(x, (jnp.asarray(W),), (), sizes), GroupedSpec(FLOAT, Tiling(rows=TILE)))
+    return made, ops.contract(ContractionOperands(x, dy, sizes), ContractionSpec(FLOAT, Tiling(rows=TILE)))
 
 
 def test_heights_cover_the_tile():
-    assert cpu._heights(TILE) == (16, 32, 64, 96, 128)
-    assert cpu._heights(24) == (18, 24) and cpu._heights(8) == (8,)
+    assert ops._heights(TILE) == (16, 32, 64, 96, 128)
+    assert ops._heights(24) == (18, 24) and ops._heights(8) == (8,)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_mixture_in_one_loop_and_its_gradients(sizes):
 
     def ours(x, gate, up, down, weights):
         x = x.at[t - 1].set(jnp.nan)
-        y = cpu_mixture.mixture(x, gate, up, down, jnp.array(sizes, jnp.int32), tokens, weights, 16)
+        y = mixture.mixture(x, gate, up, down, jnp.array(sizes, jnp.int32), tokens, weights, 16)
         return (y * cotangent).sum()
 
     def theirs(x, gate, up, down, weights):

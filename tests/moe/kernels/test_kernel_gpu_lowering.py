@@ -19,7 +19,7 @@ if jax.__version_info__ < (0, 11):
 
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
-from moe.kernels import gpu_ring
+from moe.kernels.hopper import ring
 
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 matmul = partial(grouped_matmul, implementation="gpu")
@@ -149,10 +149,10 @@ def test_an_output_beyond_two_to_the_31_elements_lowers():
 def test_too_much_shared_memory_is_caught(monkeypatch):
     f, shapes = grouped(256, 512, 256, 2)
     with pytest.raises(ValueError, match="Choose smaller rows or cols in Tiling"):
-        monkeypatch.setattr(gpu_ring, "SHARED", 1 << 16)
+        monkeypatch.setattr(ring, "SHARED", 1 << 16)
         lower(f, *shapes)
     with pytest.raises(ValueError, match="exceeds available shared memory"):
-        monkeypatch.setattr(gpu_ring, "SHARED", 1 << 20)
+        monkeypatch.setattr(ring, "SHARED", 1 << 20)
         lower(f, *shapes)
 
 

@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from moe.kernels import (
-    Combine,
-    Quantized,
-    SwiGLU,
-    block_sparse_matmul,
-    block_structure,
-    grouped_matmul,
-    quantize,
-    tpu_gather,
-    tpu_grouped,
-)
+from moe.kernels import Combine, Quantized, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
 from moe.kernels.tiling import Tiling
-from moe.kernels.tpu_plan import Tiles
+from moe.kernels.tpu import gather, grouped
+from moe.kernels.tpu.tiles import Tiles
 
 TILES = Tiling(rows=32, inner=128, cols=128)
 interpreted = partial(grouped_matmul, implementation="tpu_interpret", tiling=TILES)
@@ -96,7 +87,7 @@ def test_every_epilogue_equals_the_plain_path(name, shape):
     assert_agree(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
 
 
-@pytest.mark.parametrize(("name", "module"), [("combine", tpu_grouped), ("gather", tpu_gather)])
+@pytest.mark.parametrize(("name", "module"), [("combine", grouped), ("gather", gather)])
 def test_what_does_not_fit_in_memory_is_not_fused_and_equal(monkeypatch, name, module):
     monkeypatch.setattr(module, "LARGE", 0)
     # A shape of its own: what was traced before, with more memory, is not traced again.
@@ -159,8 +150,8 @@ def test_an_output_beyond_two_to_the_31_elements_lowers_for_tpus():
 @pytest.mark.parametrize(("width", "rows", "fits"), [(2048, 512, True), (16384, 256, True), (65536, 128, False)])
 def test_wider_gathered_rows_make_shorter_tiles(width, rows, fits):
     x = jnp.zeros((8, width), jnp.bfloat16)
-    tiles = tpu_gather.shorten(x, Tiles(m=512, k=1024, n=512, rows=4096, inner=width, cols=512))
-    assert tiles.m == rows and tpu_gather.fits(x, tiles) == fits
+    tiles = gather.shorten(x, Tiles(m=512, k=1024, n=512, rows=4096, inner=width, cols=512))
+    assert tiles.m == rows and gather.fits(x, tiles) == fits
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from sharding.inference.cutoff import cutoff
 from sharding.inference.sample import DRAWN, READ, Settings, greedy, penalise, sample, uniform, warp
+from sharding.inference.top_p import cutoff
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 

@@ -1,0 +1,180 @@
+"""A mixture of SwiGLU experts on CPUs in one loop: gather, three products, weighted sum, and all their gradients.
+
+What the grouped kernels pass to each other through memory (hidden activations and their cotangents, [M, F] each) stays
+in the cache here, a tile at a time. The forward pass of a gradient keeps gate and up activations, the backward one
+makes everything else again.
+
+Axes: T tokens, M rows sorted by group, G groups (experts), D width, F feed-forward width, R rows of a tile.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe.kernels.epilogue import swiglu, swiglu_gradient
+from moe.kernels.implementations import align, tiling, zeros
+from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
+from moe.kernels.xla.ops import _by_height, _rows, _slice, _working, _write
+
+
+class Mixture(NamedTuple):
+    """x (T, D); gate, up (G, D, F) and down (G, F, D) of x's dtype; sizes (G,); tokens and weights (M,) of rows."""
+
+    x: Array
+    gate: Array
+    up: Array
+    down: Array
+    sizes: Array
+    tokens: Array
+    weights: Array
+
+
+def mixture(
+    x_TD: Float[Array, "T D"],
+    gate_GDF: Float[Array, "G D F"],
+    up_GDF: Float[Array, "G D F"],
+    down_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    tokens_M: Int[Array, " M"],
+    weights_M: Float[Array, " M"],
+    tile: int = 0,
+) -> Float[Array, "T D"]:
+    """Sum over a token's rows of weight times silu(x gate) * (x up) down, by the row's group.
+
+    Products are taken in x's dtype and summed in float32. Differentiable in x, the kernels and the weights. Works under
+    jit, vmap (a loop over calls), scan and shard_map.
+
+    Args:
+      x_TD: tokens.
+      gate_GDF, up_GDF, down_GFD: kernels, of x's dtype.
+      sizes_G: rows of each group, in order; rows past their sum are not looked at.
+      tokens_M: token of every row.
+      weights_M: factor of every row.
+      tile: rows of a tile; 0 looks up a measured number.
+    """
+    groups, d, f = gate_GDF.shape
+    rows = tokens_M.shape[0]
+    found = tiling("grouped", "cpu", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)
+    operands = Mixture(x_TD, gate_GDF, up_GDF, down_GFD, sizes_G, tokens_M, weights_M)
+    return _mixture(min(tile or found.rows, rows), align(operands))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixture(tile, operands):
+    return _looped(partial(_forward, tile=tile, keep=False))(operands)[0]
+
+
+def _mixture_fwd(tile, operands):
+    out, gate_MF, up_MF = _looped(partial(_forward, tile=tile, keep=True))(operands)
+    return out, (operands, gate_MF, up_MF)
+
+
+def _mixture_bwd(tile, saved, dout_TD):
+    operands, gate_MF, up_MF = saved
+    grads = _looped(partial(_backward, tile=tile))(operands, gate_MF, up_MF, dout_TD.astype(operands.x.dtype))
+    return (Mixture(*grads[:4], None, None, grads[4]),)
+
+
+_mixture.defvjp(_mixture_fwd, _mixture_bwd)
+
+
+def _looped(run):
+    """Jitted, and a loop over calls under vmap."""
+    return jax.jit(jax.custom_batching.sequential_vmap(run))
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _pad(value: Array, tile: int) -> Array:
+    return jnp.pad(value, ((0, tile - value.shape[0]), *((0, 0),) * (value.ndim - 1)))
+
+
+def _forward(o: Mixture, *, tile: int, keep: bool) -> tuple[Array, ...]:
+    """The output, and with `keep` gate and up activations (M, F)."""
+    rows, dtype = o.tokens.shape[0], o.x.dtype
+    steps = matmul_steps(o.sizes, rows=rows, tile=tile, align=1)
+    kept = (zeros((rows, o.gate.shape[2]), dtype, o.x),) * (2 if keep else 0)
+
+    def step(s: Array, carry):
+        out_TD, kept = carry
+        start, end, mine_R = _rows(steps, s, tile, rows)
+        tokens_R, group = _slice(o.tokens, start, tile), steps.b[s]
+        x_RD = o.x.at[tokens_R].get(mode="clip")
+
+        def products(height):
+            gate_RF, up_RF = (_dot(x_RD[:height], w[group], (1, 0)) for w in (o.gate, o.up))
+            y_RD = _dot(swiglu(gate_RF, up_RF).astype(dtype), o.down[group], (1, 0))
+            more = (gate_RF.astype(dtype), up_RF.astype(dtype)) if keep else ()
+            return tuple(_pad(each, tile) for each in (y_RD, *more))
+
+        y_RD, *more = _by_height(end, tile, products)
+        weights_R1 = _slice(o.weights, start, tile)[:, None]
+        out_TD = out_TD.at[tokens_R].add(jnp.where(mine_R[:, None], y_RD * weights_R1, 0))
+        return out_TD, tuple(_write(a, start, mine_R, b) for a, b in zip(kept, more, strict=True))
+
+    start = (zeros(o.x.shape, jnp.float32, o.x), kept)
+    out_TD, kept = jax.lax.fori_loop(0, _working(steps), step, start)
+    return out_TD.astype(dtype), *kept
+
+
+def _backward(o: Mixture, gate_MF: Array, up_MF: Array, dout_TD: Array, *, tile: int) -> tuple[Array, ...]:
+    """Cotangents of x, gate, up, down and weights."""
+    rows = o.tokens.shape[0]
+    steps = contraction_steps(o.sizes, rows=rows, tile=tile, align=1)
+    groups = o.sizes.shape[0]
+    first_G = jnp.searchsorted(steps.o, jnp.arange(groups + 1, dtype=jnp.int32))
+    one = partial(_tile_backward, o, gate_MF, up_MF, dout_TD, steps, tile)
+
+    def group(g, carry):
+        dx_TD, dweights_M, kernels = carry
+        # The dead tail repeats the last step: it must not be counted as the last group's.
+        begin, end = first_G[g], jnp.minimum(first_G[g + 1], steps.count)
+
+        def more(s, carry):
+            dx_TD, dweights_M, sums = carry
+            dx_TD, dweights_M, products = one(s, g, dx_TD, dweights_M)
+            return dx_TD, dweights_M, tuple(a + b for a, b in zip(sums, products, strict=True))
+
+        carry = jax.lax.fori_loop(begin + 1, end, more, one(begin, g, dx_TD, dweights_M))
+        kernels = tuple(k.at[g].set(s.astype(k.dtype)) for k, s in zip(kernels, carry[2], strict=True))
+        return carry[0], carry[1], kernels
+
+    kernels = tuple(zeros(w.shape, w.dtype, o.x) for w in (o.gate, o.up, o.down))
+    start = (zeros(o.x.shape, jnp.float32, o.x), zeros((rows,), jnp.float32, o.x), kernels)
+    dx_TD, dweights_M, kernels = jax.lax.fori_loop(0, groups, group, start)
+    return dx_TD.astype(o.x.dtype), *kernels, dweights_M.astype(o.weights.dtype)
+
+
+def _tile_backward(o: Mixture, gate_MF, up_MF, dout_TD, steps: Steps, tile: int, s, group, dx_TD, dweights_M):
+    """Cotangents of x and weights with a tile's added, and the tile's part of those of gate, up and down (float32)."""
+    dtype = o.x.dtype
+    start, end, mine_R = _rows(steps, s, tile, o.tokens.shape[0])
+    mine_R1, tokens_R = mine_R[:, None], _slice(o.tokens, start, tile)
+    # Rows that are not ours: nothing goes on from them, and no NaN either.
+    x_RD, dout_RD = (jnp.where(mine_R1, a.at[tokens_R].get(mode="clip"), 0) for a in (o.x, dout_TD))
+    gate_RF, up_RF = (_slice(a, start, tile) for a in (gate_MF, up_MF))
+    weights_R1 = jnp.where(mine_R, _slice(o.weights, start, tile), 0)[:, None]
+
+    def products(height):
+        gate, up = (a[:height].astype(jnp.float32) for a in (gate_RF, up_RF))
+        weights, x, dout = weights_R1[:height], x_RD[:height], dout_RD[:height]
+        back_RF = _dot(dout, o.down[group], (1, 1))
+        hidden_RF = swiglu(gate, up).astype(dtype)
+        dweights_R = (back_RF * hidden_RF).sum(axis=1)
+        dgate, dup = (each.astype(dtype) for each in swiglu_gradient(gate, up, back_RF * weights))
+        dx_RD = _dot(dgate, o.gate[group], (1, 1)) + _dot(dup, o.up[group], (1, 1))
+        weighted = (hidden_RF * weights).astype(dtype)
+        kernels = (_dot(x, dgate, (0, 0)), _dot(x, dup, (0, 0)), _dot(weighted, dout, (0, 0)))
+        return _pad(dx_RD, tile), _pad(dweights_R, tile), kernels
+
+    dx_RD, dweights_R, kernels = _by_height(end, tile, products)
+    dx_TD = dx_TD.at[tokens_R].add(jnp.where(mine_R1, dx_RD, 0))
+    before_R = _slice(dweights_M, start, tile)
+    dweights_R = jnp.where(mine_R, dweights_R, before_R)
+    return dx_TD, jax.lax.dynamic_update_slice_in_dim(dweights_M, dweights_R, start, 0), kernels

@@ -1,0 +1,106 @@
+"""Bootstrap over runs: resample the rows, refit, look at the spread.
+
+A resample is the same rows with other counts, so every basin of the full fit can be scored on every resample with one
+matrix product; the lowest is polished under the resample's counts. That equals a search from every start as long as a
+resample's optimum descends from a basin of the full data, which `search_again` checks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from scaling.fitting.fit import Fit, fit, huber_sum, make_problem, polish, thresholds
+
+
+class Bootstrap(NamedTuple):
+    """Refits of resampled rows.
+
+    Attributes:
+      theta_PB: raw parameters of each resample's fit.
+      value_B: its objective.
+      converged_B: whether it converged.
+      basin_B: the basin of the full fit it descends from.
+      natural_PB: the parameters as people write them.
+    """
+
+    theta_PB: Float[np.ndarray, "P B"]
+    value_B: Float[np.ndarray, "B"]
+    converged_B: Bool[np.ndarray, "B"]
+    basin_B: Int[np.ndarray, "B"]
+    natural_PB: Float[np.ndarray, "P B"]
+
+    def standard_errors(self) -> Float[np.ndarray, "P"]:
+        """Standard deviation of each natural parameter over converged resamples."""
+        return np.std(self.natural_PB[:, self.converged_B], axis=1, ddof=1)
+
+
+def resamples(
+    count: int, rows: int, *, seed: int = 42, clusters: Sequence[object] | np.ndarray | None = None
+) -> Float[np.ndarray, "R B"]:
+    """How often each row is drawn in each of `count` resamples, float64 [R, B].
+
+    Draws come from numpy's frozen legacy stream: a seed gives the same resamples under every numpy (NEP 19), and seed
+    42 those of the published replication of Hoffmann et al. (Besiroglu et al. 2024).
+
+    Args:
+      count: resamples.
+      rows: how many rows there are.
+      seed: of the draws.
+      clusters: a label per row; whole clusters are drawn then (all rows of one model, say), as many as there are.
+
+    Raises:
+      ValueError: labels for another number of rows.
+    """
+    stream = np.random.RandomState(seed)
+    members = np.arange(rows)
+    if clusters is not None:
+        if len(clusters) != rows:
+            raise ValueError(f"{len(clusters)} cluster labels for {rows} rows")
+        members = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    total = int(members.max()) + 1
+    counts = np.empty((total, count))
+    for begun in range(0, count, 512):  # arrays that stay in the cache
+        here = min(512, count - begun)
+        drawn = stream.choice(total, size=(here, total))
+        drawn += total * np.arange(here)[:, None]
+        counts[:, begun : begun + here] = np.bincount(drawn.ravel(), minlength=here * total).reshape(here, total).T
+    return counts if clusters is None else counts[members]
+
+
+def bootstrap(
+    fitted: Fit,
+    count: int = 4000,
+    *,
+    seed: int = 42,
+    clusters: Sequence[object] | np.ndarray | None = None,
+) -> Bootstrap:
+    """Refit `count` resamples of the fit's rows; see `resamples`."""
+    counts_RB = resamples(count, len(fitted.rows), seed=seed, clusters=clusters)
+    return refit(fitted, counts_RB)
+
+
+def refit(fitted: Fit, counts_RB: Float[np.ndarray, "R B"]) -> Bootstrap:
+    """Refit under given row weights: score all basins, polish from the best."""
+    delta = thresholds(fitted.config)[-1]
+    problem = make_problem(fitted.rows, fitted.law, delta)
+    residual_RK = fitted.law.predict(fitted.basins_PK, problem.features) - problem.target_R1
+    loss_RK = np.stack([huber_sum(residual_RK[i : i + 1], delta) for i in range(len(residual_RK))])
+    basin_B = np.argmin(counts_RB.T @ loss_RK, axis=1)
+    solved = polish(fitted.basins_PK[:, basin_B], counts_RB, fitted.rows, fitted.law, fitted.config)
+    return Bootstrap(solved.theta, solved.value, solved.converged, basin_B, fitted.law.natural(solved.theta))
+
+
+def search_again(fitted: Fit, counts_R: Float[np.ndarray, "R"]) -> Fit:
+    """Fit one resample from every start of the grid: the slow way that `refit` must agree with."""
+    which = np.repeat(np.arange(len(counts_R)), counts_R.astype(int))
+    return fit(fitted.rows.take(which), fitted.law, fitted.config)
+
+
+def interval(
+    draws: Float[np.ndarray, "... B"], level: float = 0.95, how: Callable = np.percentile
+) -> Float[np.ndarray, "2 ..."]:
+    """The central interval of draws in the last axis: its two percentiles."""
+    edge = 50 * (1 - level)
+    return how(draws, [edge, 100 - edge], axis=-1)

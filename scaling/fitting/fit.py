@@ -1,0 +1,256 @@
+"""Approach 3: fit a law to rows from every start of its grid, and keep what the starts ended in.
+
+Two passes: a short majorising one from every start, then exact Newton from the distinct end points. What remains are
+basins: local optima of the objective, the best first. Resamples of the rows move the basins a little, so a bootstrap
+need not search again (`scaling.fitting.bootstrap`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from scaling.fitting.solve import Problem, Solved, solve
+from scaling.laws import Law
+from scaling.rows import Rows
+
+Objective = Literal["huber", "laplace", "normal"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a law is fitted.
+
+    Attributes:
+      objective: what is summed over rows, of residuals of log loss. "huber" with `delta`; "laplace", the absolute
+        value, and "normal", the square: the likelihoods with a free scale, whose best location does not depend on it.
+      delta: Huber's threshold (Hoffmann et al. 2022: 1e-3).
+      search_steps: steps of the first pass from every start.
+      polish_steps: most steps of the second.
+      tol: relative predicted decrease of the objective at which a fit has converged.
+      keep: most distinct end points that are polished.
+    """
+
+    objective: Objective = "huber"
+    delta: float = 1e-3
+    search_steps: int = 30
+    polish_steps: int = 200
+    tol: float = 1e-11
+    keep: int = 32
+
+    def __post_init__(self):
+        if not self.delta > 0:
+            raise ValueError(f"delta {self.delta}: Huber's threshold must be positive")
+
+
+class Search(NamedTuple):
+    """What became of the starts: raw starts [P, S], and where the first pass left them."""
+
+    start_PS: Float[np.ndarray, "P S"]
+    ended: Solved
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    Attributes:
+      law: what was fitted.
+      rows: to what.
+      config: how.
+      theta: raw parameters [P], the best found.
+      value: objective there, a sum over rows.
+      converged: whether Newton's decrement there went below `config.tol`.
+      decrement: that decrement, relative to the value.
+      basins_PK: raw parameters of the distinct converged optima, best first; column 0 is `theta`.
+      basin_values: their objectives [K].
+      residuals: log predicted - log observed loss [R].
+      search: what became of the starts.
+    """
+
+    law: Law
+    rows: Rows
+    config: FitConfig
+    theta: Float[np.ndarray, "P"]
+    value: float
+    converged: bool
+    decrement: float
+    basins_PK: Float[np.ndarray, "P K"]
+    basin_values: Float[np.ndarray, "K"]
+    residuals: Float[np.ndarray, "R"]
+    search: Search
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Natural parameters by name."""
+        return dict(zip(self.law.parameters, self.law.natural(self.theta).tolist(), strict=True))
+
+    @property
+    def scale(self) -> float:
+        """Scale of the residuals: mean absolute value for "laplace", else root of the mean square."""
+        if self.config.objective == "laplace":
+            return float(np.mean(np.abs(self.residuals)))
+        return float(np.sqrt(np.mean(self.residuals**2)))
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """Of log losses at the best scale; None for "huber", whose scale is given."""
+        count, scale = len(self.residuals), max(self.scale, 1e-300)
+        if self.config.objective == "laplace":
+            return -count * (np.log(2 * scale) + 1)
+        if self.config.objective == "normal":
+            return -count * (0.5 * np.log(2 * np.pi * scale**2) + 0.5)
+        return None
+
+
+def thresholds(config: FitConfig) -> list[float]:
+    """Huber thresholds passed through in turn.
+
+    The absolute value is approached from above, so that every stage starts near its optimum; a millionth of log loss is
+    under any run's noise. The square is a threshold no residual reaches.
+    """
+    return {"huber": [config.delta], "laplace": [1e-3, 1e-4, 1e-5, 1e-6], "normal": [1e3]}[config.objective]
+
+
+def make_problem(rows: Rows, law: Law, delta: float, *, centred: bool = True) -> Problem:
+    """Features, targets and the change of variables that centres them (none without `centred`)."""
+    features = law.gather(rows)
+    mixing = np.eye(len(law.parameters))
+    means = {name: float(values.mean()) if centred else 0.0 for name, values in features.items()}
+    for coefficient, exponent, feature, sign in law.pairs:
+        # theta_coefficient = phi_coefficient - sign exponent mean(feature)
+        mixing[law.parameters.index(coefficient), law.parameters.index(exponent)] -= sign * means[feature]
+    return Problem(features, np.log(rows["loss"])[:, None], means, mixing, np.float64(delta))
+
+
+def polish(
+    theta_PS: Float[np.ndarray, "P S"],
+    weights_RS: Float[np.ndarray, "R S"] | Float[np.ndarray, "R 1"],
+    rows: Rows,
+    law: Law,
+    config: FitConfig,
+    *,
+    held: tuple[int, ...] = (),
+) -> Solved:
+    """Newton from every column of theta under its own row weights, to convergence; `held` parameters do not move."""
+    for delta in thresholds(config):
+        solved = solve(
+            theta_PS,
+            weights_RS,
+            make_problem(rows, law, delta, centred=not held),
+            law.model,
+            newton=True,
+            iterations=config.polish_steps,
+            tol=config.tol,
+            held=held,
+        )
+        theta_PS = np.where(np.isfinite(solved.value), solved.theta, theta_PS)
+    return solved
+
+
+def check_count(rows: Rows, law: Law) -> None:
+    """Refuse to fit more parameters than there are rows.
+
+    Raises:
+      ValueError: saying how many of both there are.
+    """
+    if len(rows) < len(law.parameters):
+        raise ValueError(
+            f"{rows.source}: {len(rows)} rows cannot determine the {len(law.parameters)} parameters of {law.name} "
+            f"({', '.join(law.parameters)}); add runs or hold parameters with scaling.laws.restrict"
+        )
+
+
+def distinct(theta_PS: np.ndarray, value_S: np.ndarray, predicted_RS: np.ndarray, *, tol: float, most: int) -> list:
+    """Indices of end points whose predictions differ by more than `tol` somewhere, best first, `most` at most."""
+    chosen: list[int] = []
+    for i in np.argsort(value_S, kind="stable"):
+        if not np.isfinite(value_S[i]) or not np.isfinite(theta_PS[:, i]).all():
+            continue
+        apart = [np.abs(predicted_RS[:, i] - predicted_RS[:, j]).max() > tol for j in chosen]
+        if all(apart):
+            chosen.append(int(i))
+        if len(chosen) == most:
+            break
+    return chosen
+
+
+def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.ndarray | None = None) -> Fit:
+    """Fit a law.
+
+    Args:
+      rows: at least as many as the law has parameters.
+      law: what to fit.
+      config: how; the defaults are the published recipe.
+      starts: raw starting values [P, S]; the law's grid if None.
+
+    Raises:
+      ValueError: fewer rows than parameters, or no start from which the law is finite.
+      scaling.rows.RowError: a column the law needs is missing or wrong.
+    """
+    config = config or FitConfig()
+    check_count(rows, law)
+    start_PS = law.starts() if starts is None else np.asarray(starts, float)
+    problem = make_problem(rows, law, thresholds(config)[0])
+    one = np.ones((len(rows), 1))
+    ended = solve(
+        start_PS,
+        one,
+        problem,
+        law.model,
+        newton=False,
+        iterations=config.search_steps,
+        tol=1e-6,
+    )
+    best_first = np.argsort(np.where(np.isfinite(ended.value), ended.value, np.inf), kind="stable")[:1024]
+    predicted = law.predict(ended.theta[:, best_first], problem.features)
+    which = distinct(ended.theta[:, best_first], ended.value[best_first], predicted, tol=1e-3, most=config.keep)
+    if not which:
+        raise ValueError(f"{law.name}: not finite from any of {start_PS.shape[1]} starts; give others")
+    return _finish(ended.theta[:, best_first[which]], rows, law, config, Search(start_PS, ended))
+
+
+def fit_near(fitted: Fit, rows: Rows, *, spread: float = 0.3) -> Fit:
+    """Fit the law to other rows (one more, say) from where a fit's basins are, without searching the grid again.
+
+    Starts are the basins, and the best of them with every parameter moved up and down by `spread`.
+    """
+    moved = spread * np.concatenate([np.eye(len(fitted.theta)), -np.eye(len(fitted.theta))], 1)
+    start_PS = np.concatenate([fitted.basins_PK, fitted.theta[:, None] + moved], 1)
+    check_count(rows, fitted.law)
+    return _finish(start_PS, rows, fitted.law, fitted.config, fitted.search)
+
+
+def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, search: Search) -> Fit:
+    """Polish candidates, keep the distinct optima, and make the record."""
+    problem = make_problem(rows, law, thresholds(config)[0])
+    solved = polish(theta_PS, np.ones((len(rows), 1)), rows, law, config)
+    order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
+    final = law.predict(solved.theta, problem.features)
+    # Basins: optima that were reached, and in any case the best point there is.
+    candidate = np.where(solved.converged | (np.arange(len(order)) == order[0]), solved.value, np.inf)
+    basins = distinct(solved.theta, candidate, final, tol=1e-5, most=config.keep)
+    best = basins[0]
+    if not solved.converged[best]:
+        best = int(order[0])
+    return Fit(
+        law=law,
+        rows=rows,
+        config=config,
+        theta=solved.theta[:, best],
+        value=float(solved.value[best]),
+        converged=bool(solved.converged[best]),
+        decrement=float(solved.decrement[best]),
+        basins_PK=solved.theta[:, basins],
+        basin_values=solved.value[basins],
+        residuals=final[:, best] - problem.target_R1[:, 0],
+        search=search,
+    )
+
+
+def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, "S"]:
+    """Sum of Huber losses over rows; not finite where the residual is not."""
+    size = np.abs(residual_RS)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.sum(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)), 0)

@@ -1,0 +1,185 @@
+"""Where runs are carried out: processes on this machine here, SLURM and Ray in `scaling.sweeps.clusters`.
+
+An engine takes calls (a picklable function and its arguments) and gives jobs to look at. Nothing comes back from a job
+but success or an error: what a run produces, it writes to a directory that every host sees.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+# One thread each: products of a tiny model gain nothing from a second one, a second run does.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where runs are carried out.
+
+    Attributes:
+      name: processes of this machine, SLURM arrays, Ray tasks, or submitit's two stand-ins for a cluster.
+      slots: runs at a time; 0, for "local" only, is one per core.
+      retries: how often a failed run is started again.
+      options: submitit's parameters (timeout_min, slurm_partition ...), Ray's address, or environment variables of
+        local processes, as (name, value) pairs.
+    """
+
+    name: Literal["local", "slurm", "ray", "submitit-local", "submitit-debug"] = "local"
+    slots: int = 0
+    retries: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@runtime_checkable
+class Job(Protocol):
+    """A call under way."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        ...
+
+    def error(self) -> str:
+        """Why it failed, "" if it did not; only asked once it is done."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Carries out calls; `slots` is how many may be handed in at a time."""
+
+    slots: int
+
+    def submit(self, calls: Sequence[Call]) -> Sequence[Job]:
+        """Start calls."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Pass the time until something may have happened."""
+        ...
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """End jobs that are not wanted any more."""
+        ...
+
+
+@dataclass
+class Process:
+    """A call in a process of its own."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def error(self) -> str:
+        """The last line it wrote, or the signal that ended it."""
+        code = self.process.returncode
+        if code == 0:
+            return ""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name} (log: {self.log})"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else f'exit status {code}'} (log: {self.log})"
+
+
+class Local:
+    """Processes on this machine, one call each, one thread each.
+
+    A process ends when the one that started it does, so nothing is left behind by a kill.
+
+    Args:
+      slots: processes at a time; 0 for one per core.
+      directory: of the processes' logs.
+      environment: further environment variables of the processes.
+
+    Raises:
+      ValueError: on submitting a function defined in the script that runs.
+    """
+
+    def __init__(self, slots: int, directory: Path | str, environment: Mapping[str, str] | None = None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.slots = slots or cores
+        self.directory = Path(directory)
+        self.environment = dict(environment or {})
+        self._count = 0
+
+    def submit(self, calls: Sequence[Call]) -> list[Process]:
+        """Start a process for every call."""
+        return [self._start(call) for call in calls]
+
+    def _start(self, call: Call) -> Process:
+        payload = pickle.dumps(call)
+        if b"__main__" in payload:
+            raise ValueError(
+                "what a run calls is defined in the script itself, which its process cannot import: move it to a module"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._count += 1
+        log = self.directory / f"{os.getpid()}-{self._count}.log"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD['XLA_FLAGS']}".strip()
+        # The child finds what the parent finds, however the parent was started.
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = os.environ | ONE_THREAD | {"XLA_FLAGS": flags, "PYTHONPATH": paths} | self.environment
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "scaling.sweeps.worker", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(payload)
+        return Process(process, log)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """Kill them and wait until they are gone."""
+        for job in jobs:
+            if isinstance(job, Process):
+                job.process.kill()
+                job.process.wait()
+
+
+def make_engine(config: EngineConfig, directory: Path | str, environment: Mapping[str, str] | None = None) -> Engine:
+    """An engine.
+
+    Args:
+      config: which.
+      directory: for logs.
+      environment: of local processes, besides that of `config.options`.
+
+    Raises:
+      ValueError: no number of slots where one is needed.
+      ImportError: the extra is not installed.
+    """
+    name, slots, options = config.name, config.slots, dict(config.options)
+    if name == "local":
+        return Local(slots, directory, {**(environment or {}), **options})
+    if slots < 1:
+        raise ValueError(f"engine {name!r} needs the number of runs at a time, slots = {slots}")
+    # Here, because clusters build on this module and need packages of their own.
+    from scaling.sweeps.clusters import RayJobs, Submitit
+
+    if name == "ray":
+        return RayJobs(slots, **options)
+    return Submitit(slots, directory, name.removeprefix("submitit-"), options)

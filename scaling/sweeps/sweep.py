@@ -1,0 +1,259 @@
+"""Carry out a table of runs: every readout an artefact, one CSV in the order of the plan, killed and gone on with.
+
+A run's artefacts lie under the hash of its settings (`scaling.sweeps.store`). The CSV is written from them in the order
+of the plan (a run that finishes early waits for those before it), so that the same plan gives the same bytes however
+often it was killed and in whatever order its runs ended.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scaling.sweeps.executors import Engine, Job
+from scaling.sweeps.plan import Run
+from scaling.sweeps.store import Row, Store, TrainFn, carry_out, write_text
+
+
+class RunFailed(RuntimeError):
+    """Runs that failed every time they were tried; the message names them and the last error of each."""
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as CSV text, floats as Python writes them.
+
+    Raises:
+      ValueError: rows with different columns.
+    """
+    rows = list(rows)
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"run {row.get('run')!r} has columns {list(row)}, the first run {columns}")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([repr(float(v)) if isinstance(v, float) else v for v in row.values()] for row in rows)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How a table of runs is carried out.
+
+    Attributes:
+      retries: how often a failed run is started again.
+      poll: seconds between looks at the runs under way.
+    """
+
+    retries: int = 1
+    poll: float = 0.2
+
+
+@dataclass
+class Status:
+    """Where a sweep stands, for whoever watches it.
+
+    Attributes:
+      runs: the plan.
+      states: of every run: "waiting", "running", "done", "failed" or "not needed".
+      steps: done by every run.
+      losses: last loss read off every run, None before the first.
+      tries: how often every run was started.
+      errors: last error of the runs that failed.
+    """
+
+    runs: Sequence[Run]
+    states: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    tries: list[int] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.runs, planned = [], self.runs
+        self.extend(planned)
+
+    def extend(self, runs: Sequence[Run]) -> None:
+        """More runs of the plan, all waiting."""
+        self.runs = [*self.runs, *runs]
+        count = len(runs)
+        self.states += ["waiting"] * count
+        self.steps += [0] * count
+        self.losses += [None] * count
+        self.tries += [0] * count
+
+
+def sweep(
+    runs: Sequence[Run],
+    train: TrainFn,
+    store: Store,
+    engine: Engine,
+    path: Path | str,
+    config: SweepConfig = SweepConfig(),
+    *,
+    enough: Callable[[list[Row]], bool] | None = None,
+    more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None = None,
+    watch: Callable[[Status], None] = lambda status: None,
+) -> list[Row]:
+    """Carry out a table of runs.
+
+    Args:
+      runs: the plan; its order is the CSV's.
+      train: trains one run, see `scaling.sweeps.store.TrainFn`.
+      store: where artefacts are kept; what is there is not done again.
+      engine: where runs are carried out.
+      path: of the CSV.
+      config: retries and polling.
+      enough: asked about the rows so far after every run, in the order of the plan; True ends the sweep, and later runs
+        are left out of the CSV even if they are finished.
+      more: asked for further runs, given the rows and the runs so far, whenever all runs have ended; the sweep goes on
+        with them until there are none. Runs of the same settings may come again with other readouts. It must depend on
+        nothing else: a restart asks it again.
+      watch: called now and then.
+
+    Returns:
+      The rows of the CSV.
+
+    Raises:
+      RunFailed: after everything else is done, if runs failed more often than `config.retries`.
+    """
+    state = _Sweep(runs, train, store, engine, Path(path), config, enough, more)
+    try:
+        while state.turn():
+            watch(state.status)
+            engine.wait(config.poll)
+        watch(state.status)
+    finally:
+        engine.stop([job for _, job in state.running])
+    if state.status.errors:
+        lines = [f"  {state.runs[i].name}: {error}" for i, error in sorted(state.status.errors.items())]
+        raise RunFailed(f"{len(lines)} of {len(state.runs)} runs failed; start again to retry:\n" + "\n".join(lines))
+    return state.rows
+
+
+class _Sweep:
+    """The state of one `sweep`."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        train: TrainFn,
+        store: Store,
+        engine: Engine,
+        path: Path,
+        config: SweepConfig,
+        enough: Callable[[list[Row]], bool] | None,
+        more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None,
+    ):
+        self.runs, self.train, self.store, self.engine = list(runs), train, store, engine
+        self.path, self.config, self.enough, self.more = path, config, enough, more
+        self.status = Status(self.runs)
+        self.running: list[tuple[int, Job]] = []
+        self.waiting = list(range(len(self.runs)))
+        self.rows: list[Row] = []
+        self.next = 0  # the first run that is not in the CSV
+        self.over = False
+        self._check(self.runs)
+        self._write("")
+
+    def _check(self, runs: Sequence[Run]) -> None:
+        """No two runs of the same settings side by side: they would write the same files."""
+        keys = [run.key for run in runs]
+        if len(set(keys)) < len(keys):
+            twice = sorted({run.name for run in runs if keys.count(run.key) > 1})
+            raise ValueError(f"runs with the same settings are planned twice: {', '.join(twice)}")
+
+    def _grow(self) -> None:
+        """Ask for more runs when all there are have ended."""
+        while self.more and not self.over and self.next == len(self.runs):
+            further = list(self.more(self.rows, self.runs))
+            if not further:
+                return
+            self._check(further)
+            self.waiting += range(len(self.runs), len(self.runs) + len(further))
+            self.runs += further
+            self.status.extend(further)
+            self._append()
+
+    def turn(self) -> bool:
+        """Look at the runs under way, write rows, start runs; whether there is more to do."""
+        self._collect()
+        self._append()
+        self._grow()
+        if self.over:
+            for i, state in enumerate(self.status.states):
+                if state in ("waiting", "running") and i >= self.next:
+                    self.status.states[i] = "not needed"
+            return False
+        self._start()
+        return bool(self.running or self.waiting)
+
+    def _collect(self) -> None:
+        """Take finished jobs in; a failed one waits again or is given up."""
+        for i, job in list(self.running):
+            run = self.runs[i]
+            self._look(i)
+            if not job.done():
+                continue
+            self.running.remove((i, job))
+            missing = self.store.missing(run)
+            error = job.error() or (f"{len(missing)} readouts are missing" if missing else "")
+            if not error:
+                self.status.states[i], self.status.steps[i] = "done", run.steps
+                self.status.errors.pop(i, None)
+            elif self.status.tries[i] <= self.config.retries:
+                self.status.states[i] = "waiting"
+                self.waiting.insert(0, i)
+            else:
+                self.status.states[i], self.status.errors[i] = "failed", error
+
+    def _look(self, i: int) -> None:
+        rows = self.store.rows(self.runs[i])
+        self.status.losses[i] = rows[-1].get("loss") if rows else None
+        self.status.steps[i] = min(self.store.steps_done(self.runs[i]), self.runs[i].steps)
+
+    def _append(self) -> None:
+        """Rows of the runs that are next in the plan's order; a run that failed is passed over."""
+        while self.next < len(self.runs) and not self.over:
+            i = self.next
+            if self.status.states[i] == "waiting" and not self.store.missing(self.runs[i]):
+                self._look(i)
+                self.status.states[i], self.status.steps[i] = "done", self.runs[i].steps
+                self.waiting.remove(i)
+            if self.status.states[i] not in ("done", "failed"):
+                break
+            self.next += 1
+            self.rows += self.store.rows(self.runs[i]) if self.status.states[i] == "done" else []
+            self._write(table(self.rows))
+            self.over = bool(self.enough and self.status.states[i] == "done" and self.enough(self.rows))
+
+    def _write(self, text: str) -> None:
+        # Appended where what is there is the beginning of what should be; else (a line cut short by a kill) replaced.
+        old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if self.path.exists() and text.startswith(old):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text[len(old) :])
+        else:
+            write_text(self.path, text)
+
+    def _start(self) -> None:
+        """Start waiting runs while the engine has room; what is finished already is not started."""
+        room = self.engine.slots - len(self.running)
+        chosen: list[int] = []
+        while self.waiting and len(chosen) < room:
+            i = self.waiting.pop(0)
+            if not self.store.missing(self.runs[i]):
+                self._look(i)
+                self.status.states[i], self.status.steps[i] = "done", self.runs[i].steps
+                continue
+            chosen.append(i)
+        if chosen:
+            tasks = [(carry_out, (self.train, self.runs[i], self.store.directory)) for i in chosen]
+            for i, job in zip(chosen, self.engine.submit(tasks), strict=True):
+                self.running.append((i, job))
+                self.status.states[i] = "running"
+                self.status.tries[i] += 1

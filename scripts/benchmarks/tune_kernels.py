@@ -1,0 +1,102 @@
+"""Sweep tile sizes on random uneven groups and write this device kind's table.
+
+`python scripts/benchmarks/tune_kernels.py`
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/bench_kernels.py:cpu", "Shapes to tune for.")
+_ROWS = flags.DEFINE_list("rows", ["32", "64", "128", "256", "512"], "Row tiles to try.")
+_INNER = flags.DEFINE_list("inner", [], "Contraction tiles to try; empty: the default only.")
+_COLS = flags.DEFINE_list("cols", [], "Column tiles to try; empty: the default only.")
+_OUT = flags.DEFINE_string("out", "", "File to write instead of the table inside the package.")
+
+
+def candidates(default) -> list:
+    """All combinations of the flags' values in the fields of the implementation's own tiling."""
+    values = {
+        name: [int(v) for v in flag.value] for name, flag in (("rows", _ROWS), ("inner", _INNER), ("cols", _COLS))
+    }
+    values = {name: given or [getattr(default, name)] for name, given in values.items()}
+    return [
+        dataclasses.replace(default, **dict(zip(values, each, strict=True)))
+        for each in itertools.product(*values.values())
+    ]
+
+
+def main(argv) -> None:
+    """Time every candidate for every shape, in turns, and keep the quickest of each kernel."""
+    del argv
+    from moe.kernels import block_sparse_matmul, block_structure, grouped_matmul, to_blocks
+    from moe.kernels.implementations import IMPLEMENTATIONS, choose
+    from moe.kernels.tiling import TABLES, slug
+    from scripts.benchmarks.kernel_rivals import ours, products, uneven_sizes
+    from scripts.benchmarks.timing import take_turns
+
+    def _grouped(sizes, x, w, tiling):
+        return grouped_matmul(x, w, sizes, tiling=tiling, implementation=ours())
+
+    def _blocks(structure, x, b, tiling):
+        return block_sparse_matmul(x, b, structure, tiling=tiling, implementation=ours())
+
+    config = _CONFIG.value
+    found: list[dict] = []
+    defaults = importlib.import_module(IMPLEMENTATIONS[choose(ours())].module).TILINGS
+
+    def tune(kernel, product, call, x, w, dy, *, rows_per_group):
+        row = {"kernel": kernel, "rows_per_group": rows_per_group, "k": x.shape[1], "n": dy.shape[1]}
+        row["dtype"] = config.dtype
+        if any(row.items() <= old.items() for old in found):
+            # The table does not tell block sizes apart: the first of them is tuned.
+            return
+        runs, tilings = {}, {str(tiling): tiling for tiling in candidates(defaults[kernel])}
+        for name, tiling in tilings.items():
+            run = products(lambda x, w, t=tiling: call(x, w, tiling=t), x, w, dy)[product]
+            try:
+                run()
+            except Exception as error:  # a tile too large fails in the compiler
+                Console().print(f"{kernel} {name}: {type(error).__name__}, left out")
+                continue
+            runs[name] = run
+        times = take_turns(runs, rounds=config.rounds)
+        best = min(times, key=lambda name: times[name].median)
+        found.append(row | {"tiling": dataclasses.asdict(tilings[best]), "seconds": round(times[best].median, 6)})
+        Console().print(found[-1])
+
+    for m, k, n, *rest in (*config.grouped, *config.blocks):
+        keys = jax.random.split(jax.random.key(config.seed), 3)
+        x, dy = (jax.random.normal(keys[i], (m, size), jnp.dtype(config.dtype)) for i, size in ((0, k), (1, n)))
+        if len(rest) == 1:
+            groups = rest[0]
+            sizes = jnp.array(uneven_sizes(m, groups, concentration=config.concentration, seed=config.seed))
+            w = jax.random.normal(keys[2], (groups, k, n), x.dtype)
+            for kernel, product in (("grouped", "forward"), ("contraction", "weight gradient")):
+                call = partial(_grouped, sizes)
+                tune(kernel, product, call, x, w, dy, rows_per_group=m / groups)
+        else:
+            block, density = rest
+            mask = np.random.default_rng(config.seed).random((k // block, n // block)) < density
+            structure = block_structure(mask, block, shape=(k, n))
+            w = to_blocks(jax.random.normal(keys[2], (k, n), x.dtype), structure)
+            for kernel, product in (("block", "forward"), ("block_contraction", "weight gradient")):
+                call = partial(_blocks, structure)
+                tune(kernel, product, call, x, w, dy, rows_per_group=m)
+    path = _OUT.value or TABLES / f"{slug(jax.devices()[0].device_kind)}.json"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+    Console().print(f"wrote {len(found)} rows to {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)

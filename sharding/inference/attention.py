@@ -1,0 +1,104 @@
+"""Attention of new tokens over a cache and over each other, in parts that are merged by their log-sum-exp.
+
+The cache is only read while the layers run; the new tokens' keys join it afterwards, in one write for all layers.
+Axes: see `sharding.inference`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sharding.inference.kv_cache import Past
+
+Partial = tuple[Float[Array, "N T K G h"], Float[Array, "N T K G"]]
+"""Attention over some of the keys, normalised over those, and the log of the normaliser (-inf for no key); float32."""
+
+
+def over_past(
+    q_NTKGh: Float[Array, "N T K G h"], past: Past, starts_N: Int[Array, " N"], cp: str | None = None
+) -> Partial:
+    """Attention over the keys that a slot held before this call: positions 0..starts-1.
+
+    Args:
+      q_NTKGh: queries.
+      past: keys and values of this device; int8 ones are multiplied by their scales after the products.
+      starts_N: tokens in the cache, over all devices of cp.
+      cp: mesh axis that splits positions; the result is this device's part.
+    """
+    ways, index = (1, 0) if cp is None else (jax.lax.axis_size(cp), jax.lax.axis_index(cp))
+    position_S = jnp.arange(past.k.shape[2], dtype=jnp.int32) * ways + index
+    seen_NS = position_S[None] < starts_N[:, None]
+    dtype = q_NTKGh.dtype
+    k_NKSh, v_NKSh = past.k.astype(dtype), past.v.astype(dtype)
+    s_NKGTS = jnp.einsum("ntkgh,nksh->nkgts", q_NTKGh, k_NKSh, preferred_element_type=jnp.float32)
+    s_NKGTS *= q_NTKGh.shape[-1] ** -0.5
+    if past.k_scale is not None:
+        s_NKGTS *= past.k_scale[:, :, None, None]
+    s_NKGTS = jnp.where(seen_NS[:, None, None, None], s_NKGTS, -jnp.inf)
+    top_NKGT = _finite(s_NKGTS.max(-1))
+    p_NKGTS = jnp.exp(s_NKGTS - top_NKGT[..., None])
+    sum_NKGT = p_NKGTS.sum(-1)
+    if past.v_scale is not None:
+        p_NKGTS *= past.v_scale[:, :, None, None]
+    o_NKGTh = jnp.einsum("nkgts,nksh->nkgth", p_NKGTS.astype(dtype), v_NKSh, preferred_element_type=jnp.float32)
+    o_NKGTh /= jnp.maximum(sum_NKGT, 1e-30)[..., None]
+    lse_NKGT = jnp.log(sum_NKGT) + top_NKGT
+    return o_NKGTh.transpose(0, 3, 1, 2, 4), lse_NKGT.transpose(0, 3, 1, 2)
+
+
+def over_chunk(
+    q_NTKGh: Float[Array, "N T K G h"], k_NTKh: Float[Array, "N T K h"], v_NTKh: Float[Array, "N T K h"]
+) -> Partial:
+    """Causal attention of the call's tokens over each other; every query sees at least itself."""
+    t = q_NTKGh.shape[1]
+    s_NKGTS = jnp.einsum("ntkgh,nskh->nkgts", q_NTKGh, k_NTKh, preferred_element_type=jnp.float32)
+    s_NKGTS *= q_NTKGh.shape[-1] ** -0.5
+    s_NKGTS = jnp.where(jnp.tril(jnp.ones((t, t), bool))[None, None, None], s_NKGTS, -jnp.inf)
+    lse_NKGT = jax.nn.logsumexp(s_NKGTS, axis=-1)
+    p_NKGTS = jnp.exp(s_NKGTS - lse_NKGT[..., None]).astype(v_NTKh.dtype)
+    o_NTKGh = jnp.einsum("nkgts,nskh->ntkgh", p_NKGTS, v_NTKh, preferred_element_type=jnp.float32)
+    return o_NTKGh, lse_NKGT.transpose(0, 3, 1, 2)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the union of two disjoint sets of keys (Milakov & Gimelshein 2018); either may be empty."""
+    (a_o, a_lse), (b_o, b_lse) = a, b
+    top = _finite(jnp.maximum(a_lse, b_lse))
+    a_weight, b_weight = jnp.exp(a_lse - top), jnp.exp(b_lse - top)
+    total = a_weight + b_weight
+    o = (a_o * a_weight[..., None] + b_o * b_weight[..., None]) / jnp.maximum(total, 1e-30)[..., None]
+    return o, jnp.log(total) + top
+
+
+def merge_over(part: Partial, axis: str | None) -> Partial:
+    """`merge` of the parts of all devices of a mesh axis: one maximum and one sum cross devices."""
+    if axis is None:
+        return part
+    o, lse = part
+    with jax.named_scope("merge_context"):
+        top = _finite(jax.lax.pmax(lse, axis))
+        weight = jnp.exp(lse - top)
+        sums = jax.lax.psum(jnp.concatenate([o * weight[..., None], weight[..., None]], axis=-1), axis)
+    o, total = sums[..., :-1], sums[..., -1]
+    return o / jnp.maximum(total, 1e-30)[..., None], jnp.log(total) + top
+
+
+def cached_attention(
+    q_NTHh: Float[Array, "N T H h"],
+    k_NTKh: Float[Array, "N T K h"],
+    v_NTKh: Float[Array, "N T K h"],
+    past: Past,
+    starts_N: Int[Array, " N"],
+    cp: str | None = None,
+) -> Float[Array, "N T H h"]:
+    """Attention over the cache and, causally, over the call's own tokens; query head i reads key head i // G."""
+    N, T, H, h = q_NTHh.shape
+    K = k_NTKh.shape[2]
+    q_NTKGh = q_NTHh.reshape(N, T, K, H // K, h)
+    before = merge_over(over_past(q_NTKGh, past, starts_N, cp), cp)
+    o_NTKGh, _ = merge(before, over_chunk(q_NTKGh, k_NTKh, v_NTKh))
+    return o_NTKGh.reshape(N, T, H, h).astype(q_NTHh.dtype)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0.0)

@@ -1,0 +1,268 @@
+"""Pipeline parallelism: the loss and its gradient over stages that pass microbatches on, as one SPMD program.
+
+The program is a lockstep table (`sharding.pipeline.lockstep`) run inside shard_map: each of its phases is one
+`lax.scan` over ticks, and a tick is F of one microbatch, B of another, or both, on every stage
+(`sharding.pipeline.ticks`). F keeps only the stage's input; B computes the stage again and pulls the gradient back with
+`jax.vjp`. What a stage has to keep is
+therefore known from the table: the inputs of 2 p - 1 microbatches for 1F1B whatever m is (Narayanan et al. 2021), of m
+for GPipe (Huang et al. 2019).
+
+The embedding is computed on the first stage alone and the loss on the last alone; idle stages compute nothing.
+Gradients are summed over microbatches in float32, and over devices once, after the last tick.
+
+Axes: p stages, m microbatches, v chunks, n layers of a chunk, L layers of the model, b rows of a microbatch on a
+  device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from sharding.errors import PlanError
+from sharding.pipeline.lockstep import Phase, lockstep, phases, slots
+from sharding.pipeline.schedules import Schedule
+from sharding.pipeline.stages import StageLayout, stack_stages, unstack_stages
+from sharding.pipeline.ticks import Carry, Messages, Stage, StageFns, vary, zeros_like
+from sharding.zero import Stored, is_spec, spread
+
+P = PartitionSpec
+Metrics = dict[str, jax.Array]
+WHOLE = P()
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How a batch goes through the stages.
+
+    Attributes:
+      schedule: "gpipe", "1f1b", or "interleaved" (1F1B over `layout.chunks` chunks per stage).
+      microbatches: m.
+      layout: which layer lives where.
+      stage_axis: mesh axis of the stages; its size must be `layout.stages`.
+      batch_axes: mesh axes the batch's rows are split over.
+      sum_axes: further mesh axes over which the functions' losses and gradients are parts of a sum, such as "cp" where
+        each device has some of the tokens.
+      other_axes: further mesh axes that the functions use themselves and that their results do not vary over
+        (`lax.psum` over "tp"). Axes named nowhere are left to the compiler.
+      gather_axes: along which of the stage, batch and sum axes the pipeline gathers parameters that are stored in
+        parts, once per step; along the rest the functions do, layer by layer (ZeRO-3). None is all of them.
+      arranged: layers come arranged by stage (`sharding.pipeline.stages.stack_stages`), and so do their gradients.
+        Otherwise they come in the model's order; unless the layout is `in_place`, each step then moves them to their
+        stages and back.
+      skip_idle: idle stages and padding branch round the layers. Must be off where a layer uses `lax.ppermute` (ring
+        attention): all devices of the mesh take part in it at once, and XLA would wait for those that branched off.
+        They then compute something and drop it, which costs no time, as the other stages are busy, but energy.
+    """
+
+    schedule: str
+    microbatches: int
+    layout: StageLayout
+    stage_axis: str = "pp"
+    batch_axes: tuple[str, ...] = ("dp",)
+    sum_axes: tuple[str, ...] = ()
+    other_axes: tuple[str, ...] = ()
+    gather_axes: tuple[str, ...] | None = None
+    arranged: bool = False
+    skip_idle: bool = True
+
+    @property
+    def varying_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which activations and losses vary: stage, batch and sum axes."""
+        return (self.stage_axis, *self.batch_axes, *self.sum_axes)
+
+    @property
+    def manual_axes(self) -> tuple[str, ...]:
+        """All mesh axes of the config."""
+        return (*self.varying_axes, *self.other_axes)
+
+    def table(self) -> Schedule:
+        """The schedule as a table; raises PlanError for sizes that cannot be run."""
+        return lockstep(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
+
+
+def make_value_and_grad(
+    fns: StageFns,
+    mesh: Mesh | AbstractMesh,
+    config: PipelineConfig,
+    shared_specs: PyTree = WHOLE,
+    layer_specs: PyTree = WHOLE,
+) -> Callable[[PyTree, PyTree, PyTree], tuple[tuple[jax.Array, Metrics], tuple[PyTree, PyTree]]]:
+    """Make `f(shared, layers, batch) -> ((loss, metrics), (shared gradients, layer gradients))`, to be jitted.
+
+    `shared` are the parameters of embedding and head (one tree, so a table that both read is tied by being in it once),
+    `layers` have leaves [L, ...] (or arranged by stage, see the config), and the gradients are like them. `batch` has
+    leaves [B, ...], B a multiple of (product of the batch axes) * m. loss and metrics are float32 scalars: sums over
+    the batch divided by the sum of the weights, and "weight" is that sum.
+
+    Args:
+      fns: the model.
+      mesh: with the config's axes.
+      config: schedule and layout.
+      shared_specs: PartitionSpec (or tree of them) of the shared parameters. Along a batch axis or the stage axis they
+        are only stored in parts: gathered before the first tick, gradients scattered after the last.
+      layer_specs: the same for one layer, without the leading axis, which is always split over the stages.
+
+    Raises:
+      PlanError: (here) the mesh lacks an axis or its stages differ from the layout's, or the schedule cannot be run;
+        (when called) the batch does not divide.
+    """
+    table = config.table()
+    return _over_devices(fns, mesh, config, phases(table), slots(table)[0], (shared_specs, layer_specs))
+
+
+def make_loss(
+    fns: StageFns,
+    mesh: Mesh | AbstractMesh,
+    config: PipelineConfig,
+    shared_specs: PyTree = WHOLE,
+    layer_specs: PyTree = WHOLE,
+) -> Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, Metrics]]:
+    """Make `f(shared, layers, batch) -> (loss, metrics)`, forward passes only; see `make_value_and_grad`.
+
+    Not for differentiating: its gradient would keep the activations of every tick.
+    """
+    rows = [phase.forward for phase in phases(config.table()) if "F" in phase.kinds]
+    forward = Phase("F", np.concatenate(rows), np.zeros((0, config.layout.stages, 4), np.int32))
+    run = _over_devices(fns, mesh, config, [forward], 0, (shared_specs, layer_specs))
+    return lambda shared, layers, batch: run(shared, layers, batch)[0]
+
+
+def _over_devices(
+    fns: StageFns,
+    mesh: Mesh | AbstractMesh,
+    config: PipelineConfig,
+    plan: list[Phase],
+    kept: int,
+    specs: tuple[PyTree, PyTree],
+) -> Callable[[PyTree, PyTree, PyTree], Any]:
+    """shard_map of `_one_device` with the table's rows of every stage sent to that stage."""
+    require_mesh(mesh, config)
+    layout, axis = config.layout, config.stage_axis
+    train = kept > 0
+    ends = np.zeros((layout.stages, 2), bool)
+    ends[0, 0] = ends[-1, 1] = True
+    constants = {
+        "rows": [(np.moveaxis(phase.forward, 1, 0), np.moveaxis(phase.backward, 1, 0)) for phase in plan],
+        "present": None if layout.even else (layout.index >= 0).reshape(layout.stages, -1),
+        "ends": ends,
+    }
+
+    def call(shared: PyTree, layers: PyTree, batch: PyTree) -> Any:
+        require_divides(batch, mesh, config)
+        stacked = layers if config.arranged else stack_stages(layers, layout)
+        shared_specs = spread(specs[0], shared)
+        layer_specs = jax.tree.map(lambda spec: P(axis, *spec), spread(specs[1], layers), is_leaf=is_spec)
+
+        def one_device(shared: PyTree, layers: PyTree, batch: PyTree, constants: Any) -> Any:
+            constants = jax.tree.map(lambda x: x[0], constants)
+            kinds = [phase.kinds for phase in plan]
+            whole = config.varying_axes
+            gather = whole if config.gather_axes is None else config.gather_axes
+            own = (
+                Stored(shared, shared_specs, whole, gather),
+                # A stage's layers are its own.
+                Stored(layers, layer_specs, whole[1:], tuple(name for name in gather if name != axis)),
+            )
+            return _one_device(fns, config, own, batch, kinds, constants, kept)
+
+        gradients = (shared_specs, layer_specs) if train else None
+        run = jax.shard_map(
+            one_device,
+            mesh=mesh,
+            in_specs=(shared_specs, layer_specs, P(config.batch_axes), P(axis)),
+            out_specs=((P(), P()), gradients),
+            axis_names=set(config.manual_axes),
+        )
+        value, grads = run(shared, stacked, batch, constants)
+        if train and not config.arranged:
+            grads = (grads[0], unstack_stages(grads[1], layout))
+        return value, grads
+
+    return call
+
+
+def _one_device(
+    fns: StageFns,
+    config: PipelineConfig,
+    stores: tuple[Stored, Stored],
+    batch: PyTree,
+    kinds: list[str],
+    constants: Any,
+    kept: int,
+) -> Any:
+    """The whole step on one device: put parameters together, run the phases, sum over devices."""
+    axes = config.varying_axes
+    m = config.microbatches
+    shared, layers = (vary(store.gather(), axes) for store in stores)
+    batch = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), batch)
+    stage = Stage(
+        fns=fns,
+        shared=shared,
+        layers=layers,
+        batch=batch,
+        present=constants["present"],
+        ends=constants["ends"],
+        chunks=config.layout.chunks,
+        stages=config.layout.stages,
+        stage_axis=config.stage_axis,
+        axes=axes,
+        skip_idle=config.skip_idle,
+    )
+    micro = stage.micro(jnp.int32(0))
+    x = jax.eval_shape(lambda: vary(fns.embed(shared, micro), axes))
+    sums = jax.eval_shape(lambda: vary(fns.head_loss(shared, zeros_like(x, axes), micro), axes))
+    carry = Carry(
+        inbox=Messages(zeros_like(x, axes), zeros_like(x, axes) if kept else None),
+        kept=zeros_like(x, axes, lead=(kept,)) if kept else None,
+        shared=zeros_like(shared, axes, jnp.float32) if kept else None,
+        layers=zeros_like(layers, axes, jnp.float32) if kept else None,
+        sums=zeros_like(sums, axes),
+    )
+    for kind, rows in zip(kinds, constants["rows"], strict=True):
+        carry = stage.scan(carry, kind, rows, keep=kept > 0)
+    total, weight, metrics = lax.psum(carry.sums, axes)
+    # As a mean over nothing is zero elsewhere in the house.
+    scale = 1 / jnp.where(weight == 0, 1.0, weight)
+    value = total * scale, {name: each * scale for name, each in metrics.items()} | {"weight": weight}
+    if not kept:
+        return value, None
+    grads = (store.scatter(total, scale) for store, total in zip(stores, (carry.shared, carry.layers), strict=True))
+    return value, tuple(grads)
+
+
+def require_mesh(mesh: Mesh | AbstractMesh, config: PipelineConfig) -> None:
+    """Refuse a mesh that lacks one of the config's axes, or whose stage axis is not the layout's number of stages."""
+    for axis in config.manual_axes:
+        if axis not in mesh.shape:
+            raise PlanError(f"the pipeline needs mesh axis {axis!r}; the mesh has {dict(mesh.shape)}")
+    if mesh.shape[config.stage_axis] != config.layout.stages:
+        raise PlanError(
+            f"the layout has {config.layout.stages} stages, but mesh axis {config.stage_axis!r} has "
+            f"{mesh.shape[config.stage_axis]} devices; they must be equal"
+        )
+
+
+def require_divides(batch: PyTree, mesh: Mesh | AbstractMesh, config: PipelineConfig) -> None:
+    """Refuse a batch whose rows do not divide into microbatches on every device.
+
+    Raises:
+      PlanError: with the sizes, and the nearest batch sizes that do divide.
+    """
+    split = int(np.prod([mesh.shape[axis] for axis in config.batch_axes], dtype=int))
+    unit = split * config.microbatches
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the batch"
+        rows = np.shape(leaf)[0] if np.ndim(leaf) else 0
+        if rows == 0 or rows % unit:
+            low = rows - rows % unit
+            raise PlanError(
+                f"{name}: {rows} rows do not divide into {split} (mesh axes {', '.join(config.batch_axes)}) x "
+                f"{config.microbatches} microbatches; take {f'{low} or ' if low else ''}{low + unit} rows"
+            )

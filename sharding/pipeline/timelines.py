@@ -1,0 +1,160 @@
+"""The known pipeline schedules, made by simulating stages that work through a list: tables to read and draw.
+
+Every stage starts a work as soon as what it needs has ended. These are the timelines of the papers' figures, in which
+stages need not keep step; `sharding.pipeline.lockstep` has those that run as one SPMD program.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sharding.pipeline.schedules import Row, Schedule, Work, needs, require_sizes
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """How many ticks each kind of work takes; W is only used by schedules that split the backward pass."""
+
+    F: int = 1
+    B: int = 1
+    W: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.F, self.B, self.W) < 1:
+            raise ValueError(f"F={self.F}, B={self.B}, W={self.W} ticks: each must be at least 1")
+
+
+def simulate(chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks()) -> tuple[Row, ...]:
+    """Let every stage work through its list, waiting where the next work is not ready, and return the table.
+
+    Args:
+      chunks: v.
+      orders: the works of every stage, in the order it runs them.
+      ticks: how long each kind takes.
+
+    Raises:
+      ValueError: all stages wait and none runs anything: the orders deadlock.
+    """
+    ended: list[dict[Work, int]] = [{} for _ in orders]  # work -> first tick after it
+    rows: list[list[Work | None]] = []
+
+    def put(tick: int, stage: int, work: Work) -> None:
+        while len(rows) <= tick:
+            rows.append([None] * len(orders))
+        rows[tick][stage] = work
+
+    free = [0] * len(orders)
+    now = 0
+    while any(len(done) < len(order) for done, order in zip(ended, orders, strict=True)):
+        for stage, order in enumerate(orders):
+            if free[stage] > now or len(ended[stage]) == len(order):
+                continue
+            work = order[len(ended[stage])]
+            wanted = needs(work, stage, len(orders), chunks)
+            if all(ended[other].get(needed, now + 1) <= now for other, needed in wanted):
+                free[stage] = ended[stage][work] = now + getattr(ticks, work.kind)
+                for tick in range(now, free[stage]):
+                    put(tick, stage, work)
+        if max(free) <= now:
+            raise ValueError(f"tick {now}: every stage waits; the orders of works deadlock")
+        now += 1
+    return tuple(tuple(row) for row in rows)
+
+
+def gpipe(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
+    """All forward passes, then all backward passes, the last microbatch first: Huang et al. (2019), figure 2(c)."""
+    require_sizes("gpipe", stages, microbatches)
+    order = [Work("F", i) for i in range(microbatches)] + [Work("B", i) for i in reversed(range(microbatches))]
+    rows = simulate(1, [order] * stages, ticks)
+    return Schedule("gpipe", stages, microbatches, 1, rows)
+
+
+def _alternate(forward: list[Work], backward: list[Work], warmup: int) -> list[Work]:
+    """`warmup` forwards, then forward and backward in turns, then the backwards left."""
+    order = forward[:warmup]
+    for i, work in enumerate(forward[warmup:]):
+        order += [work, backward[i]]
+    return order + backward[len(forward) - warmup :]
+
+
+def one_f_one_b(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
+    """1F1B with a flush (PipeDream-Flush): Narayanan et al. (2021), figure 4 top; at most p - s microbatches live."""
+    require_sizes("1f1b", stages, microbatches)
+    forward = [Work("F", i) for i in range(microbatches)]
+    backward = [Work("B", i) for i in range(microbatches)]
+    orders = [_alternate(forward, backward, stages - 1 - stage) for stage in range(stages)]
+    return Schedule("1f1b", stages, microbatches, 1, simulate(1, orders, ticks))
+
+
+def interleaved(stages: int, microbatches: int, chunks: int = 2, ticks: Ticks = Ticks()) -> Schedule:
+    """Interleaved 1F1B: Narayanan et al. (2021), section 2.2 and figure 4 bottom; a tick is 1 / v of a stage's layers.
+
+    Microbatches go round in groups of p; stage s runs 2 (p - s - 1) + (v - 1) p forward passes before its first
+    backward.
+    """
+    require_sizes("interleaved", stages, microbatches, chunks)
+    p, v = stages, chunks
+    forward, backward = [], []
+    for k in range(microbatches * v):
+        group, within = divmod(k, p * v)
+        chunk, i = within // p, group * p + within % p
+        forward.append(Work("F", i, chunk))
+        backward.append(Work("B", i, v - 1 - chunk))
+    warmups = [min(2 * (p - stage - 1) + (v - 1) * p, len(forward)) for stage in range(p)]
+    orders = [_alternate(forward, backward, warmup) for warmup in warmups]
+    rows = simulate(v, orders, ticks)
+    return Schedule("interleaved", p, microbatches, v, rows)
+
+
+def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Ticks = Ticks()) -> Schedule:
+    """Split the backward pass and fill bubbles with weight gradients: Qi et al. (2023), sections 2.1 and 2.2.
+
+    After its first forward passes a stage repeats B, W, F; later stages, which begin later, put off more of their W, so
+    that the B that earlier stages wait for come sooner and W is left to fill the end.
+
+    Args:
+      stages: p.
+      microbatches: m; "zb-h2" reaches no bubble from m = 2 p - 1 on.
+      kind: "zb-h1" holds at most p live microbatches, the peak of 1F1B; "zb-h2" 2 p - 1.
+      ticks: how long each kind takes.
+
+    Raises:
+      ValueError: an unknown kind, or too few microbatches.
+    """
+    if kind not in ("zb-h1", "zb-h2"):
+        raise ValueError(f"kind={kind!r}: choose zb-h1 or zb-h2")
+    require_sizes(kind, stages, microbatches)
+    orders = []
+    for stage in range(stages):
+        warmup, delay = (stages - stage, stage) if kind == "zb-h1" else (2 * (stages - stage) - 1, 2 * stage)
+        warmup = min(warmup, microbatches)
+        order = [Work("F", i) for i in range(warmup)]
+        for i in range(microbatches):
+            order.append(Work("B", i))
+            order += [Work("W", i - delay)] if i >= delay else []
+            order += [Work("F", i + warmup)] if i + warmup < microbatches else []
+        orders.append(order + [Work("W", i) for i in range(max(0, microbatches - delay), microbatches)])
+    return Schedule(kind, stages, microbatches, 1, simulate(1, orders, ticks))
+
+
+def timeline(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The schedule called `name`, with every work one tick long.
+
+    Raises:
+      ValueError: no schedule of this name, sizes it cannot have, or chunks for a schedule that has none.
+    """
+    known = (*PLAIN, "interleaved")
+    if name not in known:
+        raise ValueError(f"no schedule {name!r}; choose one of {', '.join(known)}")
+    if name == "interleaved":
+        return interleaved(stages, microbatches, chunks)
+    if chunks != 1:
+        raise ValueError(f"{name} has one chunk per stage, not {chunks}; the schedule with several is 'interleaved'")
+    return PLAIN[name](stages, microbatches)
+
+
+PLAIN: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zb-h1": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb-h1"),
+    "zb-h2": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb-h2"),
+}

@@ -1,0 +1,222 @@
+"""Text as tokens: UTF-8 files or Python's own library, split without leakage, in bytes or in byte-pair tokens."""
+
+import difflib
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pooch
+from jaxtyping import Integer
+
+from tessera.data.download import Remote, fetch
+from tessera.data.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer
+
+TINYSHAKESPEARE = Remote(
+    "tinyshakespeare.txt",
+    ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+    "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text to train on and how to cut it into tokens.
+
+    Attributes:
+      name: "stdlib" (the sources of the running Python's standard library: about 10 MB, always there),
+        "tinyshakespeare", a path, or a glob ("books/**/*.txt") of UTF-8 files.
+      dir: directory that a relative path or glob starts from, or that holds tinyshakespeare.txt ("": working directory
+        and the user's cache directory).
+      tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `text`).
+      vocab_size: 256 for bytes; tokens to learn for bpe, from 256 up.
+      max_bytes: at most so much text over all splits, each keeping its share; 0 is all.
+      validation: share of the files (of the text, if it is a single file) held out for validation.
+      test: the same for testing.
+    """
+
+    name: str = "stdlib"
+    dir: str = ""
+    tokenizer: str = "bytes"
+    vocab_size: int = 256
+    max_bytes: int = 0
+    validation: float = 0.05
+    test: float = 0.05
+
+    def __post_init__(self):
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"tokenizer={self.tokenizer!r}: choose one of {', '.join(TOKENIZERS)}")
+        if self.tokenizer == "bytes" and self.vocab_size != 256:
+            raise ValueError(f"vocab_size={self.vocab_size}: 'bytes' has exactly 256; 'bpe' can have more")
+        if self.vocab_size < 256:
+            raise ValueError(f"vocab_size={self.vocab_size}: bpe starts from the 256 bytes, so at least 256")
+        if self.max_bytes < 0:
+            raise ValueError(f"max_bytes={self.max_bytes} must be 0 (all) or more")
+        if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
+            raise ValueError(f"validation={self.validation} and test={self.test} must be shares with a sum below 1")
+
+
+class TextSplits(NamedTuple):
+    """Three disjoint token streams [N], documents joined by the token of byte 0.
+
+    `content_hash` is the sha256 (hex) of the three texts as they were split, before tokenizing: two runs with the same
+    hash saw the same text.
+    """
+
+    train: Integer[np.ndarray, "train"]
+    validation: Integer[np.ndarray, "validation"]
+    test: Integer[np.ndarray, "test"]
+    vocab_size: int
+    content_hash: str
+    tokenizer: Tokenizer
+
+
+def load_text(config: TextConfig) -> TextSplits:
+    """Read the text, split it and tokenize it.
+
+    Several files are split by file: a hash of each path, relative to where the search for files began, decides, so a
+    file stays in its split when others come and go. A single file is cut into a beginning for training, then
+    validation, then test.
+
+    Raises:
+      ValueError: a name that matches no file, a file that is not UTF-8, or a split without text.
+      DataUnavailable: tinyshakespeare, if it is neither on disk nor downloadable.
+      ImportError: tokenizer "bpe" without the extra `text`.
+    """
+    splits = _split(_documents(config), config)
+    for name, documents in splits.items():
+        share = getattr(config, name, 1)
+        if share > 0 and not any(documents):
+            raise ValueError(f"no text for {name} from {config.name!r}: use more files, a single one, or {name}=0")
+    content_hash = _hash(splits)
+    if config.tokenizer == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    else:
+        tokenizer = _trained_bpe(splits["train"], content_hash, config.vocab_size)
+    streams = {name: _tokens(tokenizer, documents) for name, documents in splits.items()}
+    return TextSplits(**streams, vocab_size=tokenizer.vocab_size, content_hash=content_hash, tokenizer=tokenizer)
+
+
+def _hash(splits: dict[str, list[bytes]]) -> str:
+    digest = hashlib.sha256()
+    for documents in splits.values():
+        digest.update(len(documents).to_bytes(8, "big"))
+        for document in documents:
+            # Lengths go in too: moving a boundary between documents or splits is another content.
+            digest.update(len(document).to_bytes(8, "big"))
+            digest.update(document)
+    return digest.hexdigest()
+
+
+def _tokens(tokenizer: Tokenizer, documents: Sequence[bytes]) -> np.ndarray:
+    """The documents as one stream with the separator between them."""
+    separator = tokenizer.encode("\0")  # one token in either vocabulary
+    streams = [tokenizer.encode("")]
+    for document in documents:
+        streams += [tokenizer.encode(document.decode()), separator]
+    return np.concatenate(streams)[: -len(separator)]
+
+
+def _trained_bpe(documents: Sequence[bytes], content_hash: str, vocab_size: int) -> BPETokenizer:
+    path = Path(pooch.os_cache("tessera")) / "tokenizers" / f"bpe-{vocab_size}-{content_hash[:32]}.json"
+    if path.exists():
+        return BPETokenizer.load(path)
+    tokenizer = BPETokenizer.train([document.decode() for document in documents], vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _documents(config: TextConfig) -> dict[str, bytes]:
+    """Relative path -> contents, sorted by path."""
+    if config.name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        paths = _stdlib_sources(root)
+    elif config.name == "tinyshakespeare":
+        paths = fetch([TINYSHAKESPEARE], config.dir, name="tinyshakespeare")
+        root = paths[0].parent
+    else:
+        root, paths = _user_files(config)
+    documents = {path.relative_to(root).as_posix(): _read(path) for path in paths}
+    return dict(sorted(documents.items()))
+
+
+def _stdlib_sources(root: Path) -> list[Path]:
+    """The library's modules, without tests, generated help texts, installed packages and machine descriptions."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    paths = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith("config-")]
+        paths += [Path(folder, f) for f in files if f.endswith(".py")]
+    machine = ("_sysconfig", "sitecustomize", "usercustomize")
+    return [path for path in paths if not path.name.startswith(machine)]
+
+
+def _user_files(config: TextConfig) -> tuple[Path, list[Path]]:
+    """Where the search began, and the files found."""
+    pattern = Path(config.dir).expanduser() / Path(config.name).expanduser()
+    if pattern.is_file():
+        return pattern.parent, [pattern]
+    paths = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        close = difflib.get_close_matches(config.name, ["stdlib", "tinyshakespeare"], 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        folder = f" (a directory: for its files, write {config.name}/**/*.txt)" if pattern.is_dir() else ""
+        raise ValueError(
+            f"no text file matches {str(pattern)!r}{folder}: {hint}"
+            "give 'stdlib', 'tinyshakespeare', a file, or a glob such as 'books/**/*.txt'"
+        )
+    fixed = next((i for i, part in enumerate(pattern.parts) if glob.has_magic(part)), len(pattern.parts))
+    return Path(*pattern.parts[:fixed]), paths
+
+
+def _read(path: Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}") from error
+    return data
+
+
+def _split(documents: dict[str, bytes], config: TextConfig) -> dict[str, list[bytes]]:
+    shares = {"train": 1 - config.validation - config.test, "validation": config.validation, "test": config.test}
+    if len(documents) == 1:
+        (text,) = documents.values()
+        text = _prefix(text, config.max_bytes) if config.max_bytes else text
+        begin = len(_prefix(text, round(len(text) * shares["train"])))
+        middle = len(_prefix(text, round(len(text) * (1 - config.test))))
+        return {"train": [text[:begin]], "validation": [text[begin:middle]], "test": [text[middle:]]}
+    splits: dict[str, list[bytes]] = {name: [] for name in shares}
+    for path, text in documents.items():
+        place = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+        # Held-out files come first on the line from 0 to 1: moving one share's boundary moves few files.
+        held_out = "validation" if place < config.validation else "test"
+        splits[held_out if place < config.validation + config.test else "train"].append(text)
+    if config.max_bytes:
+        splits = {name: _capped(parts, int(config.max_bytes * shares[name])) for name, parts in splits.items()}
+    return splits
+
+
+def _capped(documents: Sequence[bytes], size: int) -> list[bytes]:
+    """The first documents, `size` bytes of them with the separators; the last one is cut short."""
+    kept = []
+    for document in documents:
+        if size <= 0:
+            break
+        kept.append(_prefix(document, size))
+        size -= len(kept[-1]) + 1
+    return kept
+
+
+def _prefix(data: bytes, size: int) -> bytes:
+    """At most `size` bytes, cut between two characters of UTF-8 (whose later bytes are 10xxxxxx)."""
+    while 0 < size < len(data) and data[size] & 0xC0 == 0x80:
+        size -= 1
+    return data[:size]

@@ -1,0 +1,240 @@
+"""Checkpoints that survive a kill at any moment: atomic, asynchronous, and checked when they are read.
+
+Orbax writes each checkpoint to a temporary directory and renames it, so a half-written one is never listed. Every one
+carries checksums (`tessera.infra.artifacts`), and `Checkpoints.restore_latest` walks back past a damaged one. Only
+these two modules import Orbax.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from tessera.infra.artifacts import (
+    CheckpointDamaged,
+    abstract,
+    barrier,
+    read_meta,
+    read_state,
+    save_args,
+    short,
+)
+from tessera.infra.logger import write_text
+
+BEST = "loss"  # the validation metric that ranks checkpoints; lower is better
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    `every` steps (0: only at the end and on SIGTERM); the `keep` newest and, besides, the `best` of lowest validation
+    loss.
+    """
+
+    every: int = 0
+    keep: int = 3
+    best: int = 1
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1 or self.best < 0:
+            raise ValueError(
+                f"every >= 0, keep >= 1 and best >= 0 expected, got {self.every}, {self.keep}, {self.best}"
+            )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: its step, arrays, data iterator state and the rest, and the damaged ones passed over."""
+
+    step: int
+    state: PyTree
+    data: Any
+    extra: dict[str, Any]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step. Call every method from every process; it is a context manager."""
+
+    def __init__(self, directory: Path | str, config: CheckpointConfig = CheckpointConfig()):
+        self.directory = Path(directory).absolute()
+        self.config = config
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._mend_ranks()
+        policies: list[Any] = [preservation_policy.LatestN(self.config.keep)]
+        if self.config.best:
+            best = preservation_policy.BestN(
+                get_metric_fn=_rank, reverse=True, n=self.config.best, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_rank,
+            best_mode="min",
+            enable_async_checkpointing=self.config.asynchronous,
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _mend_ranks(self) -> None:
+        """Orbax cannot open a directory where one rank is unreadable: such a checkpoint becomes an unranked one."""
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*/metrics/metrics"):
+                try:
+                    float(json.loads(path.read_text(encoding="utf-8"))[BEST])
+                except (ValueError, TypeError, LookupError) as error:
+                    logging.warning("the validation loss kept in %s is unreadable (%s)", path, short(error))
+                    write_text(path, json.dumps({BEST: math.inf}))
+        barrier("tessera:mend_ranks")
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(ocp.utils.checkpoint_steps(self.directory))
+
+    def best_step(self) -> int | None:
+        """Step of the kept checkpoint with the lowest validation loss; None if none was saved with one."""
+        metrics = {step: self._manager.metrics(step) for step in self.steps()}
+        ranked = {step: _rank(found) for step, found in metrics.items() if found and math.isfinite(_rank(found))}
+        return min(ranked, key=ranked.__getitem__, default=None)
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        data: Any = None,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start saving; arrays are copied before this returns, files are written in the background.
+
+        Args:
+          step: number of finished steps. A step that exists already is left alone.
+          state: pytree of arrays. They may be donated to the next step once this returns.
+          data: JSON-able state of the data iterator. Processes draw equal batches, so the first one's state serves all.
+          extra: further JSON-able values.
+          metrics: validation metrics at this step; a finite "loss" ranks the checkpoint for `best`.
+        """
+        if step in self._manager.all_steps():
+            return
+        ranked = metrics is not None and BEST in metrics and math.isfinite(metrics[BEST])
+        rank = {BEST: float(metrics[BEST]) if ranked and metrics is not None else math.inf}
+        self._manager.save(
+            step, args=save_args(state, {"data": data, "extra": dict(extra or {})}), metrics=rank, force=True
+        )
+
+    def restore(self, step: int, like: PyTree = None) -> Restored:
+        """Read one checkpoint.
+
+        Args:
+          step: one of `steps()`.
+          like: pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes, dtypes and shardings wanted.
+            None
+            gives nested dicts and lists, sharded as they were saved: enough to look at a run without its model.
+
+        Raises:
+          CheckpointDamaged: it cannot be read or its checksums differ.
+          CheckpointMismatch: it is sound but holds other arrays than `like`.
+        """
+        like = abstract(like)
+        name = f"checkpoint {step} in {self.directory}"
+
+        def read(args: ocp.args.Composite) -> Any:
+            return self._manager.restore(step, args=args)
+
+        meta = read_meta(read, name)
+        state = read_state(read, like, meta, name)
+        return Restored(step, state, meta["data"], meta["extra"])
+
+    def restore_whole(self, step: int) -> Restored:
+        """Read one checkpoint as NumPy arrays, whatever devices it was saved from; same errors as `restore`."""
+        try:
+            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(self.directory / str(step) / "state"))
+        except Exception as error:  # Orbax raises many kinds for files it cannot read
+            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {short(error)}") from error
+
+        def wanted(leaf: Any) -> np.ndarray:  # its shape alone is looked at
+            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+        return self.restore(step, jax.tree.map(wanted, getattr(found, "tree", found)))
+
+    def restore_latest(self, like: PyTree) -> Restored | None:
+        """Read the newest sound checkpoint, or return None if there is no checkpoint at all.
+
+        Damaged ones are logged as warnings, reported in `skipped`, and moved to the directory `<name>_damaged`.
+
+        Raises:
+          CheckpointDamaged: there are checkpoints and every one is damaged.
+          CheckpointMismatch: the newest sound one belongs to another model or optimizer.
+        """
+        self.wait()
+        skipped: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                found = self.restore(step, like)
+            except CheckpointDamaged as error:
+                logging.warning("%s; trying the one before it", error)
+                skipped.append((step, str(error)))
+                continue
+            self._set_aside([step for step, _ in skipped])
+            return Restored(found.step, found.state, found.data, found.extra, tuple(skipped))
+        if skipped:
+            steps = ", ".join(str(step) for step, _ in skipped)
+            raise CheckpointDamaged(
+                f"every checkpoint in {self.directory} is damaged (steps {steps}): {skipped[0][1]}. "
+                "Remove that directory to train from the start"
+            )
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            place = self.directory.with_name(self.directory.name + "_damaged")
+            place.mkdir(exist_ok=True)
+            for step in steps:
+                number = sum(path.name.split(".")[0] == str(step) for path in place.iterdir())
+                os.replace(self.directory / str(step), place / (f"{step}.{number}" if number else str(step)))
+        barrier("tessera:set_aside")
+        self._manager.close()
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk.
+
+        Raises:
+          Exception: what went wrong in writing it.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the save under way and stop the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _rank(metrics: Mapping[str, float]) -> float:
+    return metrics[BEST]

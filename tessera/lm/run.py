@@ -1,0 +1,142 @@
+"""A language model's training run, made from the config of `scripts/train.py`: its parts and what they do."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from sharding.plan import Plan
+from tessera.data.loader import token_batches
+from tessera.data.text import TextConfig, TextSplits, load_text
+from tessera.evaluation import evaluate
+from tessera.infra.config import build, checked
+from tessera.infra.workdir import resolve
+from tessera.lm.warm_start import StartConfig, starting_params
+from tessera.loop import LoopConfig
+from tessera.models.lm_loss import make_adjust
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.next_token import make_eval
+from tessera.optim.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
+from tessera.parallel.placement import Placement
+from tessera.planning.compile import Run
+from tessera.step import LossFn, StepConfig, TrainState, make_train_step
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """The parts of a run; made by `make_text_run`.
+
+    Attributes:
+      config: the settings, resolved.
+      run: model, plan, optimizer and step.
+      splits: tokens [N] of training, validation and test text.
+      loop: how long and how often.
+      start: another run whose weights this one begins with.
+      loss_fn, placement: the loss under the plan, and where state and batches lie.
+    """
+
+    config: ConfigDict
+    run: Run
+    splits: TextSplits
+    loop: LoopConfig
+    start: StartConfig
+    loss_fn: LossFn
+    placement: Placement
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder."""
+        return Decoder(self.run.model)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes this run this run.
+
+        The text itself belongs to it: another text in the same files is another run. The plan does not: a run may go on
+        under another one.
+        """
+        settings = {name: value for name, value in resolve(self.config).items() if name not in ("plan", "sharding")}
+        return settings | {"data_sha256": self.splits.content_hash}
+
+    def make_step(self) -> Callable[..., Any]:
+        """The training step, see `tessera.step.make_train_step`."""
+        tx = make_optimizer(self.run.optimizer)
+        return make_train_step(self.loss_fn, tx, self.run.step, adjust=make_adjust(self.run.model))
+
+    def begin(self, resumed: bool) -> TrainState:
+        """The first state, where the plan puts it; a run that is `resumed` needs its shapes alone."""
+        init_key, _ = self.keys
+
+        def first(params: PyTree | None = None) -> TrainState:
+            return self.run.init(init_key) if params is None else self.run.state(params)
+
+        make = jax.jit(first, out_shardings=self.placement.state)
+        if not self.start.workdir or resumed:
+            return make()
+        return make(checked("config.start", starting_params, self.start, self.run.model, key=init_key))
+
+    @property
+    def keys(self) -> tuple[jax.Array, jax.Array]:
+        """Keys of the initial weights and of the steps, from the seed."""
+        init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
+        return init_key, step_key
+
+    def batches(self, tokens: np.ndarray, **options: Any) -> grain.DatasetIterator:
+        """This process's part of the batches of a split; `options` as for `tessera.data.loader.token_batches`."""
+        index, count = self.placement.share()
+        sizes = {"batch_size": self.run.batch_size, "length": self.run.length, "seed": self.config.seed}
+        return token_batches(tokens, **sizes, process_index=index, process_count=count, **options)
+
+    def some(self, tokens: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """The first `config.eval.batches` batches of a split, in its order."""
+        return itertools.islice(self.batches(tokens, shuffle=False, repeat=False), self.config.eval.batches)
+
+    def held_out(self, state: TrainState, tokens: np.ndarray) -> dict[str, float]:
+        """Metrics on `some` of a split with averaged weights, where the optimizer or the step keeps any."""
+        params = eval_params(self.run.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
+        return evaluate(self._eval, params, (self.placement.place({"tokens": b["tokens"]}) for b in self.some(tokens)))
+
+    @cached_property
+    def _eval(self) -> Any:
+        return make_eval(self.loss_fn)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.run.optimizer)(step // self.run.optimizer.accumulate)
+
+
+def make_run(c: ConfigDict, vocab_size: int) -> Run:
+    """What a training step depends on, from the config of `scripts/train.py`; nothing is read or placed.
+
+    Raises:
+      ConfigError: a setting that is wrong, by its path.
+    """
+    steps = max(c.steps // max(c.optimizer.accumulate, 1), 1)
+    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=steps)
+    step = build(StepConfig, c.step, "config.step", ema=opt.ema)
+    checked("config.optimizer", make_optimizer, opt)
+    model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
+    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
+    return Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
+
+
+def make_text_run(c: ConfigDict) -> TextRun:
+    """Build and check every part of a run and read its text; nothing is written.
+
+    Raises:
+      ConfigError: a setting that is wrong, by its path.
+      DataUnavailable: the text is neither there nor to be had.
+    """
+    loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
+    start = build(StartConfig, c.start, "config.start")
+    run = make_run(c, vocab_size=1)  # every other setting is checked before the text is read, or even fetched
+    splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
+    run = replace(run, model=replace(run.model, vocab_size=splits.vocab_size))
+    loss_fn, placement = checked("config.plan", run.under_plan)
+    return TextRun(c, run, splits, loop, start, loss_fn, placement)

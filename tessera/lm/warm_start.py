@@ -1,0 +1,224 @@
+"""Starting a run from the weights of another: the same model, its upcycled twin, its experts merged, or fewer of them.
+
+`convert` turns the parameters of a decoder into those of another one that differs in its feed-forward layers alone:
+a dense layer becomes experts (sparse upcycling), experts become a dense layer (merging), block by block. Where a run
+has more experts than are wanted, those it used least are cut out first (`tessera.lm.expert_pruning`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Key, PyTree
+
+from moe.gate import parameter_shapes
+from moe.layer import MoEConfig
+from moe.upcycle import Method, merge, upcycle
+from tessera.infra.checkpoint import Checkpoints
+from tessera.infra.config import build
+from tessera.infra.logger import METRICS, read_rows
+from tessera.lm.expert_pruning import drop_experts, prune_experts
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.reports.router import load_history
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Which weights a run starts from; the optimizer starts afresh.
+
+    Attributes:
+      workdir: a run of `scripts/train.py`, whose newest checkpoint is taken; "" starts from random weights. Of a
+        run with more experts than this one the busiest of every layer stay.
+      router_scale: upcycling: standard deviation of the new routers' kernels.
+      noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
+      method: merging: "mean", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
+      density, scale: merging by "ties" and "dare".
+      base: merging by "ties" and "dare": the dense run that was upcycled.
+    """
+
+    workdir: str = ""
+    router_scale: float = 0.02
+    noise: float = 0.0
+    method: Method = "mean"
+    density: float = 0.2
+    scale: float = 1.0
+    base: str = ""
+
+
+def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[Array, ""]) -> PyTree:
+    """Parameters for a model from the run that `start` names.
+
+    Args:
+      start: where from, and how.
+      config: the model to be trained.
+      key: for new routers, noise and DARE.
+
+    Raises:
+      ValueError: models that differ in more than their feed-forward layers, or see `convert`.
+      FileNotFoundError: no run, or no checkpoint, is there.
+      CheckpointDamaged: the newest checkpoint cannot be read.
+    """
+    params, source = read_model(start.workdir)
+    if "routed" in source.pattern and "routed" in config.pattern:
+        keep = config.moe.router.experts
+        if keep < source.moe.router.experts:
+            masks = prune_experts(params, recorded_load(start.workdir), keep, source)
+            params, source = drop_experts(params, masks, source)
+    base = None
+    if start.base:
+        dense, dense_config = read_model(start.base)
+        if "routed" in dense_config.pattern:
+            raise ValueError(f"base={start.base}: a run with routed layers; the dense run that was upcycled is needed")
+        base = dense, dense_config
+    return convert(params, source, config, start, base=base, key=key)
+
+
+def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
+    """Parameters (numpy) and model of a run of `scripts/train.py`, from its newest checkpoint.
+
+    Raises:
+      FileNotFoundError: no run, or no checkpoint, is there.
+      CheckpointDamaged: the checkpoint cannot be read.
+    """
+    path = Path(workdir)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"no run in {path}: config.json is missing")
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {path / 'checkpoints'}")
+        params = jax.tree.map(np.asarray, checkpoints.restore_whole(steps[-1]).state["params"])
+    vocabulary = params["embed"]["table"].shape[0]
+    return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)
+
+
+def recorded_load(workdir: Path | str) -> np.ndarray:
+    """Mean share [L, E] of the choices that every expert of a run got, over the last tenth of its logged steps.
+
+    Raises:
+      ValueError: the run logged no loads.
+    """
+    steps, load_SLE = load_history(read_rows(Path(workdir) / METRICS))
+    if not len(steps):
+        raise ValueError(f"{Path(workdir) / METRICS} has no row with router/load to prune experts by")
+    return load_SLE[-max(1, len(steps) // 10) :].mean(0)
+
+
+def split_blocks(params: Mapping[str, Any], config: TransformerConfig) -> list[PyTree]:
+    """The parameters of every block by itself, in order of depth, scanned or not."""
+    period = len(config.pattern)
+    if not config.scan:
+        return [params[f"blocks_{i}"] for i in range(config.layers)]
+
+    def one(i: int) -> PyTree:
+        unit = jax.tree.map(lambda leaf: leaf[i // period], params["blocks"])
+        return unit if period == 1 else unit[f"layer_{i % period}"]
+
+    return [one(i) for i in range(config.layers)]
+
+
+def join_blocks(params: Mapping[str, Any], blocks: list[PyTree], config: TransformerConfig) -> dict[str, PyTree]:
+    """`split_blocks` undone: the tree of `config` with these blocks, and what else `params` has (embedding, norms)."""
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("blocks")}
+    if not config.scan:
+        return rest | {f"blocks_{i}": block for i, block in enumerate(blocks)}
+    period = len(config.pattern)
+
+    def stack(members: list[PyTree]) -> PyTree:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+    if period == 1:
+        return rest | {"blocks": stack(blocks)}
+    return rest | {"blocks": {f"layer_{i}": stack(blocks[i::period]) for i in range(period)}}
+
+
+def convert(
+    params: Mapping[str, Any],
+    source: TransformerConfig,
+    target: TransformerConfig,
+    start: StartConfig = StartConfig(),
+    *,
+    base: tuple[Mapping[str, Any], TransformerConfig] | None = None,
+    key: Key[Array, ""],
+) -> PyTree:
+    """Parameters of `source` as those of `target`, which may have experts where `source` is dense or the reverse.
+
+    Args:
+      params: of a decoder of `source`.
+      source, target: models that differ in `mlp`, `moe`, `scan` and what changes no weights.
+      start: how layers are upcycled and merged.
+      base: parameters and model of the dense decoder that was upcycled, for "ties" and "dare".
+      key: for new routers, noise and DARE.
+
+    Raises:
+      ValueError: shapes that do not fit (named), shared experts, other activations, or a number of experts that would
+        have to change.
+    """
+    blocks = split_blocks(params, source)
+    dense: list[PyTree] = split_blocks(*base) if base else [None] * len(blocks)
+    kinds = [[c.pattern[i % len(c.pattern)] for i in range(c.layers)] for c in (source, target)]
+    if len(kinds[0]) != len(kinds[1]):
+        raise ValueError(f"{source.layers} layers there, {target.layers} here: only feed-forward layers can change")
+    made = []
+    for i, (block, before, now) in enumerate(zip(blocks, *kinds, strict=True)):
+        one = jax.random.fold_in(key, i)
+        mlp = block["mlp"]
+        if (before, now) == ("swiglu", "routed"):
+            mlp = _upcycled(mlp, target, start, key=one)
+        elif (before, now) == ("routed", "swiglu"):
+            if source.moe.shared or source.moe.mixture.activation != "swiglu" or source.moe.biases:
+                raise ValueError("experts can be merged into a dense SwiGLU layer without shared experts and biases")
+            start_from = dense[i]["mlp"] if dense[i] is not None else None
+            mlp = merge(mlp, start_from, method=start.method, density=start.density, scale=start.scale, key=one)
+        made.append({**block, "mlp": mlp})
+    result = join_blocks(params, made, target)
+    _check(result, target)
+    return result
+
+
+def _upcycled(
+    dense: Mapping[str, Any], target: TransformerConfig, start: StartConfig, *, key: Key[Array, ""]
+) -> PyTree:
+    moe = target.moe
+    if moe.shared or moe.mixture.activation != "swiglu" or moe.biases:
+        raise ValueError("a dense SwiGLU layer can become SwiGLU experts without shared experts and biases")
+    if not keeps_outputs(moe):
+        logging.log_first_n(
+            logging.WARNING, "%s's weights do not sum to one: outputs change at first", 1, moe.router.name
+        )
+    mlp = upcycle(dense, moe.router.experts, noise=start.noise, key=key)
+    router = {}
+    for i, (name, shape) in enumerate(parameter_shapes(moe.router, target.width).items()):
+        fresh = start.router_scale * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        router[name] = fresh if name in ("kernel", "inner") else jnp.zeros(shape, jnp.float32)
+    return {"experts": mlp["experts"]} | ({"router": router} if router else {})
+
+
+def keeps_outputs(moe: MoEConfig) -> bool:
+    """Whether weights sum to one, so that equal experts compute what one of them does."""
+    router = moe.router
+    if router.name in ("top_k", "sigmoid"):
+        return router.scale == 1 and (router.name == "sigmoid" or router.softmax == "after")
+    return router.name in ("gshard", "noisy", "hierarchical", "hash", "uniform")
+
+
+def _check(params: PyTree, config: TransformerConfig) -> None:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    wanted = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    there, here = (_shapes(tree) for tree in (params, wanted))
+    wrong = [path for path in there | here if there.get(path) != here.get(path)]
+    if wrong:
+        shown = "; ".join(f"{path}: {there.get(path)} there, {here.get(path)} needed" for path in wrong[:3])
+        raise ValueError(f"the other run's weights do not fit ({len(wrong)} differ): {shown}")
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,342 @@
+"""A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+The modules here only declare parameters and call `tessera.models.layers`. Parameters are plain nested dicts of float32
+arrays; with `scan` (the default) those of all blocks are stacked along a leading layer axis L, so that the program does
+not grow with the depth:
+
+    embed/table [V, D]    final_norm/gain [D]    head/kernel [D, V] (absent when tied)
+    blocks/attention_norm/gain [L, D]    blocks/mlp_norm/gain [L, D]
+    blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
+    blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
+
+Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
+block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moe.layer import MoE, MoEConfig
+from sharding.tensor_parallel import INSIDE, RESIDUAL
+from tessera.models.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
+from tessera.models.remat import Remat, parse_remat
+from tessera.models.stack import run_stack
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and numerics of a `Decoder`.
+
+    Attributes:
+      vocab_size: V, tokens are 0..V-1.
+      layers: L, number of blocks.
+      width: D, size of the residual stream.
+      heads: H, query heads.
+      kv_heads: K, key/value heads; must divide `heads`. 0 takes `heads` (no grouping).
+      head_dim: h, must be even; 0 takes width / heads.
+      ff: F, feed-forward width; 0 takes 8/3 width rounded up to a multiple of 64 (Touvron et al. 2023, section 2.2).
+      mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th.
+      moe: the routed experts.
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: epsilon of RMSNorm.
+      tied: the output layer reads the transposed embedding table.
+      dtype: "float32" or "bfloat16", for activations; parameters, softmax, statistics and logits are float32.
+      remat: what a backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products), names
+        to keep or to offload, or several of these by group of layers; see `tessera.models.remat`.
+      scan: run the blocks as one `lax.scan` over stacked parameters.
+      init_scale: factor on the standard deviation of every initial kernel.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    ff: int = 0
+    mlp: str = "swiglu"
+    moe: MoEConfig = MoEConfig()
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    tied: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+    init_scale: float = 1.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("kv_heads", "head_dim", "ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 for the default")
+        if self.heads % self.kv_size:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_size}")
+        if not self.head_dim and self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_dim yourself")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even one")
+        if self.rope_theta <= 0 or self.norm_eps <= 0 or self.init_scale <= 0:
+            raise ValueError(
+                f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
+            )
+        for name, choices in (("dtype", DTYPES), ("mlp", MLPS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        groups = self.remat_groups
+        uneven = [group.layers for group in groups if group.layers % len(self.pattern)]
+        if len(groups) > 1 and uneven:
+            raise ValueError(
+                f"remat={self.remat!r}: a group of {uneven[0]} layers is not a multiple of moe.every={self.moe.every}"
+            )
+        if self.mlp == "routed":
+            if self.layers % self.moe.every:
+                raise ValueError(f"layers={self.layers} is not a multiple of moe.every={self.moe.every}")
+            self.moe.width_of(self.ff_size)
+            if not self.moe.router.causal:
+                raise ValueError(
+                    f"moe.router.name={self.moe.router.name!r} chooses among all tokens, later ones too, which a model "
+                    "that predicts the next token must not see: choose top_k, switch, gshard, sigmoid or hash"
+                )
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The feed-forward layers of consecutive blocks, a key of `MLPS` each, repeated through the depth."""
+        return ("swiglu",) * (self.moe.every - 1) + ("routed",) if self.mlp == "routed" else (self.mlp,)
+
+    @property
+    def remat_groups(self) -> tuple[Remat, ...]:
+        """What consecutive layers keep for the backward pass."""
+        return parse_remat(self.remat, self.layers)
+
+    @property
+    def kv_size(self) -> int:
+        """K with the default filled in."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        """h with the default filled in."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def ff_size(self) -> int:
+        """F with the default filled in."""
+        return self.ff or -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on initial output kernels: 2 L of them add up in the residual stream (Radford et al. 2019, 2.3)."""
+        return 1 / sqrt(2 * self.layers)
+
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+"""(activations, logical axes) -> the same activations, laid out so over devices; see `sharding.rules` for the names."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Causal attention: (queries [B, T, H, h], keys [B, T, K, h], values [B, T, K, h]) -> [B, T, H, h]."""
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Leave x where it is."""
+    del axes
+    return x
+
+
+class Weight(nn.Module):
+    """One float32 kernel whose first `fan_in` axes are contracted; initial variance scale^2 / (their product)."""
+
+    shape: tuple[int, ...]
+    fan_in: int = 1
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        """Return the parameter."""
+        axes = tuple(range(len(self.shape)))
+        init = nn.initializers.variance_scaling(
+            self.scale**2, "fan_in", "truncated_normal", in_axis=axes[: self.fan_in], out_axis=axes[self.fan_in :]
+        )
+        return self.param("kernel", init, self.shape, jnp.float32)
+
+
+class Table(nn.Module):
+    """The embedding table: float32 [V, D], normal with standard deviation scale / sqrt(D)."""
+
+    shape: tuple[int, int]
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        """Return the table."""
+        init = nn.initializers.normal(self.scale / sqrt(self.shape[1]))
+        return self.param("table", init, self.shape, jnp.float32)
+
+
+class Norm(nn.Module):
+    """RMSNorm with a gain that starts at one."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Normalise the last axis."""
+        return rms_norm(x, self.param("gain", nn.initializers.ones, (x.shape[-1],), jnp.float32), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    config: TransformerConfig
+    attend: Attend = attention
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Mix tokens; token t reads tokens 0..t in the order of the axis T."""
+        c = self.config
+        d, h, scale = c.width, c.head_size, c.init_scale
+        q_BTHh = to_heads(x_BTD, Weight((d, c.heads, h), scale=scale, name="query")())
+        k_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="key")())
+        v_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="value")())
+        output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
+        q_BTHh, k_BTKh = rope(q_BTHh, positions_BT, c.rope_theta), rope(k_BTKh, positions_BT, c.rope_theta)
+        q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in (q_BTHh, k_BTKh, v_BTKh))
+        return from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKh), "attended"), output_HhD)
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Transform every token by itself."""
+        c = self.config
+        d, f, scale = c.width, c.ff_size, c.init_scale
+        gate_DF = Weight((d, f), scale=scale, name="gate")()
+        up_DF = Weight((d, f), scale=scale, name="up")()
+        down_FD = Weight((f, d), scale=scale * c.residual_scale, name="down")()
+        return swiglu(x_BTD, gate_DF, up_DF, down_FD)
+
+
+def routed(config: TransformerConfig, name: str) -> nn.Module:
+    """Routed experts in place of the dense feed-forward layer."""
+    c, width = config, config.moe.width_of(config.ff_size)
+    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, name=name)
+
+
+# A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
+# collection "intermediates" (auxiliary losses, loads) comes out stacked by layer.
+MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def feed_forward(config: TransformerConfig, mlp: str, name: str) -> nn.Module:
+    """The feed-forward layer `MLPS[mlp]`, whole."""
+    return MLPS[mlp](config, name=name)
+
+
+class Block(nn.Module):
+    """One pre-norm block; returns (activations, None) as a scan over layers wants it.
+
+    `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
+    under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
+    residual stream is split along time. `feed` makes the feed-forward layer from (config, key of `MLPS`, name).
+    """
+
+    config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
+    mlp: str = ""
+    feed: Callable[[TransformerConfig, str, str], nn.Module] = feed_forward
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        positions_BT: Int[Array, "B T"],
+        tokens_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Add attention, then the feed-forward layer, to the residual stream; token ids are for hash routing."""
+        c, constrain = self.config, self.constrain
+        x_BSD = checkpoint_name(x_BSD, "residual")
+        y_BTD = constrain(Norm(c.norm_eps, name="attention_norm")(x_BSD), INSIDE)
+        added_BSD = constrain(Attention(c, self.attend, name="attention")(y_BTD, positions_BT), RESIDUAL)
+        x_BSD += checkpoint_name(added_BSD, "attention")
+        y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
+        mlp = self.mlp or c.mlp
+        ids = {} if tokens_BT is None or mlp != "routed" else {"tokens_BT": tokens_BT}
+        x_BSD += checkpoint_name(constrain(self.feed(c, mlp, "mlp")(y_BTD, **ids), RESIDUAL), "mlp")
+        return x_BSD, None
+
+
+class Unit(nn.Module):
+    """The blocks of one `TransformerConfig.pattern`, as one step of a scan."""
+
+    config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        positions_BT: Int[Array, "B T"],
+        tokens_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Run the blocks in order."""
+        for i, mlp in enumerate(self.config.pattern):
+            block = Block(self.config, self.constrain, self.attend, mlp, name=f"layer_{i}")
+            x_BSD, _ = block(x_BSD, positions_BT, tokens_BT)
+        return x_BSD, None
+
+
+class Decoder(nn.Module):
+    """Tokens to next-token logits.
+
+    The embedding table starts with variance 1 / D, so that tied logits start at unit scale. What is looked up is not
+    multiplied by sqrt(D) as in Vaswani et al. (2017), section 3.4: the residual stream would then point at the token
+    just read, which tied logits predict at first (8.1 instead of 5.7 nats at D = 128, V = 256).
+    """
+
+    config: TransformerConfig
+    constrain: Constrain = unconstrained
+    attend: Attend = attention
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Compute the logits.
+
+        Args:
+          tokens_BT: token ids in 0..V-1; not checked (JAX's indexing reads the last row for an id past the end).
+          positions_BT: rotary positions, default 0..T-1 in every row.
+
+        Returns:
+          float32 logits; row t predicts token t + 1 and depends on tokens 0..t only.
+        """
+        c = self.config
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+        table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
+        x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
+        x_BTD = run_stack(self, c, (Block, Unit), (c, self.constrain, self.attend), (x_BTD, positions_BT, tokens_BT))
+        x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
+        if c.tied:
+            head_DV = table_VD.T
+        else:
+            head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
+        # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
+        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return self.constrain(logits_BTV, ("batch", "time", "vocab"))

@@ -1,0 +1,286 @@
+"""Optimizers by name, all of them optax's, and what a run may put around one: decay, clipping, accumulation, SAM."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from optax import contrib
+
+from tessera.optim.param_axes import clip_units, decayed, matrix_axes
+from tessera.optim.schedules import make_schedule
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer and its schedule. Steps are parameter updates: with `accumulate`, one every so many batches.
+
+    Attributes:
+      name: a key of `OPTIMIZERS`, "sam" or "schedule_free" (of AdamW, or "schedule_free_sgd").
+      lr: peak learning rate. dadapt_adamw, prodigy, dog, dowg, cocob and momo find their own step size: use 1.
+      schedule, steps, warmup, final, decay, milestones, factor: see `tessera.optim.schedules.make_schedule`.
+      weight_decay: taken by the optimizer itself where it has decay (decoupled and times lr, as in AdamW; an L2 term
+        for lars, dog, dowg, madgrad and novograd; a fraction per step for adafactor), else added to the gradient as an
+        L2 term (sgd, adam).
+      decay_mask: "matrices" decays every leaf but gains and biases, "all" decays everything. Muon's AdamW side (see
+        `matrix_axes`) decays by the option adam_weight_decay only.
+      clip_norm: largest global gradient norm; 0 is off.
+      agc: adaptive clipping of each unit's gradient to this fraction of its weights' norm (Brock et al. 2021, eq. 3);
+        the last layer is left out (section 4.1); 0 is off.
+      accumulate: batches whose gradients are averaged for one update (optax.MultiSteps).
+      ema: decay of the exponential moving average of parameters that the training step keeps; 0 keeps none.
+      options: further keyword arguments of the optax function, as (name, value) pairs. For sam also "base" (the
+        optimizer, default momentum), "rho" (radius, default 0.05) and "sync_period" (2); the rest goes to the base.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    schedule: str = "constant"
+    steps: int = 0
+    warmup: int = 0
+    final: float = 0.0
+    decay: float = 0.2
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+    weight_decay: float = 0.0
+    decay_mask: str = "matrices"
+    clip_norm: float = 0.0
+    agc: float = 0.0
+    accumulate: int = 1
+    ema: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        if self.decay_mask not in ("matrices", "all"):
+            raise ValueError(f"decay_mask={self.decay_mask!r}: choose 'matrices' or 'all'")
+        for name in ("lr", "weight_decay", "clip_norm", "agc"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+
+
+def hutchinson(seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Estimate the Hessian's diagonal by u * (H u), u random signs, from `grad_fn`: Liu et al. (2023), algorithm 1.
+
+    optax's own estimator asks for the objective, which would make the training step pass the loss twice.
+    """
+
+    def init(params):
+        del params
+        return contrib.HutchinsonState(key=jax.random.PRNGKey(seed))
+
+    def update(updates, state, params=None, *, grad_fn=None, **_):
+        del updates
+        if grad_fn is None:
+            raise ValueError("sophia needs update(..., grad_fn=): a function (params, 0) -> gradients")
+        key, sign_key = jax.random.split(state.key)
+        signs = optax.tree.random_like(sign_key, params, jax.random.rademacher, dtype=jnp.float32)
+        product = jax.jvp(lambda p: grad_fn(p, 0), (params,), (signs,))[1]
+        return jax.tree.map(jnp.multiply, product, signs), contrib.HutchinsonState(key=key)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def schedule_free_adamw(
+    learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, mask=None, weight_lr_power=2.0, state_dtype=None
+) -> optax.GradientTransformationExtraArgs:
+    """contrib.schedule_free_adamw with a decay mask and any learning-rate schedule (use constant, with a warmup)."""
+    base = optax.chain(
+        optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return contrib.schedule_free(base, learning_rate, b1, weight_lr_power, state_dtype)
+
+
+def schedule_free_sgd(
+    learning_rate, b1=0.9, weight_decay=0.0, mask=None, weight_lr_power=2.0, state_dtype=None
+) -> optax.GradientTransformationExtraArgs:
+    """contrib.schedule_free_sgd with a decay mask and any learning-rate schedule (use constant, with a warmup)."""
+    base = optax.chain(optax.add_decayed_weights(weight_decay, mask), optax.sgd(learning_rate))
+    return contrib.schedule_free(base, learning_rate, b1, weight_lr_power, state_dtype)
+
+
+class Entry(NamedTuple):
+    """An optax function that takes the learning rate first, and how to call it.
+
+    `decay` and `masks` name its decay and mask arguments, if any; `scheduled` is False where it takes a number only.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    decay: str = ""
+    masks: tuple[str, ...] = ()
+    scheduled: bool = True
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "acprop": Entry(contrib.acprop, "weight_decay", ("mask",)),
+    "adabelief": Entry(optax.adabelief),
+    "adadelta": Entry(optax.adadelta, "weight_decay", ("weight_decay_mask",)),
+    "adafactor": Entry(optax.adafactor, "weight_decay_rate", ("weight_decay_mask",)),
+    "adagrad": Entry(optax.adagrad),
+    "adam": Entry(optax.adam),
+    "adamax": Entry(optax.adamax),
+    "adamaxw": Entry(optax.adamaxw, "weight_decay", ("mask",)),
+    "adamw": Entry(optax.adamw, "weight_decay", ("mask",)),
+    "adan": Entry(optax.adan, "weight_decay", ("mask",)),
+    "ademamix": Entry(contrib.ademamix, "weight_decay", ("mask",)),
+    "adopt": Entry(contrib.adopt),
+    "amsgrad": Entry(optax.amsgrad),
+    "cocob": Entry(contrib.cocob, "weight_decay", ("mask",)),
+    "dadapt_adamw": Entry(contrib.dadapt_adamw, "weight_decay"),
+    "dog": Entry(contrib.dog, "weight_decay", ("mask",)),
+    "dowg": Entry(contrib.dowg, "weight_decay", ("mask",)),
+    "fromage": Entry(optax.fromage),
+    "lamb": Entry(optax.lamb, "weight_decay", ("mask",)),
+    "lars": Entry(optax.lars, "weight_decay", ("weight_decay_mask", "trust_ratio_mask")),
+    "lion": Entry(optax.lion, "weight_decay", ("mask",)),
+    "madgrad": Entry(contrib.madgrad, "weight_decay"),
+    "momentum": Entry(partial(optax.sgd, momentum=0.9)),
+    "momo": Entry(contrib.momo, "weight_decay"),
+    "momo_adam": Entry(contrib.momo_adam, "weight_decay"),
+    "muon": Entry(
+        partial(contrib.muon, muon_weight_dimension_numbers=matrix_axes), "weight_decay", ("weight_decay_mask",)
+    ),
+    "nadam": Entry(optax.nadam),
+    "nadamw": Entry(optax.nadamw, "weight_decay", ("mask",)),
+    "nesterov": Entry(partial(optax.sgd, momentum=0.9, nesterov=True)),
+    "novograd": Entry(optax.novograd, "weight_decay"),
+    "prodigy": Entry(contrib.prodigy, "weight_decay"),
+    "radam": Entry(optax.radam),
+    "rmsprop": Entry(optax.rmsprop),
+    "rprop": Entry(optax.rprop, scheduled=False),
+    "schedule_free": Entry(schedule_free_adamw, "weight_decay", ("mask",)),
+    "schedule_free_sgd": Entry(schedule_free_sgd, "weight_decay", ("mask",)),
+    "sgd": Entry(optax.sgd),
+    "signum": Entry(optax.signum),
+    "simplified_ademamix": Entry(contrib.simplified_ademamix, "weight_decay", ("mask",)),
+    "sm3": Entry(optax.sm3, scheduled=False),
+    "sophia": Entry(partial(contrib.sophia, hessian_diagonal_fn=hutchinson()), "weight_decay", ("weight_decay_mask",)),
+    "yogi": Entry(optax.yogi),
+}
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The schedule of `config` as a function from parameter updates made to learning rate."""
+    return make_schedule(
+        config.schedule,
+        config.lr,
+        steps=config.steps,
+        warmup=config.warmup,
+        final=config.final,
+        decay=config.decay,
+        milestones=config.milestones,
+        factor=config.factor,
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Build the whole transformation: clip, decay, optimizer (within SAM), accumulation.
+
+    `update(grads, state, params, grad_fn=, value=)` takes two extra arguments that every optimizer here either uses or
+    ignores: `grad_fn(params, i) -> grads` on the same batch (sam, sophia) and the loss `value` (momo). With scanned
+    layers a leaf is the stack of all layers, and so is a "layer" to lars, lamb, novograd and fromage.
+
+    Raises:
+      ValueError: an unknown name or option (with the nearest known one), or parts that cannot be put together.
+    """
+    if config.name == "sam":
+        tx = _sam(config)
+    else:
+        tx = _chain(config)
+    if config.accumulate > 1:
+        if config.name in ("sam", "sophia"):
+            raise ValueError(
+                f"{config.name} asks for gradients itself and, with accumulate={config.accumulate}, would get those of "
+                "the last batch: use the training step's microbatches"
+            )
+        steps = optax.MultiSteps(tx, config.accumulate)
+        # MultiSteps.gradient_transformation() hides that extra arguments are accepted.
+        tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)  # type: ignore[arg-type]
+    return optax.with_extra_args_support(tx)
+
+
+def eval_params(config: OptimizerConfig, opt_state: PyTree, params: PyTree) -> PyTree:
+    """The parameters to evaluate: the running average for the schedule-free methods, else `params` themselves."""
+    if not config.name.startswith("schedule_free"):
+        return params
+    is_state = lambda node: isinstance(node, contrib.ScheduleFreeState)  # noqa: E731
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if len(states) != 1:
+        raise ValueError(f"expected one ScheduleFreeState in the optimizer state, found {len(states)}")
+    return contrib.schedule_free_eval_params(states[0], params)
+
+
+def _chain(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, the L2 term where the optimizer has no decay, and the optimizer."""
+    entry, options = _entry(config.name), dict(config.options)
+    parts: list[optax.GradientTransformation] = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.agc:
+        parts.append(clip_units(config.agc))
+    known = list(inspect.signature(entry.make).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"optimizer {config.name!r} has no option {name!r}{_nearest(name, known)}; it has {', '.join(known)}"
+            )
+    mask = decayed if config.decay_mask == "matrices" else None
+    arguments: dict[str, Any] = {}
+    if not entry.decay and config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if entry.decay:
+        # Always given: some of optax's defaults are not zero. Where the default is None, None is off.
+        default = inspect.signature(entry.make).parameters[entry.decay].default
+        arguments[entry.decay] = config.weight_decay or (None if default is None else 0.0)
+        if mask is not None and entry.masks:
+            arguments |= dict.fromkeys(entry.masks, mask)
+        elif mask is not None and config.weight_decay:
+            raise ValueError(
+                f"optimizer {config.name!r} decays every parameter: set decay_mask='all' (or weight_decay=0)"
+            )
+    if not entry.scheduled and (config.schedule != "constant" or config.warmup):
+        raise ValueError(f"optimizer {config.name!r} takes a constant learning rate without warmup")
+    rate = learning_rate(config) if entry.scheduled else config.lr
+    parts.append(entry.make(rate, **(arguments | options)))
+    return optax.chain(*parts)
+
+
+def _sam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Sharpness-aware minimisation (Foret et al. 2021, eq. 2 and algorithm 1) around another optimizer."""
+    options = dict(config.options)
+    base, rho, period = options.pop("base", "momentum"), options.pop("rho", 0.05), options.pop("sync_period", 2)
+    # optax's SAM passes no extra arguments on, and keeps the state of its base out of sight of `eval_params`.
+    if base in ("sam", "sophia", "momo", "momo_adam", "schedule_free", "schedule_free_sgd"):
+        raise ValueError(f"sam cannot use {base!r} as its base; choose one that needs gradients only, like 'momentum'")
+    inner = _chain(replace(config, name=base, options=tuple(options.items())))
+    # The epsilon keeps a zero gradient from becoming NaN.
+    climb = optax.chain(optax.normalize_by_update_norm(eps=1e-12), optax.sgd(rho))
+    sam = contrib.sam(inner, climb, sync_period=period, opaque_mode=True)
+
+    def update(updates, state, params=None, *, grad_fn=None, **_):
+        return sam.update(updates, state, params, grad_fn=grad_fn)
+
+    return optax.GradientTransformationExtraArgs(sam.init, update)
+
+
+def _entry(name: str) -> Entry:
+    names = [*OPTIMIZERS, "sam"]
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}{_nearest(name, names)}; known: {', '.join(sorted(names))}")
+    return OPTIMIZERS[name]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

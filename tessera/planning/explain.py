@@ -1,0 +1,196 @@
+"""A training step explained before it runs: placement, memory, collectives, arithmetic, time at best, better plans."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sharding.analysis.collectives import Collective, collectives
+from sharding.analysis.hardware import Hardware
+from sharding.analysis.products import products
+from sharding.analysis.roofline import Moved, Placed, Roofline, cause, roofline, summarise
+from sharding.analysis.search import Judged, Ranking, plans, rank
+from sharding.errors import PlanError
+from sharding.mesh import abstract_mesh
+from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.schedules import Schedule, bubble
+from sharding.plan import Plan
+from tessera.optim.optimizer import make_optimizer
+from tessera.parallel import decoder, pipelined_decoder
+from tessera.parallel.decoder import DecoderParts
+from tessera.planning.compile import Run
+from tessera.planning.costs import Costs, estimate_costs, forward_passes
+from tessera.planning.memory import Memory, estimate_memory, local_sizes, state_placements
+from tessera.step import TrainState, make_train_step
+
+HEADROOM = 0.92
+"""Share of a device's memory that a plan may fill by the estimate, see docs/results/pods.md."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a step does on one device.
+
+    Attributes:
+      run: what was explained, its plan filled in.
+      hardware: the device.
+      params: where every parameter lies.
+      memory: by what it is for, estimated.
+      moved: collectives of the program by kind, group and cause.
+      flops: of matrix products, counted in the program.
+      traffic: bytes of their operands and results, and of the optimizer's pass over the state.
+      time: at best.
+      schedule: of the pipeline, None without one.
+    """
+
+    run: Run
+    hardware: Hardware
+    params: tuple[Placed, ...]
+    memory: Memory
+    moved: tuple[Moved, ...]
+    flops: float
+    traffic: float
+    time: Roofline
+    schedule: Schedule | None
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte of HBM traffic; below `hardware.ridge` the memory is what limits."""
+        return self.flops / self.traffic
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate leaves `HEADROOM`."""
+        return self.memory.total <= HEADROOM * self.hardware.memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together, at best."""
+        return self.run.batch_size * self.run.length / self.time.overlapped
+
+
+def explain(run: Run, hardware: Hardware) -> Explained:
+    """Trace the step and add it up; nothing is compiled and no array is made.
+
+    Args:
+      run: its plan says the number of devices, see `Plan.fill`.
+      hardware: what it would run on.
+
+    Raises:
+      PlanError: the plan does not fit the model or the batch.
+    """
+    plan, parts = run.plan, DecoderParts(run.model, run.plan, run.z_loss, hardware.platform)
+    accumulate = run.step.microbatches
+    if run.batch_size % accumulate:
+        raise PlanError(f"batch_size={run.batch_size} does not divide into {accumulate} microbatches of a step")
+    parts.check(run.batch_size // accumulate, run.length)
+    state = jax.eval_shape(run.init)
+    make_loss = pipelined_decoder.make_loss if plan.size("pp") > 1 else decoder.make_loss
+    step = make_train_step(make_loss(parts, abstract_mesh(plan)), make_optimizer(run.optimizer), run.step)
+    arguments = (
+        state,
+        {"tokens": jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32)},
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    schedule = None
+    if plan.size("pp") > 1:
+        schedule = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+    # The program says what a stage does in a tick if it is not idle.
+    busy = 1 - bubble(schedule) if schedule else 1.0
+    found = [_while_busy(one, busy) for one in collectives(step, *arguments)]
+    sums = products(step, *arguments)
+    placed = state_placements(parts, state)
+    flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
+    traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
+    return Explained(
+        run,
+        hardware,
+        tuple(placed["params"]),
+        estimate_memory(parts, placed, run.batch_size, run.length, accumulate),
+        tuple(summarise(found)),
+        flops,
+        traffic,
+        roofline(
+            hardware,
+            flops=flops,
+            traffic=traffic,
+            moved=[(one.group, crosses(one, plan), one.moved) for one in found],
+            bubble=bubble(schedule) if schedule else 0.0,
+        ),
+        schedule,
+    )
+
+
+def _while_busy(one: Collective, busy: float) -> Collective:
+    """A collective inside a tick of a pipeline runs only where there is work; those between ticks always run."""
+    inside = cause(one.scope).split(",")[0] in ("layer", "embed", "head")
+    return replace(one, count=round(one.count * busy)) if inside else one
+
+
+def crosses(one: Collective | Moved, plan: Plan) -> bool:
+    """Whether a collective goes through the data-centre network."""
+    return any(plan.dcn.get(axis, 1) > 1 for axis in one.axes)
+
+
+def _expert_flops(run: Run) -> float:
+    """FLOPs of routed experts on one device, which run in kernels and loops whose trips depend on the data."""
+    if "routed" not in run.model.pattern:
+        return 0.0
+    moe, accumulate = run.model.moe, run.step.microbatches
+    z = local_sizes(run.model, run.plan, run.batch_size, run.length, accumulate)
+    rounds = accumulate * (run.plan.microbatch_count if run.plan.size("pp") > 1 else 1)
+    passes = 2.0 + forward_passes(run.model, run.plan)
+    return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.D * z.W
+
+
+def judge(run: Run, hardware: Hardware, state: TrainState, plan: Plan) -> Judged:
+    """What a plan would need, by formulas, for `sharding.analysis.search.rank`.
+
+    Raises:
+      PlanError: it does not divide the model or the batch.
+    """
+    parts = DecoderParts(run.model, plan, run.z_loss, hardware.platform)
+    accumulate = run.step.microbatches
+    parts.check(run.batch_size // accumulate, run.length)
+    placed = state_placements(parts, state)
+    memory = estimate_memory(parts, placed, run.batch_size, run.length, accumulate).total
+    time = bound(estimate_costs(parts, placed, run.batch_size, run.length, accumulate), hardware)
+    return Judged(plan, memory, time.overlapped, time.serial)
+
+
+def bound(costs: Costs, hardware: Hardware) -> Roofline:
+    """The roofline of estimated costs."""
+    moved = [(axis.group, axis.crosses, axis.moved) for axis in costs.moved]
+    return roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
+
+
+def search(run: Run, hardware: Hardware, devices: int) -> Ranking:
+    """The best plans for so many devices, by the formulas of `tessera.planning.memory` and `tessera.planning.costs`.
+
+    Args:
+      run: its plan's schedule, rules and choices are kept; its sizes are not looked at.
+      hardware: the device.
+      devices: their number.
+    """
+    base = replace(run.plan, axes="", microbatches=0)
+    return rank(
+        plans(devices, base, allowed=_allowed(run, devices)),
+        partial(judge, run, hardware, jax.eval_shape(run.init)),
+        HEADROOM * hardware.memory,
+    )
+
+
+def _allowed(run: Run, devices: int) -> dict[str, list[int]]:
+    """Sizes an axis may have for the model alone; what only the whole plan decides is left to `judge`."""
+    model, sizes = run.model, [n for n in range(1, devices + 1) if devices % n == 0]
+    split = math.gcd(model.kv_size, model.heads, model.ff_size, model.vocab_size)
+    experts = model.moe.router.experts if "routed" in model.pattern else 1
+    return {
+        "tp": [n for n in sizes if split % n == 0],
+        "pp": [n for n in sizes if n <= model.layers and (model.scan or n == 1)],
+        "ep": [n for n in sizes if experts % n == 0],
+        "cp": [n for n in sizes if run.length % (2 * n) == 0],
+        "fsdp": [n for n in sizes if model.width % n == 0],
+    }

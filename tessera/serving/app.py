@@ -1,0 +1,281 @@
+"""The HTTP server: OpenAI's completions, chat and models, health and Prometheus metrics (extra `serve`).
+
+Every error is JSON as OpenAI's clients expect it: 400 a body that is not understood, 401 a wrong key, 404 another
+model, 413 a body too large, 429 a full queue, 503 shutting down, 504 a request that took too long.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tessera.data.tokenizer import Tokenizer
+from tessera.serving import metrics
+from tessera.serving.protocol import (
+    Asked,
+    BadRequest,
+    choice,
+    error_body,
+    read_body,
+    response,
+    token_logprobs,
+    usage,
+)
+from tessera.serving.requests import PromptTooLong, QueueFull, Text
+from tessera.serving.service import Draining, Service
+from tessera.serving.text import TextStream
+
+LOOK = 0.25  # seconds between two looks at whether the client is still there
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """What the server promises and refuses.
+
+    Attributes:
+      model: name of the model in the API.
+      api_key: that requests must bring; "" asks for none.
+      timeout: seconds a request may take, waiting included.
+      max_tokens: tokens drawn where a request does not say.
+      max_choices: texts of one request at most.
+      max_body: bytes of a request at most.
+      patience: seconds that running requests get at shutdown.
+    """
+
+    model: str = "tessera"
+    api_key: str = ""
+    timeout: float = 300.0
+    max_tokens: int = 64
+    max_choices: int = 16
+    max_body: int = 2**20
+    patience: float = 10.0
+
+
+def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Any:
+    """The ASGI application; starting it starts the service, stopping it stops the service.
+
+    Raises:
+      ImportError: the extra `serve` is not installed.
+    """
+    starlette = _starlette()
+    pages = Pages(service, tokenizer, config, starlette)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop, config.patience)
+
+    routes = [
+        starlette.Route("/v1/completions", pages.completions, methods=["POST"]),
+        starlette.Route("/v1/chat/completions", pages.chat, methods=["POST"]),
+        starlette.Route("/v1/models", pages.models),
+        starlette.Route("/v1/models/{name:path}", pages.models),
+        starlette.Route("/health", pages.health),
+        starlette.Route("/metrics", pages.metrics),
+    ]
+    return starlette.Starlette(routes=routes, lifespan=lifespan)
+
+
+class Pages:
+    """The handlers of the routes."""
+
+    def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig, starlette: Any):
+        self.service, self.tokenizer, self.config, self.starlette = service, tokenizer, config, starlette
+
+    async def completions(self, request: Any) -> Any:
+        """POST /v1/completions."""
+        return await self._answer(request, chat=False)
+
+    async def chat(self, request: Any) -> Any:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, chat=True)
+
+    async def models(self, request: Any) -> Any:
+        """GET /v1/models and /v1/models/NAME."""
+        if not self._allowed(request):
+            return self._error(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
+        one = {"id": self.config.model, "object": "model", "created": 0, "owned_by": "tessera"}
+        name = request.path_params.get("name")
+        if name is None:
+            return self.starlette.JSONResponse({"object": "list", "data": [one]})
+        if name != self.config.model:
+            return self._unknown_model(name)
+        return self.starlette.JSONResponse(one)
+
+    async def health(self, request: Any) -> Any:
+        """GET /health: 200 while the engine runs and takes requests."""
+        well = self.service.alive and not self.service.draining
+        return self.starlette.JSONResponse({"status": "ok" if well else "unavailable"}, 200 if well else 503)
+
+    async def metrics(self, request: Any) -> Any:
+        """GET /metrics."""
+        engine, counts = self.service.engine, self.service.engine.counts
+        ends = {f'reason="{name}"': counts[f"finished_{name}"] for name in ("stop", "length", "cancelled", "error")}
+        lines = [
+            *metrics.counter("requests", "Texts taken.", counts["requests"]),
+            *metrics.counter("requests_refused", "Requests refused for a full queue.", self.service.refused),
+            *metrics.counter("requests_finished", "Texts ended, by reason.", dict(ends)),
+            *metrics.counter("prompt_tokens", "Tokens read.", counts["prompt_tokens"]),
+            *metrics.counter("tokens", "Tokens drawn.", counts["tokens"]),
+            *metrics.counter("drafted_tokens", "Tokens the draft model guessed.", counts["drafted"]),
+            *metrics.counter("accepted_tokens", "Of those, the ones that stayed.", counts["accepted"]),
+            *metrics.gauge("waiting", "Texts waiting for a slot.", len(engine.waiting)),
+            *metrics.gauge("running", "Texts that have a slot.", engine.running),
+            *metrics.gauge("slots", "Slots there are.", len(engine.slots)),
+            *metrics.histogram("first_token_seconds", "From request to first token.", self.service.first_token),
+            *metrics.histogram("request_seconds", "From request to last token.", self.service.duration),
+        ]
+        return self.starlette.Response("\n".join(lines) + "\n", media_type=metrics.CONTENT_TYPE)
+
+    async def _answer(self, request: Any, *, chat: bool) -> Any:
+        if not self._allowed(request):
+            return self._error(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
+        body = await self._body(request)
+        if body is None:
+            return self._error(413, f"a body has at most {self.config.max_body} bytes", "invalid_request_error")
+        c, invalid = self.config, "invalid_request_error"
+        try:
+            asked = read_body(
+                json.loads(body), self.tokenizer, chat=chat, limit=c.max_tokens, max_choices=c.max_choices
+            )
+            if asked.model != c.model:
+                return self._unknown_model(asked.model)
+            texts, events = self.service.submit(asked.prompts, asked.samplings)
+        except BadRequest as error:
+            return self._error(400, str(error), invalid, error.parameter, error.code)
+        except PromptTooLong as error:
+            return self._error(400, str(error), invalid, "prompt", "context_length_exceeded")
+        except QueueFull as error:
+            return self._error(429, str(error), "rate_limit_error", code="queue_full")
+        except Draining as error:
+            return self._error(503, str(error), "server_error", code="shutting_down")
+        except ValueError as error:  # also a body that is no JSON
+            return self._error(400, str(error), invalid)
+        if asked.stream:
+            pieces = self._stream(request, asked, texts, events)
+            return self.starlette.StreamingResponse(pieces, media_type="text/event-stream")
+        return await self._whole(request, asked, texts, events)
+
+    async def _whole(self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]) -> Any:
+        try:
+            pieces = [""] * len(texts)
+            ends: list[str] = [""] * len(texts)
+            async for index, piece, finish, _ in self._follow(request, asked, texts, events):
+                pieces[index] += piece
+                ends[index] = finish or ends[index]
+        except TimeoutError:
+            return self._error(504, f"not done within {self.config.timeout} s", "server_error", code="timeout")
+        if any(text.finish == "error" for text in texts):
+            return self._error(500, "the model failed; the log says why", "server_error")
+        if any(text.finish == "cancelled" for text in texts) and "cancelled" in ends:
+            return self._error(503, "the request was let go of", "server_error", code="shutting_down")
+        choices = []
+        for index, (piece, finish) in enumerate(zip(pieces, ends, strict=True)):
+            logprobs = token_logprobs(texts[index], 0, self.tokenizer) if asked.logprobs else None
+            choices.append(choice(asked, index, piece, finish, logprobs, delta=False))
+        answer = response(asked, _identity(), choices, self.config.model, delta=False)
+        return self.starlette.JSONResponse(answer | {"usage": usage(texts)})
+
+    async def _stream(
+        self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]
+    ) -> AsyncIterator[str]:
+        identity = _identity()
+        try:
+            async for index, piece, finish, start in self._follow(request, asked, texts, events):
+                logprobs = token_logprobs(texts[index], start, self.tokenizer) if asked.logprobs else None
+                if piece or finish or logprobs:
+                    entry = choice(asked, index, piece, finish or None, logprobs, delta=True)
+                    yield _event(response(asked, identity, [entry], self.config.model, delta=True))
+        except TimeoutError:
+            yield _event(error_body(f"not done within {self.config.timeout} s", "server_error", code="timeout"))
+            return
+        if asked.usage:
+            yield _event(response(asked, identity, [], self.config.model, delta=True) | {"usage": usage(texts)})
+        yield "data: [DONE]\n\n"
+
+    async def _follow(
+        self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]
+    ) -> AsyncIterator[tuple[int, str, str, int]]:
+        """(index, new text, reason it ended or "", tokens given before); lets go of texts when the client has left."""
+        streams = [TextStream(self.tokenizer, asked.stop) for _ in texts]
+        given, done = [0] * len(texts), [False] * len(texts)
+        until = time.monotonic() + self.config.timeout
+        try:
+            while not all(done):
+                try:
+                    index = await asyncio.wait_for(events.get(), LOOK)
+                except TimeoutError:
+                    index = -1
+                if await request.is_disconnected():
+                    return
+                if time.monotonic() > until:
+                    raise TimeoutError
+                if index < 0 or done[index]:
+                    continue
+                text, stream = texts[index], streams[index]
+                finish, start = text.finish, given[index]  # read before the tokens: they may still grow
+                given[index] = len(text.tokens)
+                piece = stream.feed(text.tokens[: given[index]], final=bool(finish))
+                finish = "stop" if stream.stopped else finish
+                done[index] = bool(finish)
+                if stream.stopped:
+                    self.service.release([text])
+                yield index, piece, finish, start
+        finally:
+            self.service.release(texts)
+
+    async def _body(self, request: Any) -> bytes | None:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self.config.max_body:
+                return None
+            parts.append(part)
+        return b"".join(parts)
+
+    def _allowed(self, request: Any) -> bool:
+        if not self.config.api_key:
+            return True
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(given.encode(), self.config.api_key.encode())
+
+    def _unknown_model(self, name: str) -> Any:
+        message = f"the model {name!r} does not exist; this server has {self.config.model!r}"
+        return self._error(404, message, "invalid_request_error", "model", "model_not_found")
+
+    def _error(self, status: int, message: str, kind: str, parameter: str = "", code: str = "") -> Any:
+        headers = {"Retry-After": "1"} if status == 429 else None
+        return self.starlette.JSONResponse(error_body(message, kind, parameter, code), status, headers)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _identity() -> str:
+    return f"cmpl-{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    Starlette: Callable
+    Route: Callable
+    JSONResponse: Callable
+    Response: Callable
+    StreamingResponse: Callable
+
+
+def _starlette() -> _Parts:
+    try:
+        from starlette.applications import Starlette
+        from starlette.responses import JSONResponse, Response, StreamingResponse
+        from starlette.routing import Route
+    except ImportError as error:
+        raise ImportError("the server needs the extra `serve`: pip install 'tessera-jax[serve]'") from error
+    return _Parts(Starlette, Route, JSONResponse, Response, StreamingResponse)

@@ -1,0 +1,193 @@
+"""Models to serve: a run of the training script, a ticket of it, or a Hugging Face directory."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pooch
+from jaxtyping import PyTree
+
+from lottery import export
+from sharding.inference.quantize import QuantConfig
+from sharding.plan import Plan
+from tessera.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.lm.warm_start import read_model
+from tessera.models.transformer import TransformerConfig
+from tessera.serving.engine import Engine
+from tessera.serving.huggingface import is_directory, load_directory
+from tessera.serving.programs import Programs, ServeConfig, make_programs
+from tessera.serving.quantized import quantise_decoder
+from tessera.serving.served import serve, shapes
+from tessera.serving.speculative import Speculating
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where a model comes from.
+
+    Attributes:
+      dir: a run of `scripts/train.py`, whose newest checkpoint is taken, or a Hugging Face directory.
+      ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
+      tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
+      dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
+      bits: 0 keeps the weights, 8 and 4 round them.
+      group: inputs that share a scale; 0 is all.
+      method: "rtn" (to nearest), "awq" or "gptq"; see `sharding.inference.quantize`.
+      calibration: a file of text such as the model reads, for AWQ and GPTQ.
+    """
+
+    dir: str = ""
+    ticket: str = ""
+    tokenizer: str = ""
+    dtype: str = ""
+    bits: int = 0
+    group: int = 0
+    method: str = "rtn"
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        if self.bits and self.method != "rtn" and not self.calibration:
+            raise ValueError(f"method={self.method!r} needs calibration, a file of text such as the model reads")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A second, small model that drafts for the first; see `tessera.serving.speculative`.
+
+    Attributes:
+      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` nothing is drafted.
+      plan: how it is split; "same" as the large model. Slots must be split over as many devices.
+      tokens: drafted per round.
+    """
+
+    dir: str = ""
+    ticket: str = ""
+    dtype: str = ""
+    bits: int = 0
+    group: int = 0
+    plan: str = "same"
+    tokens: int = 4
+
+
+class Loaded(NamedTuple):
+    """Parameters (numpy), the model they are of, and its tokenizer."""
+
+    params: PyTree
+    config: TransformerConfig
+    tokenizer: Tokenizer
+
+
+def load(source: SourceConfig) -> Loaded:
+    """Read a model.
+
+    Raises:
+      FileNotFoundError: no run, checkpoint, model or tokenizer is there.
+      CheckpointDamaged: the checkpoint cannot be read.
+      ValueError: a ticket of another model; a directory of another architecture.
+    """
+    path = Path(source.dir)
+    if is_directory(path):
+        params, config = load_directory(path)
+    else:
+        params, config = read_model(path)
+    if source.ticket:
+        params = read_ticket(source.ticket, config)
+    tokenizer = BPETokenizer.load(source.tokenizer) if source.tokenizer else own_tokenizer(path, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not made for each other"
+        )
+    return Loaded(params, config, tokenizer)
+
+
+def read_ticket(path: Path | str, config: TransformerConfig) -> PyTree:
+    """A ticket's weights, zeros where its mask is False.
+
+    Raises:
+      ValueError: it is no ticket, or one of another model.
+    """
+    flat, masks, _ = export.load(path)
+    params = export.unflatten({name: np.where(masks[name], leaf, 0).astype(np.float32) for name, leaf in flat.items()})
+    params = params.get("params", params)
+    wanted = {name: leaf.shape for name, leaf in _flat(shapes(config)).items()}
+    found = {name: leaf.shape for name, leaf in _flat(params).items()}
+    wrong = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(f"{path}: a ticket of another model; {name} is {found.get(name)}, not {wanted.get(name)}")
+    return params
+
+
+def read_calibration(path: Path | str, tokenizer: Tokenizer, rows: int = 32, length: int = 128) -> np.ndarray:
+    """Tokens int32 [rows, length] from places spread evenly over a file of text.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it has fewer than `length` tokens.
+    """
+    tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    if len(tokens) < length:
+        raise ValueError(f"{path} has {len(tokens)} tokens; calibration needs {length}")
+    starts = np.linspace(0, len(tokens) - length, rows).astype(int)
+    return np.stack([tokens[start : start + length] for start in starts]).astype(np.int32)
+
+
+def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
+    """The tokenizer of a run (bytes, or the BPE it trained, kept in the cache directory) or of a directory.
+
+    Raises:
+      FileNotFoundError: the BPE is not where the run left it, or a directory has no tokenizer.json.
+    """
+    if (path / "tokenizer.json").exists():
+        return BPETokenizer.load(path / "tokenizer.json")
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    data: dict[str, Any] = settings.get("data") or {}
+    if data.get("tokenizer") == "bpe":
+        name = f"bpe-{data['vocab_size']}-{settings['data_sha256'][:32]}.json"
+        kept = Path(pooch.os_cache("tessera")) / "tokenizers" / name
+        if not kept.exists():
+            raise FileNotFoundError(f"the run's tokenizer {kept} is gone; give its file as tokenizer")
+        return BPETokenizer.load(kept)
+    if data or config.vocab_size == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    raise FileNotFoundError(f"{path} has no tokenizer.json; give one as tokenizer")
+
+
+def make_engine(
+    source: SourceConfig, plan: Plan, sizes: ServeConfig, queue: int = 64, draft: DraftConfig = DraftConfig()
+) -> tuple[Engine, Loaded]:
+    """A model from where it is kept to an engine that serves it, and what was loaded (its weights let go of).
+
+    Raises:
+      PlanError: the plan does not fit the model, the sizes or the devices; a draft that does not fit the model.
+      and what `load` raises.
+    """
+    loaded = load(source)
+    programs, params = _programs(loaded, source, plan, sizes)
+    if not draft.dir:
+        return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
+    small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
+    split = plan if draft.plan == "same" else Plan(draft.plan)
+    drafting, draft_params = _programs(load(small), small, split, replace(sizes, groups=0))
+    both = Speculating(programs, drafting, draft.tokens)
+    return Engine(both, both.place(params, draft_params), queue), loaded._replace(params=None)
+
+
+def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:
+    params = loaded.params
+    if source.bits:
+        text = read_calibration(source.calibration, loaded.tokenizer) if source.method != "rtn" else None
+        params = quantise_decoder(params, loaded.config, QuantConfig(source.bits, source.method, source.group), text)
+    params, served = serve(params, loaded.config, plan, source.dtype)
+    return make_programs(served, sizes), params
+
+
+def _flat(tree: PyTree, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for name, branch in tree.items():
+        found |= _flat(branch, f"{prefix}/{name}" if prefix else name)
+    return found

@@ -1,0 +1,231 @@
+"""Prefill and decode as jitted programs of static shapes with a donated cache, under any plan.
+
+Axes: B slots, N rows of a call, T tokens of a row, V vocabulary, D width. Arguments and results are whole arrays;
+inside `jax.shard_map` the functions here see one device's part. A row belongs to the data-parallel part its place in
+the call says (row r of N to part r // (N / parts)), and its slot is counted within that part.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from sharding.errors import PlanError
+from sharding.inference.kv_cache import CacheConfig, cache_specs, make_cache
+from sharding.inference.pipeline_ring import Ring, check_groups, default_groups
+from sharding.inference.sample import CANDIDATES, Settings, greedy
+from sharding.mesh import make_mesh
+from sharding.plan import DATA_AXES
+from sharding.rules import shardings
+from tessera.serving.served import Served
+from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Sizes that programs are compiled for.
+
+    Attributes:
+      slots: B, texts decoded at the same time over all devices.
+      length: most tokens of a text, prompt included.
+      cache_dtype: "float32", "bfloat16" or "int8"; "" is the model's.
+      groups: groups of a device's slots that go around the ring of pipeline stages; 0 takes as many as stages.
+      steps: tokens decoded per call (fewer calls to the host, later reaction to a finished text).
+      chunk: most tokens of one piece of a prompt.
+      rows: pieces of prompts read in one call by each data-parallel part.
+      candidates: see `sharding.inference.sample.CANDIDATES`.
+    """
+
+    slots: int = 8
+    length: int = 256
+    cache_dtype: str = ""
+    groups: int = 0
+    steps: int = 1
+    chunk: int = 128
+    rows: int = 1
+    candidates: int = CANDIDATES
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "length", "steps", "chunk", "rows", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def buckets(self) -> tuple[int, ...]:
+        """Lengths that pieces of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
+        sizes = []
+        size = min(16, self.chunk)
+        while size < self.chunk:
+            sizes.append(size)
+            size *= 2
+        return (*sizes, self.chunk)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Jitted functions of one model, plan and `ServeConfig`; each compiles once per shape of its arguments."""
+
+    served: Served
+    config: ServeConfig
+    mesh: Mesh
+    _made: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def parts(self) -> int:
+        """Data-parallel parts the slots are split into."""
+        return self.served.plan.data
+
+    @functools.cached_property
+    def cache_config(self) -> CacheConfig:
+        """Sizes of the cache."""
+        return self.served.cache(self.config.slots, self.config.length, self.config.cache_dtype)
+
+    @functools.cached_property
+    def groups(self) -> int:
+        """g, groups of a device's slots."""
+        local, stages = self.config.slots // self.parts, self.served.plan.size("pp")
+        groups = self.config.groups or default_groups(stages, local)
+        check_groups(groups, local)
+        return groups
+
+    @property
+    def data(self) -> Any:
+        """Mesh axes of slots and rows in a partition."""
+        return self.served.plan.present(*DATA_AXES) or None
+
+    @functools.cached_property
+    def state_specs(self) -> State:
+        """Partition of the state."""
+        return State(cache_specs(self.cache_config, self.served.plan), PartitionSpec(self.data, self.served.tp))
+
+    def place(self, params: PyTree) -> PyTree:
+        """Parameters from `serve` on their devices."""
+        return jax.device_put(params, shardings(self.mesh, self.served.specs_for(params)))
+
+    def start(self) -> State:
+        """An empty state."""
+        vocabulary = self.served.config.vocab_size
+
+        def make() -> State:
+            return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
+
+        if "start" not in self._made:
+            self._made["start"] = jax.jit(make, out_shardings=shardings(self.mesh, self.state_specs))
+        return self._made["start"]()
+
+    def prefill(self, params: PyTree, tokens: Any, lengths: Any) -> tuple[State, jax.Array]:
+        """A new cache with one prompt per slot.
+
+        Args:
+          params: from `place`.
+          tokens: int [B, T], padded at the end.
+          lengths: int [B], tokens of each row; 0 leaves the slot empty.
+
+        Returns:
+          The state, and float32 logits [B, V] of each row's last token.
+        """
+        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        slots = np.tile(np.arange(self.config.slots // self.parts, dtype=np.int32), self.parts)
+        state, logits = self.start(), None
+        for first in range(0, tokens.shape[1], self.config.chunk):
+            piece = tokens[:, first : first + self.config.chunk]
+            counts = np.clip(lengths - first, 0, piece.shape[1])
+            rows = Rows(piece, slots, np.where(counts > 0, first, 0), counts)
+            state, drawn = self.extend(params, state, rows, logits=True, fresh=first == 0)
+            keep = (counts > 0)[:, None]
+            logits = drawn.logits if logits is None else jnp.where(keep, drawn.logits, logits)
+        assert logits is not None
+        return state, logits
+
+    def decode(self, params: PyTree, state: State, tokens: Any, active: Any) -> tuple[State, jax.Array]:
+        """One step of every active slot.
+
+        Args:
+          params: from `place`.
+          state: donated.
+          tokens: int [B], the last token of every slot, not in the cache yet.
+          active: bool [B].
+
+        Returns:
+          The state, and float32 logits [B, V] of the token that follows.
+        """
+        settings = greedy(self.config.slots)
+        budget = np.asarray(active).astype(np.int32)
+        state, drawn = self.generate(params, state, tokens, budget, settings, steps=1, logits=True)
+        return state, drawn.logits[0]
+
+    def extend(
+        self,
+        params: PyTree,
+        state: State,
+        rows: Rows,
+        settings: Settings | None = None,
+        *,
+        logits: bool = False,
+        every: bool = False,
+        fresh: bool = False,
+    ) -> tuple[State, Drawn]:
+        """Read the next piece of some texts and draw the token that follows each.
+
+        Args:
+          params: from `place`.
+          state: donated.
+          rows: the pieces; a row that starts at 0 forgets what its slot held.
+          settings: of each row; None is greedy.
+          logits: also give the logits of each row's last token, or with `every` of all its tokens [N, T, V].
+          every: see `logits`.
+          fresh: promise that every row starts at 0: nothing is read from the cache.
+        """
+        count = rows.tokens.shape[0]
+        if count % self.parts:
+            raise PlanError(f"{count} rows do not divide over the {self.parts} data-parallel parts")
+        settings = greedy(count) if settings is None else settings
+        key = ("extend", count, rows.tokens.shape[1], logits, every, fresh)
+        if key not in self._made:
+            self._made[key] = extend_program(self, logits=logits, every=every, fresh=fresh)
+        return self._made[key](params, state, Rows(*(np.asarray(x, np.int32) for x in rows)), settings)
+
+    def generate(
+        self,
+        params: PyTree,
+        state: State,
+        tokens: Any,
+        budget: Any,
+        settings: Settings,
+        *,
+        steps: int = 0,
+        logits: bool = False,
+    ) -> tuple[State, Drawn]:
+        """Draw up to `steps` tokens in every slot, each the input of the next.
+
+        Args:
+          params: from `place`.
+          state: donated.
+          tokens: int [B], the last token of every slot, not in the cache yet.
+          budget: int [B], tokens to draw in each slot, 0 for a slot not in use; what comes after them is to be ignored.
+          settings: of every slot; `index` is that of the first token drawn.
+          steps: 0 takes the config's.
+          logits: also give the logits [steps, B, V].
+        """
+        ring = Ring(self.served.plan.size("pp"), self.groups, steps or self.config.steps)
+        key = ("generate", ring, logits)
+        if key not in self._made:
+            self._made[key] = generate_program(self, ring, logits=logits)
+        tokens, budget = (jnp.asarray(x, jnp.int32) for x in (tokens, budget))
+        return self._made[key](params, state, tokens, budget, settings)
+
+
+def make_programs(served: Served, config: ServeConfig, devices: Any = None) -> Programs:
+    """Programs for a model from `serve`, on the first of the devices that its plan takes.
+
+    Raises:
+      PlanError: cache, slots or groups that do not divide.
+    """
+    found = list(jax.devices() if devices is None else devices)[: served.plan.devices]
+    programs = Programs(served, config, make_mesh(served.plan, found))
+    _ = programs.state_specs, programs.groups
+    return programs

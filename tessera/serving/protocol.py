@@ -1,0 +1,192 @@
+"""OpenAI's request and response bodies: what is asked becomes prompts and `Sampling`, what was drawn becomes JSON."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tessera.data.tokenizer import Tokenizer
+from tessera.serving.requests import Sampling, Text
+
+IGNORED = {"user", "best_of", "metadata", "store", "service_tier"}
+FIELDS = {
+    *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stream"),
+    *("stream_options", "stop", "seed", "logprobs", "top_k", "min_p", "repetition_penalty", "stop_token_ids"),
+    *("presence_penalty", "frequency_penalty"),
+}
+# Settings that must keep the value that switches them off.
+OFF: dict[str, tuple[Any, ...]] = {
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+
+
+class BadRequest(ValueError):
+    """A body that is not understood; `parameter` says which of its fields."""
+
+    def __init__(self, message: str, parameter: str = "", code: str = ""):
+        super().__init__(message)
+        self.parameter, self.code = parameter, code
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: prompts in tokens, how each is sampled, strings that end a text, and how to answer."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    samplings: tuple[Sampling, ...]
+    stop: tuple[str, ...]
+    stream: bool
+    usage: bool
+    logprobs: bool
+    chat: bool
+    model: str
+
+
+def read_body(body: Any, tokenizer: Tokenizer, *, chat: bool, limit: int, max_choices: int) -> Asked:
+    """Check a body and read it.
+
+    Args:
+      body: of POST /v1/completions, or with `chat` /v1/chat/completions.
+      tokenizer: of the model.
+      chat: messages instead of a prompt.
+      limit: tokens to draw where the body does not say.
+      max_choices: most texts of one request.
+
+    Raises:
+      BadRequest: anything unknown, of the wrong type or out of range.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequest("the body must be a JSON object")
+    for name, value in body.items():
+        if name in OFF and value not in OFF[name]:
+            raise BadRequest(f"{name} is not supported", name)
+        if name not in FIELDS and name not in OFF and name not in IGNORED:
+            raise BadRequest(f"unknown field {name!r}", name)
+    prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body, tokenizer)
+    number = _number(body, "n", int, 1)
+    if not 1 <= number * len(prompts) <= max_choices:
+        raise BadRequest(f"{len(prompts)} prompts with n={number}: 1 to {max_choices} texts a request", "n")
+    seed = _number(body, "seed", int, None)
+    first = int.from_bytes(os.urandom(4), "little") if seed is None else seed % 2**32
+    most = _number(body, "max_completion_tokens", int, None) or _number(body, "max_tokens", int, None)
+    try:
+        sampling = Sampling(
+            temperature=_number(body, "temperature", float, 1.0),
+            top_k=max(_number(body, "top_k", int, 0), 0),
+            top_p=_number(body, "top_p", float, 1.0),
+            min_p=_number(body, "min_p", float, 0.0),
+            repetition_penalty=_number(body, "repetition_penalty", float, 1.0),
+            presence_penalty=_number(body, "presence_penalty", float, 0.0),
+            frequency_penalty=_number(body, "frequency_penalty", float, 0.0),
+            seed=first,
+            max_tokens=limit if most is None else most,
+            stop_tokens=tuple(_tokens(body.get("stop_token_ids") or [], "stop_token_ids")),
+        )
+        every = [Sampling(**{**vars(sampling), "seed": (first + i) % 2**32}) for i in range(number)]
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    stop = body.get("stop") or ()
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stop) > 4 or not all(isinstance(word, str) for word in stop):
+        raise BadRequest("stop must be a string or up to four strings", "stop")
+    options = body.get("stream_options") or {}
+    return Asked(
+        prompts=tuple(prompt for prompt in prompts for _ in range(number)),
+        samplings=tuple(every * len(prompts)),
+        stop=stop,
+        stream=bool(body.get("stream")),
+        usage=bool(options.get("include_usage")),
+        logprobs=body.get("logprobs") not in (None, False),
+        chat=chat,
+        model=str(body.get("model", "")),
+    )
+
+
+def _number(body: Mapping, name: str, kind: type, default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise BadRequest(f"{name}={value!r} must be {'a whole number' if kind is int else 'a number'}", name)
+    return kind(value)
+
+
+def _tokens(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise BadRequest(f"{name} must be a list of token ids", name)
+    return value
+
+
+def _prompts(body: Mapping, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRequest(
+            "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
+        )
+    if isinstance(prompt[0], int):
+        prompt = [prompt]
+    found = []
+    for one in prompt:
+        tokens = tokenizer.encode(one).tolist() if isinstance(one, str) else _tokens(one, "prompt")
+        if not tokens:
+            raise BadRequest("an empty prompt", "prompt")
+        found.append(tuple(tokens))
+    return found
+
+
+def _chat_prompt(body: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Messages as plain text, "role: content" line by line: the house's models have learned no format of their own."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list of {role, content}", "messages")
+    lines = []
+    for message in messages:
+        known = isinstance(message, Mapping) and all(isinstance(message.get(x), str) for x in ("role", "content"))
+        if not known:
+            raise BadRequest("every message needs a role and a content, both strings", "messages")
+        lines.append(f"{message['role']}: {message['content']}\n")
+    return tuple(tokenizer.encode("".join(lines) + "assistant:").tolist())
+
+
+def choice(asked: Asked, index: int, piece: str, finish: str | None, logprobs: Mapping | None, *, delta: bool) -> dict:
+    """One entry of "choices": a whole text, or with `delta` a piece of it."""
+    if asked.chat:
+        content = {"role": "assistant", "content": piece}
+        return {"index": index, "delta" if delta else "message": content, "finish_reason": finish, "logprobs": None}
+    return {"index": index, "text": piece, "finish_reason": finish, "logprobs": logprobs}
+
+
+def token_logprobs(text: Text, start: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The log-probabilities of tokens from `start` on, as the completions endpoint writes them."""
+    words = [tokenizer.decode(np.asarray([token], np.int32)) for token in text.tokens[start:]]
+    values = text.logprobs[start:]
+    alternatives = [{word: value} for word, value in zip(words, values, strict=True)]
+    return {"tokens": words, "token_logprobs": values, "top_logprobs": alternatives, "text_offset": []}
+
+
+def usage(texts: Sequence[Text]) -> dict[str, int]:
+    """Tokens read and drawn."""
+    read, drawn = sum(len(text.prompt) for text in texts), sum(len(text.tokens) for text in texts)
+    return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+
+
+def response(asked: Asked, identity: str, choices: list[dict], model: str, *, delta: bool) -> dict[str, Any]:
+    """The body around choices."""
+    kind = "text_completion"
+    if asked.chat:
+        kind = "chat.completion.chunk" if delta else "chat.completion"
+    return {"id": identity, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+
+
+def error_body(message: str, kind: str, parameter: str = "", code: str = "") -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": parameter or None, "code": code or None}}

@@ -1,0 +1,184 @@
+"""A decoder's kernels in 8 or 4 bits: calibration on text, one block after the other, and how they lie under a plan.
+
+Quantised are the projections of attention and the feed-forward kernels, dense or of experts; embedding, head, norms
+and routers stay as they are. Axes: N rows of text, T tokens, D width, H query heads, h head dimension, F feed-forward
+width, E experts, I and O inputs and outputs of a kernel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from moe.gate import gate
+from sharding.errors import PlanError
+from sharding.inference.quantize import (
+    Calibration,
+    QuantConfig,
+    Quantized,
+    dequantise,
+    is_quantized,
+    observe,
+    quantise_matrix,
+)
+from tessera.lm.warm_start import join_blocks, split_blocks
+from tessera.models.layers import attention, rms_norm, rope, to_heads
+from tessera.models.transformer import DTYPES, Block, TransformerConfig
+from tessera.optim.param_axes import kernel_axes
+
+
+def quantise_decoder(
+    params: Mapping[str, Any],
+    config: TransformerConfig,
+    how: QuantConfig,
+    calibration_NT: Int[Array, "N T"] | Int[np.ndarray, "N T"] | None = None,
+) -> PyTree:
+    """The decoder's parameters with every projection and feed-forward kernel as `Quantized`.
+
+    A block's kernels see what the blocks before it compute once quantised (Frantar et al. 2022, section 4, setup).
+
+    Args:
+      params: float parameters of a decoder of `config`.
+      config: the model; `serve` takes the result.
+      how: bits, method and group.
+      calibration_NT: text, for "awq" and "gptq".
+
+    Raises:
+      ValueError: a method that needs calibration text without any; a group that does not divide a kernel's inputs.
+    """
+    if how.method != "rtn" and calibration_NT is None:
+        raise ValueError(f"method={how.method!r} needs calibration text")
+    blocks = split_blocks(params, config)
+    whole = replace(config, dtype="float32", remat="none")
+    x_NTD = None if calibration_NT is None else jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)]
+    made = []
+    for i, block in enumerate(blocks):
+        mlp = config.pattern[i % len(config.pattern)]
+        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, whole, mlp)
+        small = _quantise_block(block, how, seen)
+        made.append(small)
+        if seen:
+            plain = dequantise_layer(small, "float32")
+            x_NTD = _run(whole, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
+    return join_blocks(params, made, config)
+
+
+def _run(config: TransformerConfig, mlp: str) -> Any:
+    @jax.jit
+    def run(block: PyTree, x_NTD: jax.Array, tokens_NT: jax.Array) -> jax.Array:
+        positions_NT = jnp.broadcast_to(jnp.arange(x_NTD.shape[1], dtype=jnp.int32)[None], x_NTD.shape[:2])
+        return Block(config, mlp=mlp).apply({"params": block}, x_NTD, positions_NT, tokens_NT)[0]
+
+    return run
+
+
+def watch(
+    block: Mapping[str, Any], x_NTD: Float[Array, "N T D"], tokens_NT: Any, config: TransformerConfig, mlp: str
+) -> dict[str, Any]:
+    """What every kernel of a block reads: name -> `Calibration`, or one per expert."""
+    a, positions = block["attention"], jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
+    positions_NT = jnp.broadcast_to(positions[None], x_NTD.shape[:2])
+    y_NTD = rms_norm(x_NTD, jnp.asarray(block["attention_norm"]["gain"]), config.norm_eps)
+    q, k, v = (to_heads(y_NTD, jnp.asarray(a[name]["kernel"])) for name in ("query", "key", "value"))
+    mixed_NTHh = attention(rope(q, positions_NT, config.rope_theta), rope(k, positions_NT, config.rope_theta), v)
+    inner = observe(y_NTD.reshape(-1, config.width))
+    seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
+    seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))
+    x_NTD = x_NTD + jnp.einsum("nthk,hkd->ntd", mixed_NTHh, jnp.asarray(a["output"]["kernel"]))
+    y_MD = rms_norm(x_NTD, jnp.asarray(block["mlp_norm"]["gain"]), config.norm_eps).reshape(-1, config.width)
+    if mlp != "routed":
+        seen |= _watch_feed(block["mlp"], y_MD)
+        return seen
+    if config.moe.mixture.activation != "swiglu" or config.moe.biases:
+        raise ValueError("experts are quantised with calibration if they are SwiGLU without biases; use method='rtn'")
+    router = jax.tree.map(jnp.asarray, block["mlp"].get("router", {}))
+    routing = gate(router, y_MD, config.moe.router, tokens_N=jnp.asarray(tokens_NT).reshape(-1))
+    chosen_MK, experts = np.asarray(routing.experts_NK), block["mlp"]["experts"]
+    each = []
+    for e in range(config.moe.router.experts):
+        one = jax.tree.map(lambda leaf: leaf[e], experts)  # noqa: B023
+        each.append(_watch_feed(one, y_MD[np.flatnonzero((chosen_MK == e).any(1))]))
+    seen["experts"] = {name: [found[name] for found in each] for name in ("gate", "up", "down")}
+    if "shared" in block["mlp"]:
+        seen["shared"] = _watch_feed(block["mlp"]["shared"], y_MD)
+    return seen
+
+
+def _watch_feed(layer: Mapping[str, Any], y_MD: Float[Array, "M D"]) -> dict[str, Calibration]:
+    gate_DF, up_DF = (jnp.asarray(layer[name]["kernel"]) for name in ("gate", "up"))
+    outer, hidden_MF = observe(y_MD), jax.nn.silu(y_MD @ gate_DF) * (y_MD @ up_DF)
+    return {"gate": outer, "up": outer, "down": observe(hidden_MF)}
+
+
+def _quantise_block(block: Mapping[str, Any], how: QuantConfig, seen: Mapping[str, Any]) -> PyTree:
+    def one(path: tuple, leaf: Any) -> Any:
+        names = [str(entry.key) for entry in path]
+        if names[-1] != "kernel" or "router" in names or names[0] not in ("attention", "mlp"):
+            return leaf
+        axes = kernel_axes(path)
+        assert axes is not None
+        found = seen.get(names[1], seen)
+        statistics = found.get(names[-2]) if isinstance(found, Mapping) else found
+        if "experts" in names:
+            each = statistics or [None] * leaf.shape[0]
+            return _stack([_quantise(leaf[e], how, axes.inputs, each[e]) for e in range(leaf.shape[0])])
+        return _quantise(leaf, how, axes.inputs, statistics)
+
+    return jax.tree_util.tree_map_with_path(one, block)
+
+
+def _stack(members: list[Quantized]) -> Quantized:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+
+
+def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Calibration | None) -> Quantized:
+    """A kernel [inputs..., outputs...]; a group never spans two of the last input axis' rows."""
+    shape, count = np.shape(kernel), len(inputs)
+    into, out = shape[:count], shape[count:]
+    if how.group and into[-1] % how.group:
+        raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")
+    flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
+    found = quantise_matrix(flat, how, seen)
+    groups = (*into[:-1], into[-1] // how.group) if how.group else (1,) * count
+    channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
+    return Quantized(found.values.reshape(shape), found.scales.reshape(*groups, *out), channel)
+
+
+def dequantise_layer(layer: PyTree, dtype: str) -> PyTree:
+    """A block's parameters with float kernels in place of quantised ones."""
+    convert = partial(dequantise, dtype=DTYPES[dtype])
+    return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)
+
+
+def quantised_specs(params: PyTree, specs: PyTree, sizes: Mapping[str, int]) -> PyTree:
+    """Partition of every array: a quantised kernel's values, scales and factors lie like the kernel.
+
+    Raises:
+      PlanError: groups that do not divide by the mesh axes that split the kernel's inputs.
+    """
+
+    def one(node: Any, spec: PartitionSpec) -> Any:
+        if not is_quantized(node):
+            return spec
+
+        def cut(array: Any) -> PartitionSpec | None:
+            if array is None:
+                return None
+            entries = [None if size == 1 else entry for size, entry in zip(array.shape, spec, strict=False)]
+            for size, entry in zip(array.shape, entries, strict=False):
+                ways = 1
+                for axis in (entry,) if isinstance(entry, str) else entry or ():
+                    ways *= sizes[axis]
+                if size % ways:
+                    raise PlanError(f"scales {array.shape} of a quantised kernel do not divide by {entry}={ways}")
+            return PartitionSpec(*entries)
+
+        return Quantized(cut(node.values), cut(node.scales), cut(node.channel))
+
+    return jax.tree.map(one, params, specs, is_leaf=is_quantized)

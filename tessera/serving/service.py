@@ -1,0 +1,118 @@
+"""An engine in a thread of its own, and texts as asynchronous streams for a server's event loop."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+
+from absl import logging
+
+from tessera.serving.engine import Engine
+from tessera.serving.metrics import Histogram
+from tessera.serving.requests import QueueFull, Sampling, Text
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Draining(RuntimeError):
+    """The server is shutting down and takes no new requests."""
+
+
+class Service:
+    """Runs an engine; every public method but `start` and `stop` may be called from the event loop.
+
+    Args:
+      engine: nobody else may call its `step`.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.draining = False
+        self.first_token = Histogram(SECONDS)
+        self.duration = Histogram(SECONDS)
+        self.refused = 0
+        self._wake = threading.Event()
+        self._stop = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, patience: float = 0.0) -> None:
+        """Refuse new requests, let those that run finish for `patience` seconds, end the rest, join the thread."""
+        self.draining = True
+        until = time.monotonic() + patience
+        while self.engine.busy and self.alive and time.monotonic() < until:
+            time.sleep(0.02)
+        self._stop = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
+    ) -> tuple[list[Text], asyncio.Queue[int]]:
+        """Queue texts that belong together, all or none.
+
+        Returns:
+          The texts, and a queue that gets the index of a text whenever it went on, and once more when it ended. Who
+          stops listening calls `release`.
+
+        Raises:
+          Draining: at shutdown.
+          QueueFull, PromptTooLong, ValueError: see `Engine.submit`.
+        """
+        if self.draining:
+            raise Draining("the server is shutting down")
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[int]()
+        started, texts = time.monotonic(), list[Text]()
+        first = set[int]()
+
+        def listener(index: int):
+            def notify(text: Text) -> None:  # in the engine's thread
+                if text.tokens and index not in first:
+                    first.add(index)
+                    self.first_token.add(time.monotonic() - started)
+                if text.finish:
+                    self.duration.add(time.monotonic() - started)
+                try:
+                    loop.call_soon_threadsafe(events.put_nowait, index)
+                except RuntimeError:  # the loop closed while the text ran
+                    self.engine.cancel(text)
+
+            return notify
+
+        try:
+            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+                texts.append(self.engine.submit(prompt, sampling, listener(index)))
+        except BaseException as error:
+            self.refused += isinstance(error, QueueFull)
+            self.release(texts)
+            raise
+        self._wake.set()
+        return texts, events
+
+    def release(self, texts: Sequence[Text]) -> None:
+        """Let go of texts that nobody waits for."""
+        for text in texts:
+            self.engine.cancel(text)
+        self._wake.set()
+
+    def _loop(self) -> None:
+        while not self._stop:
+            if not self.engine.busy:
+                self._wake.wait(1.0)
+                self._wake.clear()
+                continue
+            try:
+                self.engine.step()
+            except Exception:
+                logging.exception("a step failed; every request in it ends with finish reason 'error'")
+                self.engine.fail()
+        self.engine.fail("cancelled")

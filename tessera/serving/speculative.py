@@ -1,0 +1,129 @@
+"""Two models decode together: the small one drafts a few tokens in every slot, the large one checks them in one pass.
+
+`Speculating` has the interface of `Programs`, so that the engine, and what is above it, does not know the difference.
+Axes: B slots, T drafted tokens, U = T + 1, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+from sharding.errors import PlanError
+from sharding.inference.sample import Settings
+from sharding.rules import shardings
+from tessera.serving.programs import Programs, ServeConfig
+from tessera.serving.served import Served
+from tessera.serving.steps import Drawn, Rows, State, verify_program
+
+
+class Both(NamedTuple):
+    """Parameters or states of the two models."""
+
+    target: Any
+    draft: Any
+
+
+@dataclass(frozen=True)
+class Speculating:
+    """Programs that decode as `target` would alone, faster where `draft` guesses well.
+
+    Distributions are the target's own, with any settings of a request; at temperature 0 so are the tokens. A sampled
+    text differs from the one the target draws alone with the same seed, and still depends on nothing else.
+
+    Attributes:
+      target: the large model's programs.
+      draft: the small one's: same slots, length and vocabulary, and the slots split over as many devices.
+      drafted: T, tokens drafted per round.
+    """
+
+    target: Programs
+    draft: Programs
+    drafted: int = 4
+
+    def __post_init__(self) -> None:
+        large, small = self.target, self.draft
+        if self.drafted < 1:
+            raise ValueError(f"drafted={self.drafted} must be at least 1")
+        names: Sequence[tuple[str, Any, Any]] = (
+            ("slots", large.config.slots, small.config.slots),
+            ("length", large.config.length, small.config.length),
+            ("chunk", large.config.chunk, small.config.chunk),
+            ("vocabulary", large.served.config.vocab_size, small.served.config.vocab_size),
+            ("data-parallel parts", large.parts, small.parts),
+        )
+        for name, one, other in names:
+            if one != other:
+                raise PlanError(f"the two models differ in {name}: {one}, and {other} of the draft")
+
+    @property
+    def config(self) -> ServeConfig:
+        """Sizes, the same of both but for what `steps` says: a round draws 1 to T + 1 tokens."""
+        return self.target.config
+
+    @property
+    def served(self) -> Served:
+        """The large model."""
+        return self.target.served
+
+    @property
+    def parts(self) -> int:
+        """Data-parallel parts the slots are split into."""
+        return self.target.parts
+
+    def place(self, params: PyTree, draft: PyTree) -> Both:
+        """Parameters of the two, each from `serve`, on their devices."""
+        return Both(self.target.place(params), self.draft.place(draft))
+
+    def start(self) -> Both:
+        """Empty states."""
+        return Both(self.target.start(), self.draft.start())
+
+    def extend(
+        self, params: Both, state: Both, rows: Rows, settings: Settings, *, fresh: bool = False
+    ) -> tuple[Both, Drawn]:
+        """Both read the next piece of some texts; what is drawn is the large model's. See `Programs.extend`."""
+        draft, _ = self.draft.extend(params.draft, state.draft, rows, fresh=fresh)
+        target, drawn = self.target.extend(params.target, state.target, rows, settings, fresh=fresh)
+        return Both(target, draft), drawn
+
+    def generate(self, params: Both, state: Both, tokens: Any, budget: Any, settings: Settings) -> tuple[Both, Drawn]:
+        """One round: draft T tokens in every slot with a budget, check them, and draw the one after those that stay.
+
+        Args:
+          params: from `place`.
+          state: donated.
+          tokens: int [B], the last token of every slot.
+          budget: int [B], 0 for a slot not in use; more may be drawn than that, to be ignored.
+          settings: of every slot; `index` is that of the first token drawn.
+
+        Returns:
+          The states, and tokens [U, B], -1 behind those that were drawn.
+        """
+        steps = self.drafted + 1  # the last only reads what was drafted last
+        live = (jnp.asarray(budget) > 0).astype(jnp.int32)
+        draft, made = self.draft.generate(
+            params.draft, state.draft, tokens, live * steps, settings, steps=steps, logits=True
+        )
+        guesses, logits = self._move(made)
+        target, drawn, lengths, seen = self._verify(
+            params.target, state.target, tokens, guesses, logits, live, settings
+        )
+        specs = shardings(self.draft.mesh, self.draft.state_specs)
+        cache = draft.cache._replace(lengths=jax.device_put(lengths, specs.cache.lengths))
+        return Both(target, State(cache, jax.device_put(seen, specs.seen))), drawn
+
+    @cached_property
+    def _verify(self) -> Callable:
+        return verify_program(self.target)
+
+    def _move(self, made: Drawn) -> tuple[jax.Array, jax.Array]:
+        """The draft's tokens and logits on the large model's devices."""
+        data, tp = self.target.data, self.target.served.tp
+        where = shardings(self.target.mesh, (PartitionSpec(None, data), PartitionSpec(None, data, tp)))
+        return jax.device_put((made.tokens, made.logits), where)

@@ -1,0 +1,135 @@
+"""One optimizer step as a pure function: gradient, update, moving average, and what to look at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from tessera.optim.noise_scale import noise_scale
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[..., tuple[jax.Array, Metrics]]
+"""(params, batch, key) -> (mean loss [] float32, metrics: dict of scalars)."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and writes. `ema` mirrors `params`, or is None where no moving average is kept."""
+
+    step: Any  # int32 [], but a sharding or a ShapeDtypeStruct in a mapped state
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree = None
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step is taken.
+
+    `microbatches`: parts a batch is cut into, whose gradients are averaged (memory of one part). `ema`: decay of the
+    moving average of the parameters, 0 for none. `noise_scale`: report the gradient noise scale from the parts (needs
+    >= 2).
+    """
+
+    microbatches: int = 1
+    ema: float = 0.0
+    noise_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.microbatches < 1:
+            raise ValueError(f"microbatches must be at least 1, got {self.microbatches}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay in [0, 1), got {self.ema}")
+        if self.noise_scale and self.microbatches < 2:
+            raise ValueError("noise_scale compares a batch with its parts: set microbatches to 2 or more")
+
+
+def init_state(params: PyTree, tx: optax.GradientTransformation, config: StepConfig = StepConfig()) -> TrainState:
+    """State before the first step; `ema` starts at the parameters."""
+    # A copy: the state is donated to the step, and one buffer cannot be donated twice.
+    ema = jax.tree.map(jnp.copy, params) if config.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformationExtraArgs,
+    config: StepConfig = StepConfig(),
+    *,
+    adjust: Callable[[PyTree, Metrics], PyTree] | None = None,
+) -> Callable[[TrainState, PyTree, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """Make `step(state, batch, key) -> (state, metrics)`, pure and not jitted.
+
+    Each step draws its own key by folding in `state.step`, so a resumed run draws what an uninterrupted one would. The
+    optimizer is always given `value=` and `grad_fn=` (the gradient of this batch at other parameters, for SAM).
+
+    `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
+    moves outside the gradient, such as the biases of balanced routers.
+
+    Metrics: those of `loss_fn` and loss, grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient
+    norm are); with `noise_scale` also noise_signal and noise_trace, the two estimates to average over steps and divide.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(state: TrainState, batch: PyTree, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        gradient = _make_gradient(loss_fn, batch, key, config.microbatches)
+        loss, metrics, grads, parts_squared = gradient(state.params)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]
+        )
+        params = optax.apply_updates(state.params, updates)
+        if adjust is not None:
+            params = adjust(params, metrics)
+        ema = None
+        if config.ema:
+            ema = optax.incremental_update(params, state.ema, 1.0 - config.ema)
+        grad_norm = optax.global_norm(grads)
+        if config.noise_scale:
+            size = jax.tree.leaves(batch)[0].shape[0]
+            estimate = noise_scale(parts_squared, grad_norm**2, size // config.microbatches, size)
+            metrics = metrics | {"noise_signal": estimate.signal, "noise_trace": estimate.noise}
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "update_norm": optax.global_norm(updates),
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return step
+
+
+def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: int) -> Callable[[PyTree], Any]:
+    """`params -> (loss, metrics, gradient, mean squared norm of the parts' gradients)`."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def whole(params: PyTree) -> Any:
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return loss, metrics, grads, jnp.zeros(())
+
+    def split(x: Any) -> jax.Array:
+        if x.shape[0] % parts:
+            raise ValueError(f"a batch of {x.shape[0]} does not divide into {parts} microbatches")
+        # Row i goes to part i % parts: every device keeps its own rows when the batch is sharded.
+        return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])), 1, 0)
+
+    def accumulated(params: PyTree) -> Any:
+        def body(total: Any, part_and_index: Any) -> tuple[Any, None]:
+            part, index = part_and_index
+            (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
+            one = (loss, metrics, grads, optax.global_norm(grads) ** 2)
+            return jax.tree.map(lambda a, b: a + b / parts, total, one), None
+
+        pieces = (jax.tree.map(split, batch), jnp.arange(parts))
+        first = jax.tree.map(lambda x: x[0], pieces)
+        (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first[0], key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
+        return jax.lax.scan(body, (*zeros, jnp.zeros(())), pieces)[0]
+
+    return whole if parts == 1 else accumulated

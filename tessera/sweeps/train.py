@@ -1,0 +1,176 @@
+"""Train one run of a sweep: the trunk at a stable learning rate, and a decay branched off it for every readout.
+
+`train_run` is what `scaling.sweeps.sweep` gets as its training function. The trunk is saved at every branch point and
+now and then in between; a killed run goes on from the last save, and a readout added later from the branch point before
+it.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array
+
+from scaling.sweeps.plan import Readout, Run
+from tessera.data.loader import index_block
+from tessera.data.text import TextConfig, load_text
+from tessera.infra.artifacts import CheckpointDamaged, load_tree, save_tree
+from tessera.sweeps.programs import Course, Programs, State, Trial, TrialConfig, compile_programs
+
+EVAL_BATCH = 64  # windows
+
+
+def compile_cache(directory: Path) -> dict[str, str]:
+    """Environment of processes that share compiled programs: runs of one shape, and a run that was killed."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(directory.absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+
+class Texts(NamedTuple):
+    """The training stream and the validation windows [n, b, T + 1], on the device; `size` training windows."""
+
+    train: Array
+    validation: Array
+    size: int
+
+
+def load_texts(text: TextConfig, length: int, eval_tokens: int) -> Texts:
+    """Read the text.
+
+    Raises:
+      ValueError: more than 256 symbols, or less validation text than one batch.
+    """
+    splits = load_text(text)
+    if splits.vocab_size > 256:
+        raise ValueError(f"tokenizer {text.tokenizer!r}: a sweep keeps its text as bytes; use 'bytes'")
+    there = (len(splits.validation) - 1) // length
+    windows = min(eval_tokens // length, there) // EVAL_BATCH * EVAL_BATCH
+    if not windows:
+        raise ValueError(
+            f"{len(splits.validation)} validation tokens, eval_tokens={eval_tokens}: at least {EVAL_BATCH * length} "
+            "are needed"
+        )
+    # Spread over the whole stream: its first files are not like the rest (tables of character sets, for one).
+    starts = length * (np.arange(windows) * there // windows)[:, None] + np.arange(length + 1)
+    validation = splits.validation[starts].astype(np.int32).reshape(-1, EVAL_BATCH, length + 1)
+    train = jnp.asarray(splits.train.astype(np.uint8))
+    return Texts(train, jnp.asarray(validation), (len(splits.train) - 1) // length)
+
+
+class Trunk:
+    """The saves of a run's trunk: `branch-1200` are kept, of those in between (`1234`) only the newest."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def saves(self) -> list[tuple[int, Path]]:
+        """Steps and places, ascending."""
+        found = [(path.name.removeprefix("branch-"), path) for path in self.directory.glob("*")]
+        return sorted((int(step), path) for step, path in found if step.isdigit())
+
+    def save(self, state: State, *, branch: bool) -> None:
+        """Keep this state; what was saved between branch points before goes."""
+        step = int(state.step)
+        path = self.directory / (f"branch-{step}" if branch else str(step))
+        if not path.exists():
+            save_tree(path, state)
+        for old, other in self.saves():
+            if other.name.isdigit() and old <= step and other != path:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def load(self, before: int, like: State) -> State | None:
+        """The newest sound save at or before a step."""
+        for step, path in reversed(self.saves()):
+            if step <= before:
+                try:
+                    return load_tree(path, like)
+                except CheckpointDamaged as error:
+                    logging.warning("%s; it is not used", error)
+        return None
+
+
+class Trainer:
+    """One run under way: its programs, its text, and where it saves."""
+
+    def __init__(self, run: Run, directory: Path, texts: Texts, config: TrialConfig, report: Callable[[int], None]):
+        self.run, self.texts, self.config, self.report = run, texts, config, report
+        self.programs: Programs = compile_programs(Trial(run.settings["model"], run.settings["seed"], config))
+        self.trunk = Trunk(directory / "trunk")
+        self._saved = time.monotonic()
+
+    def index(self, start: int, steps: int) -> np.ndarray:
+        """Windows of the steps that follow `start`, the same for a trunk and its decays."""
+        s = self.run.settings
+        return index_block(seed=s["seed"], start=start, steps=steps, batch_size=s["batch"], size=self.texts.size)
+
+    def advance(self, state: State, until: int, course: Course, *, save: bool) -> State:
+        """Train to a step.
+
+        Raises:
+          FloatingPointError: the loss is no longer finite.
+        """
+        while (step := int(state.step)) < until:
+            count = min(self.config.chunk, until - step)
+            block = self.index(step, self.config.chunk)
+            state, loss = self.programs.advance(state, self.texts.train, block, np.int32(count), course)
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"{self.run.name}: the loss is {float(loss)} near step {step + count}; a lower learning rate helps"
+                )
+            self.report(count)
+            if save and time.monotonic() - self._saved >= self.config.save_seconds:
+                self.trunk.save(state, branch=False)
+                self._saved = time.monotonic()
+        return state
+
+    def read_out(self, state: State, readout: Readout, course: Course) -> dict[str, Any]:
+        """Decay from a branch point and measure."""
+        measured: dict[str, Any] = {}
+        if self.config.noise_batches:
+            index = self.index(readout.branch, self.config.noise_batches)
+            signal, noise = self.programs.noise(state.params, self.texts.train, index)
+            measured = {"gradient_signal": float(signal), "gradient_noise": float(noise)}
+        decay = course._replace(branch=readout.branch, end=readout.steps)
+        final = self.advance(state, readout.steps, decay, save=False)
+        loss = float(self.programs.evaluate(final.params, self.texts.validation))
+        epochs = readout.tokens / (self.texts.size * self.run.settings["model"]["length"])
+        return {"loss": loss, "epochs": epochs} | measured
+
+
+def train_run(
+    run: Run, directory: Path, report: Callable[[int], None], *, text: TextConfig, config: TrialConfig
+) -> Iterator[tuple[Readout, dict[str, Any]]]:
+    """Train a run and yield its readouts one by one; the training function of a sweep, see
+    `scaling.sweeps.store.TrainFn`.
+
+    Args:
+      run: what to train; its readouts are those still wanted.
+      directory: where its trunk is saved and found again.
+      report: called with the steps done since the last call.
+      text: what to train on.
+      config: how.
+
+    Yields:
+      Each readout with loss (validation, nats per token), epochs (passes over the training text) and the two estimates
+      of `tessera.optim.noise_scale` at the branch point, over sequences.
+
+    Raises:
+      FloatingPointError: the loss is no longer finite.
+    """
+    texts = load_texts(text, run.settings["model"]["length"], config.eval_tokens)
+    trainer = Trainer(run, directory, texts, config, report)
+    course = Course(run.settings["lr"], run.settings["warmup"])
+    state = trainer.programs.init()
+    state = trainer.trunk.load(run.readouts[0].branch, state) or state
+    report(int(state.step))
+    for readout in run.readouts:
+        state = trainer.advance(state, readout.branch, course, save=True)
+        trainer.trunk.save(state, branch=True)
+        yield readout, trainer.read_out(state, readout, course)

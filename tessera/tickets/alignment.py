@@ -1,0 +1,52 @@
+"""What the units of a decoder say on given tokens, by the permutations of `lottery.align.decoder_spec`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from tessera.models.layers import to_heads
+from tessera.models.transformer import Decoder, Norm, TransformerConfig
+
+
+def decoder_activations(
+    params: PyTree, tokens_BT: Int[Array, "B T"], config: TransformerConfig
+) -> dict[str, np.ndarray]:
+    """Activations [samples, units] by permutation name, for `lottery.align.match_activations`.
+
+    "residual": the normalised residual stream before every feed-forward layer, samples over layers and tokens. "ff_i":
+    the neurons of layer i, over tokens. "heads_i": its key/value heads by their values, over tokens and the channels of
+    a head, which stay in their order.
+
+    Args:
+      params: of a decoder with scanned SwiGLU blocks (not opened). tokens_BT: what it reads. config: the model.
+
+    Raises:
+      ValueError: blocks that are not scanned or not dense.
+    """
+    if not config.scan or config.mlp != "swiglu":
+        raise ValueError(
+            f"decoder_activations: scan={config.scan}, mlp={config.mlp!r}; scanned SwiGLU blocks are needed"
+        )
+
+    @jax.jit
+    def norms(params: PyTree, tokens_BT: Array) -> PyTree:
+        _, kept = Decoder(config).apply(
+            {"params": params},
+            tokens_BT,
+            capture_intermediates=lambda module, _: isinstance(module, Norm),
+            mutable=["intermediates"],
+        )
+        return kept["intermediates"]["blocks"]
+
+    params = jax.tree.map(jnp.asarray, params)
+    kept = norms(params, tokens_BT)
+    before_LBTD, mlp_LBTD = (kept[f"{name}_norm"]["__call__"][0] for name in ("attention", "mlp"))
+    blocks = params["blocks"]
+    result = {"residual": np.asarray(mlp_LBTD).reshape(-1, config.width)}
+    for i in range(config.layers):
+        value_BTKh = to_heads(before_LBTD[i], blocks["attention"]["value"]["kernel"][i])
+        result[f"heads_{i}"] = np.asarray(jnp.swapaxes(value_BTKh, 2, 3)).reshape(-1, config.kv_size)
+        gate, up = (mlp_LBTD[i] @ blocks["mlp"][name]["kernel"][i] for name in ("gate", "up"))
+        result[f"ff_{i}"] = np.asarray(jax.nn.silu(gate) * up).reshape(-1, config.ff_size)
+    return result

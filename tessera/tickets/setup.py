@@ -1,0 +1,228 @@
+"""Everything a ticket search needs, made from its config: data, network, optimizer, compiled programs."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from lottery import criteria, imp, transfer
+from lottery.levels import level_like
+from tessera.data.images import ImageConfig, load_images
+from tessera.data.windows import WindowConfig, load_windows
+from tessera.infra.config import ConfigError, build, checked, unknown
+from tessera.models.registry import Network, make_network
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer
+from tessera.optim.schedules import parse_steps
+from tessera.tickets.programs import Programs, Splits, make_programs
+from tessera.tickets.store import LevelStore
+from tessera.tickets.train import TicketConfig, Unfinished, train_stack
+
+# config.data.kind -> (dataclass of the other settings, loader).
+DATA: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "images": (ImageConfig, load_images),
+    "text": (WindowConfig, load_windows),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a search; `size` is the number of training examples, `classes` of logits."""
+
+    splits: Splits
+    network: Network
+    ticket: TicketConfig
+    search: imp.SearchConfig
+    optimizer: optax.GradientTransformationExtraArgs
+    programs: Programs
+    evidence: criteria.Evidence
+    size: int
+    classes: int
+
+    def train(
+        self,
+        starts: imp.Starts,
+        unfinished: Unfinished | None = None,
+        report: Callable[[int, dict], None] = lambda steps, row: None,
+    ) -> imp.Trained:
+        """Train a stack with the setup's schedule."""
+        return train_stack(
+            starts, self.programs, config=self.ticket, size=self.size, unfinished=unfinished, report=report
+        )
+
+    def loss(self, params: PyTree, batch: tuple[Array, Array]) -> Array:
+        """Mean training cross-entropy of (inputs, labels), float32 []."""
+        return _loss(self.network, params, batch)
+
+
+def load_data(settings: Mapping[str, Any] | ConfigDict, path: str = "config.data") -> Any:
+    """Splits from a config group: "kind" ("images" or "text") and the settings of that kind's dataclass."""
+    options = dict(settings)
+    kind = options.pop("kind", "images")
+    if kind not in DATA:
+        raise ConfigError(unknown(f"{path}.kind", str(kind), DATA))
+    cls, load = DATA[kind]
+    return checked(path, load, build(cls, options, path))
+
+
+def make_setup(config: Any, splits: Any = None) -> Setup:
+    """Build all parts from a `ConfigDict` as in `configs/lottery_digits.py`.
+
+    Args:
+      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.schedules.parse_steps`
+        reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
+      splits: the data, if it has been loaded already.
+
+    Raises:
+      ConfigError: wrong settings, naming their path.
+    """
+    splits = load_data(config.data) if splits is None else splits
+    size = len(splits.train.labels)
+
+    def steps(name: str, text: Any) -> int:
+        return checked(name, parse_steps, text, steps_per_epoch=size // config.train.batch_size)
+
+    rewind = steps("config.search.rewind", config.search.rewind)
+    train = {**config.train, "steps": steps("config.train.steps", config.train.steps)}
+    ticket = build(TicketConfig, train, "config.train", rewind=rewind)
+    search = build(imp.SearchConfig, {**config.search, "rewind": rewind}, "config.search", seeds=tuple(config.seeds))
+    settings = build(OptimizerConfig, config.optimizer, "config.optimizer", lr=config.lr, steps=ticket.steps)
+    network = make_network(config.model, splits.train.images[:1], splits.num_classes)
+    optimizer = checked("config.optimizer", make_optimizer, settings)
+    if search.score == "movement":
+        optimizer = optax.with_extra_args_support(optax.chain(criteria.track_movement(), optimizer))
+    programs = make_programs(splits, apply=network.apply, optimizer=optimizer, config=ticket, train=network.train)
+    evidence = _evidence(network, splits, build(EvidenceConfig, config.get("evidence", {}), "config.evidence"))
+    return Setup(splits, network, ticket, search, optimizer, programs, evidence, size, splits.num_classes)
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """Training examples that scores like SNIP look at: `batches` of `batch_size`, the first of a fixed random order."""
+
+    batches: int = 5
+    batch_size: int = 100
+
+    def __post_init__(self):
+        if self.batches < 1 or self.batch_size < 1:
+            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
+
+
+def _loss(network: Network, params: PyTree, batch: tuple[Array, Array]) -> Array:
+    x, y = batch
+    return optax.softmax_cross_entropy_with_integer_labels(network.train(params, x)[0], y).mean()
+
+
+def _evidence(network: Network, splits: Any, config: EvidenceConfig) -> criteria.Evidence:
+    data = splits.train
+    batch = min(config.batch_size, len(data.labels))
+    count = min(config.batches, len(data.labels) // batch)
+    index = np.random.default_rng(0).permutation(len(data.labels))[: count * batch].reshape(count, batch)
+    return criteria.Evidence(
+        loss_fn=lambda params, pair: _loss(network, params, pair),
+        batches=(jnp.asarray(data.images[index]), jnp.asarray(data.labels[index])),
+        apply_fn=network.apply,
+        inputs=jnp.asarray(data.images[:1]),
+    )
+
+
+def starts_of(
+    params: PyTree, masks: PyTree, seeds: Sequence[int], names: Sequence[str], start_step: int = 0
+) -> imp.Starts:
+    """A stack [S, ...] to train outside a search: `seeds` order the data, `names` appear in rows and messages."""
+    return imp.Starts(
+        params, masks, None, start_step, np.asarray(seeds, np.int32), tuple(zip(names, seeds, strict=True))
+    )
+
+
+def with_steps(setup: Setup, config: Any, **changes: Any) -> Setup:
+    """The same setup with another schedule: `changes` are fields of `TicketConfig`; programs are made anew."""
+    ticket = replace(setup.ticket, **changes)
+    settings = build(OptimizerConfig, config.optimizer, "config.optimizer", lr=config.lr, steps=ticket.steps)
+    optimizer = make_optimizer(settings)
+    programs = make_programs(
+        setup.splits, apply=setup.network.apply, optimizer=optimizer, config=ticket, train=setup.network.train
+    )
+    return replace(setup, ticket=ticket, optimizer=optimizer, programs=programs)
+
+
+def init_stack(setup: Setup, seeds: Sequence[int], salt: int = 0) -> PyTree:
+    """Initializations [S, ...], each a function of its seed and the salt."""
+    keys = [jax.random.fold_in(jax.random.key(seed), salt) for seed in seeds]
+    return jax.jit(jax.vmap(setup.network.init))(jnp.stack(keys))
+
+
+def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained], config: Any) -> list[imp.Row]:
+    """Run the setup's search, with masks from another search where the arm "transfer" asks for them.
+
+    Args:
+      setup: from `make_setup`. store, train_fn: see `lottery.imp.search`.
+      config: its group `transfer` says where masks come from: {"workdir", "arm" (default "ticket"), "shift" (seeds
+        on)}; masks of other widths are fitted by `lottery.transfer.resize`.
+    """
+    given = _given(setup, config.get("transfer", {})) if "transfer" in setup.search.arms else None
+    return imp.search(
+        setup.network.init,
+        train_fn,
+        store,
+        setup.search,
+        opt_init=jax.jit(setup.optimizer.init),
+        evidence=setup.evidence,
+        given=given,
+    )
+
+
+def _given(setup: Setup, config: Mapping[str, Any] | ConfigDict) -> Callable[[int], PyTree]:
+    if not config.get("workdir"):
+        raise ConfigError("config.transfer.workdir: the arm 'transfer' needs the workdir of a finished search")
+    other = finished(config["workdir"], "config.transfer.workdir")
+    like = jax.eval_shape(setup.network.init, jax.random.key(0))
+
+    def masks(level: int) -> PyTree:
+        tree, rows = other.level(level)
+        mine = transfer.of_arm(tree["masks"], rows, config.get("arm", "ticket"))
+        stack = transfer.by_seed(mine, setup.search.seeds, config.get("shift", 0))
+        return jax.vmap(lambda mask: transfer.resize(mask, like))(stack)
+
+    return masks
+
+
+class Finished(NamedTuple):
+    """A search that ran before: its setup, its settings and its levels."""
+
+    setup: Setup
+    config: ConfigDict
+    store: LevelStore
+
+    def level(self, level: int) -> tuple[PyTree, list[imp.Row]]:
+        """The tree and rows of a level.
+
+        Raises:
+          ValueError: the search has no such level, or has not finished it.
+        """
+        if not self.store.has(level):
+            raise ValueError(f"{self.store.directory} has no finished level {level}")
+        params = jax.eval_shape(self.setup.network.init, jax.random.key(0))
+        keeps = self.setup.search.rewind_optimizer and level == 0
+        opt_state = jax.eval_shape(self.setup.optimizer.init, params) if keeps else None
+        return self.store.load(level, level_like(params, self.setup.search, level, opt_state))
+
+
+def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> Finished:
+    """A search found by its directory.
+
+    Raises:
+      ConfigError: there is no search in it.
+    """
+    settings = Path(workdir) / "config.json"
+    if not settings.is_file():
+        raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
+    config = ConfigDict(json.loads(settings.read_text(encoding="utf-8")))
+    return Finished(make_setup(config, splits), config, LevelStore(Path(workdir) / "levels"))

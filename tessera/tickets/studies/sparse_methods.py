@@ -1,0 +1,276 @@
+"""Ways to a sparse network without a search: sparse training, pruning during training, early tickets, supermasks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from lottery import dynamic, prune, scores, supermask
+from lottery import masks as masks_lib
+from lottery.imp import initial_weights, search_keys
+from lottery.levels import level_counts
+from tessera.data.loader import index_block
+from tessera.infra.config import ConfigError, build
+from tessera.models.registry import Network
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer
+from tessera.tickets.programs import Programs, make_programs
+from tessera.tickets.setup import Setup
+from tessera.tickets.train import stops
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Settings of the methods; parts of training are fractions of its steps.
+
+    methods: names in `METHODS`.
+    moves: steps between moves of SET and RigL. until: part of training after which nothing moves. fraction: of the
+      weights that move at first.
+    pruned: part of training after which the cubic schedule has reached its density. every: steps between its prunings,
+      between choices of the straight-through mask, and between looks of the early-bird detector.
+    window, threshold: of the early-bird detector, `lottery.dynamic.early_bird`.
+    popup_lr: peak learning rate of the supermask's scores.
+    """
+
+    methods: tuple[str, ...] = ("set", "rigl", "straight_through", "gradual", "early_bird", "popup")
+    moves: int = 50
+    until: float = 0.75
+    fraction: float = 0.3
+    pruned: float = 0.75
+    every: int = 20
+    window: int = 5
+    threshold: float = 0.1
+    popup_lr: float = 1e-2
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"methods={self.methods}: choose from {', '.join(METHODS)}")
+        if self.moves < 1 or self.every < 1 or self.popup_lr <= 0:
+            raise ValueError(f"moves={self.moves}, every={self.every} and popup_lr={self.popup_lr} must be positive")
+        if not (0 < self.until <= 1 and 0 < self.pruned <= 1):
+            raise ValueError(f"until={self.until} and pruned={self.pruned} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every method starts from.
+
+    setup, study, config: the experiment. initial: weights [seeds, ...]. which: prunable leaves, static. counts: weights
+    of every prunable leaf that stay, by path.
+    """
+
+    setup: Setup
+    study: SparseConfig
+    config: Any
+    initial: PyTree
+    which: PyTree
+    counts: Mapping[str, int]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the networks, in the stack's order."""
+        return self.setup.search.seeds
+
+    def programs(self, optimizer: Any, network: Network | None = None) -> Programs:
+        """Compiled programs with another optimizer, and perhaps another network."""
+        network = network or self.setup.network
+        return make_programs(
+            self.setup.splits, apply=network.apply, optimizer=optimizer, config=self.setup.ticket, train=network.train
+        )
+
+    def largest(self, params: PyTree) -> PyTree:
+        """The mask [...] of the largest weights of one network."""
+        return prune.keep(scores.magnitude(params), masks_lib.ones(params), self.which, self.counts)
+
+    def random(self) -> PyTree:
+        """Random masks [seeds, ...]."""
+        draw = lambda params, key: self.largest(scores.random(params, key=key))  # noqa: E731
+        return jax.jit(jax.vmap(draw))(self.initial, search_keys(self.setup.search, 1, "sparse training"))
+
+
+def make_ground(setup: Setup, study: SparseConfig, config: Any) -> tuple[Ground, list[dict[str, int]]]:
+    """The ground of a search's last level, and the counts of every level.
+
+    Raises:
+      ConfigError: a scope that gives layers no counts.
+    """
+    shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
+    which = masks_lib.prunable(shapes, setup.search.rules)
+    leaves = {path: leaf.shape for path, leaf in masks_lib.flatten(shapes).items()}
+    counts = level_counts(setup.search, prune.sizes(shapes, which), leaves)
+    if prune.EVERYTHING in counts[-1]:
+        raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
+    initial = initial_weights(setup.network.init, setup.search)
+    return Ground(setup, study, config, initial, which, counts[-1]), counts
+
+
+def lifted(network: Network, effective: Callable[[PyTree], PyTree]) -> Network:
+    """`network` on trees from which `effective` makes its weights; batch statistics do not move."""
+    return Network(
+        init=network.init,
+        apply=lambda tree, x: network.apply(effective(tree), x),
+        train=lambda tree, x: (network.train(effective(tree), x)[0], {}),
+    )
+
+
+class Result(NamedTuple):
+    """Rows (seed, final_test_accuracy, final_test_loss, perhaps note) and masks [seeds, ...]."""
+
+    rows: list[dict[str, Any]]
+    masks: PyTree
+
+
+def advance(
+    ground: Ground,
+    programs: Programs,
+    params: PyTree,
+    masks: PyTree,
+    opt_state: PyTree | None,
+    seeds: tuple[int, ...],
+    marks: Callable[[int, Any], bool] = lambda step, carry: True,
+    every: int = 0,
+    start: int = 0,
+) -> tuple[int, Any]:
+    """Train a stack from `start` to the end, or until `marks(step, carry)` is False; returns where it stopped."""
+    config = ground.setup.ticket
+    carry = programs.init(params, masks, opt_state, start)
+    looks = range(start + every, config.steps, every) if every else ()
+    for stop in sorted({*stops(config, start), *looks}):
+        size = {"batch_size": config.batch_size, "size": ground.setup.size}
+        index = np.stack([index_block(seed=seed, start=start, steps=stop - start, **size) for seed in seeds])
+        carry, row = programs.advance(carry, masks, index, stop)
+        if not np.all(np.isfinite(row["train_loss"])):
+            raise FloatingPointError(f"train_loss is {row['train_loss']} at step {stop}: a lower rate usually helps")
+        start = stop
+        if not marks(start, carry):
+            break
+    return start, carry
+
+
+def rows_of(programs: Programs, carry: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One row for each network of a finished stack."""
+    tests = {name: np.asarray(values).tolist() for name, values in programs.test(carry).items()}
+    return [{"seed": seed} | {name: values[i] for name, values in tests.items()} for i, seed in enumerate(seeds)]
+
+
+def _in_state(ground: Ground, make: Callable[[PyTree, Array], Any], masked: bool) -> Result:
+    """Train with a transformation that carries masks; `make(mask, key)`, and whether it starts from random masks."""
+    full = masks_lib.ones(ground.initial)
+    begin = ground.random() if masked else full
+    keys = search_keys(ground.setup.search, 0, "sparse training")
+    state = jax.jit(jax.vmap(lambda p, m, key: make(m, key).init(masks_lib.apply(p, m))))(ground.initial, begin, keys)
+    # Where the first masks are known only now, the weights of the first step must be under them too.
+    params = masks_lib.apply(ground.initial, dynamic.masks_of(state))
+    # The state carries mask and key; those given here are for the shapes only.
+    programs = ground.programs(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
+    _, carry = advance(ground, programs, params, full, state, ground.seeds)
+    return Result(rows_of(programs, carry, ground.seeds), dynamic.masks_of(carry.opt_state))
+
+
+def _moving(grow: str) -> Callable[[Ground], Result]:
+    def train(ground: Ground) -> Result:
+        steps, study = ground.setup.ticket.steps, ground.study
+        config = dynamic.DynamicConfig(grow, study.moves, round(study.until * steps), study.fraction)
+        inner = ground.setup.optimizer
+        return _in_state(ground, lambda m, key: dynamic.dynamic(inner, m, ground.which, config, key=key), True)
+
+    return train
+
+
+def straight_through(ground: Ground) -> Result:
+    """Dense weights behind the largest."""
+    return _in_state(
+        ground,
+        lambda m, key: dynamic.straight_through(
+            ground.setup.optimizer, ground.which, ground.counts, ground.study.every
+        ),
+        False,
+    )
+
+
+def gradual(ground: Ground) -> Result:
+    """The cubic schedule: with scope "uniform" in every layer, otherwise over all of them together."""
+    total = sum(prune.sizes(jax.eval_shape(ground.setup.network.init, jax.random.key(0)), ground.which).values())
+    end = round(ground.study.pruned * ground.setup.ticket.steps)
+    scope = "layer" if ground.setup.search.scope == "uniform" else "global"
+    config = dynamic.GradualConfig(sum(ground.counts.values()) / total, 0, end, min(ground.study.every, end), scope)
+    return _in_state(ground, lambda m, key: dynamic.gradual(ground.setup.optimizer, ground.which, config), False)
+
+
+def early_bird(ground: Ground) -> Result:
+    """Dense training until the mask of the largest weights stands still, then the ticket goes on from there."""
+    study, programs, one = ground.study, ground.programs(ground.setup.optimizer), jax.tree.map
+    look = jax.jit(
+        lambda bird, params: dynamic.observe(bird, ground.largest(params), ground.which, study.threshold)[:2]
+    )
+    found: list[tuple[dict[str, Any], PyTree]] = []
+    for i, seed in enumerate(ground.seeds):
+        params = one(lambda leaf: leaf[i : i + 1], ground.initial)  # noqa: B023
+        bird = dynamic.early_bird(one(lambda leaf: leaf[0], params), study.window)
+
+        def unsettled(step: int, carry: Any) -> bool:
+            nonlocal bird
+            bird, settled = look(bird, one(lambda leaf: leaf[0], carry.params))
+            return not settled
+
+        full = masks_lib.ones(params)
+        step, carry = advance(ground, programs, params, full, None, (seed,), unsettled, study.every)
+        mask = jax.jit(jax.vmap(ground.largest))(carry.params)
+        note = f"dense for {step} steps"
+        # Copied: the next block donates the carry's buffers.
+        params = masks_lib.apply(one(jnp.copy, carry.params), mask)
+        if step < ground.setup.ticket.steps:
+            _, carry = advance(ground, programs, params, mask, None, (seed,), start=step)
+        else:
+            carry, note = carry._replace(params=params), "never settled: pruned at the end"
+        found.append((rows_of(programs, carry, (seed,))[0] | {"note": note}, mask))
+    return Result([row for row, _ in found], one(lambda *leaf: jnp.concatenate(leaf), *[mask for _, mask in found]))
+
+
+def popup(ground: Ground) -> Result:
+    """Edge-popup: the weights are signed constants and are never trained, their scores are."""
+    network, which = ground.setup.network, ground.which
+
+    def effective(tree: PyTree) -> PyTree:
+        return supermask.popup(tree["weights"], tree["scores"], which, ground.counts)
+
+    settings = build(
+        OptimizerConfig,
+        ground.config.optimizer,
+        "config.optimizer",
+        lr=ground.study.popup_lr,
+        steps=ground.setup.ticket.steps,
+    )
+    if settings.weight_decay:
+        raise ConfigError("config.optimizer.weight_decay: the weights of a supermask are not to change; 0 is needed")
+    programs = ground.programs(make_optimizer(settings), lifted(network, effective))
+    keys = search_keys(ground.setup.search, 0, "popup")
+    draw = lambda params, key: {  # noqa: E731
+        "scores": supermask.initial_scores(params, key=key),
+        "weights": supermask.signed_constant(params, which),
+    }
+    tree = jax.jit(jax.vmap(draw))(ground.initial, keys)
+    _, carry = advance(ground, programs, tree, masks_lib.ones(tree), None, ground.seeds)
+    masks = jax.jit(jax.vmap(lambda s: supermask.popup_masks(s, which, ground.counts)))(carry.params["scores"])
+    return Result(rows_of(programs, carry, ground.seeds), masks)
+
+
+class Method(NamedTuple):
+    """What a method is called, and how it trains."""
+
+    name: str
+    train: Callable[[Ground], Result]
+
+
+METHODS: dict[str, Method] = {
+    "set": Method("SET", _moving("random")),
+    "rigl": Method("RigL", _moving("gradient")),
+    "straight_through": Method("straight-through", straight_through),
+    "gradual": Method("cubic schedule", gradual),
+    "early_bird": Method("early bird", early_bird),
+    "popup": Method("edge-popup (weights untrained)", popup),
+}

@@ -1,0 +1,121 @@
+"""The closed form of sums of power laws against JAX's derivatives, and both against finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling.fitting.cholesky import cholesky_solve
+from scaling.fitting.derivatives import Terms, by_autodiff, by_terms, lower
+from scaling.fitting.newton_fast import ByShares, floor_of
+from scaling.laws import gather_feature
+from scaling.published import CHINCHILLA, CURVE, FINE_GRAINED, JOINT, SPARSITY
+from scaling.rows import make_rows
+
+DELTA = 0.3
+
+
+def case(law, seed=0, rows=23, fits=4):
+    rng = np.random.default_rng(seed)
+    table = make_rows(
+        {
+            "params": np.exp(rng.uniform(2, 6, rows)),
+            "tokens": np.exp(rng.uniform(2, 6, rows)),
+            "sparsity": rng.uniform(0, 0.9, rows),
+            "experts": rng.uniform(1, 9, rows),
+            "granularity": rng.uniform(1, 9, rows),
+            "loss": np.ones(rows),
+        }
+    )
+    features = {name: gather_feature(name, table, False)[:, None] for name in law.features}
+    means = {name: float(values.mean()) for name, values in features.items()}
+    target = rng.normal(0.5, 1.0, (rows, 1))
+    phi = rng.uniform(-0.5, 1.0, (len(law.parameters), fits))
+    weights = rng.poisson(1.0, (rows, fits)).astype(float)
+    return features, means, target, phi, weights
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY, FINE_GRAINED, JOINT], ids=lambda law: law.name)
+@pytest.mark.parametrize("newton", [True, False])
+def test_the_closed_form_is_what_jax_differentiates(law, newton):
+    features, means, target, phi, weights = case(law)
+    closed = by_terms(Terms(law.terms, law.parameters, features, means), target, DELTA, newton=newton)(phi, weights)
+    centred = {name: values - means[name] for name, values in features.items()}
+
+    def predict(*columns):
+        rows = {name: jnp.asarray(values) for name, values in centred.items()}
+        return law.log_loss(dict(zip(law.parameters, columns, strict=True)), rows)
+
+    with jax.enable_x64(True):
+        other = by_autodiff(predict, jnp.asarray(target), jnp.float64(DELTA), newton=newton)(
+            jnp.asarray(phi), jnp.asarray(weights)
+        )
+        for found, wanted in zip(closed[:3], other[:3], strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-10)
+        exponents = [exponent for _, factors in law.terms for exponent, _, _ in factors]
+        if len(set(exponents)) == len(exponents):
+            np.testing.assert_allclose(closed.diagonal, other.diagonal, rtol=1e-9)
+        assert (closed.diagonal >= other.diagonal * (1 - 1e-9)).all()
+
+
+def test_derivatives_are_those_of_the_objective():
+    features, means, target, phi, weights = case(CHINCHILLA, fits=1)
+    evaluate = by_terms(Terms(CHINCHILLA.terms, CHINCHILLA.parameters, features, means), target, DELTA, newton=True)
+    here = evaluate(phi, weights)
+    step = 1e-6
+    for k, (i, j) in enumerate(lower(5)):
+        moved = [evaluate(phi + sign * step * np.eye(5)[:, j : j + 1], weights) for sign in (1, -1)]
+        slope = (moved[0].objective - moved[1].objective) / (2 * step)
+        np.testing.assert_allclose(here.gradient[j], slope, rtol=1e-6, atol=1e-8)
+        bend = (moved[0].gradient[i] - moved[1].gradient[i]) / (2 * step)
+        np.testing.assert_allclose(here.curvature[k], bend, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_cholesky_against_numpys_solver(xp):
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(6, 5, 7))
+    whole = np.einsum("ris,rjs->ijs", half, half)
+    right = rng.normal(size=(5, 7))
+    whole[:, :, 3] *= -1.0
+    with jax.enable_x64(True):
+        matrix = {(i, j): xp.asarray(whole[i, j]) for i, j in lower(5)}
+        found, fine = cholesky_solve(matrix, xp.asarray(right), xp)
+    np.testing.assert_array_equal(fine, np.arange(7) != 3)
+    for s in np.flatnonzero(np.arange(7) != 3):
+        np.testing.assert_allclose(found[:, s], np.linalg.solve(whole[:, :, s], right[:, s]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY], ids=lambda law: law.name)
+def test_sums_without_the_floor_give_the_same_curvature(law):
+    features, means, target, phi, weights = case(law)
+    terms = Terms(law.terms, law.parameters, features, means)
+    whole = by_terms(terms, target, DELTA, newton=True)(phi, weights)
+    lean = ByShares(terms, target, DELTA)(phi, weights)
+    for found, wanted in zip(lean[:3], whole[:3], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    diagonal = [k for k, (i, j) in enumerate(lower(terms.size)) if i == j]
+    np.testing.assert_allclose(lean.diagonal, np.abs(lean.curvature[diagonal]))
+
+
+def test_terms_without_a_floor_of_their_own_are_refused():
+    features, means, target, _, _ = case(CHINCHILLA)
+    for kept in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
+        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in kept)]
+        terms = Terms(kept, names, features, means)
+        assert floor_of(terms) is None
+        with pytest.raises(ValueError, match="use by_terms"):
+            ByShares(terms, target, DELTA)
+
+
+def test_a_law_whose_terms_overflow_or_vanish_keeps_its_shares():
+    features, means, _, phi, _ = case(CHINCHILLA, fits=3)
+    terms = Terms(CHINCHILLA.terms, CHINCHILLA.parameters, features, means)
+    phi[[0, 1, 2], 1] += 800.0
+    phi[[0, 1, 2], 2] -= 800.0
+    with np.errstate(over="ignore"):
+        value, share = terms.shares(phi)
+    base, same = terms.shares(phi - np.array([0, 800.0, -800.0]) * np.isin(np.arange(5), [0, 1, 2])[:, None])
+    np.testing.assert_allclose(value, base + [0, 800.0, -800.0], rtol=1e-12)
+    for one, other in zip(share, same, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9)

@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from scaling.fitting.bootstrap import bootstrap, refit, resamples, search_again
+from scaling.fitting.fit import FitConfig, fit
+from scaling.published import CHINCHILLA
+from scaling.rows import read_csv
+
+# Besiroglu et al. (2024): estimates, and standard errors from 4000 resamples.
+PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
+ERRORS = {"A": 124.5, "B": 1293.0, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
+
+
+CACHE: dict = {}
+
+
+@pytest.fixture
+def fitted(shared_data):
+    """The published recipe on the published rows, fitted once."""
+    if "fit" not in CACHE:
+        rows = read_csv(shared_data("scaling/chinchilla_figure4.csv")).without_highest_losses(5)
+        CACHE["fit"] = fit(rows, CHINCHILLA)
+    return CACHE["fit"]
+
+
+def objective(theta, rows, counts):
+    """The published objective and its gradient in numpy."""
+    n, d = np.log(rows["params"]), np.log(rows["tokens"])
+    parts = np.stack([theta[0] - theta[3] * n, theta[1] - theta[4] * d, np.full(len(n), theta[2])])
+    top = parts.max(0)
+    share = np.exp(parts - top)
+    residual = top + np.log(share.sum(0)) - np.log(rows["loss"])
+    share /= share.sum(0)
+    size = np.abs(residual)
+    value = np.sum(counts * np.where(size <= 1e-3, 0.5 * size**2, 1e-3 * (size - 0.5e-3)))
+    pull = counts * np.clip(residual, -1e-3, 1e-3)
+    slopes = [share[0], share[1], share[2], -share[0] * n, -share[1] * d]
+    return value, np.array([np.sum(pull * slope) for slope in slopes])
+
+
+def test_the_exact_huber_optimum(fitted):
+    found = fitted.parameters
+    exact = {"A": 477.826, "B": 2143.417, "E": 1.817218, "alpha": 0.3473105, "beta": 0.3671724}
+    for name, value in exact.items():
+        assert found[name] == pytest.approx(value, rel=1e-6)
+    assert fitted.value == pytest.approx(1.0182740178e-3, rel=1e-9)
+    assert fitted.converged
+    value, gradient = objective(fitted.theta, fitted.rows, np.ones(240))
+    assert value == pytest.approx(fitted.value, rel=1e-12)
+    assert np.abs(gradient).max() < 1e-7
+
+
+def test_the_published_estimates_are_within_a_tenth_of_their_standard_errors(fitted):
+    for name, value in PUBLISHED.items():
+        assert abs(fitted.parameters[name] - value) < 0.1 * ERRORS[name]
+
+
+def test_bootstrap_standard_errors(fitted):
+    boot = bootstrap(fitted, 4000)
+    assert boot.converged_B.all()
+    for found, name in zip(boot.standard_errors(), CHINCHILLA.parameters, strict=True):
+        assert found == pytest.approx(ERRORS[name], rel=0.05)
+
+
+def test_resamples_agree_with_scipy(fitted):
+    counts = resamples(3, 240, seed=7)
+    boot = refit(fitted, counts)
+    for b in range(3):
+        rival = minimize(
+            objective,
+            fitted.theta,
+            args=(fitted.rows, counts[:, b]),
+            jac=True,
+            method="L-BFGS-B",
+            options={"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxcor": 20},
+        )
+        assert boot.value_B[b] <= rival.fun * (1 + 1e-9)
+        np.testing.assert_allclose(boot.theta_PB[:, b], rival.x, rtol=1e-4)
+
+
+def test_many_resamples_at_once_end_where_few_do(fitted):
+    counts = resamples(96, 240, seed=5)
+    many = refit(fitted, counts)
+    few = [refit(fitted, counts[:, i : i + 48]) for i in (0, 48)]
+    assert many.converged_B.all()
+    np.testing.assert_allclose(many.value_B, np.concatenate([boot.value_B for boot in few]), rtol=1e-10)
+    np.testing.assert_allclose(many.theta_PB, np.concatenate([boot.theta_PB for boot in few], 1), rtol=1e-4)
+
+
+def assert_as_search(fitted, count):
+    counts = resamples(count, 240, seed=3)
+    boot = refit(fitted, counts)
+    for b in range(count):
+        again = search_again(fitted, counts[:, b])
+        assert boot.value_B[b] == pytest.approx(again.value, rel=1e-8)
+        np.testing.assert_allclose(boot.theta_PB[:, b], again.theta, rtol=1e-4)
+
+
+def test_scoring_basins_equals_a_search_from_every_start(fitted):
+    assert_as_search(fitted, 1)
+
+
+@pytest.mark.slow
+def test_scoring_basins_equals_a_search_from_every_start_on_fifty_resamples(fitted):
+    assert_as_search(fitted, 50)
+
+
+def test_resamples_are_counts_and_clusters_stay_together():
+    counts = resamples(20, 6, seed=1)
+    assert (counts.sum(0) == 6).all()
+    labels = ["a", "a", "b", "b", "b", "c"]
+    counts = resamples(20, 6, seed=1, clusters=labels)
+    np.testing.assert_array_equal(counts[0], counts[1])
+    np.testing.assert_array_equal(counts[2], counts[4])
+    assert (counts[0] + counts[2] + counts[5] == 3).all()
+    with pytest.raises(ValueError, match="2 cluster labels for 6 rows"):
+        resamples(1, 6, clusters=["a", "b"])
+
+
+@pytest.mark.parametrize("kind, norm", [("laplace", 1), ("normal", 2)])
+def test_free_scale_likelihoods_reach_scipys_optimum(fitted, kind, norm):
+    found = fit(fitted.rows, CHINCHILLA, FitConfig(objective=kind), starts=fitted.theta[:, None])
+
+    def total(theta):
+        n, d = np.log(fitted.rows["params"]), np.log(fitted.rows["tokens"])
+        parts = [theta[0] - theta[3] * n, theta[1] - theta[4] * d, np.full(len(n), theta[2])]
+        return np.sum(np.abs(np.logaddexp.reduce(parts) - np.log(fitted.rows["loss"])) ** norm)
+
+    options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000, "maxfev": 4000}
+    rival = minimize(total, found.theta, method="Nelder-Mead", options=options)
+    assert total(found.theta) <= rival.fun * (1 + 1e-6)
+    scale = (total(found.theta) / 240) ** (1 / norm)
+    assert found.scale == pytest.approx(scale, rel=1e-9)
+    density = {1: -np.log(2 * scale) - 1, 2: -0.5 * np.log(2 * np.pi * scale**2) - 0.5}[norm]
+    assert found.log_likelihood == pytest.approx(240 * density, rel=1e-9)
+
+
+def test_a_threshold_must_be_positive():
+    with pytest.raises(ValueError, match="delta 0.0"):
+        FitConfig(delta=0.0)

@@ -1,0 +1,124 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from sharding.errors import PlanError
+from sharding.inference.attention import cached_attention, merge, over_chunk, over_past
+from sharding.inference.kv_cache import (
+    CacheConfig,
+    Past,
+    append,
+    cache_specs,
+    make_cache,
+    quantise,
+    read_range,
+    read_slots,
+)
+from sharding.inference.pipeline_ring import Ring, check_groups, default_groups
+from sharding.mesh import make_mesh
+from sharding.plan import Plan
+from tessera.models.layers import attention
+
+L, B, K, S, h, G = 2, 4, 2, 16, 8, 3
+CONFIG = CacheConfig(L, B, K, S, h)
+
+
+def keys(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 2e-6), ("int8", 0.05)])
+@pytest.mark.parametrize("ways", [1, 4])
+def test_pieces_read_into_a_cache_attend_like_the_whole_text(dtype, atol, ways):
+    """Texts of different lengths in scattered slots, in two pieces, the second over the cache of the first."""
+    q, k, v = keys(2, 9, K * G, h), keys(2, 9, K, h, seed=1), keys(2, 9, K, h, seed=2)
+    slots, first = jnp.array([3, 1]), jnp.array([4, 5])
+    expected = attention(q, k, v)
+    config = CacheConfig(L, B, K, S, h, dtype)
+    plan = Plan(f"cp={ways}")
+    mesh, specs = make_mesh(plan, jax.devices()[:ways]), cache_specs(config, plan)
+    cp = "cp" if ways > 1 else None
+    tell = partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+    def stacked(x):
+        return jnp.stack([x.transpose(0, 2, 1, 3)] * L)
+
+    put = jax.jit(tell(partial(append, cp=cp), in_specs=(specs, P(), P(), P(), P(), P()), out_specs=specs))
+    cache = put(make_cache(config), stacked(k[:, :5]), stacked(v[:, :5]), slots, jnp.zeros(2, jnp.int32), first)
+    assert cache.lengths.tolist() == [0, 5, 0, 4]
+
+    def later(cache, q, k, v):
+        return cached_attention(q, k, v, read_slots(slots)(cache, 1), first, cp)
+
+    rest = [jnp.stack([x[0, 4:8], x[1, 5:9]]) for x in (q, k, v)]
+    found = jax.jit(tell(later, in_specs=(specs, P(), P(), P()), out_specs=P()))(cache, *rest)
+    np.testing.assert_allclose(found, jnp.stack([expected[0, 4:8], expected[1, 5:9]]), atol=atol)
+
+
+def test_an_unused_row_writes_nothing_and_slots_beside_it_stay():
+    cache = make_cache(CONFIG)._replace(lengths=jnp.array([3, 0, 0, 2]))
+    values = keys(L, 2, K, 4, h)
+    full = jax.jit(append)(cache, values, values, jnp.array([1, 3]), jnp.array([0, 2]), jnp.array([2, 0]))
+    assert full.lengths.tolist() == [3, 2, 0, 2]
+    assert not np.any(full.k[:, [0, 2, 3]]) and not np.any(full.k[:, 1, :, 2:])
+    assert np.array_equal(full.k[:, 1, :, :2], values[:, 0, :, :2])
+    a, b = read_range(1, 2)(full, 1), read_slots(jnp.array([1, 2]))(full, 1)
+    assert np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
+
+
+def test_an_empty_cache_adds_nothing():
+    q, k, v = keys(1, 3, K, G, h), keys(1, 3, K, h, seed=1), keys(1, 3, K, h, seed=2)
+    past = Past(keys(1, K, S, h), keys(1, K, S, h), None, None)
+    empty, chunk = jax.jit(over_past)(q, past, jnp.array([0])), jax.jit(over_chunk)(q, k, v)
+    assert np.all(np.isneginf(empty[1]))
+    for one in (merge(empty, chunk), merge(chunk, empty)):
+        np.testing.assert_allclose(one[0], chunk[0], rtol=1e-6)
+        np.testing.assert_allclose(one[1], chunk[1], rtol=1e-6)
+    both = merge(empty, empty)
+    assert not np.any(both[0]) and np.all(np.isneginf(both[1]))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8))
+def test_int8_is_off_by_half_a_step_at_most(values):
+    x = jnp.asarray(values, jnp.float32)[None]
+    found, scale = quantise(x)
+    assert float(jnp.abs(found * scale[:, None] - x).max()) <= float(scale[0]) * 0.5001
+
+
+@pytest.mark.parametrize("p, g, steps", [(1, 1, 3), (4, 1, 5), (4, 2, 3), (4, 4, 3), (2, 4, 2), (3, 5, 1)])
+def test_every_group_visits_every_stage_in_order_and_never_twice_at_once(p, g, steps):
+    ring = Ring(p, g, steps)
+    seen = []
+    for tick in range(ring.ticks):
+        here = [jax.tree.map(int, ring.item(tick, stage)) for stage in range(p)]
+        groups = [item.group for item in here if item.live]
+        assert len(groups) == len(set(groups)), "a group on two stages at the same tick"
+        seen += [(item.group, item.step, stage, tick) for stage, item in enumerate(here) if item.live]
+    assert len(seen) == p * g * steps
+    when = {(group, step, stage): tick for group, step, stage, tick in seen}
+    for (group, step, stage), tick in when.items():
+        if stage:
+            assert tick == when[group, step, stage - 1] + 1
+        elif step:
+            assert tick > when[group, step - 1, p - 1], "a token enters before the one before it has left"
+    # One more token a slot costs max(g, p) ticks: stages work g of them.
+    assert Ring(p, g, steps + 1).ticks - ring.ticks == max(g, p)
+    assert ring.utilisation == min(1, g / p)
+    assert ring.call_utilisation == len(seen) / (p * ring.ticks)
+
+
+def test_groups():
+    assert [default_groups(4, 8), default_groups(4, 2), default_groups(1, 8), default_groups(4, 6)] == [4, 2, 1, 3]
+    with pytest.raises(PlanError, match="nearest valid: 4"):
+        check_groups(3, 8)
+    with pytest.raises(PlanError, match="kv_heads=2.*tp=4"):
+        cache_specs(CONFIG, Plan("tp=4"))
+    with pytest.raises(ValueError, match="int8"):
+        CacheConfig(1, 1, 1, 1, 2, "int4")

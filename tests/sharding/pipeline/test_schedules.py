@@ -1,0 +1,189 @@
+"""Pipeline schedules: formulas of the papers tick for tick, what must hold in a table, and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding.errors import PlanError
+from sharding.pipeline.lockstep import RUNNABLE, lockstep, phases, require_lockstep, slots
+from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live
+from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
+from tessera.reports.schedule_figure import schedule_figure
+
+NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
+
+
+@st.composite
+def sizes(draw_, names=NAMES):
+    """(name, stages, microbatches, chunks) that a schedule can have and its formula covers."""
+    name = draw_(st.sampled_from(names))
+    p = draw_(st.integers(1, 6))
+    if name == "interleaved":
+        return name, p, p * draw_(st.integers(1, 4)), draw_(st.integers(1, 3))
+    return name, p, draw_(st.integers(2 * p - 1 if name == "zb-h2" else p, 3 * p + 2)), 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes())
+def test_timelines_are_valid_and_take_exactly_the_promised_ticks(size):
+    name, p, m, v = size
+    schedule = timeline(name, p, m, v)
+    check(schedule)
+    assert bubble(schedule) == pytest.approx(bubble_formula(name, p, m, v), abs=1e-12)
+    work = 3 if name.startswith("zb") else 2
+    lead = {"gpipe": 2, "1f1b": 2, "interleaved": 2, "zb-h1": 1, "zb-h2": 1}[name]
+    assert schedule.ticks == work * m * v + lead * (p - 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes(RUNNABLE))
+def test_lockstep_tables_have_the_same_bubble_and_every_message_is_used_at_once(size):
+    name, p, m, v = size
+    schedule = lockstep(name, p, m, v)
+    require_lockstep(schedule)
+    assert schedule.ticks == 2 * (m * v + p - 1)
+    assert bubble(schedule) == pytest.approx((p - 1) / (v * m + p - 1), abs=1e-12)
+    number, where = slots(schedule)
+    assert number == max(peak_live(schedule))
+    for stage, spans in enumerate(schedule.spans()):  # no two inputs in one slot at a time
+        held = [
+            (where[stage][w.microbatch, w.chunk], spans[w].start, spans[w._replace(kind="B")].end)
+            for w in spans
+            if w.kind == "F"
+        ]
+        for a, b in ((a, b) for a in held for b in held if a < b and a[0] == b[0]):
+            assert a[2] <= b[1] or b[2] <= a[1]
+    # The scans' rows say what the table says.
+    for phase in phases(schedule):
+        assert all(rows.shape[1:] == (p, 4) for rows in (phase.forward, phase.backward))
+    for kind, rows in (("F", [x.forward for x in phases(schedule)]), ("B", [x.backward for x in phases(schedule)])):
+        assert np.concatenate(rows)[..., 0].sum() == p * m * v, kind
+
+
+@pytest.mark.parametrize("p, m", [(1, 1), (2, 2), (4, 8), (5, 23), (8, 64)])
+def test_live_activations_are_those_of_the_papers(p, m):
+    assert peak_live(gpipe(p, m)) == [m] * p
+    assert peak_live(one_f_one_b(p, m)) == [p - s for s in range(p)]
+    assert max(peak_live(zero_bubble(p, m, "zb-h1"))) <= p
+    assert max(peak_live(zero_bubble(p, m, "zb-h2"))) <= 2 * p - 1
+    # Stages that keep step hold more: 2 (p - s) - 1, still whatever m is.
+    assert peak_live(lockstep("1f1b", p, m)) == [min(m, 2 * (p - s) - 1) for s in range(p)]
+    assert slots(lockstep("gpipe", p, m))[0] == m
+
+
+def test_interleaved_holds_more_by_the_papers_factor():
+    # Korthikanti et al. (2022), section 4.2.3: 1 + (p - 1) / (p v) times the activations of 1F1B.
+    p, m, v = 4, 16, 2
+    assert max(peak_live(interleaved(p, m, v))) / v / max(peak_live(one_f_one_b(p, m))) == 1 + (p - 1) / (p * v)
+
+
+def test_1f1b_runs_in_three_scans_and_at_the_ticks_of_the_design():
+    p, m = 4, 8
+    found = phases(lockstep("1f1b", p, m))
+    assert [(x.kinds, len(x.forward), len(x.backward)) for x in found] == [("F", 3, 0), ("FB", 8, 8), ("B", 0, 3)]
+    for kind, first, tick in (
+        ("forward", 0, lambda i, s: i + s),
+        ("backward", p - 1, lambda i, s: i + 2 * (p - 1) - s),
+    ):
+        rows = np.concatenate([getattr(x, kind) for x in found])
+        for at, stage in zip(*np.nonzero(rows[..., 0]), strict=True):
+            assert first + at == tick(rows[at, stage, 1], stage)
+    assert [x.kinds for x in phases(lockstep("gpipe", p, m))] == ["F", "B"]
+
+
+def test_a_backward_pass_twice_as_long_leaves_the_fraction_as_it_is():
+    # Time of a step in forward passes: (m + p - 1) (1 + 2), Narayanan et al. (2021), section 2.2.1.
+    for make in (gpipe, one_f_one_b):
+        schedule = make(4, 8, Ticks(B=2))
+        check(schedule)
+        assert schedule.ticks == (8 + 3) * 3 and bubble(schedule) == pytest.approx(3 / 11)
+
+
+def test_drawings():
+    assert draw(one_f_one_b(2, 2), note=False) == "stage 0 | F0 F1 .  B0 .  B1\nstage 1 | .  F0 B0 F1 B1 ."
+    assert "F3.1" in draw(interleaved(2, 4, 2)) and "bubble 11.1%" in draw(interleaved(2, 4, 2))
+    assert "live activations by stage [2, 1]" in draw(one_f_one_b(2, 4))
+
+
+def test_figure_has_a_box_where_the_table_has_work():
+    schedules = [one_f_one_b(3, 4, Ticks(B=2)), interleaved(3, 3, 2), zero_bubble(3, 5)]
+    figure = schedule_figure(schedules)
+    for ax, schedule in zip(figure.axes, schedules, strict=True):
+        boxes = {patch.get_gid(): patch for patch in ax.patches if patch.get_gid()}
+        spans = {
+            f"{w.kind}{w.microbatch}.{w.chunk}@{s}": t for s, f in enumerate(schedule.spans()) for w, t in f.items()
+        }
+        assert set(boxes) == set(spans)
+        for key, span in spans.items():
+            assert boxes[key].get_x() == span.start / schedule.chunks
+            assert boxes[key].get_width() == pytest.approx((span.end - span.start) / schedule.chunks)
+        assert schedule.name in ax.get_title("left")
+    assert len({ax.get_xlim() for ax in figure.axes}) == 1, "one time axis"
+    figure.canvas.draw()
+    with pytest.raises(ValueError, match="at least one"):
+        schedule_figure([])
+
+
+def changed(schedule, tick, stage, work):
+    rows = [list(row) for row in schedule.rows]
+    rows[tick][stage] = work
+    return replace(schedule, rows=tuple(map(tuple, rows)))
+
+
+GOOD = one_f_one_b(2, 2)
+BAD_TABLES = {
+    "missing": (changed(GOOD, 1, 0, None), r"stage 0 never runs .*'F', microbatch=1.* \(1 missing"),
+    "twice": (changed(GOOD, 2, 0, Work("F", 0)), "runs .* in tick 0 and again in tick 2"),
+    "unknown": (changed(GOOD, 2, 0, Work("F", 7)), "but there are 2 microbatches"),
+    "early": (changed(changed(GOOD, 0, 1, Work("F", 0)), 1, 1, None), "starts .* in tick 0, .* stage 0 ends in tick 0"),
+    "ragged": (replace(GOOD, rows=((None,), *GOOD.rows[1:])), "tick 0 has 1 cells for 2 stages"),
+    "no backward": (Schedule("x", 1, 1, 1, ((Work("F", 0),),)), "never runs .*'B'"),
+}
+
+
+@pytest.mark.parametrize("table, message", BAD_TABLES.values(), ids=BAD_TABLES)
+def test_tables_that_are_no_step_are_refused(table, message):
+    with pytest.raises(ValueError, match=message):
+        check(table)
+
+
+def test_tables_that_cannot_run_in_lockstep_are_refused():
+    with pytest.raises(ValueError, match=r"row \d+ holds \['B', 'F'\]"):
+        require_lockstep(one_f_one_b(3, 4))
+    with pytest.raises(ValueError, match="it must hold F or B alone"):
+        phases(zero_bubble(1, 2))
+    late = lockstep("gpipe", 2, 2)
+    late = replace(late, rows=(late.rows[0], (late.rows[1][0], None), (None, Work("F", 0)), *late.rows[2:]))
+    with pytest.raises(ValueError, match="in F row 0, but stage 1 uses it in row 2"):
+        require_lockstep(late)
+    with pytest.raises(ValueError, match="deadlock"):
+        simulate(1, [[Work("B", 0), Work("F", 0)]])
+
+
+REFUSED = [
+    (lambda: lockstep("1f1b", 4, 3), "3 microbatches cannot fill 4 stages; take at least 4 microbatches, or at most 3"),
+    (lambda: lockstep("interleaved", 4, 6, 2), "does not divide 6; take 4 or 8 microbatches"),
+    (lambda: lockstep("1f1b", 4, 8, 2), "1f1b has one chunk per stage, not 2"),
+    (lambda: timeline("gpipe", 4, 8, 2), "gpipe has one chunk per stage, not 2"),
+    (lambda: lockstep("zb-h1", 4, 8), "'zb-h1' is not one that runs"),
+    (lambda: timeline("2f2b", 4, 8), "no schedule '2f2b'; choose one of gpipe"),
+    (lambda: gpipe(0, 8), "stages=0 must be at least 1"),
+    (lambda: zero_bubble(2, 4, "zb-v"), "zb-v"),
+    (lambda: bubble_formula("zb-h2", 4, 6), "from 2 p - 1 = 7 microbatches on; 6 are fewer"),
+    (lambda: bubble_formula("dualpipe", 4, 6), "no bubble formula"),
+    (lambda: Ticks(B=0), "B=0"),
+]
+
+
+@pytest.mark.parametrize("call, message", REFUSED, ids=[message[:24] for _, message in REFUSED])
+def test_sizes_are_refused_with_the_numbers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert issubclass(PlanError, ValueError)
+
+
+def test_live_counts_ticks():
+    assert live(one_f_one_b(2, 2)) == [[1, 2, 2, 2, 1, 1], [0, 1, 1, 1, 1, 0]]

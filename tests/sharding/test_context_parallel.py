@@ -1,0 +1,90 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from sharding.analysis.collectives import collectives, totals
+from sharding.context_parallel import contiguous_positions, heads_attention, ring_attention, zigzag_positions
+from sharding.mesh import abstract_mesh, make_mesh
+from sharding.plan import Plan
+from tessera.models.layers import attention
+
+
+def reference(q, k, v):
+    """Causal attention in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def order(cut, parts, length):
+    return np.concatenate([cut(i, parts, length) for i in range(parts)])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 8), st.integers(1, 5))
+def test_zigzag_gives_every_part_the_same_work(parts, chunk):
+    length = 2 * parts * chunk
+    positions = order(zigzag_positions, parts, length)
+    assert sorted(positions) == list(range(length))
+    np.testing.assert_array_equal(order(contiguous_positions, parts, length), np.arange(length))
+    # Query t reads t + 1 keys.
+    work = (positions + 1).reshape(parts, -1).sum(1)
+    assert len(set(work)) == 1
+
+
+METHODS = {
+    "ring": (partial(ring_attention, axis="cp"), zigzag_positions, 4),
+    "all_to_all": (partial(heads_attention, axis="cp", attend=attention), contiguous_positions, 4),
+    "ring, one key head": (partial(ring_attention, axis="cp"), zigzag_positions, 1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_over_a_split_sequence_and_its_gradient(method):
+    function, cut, kv_heads = METHODS[method]
+    parts, length = 4, 16
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, length, 4, 6)).astype(np.float32) * 2
+    k, v = (rng.normal(size=(2, length, kv_heads, 6)).astype(np.float32) * 2 for _ in range(2))
+    weight = rng.normal(size=q.shape).astype(np.float32)
+    mixed, whole = order(cut, parts, length), np.arange(length)
+    back = np.argsort(mixed)
+    mesh = make_mesh(Plan("dp=2, cp=4"))
+    split = jax.shard_map(function, mesh=mesh, in_specs=(P("dp", "cp"),) * 3, out_specs=P("dp", "cp"))
+
+    def run(attend, at):
+        def loss(q, k, v):
+            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else whole]
+            return (result * weight).sum(), result
+
+        (_, result), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return result, grads
+
+    result, grads = run(split, mixed)
+    np.testing.assert_allclose(result, reference(q, k, v), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, run(attention, whole)[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_keys_and_values_travel_once_forward_and_with_their_gradients_back():
+    plan = Plan("cp=8")
+    shard = jax.shard_map(
+        partial(ring_attention, axis="cp"), mesh=abstract_mesh(plan), in_specs=P(None, "cp"), out_specs=P(None, "cp")
+    )
+    shapes = [jax.ShapeDtypeStruct((1, 32, heads, 4), jnp.float32) for heads in (4, 2, 2)]
+    part = 4 * 2 * 4 * 4  # bytes of one device's keys
+    forward = totals(collectives(shard, *shapes))
+    assert forward == {"permute": (2 * 7, 2 * 7 * part)}
+    both = totals(collectives(jax.grad(lambda q, k, v: shard(q, k, v).sum(), (0, 1, 2)), *shapes))
+    # Back: k, v and both gradients 7 times, the gradients once more to be home.
+    assert both == {"permute": (2 * 7 + 4 * 7 + 2, (2 * 7 + 4 * 7 + 2) * part)}

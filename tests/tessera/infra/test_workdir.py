@@ -1,0 +1,60 @@
+"""A run's directory says what made it and refuses another config."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict, FieldReference
+
+from tessera.infra.workdir import WorkdirMismatch, config_hash, prepare, resolve
+
+
+def config(**changes):
+    return ConfigDict({"seed": 3, "lr": 0.1, "model": {"width": 8, "sizes": (1, 2)}} | changes)
+
+
+def test_files(tmp_path):
+    path = prepare(tmp_path / "run", config())
+    assert json.loads((path / "config.json").read_text()) == {
+        "seed": 3,
+        "lr": 0.1,
+        "model": {"width": 8, "sizes": [1, 2]},
+    }
+    versions = json.loads((path / "versions.json").read_text())
+    assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "tessera-jax"} <= set(versions)
+    run = json.loads((path / "run.json").read_text())
+    assert run["seed"] == 3 and run["command"] and len(run["revision"]) in (7, 40) and run["devices"] == 8
+
+
+def test_the_same_config_goes_on_and_keeps_the_first_record(tmp_path):
+    path = prepare(tmp_path / "run", config())
+    (path / "run.json").write_text("first")
+    assert prepare(path, config()) == path
+    assert (path / "run.json").read_text() == "first"
+
+
+def test_each_differing_setting_is_named_with_both_values(tmp_path):
+    prepare(tmp_path / "run", config(gone=1))
+    with pytest.raises(WorkdirMismatch) as caught:
+        prepare(tmp_path / "run", config(lr=0.2, model={"width": 9, "sizes": (1, 2)}, fresh=None))
+    message = str(caught.value)
+    for part in (
+        "lr: 0.1 there, 0.2 now",
+        "model.width: 8 there, 9 now",
+        "gone: 1 there, 'absent' now",
+        "fresh: 'absent'",
+    ):
+        assert part in message
+    assert "sizes" not in message and "seed" not in message
+
+
+def test_default_directory_depends_on_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = prepare("", config(), name="lm-tiny"), prepare("", config(lr=0.2), name="lm-tiny")
+    assert first != second and first.name.startswith("lm-tiny-") and first.parent.name == "runs"
+    assert prepare("", config(), name="lm-tiny") == first
+
+
+def test_references_are_resolved():
+    lr = FieldReference(0.5)
+    assert resolve(ConfigDict({"lr": lr, "b": {"lr": lr}})) == {"lr": 0.5, "b": {"lr": 0.5}}
+    assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1}) != config_hash({"a": 1})

@@ -1,0 +1,210 @@
+"""The decoder with routed experts: tree, loss, biases moved outside the gradient, decoding, training, report."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import moe_lm
+from moe.experts import MixtureConfig
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
+from tessera.infra.config import build
+from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, per_layer, router_paths
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.reports.router import BYTE_CLASSES, byte_classes, load_history, router_sections, write_specialisation
+from tessera.signals import metrics_row
+from tessera.step import StepConfig, init_state, make_train_step
+
+MOE = MoEConfig(every=2, granularity=2, router=RouterConfig("sigmoid", 4, 2), bias_rate=0.01, z=1e-3)
+CONFIG = TransformerConfig(vocab_size=11, layers=4, width=16, heads=2, ff=24, mlp="routed", moe=MOE)
+TOKENS = jax.random.randint(jax.random.key(5), (2, 9), 0, 11, jnp.int32)
+KEY = jax.random.key(0)
+
+
+def make(**changes):
+    model = Decoder(replace(CONFIG, **changes))
+    return model, jax.jit(model.init)(jax.random.key(1), TOKENS)["params"]
+
+
+def unstacked(params):
+    blocks = {
+        f"blocks_{2 * unit + i}": jax.tree.map(lambda x, unit=unit: x[unit], params["blocks"][f"layer_{i}"])
+        for unit in range(2)
+        for i in range(2)
+    }
+    return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
+
+
+@pytest.mark.slow
+def test_every_second_block_is_routed_and_scan_changes_nothing():
+    model, params = make()
+    assert set(params["blocks"]["layer_0"]["mlp"]) == {"gate", "up", "down"}
+    mlp = jax.tree.map(jnp.shape, params["blocks"]["layer_1"]["mlp"])
+    assert mlp == {
+        "router": {"kernel": (2, 16, 4), "bias": (2, 4)},
+        "experts": {
+            "gate": {"kernel": (2, 4, 16, 12)},
+            "up": {"kernel": (2, 4, 16, 12)},
+            "down": {"kernel": (2, 4, 12, 16)},
+        },
+    }
+    flat, _ = make(scan=False)
+    one, other = lm_loss(model), lm_loss(flat)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(one, has_aux=True))(params, {"tokens": TOKENS}, KEY)
+    run = jax.jit(jax.value_and_grad(other, has_aux=True))
+    (again, same), flat_grads = run(unstacked(params), {"tokens": TOKENS}, KEY)
+    assert loss == pytest.approx(float(again), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, same)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), unstacked(grads), flat_grads)
+    assert metrics["router/load"].shape == (2, 4) and metrics["router/entropy"].shape == (2,)
+    np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-6)
+    assert loss == pytest.approx(float(metrics["cross_entropy"] + metrics["aux_loss"]), rel=1e-5)
+    assert not at(grads, router_paths(model.config)[0])["router"]["bias"].any()
+
+    # Biases move by the sign of the load's distance from the mean, in either layout, and nothing else moves.
+    moved = make_adjust(model.config)(params, metrics)
+    load = np.asarray(metrics["router/load"])
+    expected = 0.01 * np.sign(load.mean(1, keepdims=True) - load)
+    np.testing.assert_allclose(moved["blocks"]["layer_1"]["mlp"]["router"]["bias"], expected, atol=1e-8)
+    flat_moved = make_adjust(flat.config)(unstacked(params), metrics)
+    jax.tree.map(np.testing.assert_array_equal, flat_moved, unstacked(moved))
+    moved["blocks"]["layer_1"]["mlp"]["router"]["bias"] = params["blocks"]["layer_1"]["mlp"]["router"]["bias"]
+    jax.tree.map(np.testing.assert_array_equal, moved, params)
+
+    table = jax.jit(lambda p: expert_table(model, p, TOKENS, TOKENS % 3, 3))(params)
+    assert table.shape == (2, 3, 4)
+    np.testing.assert_array_equal(np.asarray(table).sum(2)[0], 2 * np.bincount(np.asarray(TOKENS).ravel() % 3))
+
+
+def test_greedy_tokens_of_single_texts_are_the_teacher_forced_ones():
+    """Decoded row by row, token by token, with a capacity in training that drops choices and none in decoding."""
+    capacity = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    model, params = make(moe=MoEConfig(router=RouterConfig("switch", 4, 1), mixture=capacity), layers=2)
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    texts, logits = [], []
+    for row in range(2):
+        tokens = TOKENS[row : row + 1].at[:, 3:].set(0)
+        for t in range(3, 9):
+            one = forward(tokens)[:, t - 1]  # what follows is not seen yet
+            logits.append(one[0])
+            tokens = tokens.at[:, t].set(one.argmax(-1).astype(jnp.int32))
+        texts.append(tokens[0])
+    whole = forward(jnp.stack(texts))[:, 2:-1]
+    np.testing.assert_allclose(jnp.stack(logits).reshape(whole.shape), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole.argmax(-1), jnp.stack(texts)[:, 3:])
+    metrics = jax.jit(lm_loss(model))(params, {"tokens": TOKENS}, KEY)[1]
+    assert metrics["router/drop_fraction"].min() > 0.2
+
+
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_hash_router_of_a_decoder_reads_the_tokens_ids(scan):
+    model, params = make(moe=MoEConfig(every=2, router=RouterConfig("hash", 4, 1)), scan=scan)
+    table = jax.jit(lambda p: expert_table(model, p, TOKENS, TOKENS, 11))(params)
+    # Every token has one expert wherever it stands, and not all have the same.
+    assert ((np.asarray(table) > 0).sum(2) <= 1).all()
+    assert ((np.asarray(table).sum(1) > 0).sum(1) > 1).all()
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_routers_that_look_ahead_are_refused_in_a_decoder(router):
+    with pytest.raises(ValueError, match=f"moe.router.name='{router}' chooses among all tokens"):
+        replace(CONFIG, moe=MoEConfig(router=RouterConfig(router, 4, 2)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Rows of 40 steps with loss-free balancing and an otherwise unbalanced loss."""
+    model, params = make(moe=replace(MOE, balance=0.0, z=0.0))
+    tx = optax.adam(1e-2)
+    step = jax.jit(make_train_step(lm_loss(model), tx, adjust=make_adjust(model.config)))
+    state, rows = init_state(params, tx), []
+    for i in range(40):
+        state, metrics = step(state, {"tokens": TOKENS}, KEY)
+        rows.append({"step": i + 1, "kind": "train"} | metrics_row(metrics))
+    return model, state, rows
+
+
+def test_training_learns_and_moves_the_biases(trained):
+    _, state, rows = trained
+    assert rows[-1]["cross_entropy"] < 0.5 * rows[0]["cross_entropy"]
+    bias = np.asarray(state.params["blocks"]["layer_1"]["mlp"]["router"]["bias"])
+    assert np.abs(bias).max() > 0.02
+    # Whole steps: the optimizer added nothing.
+    np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-3)
+
+
+def test_the_report_shows_loads_and_specialisation(trained, tmp_path):
+    model, state, rows = trained
+    steps, load = load_history(rows)
+    assert steps.tolist() == list(range(1, 41)) and load.shape == (40, 2, 4)
+    write_specialisation(tmp_path, model, state.params, [{"tokens": TOKENS}] * 2, "bytes")
+    first, second = router_sections(rows, tmp_path)
+    counts = np.array(json.loads((tmp_path / "specialisation.json").read_text())["counts"])
+    assert counts.shape == (2, len(BYTE_CLASSES), 4) and counts.sum() == 2 * 2 * 2 * 16
+    busiest = load[-1].max() * 4
+    assert f"{busiest:.2f} times its share" in first.caption
+    assert second.title == "Specialisation"
+    by_class, by_depth = second.content
+    assert sum("mutual information" in ax.get_title(loc="left") for ax in by_class.axes) == 2
+    assert [len(line.get_xdata()) for line in by_depth.axes[0].lines] == [2, 2]
+    (alone,) = router_sections(rows)
+    assert alone.title == first.title
+    write_specialisation(tmp_path / "no", model, state.params, [], "bpe")
+    assert not (tmp_path / "no").exists()
+    assert router_sections([{"step": 1, "kind": "train", "loss": 1.0}]) == []
+
+
+def test_byte_classes():
+    names = [BYTE_CLASSES[i] for i in byte_classes(np.frombuffer("aB7 \n_é".encode(), np.uint8))]
+    assert names == ["lower case", "upper case", "digit", "space", "line end", "punctuation", "other", "other"]
+
+
+@pytest.mark.slow
+def test_microbatches_average_the_routers_metrics():
+    model, params = make()
+    tx = optax.sgd(0.0)
+    step = make_train_step(lm_loss(model), tx, StepConfig(microbatches=2), adjust=make_adjust(model.config))
+    _, metrics = jax.jit(step)(init_state(params, tx), {"tokens": TOKENS}, KEY)
+    np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-5)
+
+
+def sizes(arg):
+    """The model of a config, and the number of parameters of its feed-forward layers by leaf name."""
+    config = build(TransformerConfig, moe_lm.get_config(arg).model, "config.model", vocab_size=256)
+    params = jax.eval_shape(Decoder(config).init, KEY, TOKENS)["params"]
+    leaves = jax.tree.leaves_with_path(params["blocks"])
+    return config, sum(leaf.size for path, leaf in leaves if "'mlp'" in str(path) and "router" not in str(path))
+
+
+@pytest.mark.parametrize("arg", moe_lm.VARIANTS)
+def test_every_config_makes_a_model(arg):
+    config, total = sizes(arg)
+    assert total > 0 and (config.mlp == "routed") == (not arg.startswith("dense"))
+
+
+def test_two_of_eight_experts_cost_what_the_dense_layer_does():
+    config, total = sizes("tiny")
+    _, dense = sizes("dense_tiny")
+    router = config.moe.router
+    assert total * router.k == dense * router.experts
+
+
+def test_layers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="layers=3 is not a multiple of moe.every=2"):
+        replace(CONFIG, layers=3)
+    with pytest.raises(ValueError, match="ff=25 does not divide into granularity=2"):
+        replace(CONFIG, ff=25)
+
+
+def test_per_layer_reads_one_path_for_a_scan_and_several_without():
+    assert router_paths(CONFIG) == [("blocks", "layer_1", "mlp")]
+    assert router_paths(replace(CONFIG, scan=False)) == [("blocks_1", "mlp"), ("blocks_3", "mlp")]
+    assert router_paths(replace(CONFIG, moe=replace(MOE, every=1))) == [("blocks", "mlp")]
+    assert router_paths(replace(CONFIG, mlp="swiglu")) == []
+    sown = {"blocks_1": {"mlp": {"x": (jnp.ones(3),)}}, "blocks_3": {"mlp": {"x": (jnp.zeros(3),)}}}
+    np.testing.assert_array_equal(per_layer(sown, "x", replace(CONFIG, scan=False)), [[1, 1, 1], [0, 0, 0]])

@@ -1,0 +1,235 @@
+from functools import cache
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tessera.models import transformer
+from tessera.models.transformer import Decoder, TransformerConfig
+
+SMALL = {"vocab_size": 11, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "ff": 24}
+TOKENS = jax.random.randint(jax.random.key(5), (2, 7), 0, 11, jnp.int32)
+
+
+@cache
+def make(**changes):
+    model = Decoder(TransformerConfig(**SMALL | changes))
+    return model, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+
+
+def logits(model, params, tokens=TOKENS, positions=None):
+    return jax.jit(lambda p: model.apply({"params": p}, tokens, positions))(params)
+
+
+def unstacked(params, layers=2):
+    blocks = {f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)}
+    return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
+
+
+def torch_decoder(torch, params, tokens, config):
+    """The same network in torch's own functions, float64; `params` are unstacked."""
+    functional = torch.nn.functional
+    p = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64)), params)
+    half = config.head_size // 2
+    angle = torch.arange(tokens.shape[1])[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones_like(angle, dtype=torch.float64), angle.double())[:, None]
+
+    def rotate(x):
+        z = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    def norm(x, gain):
+        return functional.rms_norm(x, (config.width,), gain, config.norm_eps)
+
+    def heads(x, kernel):
+        return (x @ kernel.flatten(1)).unflatten(-1, kernel.shape[1:])
+
+    x = functional.embedding(torch.tensor(np.asarray(tokens)).long(), p["embed"]["table"])
+    for i in range(config.layers):
+        block = p[f"blocks_{i}"]
+        y, kernels = norm(x, block["attention_norm"]["gain"]), block["attention"]
+        q, k, v = (heads(y, kernels[name]["kernel"]) for name in ("query", "key", "value"))
+        q, k, v = (z.transpose(1, 2) for z in (rotate(q), rotate(k), v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        x = x + y.flatten(2) @ kernels["output"]["kernel"].flatten(0, 1)
+        y, mlp = norm(x, block["mlp_norm"]["gain"]), block["mlp"]
+        x = x + (functional.silu(y @ mlp["gate"]["kernel"]) * (y @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
+    head = p["embed"]["table"].T if config.tied else p["head"]["kernel"]
+    return norm(x, p["final_norm"]["gain"]) @ head
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "head_dim": 6, "rope_theta": 50.0}, {"kv_heads": 1}])
+def test_logits_are_torchs(changes):
+    torch = pytest.importorskip("torch")
+    model, params = make(**changes)
+    # Gains away from one, so that leaving one out would show.
+    params = jax.tree_util.tree_map_with_path(lambda path, x: x * 1.5 if path[-1].key == "gain" else x, params)
+    theirs = torch_decoder(torch, unstacked(params), TOKENS, model.config)
+    np.testing.assert_allclose(logits(model, params), theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_parameters_are_plain_nested_dicts_of_the_documented_shapes():
+    _, params = make(tied=False)
+    assert jax.tree.map(jnp.shape, params) == {
+        "embed": {"table": (11, 16)},
+        "blocks": {
+            "attention_norm": {"gain": (2, 16)},
+            "attention": {
+                "query": {"kernel": (2, 16, 4, 4)},
+                "key": {"kernel": (2, 16, 2, 4)},
+                "value": {"kernel": (2, 16, 2, 4)},
+                "output": {"kernel": (2, 4, 4, 16)},
+            },
+            "mlp_norm": {"gain": (2, 16)},
+            "mlp": {"gate": {"kernel": (2, 16, 24)}, "up": {"kernel": (2, 16, 24)}, "down": {"kernel": (2, 24, 16)}},
+        },
+        "final_norm": {"gain": (16,)},
+        "head": {"kernel": (16, 11)},
+    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_initial_scales():
+    model = Decoder(TransformerConfig(vocab_size=512, layers=8, width=128, heads=4, init_scale=0.5))
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+    residual = 1 / np.sqrt(16)
+    for leaf, fan_in, scale in (
+        (params["embed"]["table"], 128, 1),
+        (attention["query"]["kernel"], 128, 1),
+        (attention["value"]["kernel"], 128, 1),
+        (attention["output"]["kernel"], 128, residual),
+        (mlp["up"]["kernel"], 128, 1),
+        (mlp["down"]["kernel"], model.config.ff_size, residual),
+    ):
+        assert leaf.std() == pytest.approx(0.5 * scale / np.sqrt(fan_in), rel=0.03)
+    first, second = attention["query"]["kernel"][:2]
+    assert jnp.abs(first - second).max() > 0  # every layer draws its own
+
+
+def test_the_first_loss_is_close_to_log_v():
+    model = Decoder(TransformerConfig(vocab_size=256, layers=2, width=128, heads=4))
+    tokens = jax.random.randint(jax.random.key(0), (4, 32), 0, 256, jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    log_p = jax.nn.log_softmax(logits(model, params, tokens))[:, :-1]
+    loss = -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+    assert loss == pytest.approx(np.log(256), abs=0.7)
+
+
+def test_a_token_sees_no_later_token():
+    model, params = make()
+    changed = TOKENS.at[:, 4:].set((TOKENS[:, 4:] + 1) % 11)
+    before, after = logits(model, params), logits(model, params, changed)
+    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert (jnp.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-3).all()
+
+
+def test_only_distances_between_positions_matter():
+    model, params = make()
+    positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
+    np.testing.assert_allclose(logits(model, params), logits(model, params, TOKENS, positions), atol=1e-6)
+    np.testing.assert_allclose(logits(model, params), logits(model, params, TOKENS, positions + 40), atol=2e-5)
+    assert jnp.abs(logits(model, params) - logits(model, params, TOKENS, positions * 3)).max() > 1e-3
+
+
+def gradient(model, params):
+    return jax.jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, TOKENS)).mean()))(params)
+
+
+def test_unrolled_blocks_compute_what_the_scan_does():
+    model, params = make()
+    flat, _ = make(scan=False)
+    np.testing.assert_allclose(logits(model, params), logits(flat, unstacked(params)), rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        unstacked(gradient(model, params)),
+        gradient(flat, unstacked(params)),
+    )
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "dots")])
+def test_remat_changes_memory_and_not_gradients(remat, scan):
+    model, params = make(scan=scan)
+    again = Decoder(TransformerConfig(**SMALL, remat=remat, scan=scan))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        gradient(model, params),
+        gradient(again, params),
+    )
+
+
+def saved_products(remat):
+    """Matrix products in the gradient's program, the scan's body counted once."""
+    model, params = make(remat=remat)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, TOKENS).sum()))(params)
+    return str(jaxpr).count("dot_general[")
+
+
+def test_remat_recomputes_products_only_when_full():
+    assert saved_products("full") > saved_products("none")
+    # Attention's two batched products are recomputed under "dots", the seven projections are not.
+    assert saved_products("none") < saved_products("dots") < saved_products("full")
+
+
+def test_bfloat16_is_near_float32_with_float32_logits_and_gradients():
+    model, params = make()
+    half = Decoder(TransformerConfig(**SMALL, dtype="bfloat16"))
+    ours, exact = logits(half, params), logits(model, params)
+    assert ours.dtype == jnp.float32
+    assert 1e-5 < jnp.abs(ours - exact).max() < 0.05 * jnp.abs(exact).max()
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(half, params))} == {np.dtype("float32")}
+
+
+def test_tied_embeddings_are_one_parameter():
+    _, tied = make()
+    _, free = make(tied=False)
+    assert "head" not in tied and jax.tree.leaves(free["head"])[0].size == 11 * 16
+
+
+class Constant(nn.Module):
+    """A stand-in feed-forward layer that reports something."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "load", jnp.abs(x).mean())
+        return x * self.param("bias", nn.initializers.ones, ())
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_another_feed_forward_layer_fits_in_and_reports_by_layer(monkeypatch, remat):
+    monkeypatch.setitem(transformer.MLPS, "constant", Constant)
+    model, params = make(mlp="constant", remat=remat)
+    assert params["blocks"]["mlp"]["bias"].shape == (2,)
+    _, sown = model.apply({"params": params}, TOKENS, mutable=["intermediates"])
+    (load,) = sown["intermediates"]["blocks"]["mlp"]["load"]
+    assert load.shape == (2,) and (load > 0).all()
+
+
+def test_default_sizes():
+    config = TransformerConfig(vocab_size=256, layers=1, width=768, heads=12)
+    assert (config.head_size, config.kv_size, config.ff_size) == (64, 12, 2048)
+    assert TransformerConfig(vocab_size=2, layers=1, width=100, heads=5).ff_size == 320
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+        ({"width": 18}, "width=18 is not a multiple of heads=4"),
+        ({"width": 12}, "head_dim=3 is odd"),
+        ({"head_dim": 5}, "head_dim=5 is odd"),
+        ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"ff": -1}, "ff=-1 must be positive"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"dtype": "float16"}, "dtype='float16': choose one of float32, bfloat16"),
+        ({"remat": "some"}, "remat='some': choose none, full, dots"),
+        ({"mlp": "gelu"}, "mlp='gelu': choose one of swiglu"),
+    ],
+)
+def test_bad_sizes_are_refused_with_their_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**SMALL | changes)

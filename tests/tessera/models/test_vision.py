@@ -1,0 +1,109 @@
+"""Image networks: against PyTorch's and Flax's own layers, published parameter counts, and with batch statistics."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tessera.infra.config import ConfigError
+from tessera.models import convolution
+from tessera.models.registry import STATISTICS, make_network
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 3, 5, 4), (1, 1, 5, 2), (2, 4, 5, 3)], ids=str)
+def test_patches_and_xla_agree_with_torch(shape, stride):
+    torch = pytest.importorskip("torch")
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 5))
+    kernel = jax.random.normal(jax.random.key(1), shape)
+    patches, plain = (convolution.conv(x, kernel, stride, name) for name in ("patches", "conv"))
+    np.testing.assert_allclose(patches, plain, rtol=1e-5, atol=1e-5)
+    pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip((9, 8), shape[:2], strict=True)]
+    padded = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
+    there = [torch.tensor(np.asarray(a).copy()) for a in (padded.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1))]
+    want = torch.nn.functional.conv2d(*there, stride=stride).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(patches, want, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_and_norms_agree_with_flax():
+    x = jax.random.normal(jax.random.key(0), (3, 7, 6, 8))
+    np.testing.assert_array_equal(convolution.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+    scale, bias = jnp.linspace(0.5, 2, 8), jnp.linspace(-1, 1, 8)
+    flax = nn.GroupNorm(num_groups=4, epsilon=1e-5).apply({"params": {"scale": scale, "bias": bias}}, x)
+    np.testing.assert_allclose(convolution.group_norm(x, scale, bias, 4), flax, rtol=1e-4, atol=1e-5)
+    module = nn.BatchNorm(use_running_average=False, epsilon=1e-5)
+    stats = {"mean": jnp.zeros(8), "var": jnp.ones(8)}
+    flax, _ = module.apply({"params": {"scale": scale, "bias": bias}, "batch_stats": stats}, x, mutable=["batch_stats"])
+    ours = convolution.normalise(x, *convolution.batch_statistics(x), scale, bias)
+    np.testing.assert_allclose(ours, flax, rtol=1e-4, atol=1e-5)
+
+
+# Weights as papers count them: Frankle & Carbin 2019, figure 2 (Conv-2 4.3M, Conv-4 2.4M; the layers it lists for
+# Conv-6 add up to 2.26M, not to the 1.7M it states); He et al. 2016, table 6 (ResNet-20 0.27M); VGG-16's 14.7M
+# convolutional weights and VGG-19's 20.0M are sums over the authors' tables.
+SIZES = [("conv2", 4.3e6), ("conv4", 2.4e6), ("conv6", 2.26e6), ("resnet20", 0.27e6), ("vgg16", 14.7e6)]
+SIZES += [("vgg19", 20.0e6)]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES, ids=[name for name, _ in SIZES])
+def test_networks_have_the_published_number_of_weights(name, size):
+    network = make_network({"name": name}, jnp.zeros((1, 32, 32, 3)), 10)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    weights = sum(leaf.size for key, part in shapes.items() if key != STATISTICS for leaf in jax.tree.leaves(part))
+    assert weights == pytest.approx(size, rel=0.03)
+
+
+TINY = {
+    "conv2": {"blocks": ((4, 4),), "dense": (8,)},
+    "vgg16": {"blocks": ((4,), (8,))},
+    "resnet20": {"blocks": 1, "widths": (4, 8)},
+    "resnet20 group": {"blocks": 1, "widths": (4, 8), "norm": "group", "groups": 2},
+    "vit": {"layers": 1, "width": 8, "heads": 2, "ff": 16},
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_they_learn_and_statistics_move_only_in_training(name):
+    network = make_network({"name": name.split()[0], **TINY[name]}, jnp.zeros((1, 8, 8, 3)), 3)
+    x = jax.random.normal(jax.random.key(0), (12, 8, 8, 3)) + 2
+    y = jnp.arange(12) % 3
+    x = x + jax.nn.one_hot(y, 3)[:, None, None]
+    params = network.init(jax.random.key(1))
+
+    def loss(params):
+        logits, new = network.train(params, x)
+        return -jax.nn.log_softmax(logits)[jnp.arange(12), y].mean(), new
+
+    @jax.jit
+    def step(params):
+        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return {**jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), **new}, value, grads
+
+    first, values = params, []
+    for _ in range(12):
+        params, value, grads = step(params)
+        values.append(float(value))
+    assert values[-1] < values[0]
+    assert network.apply(params, x).shape == (12, 3)
+    has = "vgg" in name or name == "resnet20"
+    assert (STATISTICS in params) == has
+    if has:
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads[STATISTICS])), "no gradient reaches statistics"
+        stem = "stem_norm" if name == "resnet20" else "norm0"
+        before, after = first[STATISTICS][stem], params[STATISTICS][stem]
+        assert not np.allclose(before["mean"], after["mean"]) and np.all(np.asarray(after["var"]) > 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "resnet21"}, "config.model.name: no such setting; did you mean 'resnet20'"),
+        ({"name": "vit", "patch": 3}, "patches of 3 pixels do not divide"),
+        ({"name": "conv2", "norm": "layer"}, "norm='layer'"),
+        ({"name": "vit", "width": 10, "heads": 4}, "width=10 is not a multiple"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        jax.eval_shape(make_network(settings, jnp.zeros((1, 8, 8, 3)), 3).init, jax.random.key(0))

@@ -1,0 +1,149 @@
+"""The decoder through a pipeline: under every plan with stages, the numbers of one device."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.layer import MoEConfig
+from sharding.errors import PlanError
+from sharding.mesh import make_mesh
+from sharding.pipeline.stages import StageLayout
+from sharding.plan import Plan
+from sharding.rules import path_name, shardings
+from tessera.models.lm_loss import lm_loss
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.parallel import pipelined_decoder
+from tessera.parallel.decoder import DecoderParts, batch_sharding, state_shardings
+from tessera.step import init_state, make_train_step
+
+CONFIG = TransformerConfig(vocab_size=32, layers=4, width=16, heads=4, kv_heads=2, ff=16)
+Z_LOSS = 1e-2  # large enough to show in the gradient
+BATCH = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
+
+# A loss of balance over the whole batch is no mean over microbatches, one over sequences is.
+EXPERTS = MoEConfig(balance=0.1, balance_scope="sequence", z=0.1)
+ROUTED = {"mlp": "routed", "moe": EXPERTS}
+
+# Plan, options of the plan, changes of the model; parameters of uneven or interleaved stages are arranged beforehand.
+PLANS = [
+    ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2}),
+]
+MORE_PLANS = [
+    ("pp=2, fsdp=2", {"microbatches": 4}, {"layers": 3, "tied": False}),
+    ("pp=8", {}, {"layers": 11}),
+    ("pp=4, dp=2", {"schedule": "gpipe"}, {"tied": False}),
+    ("pp=2, fsdp=4", {"schedule": "interleaved", "virtual": 2}, {"remat": "full"}),
+    ("pp=2, fsdp=2, tp=2", {"zero": 1, "sequence": True}, {"remat": "dots"}),
+    ("pp=2, fsdp=2, tp=2", {"microbatches": 4}, {"layers": 5, "remat": "full"}),
+    ("pp=4, tp=2", {}, {"tied": False}),
+    ("pp=4, cp=2", {}, {}),
+    ("pp=2, fsdp=2, cp=2", {}, {"layers": 3}),
+    ("pp=2, cp=2, dp=2", {"context": "all_to_all", "microbatches": 4}, {}),
+    ("pp=2, ep=2, dp=2", {"microbatches": 2}, {"tied": False}),
+    ("pp=2, cp=2, tp=2", {"sequence": True, "schedule": "interleaved", "virtual": 2}, {}),
+    ("pp=2, ep=2, dp=2", {"microbatches": 2}, ROUTED),
+    ("pp=2, tp=2, ep=2", {"sequence": True}, ROUTED | {"layers": 4, "moe": replace(EXPERTS, every=2)}),
+    ("pp=2, fsdp=2", {"schedule": "gpipe"}, ROUTED | {"layers": 3, "remat": "full"}),
+]
+
+
+def name(case):
+    text, options, changes = case
+    changed = {key: getattr(value, "every", value) for key, value in {**options, **changes}.items()}
+    return "-".join([text.replace(" ", ""), *(f"{key}={value}" for key, value in changed.items())])
+
+
+def make(text, options, changes):
+    """(parts, mesh, parameters, one device's loss function)."""
+    config, plan = TransformerConfig(**{**vars(CONFIG), **changes}), Plan(text, **options)
+    model = Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(0), BATCH["tokens"])["params"]
+    loss_fn = lm_loss(model, Z_LOSS)
+    return DecoderParts(config, plan, Z_LOSS), make_mesh(plan, jax.devices()[: plan.devices]), params, loss_fn
+
+
+def value_and_grad(loss_fn, params, batch):
+    return jax.device_get(jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch))
+
+
+@pytest.mark.parametrize(
+    "text, options, changes",
+    [pytest.param(*case, id=name(case)) for case in PLANS]
+    + [pytest.param(*case, id=name(case), marks=pytest.mark.slow) for case in MORE_PLANS],
+)
+def test_a_plan_with_stages_computes_what_one_device_does(text, options, changes):
+    parts, mesh, params, loss_fn = make(text, options, changes)
+    layout = pipelined_decoder.stage_layout(parts)
+    stored = pipelined_decoder.arranged_parts(parts, layout)
+    placed = jax.device_put(pipelined_decoder.arrange(params, layout), shardings(mesh, stored.specs))
+    batch = jax.device_put(BATCH, batch_sharding(parts, mesh))
+    (loss, metrics), grads = value_and_grad(pipelined_decoder.make_loss(parts, mesh, arranged=True), placed, batch)
+    (expected_loss, expected_metrics), expected = value_and_grad(loss_fn, params, BATCH)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert {"cross_entropy", "accuracy"} <= metrics.keys() <= expected_metrics.keys()
+    for metric, value in metrics.items():
+        assert value == pytest.approx(expected_metrics[metric], abs=1e-5), metric
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(pipelined_decoder.restore(grads, layout)), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=path_name(path))
+        assert scale > 1e-4, path_name(path)
+
+
+@pytest.mark.slow
+def test_a_train_step_of_arranged_parameters_is_that_of_one_device_and_stays_where_it_is():
+    parts, mesh, params, loss_fn = make("pp=2, fsdp=2", {"microbatches": 2}, {"layers": 3})
+    layout, tx, key = StageLayout((1, 2), 2), optax.adamw(1e-2), jax.random.key(2)
+    stored = pipelined_decoder.arranged_parts(parts, layout)
+    state = init_state(pipelined_decoder.arrange(params, layout), tx)
+    where = state_shardings(stored, mesh, state)
+    step = make_train_step(pipelined_decoder.make_loss(parts, mesh, layout, arranged=True), tx)
+    step = jax.jit(step, out_shardings=(where, None))
+    state, metrics = step(jax.device_put(state, where), BATCH, key)
+    metrics = jax.device_get(metrics)
+    expected, expected_metrics = jax.jit(make_train_step(loss_fn, tx))(init_state(params, tx), BATCH, key)
+    expected_metrics = jax.device_get(expected_metrics)
+    assert metrics["grad_norm"] == pytest.approx(expected_metrics["grad_norm"], rel=1e-5)
+    kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.shape[0] == 4 and kernel.addressable_shards[0].data.shape == (2, 8, 16)
+    # Adam's first update is lr * sign(g), so only where |g| is not tiny do 1e-5 of gradient not matter.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3),
+        pipelined_decoder.restore(state.params, layout),
+        expected.params,
+    )
+
+
+@pytest.mark.slow
+def test_parameters_in_the_models_order_and_the_loss_alone():
+    parts, mesh, params, loss_fn = make("pp=2", {"schedule": "interleaved", "virtual": 2}, {"layers": 5})
+    ours = pipelined_decoder.make_loss(parts, mesh)
+    (loss, metrics), grads = value_and_grad(ours, params, BATCH)
+    _, expected = value_and_grad(loss_fn, params, BATCH)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected)
+    alone, alone_metrics = jax.device_get(jax.jit(ours)(params, BATCH))
+    assert alone == pytest.approx(loss, abs=1e-6)
+    assert alone_metrics["accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-6)
+    doubled = jax.jit(jax.grad(lambda p: 2 * ours(p, BATCH)[0]))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6, atol=1e-8), doubled, grads)
+
+
+REFUSED = {
+    "loop": ({"scan": False}, {}, None, "set scan=True"),
+    "layout": ({}, {}, StageLayout((2, 1), 2), "layout has 3 layers, the model 4"),
+    "stages": ({}, {"microbatches": 3}, StageLayout((2, 1, 1), 3), "3 stages, but mesh axis 'pp' has 2 devices"),
+    "groups": ({}, {"schedule": "interleaved", "virtual": 2, "microbatches": 3}, None, "take 2 or 4 microbatches"),
+    "layers": ({"layers": 1}, {}, None, "1 layers cannot be cut into 2 stages"),
+}
+
+
+@pytest.mark.parametrize("changes, options, layout, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_pipelined_is_refused_with_the_numbers(changes, options, layout, message):
+    config, plan = TransformerConfig(**{**vars(CONFIG), **changes}), Plan("pp=2", **options)
+    with pytest.raises(PlanError, match=message):
+        pipelined_decoder.make_loss(DecoderParts(config, plan), make_mesh(plan, jax.devices()[:2]), layout)

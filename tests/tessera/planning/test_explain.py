@@ -1,0 +1,128 @@
+"""Estimates against what JAX and the compiler say of the same step."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe.layer import MoEConfig
+from sharding.analysis.hardware import find
+from sharding.errors import PlanError
+from sharding.mesh import make_mesh
+from sharding.plan import Plan
+from tessera.models.remat import parse_remat
+from tessera.models.transformer import TransformerConfig
+from tessera.optim.optimizer import OptimizerConfig
+from tessera.parallel.decoder import DecoderParts, state_shardings
+from tessera.planning.compile import Run, compile_step
+from tessera.planning.costs import estimate_costs
+from tessera.planning.explain import explain, search
+from tessera.planning.kept import kept_per_row
+from tessera.planning.memory import estimate_memory, state_placements
+from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
+from tessera.step import StepConfig
+
+MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
+ROUTED = TransformerConfig(**{**vars(MODEL), "mlp": "routed", "moe": MoEConfig(balance_scope="sequence")})
+H100 = find("H100")
+
+
+def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
+    return Run(model, Plan(plan, **options), OptimizerConfig(clip_norm=1.0), StepConfig(), batch_size, length, 1e-4)
+
+
+def test_state_bytes_are_those_of_the_arrays():
+    run = make_run("fsdp=2, tp=2, dp=2")
+    parts, mesh = DecoderParts(run.model, run.plan), make_mesh(run.plan)
+    shapes = jax.eval_shape(run.init)
+    state = jax.jit(run.init, out_shardings=state_shardings(parts, mesh, shapes))()
+    on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    placed = state_placements(parts, shapes)
+    memory = estimate_memory(parts, placed, run.batch_size, run.length)
+    assert memory.state == on_first - 4  # the step counter
+    assert memory.gradients == memory.params and memory.total > memory.state + memory.saved
+
+
+@pytest.mark.parametrize("remat, least, most", [("full", 1, 1), ("dots", 4, 30), ("none", 30, 1000)])
+def test_the_remat_policy_decides_what_is_kept(remat, least, most):
+    stream = 128 * 64 * 2
+    (way,) = parse_remat(remat, 4)
+    kept = kept_per_row(MODEL, Plan(""), 128, way).device
+    assert least * stream <= kept <= most * stream
+    if remat == "dots":
+        # The block's input, queries, keys, values, attention's result, gate and up, each once.
+        assert kept == pytest.approx(stream * (1 + 3 + 1 + 2 * 128 / 64), rel=0.05)
+    halved = kept_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
+    assert halved < kept
+
+
+PLANS = {
+    "fsdp": ("fsdp=8", MODEL, {}),
+    "fsdp-tp": ("fsdp=4, tp=2", MODEL, {"sequence": True}),
+    "dp-tp": ("dp=2, tp=4", MODEL, {}),
+    "cp": ("dp=4, cp=2", MODEL, {}),
+    "ulysses": ("dp=4, cp=2", MODEL, {"context": "all_to_all"}),
+    "ep": ("ep=4, dp=2", ROUTED, {}),
+    "pp": ("pp=2, dp=4", MODEL, {"microbatches": 4}),
+}
+HEAVY = ("cp", "ulysses", "ep", "pp", "dp-tp")
+
+
+@pytest.mark.parametrize(
+    "plan, model, options",
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in HEAVY)) for name, case in PLANS.items()],
+)
+def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options):
+    run = make_run(plan, model, **options)
+    found = explain(run, H100)
+    parts = DecoderParts(run.model, run.plan, run.z_loss, H100.platform)
+    costs = estimate_costs(parts, state_placements(parts, jax.eval_shape(run.init)), run.batch_size, run.length)
+    assert costs.flops == pytest.approx(found.flops, rel=0.2)
+    counted = sum(one.moved for one in found.moved)
+    assert sum(axis.moved for axis in costs.moved) == pytest.approx(counted, rel=0.35)
+    assert costs.bubble == pytest.approx(found.time.bubble)
+
+
+def test_an_explanation_on_paper(tmp_path):
+    run = make_run("fsdp=4, tp=2", sequence=True)
+    found = explain(run, H100)
+    ranking = search(make_run(""), H100, 8)
+    assert ranking.fits and ranking.tried > 50 and ranking.fits[0].seconds <= ranking.fits[-1].seconds
+    rows = tables(found, None, ranking)
+    assert len(rows["Parameters"]) == 11 and rows["Memory of one device"][-1][0] == "most at once"
+    assert any("gather_params" in row[2] for row in rows["Collectives of a step"])
+    assert "fits" in verdict(found, None) and terminal(found, None, ranking)
+    page = write_page(tmp_path, "test", found, None, ranking).read_text()
+    for words in ("Mesh and placement", "Memory of one device", "Best plans", "<svg", "docs.cloud.google.com"):
+        assert words in page
+    assert not [name for name in ("<script", "http://") if name in page.replace("http://www.w3.org", "")]
+
+
+def test_the_pipelines_timeline_is_in_the_picture():
+    mesh, pipeline = picture_sections(DecoderParts(MODEL, Plan("pp=2, dp=2", microbatches=4)))
+    assert mesh.title == "Mesh and placement" and pipeline.title == "Pipeline schedule"
+    assert "bubble 20.0%" in pipeline.caption  # 1 / (4 + 1)
+
+
+def test_what_does_not_fit_is_said():
+    large = TransformerConfig(vocab_size=512, layers=4, width=8192, heads=8, ff=65536, dtype="bfloat16", remat="full")
+    run = make_run("dp=8", large, batch_size=8)
+    found = explain(run, H100)
+    assert not found.fits and "does not fit" in verdict(found, None)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(PlanError, match="batch_size=64 does not divide into 3 microbatches"):
+        explain(Run(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(microbatches=3), 64, 128), H100)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_one_that_is_explained():
+    run = make_run("fsdp=4, tp=2", TransformerConfig(**{**vars(MODEL), "dtype": "float32"}), sequence=True)
+    compiled = compile_step(run, jax.devices())
+    found = explain(run, H100)
+    arguments = found.memory.state + run.batch_size // 4 * (run.length + 1) * 4
+    assert compiled.arguments == pytest.approx(arguments, rel=0.01)
+    gathers = sum(one.count for one in compiled.collectives if one.kind == "all-gather" and one.group == 4)
+    counted = sum(one.runs for one in found.moved if one.kind == "all-gather" and one.axes == ("fsdp",))
+    assert 0 < gathers <= counted  # the compiler may merge what is gathered twice
+    assert compiled.total > compiled.arguments and jnp.isfinite(compiled.compile_seconds)

@@ -1,0 +1,97 @@
+"""Tables and figures of arms over seeds, from rows made here."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats
+
+from configs import moe_vs_dense
+from tessera.reports import comparison
+from tessera.reports.comparison import Run
+from tessera.reports.html import Section
+
+LOSSES = {"dense": [1.50, 1.52, 1.51], "moe": [1.40, 1.44, 1.42], "unbalanced": [1.45, 1.46, 1.44]}
+
+
+def settings(arm):
+    config = moe_vs_dense.get_config()
+    run = config.run.copy_and_resolve_references()
+    run.update(config.arms[arm])
+    return json.loads(run.to_json())
+
+
+def make_run(arm, seed):
+    """Ten logged steps. Unbalanced: one expert takes a half, and the last five nothing."""
+    rng = np.random.default_rng(seed)
+    rows = [{"step": s, "kind": "eval", "loss": LOSSES[arm][seed] + 0.1 * (10 - s)} for s in (5, 10)]
+    rows += [{"step": s, "kind": "time", "tokens_per_second": 100.0 + s} for s in range(1, 11)]
+    load = np.full(16, 1 / 16)
+    if arm == "unbalanced":
+        load = np.array([0.5] + [0.05] * 10 + [0.0] * 5)
+    table = None
+    if arm != "dense":
+        rows += [{"step": s, "kind": "train", "router/load": [load.tolist()] * 4} for s in range(1, 11)]
+        order = rng.permutation(16)
+        profile = np.random.default_rng(7).dirichlet(np.full(16, 0.2), 256)
+        table = np.round(1000 * profile[None, :, order].repeat(4, 0))
+        if arm == "unbalanced":
+            table = rng.integers(0, 1000, (4, 256, 16)).astype(float)
+    return Run(arm, seed, settings(arm), rows, table)
+
+
+RUNS = [make_run(arm, seed) for seed in range(3) for arm in LOSSES]
+
+
+def test_losses_and_paired_differences():
+    rows = {row["arm"]: row for row in comparison.loss_rows(RUNS)}
+    assert rows["dense"]["mean"] == pytest.approx(1.51) and rows["dense"]["seeds"] == 3
+    half = stats.t.ppf(0.975, 2) * np.std(LOSSES["moe"], ddof=1) / np.sqrt(3)
+    assert rows["moe"]["± (95%)"] == pytest.approx(half)
+    assert (rows["moe"]["lowest"], rows["moe"]["highest"]) == (1.40, 1.44)
+    paired = {row["arm"]: row for row in comparison.difference_rows(RUNS, "dense")}
+    assert set(paired) == {"moe", "unbalanced"}
+    assert paired["moe"]["difference"] == pytest.approx(-0.09) and paired["moe"]["least"] == pytest.approx(-0.08)
+
+
+def test_the_arms_cost_the_same_and_the_dense_one_no_less():
+    flops = {arm: comparison.summary(make_run(arm, 0))["flops_per_token"] for arm in LOSSES}
+    assert flops["moe"] == flops["unbalanced"] <= flops["dense"] < 1.005 * flops["moe"]
+
+
+def test_balance():
+    rows = {row["arm"]: row for row in comparison.balance_rows(RUNS)}
+    assert set(rows) == {"moe", "unbalanced"}
+    assert rows["moe"]["busiest"] == pytest.approx(1) and rows["moe"]["experts in use"] == pytest.approx(16)
+    found = rows["unbalanced"]
+    assert (found["busiest"], found["idlest"]) == (8, 0) and found["below a tenth of its share"] == 5 / 16
+    assert found["experts in use"] == pytest.approx(np.exp(stats.entropy([0.5] + [0.05] * 10)))
+
+
+def test_stability_tells_renamed_experts_from_random_ones():
+    rows = comparison.stability_rows(RUNS)
+    assert len(rows) == 8
+    for row in rows:
+        if row["arm"] == "moe":
+            assert row["agreement"] == pytest.approx(1, abs=1e-3) and row["chance"] < 0.5
+        else:
+            assert abs(row["agreement"] - row["chance"]) < 0.1
+    assert comparison.stability_rows(RUNS[:3]) == []  # one seed
+
+
+def test_the_report_has_every_table_and_figure():
+    tables = {"Losses": comparison.loss_rows(RUNS), "None": []}
+    sections = comparison.sections(RUNS, tables)
+    assert [section.title for section in sections] == ["", "Validation loss", "Balance", "Load maps", "Losses"]
+    assert all(isinstance(section, Section) for section in sections)
+    assert all(isinstance(section.content, Figure) for section in sections[1:4])
+    dense_only = [run for run in RUNS if run.arm == "dense"]
+    assert [section.title for section in comparison.sections(dense_only, {})] == ["", "Validation loss"]
+
+
+def test_layers_that_differ_have_no_flops_here():
+    config = settings("moe")
+    config["model"]["moe"]["every"] = 2
+    with pytest.raises(ValueError, match="layers that differ"):
+        comparison.shape(config)

@@ -1,0 +1,317 @@
+"""Pages, parsed as a browser would: self-contained, well-formed, escaped, and saying what the rows say."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lottery.imp import Memory, SearchConfig, Store, Trained, search
+from tessera.infra.logger import Logger
+from tessera.reports.curves import smooth
+from tessera.reports.html import Table, figure_svg, table_html, write_number
+from tessera.reports.run_report import (
+    Section,
+    config_section,
+    curves_section,
+    lm_findings,
+    lm_report,
+    page,
+    paragraphs,
+    table_section,
+    write_report,
+)
+from tessera.reports.style import canvas, titles
+from tessera.tickets.report import FirstLayer, level_table, lottery_report, summary_table
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Text, ids and addresses of a page; fails on tags that do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.words, self.tables = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        found = dict(attributes)
+        assert tag not in ("script", "link", "iframe", "object"), f"<{tag}> in a self-contained page"
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[name] for name in ("src", "href", "xlink:href") if name in found]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+
+def read(path):
+    """Parse a page and check that nothing in it points outside."""
+    text = path.read_text(encoding="utf-8")
+    found = Page(text)
+    assert len(found.ids) == len(set(found.ids)), "an id occurs twice"
+    for link in found.links:
+        assert link.startswith(("data:", "#")), f"{link[:60]} is outside the page"
+        assert not link.startswith("#") or link[1:] in found.ids, f"{link} leads nowhere"
+    for target in re.findall(r"url\(([^)]*)\)", text):
+        assert target.startswith("#") and target[1:] in found.ids, f"url({target}) leads nowhere"
+    assert "@import" not in text
+    return found
+
+
+def draw():
+    figure, (ax,) = canvas(width=4.0)
+    ax.plot([0, 1, 2], [1, 3, 2])
+    ax.imshow(np.eye(3), extent=(0, 2, 1, 3))
+    titles(ax, "A <title>", x="steps", y="loss & more")
+    return figure
+
+
+def lm_workdir(path, steps=200, kinds=("train", "eval", "time")):
+    """A run's directory as the training script leaves it."""
+    config = {"batch_size": 4, "length": 16, "lr": 0.003, "data": {"name": "stdlib", "tokenizer": "bytes"}}
+    config |= {"model": {"layers": 2, "width": 32, "heads": 4}, "optimizer": {"name": "adamw"}}
+    (path / "config.json").write_text(json.dumps(config))
+    with Logger(path) as logger:
+        for step in range(10, steps + 1, 10):
+            if "train" in kinds:
+                logger.write(step, {"loss": 5 * step**-0.3, "grad_norm": 1 / step, "lr": 0.003})
+            if "time" in kinds:
+                logger.write(step, {"steps_per_second": 10.0}, kind="time")
+            if "eval" in kinds and step % 50 == 0:
+                logger.write(step, {"loss": 2.0 if step == 150 else 2.5, "accuracy": 0.5}, kind="eval")
+    return path
+
+
+def ticket_rows(seeds=3, levels=3):
+    rows = []
+    for level in range(levels + 1):
+        for arm in ("dense",) if level == 0 else ("ticket", "reinit"):
+            for seed in range(seeds):
+                value = 0.9 + 0.01 * seed - (0.05 * level if arm == "reinit" else 0.0)
+                curve = {"step": [5, 10], "validation_loss": [1.0, 1.1 - value], "validation_accuracy": [0.5, value]}
+                rows.append(
+                    {"level": level, "arm": arm, "seed": seed, "density": 0.5**level, "alive": 64 >> level}
+                    | {"prunable": 64, "layers": {"dense0/kernel": 0.5**level}, "start_step": 0, "curve": curve}
+                    | {"early_stop_step": 10, "early_stop_test_accuracy": value, "final_test_accuracy": value}
+                    | {"best_validation_loss": 1.1 - value}
+                )
+    return rows
+
+
+def test_a_page_is_well_formed_self_contained_and_escaped(tmp_path):
+    sections = [
+        Section("", paragraphs("1 < 2 & so on")),
+        Section("Curves & such", [draw(), draw()], caption="a <b> caption"),
+        Section("A table", Table(["name", "x"], [["<script>", 1.0], ["b", float("nan")]])),
+        Section("Folded", paragraphs("inside"), fold="open me"),
+        Section("Folded", draw()),
+    ]
+    with pytest.raises(ValueError, match="two sections.*Folded"):
+        page("twice", sections)
+    found = read(write_report(tmp_path, "T & t", sections[:4], subtitle="<sub>"))
+    for words in ("T & t", "1 < 2 & so on", "a <b> caption", "A <title>", "loss & more", "open me", "<sub>"):
+        assert words in found.text
+    assert found.tables == [[["name", "x"], ["<script>", "1.000"], ["b", "–"]]]
+    images = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert images == ["curves-such-1.png", "curves-such-2.png", "report.html"]
+    assert (tmp_path / "figures" / "curves-such-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_report_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        lm_report(lm_workdir(tmp_path / name / "run"))
+    files = [sorted(p for p in (tmp_path / name).rglob("*") if p.suffix in (".html", ".png")) for name in ("a", "b")]
+    assert len(files[0]) == 3 and [p.name for p in files[0]] == [p.name for p in files[1]]
+    for one, other in zip(*files, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_figures_follow_the_readers_colour_scheme():
+    text = figure_svg(draw(), "p", "a figure")
+    assert "var(--ink)" in text and "var(--grid)" in text and "#1f2933" not in text
+    document = page("t", [Section("f", draw())])
+    declared = set(re.findall(r"(--[a-z0-9]+):", document))
+    assert set(re.findall(r"var\((--[a-z0-9]+)\)", document)) <= declared
+    assert "prefers-color-scheme: dark" in document
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (3, "3"),
+        ("a", "a"),
+        (True, "True"),
+        (0.0, "0.000"),
+        (0.5, "0.5000"),
+        (97.4, "97.40"),
+        (1234.0, "1234"),
+        (1e-5, "1e-05"),
+        (2.5e9, "2.5e+09"),
+        (math.inf, "inf"),
+    ],
+)
+def test_numbers_in_cells(value, text):
+    assert write_number(value) == text
+
+
+@given(st.lists(st.lists(st.text() | st.integers() | st.floats() | st.none(), min_size=2, max_size=2), max_size=4))
+def test_any_cell_survives_as_text(rows):
+    found = Page(table_html(Table(["a", "b"], rows))).tables[0]
+    assert found[1:] == [[write_number(value) for value in row] for row in rows]
+
+
+@given(st.lists(st.floats(-1e3, 1e3) | st.just(math.nan), min_size=1, max_size=40), st.sampled_from([1, 3, 5, 9]))
+def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
+    got = smooth(np.array(values), window)
+    half = window // 2
+    for i in range(len(values)):
+        near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+        assert got[i] == pytest.approx(np.mean(near), abs=1e-6) if near else math.isnan(got[i])
+
+
+def test_table_section_takes_rows_with_different_keys():
+    section = table_section([{"a_b": 1}, {"a_b": 2, "c": np.float64(0.5), "d": [1]}], "Rows")
+    assert Page(table_html(section.content)).tables == [[["a b", "c", "d"], ["1", "–", "–"], ["2", "0.5000", "[1]"]]]
+
+
+def test_settings_are_listed_with_dotted_names_and_folded(tmp_path):
+    assert "No config.json" in config_section(tmp_path).content
+    (tmp_path / "config.json").write_text(json.dumps({"lr": 1e-3, "data": {"dir": "", "list": [1, 2]}}))
+    (tmp_path / "versions.json").write_text(json.dumps({"jax": "0.11.0"}))
+    found = read(write_report(tmp_path, "t", [config_section(tmp_path)]))
+    assert found.tables[0][1:] == [["data.dir", '""'], ["data.list", "[1, 2]"], ["lr", "0.001"]]
+    assert found.tables[1][1:] == [["jax", "0.11.0"]]
+
+
+def test_language_model_report_says_what_the_rows_say(tmp_path):
+    found = read(lm_report(lm_workdir(tmp_path)))
+    for words in (
+        "(2 layers, 32 wide, 4 heads) was trained for 200 steps of 4 x 16 tokens, 12,800 tokens in all",
+        f"ended at 2.5000 nats per token (perplexity {math.exp(2.5):.2f}, {2.5 / math.log(2):.3f} bits per byte)",
+        "lowest at step 150: 2.0000",
+        "a median of 640 tokens per second",
+        "no interval",
+    ):
+        assert words in found.text
+    assert [row[0] for row in found.tables[0]] == ["step", "50", "100", "150", "200"]
+    for title in ("Gradient norm", "Learning rate", "Throughput", "validation"):
+        assert title in found.text
+
+
+@pytest.mark.parametrize("kinds", [(), ("train",), ("eval",), ("time",), ("train", "eval")])
+def test_language_model_report_of_a_run_with_little_in_it(tmp_path, kinds):
+    found = read(lm_report(lm_workdir(tmp_path, steps=50, kinds=kinds)))
+    assert ("No validation loss" in found.text) == ("eval" not in kinds)
+
+
+def test_training_loss_leaves_the_z_term_out_and_the_test_loss_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with Logger(tmp_path) as logger:
+        logger.write(1, {"loss": 3.5, "cross_entropy": 3.0})
+        logger.write(1, {"loss": 3.25}, kind="eval")
+    found = read(lm_report(tmp_path, {"loss": 2.75}))
+    assert found.tables[0] == [["step", "training loss", "validation loss"], ["1", "3.000", "3.250"]]
+    assert "last logged training loss is 3.0000" in found.text
+    assert "On the test split the final weights reach 2.7500 nats per token" in found.text
+
+
+def test_a_run_that_broke_says_so_and_still_draws(tmp_path):
+    lm_workdir(tmp_path)
+    with Logger(tmp_path) as logger:
+        logger.write(207, {"loss": math.nan, "grad_norm": math.inf}, kind="failed")
+        logger.write(207, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    assert "stopped at step 207" in read(lm_report(tmp_path)).text
+
+
+def test_curves_of_long_runs_are_smoothed_and_say_so():
+    rows = [{"step": step, "kind": "train", "loss": 1.0} for step in range(1, 401)]
+    assert "centred mean over 11 rows" in curves_section(rows).caption
+    assert "mean" not in curves_section(rows[:50]).caption
+    assert "uniform guess over 256 symbols costs 5.5452" in " ".join(
+        lm_findings([{"step": 1, "kind": "eval", "loss": 5.0}], [], {"model": {"vocab_size": 256}})
+    )
+
+
+@pytest.mark.parametrize("seeds, levels", [(3, 3), (1, 3), (2, 0)])
+def test_ticket_report_of_any_search(tmp_path, seeds, levels):
+    rows = ticket_rows(seeds, levels)
+    masks = {level: np.ones((seeds, 16, 4), bool) for level in range(levels + 1)}
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"name": "digits"}, "search": {"rate": 0.5}}))
+    found = read(lottery_report(tmp_path, rows, masks, np.zeros((4, 4))))
+    assert "Lottery tickets on digits" in found.text
+    assert ("One seed" in found.text) == (seeds == 1)
+    assert ("Down to 12.5% of the weights the winning ticket" in found.text) == (levels > 0)
+    assert ("unit 0" in found.text) == (levels > 0)
+    table = found.tables[0]
+    assert len(table) == levels + 2
+    if seeds == 3 and levels:
+        half = 4.302652729911275 * 1.0 / math.sqrt(3)  # t(0.975, 2 degrees of freedom); the seeds' deviation is 1 point
+        assert table[0] == ["level", "weights (%)", "weights", "winning ticket", "reinitialized"]
+        assert table[4] == ["3", "12.5", "8", f"91.00 ± {half:.2f}", f"76.00 ± {half:.2f}"]
+
+
+def test_cells_at_least_as_accurate_as_the_dense_network_are_marked():
+    table = level_table(ticket_rows(), "early_stop_test_accuracy")
+    assert table.marked == {(1, 3), (2, 3), (3, 3)}
+    rich = summary_table(ticket_rows())
+    assert rich.row_count == 4 and [str(column.header) for column in rich.columns][0] == "level"
+
+
+def test_a_report_needs_rows(tmp_path):
+    with pytest.raises(ValueError, match="level 0"):
+        lottery_report(tmp_path, [])
+
+
+def test_first_layer_remembers_masks_whether_levels_are_trained_or_loaded():
+    import jax
+
+    def init(key):
+        return {
+            "dense0": {"kernel": jax.random.normal(key, (6, 4))},
+            "output": {"kernel": jax.random.normal(key, (4, 2))},
+        }
+
+    def train_fn(starts, *, level):
+        return Trained(starts.params, [{} for _ in starts.names])
+
+    config = SearchConfig(seeds=(0, 1), levels=2, rate=0.5, arms=("reinit", "ticket"))
+    trained = FirstLayer(Memory())
+    assert isinstance(trained, Store)
+    search(init, train_fn, trained, config)
+    loaded = FirstLayer(trained.store)
+    search(init, train_fn, loaded, config)
+    for level, alive in enumerate((24, 12, 6)):
+        assert trained.masks[level].shape == (2, 6, 4) and trained.masks[level].dtype == bool
+        assert (trained.masks[level].sum((1, 2)) == alive).all()
+        assert (loaded.masks[level] == trained.masks[level]).all()
+        kept = trained.store.levels[level][0]["masks"]["dense0"]["kernel"]
+        assert (np.asarray(kept)[-2:] == trained.masks[level]).all(), "the ticket's rows, not the control's"

@@ -1,0 +1,255 @@
+"""The official client talks to the server over a real socket."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import tiny_model as tiny
+
+from tessera.data.tokenizer import ByteTokenizer
+from tessera.serving.app import AppConfig, make_app
+from tessera.serving.service import Service
+from tessera.serving.text import TextStream
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+KEY = "a key"
+CONFIG = AppConfig(model="tiny", api_key=KEY, patience=0.2)
+SLOW = 0.1  # seconds between two steps where a text shall take a while
+
+
+class Running:
+    """A server on a free port of the loopback interface, with a gate in front of every step of its engine."""
+
+    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0):
+        self.engine = tiny.engine(sizes, queue)
+        self.service = Service(self.engine)
+        self.gate = threading.Event()
+        self.gate.set()
+        step = self.engine.step
+
+        def gated():
+            self.gate.wait()
+            time.sleep(pause)
+            step()
+
+        self.engine.step = gated
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        app = make_app(self.service, ByteTokenizer(), config)
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(config.patience) + 2)
+        )
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+        self.wait(lambda: self.server.started)
+
+    def wait(self, condition, seconds=60):
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, "it did not happen"
+            time.sleep(0.01)
+
+    def client(self, key=KEY, kind=openai.OpenAI):
+        return kind(api_key=key, base_url=f"{self.address}/v1", max_retries=0, timeout=120)
+
+    def get(self, path):
+        with urllib.request.urlopen(self.address + path) as answer:
+            return answer.read().decode()
+
+    def stop(self):
+        self.gate.set()
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive() and not self.service.alive
+
+
+@contextlib.contextmanager
+def running(*args, **options):
+    server = Running(*args, **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as one:
+        yield one
+
+
+def test_a_completion_whole_and_streamed_is_the_same_text(server):
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 3, "temperature": 0.8}
+    whole = client.completions.create(**asked, logprobs=1)
+    assert whole.choices[0].finish_reason == "length" and whole.object == "text_completion"
+    assert whole.usage.prompt_tokens == 5 and whole.usage.completion_tokens == 12
+    assert len(whole.choices[0].logprobs.token_logprobs) == 12 and max(whole.choices[0].logprobs.token_logprobs) <= 0
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert len(chunks) > 2 and chunks[-1].usage.total_tokens == 17
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "length"
+
+
+def test_several_prompts_choices_chat_and_what_samplers_take(server):
+    client = server.client()
+    many = client.completions.create(model="tiny", prompt=["a", "bc"], n=2, max_tokens=4, seed=5)
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
+    tokens = client.completions.create(model="tiny", prompt=[98, 99], max_tokens=4, seed=5)
+    assert tokens.choices[0].text == many.choices[2].text
+    more = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
+    one = client.completions.create(model="tiny", prompt="a", max_tokens=6, seed=1, extra_body=more)
+    other = client.completions.create(model="tiny", prompt="a", max_tokens=6, seed=2, extra_body=more)
+    assert one.choices[0].text == other.choices[0].text, "top_k = 1 leaves nothing to the seed"
+    messages = [{"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, seed=1)
+    parts = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, seed=1, stream=True)
+    assert "".join(part.choices[0].delta.content for part in parts) == chat.choices[0].message.content
+
+
+def test_a_stop_string_ends_the_text_before_it(server):
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "seed": 1}
+    text = client.completions.create(**asked).choices[0].text
+    word = next(letter for letter in text[4:] if letter.isascii())
+    cut = client.completions.create(**asked, stop=[word]).choices[0]
+    assert cut.text == text[: text.index(word)] and cut.finish_reason == "stop"
+
+
+def test_models_health_and_metrics(server):
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    assert server.client().models.retrieve("tiny").id == "tiny"
+    assert "ok" in server.get("/health")
+    server.client().completions.create(model="tiny", prompt="a", max_tokens=2)
+    page = server.get("/metrics")
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(values["tessera_tokens_total"]) >= 2 and float(values["tessera_slots"]) == 4
+    assert values["tessera_first_token_seconds_count"] == values['tessera_first_token_seconds_bucket{le="+Inf"}']
+    parser = pytest.importorskip("prometheus_client.parser")
+    names = {family.name for family in parser.text_string_to_metric_families(page)}
+    assert {"tessera_requests", "tessera_waiting", "tessera_request_seconds"} <= names
+
+
+def test_what_is_wrong_is_said_in_the_clients_own_errors(server):
+    client = server.client()
+    ask = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    with pytest.raises(openai.AuthenticationError):
+        server.client("another key").completions.create(**ask)
+    with pytest.raises(openai.AuthenticationError):
+        server.client("another key").models.list()
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**ask | {"prompt": "a" * 64})
+    assert error.value.code == "context_length_exceeded" and "64 tokens" in error.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**ask | {"model": "large"})
+    for wrong in (
+        {"temperature": -1},
+        {"top_p": 2},
+        {"n": 99},
+        {"prompt": ""},
+        {"presence_penalty": 3},
+        {"echo": True},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(**ask | wrong)
+    with pytest.raises(openai.BadRequestError, match="wrong_name"):
+        client.completions.create(**ask, extra_body={"wrong_name": 1})
+    with pytest.raises(openai.APIStatusError) as error:
+        client.completions.create(**ask | {"prompt": "a" * 2**20})
+    assert error.value.status_code == 413
+
+
+def test_a_full_queue_is_refused_and_nothing_in_it_is_lost():
+    with running(queue=2) as server:
+        server.gate.clear()
+        answers = []
+
+        def ask(seed):
+            answers.append(server.client().completions.create(model="tiny", prompt="a", max_tokens=3, seed=seed))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        server.wait(lambda: len(server.engine.waiting) == 6)
+        with pytest.raises(openai.RateLimitError) as error:
+            server.client().completions.create(model="tiny", prompt="a", max_tokens=3)
+        assert error.value.response.headers["retry-after"] == "1"
+        server.gate.set()
+        for thread in threads:
+            thread.join(60)
+        assert len(answers) == 6 and {answer.usage.completion_tokens for answer in answers} == {3}
+        assert "tessera_requests_refused_total 1" in server.get("/metrics")
+
+
+def test_a_client_that_leaves_frees_its_slot():
+    with running(pause=SLOW) as server:
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 60}
+        stream = server.client().completions.create(**ask, stream=True)
+        next(iter(stream))
+        assert server.engine.running == 1
+        stream.close()
+        server.wait(lambda: server.engine.running == 0)
+        with pytest.raises(openai.APITimeoutError):
+            server.client().with_options(timeout=0.3).completions.create(**ask)
+        server.wait(lambda: server.engine.counts["finished_cancelled"] == 2 and server.engine.running == 0)
+        assert server.engine.counts["finished_length"] == 0
+
+
+def test_a_request_that_takes_too_long_is_ended():
+    with running(config=replace(CONFIG, timeout=0.3), pause=SLOW) as server:
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 60}
+        with pytest.raises(openai.APIStatusError) as error:
+            server.client().completions.create(**ask)
+        assert error.value.status_code == 504
+        with pytest.raises(openai.APIError, match=r"0\.3 s"):
+            list(server.client().completions.create(**ask, stream=True))
+        server.wait(lambda: server.engine.running == 0)
+
+
+def test_a_shutdown_lets_what_runs_finish():
+    server = Running(pause=0.005, config=replace(CONFIG, patience=20.0))
+    answers = []
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 30}
+    thread = threading.Thread(target=lambda: answers.append(server.client().completions.create(**asked)))
+    thread.start()
+    server.wait(lambda: server.engine.running == 1)
+    server.stop()
+    thread.join(60)
+    assert answers[0].usage.completion_tokens == 30
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_at_once_lose_none():
+    with running(queue=200) as server:
+
+        async def ask(client, seed):
+            answer = await client.completions.create(model="tiny", prompt=f"{seed} ", max_tokens=8, seed=seed)
+            return answer.choices[0].text, answer.usage.completion_tokens
+
+        async def everybody():
+            async with server.client(kind=openai.AsyncOpenAI) as client:
+                return await asyncio.gather(*(ask(client, seed) for seed in range(200)))
+
+        answers = asyncio.run(everybody())
+        assert [count for _, count in answers] == [8] * 200
+        alone = server.client().completions.create(model="tiny", prompt="77 ", max_tokens=8, seed=77)
+        assert answers[77][0] == alone.choices[0].text
+        assert server.engine.counts["finished_length"] == 201
+
+
+def test_a_stream_holds_back_half_characters_and_what_may_be_a_stop_string():
+    tokens = list("né stop".encode())
+    stream, pieces = TextStream(ByteTokenizer(), ["stop"]), []
+    for i in range(1, len(tokens) + 1):
+        pieces.append(stream.feed(tokens[:i]))
+    assert pieces == ["n", "", "é", " ", "", "", "", ""] and stream.stopped
+    other = TextStream(ByteTokenizer(), ["stop"])
+    assert other.feed(list(b"a sto")) + other.feed(list(b"a sto"), final=True) == "a sto"

@@ -1,0 +1,107 @@
+"""Two models behind one engine: what comes out is the large one's, however well the small one guesses."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_model as tiny
+
+from sharding.errors import PlanError
+from sharding.plan import Plan
+from tessera.serving.engine import Engine, generate_all
+from tessera.serving.requests import Sampling
+from tessera.serving.speculative import Speculating
+
+SMALL = replace(tiny.CONFIG, layers=1)
+PROMPTS = [[5, 6, 7], list(range(14)), [1], list(range(9, 25)), [200], [3, 1, 4, 1, 5]]
+LONG = list(range(40))  # read in pieces
+GREEDY = [
+    Sampling(temperature=0.0, max_tokens=12),
+    Sampling(temperature=0.0, max_tokens=60),
+    Sampling(temperature=0.0, max_tokens=1),
+    Sampling(temperature=0.0, repetition_penalty=1.4, max_tokens=15),
+    Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5, max_tokens=14),
+    Sampling(temperature=0.0, max_tokens=9),
+]
+SAMPLED = [replace(one, temperature=0.6 + 0.1 * i, top_p=0.9, seed=i) for i, one in enumerate(GREEDY)]
+
+
+def engine(axes="", small=SMALL, draft_axes=None, drafted=3):
+    (target, params), (draft, draft_params) = (
+        tiny.programs(tiny.SIZES, config, split)
+        for config, split in ((tiny.CONFIG, axes), (small, axes if draft_axes is None else draft_axes))
+    )
+    both = Speculating(target, draft, drafted)
+    return Engine(both, both.place(params, draft_params))
+
+
+@pytest.mark.parametrize(
+    "axes, draft_axes",
+    [
+        ("", ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dp=2, tp=2", "dp=2, tp=2"), ("pp=2, cp=2", ""), ("dp=2, tp=4", "dp=2"))
+        ),
+    ],
+)
+def test_greedy_texts_are_the_large_models_own(axes, draft_axes):
+    """Six texts through four slots, with penalties, one until there is no room, one to a stop token."""
+    prompts = [PROMPTS[0], LONG if axes else PROMPTS[1], *PROMPTS[2:]]
+    plain = generate_all(tiny.engine(axes=axes), prompts, GREEDY)
+    stop = plain[5].tokens[4]
+    asked = [*GREEDY[:5], replace(GREEDY[5], stop_tokens=(stop,))]
+    both = engine(axes, draft_axes=draft_axes)
+    found = generate_all(both, prompts, asked)
+    for one, other in zip(found[:5], plain[:5], strict=True):
+        assert one.tokens == other.tokens and one.finish == other.finish == "length"
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert len(found[1].tokens) == tiny.SIZES.length - len(prompts[1])
+    assert found[5].finish == "stop" and found[5].tokens == plain[5].tokens[: plain[5].tokens.index(stop)]
+    assert 0 < both.counts["accepted"] < both.counts["drafted"]
+
+
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_neighbours():
+    both = engine()
+    together = generate_all(both, PROMPTS, SAMPLED)
+    for prompt, sampling, text in zip(PROMPTS[::2], SAMPLED[::2], together[::2], strict=True):
+        assert generate_all(both, [prompt], [sampling])[0].tokens == text.tokens
+    again = generate_all(both, PROMPTS[:1], [replace(SAMPLED[0], seed=99)])[0]
+    assert again.tokens != together[0].tokens
+    assert both.counts["accepted"] < both.counts["drafted"]
+
+
+@pytest.mark.slow
+def test_a_model_that_drafts_for_itself_is_always_right():
+    itself = engine(small=tiny.CONFIG)
+    texts = generate_all(itself, [PROMPTS[0], LONG, *PROMPTS[2:]], SAMPLED)
+    assert [len(text.tokens) for text in texts] == [12, 24, 1, 15, 14, 9]
+    assert itself.counts["accepted"] > 0.98 * itself.counts["drafted"]  # p / q is 1 but for rounding
+    assert itself.counts["decode_steps"] < 0.6 * sum(len(text.tokens) for text in texts)
+
+
+@pytest.mark.slow
+def test_a_cancelled_text_leaves_its_slot_to_the_next():
+    both = engine()
+    texts = [both.submit(prompt, replace(GREEDY[0], max_tokens=20)) for prompt in PROMPTS]
+    both.step()
+    both.cancel(texts[1])
+    both.run()
+    plain = generate_all(tiny.engine(), PROMPTS, [replace(GREEDY[0], max_tokens=20)] * 6)
+    assert texts[1].finish == "cancelled"
+    assert [text.tokens for i, text in enumerate(texts) if i != 1] == [
+        text.tokens for i, text in enumerate(plain) if i != 1
+    ]
+
+
+def test_models_that_do_not_go_together_are_refused():
+    target, _ = tiny.programs()
+    for name, size in (("slots", 8), ("length", 32)):
+        with pytest.raises(PlanError, match=name):
+            Speculating(target, replace(target, config=replace(target.config, **{name: size})))
+    other = replace(target.served, config=replace(target.served.config, vocab_size=128))
+    with pytest.raises(PlanError, match="vocabulary: 256, and 128"):
+        Speculating(target, replace(target, served=other))
+    with pytest.raises(PlanError, match="parts"):
+        Speculating(target, replace(target, served=replace(target.served, plan=Plan("dp=2"))))
+    with pytest.raises(ValueError, match="drafted=0"):
+        Speculating(target, target, 0)

@@ -1,0 +1,132 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling.rows import make_rows
+from scaling.sweeps.sweep import table
+from tessera.reports.html import section_html
+from tessera.sweeps.report import (
+    ReportConfig,
+    best_rows,
+    enough,
+    isoflop_part,
+    lr_minima,
+    lr_section,
+    surface_part,
+    sweep_report,
+)
+
+T = {"A": 40.0, "B": 900.0, "E": 1.2, "alpha": 0.45, "beta": 0.5}
+BUDGETS = (1e11, 2e11, 4e11, 8e11)
+
+
+def rows(*, sizes=8, factors=(1.0,), batches=(16,), noise=0.002, shift=1.0, budgets=BUDGETS):
+    """Rows as a sweep writes them, losses from a law; a learning rate off the best one costs."""
+    rng, found = np.random.default_rng(0), []
+    for params in np.geomspace(2e3 * shift, 2e5 * shift, sizes).round():
+        for factor in factors:
+            for batch in batches:
+                for budget in budgets:
+                    tokens = budget / (6 * params)
+                    loss = T["E"] + T["A"] / params ** T["alpha"] + T["B"] / tokens ** T["beta"]
+                    loss += 0.05 * np.log(factor / 1.5) ** 2 + 0.02 * np.log(batch / 20) ** 2
+                    loss *= np.exp(noise * rng.standard_normal())
+                    name = f"w{params:g}-{factor:g}-{batch}"
+                    found.append(
+                        {
+                            "run": name,
+                            "width": round(params**0.5),
+                            "layers": 2,
+                            "params": int(params),
+                            "lr": 0.01 * factor,
+                        }
+                        | {
+                            "batch": batch,
+                            "seed": 0,
+                            "budget": budget,
+                            "steps": int(tokens / 1024),
+                            "tokens": int(tokens),
+                        }
+                        | {"flops": 6 * params * int(tokens), "loss": float(loss), "epochs": tokens / 1e7}
+                        | {"gradient_signal": 0.1 * rng.uniform(0.5, 1.5), "gradient_noise": 3.0}
+                    )
+    return found
+
+
+def reported(tmp_path, found, **changes):
+    (tmp_path / "runs.csv").write_text(table(found))
+    lead, page = sweep_report(tmp_path, ReportConfig(resamples=40, **changes), length=64)
+    return lead, page.read_text(), json.loads((tmp_path / "fit.json").read_text())
+
+
+def test_a_sweep_is_fitted_both_ways(tmp_path):
+    lead, page, fit = reported(tmp_path, rows())
+    truth = T["beta"] / (T["alpha"] + T["beta"])
+    assert fit["isoflop"]["exponents"]["a"]["value"] == pytest.approx(truth, abs=0.06)
+    assert fit["parametric"]["exponents"]["a"]["value"] == pytest.approx(truth, abs=0.1)
+    low, high = fit["isoflop"]["exponents"]["a"]["interval"]
+    assert low < truth < high
+    assert lead[0].startswith("8 runs of 8 sizes, 32 readouts at 4 budgets") and "4 of 4 budgets" in lead[1]
+    for title in ("IsoFLOP curves", "Minima", "Gradient noise", "Rows", "Parametric fit: doctor"):
+        assert f"<h2>{title}" in page
+    assert not re.search(r'(src|href)="http', page)
+
+
+def as_rows(found):
+    return make_rows({name: [row[name] for row in found] for name in found[0]})
+
+
+def shown(sections):
+    return "".join(section_html(section) for section in sections)
+
+
+def test_refused_budgets_are_shown_as_refused():
+    # All sizes are far too large for the smallest budget.
+    found = as_rows(rows(shift=4.0, budgets=(1e9, *BUDGETS)))
+    result, sections, lead = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
+    refused = [m for m in result["minima"] if m["refused"]]
+    assert [m["budget"] for m in refused] == pytest.approx([1e9], rel=1e-3)
+    assert any(line.startswith("Refused at 1e09 FLOPs: the points scatter") for line in lead)
+    assert [section.title for section in sections[:3]] == ["IsoFLOP curves", "Minima", "What to train"]
+    assert "the points scatter" in shown(sections)
+
+
+def test_a_sweep_without_minima_says_so():
+    found = as_rows(rows(shift=100.0, budgets=(1e10, 2e10)))
+    result, sections, lead = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
+    assert "0 of 2 budgets" in result["refused"] and "No power law" in lead[0]
+    assert "more than the parabola is deep" in shown(sections)
+
+
+def test_a_learning_rate_grid_is_read_by_width():
+    grid = rows(sizes=3, factors=(0.5, 1.0, 2.0, 4.0), budgets=(1e11,), noise=0.0)
+    found = as_rows([row | {"tokens": 10**6} for row in grid])
+    assert [m.params for m in lr_minima(found)] == pytest.approx([0.015] * 3, rel=1e-3)
+    assert "moves by a factor of 1.00" in shown([lr_section(found)])
+
+
+def test_a_grid_of_learning_rates_and_batches_is_fitted():
+    found = as_rows(rows(sizes=4, factors=(0.5, 1.0, 2.0, 4.0), batches=(8, 16, 32, 64), noise=0.0))
+    numbers, section = surface_part(found)
+    page = shown([section])
+    assert "Best batch: 20 (" in page and "Best lr: 0.015 (" in page
+    assert [one["batch"] for one in numbers] == pytest.approx([20.0] * 4)
+
+
+def test_the_best_of_a_grid_is_what_isoflops_are_drawn_through():
+    found = rows(sizes=4, factors=(0.5, 1.0, 2.0), noise=0.0)
+    best = best_rows(as_rows(found))
+    assert len(best) == 16 and set(best["lr"].tolist()) == {0.02}
+
+
+@pytest.mark.slow
+def test_enough_is_when_the_interval_is_tight():
+    found = rows()
+    assert not enough(found[:4], ReportConfig(stop_at=10.0))  # one size
+    assert enough(found, ReportConfig(stop_at=1.0, target=1e13))
+    assert not enough(found, ReportConfig(stop_at=1e-4, target=1e13))
+    with pytest.raises(ValueError, match="not be negative"):
+        ReportConfig(stop_at=-1.0)

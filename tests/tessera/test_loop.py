@@ -1,0 +1,205 @@
+"""The loop: an interrupted run equals an uninterrupted one, and every way of stopping says what it should."""
+
+import os
+import signal
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tessera.evaluation import evaluate
+from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
+from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
+from tessera.loop import LoopConfig, train
+from tessera.signals import Interrupted, NonFiniteLoss
+from tessera.step import StepConfig, init_state, make_train_step
+
+ROWS = 6
+
+
+@dataclass
+class Stream:
+    """An endless data iterator with a position; `poison` is the id of a row that is not finite."""
+
+    poison: int = -1
+    position: int = 0
+    seen: list = field(default_factory=list)
+    at: dict = field(default_factory=dict)
+
+    def __next__(self):
+        self.position += 1
+        if self.position in self.at:
+            self.at[self.position]()
+        ids = np.arange(self.position * ROWS, (self.position + 1) * ROWS)
+        x = np.random.default_rng(self.position).normal(size=(ROWS, 4)).astype(np.float32)
+        x[ids == self.poison] = np.nan
+        self.seen.append(self.position)
+        return {"x": x, "ids": ids}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def loss_fn(params, batch, key):
+    target = jax.random.normal(key, (ROWS,))
+    return jnp.mean((batch["x"] @ params["w"] - target) ** 2), {}
+
+
+TX = optax.adamw(0.1)
+STEP = make_train_step(loss_fn, TX, StepConfig(ema=0.5))
+
+
+def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, **options):
+    stream = stream or Stream()
+    eval_fn = jax.jit(lambda params, batch: {"loss": jnp.mean((batch @ params["w"]) ** 2)})
+    held_out = np.random.default_rng(99).normal(size=(2, 8, 4)).astype(np.float32)
+    with Logger(workdir) as logger, Checkpoints(workdir / "checkpoints", CheckpointConfig(every, keep, best)) as saved:
+        result = train(
+            STEP,
+            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            stream,
+            LoopConfig(steps, log_every=2, eval_every=4, **options),
+            key=jax.random.key(3),
+            logger=logger,
+            checkpoints=saved,
+            evaluate=lambda state: evaluate(eval_fn, state.ema, held_out),
+            schedule=lambda step: 0.1 / (1 + step),
+        )
+        return result, saved.steps()
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
+    assert a.evaluation == b.evaluation
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return *run(workdir, tokens=12), workdir
+
+
+def test_rows_and_checkpoints_of_a_whole_run(whole):
+    result, steps, workdir = whole
+    rows = read_rows(workdir / METRICS)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(2, 21, 2))
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [4, 8, 12, 16, 20]
+    assert {"step", "kind", "loss", "grad_norm", "update_norm", "lr"} == set(rows[0])
+    assert rows[0]["lr"] == 0.1 / 2 and int(result.state.step) == 20 and result.start == 0
+    assert result.evaluation == {"loss": rows[-1]["loss"]}
+    assert steps == [10, 15, 20]  # the newest three; the best is the last
+    timing = read_rows(workdir / TIMING)
+    assert len(timing) == 10 and timing[0]["tokens_per_second"] == pytest.approx(12 * timing[0]["steps_per_second"])
+
+
+class Killed(BaseException):
+    """Ends a run without any of its clean-up: nothing in the loop may rely on more than a kill leaves."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize("moments", [(3,), (6, 7, 13), (5, 10, 20), (19,), (11, 11, 12)])
+def test_killed_and_restarted_is_one_run(tmp_path, whole, moments):
+    for moment in moments:
+        stream = Stream(at={moment: kill})
+        with pytest.raises(Killed):
+            run(tmp_path, stream)
+    stream = Stream()
+    result, steps = run(tmp_path, stream)
+    same(result, whole[0])
+    assert steps == whole[1]
+    assert (tmp_path / METRICS).read_bytes() == (whole[2] / METRICS).read_bytes()
+    assert stream.seen == list(range(result.start + 1, 21))
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    first, _ = run(tmp_path)
+    before = (tmp_path / METRICS).read_bytes()
+    stream = Stream()
+    again, _ = run(tmp_path, stream)
+    same(first, again)
+    assert stream.seen == [] and again.start == 20 and (tmp_path / METRICS).read_bytes() == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_at_the_step(tmp_path, whole, signum):
+    stream = Stream(at={8: lambda: os.kill(os.getpid(), signum)})
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match="interrupted at step 8") as caught:
+        run(tmp_path, stream)
+    assert caught.value.signum == signum and signal.getsignal(signum) is before
+    assert stream.seen[-1] == 8
+    result, _ = run(tmp_path)
+    same(result, whole[0])
+    assert result.start == 8
+    assert (tmp_path / METRICS).read_bytes() == (whole[2] / METRICS).read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 20])
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_checkpoint(tmp_path, step):
+    stream = Stream(poison=step * ROWS + 2)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(tmp_path, stream, steps=30, best=0)
+    error = caught.value
+    assert error.step == step
+    np.testing.assert_array_equal(error.ids, np.arange(step * ROWS, (step + 1) * ROWS))
+    last = (step - 1) // 5 * 5 or None
+    assert error.checkpoint == last
+    assert f"step {step} " in str(error) and str(step * ROWS) in str(error)
+    failed = [row for row in read_rows(tmp_path / METRICS) if row["kind"] == "failed"]
+    assert [row["step"] for row in failed] == [step] and np.isnan(failed[0]["loss"])
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        assert max(saved.steps(), default=None) == last
+        for kept in saved.steps():
+            state = saved.restore(kept, init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5))).state
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, whole):
+    with pytest.raises(Killed):
+        run(tmp_path, Stream(at={18: kill}))
+    for path in (tmp_path / "checkpoints" / "15" / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    result, steps = run(tmp_path)
+    same(result, whole[0])
+    assert result.start == 10 and steps == whole[1]
+    assert (tmp_path / METRICS).read_bytes() == (whole[2] / METRICS).read_bytes()
+
+
+def test_no_evaluation_no_schedule_no_ids(tmp_path):
+    class Bare(Stream):
+        def __next__(self):
+            return {"x": super().__next__()["x"]}
+
+    with Logger(tmp_path) as logger, Checkpoints(tmp_path / "c") as saved:
+        result = train(
+            STEP,
+            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            Bare(),
+            LoopConfig(3),
+            key=jax.random.key(0),
+            logger=logger,
+            checkpoints=saved,
+        )
+        assert saved.steps() == [3] and result.evaluation == {}
+        assert [row["step"] for row in logger.rows()] == [3]
+
+
+def test_evaluation_is_a_mean_over_batches():
+    batches = [np.float32(1), np.float32(2), np.float32(6)]
+    assert evaluate(lambda p, b: {"a": p * b, "b": b}, jnp.float32(2), batches) == {"a": 6.0, "b": 3.0}
+    with pytest.raises(ValueError, match="no batch to evaluate"):
+        evaluate(lambda p, b: {}, 0.0, [])
+
+
+def test_bad_config():
+    with pytest.raises(ValueError, match="log_every >= 1"):
+        LoopConfig(3, log_every=0)

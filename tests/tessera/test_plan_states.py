@@ -1,0 +1,97 @@
+"""What a plan does to a run's state: tickets stay tickets, masters stay float32, a shard is written once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lottery import masks as masks_lib
+from lottery import prune, scores, transform
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
+from sharding.plan import Plan
+from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.parallel.build import plan_decoder
+from tessera.step import init_state, make_train_step
+
+SIZES = {"vocab_size": 32, "layers": 2, "width": 16, "heads": 4, "ff": 32}
+EXPERTS = {"mlp": "routed", "moe": MoEConfig(router=RouterConfig("top_k", 4, 2))}
+BATCH = {"tokens": np.asarray(jax.random.randint(jax.random.key(1), (8, 9), 0, 32, jnp.int32))}
+
+
+def first_params(config):
+    return jax.jit(Decoder(config).init)(jax.random.key(0), jnp.asarray(BATCH["tokens"][:, :-1]))["params"]
+
+
+def ticket(params):
+    """Half of every kernel, the smallest weights gone."""
+    which = masks_lib.prunable(params)
+    quotas = prune.quotas(prune.sizes(params, which), prune.Layerwise(0.5))
+    return prune.remove(scores.magnitude(params), masks_lib.ones(params), which, quotas)
+
+
+def train(config, axes, params, tx, steps=2):
+    """The state after some steps under a plan, on the host."""
+    loss, placement = plan_decoder(config, Plan(axes), lambda: init_state(params, tx), batch_size=8, length=8)
+    state = jax.device_put(init_state(params, tx), placement.state)
+    step = jax.jit(make_train_step(loss, tx), out_shardings=(placement.state, None))
+    for _ in range(steps):
+        state, _ = step(state, placement.place(BATCH), jax.random.key(0))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes"),
+    [
+        ("fsdp=2, tp=2, dp=2", {}),
+        pytest.param("pp=2, fsdp=4", {}, marks=pytest.mark.slow),
+        pytest.param("ep=4, tp=2", EXPERTS, marks=pytest.mark.slow),
+        pytest.param("cp=2, tp=2, dp=2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_ticket_trains_as_on_one_device(axes, changes):
+    config = TransformerConfig(**SIZES, **changes)
+    params = first_params(config)
+    mask = ticket(params)
+    # An epsilon so large that Adam does not turn rounding into steps of full size.
+    tx = transform.sparse(optax.adamw(1e-2, eps=1e-3), mask)
+    found, expected = train(config, axes, params, tx), train(config, "", params, tx)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        jax.device_get(found.params),
+        jax.device_get(expected.params),
+    )
+    for tree in (found.params, found.opt_state[0].mu, found.opt_state[0].nu):
+        outside = jax.tree.map(lambda leaf, keep: float(jnp.abs(jnp.where(keep, 0, leaf)).max()), tree, mask)
+        assert max(jax.tree.leaves(outside)) == 0.0
+    assert any(leaf.sharding.num_devices == 8 for leaf in jax.tree.leaves(found.params))
+
+
+def test_products_in_bfloat16_leave_masters_and_moments_float32():
+    config = TransformerConfig(**SIZES, dtype="bfloat16")
+    params = first_params(config)
+    state = train(config, "fsdp=8", params, optax.adamw(1e-5), steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state[0].mu))} == {jnp.dtype("float32")}
+    # Steps this small would be lost in weights of eight bits.
+    moved = jax.tree.map(lambda new, old: float(jnp.mean(new != old)), state.params, params)
+    assert min(moved["blocks"]["attention"]["query"]["kernel"], moved["blocks"]["mlp"]["up"]["kernel"]) > 0.9
+    rounded = jnp.asarray(params["blocks"]["mlp"]["up"]["kernel"], jnp.bfloat16)
+    again = jnp.asarray(state.params["blocks"]["mlp"]["up"]["kernel"], jnp.bfloat16)
+    assert float(jnp.mean(rounded == again)) > 0.5
+
+
+@pytest.mark.parametrize("axes", ["fsdp=8", pytest.param("dp=8", marks=pytest.mark.slow)])
+def test_a_shard_is_written_once(tmp_path, axes):
+    config = TransformerConfig(**SIZES | {"width": 64, "ff": 256})
+    params = first_params(config)
+    tx = optax.sgd(1e-2)
+    _, placement = plan_decoder(config, Plan(axes), lambda: init_state(params, tx), batch_size=8, length=8)
+    state = jax.device_put(init_state(params, tx), placement.state)
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True)) as checkpoints:
+        checkpoints.save(1, state, data={})
+        checkpoints.wait()
+    written = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "1").rglob("d/*") if path.is_file())
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert 0.5 * held < written < 1.2 * held
