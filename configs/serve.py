@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
     """The settings of both scripts."""
     config = ConfigDict()
     config.model = ConfigDict({"dir": "runs/lm"})
+    config.sizes = ConfigDict({"length": 512})
     config.sampling = ConfigDict({"temperature": 0.8, "top_p": 0.95, "max_tokens": 200})
     return config

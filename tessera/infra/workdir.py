@@ -112,7 +112,7 @@ def read_settings(workdir: Path | str) -> dict[str, Any]:
         raise WorkdirMismatch(f"{path}: config.json and run.json must each hold one JSON object")
     if made.get("format") != FORMAT:
         raise WorkdirMismatch(
-            f"{path} was made by another version of Tessera (its files have format {made.get('format', 1)}, not {FORMAT}): "
+            f"{path} was made by another version of Tessera (files of format {made.get('format', 1)}, not {FORMAT}): "
             "use another --workdir, or that version"
         )
     return settings
