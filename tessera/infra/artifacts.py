@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
@@ -58,30 +60,27 @@ def load_tree(path: Path | str, like: PyTree) -> PyTree:
       CheckpointDamaged: it is truncated or altered.
       CheckpointMismatch: it holds other arrays than `like`.
     """
-    with _reader(path) as read:
-        return read_state(read, abstract(like), read_meta(read, str(path)), str(path))
+    read = _reader(path)
+    return read_state(read, abstract(like), read_meta(read, str(path)), str(path))
 
 
 def load_extra(path: Path | str) -> dict[str, Any]:
     """Read the `extra` values that `save_tree` wrote; same errors as `load_tree`."""
-    with _reader(path) as read:
-        return read_meta(read, str(path))["extra"]
+    return read_meta(_reader(path), str(path))["extra"]
 
 
-class _reader:
-    """Opens an artefact of `save_tree` and gives the function that reads items of it."""
+def _reader(path: Path | str) -> Callable[[Any], Any]:
+    """The function that reads items of an artefact of `save_tree`."""
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"nothing saved at {path}")
+    return partial(open_item, path)
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path).absolute()
-        if not self.path.exists():
-            raise FileNotFoundError(f"nothing saved at {self.path}")
 
-    def __enter__(self) -> Any:
-        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        return lambda args: self._checkpointer.restore(self.path, args=args)
-
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+def open_item(path: Path, args: Any) -> Any:
+    """Read items of a directory that Orbax wrote, and leave the directory as it is."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=args)
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -97,6 +96,15 @@ def barrier(name: str) -> None:
     """Wait until every process is here, if there are several; `name` must be the same on all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: int | bool, *, all_of: bool = False) -> int:
+    """One value for all processes: the first one's, or with `all_of` whether it is true on every one."""
+    if jax.process_count() == 1:
+        return int(value)
+    if all_of:
+        return int(np.all(multihost_utils.process_allgather(np.int32(value))))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:
@@ -141,7 +149,7 @@ def read_state(read: Any, like: PyTree, meta: dict[str, Any], name: str) -> PyTr
     except Exception as error:
         raise CheckpointDamaged(f"{name} is damaged: its arrays cannot be read ({short(error)})") from error
     found = checksums(state)
-    wrong = [path for path in found if found[path] != meta["arrays"][path]]
+    wrong = [path for path in found | meta["arrays"] if found.get(path) != meta["arrays"].get(path)]
     if wrong:
         raise CheckpointDamaged(f"{name} is damaged: checksums differ for {', '.join(wrong[:5])}")
     return state

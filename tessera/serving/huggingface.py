@@ -182,12 +182,15 @@ def save_directory(
 
     Raises:
       NotConvertible: a model that is neither Llama nor Mixtral.
+      FileExistsError: the directory holds something else, a run say.
       ImportError: the extra `export` is not installed.
     """
     save_file = _safetensors().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     settings = write_config(config, dtype=dtype, **more)
     path = Path(directory)
+    if path.exists() and not is_directory(path) and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} holds something else than a Hugging Face model; give another directory")
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tessera.infra.artifacts import CheckpointDamaged
-from tessera.tickets.store import LevelStore
+from tessera.tickets.store import FinishedLevels, LevelStore
 
 TREE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "masks": {"w": jnp.ones((2, 3), bool)}}
 ROWS = [{"arm": "dense", "seed": 0, "loss": 0.1}]
@@ -49,3 +49,14 @@ def test_only_the_newest_unfinished_state_is_kept_and_a_damaged_one_is_passed_ov
     assert keeper.load(TREE)[0] == 20
     damage(tmp_path / "01.step20")
     assert keeper.load(TREE) is None
+
+
+def test_the_levels_of_another_search_are_left_as_they_are(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(3, TREE, ROWS)
+    for name in ("03.step10", ".04.new"):  # the search that owns them is running
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    levels = FinishedLevels(tmp_path)
+    assert levels.has(3) and not levels.has(4) and levels.load(3, TREE)[1] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

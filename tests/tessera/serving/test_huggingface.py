@@ -92,3 +92,13 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
     (made / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         load_directory(made)
+
+
+def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
+    pytest.importorskip("safetensors")
+    config = TransformerConfig(vocab_size=8, layers=2, width=8, heads=2, ff=8)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    (tmp_path / "config.json").write_text(json.dumps({"model": {}}))  # a run
+    with pytest.raises(FileExistsError, match="give another directory"):
+        save_directory(tmp_path, params, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
