@@ -21,6 +21,8 @@ from jaxtyping import PyTree
 
 from tessera.infra.checksums import checksums, name_of, signature
 
+ENTRIES = {"state", "meta", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a saved directory
+
 
 class CheckpointDamaged(RuntimeError):
     """A checkpoint that is truncated, altered or unreadable."""
@@ -30,17 +32,25 @@ class CheckpointMismatch(ValueError):
     """A sound checkpoint of another model or optimizer."""
 
 
+class NotOurs(FileExistsError):
+    """Something that would be removed or replaced and was not written by this code."""
+
+
 def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
     """Write one pytree as the directory `path`, which is absent or complete at any moment.
 
-    What stood there is replaced. `extra` are JSON-able values, read back by `load_extra`.
+    An artefact that stood there is replaced. `extra` are JSON-able values, read back by `load_extra`.
+
+    Raises:
+      NotOurs: what stands there is no artefact; it is left as it is.
     """
     path = Path(path).absolute()
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(path)
         for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
     barrier("tessera:save_tree")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(fresh, args=save_args(tree, {"extra": dict(extra or {})}), force=True)
@@ -48,8 +58,32 @@ def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = 
         if path.exists():
             os.replace(path, old)
         os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
     barrier("tessera:save_tree:done")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what `save_tree` wrote, if it is there.
+
+    Raises:
+      NotOurs: it is something else; it is left as it is.
+    """
+    refuse_foreign(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise NotOurs if something stands at `path` that is not, judged by its entries, a directory of this module."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise NotOurs(f"{path} is not a directory that a run saved; move it away, or use another directory")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ENTRIES)
+    if foreign:
+        raise NotOurs(
+            f"{path} stands where a run saves and holds what no run wrote: {', '.join(foreign[:10])}; move it away, "
+            "or use another directory"
+        )
 
 
 def load_tree(path: Path | str, like: PyTree) -> PyTree:

@@ -34,6 +34,7 @@ from tessera.infra.artifacts import (
     open_item,
     read_meta,
     read_state,
+    refuse_foreign,
     save_args,
     short,
 )
@@ -164,11 +165,17 @@ class Checkpoints(CheckpointReader):
 
     Opening it makes the directory and removes what a killed save left there. Call every method from every process; it
     is a context manager.
+
+    Raises:
+      NotOurs: the directory has numbered directories, which would be removed as old checkpoints, and they are no
+        checkpoints of a run.
     """
 
     def __init__(self, directory: Path | str, config: CheckpointConfig = CheckpointConfig()):
         super().__init__(directory)
         self.config = config
+        for step in self.steps() if self.directory.is_dir() else ():
+            refuse_foreign(self.directory / str(step))
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:

@@ -5,7 +5,6 @@ now and then in between; a killed run goes on from the last save, and a readout 
 it.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxtyping import Array
 from scaling.sweeps.plan import Readout, Run
 from tessera.data.loader import index_block
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.infra.artifacts import CheckpointDamaged, load_tree, save_tree
+from tessera.infra.artifacts import CheckpointDamaged, load_tree, remove_tree, save_tree
 from tessera.infra.config import ConfigError
 from tessera.sweeps.programs import Course, Programs, State, Trial, TrialConfig, compile_programs
 
@@ -101,7 +100,7 @@ class Trunk:
             save_tree(path, state)
         for old, other in self.saves():
             if other.name.isdigit() and old <= step and other != path:
-                shutil.rmtree(other, ignore_errors=True)
+                remove_tree(other)
 
     def load(self, before: int, like: State) -> State | None:
         """The newest sound save at or before a step."""

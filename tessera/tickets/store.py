@@ -1,13 +1,12 @@
 """The levels of a lottery search on disk: finished ones are artefacts, the one under way can be gone on with."""
 
-import shutil
 from pathlib import Path
 
 from absl import logging
 from jaxtyping import PyTree
 
 from lottery.levels import Row
-from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, save_tree
+from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, remove_tree, save_tree
 
 
 class FinishedLevels:
@@ -80,4 +79,4 @@ class UnfinishedLevel:
         """Remove saves older than `before` (all, if None)."""
         for step, path in self._saved():
             if before is None or step < before:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)

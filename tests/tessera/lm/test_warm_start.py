@@ -140,7 +140,7 @@ def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "width": 16, "heads": 2}}))
     command = [sys.executable, "-c", TRAINING, str(tmp_path / "checkpoints")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     training = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
     )
