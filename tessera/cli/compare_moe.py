@@ -11,9 +11,11 @@ from rich.table import Table
 from lottery.summary import write_csv
 from tessera.cli import train
 from tessera.cli.main import Invocation
+from tessera.infra.config import ConfigError
 from tessera.infra.schema import Changes, Schema
-from tessera.infra.workdir import prepare
+from tessera.infra.workdir import locate, prepare
 from tessera.lm import schema as lm_schema
+from tessera.lm.run import make_text_run
 from tessera.reports import comparison
 from tessera.reports.run_report import config_section, write_report
 
@@ -38,20 +40,22 @@ ERRORS = train.ERRORS
 def main(invocation: Invocation) -> int:
     """Train what is not finished, then tables and a report of all runs. Returns the exit status."""
     config = invocation.config
-    root = prepare(invocation.workdir, config, name=invocation.name, defaults=invocation.defaults)
+    root = locate(invocation.workdir, config, name=invocation.name, defaults=invocation.defaults)
+    for arm in config.arms:  # what is wrong with the last one is said before anything is written or trained
+        todo = [seed for seed in config.seeds if not comparison.finished(root / f"{arm}-{seed}")]
+        if todo:
+            check(config, arm, todo[0])
+    prepare(root, config, name=invocation.name, defaults=invocation.defaults)
     # Seeds of an arm are one program: compiled once, found again by the others and after a restart.
     jax.config.update("jax_compilation_cache_dir", str((root / "compiled").absolute()))
     runs = []
     for arm in config.arms:
         for seed in config.seeds:
-            one = ConfigDict(config.run.to_dict())
-            one.update(config.arms[arm])
-            one.seed = seed
             workdir = root / f"{arm}-{seed}"
             if not comparison.finished(workdir):
                 named = replace(
                     invocation,
-                    config=one,
+                    config=(one := settings_of(config, arm, seed)),
                     name=f"{arm}-{seed}",
                     workdir=str(workdir),
                     defaults=lm_schema.SCHEMA.defaults(one),
@@ -73,6 +77,26 @@ def main(invocation: Invocation) -> int:
     page = write_report(root, "Routed experts against a dense decoder", sections, subtitle=Path(root).resolve().name)
     Console().print(f"report: {page}", soft_wrap=True)
     return 0
+
+
+def settings_of(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
+    """Settings of one run for `scripts/train.py`."""
+    one = ConfigDict(config.run.to_dict())
+    one.update(config.arms[arm])
+    one.seed = seed
+    return one
+
+
+def check(config: ConfigDict, arm: str, seed: int) -> None:
+    """Check the settings of an arm as the training script does; nothing is written.
+
+    Raises:
+      ConfigError: a setting that is wrong.
+    """
+    try:
+        make_text_run(settings_of(config, arm, seed))
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm!r} (config is config.run with config.arms.{arm}): {error}") from error
 
 
 def show(title: str, rows: list[dict]) -> None:

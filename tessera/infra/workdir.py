@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,10 +35,12 @@ PACKAGES = (
 
 # Of the files of a workdir; 0.1 wrote none.
 FORMAT = 2
+# What may lie in a directory before a run makes it its own: records of a start that was killed, and a job's log.
+HARMLESS = re.compile(r"\..*|versions\.json|run\.json|.*\.(log|out|err|txt)")
 
 
 class WorkdirMismatch(ValueError):
-    """A directory made by a run with another config, or by a version that wrote other files."""
+    """A directory made by a run with another config, by no run at all, or by a version that wrote other files."""
 
 
 def prepare(
@@ -51,7 +54,7 @@ def prepare(
 
     Writes `config.json` (every setting, resolved), `versions.json` (Python and packages) and `run.json` (seed, git
     revision, command line, devices). A directory that has a `config.json` is a run to continue: its settings must be
-    the same.
+    the same. A directory without one must hold nothing that the run could overwrite or remove.
 
     Args:
       workdir: the directory; "" stands for `runs/<name>-<first 8 hex digits of a SHA-256>` of the settings that differ
@@ -62,11 +65,19 @@ def prepare(
         it was added later, means its default.
 
     Raises:
-      WorkdirMismatch: the directory was made with other settings; each is named with both values.
+      WorkdirMismatch: the directory was made with other settings, each is named with both values; or it has no
+        config.json and holds other files.
     """
     settings, known = resolve(config), resolve(defaults or {})
-    path = Path(workdir) if str(workdir) else Path("runs") / f"{name}-{config_hash(differing(settings, known))[:8]}"
+    path = locate(workdir, settings, name=name, defaults=known)
     found = path / "config.json"
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in names if not HARMLESS.fullmatch(name)]
+    if foreign and found.name not in names:
+        raise WorkdirMismatch(
+            f"{path} has no config.json, so no run made it, but it holds {', '.join(foreign[:10])}; use a new or empty "
+            "--workdir"
+        )
     if found.exists():
         check_same(read_settings(path), settings, path, known)
     if jax.process_index() == 0:
@@ -79,6 +90,15 @@ def prepare(
             )
             _write_json(found, settings)  # last: a directory with a config is a complete one
     return path
+
+
+def locate(
+    workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name: str, defaults: Mapping[str, Any] | None = None
+) -> Path:
+    """The directory that `prepare` makes or checks; same arguments."""
+    if str(workdir):
+        return Path(workdir)
+    return Path("runs") / f"{name}-{config_hash(differing(resolve(config), resolve(defaults or {})))[:8]}"
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
