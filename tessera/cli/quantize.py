@@ -1,8 +1,6 @@
 """Measure what 8 and 4 bits cost: `tessera quantize --config.model.dir=runs/lm`."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ from tessera.data.text import TextConfig, load_text
 from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.schema import Schema
+from tessera.infra.workdir import read_settings
 from tessera.models.transformer import Decoder
 from tessera.next_token import make_loss
 from tessera.serving.load import SourceConfig, load
@@ -48,7 +47,7 @@ def main(invocation: Invocation) -> int:
     c, console = invocation.config, Console()
     source = build(SourceConfig, c.model, "config.model")
     loaded = checked("config.model", load, source)
-    settings = json.loads((Path(source.dir) / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(source.dir)
     where = f"{source.dir}/config.json: data"
     splits = checked(where, load_text, build(TextConfig, settings["data"], where))
     shortest = min(len(splits.train), len(splits.validation))

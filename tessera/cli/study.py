@@ -10,13 +10,13 @@ from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import checked
 from tessera.infra.memo import Pieces
 from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.tickets import schema
 from tessera.tickets.studies import (
     ablations,
     distribution,
     instability,
     population,
     rewinding,
+    schema,
     sources,
     sparse_training,
     transfer,

@@ -63,7 +63,10 @@ def load_config(text: str, scripts: tuple[str, ...] = ()) -> tuple[dict[str, Any
     file, colon, variant = text.partition(":")
     path = _find(file, text)
     ours = path.resolve().parent == CONFIGS.resolve()
-    about = describe(path) if path.suffix == ".py" else Described(path.stem, "", {}, "")
+    try:
+        about = describe(path)
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"--config={text}: {path} is not Python: {type(error).__name__}: {error}") from error
     if ours and scripts and about.script and about.script not in scripts:
         raise ConfigError(f"--config={text}: this config is for scripts/{about.script}.py, not for this script")
     if colon and about.variants and variant not in about.variants:
@@ -98,12 +101,12 @@ def _find(file: str, text: str) -> Path:
 
 
 def _import(path: Path, ours: bool) -> types.ModuleType:
-    """A config's module; ours belong to the package `tessera.configs`, also in a checkout."""
+    """A config's module. Ours belong to the package `tessera.configs`, which others may import, in a checkout too."""
+    if "tessera.configs" not in sys.modules:
+        package = types.ModuleType("tessera.configs")
+        package.__path__ = [str(CONFIGS)]
+        sys.modules["tessera.configs"] = package
     if ours:
-        if "tessera.configs" not in sys.modules:
-            package = types.ModuleType("tessera.configs")
-            package.__path__ = [str(CONFIGS)]
-            sys.modules["tessera.configs"] = package
         return importlib.import_module(f"tessera.configs.{path.stem}")
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:

@@ -8,12 +8,15 @@ for it. Nothing here imports JAX.
 import ast
 import dataclasses
 import inspect
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from tessera.infra.config import ConfigError, describe_type, unknown
 
@@ -407,7 +410,7 @@ def _number(text: str, kind: type, wrong: ConfigError) -> int | float:
         value = float(text)
     except ValueError:
         raise wrong from None
-    if kind is int and value == int(value):
+    if kind is int and math.isfinite(value) and value == int(value):
         return int(value)
     raise wrong
 
@@ -480,6 +483,15 @@ def _copy(value: Any) -> Any:
     if hasattr(value, "items"):
         return {key: _copy(value[key]) for key in value}
     return value
+
+
+def completed(schema: Schema, config: Any) -> ConfigDict:
+    """A config of any kind with the defaults of all that it lacks.
+
+    Raises:
+      ConfigError: a choice that does not exist.
+    """
+    return ConfigDict(schema.complete(_copy(config)))
 
 
 @cache

@@ -1,26 +1,15 @@
-"""The settings of ticket searches and of the studies on them, every one with its default and its meaning."""
+"""The settings of ticket searches, every one with its default and its meaning."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lottery.levels import SearchConfig
 from tessera.data.images import ImageConfig
 from tessera.data.windows import WindowConfig
-from tessera.infra.errors import ConfigError, unknown
-from tessera.infra.schema import Changes, Choice, Group, Schema
+from tessera.infra.schema import Choice, Group, Schema
 from tessera.models.registry import CONV, NETWORKS
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.tickets.programs import TicketConfig
-from tessera.tickets.setup import EvidenceConfig
-from tessera.tickets.studies.ablations import AblationConfig
-from tessera.tickets.studies.distribution import DistributionConfig
-from tessera.tickets.studies.instability import InstabilityConfig
-from tessera.tickets.studies.population import PopulationConfig
-from tessera.tickets.studies.rewinding import RewindingConfig
-from tessera.tickets.studies.sources import SourcesConfig
-from tessera.tickets.studies.sparse_training import SparseConfig
-from tessera.tickets.studies.transfer import TransferConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +23,23 @@ class SearchSettings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """Training examples that scores like SNIP look at, the first of a fixed random order.
+
+    Attributes:
+      batches: batches of them.
+      batch_size: examples of one.
+    """
+
+    batches: int = 5
+    batch_size: int = 100
+
+    def __post_init__(self):
+        if self.batches < 1 or self.batch_size < 1:
+            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -73,40 +79,3 @@ GROUPS: dict[str, Any] = {
     "transfer": Group(TransferSource),
 }
 SCHEMA = Schema(SearchSettings, **GROUPS)
-
-STUDIES: dict[str, type] = {
-    "ablations": AblationConfig,
-    "distribution": DistributionConfig,
-    "instability": InstabilityConfig,
-    "population": PopulationConfig,
-    "rewinding": RewindingConfig,
-    "sources": SourcesConfig,
-    "sparse_training": SparseConfig,
-    "transfer": TransferConfig,
-}
-
-
-@dataclass(frozen=True)
-class StudySettings(SearchSettings):
-    """What stands at the top of a study's config.
-
-    Attributes:
-      name: the study, which picks the settings of the group `study`.
-    """
-
-    name: str = "instability"
-
-
-def _study(given: Mapping[str, Any]) -> Group:
-    name = given.get("name", StudySettings.name)
-    if name not in STUDIES:
-        raise ConfigError(unknown(f"config.name={name!r}", str(name), STUDIES))
-    return Group(STUDIES[name])
-
-
-STUDY_SCHEMA = Schema(
-    StudySettings,
-    **GROUPS,
-    study=_study,
-    sources=Changes(SCHEMA, "what one of the other searches changes (study `sources`)."),
-)
