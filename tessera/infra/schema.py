@@ -284,7 +284,7 @@ def find(schema: Node, given: Mapping[str, Any], path: str) -> Field:
 
 
 def assign(schema: Node, given: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
-    """Set fields from text; what picks a group's dataclass comes first, whatever the order.
+    """Set fields from text; what picks a group's dataclass comes first, and of one setting the last text counts.
 
     Args:
       schema: of the config. given: its settings, which are not changed.
@@ -294,15 +294,11 @@ def assign(schema: Node, given: dict[str, Any], overrides: list[tuple[str, str]]
       The settings with the overrides, not completed.
 
     Raises:
-      ConfigError: an unknown setting, one that is given twice, or text that is not of its type.
+      ConfigError: an unknown setting, or text that is not of its type.
     """
     found = _copy(given)
-    seen: set[str] = set()
-    for path, _ in overrides:
-        if path in seen:
-            raise ConfigError(f"--config.{path}: given twice")
-        seen.add(path)
-    waiting = list(overrides)
+    # As with every flag, the last one counts.
+    waiting = list(dict(overrides).items())
     picks = [item for item in waiting if _picks(schema, found, item[0])]
     for path, text in picks:
         _set(found, path, parse(text, find(schema, found, path).hint, path))

@@ -15,7 +15,7 @@ def join_processes(hosts: Mapping[str, Any]) -> None:
     """Join the other processes of a run, if there are any; call it before anything else of JAX.
 
     Args:
-      hosts: values of the flags `tessera.infra.config.HOSTS`; the environment says what they leave out, see
+      hosts: values of the flags `tessera.cli.main.HOSTS`; the environment says what they leave out, see
         `sharding.multihost.distributed.detect`.
 
     Raises:

@@ -131,7 +131,6 @@ WRONG = {
     "a misspelt setting": (["--config.lrr=3"], r"--config\.lrr: no such setting; did you mean 'lr'\?"),
     "a misspelt group": (["--config.modle.width=3"], r"--config\.modle: no such setting; did you mean 'model'\?"),
     "not a number": (["--config.lr=abc"], r"--config\.lr: float expected, got 'abc'"),
-    "twice": (["--config.lr=1", "--config.lr=2"], r"--config\.lr: given twice"),
     "no such config": (["--config=ml:tiny"], r"--config=ml:tiny: no such config; .*There are: .*lm, "),
     "no such variant": (["--config=lm:tny"], r"no such variant; did you mean 'tiny'\?"),
     "another script's": (["--config=lottery_digits"], r"this config is for scripts/find_ticket\.py"),

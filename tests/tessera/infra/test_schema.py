@@ -127,6 +127,7 @@ OVERRIDES = {
     "a group that is off": ([("model.moe", "none")], ("model.moe", None)),
     "pairs": ([("model.options", "{'b2': 0.9}")], ("model.options", {"b2": 0.9})),
     "one pair": ([("model.options.b2", "0.9")], ("model.options", {"b2": 0.9})),
+    "the last one counts": ([("seeds", "1,2"), ("seeds", "3")], ("seeds", (3,))),
     "a choice comes first": ([("data.length", "7"), ("data.kind", "text")], ("data", {"kind": "text", "length": 7})),
 }
 
@@ -149,7 +150,6 @@ WRONG = {
     "not a whole number": ([("model.width", "3.5")], r"--config\.model\.width: int expected, got '3\.5'"),
     "not a choice": ([("model.router.name", "x")], r"one of 'top_k', 'hash' expected, got 'x'"),
     "not a choice of dataclass": ([("data.kind", "sound")], r"one of 'images', 'text' expected"),
-    "twice": ([("lr", "1"), ("lr", "2")], r"--config\.lr: given twice"),
     "below a single setting": ([("lr.x", "1")], r"config\.lr is a single setting \(float\)"),
     "no text can say it": ([("model.scale", "abs")], r"no text can express .*set it from Python"),
     "code": ([("seeds", "(__import__('os').getpid(),)")], r"--config\.seeds: tuple"),
