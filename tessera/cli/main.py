@@ -159,15 +159,19 @@ def overview() -> str:
     )
 
 
-def run(name: str, argv: Sequence[str] | None = None) -> typing.NoReturn:
+def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run a command: read its command line, call its `main`, exit with the status.
+
+    Args:
+      name: a key of `COMMANDS`, or a command of a script's own.
+      argv: the words behind the program's name; those of this process by default.
 
     Wrong settings end the program with status 2, the module's `ERRORS` with 1, each with one message instead of a
     traceback; Ctrl-C with 130.
     """
-    command = COMMANDS[name]
+    command = name if isinstance(name, Command) else COMMANDS[name]
     argv = list(sys.argv[1:] if argv is None else argv)
-    options, overrides = parse_flags(command, argv, prog=_program(name))
+    options, overrides = parse_flags(command, argv, prog=_program(name, command))
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
     from tessera.infra.errors import ConfigError
@@ -343,12 +347,10 @@ def _as_text(config: Any) -> str:
     return json.dumps(config.to_dict(), indent=2, default=str)
 
 
-def _program(name: str) -> str:
-    return (
-        f"tessera {name}"
-        if os.path.basename(sys.argv[0]) == "tessera"
-        else f"python scripts/{COMMANDS[name].script}.py"
-    )
+def _program(name: str | Command, command: Command) -> str:
+    if os.path.basename(sys.argv[0]) == "tessera" and isinstance(name, str):
+        return f"tessera {name}"
+    return f"python scripts/{command.script}.py"
 
 
 def _fail(error: object, status: int) -> typing.NoReturn:

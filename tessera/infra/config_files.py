@@ -40,7 +40,7 @@ def describe(path: Path) -> Described:
     """One config file, read off its source."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     text = ast.get_docstring(tree) or ""
-    command = re.search(r"Command:.*?scripts/(?:benchmarks/)?(\w+)\.py", text, re.DOTALL)
+    command = re.search(r"Command:.*?scripts/((?:benchmarks/)?\w+)\.py", text, re.DOTALL)
     variants: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
