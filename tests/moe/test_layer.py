@@ -75,7 +75,7 @@ def test_experts_start_like_so_many_dense_layers():
 )
 def test_a_token_decoded_alone_is_the_one_in_the_whole_text(router):
     """Even where training has a capacity that drops half of the choices."""
-    small = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    small = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
     model, params = make(config(router, mixture=small), causal=True)
     forward = jax.jit(lambda x, tokens: model.apply({"params": params}, x, None, tokens))
     whole = forward(X, TOKENS)
