@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict]] = {
             "z": 1e-3,
             "router_scale": 0.1,
             "router": {"name": "switch", "experts": 32, "k": 1, "jitter": 0.01},
-            "mixture": {"implementation": "capacity", "capacity_factor": 1.25},
+            "mixture": {"dispatch": "capacity", "capacity_factor": 1.25},
         },
     ),
     "dense_tiny": ("tiny", {}),
