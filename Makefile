@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo demo-isoflop test test-all test-kernels test-gpu lint clean
+.PHONY: bench demo demo-isoflop test test-all test-kernels test-gpu lint clean
 
 $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -38,14 +38,18 @@ test-kernels: $(VENV)/libtpu
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels
 
 # On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
-# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/kernels.csv too.
+# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/bench too.
 test-gpu: HAVE = import importlib.util as u; print(all(map(u.find_spec, ("jaxtyping", "ml_collections"))))
 test-gpu: export PYTHONPATH = .$(if $(filter False,$(shell $(PYTHON) -c '$(HAVE)')),:tests/bare)
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "test-gpu needs a GPU; JAX sees " + jax.devices()[0].device_kind)'
 	TESSERA_TEST_PLATFORM=gpu $(PYTHON) -m pytest -m gpu tests/moe/kernels/test_kernel_gpu.py
 	mkdir -p runs
-	$(PYTHON) scripts/benchmarks/kernels.py --config=configs/bench_kernels.py:hopper --out=runs/kernels.csv
+	$(PYTHON) scripts/benchmarks/run.py --config=bench_kernels:hopper --out=runs/bench/kernels-hopper.json
+
+# Every CPU benchmark beside its baselines, in turns; the last table has all ratios.
+bench: $(VENV)/installed
+	$(BIN)/python scripts/benchmarks/run.py --all
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
