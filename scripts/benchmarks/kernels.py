@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 def rows(config: Any) -> Iterator[Row]:
-    """A row per contestant of a product; the floor is the roofline's, by dense FLOP/s and copy bandwidth of this run."""
+    """A row per contestant; the floor is the roofline of this run: dense FLOP/s and copy bandwidth."""
     bandwidth = copy_bandwidth()
     for case in cases(config):
         dense = next(name for name in case.contestants if name.startswith("dense"))
