@@ -291,9 +291,7 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(
-            "Hugging Face directories need the extra `export`: pip install 'tessera-jax[export]'"
-        ) from error
+        raise ImportError("Hugging Face directories need the extra `hf`: pip install 'tessera-jax[hf]'") from error
     return safetensors
 
 
