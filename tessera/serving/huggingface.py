@@ -149,7 +149,7 @@ def load_directory(
     Raises:
       FileNotFoundError: no config or no safetensors.
       NotConvertible: another architecture, or tensors missing or of other shapes.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     config = read_config(directory)
     read = _reader(Path(directory))
@@ -182,7 +182,7 @@ def save_directory(
 
     Raises:
       NotConvertible: a model that is neither Llama nor Mixtral.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     save_file = _safetensors().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
