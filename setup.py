@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 # The one place that states the version is `tessera.__version__`.
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "tessera/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-# Address of the public repository, shown by `pip show`. None is known yet; CITATION.cff names it too.
+VERSION = re.findall(r'^__version__ = "(.+)"$', (HERE / "tessera/__init__.py").read_text(encoding="utf-8"), re.M)
+# Address of the public repository, shown by `pip show`. None is known yet; then it goes into CITATION.cff too.
 URL = ""
 LINKS = {"Issues": f"{URL}/issues", "Changelog": f"{URL}/blob/main/CHANGELOG.md"}
 
@@ -51,7 +51,7 @@ EXTRAS = {
 
 setup(
     name="tessera-jax",
-    version=VERSION[1],
+    version=VERSION[0],
     description="Lottery tickets, routed experts, parallelism and compute-optimal scaling in JAX and Flax.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -191,7 +191,7 @@ def _size(directory: Path) -> str:
 
 
 def _disk() -> Iterator[str]:
-    compiled = jax.config.jax_compilation_cache_dir
+    compiled = getattr(jax.config, "jax_compilation_cache_dir", None)
     here = Path.cwd()
     return _rows(
         [
