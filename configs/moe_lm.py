@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "z": 1e-3,
             "router_scale": 0.1,
             "router": {"name": "switch", "experts": 32, "k": 1, "jitter": 0.01},
-            "mixture": {"implementation": "capacity", "capacity_factor": 1.25},
+            "mixture": {"dispatch": "capacity", "capacity_factor": 1.25},
         },
     ),
     "dense_tiny": ("tiny", {}),
@@ -69,7 +69,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     }
     mixture = {
         "activation": "swiglu",
-        "implementation": "auto",
+        "dispatch": "dropless",
+        "backend": "auto",
         "capacity_factor": 1.25,
         "groups": 1,
         "drop": "position",

@@ -1,6 +1,6 @@
 """From tokens to rows in the order of experts and back: dropless (sorted once) and with a capacity.
 
-    y_ND = dispatch.dropless(x_ND, routing, lambda rows_RD, sizes_E: experts.swiglu(params, rows_RD, sizes_E))
+    y_ND = dispatch.dropless(x_ND, routing, lambda rows_RD, sizes_E: experts.expert_ffn(params, rows_RD, sizes_E))
 
 Axes: N tokens, D width, E experts, K choices of a token, A = N K choices, numbered n K + k, R rows (choices that can go
 somewhere) sorted by expert, C places of an expert, G groups, P slots. An expert function maps rows sorted by expert,
@@ -150,8 +150,8 @@ def dropless(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> 
     return combine(experts(gather(x_ND, by_expert), by_expert.sizes_E), routing.weights_NK, by_expert)
 
 
-def oracle(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array, int], Array]) -> Float[Array, "N F"]:
-    """A plain loop over experts, each run on every token: what all other ways are tested against. Tiny shapes only.
+def dense(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array, int], Array]) -> Float[Array, "N F"]:
+    """Run every expert on every token and weight the outputs: the reference of the tests, for tiny shapes.
 
     Args:
       x_ND: tokens.
@@ -237,7 +237,7 @@ def capacity(
     *,
     groups: int = 1,
     drop: Literal["position", "probability"] = "position",
-    implementation: Literal["gather", "einsum"] = "gather",
+    movement: Literal["gather", "einsum"] = "gather",
 ) -> tuple[Float[Array, "N F"], Bool[Array, "N K"]]:
     """Give every expert a fixed number of places per group of tokens; choices that find none are dropped.
 
@@ -248,7 +248,7 @@ def capacity(
       places_per_expert: C, see `capacity_of`.
       groups: consecutive tokens that compete for places (a device's, a sequence's).
       drop: who is served first, see `places`.
-      implementation: "gather" moves rows by index; "einsum" multiplies by one-hot tensors [N, E, C] (Lepikhin et al.
+      movement: "gather" moves rows by index; "einsum" multiplies by one-hot tensors [N, E, C] (Lepikhin et al.
         2020, algorithm 2), which parallelises by sharding constraints alone.
 
     Returns:
@@ -264,7 +264,7 @@ def capacity(
     grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
     place_GMK, kept_GMK = jax.vmap(lambda r: places(r, c, drop))(grouped)
     x_GMD = jnp.where(routing.mask_N[:, None], x_ND, 0).reshape(groups, -1, d)
-    to, back = (_to_places, _from_places) if implementation == "gather" else (_to_places_hot, _from_places_hot)
+    to, back = (_to_places, _from_places) if movement == "gather" else (_to_places_hot, _from_places_hot)
     index_GMK = jnp.where(kept_GMK, grouped.experts_NK * c + place_GMK, e * c)  # e c is nowhere
     buffers_GSD = jax.vmap(lambda x, i: to(x, i, e * c))(x_GMD, index_GMK)
     rows_RD = buffers_GSD.reshape(groups, e, c, d).swapaxes(0, 1).reshape(-1, d)

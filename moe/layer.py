@@ -7,7 +7,7 @@ Axes: B batch, T tokens of a sequence, N = B T, D width, F feed-forward width of
   experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import flax.linen as nn
@@ -224,6 +224,4 @@ class MoE(nn.Module):
 
 def serving(config: MixtureConfig) -> MixtureConfig:
     """The same mixture without a capacity, so that no token depends on the others of its batch."""
-    if config.implementation != "capacity":
-        return config
-    return MixtureConfig(config.activation, "auto")
+    return replace(config, dispatch="dropless") if config.dispatch == "capacity" else config

@@ -19,7 +19,7 @@ from moe.kernels.tiling import Tiling
 class _Call:
     block: int
     grid: tuple[int, int]
-    implementation: str
+    backend: str
     tiling: Tiling | None
 
 
@@ -28,7 +28,7 @@ def block_sparse_matmul(
     blocks: Float[Array, "B b b"],
     structure: BlockStructure,
     *,
-    implementation: str = "auto",
+    backend: str = "auto",
     tiling: Tiling | None = None,
 ) -> Float[Array, "M N"]:
     """Multiply by a weight of which only some blocks live: x @ to_dense(blocks, structure).
@@ -41,10 +41,10 @@ def block_sparse_matmul(
       x: (M, K) bfloat16, float16 or float32.
       blocks: (B, b, b) live blocks of x's dtype, in the order of `structure.k_B`, `structure.n_B` (see `to_blocks`).
       structure: from `block_structure`.
-      implementation, tiling: as for `grouped_matmul`.
+      backend, tiling: as for `grouped_matmul`.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+      ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
       TypeError: x and blocks of different dtypes.
     """
@@ -58,7 +58,7 @@ def block_sparse_matmul(
         raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")
     if structure.live == 0 or x.shape[0] == 0:
         return jnp.zeros((x.shape[0], n), x.dtype)
-    static = _Call(b, structure.grid, choose(implementation), tiling)
+    static = _Call(b, structure.grid, choose(backend), tiling)
     x = jnp.pad(x, [(0, 0), (0, -k % b)])
     steps = jax.tree.map(jnp.asarray, (structure.forward, structure.transposed, structure.contraction))
     return _block_sparse(static, *align((x, blocks, steps)))[:, :n]
@@ -79,9 +79,7 @@ def to_dense(blocks: Float[Array, "B b b"], structure: BlockStructure) -> Float[
 
 
 def _tiles(static: _Call, kernel: str, x: jax.Array, k: int, n: int) -> Tiling:
-    return static.tiling or tiling(
-        kernel, static.implementation, rows_per_group=float(x.shape[0]), k=k, n=n, dtype=x.dtype
-    )
+    return static.tiling or tiling(kernel, static.backend, rows_per_group=float(x.shape[0]), k=k, n=n, dtype=x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,7 +91,7 @@ def _product(static, x, blocks, steps, *, transpose):
     rows, cols = static.grid[::-1] if transpose else static.grid
     tiles = _tiles(static, "block", x, rows * static.block, cols * static.block)
     spec = BlockSpec(np.dtype(x.dtype), tiles, static.block, cols, transpose)
-    return call("block_matmul", static.implementation, BlockOperands(x, blocks, steps), spec)
+    return call("block_matmul", static.backend, BlockOperands(x, blocks, steps), spec)
 
 
 def _forward(static, x, blocks, steps):
@@ -105,7 +103,7 @@ def _backward(static, saved, dy):
     dx = _product(static, dy, blocks, steps[1], transpose=True)
     tiles = _tiles(static, "block_contraction", x, x.shape[1], dy.shape[1])
     spec = BlockSpec(np.dtype(blocks.dtype), tiles, static.block, blocks.shape[0])
-    dblocks = call("block_contract", static.implementation, BlockOperands(x, dy, steps[2]), spec)
+    dblocks = call("block_contract", static.backend, BlockOperands(x, dy, steps[2]), spec)
     return dx, dblocks, None
 
 

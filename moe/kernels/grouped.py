@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe.kernels.epilogue import swiglu_gradient
 from moe.kernels.implementations import align, call, choose, tiling
 from moe.kernels.quantize import Quantized
 from moe.kernels.spec import (
@@ -19,6 +18,7 @@ from moe.kernels.spec import (
     GroupedOperands,
     GroupedSpec,
     SwiGLU,
+    swiglu_gradient,
 )
 from moe.kernels.tiling import Tiling
 
@@ -32,7 +32,7 @@ class _Call:
     epilogue: str
     num_tokens: int
     out_dtype: np.dtype
-    implementation: str
+    backend: str
     tiling: Tiling | None
     deterministic: bool
 
@@ -45,7 +45,7 @@ def grouped_matmul(
     gather: Int[Array, " M"] | None = None,
     epilogue: SwiGLU | Combine | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "auto",
+    backend: str = "auto",
     tiling: Tiling | None = None,
     deterministic: bool = True,
 ) -> Float[Array, "R N"]:
@@ -64,9 +64,7 @@ def grouped_matmul(
       epilogue: None; SwiGLU(), out = silu(x w_gate) * (x w_up); Combine(tokens, weights, num_tokens), which adds
         weights[i] times row i to out[tokens[i]].
       out_dtype: dtype of the result, x's by default.
-      implementation: "auto" is "tpu" on TPUs and "cpu" elsewhere; "cpu" is plain JAX and runs anywhere; "tpu"; "gpu"
-        (experimental; compute capability 9.0; float32 runs as plain JAX there); "tpu_interpret" and "gpu_interpret" run
-        the kernels in Pallas's interpreters.
+      backend: a name of `moe.kernels.implementations.BACKENDS`, or "auto", see `choose` there.
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
       deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
         time. On Hopper GPUs this takes a pass over them behind the kernel; False adds them in the kernel, in any order.
@@ -77,7 +75,7 @@ def grouped_matmul(
       (M, N), or (num_tokens, N) with Combine.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+      ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
       TypeError: dtypes that do not match, or a gradient through quantised weights.
     """
@@ -91,7 +89,7 @@ def grouped_matmul(
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
     _check(operands, name)
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
-    static = _Call(name, count, dtype, choose(implementation), tiling, deterministic)
+    static = _Call(name, count, dtype, choose(backend), tiling, deterministic)
     if 0 in (*x.shape, *values[0].shape, operands.rows):
         # Nothing to multiply: an empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
@@ -131,7 +129,7 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
     groups, k, n = operands.w[0].shape
     tiles = static.tiling or tiling(
         "grouped",
-        static.implementation,
+        static.backend,
         rows_per_group=operands.rows / groups,
         k=n if transpose else k,
         n=k if transpose else n,
@@ -145,7 +143,7 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(static: _Call, operands: GroupedOperands):
-    return call("grouped", static.implementation, operands, _spec(static, operands))
+    return call("grouped", static.backend, operands, _spec(static, operands))
 
 
 def _forward(static, operands):
@@ -153,7 +151,7 @@ def _forward(static, operands):
         raise TypeError("no gradient through quantised weights: they are for inference")
     if static.epilogue != "swiglu":
         return _grouped(static, operands), (operands, None)
-    out, gate, up = call("grouped", static.implementation, operands, _spec(static, operands, keep=True))
+    out, gate, up = call("grouped", static.backend, operands, _spec(static, operands, keep=True))
     return out, (operands, (gate, up))
 
 
@@ -186,21 +184,21 @@ def _dx(static, operands, w, dy):
         "epilogue": "combine" if gathered else "none",
         "num_tokens": operands.x.shape[0] if gathered else 0,
     }
-    return call("grouped", static.implementation, back, _spec(static, back, **changes))
+    return call("grouped", static.backend, back, _spec(static, back, **changes))
 
 
 def _dw(static, operands, w, dy):
     """Weight gradient: the ragged contraction of x and dy."""
     tiles = static.tiling or tiling(
         "contraction",
-        static.implementation,
+        static.backend,
         rows_per_group=dy.shape[0] / w.shape[0],
         k=w.shape[1],
         n=w.shape[2],
         dtype=dy.dtype,
     )
     back = ContractionOperands(operands.x, dy, operands.sizes, operands.gather)
-    return call("contract", static.implementation, back, ContractionSpec(w.dtype, tiles))
+    return call("contract", static.backend, back, ContractionSpec(w.dtype, tiles))
 
 
 def _combine_backward(static, operands, dout):
@@ -211,7 +209,7 @@ def _combine_backward(static, operands, dout):
     """
     back = GroupedOperands(dout, operands.w, (), operands.sizes, gather=operands.tokens)
     changes = {"out_dtype": operands.x.dtype, "transpose": True, "epilogue": "none", "num_tokens": 0}
-    dx_MK = call("grouped", static.implementation, back, _spec(static, back, **changes))
+    dx_MK = call("grouped", static.backend, back, _spec(static, back, **changes))
     dy_MN, dweights_M = dout[operands.tokens], None
     if operands.weights is not None:
         x_MK = operands.x if operands.gather is None else operands.x[operands.gather]

@@ -50,7 +50,7 @@ def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align
       Steps of fixed length (on the grid ceil(rows / tile) + G), of which the first `count` are to be run.
     """
     groups = group_sizes_G.shape[0]
-    begins, ends = _bounds(group_sizes_G, rows)
+    begins, ends = group_bounds(group_sizes_G, rows)
     begins, ends = jnp.append(begins, ends[-1]), jnp.append(ends, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
     group, tiles, begin, end, count = _unroll(begins, ends, empty=0, **shape)
@@ -64,13 +64,14 @@ def contraction_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, 
     An empty group gets one step with live 0, so that its output is written (zeros). Rows past the sum are not visited.
     Arguments as in `matmul_steps`; the length (ceil(rows / tile) + G - 1 on the grid) has room for the empty groups.
     """
-    begins, ends = _bounds(group_sizes_G, rows)
+    begins, ends = group_bounds(group_sizes_G, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
     group, tiles, begin, end, count = _unroll(begins, ends, empty=1, **shape)
     return Steps(tiles, tiles, group, begin, end, (end > begin).astype(jnp.int32), count)
 
 
-def _bounds(group_sizes_G, rows):
+def group_bounds(group_sizes_G: Int[Array, " G"], rows: int) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
+    """First row of every group, and one past its last; sizes beyond `rows` are cut off."""
     ends = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
     return jnp.append(jnp.zeros_like(ends[:1]), ends[:-1]), ends
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -44,3 +45,12 @@ def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | 
     scaled = jnp.clip(w_GQRN / scales_GQN[:, :, None], -largest, largest)
     values = jnp.round(scaled) if target == jnp.int8 else scaled
     return Quantized(values.astype(target).reshape(groups, k, n), scales_GQN)
+
+
+def dequantize(
+    values: Num[Array, "G K N"], scales: Float[Array, "G Q N"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "G K N"]:
+    """Multiply the values of a quantized weight by their scales, in float32, and round to `dtype`."""
+    groups, k, n = values.shape
+    blocks = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
+    return (blocks * scales[:, :, None]).reshape(groups, k, n).astype(dtype)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +29,20 @@ class Combine(NamedTuple):
     tokens: Int[Array, " M"]
     weights: Float[Array, " M"] | None
     num_tokens: int
+
+
+def swiglu(gate: Float[Array, "*S"], up: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """silu(gate) * up (Shazeer 2020, eq. 6)."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def swiglu_gradient(
+    gate: Float[Array, "*S"], up: Float[Array, "*S"], dout: Float[Array, "*S"]
+) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    """Cotangents of gate and up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return dout * up * (sigmoid + silu * (1 - sigmoid)), dout * silu
 
 
 class GroupedOperands(NamedTuple):

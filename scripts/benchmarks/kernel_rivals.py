@@ -128,7 +128,7 @@ def grouped_rivals(
     shapes = ((rows, k), (groups, k, n), (rows, n))
     x, w, dy = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes, strict=True))
     contestants = {
-        "tessera": products(lambda x, w: grouped_matmul(x, w, sizes, implementation=ours()), x, w, dy, repeat),
+        "tessera": products(lambda x, w: grouped_matmul(x, w, sizes, backend=ours()), x, w, dy, repeat),
         "dense, equal FLOPs": products(jnp.matmul, x, w[0], dy, repeat),
         "jax.lax.ragged_dot": products(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w, dy, repeat),
     }
@@ -209,7 +209,7 @@ def block_rivals(case: tuple[int, int, int, int, float], *, dtype: str, seed: in
         for key, shape in zip(keys, ((rows, k), (k, n), (rows, n)), strict=True)
     )
     sparse = products(
-        lambda x, b: block_sparse_matmul(x, b, structure, implementation=ours()),
+        lambda x, b: block_sparse_matmul(x, b, structure, backend=ours()),
         x,
         to_blocks(w, structure),
         dy,
@@ -227,7 +227,7 @@ def layer_rivals(case: tuple[int, int, int, int, int], *, dtype: str, seed: int,
     tokens, d, ff, count, chosen = case
     keys = jax.random.split(jax.random.key(seed), 4)
     x_ND = jax.random.normal(keys[0], (tokens, d), jnp.dtype(dtype))
-    routed = experts.initialise(d, ff, count, key=keys[1])
+    routed = experts.initialize(d, ff, count, key=keys[1])
     routed |= {"router": jax.random.normal(keys[2], (d, count)) * d**-0.5}
 
     def mixture(params, x_ND, deterministic=True):
@@ -237,7 +237,7 @@ def layer_rivals(case: tuple[int, int, int, int, int], *, dtype: str, seed: int,
 
     contestants = [
         ("tessera", mixture, routed),
-        ("dense, equal FLOPs", experts.dense, experts.initialise(d, chosen * ff, 0, key=keys[3])),
+        ("dense, equal FLOPs", experts.dense, experts.initialize(d, chosen * ff, 0, key=keys[3])),
     ]
     if jax.default_backend() == "gpu":
         contestants.append(("tessera, sums in any order", partial(mixture, deterministic=False), routed))

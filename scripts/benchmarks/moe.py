@@ -21,11 +21,11 @@ def rivals(config) -> tuple[dict[str, Callable], dict[str, Callable]]:
     """Name -> function that runs one pass and waits for it: dense and routed layers, and those by ragged_dot."""
     keys = jax.random.split(jax.random.key(0), 4)
     x_ND = jax.random.normal(keys[0], (config.tokens, config.width))
-    dense = experts.initialise(config.width, config.k * config.ff, 0, key=keys[1])
+    dense = experts.initialize(config.width, config.k * config.ff, 0, key=keys[1])
     found = both(f"dense, {config.k * config.ff} wide", lambda p, x: experts.dense(p, x), (dense, x_ND))
     slow: dict[str, Callable] = {}
     for e in config.experts:
-        params = experts.initialise(config.width, config.ff, e, key=keys[2])
+        params = experts.initialize(config.width, config.ff, e, key=keys[2])
         params |= {"router": jax.random.normal(keys[3], (config.width, e)) * config.width**-0.5}
         found |= both(f"{e} experts", partial(routed, k=config.k), (params, x_ND))
         if e in config.ragged:

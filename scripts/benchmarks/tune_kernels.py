@@ -24,7 +24,7 @@ _OUT = flags.DEFINE_string("out", "", "File to write instead of the table inside
 
 
 def candidates(default) -> list:
-    """All combinations of the flags' values in the fields of the implementation's own tiling."""
+    """All combinations of the flags' values in the fields of the backend's own tiling."""
     values = {
         name: [int(v) for v in flag.value] for name, flag in (("rows", _ROWS), ("inner", _INNER), ("cols", _COLS))
     }
@@ -39,20 +39,20 @@ def main(argv) -> None:
     """Time every candidate for every shape, in turns, and keep the quickest of each kernel."""
     del argv
     from moe.kernels import block_sparse_matmul, block_structure, grouped_matmul, to_blocks
-    from moe.kernels.implementations import IMPLEMENTATIONS, choose
+    from moe.kernels.implementations import BACKENDS, choose
     from moe.kernels.tiling import TABLES, slug
     from scripts.benchmarks.kernel_rivals import ours, products, uneven_sizes
     from scripts.benchmarks.timing import take_turns
 
     def _grouped(sizes, x, w, tiling):
-        return grouped_matmul(x, w, sizes, tiling=tiling, implementation=ours())
+        return grouped_matmul(x, w, sizes, tiling=tiling, backend=ours())
 
     def _blocks(structure, x, b, tiling):
-        return block_sparse_matmul(x, b, structure, tiling=tiling, implementation=ours())
+        return block_sparse_matmul(x, b, structure, tiling=tiling, backend=ours())
 
     config = _CONFIG.value
     found: list[dict] = []
-    defaults = importlib.import_module(IMPLEMENTATIONS[choose(ours())].module).TILINGS
+    defaults = importlib.import_module(BACKENDS[choose(ours())].module).TILINGS
 
     def tune(kernel, product, call, x, w, dy, *, rows_per_group):
         row = {"kernel": kernel, "rows_per_group": rows_per_group, "k": x.shape[1], "n": dy.shape[1]}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from moe import losses
-from moe.experts import apply, dense, mixture
+from moe.experts import dense, expert_ffn, mixture
 from moe.gate import gate
 from moe.layer import Kernels, MoEConfig, Router, serving
 from moe.parallel import all_to_all
@@ -34,7 +34,7 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
     wrong = {
         f"router.name={config.router.name!r} (choose one of {', '.join(ROUTERS)})": config.router.name not in ROUTERS,
         f"router.jitter={config.router.jitter}": config.router.jitter,
-        "mixture.implementation='capacity' (choose 'auto')": config.mixture.implementation == "capacity",
+        "mixture.dispatch='capacity' (choose 'dropless')": config.mixture.dispatch == "capacity",
         f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
         f"importance={config.importance}": config.importance,
         f"load={config.load}": config.load,
@@ -102,13 +102,15 @@ class SplitMoE(nn.Module):
         with jax.named_scope("route"):
             tokens_N = None if tokens_BT is None else tokens_BT.reshape(b * t)
             routing = gate(Router(c.router, self.width, name="router")(), x_ND, c.router, tokens_N=tokens_N)
-        ahead: Any = {"implementation": "tpu"} if self.platform == "tpu" else {}
+        backend = c.mixture.backend
+        if self.platform == "tpu" and backend == "auto":  # compiled ahead of time, perhaps on another platform
+            backend = "tpu"
         with jax.named_scope("experts"):
             if ep is None:
-                y_ND = mixture(params, x_ND, routing, replace(serving(c.mixture), **ahead))[0]
+                y_ND = mixture(params, x_ND, routing, replace(serving(c.mixture), backend=backend))[0]
             else:
                 exchange: Any = {"tpu": "ragged", "gpu": "ragged", "cpu": "padded"}.get(self.platform, "auto")
-                run = partial(apply, params, activation=activation, **ahead)
+                run = partial(expert_ffn, params, activation=activation, backend=backend)
                 y_ND = all_to_all(x_ND, routing, run, ep, exchange=exchange)
         if c.shared:
             with jax.named_scope("shared"):

@@ -107,7 +107,7 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     moe, router = config.moe, config.moe.router
     plain = moe.every == 1 and not moe.shared and not moe.biases and moe.mixture.activation == "swiglu"
     weights = router.name == "top_k" and router.softmax == "after" and router.scale == 1
-    if routed and not (plain and weights and moe.mixture.implementation != "capacity"):
+    if routed and not (plain and weights and moe.mixture.dispatch != "capacity"):
         raise NotConvertible(
             "Mixtral has SwiGLU experts in every layer, weighted by a softmax over the chosen ones, without shared "
             "experts, biases or capacity; this model's moe differs"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.experts import MixtureConfig
-from moe.gate import ROUTERS, RouterConfig
+from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.layer import MoE, MoEConfig
 
 B, T, D, F, E = 2, 6, 8, 12, 4
@@ -60,6 +60,16 @@ def test_every_router_in_a_layer(router):
         assert (jnp.abs(leaf).max() > 0) == (name != "router/bias"), name
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_declares_what_it_uses(name):
+    """Each in the table runs with the parameters it declares, and says whether it looks ahead in decoding."""
+    c = RouterConfig(name, E, 1 if name in ("switch", "base") else 2, groups=2)
+    params = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in parameter_shapes(c, D).items()}
+    routing = jax.eval_shape(lambda p: gate(p, X[0], c, tokens_N=TOKENS[0]), params)
+    assert routing.experts_NK.shape[0] == T and routing.num_experts == E
+    assert routing.causal == c.causal == ROUTERS[name].causal
+
+
 def test_experts_start_like_so_many_dense_layers():
     model = MoE(MoEConfig(router=RouterConfig("top_k", 8, 2), biases=True), 64, 96, 0.5, 0.25)
     params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2, 64)))["params"]["experts"]
@@ -75,7 +85,7 @@ def test_experts_start_like_so_many_dense_layers():
 )
 def test_a_token_decoded_alone_is_the_one_in_the_whole_text(router):
     """Even where training has a capacity that drops half of the choices."""
-    small = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    small = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
     model, params = make(config(router, mixture=small), causal=True)
     forward = jax.jit(lambda x, tokens: model.apply({"params": params}, x, None, tokens))
     whole = forward(X, TOKENS)
@@ -124,6 +134,7 @@ def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):
         (lambda: RouterConfig(experts=6, groups=4), "groups must divide"),
         (lambda: RouterConfig(slots=0), "slots=0"),
         (lambda: RouterConfig(softmax="middle"), "softmax='middle'"),
+        (lambda: gate({}, X[0], RouterConfig("hash", E, 1)), "pass tokens_N= to moe.gate.gate, or tokens_BT to MoE"),
     ],
 )
 def test_what_cannot_be_is_refused(make_config, message):

@@ -9,7 +9,7 @@ from moe.layer import MoE, MoEConfig
 from moe.upcycle import dare, merge, slerp, ties, upcycle
 
 D, F, E = 6, 10, 4
-DENSE = {name: {"kernel": leaf} for name, leaf in experts.initialise(D, F, 0, key=jax.random.key(0)).items()}
+DENSE = {name: {"kernel": leaf} for name, leaf in experts.initialize(D, F, 0, key=jax.random.key(0)).items()}
 X = jax.random.normal(jax.random.key(1), (2, 5, D))
 
 

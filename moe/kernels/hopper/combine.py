@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe.kernels.hopper.gather import spread
 from moe.kernels.hopper.ring import chunk
 from moe.kernels.hopper.store import SLOTS
-from moe.kernels.implementations import zeros
 from moe.kernels.spec import GroupedOperands, GroupedSpec
 
 # Row numbers that a warpgroup reads at a time: one for each of its threads, at least.
@@ -98,36 +97,3 @@ def _sent():
     """Each warp, for the copies that it began: the slot of the chunk to come, the one before this, has been read."""
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-
-
-def behind(rows_MN: jax.Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
-    """Sums of each token's weighted rows, in the order of the rows; rows past the sum of the sizes are zero already.
-
-    No atomic additions, as a scatter would make them. Where every token has the same number of rows, as in dropless
-    routing, they are gathered and summed; else the tokens' first rows are added, then their second, and so on.
-    """
-    m, t = rows_MN.shape[0], spec.num_tokens
-    order_M = jnp.argsort(tokens_M, stable=True)
-    starts_T = jnp.searchsorted(tokens_M[order_M], jnp.arange(t)).astype(jnp.int32)
-    counts_T = jnp.diff(starts_T, append=m)
-
-    def picked(row):
-        weights = 1.0 if weights_M is None else weights_M[row][..., None]
-        return rows_MN[row].astype(jnp.float32) * weights
-
-    def one_by_one():
-        def add(rank, out_TN):
-            row_T = order_M[jnp.minimum(starts_T + rank, m - 1)]
-            return out_TN + jnp.where((rank < counts_T)[:, None], picked(row_T), 0)
-
-        out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
-        return lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
-
-    each, rest = divmod(m, t)
-    if rest or not each:
-        return one_by_one().astype(spec.out_dtype)
-
-    def at_once():
-        return jnp.sum(picked(order_M.reshape(t, each)), axis=1)
-
-    return lax.cond(jnp.all(counts_T == each), at_once, one_by_one).astype(spec.out_dtype)

@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels.epilogue import swiglu
 from moe.kernels.hopper import combine as gpu_combine
 from moe.kernels.hopper import gather as gpu_gather
 from moe.kernels.hopper import ring as gpu_ring
@@ -23,7 +22,7 @@ from moe.kernels.hopper import store, widen
 from moe.kernels.hopper.ring import ALIGN, Ring, Tile
 from moe.kernels.implementations import vary
 from moe.kernels.metadata import matmul_steps
-from moe.kernels.spec import GroupedOperands, GroupedSpec
+from moe.kernels.spec import GroupedOperands, GroupedSpec, swiglu
 
 CONSUMERS = 2
 # Pairs of column tiles that run side by side, so that their row tiles of x are read from L2.

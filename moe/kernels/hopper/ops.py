@@ -11,13 +11,13 @@ What the kernels do not do is done around them, and said in the log once:
 """
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
 from moe.kernels.implementations import OLDEST_MOSAIC_GPU, hopper
+from moe.kernels.quantize import dequantize
 from moe.kernels.spec import (
     BlockOperands,
     BlockSpec,
@@ -45,7 +45,6 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
     if not _runs("grouped", operands.x, interpret):
         return ops.grouped(operands, replace(spec, tiling=ops.TILINGS["grouped"]))
-    from moe.kernels.hopper import combine as gpu_combine
     from moe.kernels.hopper import grouped as gpu_grouped
     from moe.kernels.hopper import ring, widen
 
@@ -53,7 +52,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     x, rows, w, scales = operands.x, operands.rows, operands.w, operands.scales
     if scales and not widen.supported(w[0].dtype, w[0].shape[1], scales[0].shape[1], spec.tiling.inner):
         logging.log_first_n(logging.WARNING, "gpu: %s weights are widened to %s first", 1, w[0].dtype, x.dtype)
-        w = tuple(_widen(each, scale, x.dtype) for each, scale in zip(w, scales, strict=True))
+        w = tuple(dequantize(each, scale, x.dtype) for each, scale in zip(w, scales, strict=True))
         scales = ()
     columns = w[0].shape[1 if spec.transpose else 2]
     plain = operands._replace(
@@ -68,7 +67,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
         return outs[0][:, :columns].astype(spec.out_dtype)
     outs = tuple(out[:rows, :columns] for out in outs)
     if behind:
-        return gpu_combine.behind(outs[0], operands.tokens, operands.weights, spec)
+        return ops.combine(outs[0], operands.tokens, operands.weights, spec)
     return outs if spec.keep else outs[0]
 
 
@@ -137,15 +136,15 @@ def _runs(kernel: str, x: jax.Array, interpret: bool) -> bool:
     """
     if jax.__version_info__ < OLDEST_MOSAIC_GPU:
         raise ValueError(
-            f"implementation='gpu{'_interpret' if interpret else ''}' needs JAX 0.11 or newer (Python 3.12), this is "
-            f"{jax.__version__}: use implementation='auto' or 'cpu' (plain JAX, runs anywhere)"
+            f"backend='gpu{'_interpret' if interpret else ''}' needs JAX 0.11 or newer (Python 3.12), this is "
+            f"{jax.__version__}: use backend='auto' or 'xla' (plain JAX, runs anywhere)"
         )
     abstract, device = jax.sharding.get_abstract_mesh().abstract_device, jax.devices()[0]
     here = abstract is None or abstract.device_kind == device.device_kind
     if not interpret and here and jax.default_backend() == "gpu" and not hopper():
         raise ValueError(
-            f"implementation='gpu' runs on compute capability 9.0 (H100, H200), and this is {device.device_kind} with "
-            f"{device.compute_capability}: use implementation='auto' or 'cpu' (plain JAX, runs anywhere)"
+            f"backend='gpu' runs on compute capability 9.0 (H100, H200), and this is {device.device_kind} with "
+            f"{device.compute_capability}: use backend='auto' or 'xla' (plain JAX, runs anywhere)"
         )
     taken = x.dtype.name in DTYPES and x.shape[0] >= 8
     if not taken:
@@ -158,9 +157,3 @@ def _pad(x: jax.Array, rows: int, cols: int) -> jax.Array:
     """Zeros behind the last two axes, up to multiples."""
     extra = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % rows), (0, -x.shape[-1] % cols)]
     return jnp.pad(x, extra) if any(after for _, after in extra) else x
-
-
-def _widen(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
-    groups, k, n = values.shape
-    shares = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
-    return (shares * scales[:, :, None]).reshape(groups, k, n).astype(dtype)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe.kernels.epilogue import swiglu
 from moe.kernels.implementations import struct
 from moe.kernels.metadata import matmul_steps
-from moe.kernels.spec import GroupedOperands, GroupedSpec
+from moe.kernels.quantize import dequantize
+from moe.kernels.spec import GroupedOperands, GroupedSpec, swiglu
 from moe.kernels.tpu import gather
 from moe.kernels.tpu.tiles import LANES, LARGE, SUBLANES, Tiles, fit, round_up, split
 
@@ -36,7 +36,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
     shares = operands.scales[0].shape[1] if operands.scales else 1
     if operands.scales and (tiles.inner // shares) % tiles.k and shares > 1:
         # Shares of K narrower than the lanes: no tile of x fits one, so the weight is widened first.
-        w = tuple(_widen(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
+        w = tuple(dequantize(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
         return grouped(operands._replace(w=w, scales=()), spec, interpret=interpret)
     if operands.gather is not None and not gather.fits(operands.x, tiles):
         operands = operands._replace(x=operands.x[operands.gather], gather=None)
@@ -75,12 +75,6 @@ def _tiles(operands, spec):
 def _combine_fits(spec, tiles):
     # Two buffers of float32.
     return 8 * spec.num_tokens * round_up(tiles.n, LANES) <= LARGE // 2
-
-
-def _widen(values, scales, dtype):
-    groups, k, n = values.shape
-    shares = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
-    return (shares * scales[:, :, None]).reshape(groups, k, n).astype(dtype)
 
 
 def _combine_rows(rows_MN, operands, spec):

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe.kernels.epilogue import swiglu, swiglu_gradient
 from moe.kernels.implementations import align, tiling, zeros
 from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
+from moe.kernels.spec import swiglu, swiglu_gradient
 from moe.kernels.xla.ops import _by_height, _rows, _slice, _working, _write
 
 
@@ -57,7 +57,7 @@ def mixture(
     """
     groups, d, f = gate_GDF.shape
     rows = tokens_M.shape[0]
-    found = tiling("grouped", "cpu", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)
+    found = tiling("grouped", "xla", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)
     operands = Mixture(x_TD, gate_GDF, up_GDF, down_GFD, sizes_G, tokens_M, weights_M)
     return _mixture(min(tile or found.rows, rows), align(operands))
 

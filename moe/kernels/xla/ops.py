@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe.kernels.epilogue import swiglu
 from moe.kernels.implementations import zeros
 from moe.kernels.metadata import contraction_steps, matmul_steps
 from moe.kernels.spec import (
@@ -23,6 +22,7 @@ from moe.kernels.spec import (
     ContractionSpec,
     GroupedOperands,
     GroupedSpec,
+    swiglu,
 )
 from moe.kernels.tiling import Tiling
 
@@ -120,6 +120,39 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
         return out_GKN.at[g].set(sum_KN.astype(spec.out_dtype))
 
     return jax.lax.fori_loop(0, shape[0], group, zeros(shape, spec.out_dtype, operands.x))
+
+
+def combine(rows_MN: Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
+    """Sums of each token's weighted rows, in the order of the rows; rows past the sum of the sizes are zero already.
+
+    No atomic additions, as a scatter would make them. Where every token has the same number of rows, as in dropless
+    routing, they are gathered and summed; else the tokens' first rows are added, then their second, and so on.
+    """
+    m, t = rows_MN.shape[0], spec.num_tokens
+    order_M = jnp.argsort(tokens_M, stable=True)
+    starts_T = jnp.searchsorted(tokens_M[order_M], jnp.arange(t)).astype(jnp.int32)
+    counts_T = jnp.diff(starts_T, append=m)
+
+    def picked(row):
+        weights = 1.0 if weights_M is None else weights_M[row][..., None]
+        return rows_MN[row].astype(jnp.float32) * weights
+
+    def one_by_one():
+        def add(rank, out_TN):
+            row_T = order_M[jnp.minimum(starts_T + rank, m - 1)]
+            return out_TN + jnp.where((rank < counts_T)[:, None], picked(row_T), 0)
+
+        out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
+        return jax.lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
+
+    each, rest = divmod(m, t)
+    if rest or not each:
+        return one_by_one().astype(spec.out_dtype)
+
+    def at_once():
+        return jnp.sum(picked(order_M.reshape(t, each)), axis=1)
+
+    return jax.lax.cond(jnp.all(counts_T == each), at_once, one_by_one).astype(spec.out_dtype)
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):

@@ -83,7 +83,7 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
 
 def test_greedy_tokens_of_single_texts_are_the_teacher_forced_ones():
     """Decoded row by row, token by token, with a capacity in training that drops choices and none in decoding."""
-    capacity = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    capacity = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
     model, params = make(moe=MoEConfig(router=RouterConfig("switch", 4, 1), mixture=capacity), layers=2)
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
     texts, logits = [], []
