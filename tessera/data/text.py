@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pooch
 from jaxtyping import Integer
 
-from tessera.data.download import Remote, fetch
+from tessera.data.download import Remote, cache_dir, fetch
 from tessera.data.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer
 
 TINYSHAKESPEARE = Remote(
@@ -33,7 +32,7 @@ class TextConfig:
         "tinyshakespeare", a path, or a glob ("books/**/*.txt") of UTF-8 files.
       dir: directory that a relative path or glob starts from, or that holds tinyshakespeare.txt ("": working directory
         and the user's cache directory).
-      tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `text`).
+      tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `data`).
       vocab_size: 256 for bytes; tokens to learn for bpe, from 256 up.
       max_bytes: at most so much text over all splits, each keeping its share; 0 is all.
       validation: share of the files (of the text, if it is a single file) held out for validation.
@@ -86,7 +85,7 @@ def load_text(config: TextConfig) -> TextSplits:
     Raises:
       ValueError: a name that matches no file, a file that is not UTF-8, or a split without text.
       DataUnavailable: tinyshakespeare, if it is neither on disk nor downloadable.
-      ImportError: tokenizer "bpe" without the extra `text`.
+      ImportError: tokenizer "bpe" without the extra `data`.
     """
     splits = _split(_documents(config), config)
     for name, documents in splits.items():
@@ -123,7 +122,7 @@ def _tokens(tokenizer: Tokenizer, documents: Sequence[bytes]) -> np.ndarray:
 
 
 def _trained_bpe(documents: Sequence[bytes], content_hash: str, vocab_size: int) -> BPETokenizer:
-    path = Path(pooch.os_cache("tessera")) / "tokenizers" / f"bpe-{vocab_size}-{content_hash[:32]}.json"
+    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{content_hash[:32]}.json"
     if path.exists():
         return BPETokenizer.load(path)
     tokenizer = BPETokenizer.train([document.decode() for document in documents], vocab_size)

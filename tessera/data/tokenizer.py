@@ -109,5 +109,5 @@ def _import_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("tokenizer 'bpe' needs the extra `text`: pip install 'tessera-jax[text]'") from error
+        raise ImportError("tokenizer 'bpe' needs the extra `data`: pip install 'tessera-jax[data]'") from error
     return tokenizers

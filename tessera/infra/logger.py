@@ -42,6 +42,8 @@ class Logger:
         self._writer: Any = None
         self._run: Any = None
         self._files: dict[str, Any] = {}
+        if self._tensorboard:
+            self._new_writer = _summary_writer()
         if self._wandb:
             self._run = _start_wandb(self.workdir)
         if active:
@@ -60,10 +62,8 @@ class Logger:
         file.flush()
         if self._tensorboard:
             if self._writer is None:
-                from tensorboardX import SummaryWriter
-
                 purge = {} if self._purge is None else {"purge_step": self._purge}
-                self._writer = SummaryWriter(str(self.workdir / "tensorboard"), **purge)
+                self._writer = self._new_writer(str(self.workdir / "tensorboard"), **purge)
             for key, value in values.items():
                 if not isinstance(value, list):  # lists are for the report
                     self._writer.add_scalar(f"{kind}/{key}", value, step)
@@ -130,12 +130,23 @@ def _safe(value: Any) -> Any:
     return value if math.isfinite(value) else str(value)
 
 
+def _summary_writer() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "logging to TensorBoard needs the extra `tensorboard`: pip install 'tessera-jax[tensorboard]' "
+            "(or log.tensorboard=False)"
+        ) from error
+    return SummaryWriter
+
+
 def _start_wandb(workdir: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ImportError(
-            "logging to Weights & Biases needs the extra: pip install 'tessera-jax[wandb]' (or log.wandb=False)"
+            "logging to Weights & Biases needs the extra `wandb`: pip install 'tessera-jax[wandb]' (or log.wandb=False)"
         ) from error
     # One workdir is one run there too: a resumed run goes on in the same curves.
     return wandb.init(project="tessera", id=workdir.resolve().name, name=workdir.name, dir=str(workdir), resume="allow")

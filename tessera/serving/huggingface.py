@@ -157,7 +157,7 @@ def load_directory(
     Raises:
       FileNotFoundError: no config or no safetensors.
       NotConvertible: another architecture, or tensors missing or of other shapes.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     config = read_config(directory)
     read = _reader(Path(directory))
@@ -193,7 +193,7 @@ def save_directory(
     Raises:
       ForeignFiles: the directory holds anything else; nothing in it is touched.
       NotConvertible: a model that is neither Llama nor Mixtral.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     save_file = _safetensors().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
@@ -367,9 +367,7 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(
-            "Hugging Face directories need the extra `export`: pip install 'tessera-jax[export]'"
-        ) from error
+        raise ImportError("Hugging Face directories need the extra `hf`: pip install 'tessera-jax[hf]'") from error
     return safetensors
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 from jaxtyping import PyTree
 
 from lottery import export
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
+from tessera.data.download import cache_dir
 from tessera.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig
@@ -146,7 +146,7 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     data: dict[str, Any] = settings.get("data") or {}
     if data.get("tokenizer") == "bpe":
         name = f"bpe-{data['vocab_size']}-{settings['data_sha256'][:32]}.json"
-        kept = Path(pooch.os_cache("tessera")) / "tokenizers" / name
+        kept = cache_dir() / "tokenizers" / name
         if not kept.exists():
             raise FileNotFoundError(f"the run's tokenizer {kept} is gone; give its file as tokenizer")
         return BPETokenizer.load(kept)

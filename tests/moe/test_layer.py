@@ -115,33 +115,10 @@ def test_padding_comes_out_as_zeros():
     np.testing.assert_allclose(y[0, :4], apply({"params": params}, X)[0, :4], rtol=1e-5, atol=1e-6)
 
 
-def test_top_k_equals_mixtrals_block_in_hugging_face_transformers():
-    torch = pytest.importorskip("torch")
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    theirs_config = mixtral.MixtralConfig(
-        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2, router_jitter_noise=0.0
-    )
-    block = mixtral.MixtralSparseMoeBlock(theirs_config).eval()
-    with torch.no_grad():
-        for i, parameter in enumerate(block.parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.5)
-        theirs = block(torch.tensor(np.array(X)))
-        theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).numpy()
-    experts = from_mixtral({name: leaf.detach().numpy() for name, leaf in block.named_parameters()})
-    model = MoE(config(), D, F)
-    ours = jax.jit(model.apply)({"params": experts}, X)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def from_mixtral(theirs):
-    """Parameters of `MoE` from the block's, which are stored in one of two ways by version (outputs first in both)."""
-    if "experts.gate_up_proj" in theirs:
-        gate, up = np.split(theirs["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=-1)
-        down = theirs["experts.down_proj"].swapaxes(1, 2)
-    else:
-        gate, down, up = (np.stack([theirs[f"experts.{e}.{w}.weight"].T for e in range(E)]) for w in ("w1", "w2", "w3"))
-    experts = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": down}}
-    return {"router": {"kernel": theirs["gate.weight"].T}, "experts": experts}
+def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):
+    case = jax.tree.map(jnp.asarray, golden("mixtral"))
+    ours = jax.jit(MoE(config(), D, F).apply)({"params": case["params"]}, case["x"])
+    np.testing.assert_allclose(ours, case["out"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ def test_ties_by_hand():
     np.testing.assert_allclose(ties(deltas, 0.5), [[-3.0, -2.0, 0.0, 3.0]])
 
 
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_ties_is_pefts(density, golden):
+    case = golden("merging")["ties"][f"{density:g}"]
+    np.testing.assert_allclose(ties(jnp.asarray(case["deltas"]), density), case["merged"], rtol=1e-5, atol=1e-6)
+
+
 def test_dare_keeps_a_share_and_the_mean():
     deltas = jnp.ones((3, 100, 100))
     found = np.asarray(dare(deltas, 0.25, key=jax.random.key(0)))

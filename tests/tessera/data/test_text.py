@@ -15,7 +15,7 @@ from tessera.data.text import TextConfig, load_text
 def cache(tmp_path, monkeypatch):
     """A cache directory of the test's own."""
     folder = tmp_path / "cache"
-    monkeypatch.setattr("pooch.os_cache", lambda name: folder / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
 
 

@@ -84,5 +84,5 @@ def test_bpe_without_the_package_names_the_extra(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ImportError, match=r"extra `text`: pip install 'tessera-jax\[text\]'"):
+    with pytest.raises(ImportError, match=r"extra `data`: pip install 'tessera-jax\[data\]'"):
         BPETokenizer.train(["a"], 256)

@@ -36,23 +36,13 @@ def test_initial_kernels_are_untruncated_glorot_normals_and_biases_zero():
     assert (np.abs(z) < 1).mean() == pytest.approx(0.6827, abs=0.005)
 
 
-def test_forward_and_gradients_are_torchs():
-    torch = pytest.importorskip("torch")
-    model, params, images = make(MLPConfig(hidden=(9, 5), classes=3), (4, 3, 3, 1))
-    grads = jax.grad(lambda p: (model.apply({"params": p}, images) ** 2).sum())(params)
-    layers = []
-    for name in ("dense0", "dense1", "output"):
-        linear = torch.nn.Linear(*params[name]["kernel"].shape)
-        linear.weight.data = torch.tensor(np.asarray(params[name]["kernel"]).T.copy())
-        linear.bias.data = torch.tensor(np.asarray(params[name]["bias"]))
-        layers += [linear, torch.nn.ReLU()]
-    net = torch.nn.Sequential(torch.nn.Flatten(), *layers[:-1])
-    theirs = net(torch.tensor(np.asarray(images)))
-    np.testing.assert_allclose(model.apply({"params": params}, images), theirs.detach(), rtol=1e-5, atol=1e-6)
-    (theirs**2).sum().backward()
-    for name, linear in zip(grads, (net[1], net[3], net[5]), strict=True):
-        np.testing.assert_allclose(grads[name]["kernel"], linear.weight.grad.T, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(grads[name]["bias"], linear.bias.grad, rtol=1e-5, atol=1e-6)
+def test_forward_and_gradients_are_torchs(golden):
+    case = jax.tree.map(jnp.asarray, golden("lenet"))
+    model, params, _ = make(MLPConfig(hidden=(9, 5), classes=3), case["images"].shape)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, case["params"])
+    np.testing.assert_allclose(model.apply({"params": case["params"]}, case["images"]), case["out"], 1e-5, 1e-6)
+    grads = jax.grad(lambda p: (model.apply({"params": p}, case["images"]) ** 2).sum())(case["params"])
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, 1e-5, 1e-6), grads, case["gradients"])
 
 
 def test_images_and_flat_features_are_the_same():

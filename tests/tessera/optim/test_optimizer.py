@@ -109,35 +109,25 @@ def test_a_config_is_the_optax_call_it_stands_for(config, reference):
     assert_same(train(make_optimizer(config), 30)[0], train(optax.with_extra_args_support(reference), 30)[0])
 
 
-TORCH = [
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, OptimizerConfig("momentum", 0.1)),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, OptimizerConfig("nesterov", 0.1)),
-    ("Adam", {"lr": 0.01, "weight_decay": 0.01}, OptimizerConfig("adam", 0.01)),
-    ("AdamW", {"lr": 0.01, "weight_decay": 0.01}, OptimizerConfig("adamw", 0.01)),
-    ("Adagrad", {"lr": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1}, OptimizerConfig("adagrad", 0.1)),
-    (
-        "RMSprop",
-        {"lr": 0.01, "weight_decay": 0.01, "alpha": 0.9},
-        OptimizerConfig("rmsprop", 0.01, options=(("eps_in_sqrt", False),)),
-    ),
-    ("Adamax", {"lr": 0.01, "weight_decay": 0.0}, OptimizerConfig("adamax", 0.01)),
-]
+# The settings that `tests/golden/make.py` gives to torch.
+TORCH = {
+    "momentum": OptimizerConfig("momentum", 0.1),
+    "nesterov": OptimizerConfig("nesterov", 0.1),
+    "adam": OptimizerConfig("adam", 0.01),
+    "adamw": OptimizerConfig("adamw", 0.01),
+    "adagrad": OptimizerConfig("adagrad", 0.1),
+    "rmsprop": OptimizerConfig("rmsprop", 0.01, options=(("eps_in_sqrt", False),)),
+    "adamax": OptimizerConfig("adamax", 0.01),
+}
 
 
-@pytest.mark.parametrize(("name", "keywords", "config"), TORCH, ids=[row[0] for row in TORCH])
-def test_updates_are_torchs(name, keywords, config):
-    torch = pytest.importorskip("torch")
-    config = replace(config, weight_decay=keywords["weight_decay"], decay_mask="all")
-    ours = train(make_optimizer(config), 25)[0]
-    leaves = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), PARAMS)
-    optimizer = getattr(torch.optim, name)(jax.tree.leaves(leaves), **keywords)
-    x, y = (torch.tensor(np.asarray(array, np.float64)) for array in (X, Y))
-    for _ in range(25):
-        optimizer.zero_grad()
-        hidden = torch.tanh(x @ leaves["dense"]["kernel"] + leaves["dense"]["bias"])
-        ((hidden @ leaves["output"]["kernel"] + leaves["output"]["bias"] - y) ** 2).mean().backward()
-        optimizer.step()
-    assert_same(ours, jax.tree.map(lambda leaf: leaf.detach().numpy(), leaves), rtol=2e-4, atol=2e-6)
+@pytest.mark.parametrize("name", TORCH)
+def test_updates_are_torchs(name, golden):
+    case = golden("optimizers")
+    config = replace(TORCH[name], weight_decay=0.0 if name == "adamax" else 0.01, decay_mask="all")
+    x, y, params = jax.tree.map(jnp.asarray, (case["x"], case["y"], case["params"]))
+    ours = train(make_optimizer(config), 25, lambda p: loss_fn(p, x, y), params)[0]
+    assert_same(ours, case["after"][name], rtol=2e-4, atol=2e-6)
 
 
 def test_sam_descends_with_the_gradient_at_the_worst_near_point():
