@@ -14,7 +14,7 @@ import pytest
 from sharding.multihost.distributed import Cluster, DistributedError, Limits, detect
 from sharding.multihost.rendezvous import Missing, roll_call
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_JOB_ID": "4099", "SLURM_LOCALID": "1"}
 
 CASES = {
