@@ -1,4 +1,4 @@
-"""Which learning rate and batch size: the gradient noise scale, the trade of steps for examples, a surface over both.
+"""Which learning rate and batch size: the gradient noise scale, and a surface over both.
 
 McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training"; the surface is quadratic in the
 logarithms of learning rate and batch, as sweeps of both have been found near their optimum (Bi et al. 2024, section 3).
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import least_squares
 
 from scaling.isoflop import power_fit
 from scaling.sweeps.plan import Rule
@@ -52,43 +51,6 @@ def critical_batch(
     drawn = np.where(below > 0, noise[which].mean(1) / np.where(below > 0, below, 1.0), np.inf)
     low, high = (float(np.quantile(drawn, q, method="lower")) for q in (0.5 - level / 2, 0.5 + level / 2))
     return CriticalBatch(estimate, low, high, len(signal))
-
-
-class Trade(NamedTuple):
-    """Steps against examples to one loss: least steps, least examples, and the batch where both are twice that."""
-
-    steps: float
-    examples: float
-
-    @property
-    def batch(self) -> float:
-        """The critical batch size, examples / steps (equation 2.12)."""
-        return self.examples / self.steps
-
-    def steps_at(self, batch: float) -> float:
-        """Steps needed with a batch."""
-        return self.steps * (1 + self.batch / batch)
-
-
-def fit_trade(batch: Float[np.ndarray, "R"], steps: Float[np.ndarray, "R"]) -> Trade:
-    """Fit (S / S_min - 1)(E / E_min - 1) = 1 with E = B S (equation 2.11), least squares of log steps.
-
-    Args:
-      batch: examples per step of each run.
-      steps: it needed to reach the loss, the same for all.
-
-    Raises:
-      ValueError: fewer than two batch sizes, or values that are not positive.
-    """
-    if len(np.unique(batch)) < 2 or min(*batch, *steps) <= 0:
-        raise ValueError("at least two different batch sizes, and positive batches and steps, are needed")
-
-    def residual(raw: np.ndarray) -> np.ndarray:
-        return np.logaddexp(raw[0], raw[1] - np.log(batch)) - np.log(steps)
-
-    start = np.log([steps.min(), (batch * steps).min()])
-    found = least_squares(residual, start, xtol=1e-12, ftol=1e-12).x
-    return Trade(float(np.exp(found[0])), float(np.exp(found[1])))
 
 
 class Surface(NamedTuple):

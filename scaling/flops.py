@@ -178,12 +178,3 @@ CHINCHILLA_MODELS: Mapping[str, tuple[Shape, float]] = {
     name: (Shape(*sizes[:5], vocab=32_000, length=2_048, relative_positions=True), sizes[5])
     for name, sizes in _SIX.items()
 }
-
-
-def ratio_to_6nd(shape: Shape, *, embedding: bool, logits: bool) -> float:
-    """FLOPs after appendix F over 6 N D with N all parameters.
-
-    The published table is met, to its two digits, without embedding and logits in the FLOPs but with the embedding and
-    the relative-position projections in N.
-    """
-    return appendix_f(shape, embedding=embedding, logits=logits) / (6 * parameters(shape).total * shape.length)

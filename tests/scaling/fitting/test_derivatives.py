@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling.fitting.cholesky import cholesky_solve
 from scaling.fitting.derivatives import Terms, by_autodiff, by_terms, lower
 from scaling.fitting.newton_fast import ByShares, floor_of
 from scaling.laws import gather_feature
@@ -69,21 +68,6 @@ def test_derivatives_are_those_of_the_objective():
         np.testing.assert_allclose(here.gradient[j], slope, rtol=1e-6, atol=1e-8)
         bend = (moved[0].gradient[i] - moved[1].gradient[i]) / (2 * step)
         np.testing.assert_allclose(here.curvature[k], bend, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
-def test_cholesky_against_numpys_solver(xp):
-    rng = np.random.default_rng(0)
-    half = rng.normal(size=(6, 5, 7))
-    whole = np.einsum("ris,rjs->ijs", half, half)
-    right = rng.normal(size=(5, 7))
-    whole[:, :, 3] *= -1.0
-    with jax.enable_x64(True):
-        matrix = {(i, j): xp.asarray(whole[i, j]) for i, j in lower(5)}
-        found, fine = cholesky_solve(matrix, xp.asarray(right), xp)
-    np.testing.assert_array_equal(fine, np.arange(7) != 3)
-    for s in np.flatnonzero(np.arange(7) != 3):
-        np.testing.assert_allclose(found[:, s], np.linalg.solve(whole[:, :, s], right[:, s]), rtol=1e-9)
 
 
 @pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY], ids=lambda law: law.name)

@@ -17,7 +17,7 @@ from scaling.sweeps.executors import EngineConfig, Local, make_engine
 from scaling.sweeps.store import Store
 from scaling.sweeps.sweep import RunFailed, Status, SweepConfig, sweep, table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAST = SweepConfig(poll=0.01)
 
 
@@ -160,7 +160,7 @@ def test_rows_with_other_columns_are_refused():
 
 # --- processes and kills
 
-TOY = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+TOY = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "scaling")])}
 
 
 def start(directory, *more):
