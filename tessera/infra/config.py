@@ -175,11 +175,11 @@ class Invocation:
 
 # Flags of a run on several hosts, with their defaults and what they say; see `sharding.multihost.distributed`.
 HOSTS: dict[str, tuple[Any, str]] = {
-    "coordinator": ("", "host:port of the first process of a run on several hosts."),
+    "coordinator": ("", "host:port of the first process of a run on several hosts; auto: detected by JAX."),
     "processes": (0, "Number of processes of the run."),
     "process": (-1, "Number of this process, from 0."),
     "join_seconds": (300, "How long to wait for all processes to appear."),
-    "silence_seconds": (100, "How long a process may give no sign of life before the others end."),
+    "silence_seconds": (100, "Heartbeat timeout: how long a process may be silent before the others end."),
 }
 
 
