@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scaling.fitting.derivatives import Term
-from scaling.fitting.solve import LogLoss, Model, predict
+from scaling.evaluate import LogLoss, Term, predict
 from scaling.rows import RowError, Rows
 
 
@@ -51,11 +50,6 @@ class Law:
     formula: str = ""
     optional: frozenset[str] = field(default_factory=frozenset)
     terms: tuple[Term, ...] = ()
-
-    @property
-    def model(self) -> Model:
-        """The law as the solver takes it."""
-        return Model(self.log_loss, self.parameters, self.terms)
 
     def starts(self) -> Float[np.ndarray, "P S"]:
         """Every combination of the grid's values."""
@@ -94,7 +88,7 @@ class Law:
         self, theta: Float[np.ndarray, "P S"], features: Mapping[str, Float[np.ndarray, "R 1"]]
     ) -> Float[np.ndarray, "R S"]:
         """Log losses of rows under raw parameters, float64."""
-        return predict(theta, features, self.model)
+        return predict(theta, features, self.log_loss, self.parameters, self.terms)
 
 
 def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, "R"]:
@@ -197,18 +191,18 @@ def custom_law(
     return Law(name, tuple(starts), frozenset(starts), tuple(columns), log_loss, grid, formula=formula)
 
 
-def _kept_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:
+def _free_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:
     """The terms that are left with raw values held, if they are still terms: coefficients of 0, exponents of 0."""
-    kept: list[Term] = []
+    free: list[Term] = []
     for coefficient, factors in law.terms:
         if held.get(coefficient) == -np.inf:
             continue
         if coefficient in held or any(held.get(exponent, 0.0) != 0.0 for exponent, _, _ in factors):
             return ()
-        kept.append((coefficient, tuple(factor for factor in factors if factor[0] not in held)))
-    used = {name for coefficient, factors in kept for name in (coefficient, *(factor[0] for factor in factors))}
+        free.append((coefficient, tuple(factor for factor in factors if factor[0] not in held)))
+    used = {name for coefficient, factors in free for name in (coefficient, *(factor[0] for factor in factors))}
     # A parameter that no term is left for has no closed form of its own.
-    return tuple(kept) if used == set(law.parameters) - set(held) else ()
+    return tuple(free) if used == set(law.parameters) - set(held) else ()
 
 
 def restrict(law: Law, **values: float) -> Law:
@@ -237,5 +231,5 @@ def restrict(law: Law, **values: float) -> Law:
         pairs=tuple(pair for pair in law.pairs if pair[0] in free and pair[1] in free),
         formula=law.formula,
         optional=law.optional,
-        terms=_kept_terms(law, held),
+        terms=_free_terms(law, held),
     )

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling.fitting.derivatives import Terms, by_autodiff, by_terms, lower
-from scaling.fitting.newton_fast import ByShares, floor_of
+from scaling.evaluate import Terms
+from scaling.fitting.derivatives import by_autodiff, by_terms, lower
+from scaling.fitting.newton_fast import NewtonWithFloor, floor_of
 from scaling.laws import gather_feature
 from scaling.published import CHINCHILLA, CURVE, FINE_GRAINED, JOINT, SPARSITY
 from scaling.rows import make_rows
@@ -75,7 +76,7 @@ def test_sums_without_the_floor_give_the_same_curvature(law):
     features, means, target, phi, weights = case(law)
     terms = Terms(law.terms, law.parameters, features, means)
     whole = by_terms(terms, target, DELTA, newton=True)(phi, weights)
-    lean = ByShares(terms, target, DELTA)(phi, weights)
+    lean = NewtonWithFloor(terms, target, DELTA)(phi, weights)
     for found, wanted in zip(lean[:3], whole[:3], strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     diagonal = [k for k, (i, j) in enumerate(lower(terms.size)) if i == j]
@@ -89,7 +90,7 @@ def test_terms_without_a_floor_of_their_own_are_refused():
         terms = Terms(kept, names, features, means)
         assert floor_of(terms) is None
         with pytest.raises(ValueError, match="use by_terms"):
-            ByShares(terms, target, DELTA)
+            NewtonWithFloor(terms, target, DELTA)
 
 
 def test_a_law_whose_terms_overflow_or_vanish_keeps_its_shares():
