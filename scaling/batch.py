@@ -1,4 +1,4 @@
-"""Which learning rate and batch size: the gradient noise scale, and a surface over both.
+"""Learning rate and batch size: the gradient noise scale (critical batch size), and a quadratic surface over both.
 
 McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training"; the surface is quadratic in the
 logarithms of learning rate and batch, as sweeps of both have been found near their optimum (Bi et al. 2024, section 3).
@@ -15,7 +15,7 @@ from scaling.sweeps.plan import Rule
 
 
 class CriticalBatch(NamedTuple):
-    """B_simple = tr(Sigma) / |G|^2 in examples, with the central interval of a bootstrap over the measurements."""
+    """The gradient noise scale B_simple = tr(Sigma) / |G|^2 in examples, with a bootstrap interval."""
 
     examples: float
     low: float
@@ -31,13 +31,25 @@ def critical_batch(
     resamples: int = 1000,
     seed: int = 0,
 ) -> CriticalBatch:
-    """The noise scale of several measurements of |G|^2 and tr(Sigma), averaged before they are divided.
+    """Estimate the gradient noise scale from measurements of |G|^2 and tr(Sigma), averaged before the division.
 
-    Each is unbiased and their ratio is not (appendix A.1); the ends are infinite where resamples have no signal, and
-    NaN for a single measurement.
+    Each is unbiased and their ratio is not (McCandlish et al. 2018, appendix A.1); the interval's ends are infinite
+    where resamples have no signal, and NaN for a single measurement.
+
+    Args:
+      signal: |G|^2.
+      noise: tr(Sigma).
+      level: of the interval.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
 
     Raises:
-      ValueError: no measurements, or no signal: the gradients' mean is lost in their noise.
+      ValueError: no measurements, or a mean signal that is not positive.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> scaling.critical_batch(np.array([2.0, 1.8, 2.2]), np.array([60.0, 62.0, 58.0])).examples
+      30.0
     """
     if not len(signal) or len(signal) != len(noise):
         raise ValueError(f"{len(signal)} measurements of the signal and {len(noise)} of the noise")
@@ -58,7 +70,7 @@ class Surface(NamedTuple):
 
     Attributes:
       lr, batch, loss: its minimum; NaN if refused.
-      refused: why there is none, "" if there is.
+      refused: the reason where there is none, "" otherwise.
       hessian: [[lr lr, lr batch], [batch lr, batch batch]], per unit of natural logarithm.
       ridge: exponent of the best learning rate at a fixed batch, lr ~ batch^ridge.
       scatter: root mean square of the points about the surface.
@@ -87,18 +99,26 @@ def fit_surface(
       than it rises.
 
     Raises:
-      ValueError: fewer than three learning rates or batch sizes, or than seven runs, are left.
+      ValueError: fewer than three learning rates or batch sizes, or fewer than seven runs, are left.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> lr, batch = (x.ravel() for x in np.meshgrid(np.geomspace(1e-4, 1e-2, 5), np.geomspace(8, 128, 5)))
+      >>> loss = 2 + 0.1 * np.log(lr / 1e-3) ** 2 + 0.05 * np.log(batch / 32) ** 2
+      >>> found = scaling.fit_surface(lr, batch, loss)
+      >>> round(found.lr, 6), round(found.batch, 3)
+      (0.001, 32.0)
     """
-    kept = loss <= loss.min() + within
-    lr, batch, loss = lr[kept], batch[kept], loss[kept]
+    near = loss <= loss.min() + within
+    lr, batch, loss = lr[near], batch[near], loss[near]
     counts = len(np.unique(lr)), len(np.unique(batch)), len(loss)
     if counts[0] < 3 or counts[1] < 3 or counts[2] < 7:
         raise ValueError(
             f"{counts[0]} learning rates, {counts[1]} batch sizes, {counts[2]} runs: at least 3, 3 and 7 are needed"
         )
     x_R2 = np.log(np.stack([lr, batch], 1))
-    centre = x_R2.mean(0)
-    x, y = (x_R2 - centre).T
+    center = x_R2.mean(0)
+    x, y = (x_R2 - center).T
     design = np.stack([np.ones_like(x), x, y, x * x / 2, x * y, y * y / 2], 1)
     c = np.linalg.lstsq(design, loss, rcond=None)[0]
     scatter = float(np.sqrt(np.mean((design @ c - loss) ** 2)))
@@ -107,7 +127,7 @@ def fit_surface(
     if not (np.linalg.eigvalsh(hessian) > 0).all():
         return Surface(np.nan, np.nan, np.nan, "the surface has no minimum", hessian, ridge, scatter)
     best = np.linalg.solve(hessian, -c[1:3])
-    place = np.exp(best + centre)
+    place = np.exp(best + center)
     lowest = float(c[0] + c[1:3] @ best / 2)
     outside = [
         f"{'larger' if at > values.max() else 'smaller'} {name}"
@@ -124,10 +144,16 @@ def fit_surface(
 
 
 def fit_rule(params: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, *, multiple: int = 0) -> Rule:
-    """The rule (a power of the number of parameters) through the best values found at several sizes.
+    """Fit a rule (a power law of the number of parameters) to the best values at several sizes.
 
     Raises:
       ValueError: fewer than two sizes.
+
+    Example:
+      >>> import scaling
+      >>> rule = scaling.fit_rule([1e4, 1e6], [1e-2, 1e-3])
+      >>> round(rule.exponent, 3), round(rule(1e5), 5)
+      (-0.5, 0.00316)
     """
     at = float(np.exp(np.mean(np.log(np.asarray(params, float)))))
     law = power_fit(params, values)

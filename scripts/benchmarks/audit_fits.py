@@ -19,9 +19,9 @@ from scaling.conventions import CHINCHILLA_SHAPES, effects, nearest_shapes
 from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, Tail, isoflop_design, simulate_coverage
 from scaling.fitting.fit import FitConfig, Objective
 from scaling.isoflop import nearest_budgets
+from scaling.planner_benchmark import benchmark_planner
 from scaling.published import CHINCHILLA
 from scaling.rows import read_csv
-from scaling.surfaces import race
 
 _WHAT = flags.DEFINE_enum("what", "coverage", ["coverage", "planner", "conventions"], "What to audit.")
 _SWEEPS = flags.DEFINE_integer("sweeps", 500, "Simulated sweeps of each kind, or surfaces.", lower_bound=1)
@@ -72,7 +72,7 @@ def coverage() -> None:
 
 def planner() -> None:
     """Races, summed up."""
-    races = [race(seed) for seed in range(_SWEEPS.value)]
+    races = [benchmark_planner(seed) for seed in range(_SWEEPS.value)]
     share = np.array([r.share for r in races])
     low, middle, high = (float(x) for x in np.percentile(share, [5, 50, 95]))
     error, width, grid_error, grid_width = np.array([[r.error, r.width, r.grid_error, r.grid_width] for r in races]).T

@@ -13,7 +13,9 @@ def test_the_traps_of_the_published_rows(shared_data):
     whole = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
     rows = whole.without_highest_losses(5)
     fitted = fit(rows, CHINCHILLA)
-    found = {finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), whole=whole)}
+    found = {
+        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), all_rows=whole)
+    }
     assert found["convergence"].verdict == "fine"
     starts = found["unconverged starts"].numbers
     assert starts["starts"] == 4500 and starts["near_best"] < 1000
