@@ -18,9 +18,9 @@ from scaling.conventions import CHINCHILLA_SHAPES, effects, nearest_shapes
 from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, Tail, isoflop_design, simulate_coverage
 from scaling.fitting.fit import FitConfig, Objective
 from scaling.isoflop import nearest_budgets
+from scaling.planner_benchmark import benchmark_planner
 from scaling.published import CHINCHILLA
 from scaling.rows import read_csv
-from scaling.surfaces import race
 from scripts.benchmarks.timing import Row
 from tessera.infra.errors import ConfigError
 from tessera.infra.schema import Schema
@@ -94,7 +94,7 @@ def coverage(config: Any) -> None:
 
 def planner(config: Any) -> None:
     """Races, summed up."""
-    races = [race(seed) for seed in range(config.sweeps)]
+    races = [benchmark_planner(seed) for seed in range(config.sweeps)]
     share = np.array([r.share for r in races])
     low, middle, high = (float(x) for x in np.percentile(share, [5, 50, 95]))
     error, width, grid_error, grid_width = np.array([[r.error, r.width, r.grid_error, r.grid_width] for r in races]).T

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 from rich.console import Console
 
-from sharding.analysis import hardware, topology
+from sharding.analysis import hardware
 from sharding.errors import PlanError
 from tessera.cli.main import Invocation
 from tessera.infra.config import ConfigError, checked
@@ -41,7 +41,7 @@ def main(invocation: Invocation) -> int:
         what = dataclasses.replace(what, plan=ranking.fits[0].plan)
     what = dataclasses.replace(what, plan=checked("config.plan", what.plan.fill, count))
     explained = checked("config.plan", explain, what, device)
-    compiled = compile_step(what, topology.topology_devices(values["compile"])) if values["compile"] else None
+    compiled = compile_step(what, hardware.topology_devices(values["compile"])) if values["compile"] else None
     console = Console()
     console.print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"

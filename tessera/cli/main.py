@@ -92,11 +92,11 @@ PLAIN = {"doctor": ("tessera.cli.doctor", "Versions, devices, defaults and missi
 
 # Flags of a run on several hosts; see `sharding.multihost.distributed`.
 HOSTS = (
-    Flag("coordinator", "", "host:port of the first process of a run on several hosts."),
+    Flag("coordinator", "", "host:port of the first process of a run on several hosts; auto: detected by JAX."),
     Flag("processes", 0, "Number of processes of the run."),
     Flag("process", -1, "Number of this process, from 0."),
     Flag("join_seconds", 300, "How long to wait for all processes to appear."),
-    Flag("silence_seconds", 100, "How long a process may give no sign of life before the others end."),
+    Flag("silence_seconds", 100, "Heartbeat timeout: how long a process may be silent before the others end."),
 )
 COMMON = (
     Flag("workdir", "", "Directory of the run; one found there goes on."),

@@ -6,10 +6,10 @@ from functools import partial
 from rich.console import Console
 
 from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
-from scaling.sweeps.executors import EngineConfig, make_engine
+from scaling.sweeps.executors import ExecutorConfig, make_executor
 from scaling.sweeps.plan import Family, PlanConfig, plan_runs
 from scaling.sweeps.store import Store
-from scaling.sweeps.sweep import RunFailed, SweepConfig, sweep
+from scaling.sweeps.sweep import RunFailed, SweepConfig, run_sweep
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.data.text import TextConfig, load_text
@@ -35,7 +35,7 @@ def main(invocation: Invocation) -> None:
     family = build(Family, c.family, "config.family", vocab=splits.vocab_size)
     check_texts(splits, family.length, trial.eval_tokens)
     plan = build(PlanConfig, c.plan, "config.plan")
-    engine = build(EngineConfig, c.engine, "config.engine")
+    engine = build(ExecutorConfig, c.engine, "config.engine")
     report = build(ReportConfig, c.report, "config.report")
     planner = build(PlannerConfig, c.planner, "config.planner")
     common = {"training": trial.settings(), "data": differences(text) | {"sha256": splits.content_hash}}
@@ -56,11 +56,11 @@ def main(invocation: Invocation) -> None:
         table = checked("config.planner", first_table, runs, planner)
         more = partial(choose_runs, runs=runs, config=planner, target=report.target)
     with SweepTable() as watch:
-        sweep(
+        run_sweep(
             table,
             partial(train_run, text=text, config=trial),
             Store(workdir / "runs"),
-            make_engine(engine, workdir / "logs", compile_cache(workdir / "compiled")),
+            make_executor(engine, workdir / "logs", compile_cache(workdir / "compiled")),
             workdir / "runs.csv",
             SweepConfig(retries=engine.retries),
             enough=partial(enough, config=report) if report.stop_at else None,
