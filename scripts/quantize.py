@@ -11,8 +11,8 @@ from sharding.inference.quantize import QuantConfig, stored_bytes
 from tessera.data.text import TextConfig, load_text
 from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import Invocation, build, checked, run
+from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
-from tessera.next_token import make_loss
 from tessera.serving.load import SourceConfig, load
 from tessera.serving.quantized import dequantise_layer, quantise_decoder
 
@@ -33,8 +33,7 @@ def main(invocation: Invocation) -> int:
         return np.stack([tokens[start : start + c.length + 1] for start in starts]).astype(np.int32)
 
     calibration, held_out = cut(splits.train, c.calibration)[:, :-1], cut(splits.validation, c.validation)
-    model = Decoder(loaded.config)
-    loss_fn = jax.jit(make_loss(lambda params, tokens: model.apply({"params": params}, tokens)))
+    loss_fn = jax.jit(lm_loss(Decoder(loaded.config)))
 
     def loss(params):
         parts = np.split(held_out, max(1, len(held_out) // 32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from lottery import masks as masks_lib
 from tessera.data.images import Images, ImageSplits
-from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.vision import LeNet, MLPConfig
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
 from tessera.tickets.programs import make_programs
 from tessera.tickets.train import TicketConfig

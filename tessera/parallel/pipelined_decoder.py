@@ -54,7 +54,7 @@ def arranged_parts(parts: DecoderParts, layout: StageLayout) -> DecoderParts:
 def make_loss(
     parts: DecoderParts, mesh: Mesh | AbstractMesh, layout: StageLayout | None = None, *, arranged: bool = False
 ) -> LossFn:
-    """`loss(params, batch, key)` as `tessera.next_token.make_loss` gives it, through the plan's pipeline.
+    """`loss(params, batch, key)` as `tessera.models.lm_loss.lm_loss` gives it, through the plan's pipeline.
 
     Differentiating it runs the plan's schedule, which computes the gradient along with the loss; calling it runs
     forward passes only. Metrics have no gradient.

@@ -17,10 +17,10 @@ from sharding.mesh import abstract_mesh
 from sharding.pipeline.lockstep import lockstep
 from sharding.pipeline.schedules import Schedule, bubble
 from sharding.plan import Plan
+from tessera.lm.run_config import RunConfig
 from tessera.optim.optimizer import make_optimizer
 from tessera.parallel import decoder, pipelined_decoder
 from tessera.parallel.decoder import DecoderParts
-from tessera.planning.compile import Run
 from tessera.planning.costs import Costs, estimate_costs, forward_passes
 from tessera.planning.memory import Memory, estimate_memory, local_sizes, state_placements
 from tessera.step import TrainState, make_train_step
@@ -45,7 +45,7 @@ class Explained:
       schedule: of the pipeline, None without one.
     """
 
-    run: Run
+    run: RunConfig
     hardware: Hardware
     params: tuple[Placed, ...]
     memory: Memory
@@ -71,7 +71,7 @@ class Explained:
         return self.run.batch_size * self.run.length / self.time.overlapped
 
 
-def explain(run: Run, hardware: Hardware) -> Explained:
+def explain(run: RunConfig, hardware: Hardware) -> Explained:
     """Trace the step and add it up; nothing is compiled and no array is made.
 
     Args:
@@ -134,7 +134,7 @@ def crosses(one: Collective | Moved, plan: Plan) -> bool:
     return any(plan.dcn.get(axis, 1) > 1 for axis in one.axes)
 
 
-def _expert_flops(run: Run) -> float:
+def _expert_flops(run: RunConfig) -> float:
     """FLOPs of routed experts on one device, which run in kernels and loops whose trips depend on the data."""
     if "routed" not in run.model.pattern:
         return 0.0
@@ -145,7 +145,7 @@ def _expert_flops(run: Run) -> float:
     return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.D * z.W
 
 
-def judge(run: Run, hardware: Hardware, state: TrainState, plan: Plan) -> Judged:
+def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> Judged:
     """What a plan would need, by formulas, for `sharding.analysis.search.rank`.
 
     Raises:
@@ -166,7 +166,7 @@ def bound(costs: Costs, hardware: Hardware) -> Roofline:
     return roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
 
 
-def search(run: Run, hardware: Hardware, devices: int) -> Ranking:
+def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
     """The best plans for so many devices, by the formulas of `tessera.planning.memory` and `tessera.planning.costs`.
 
     Args:
@@ -182,7 +182,7 @@ def search(run: Run, hardware: Hardware, devices: int) -> Ranking:
     )
 
 
-def _allowed(run: Run, devices: int) -> dict[str, list[int]]:
+def _allowed(run: RunConfig, devices: int) -> dict[str, list[int]]:
     """Sizes an axis may have for the model alone; what only the whole plan decides is left to `judge`."""
     model, sizes = run.model, [n for n in range(1, devices + 1) if devices % n == 0]
     split = math.gcd(model.kv_size, model.heads, model.ff_size, model.vocab_size)

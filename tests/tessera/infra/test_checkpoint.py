@@ -17,9 +17,16 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tessera.infra.artifacts import CheckpointDamaged, CheckpointMismatch, abstract, load_extra, load_tree, save_tree
+from tessera.infra.artifacts import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    abstract,
+    checksums,
+    load_extra,
+    load_tree,
+    save_tree,
+)
 from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
-from tessera.infra.checksums import checksums
 
 
 def make_state(seed=0):

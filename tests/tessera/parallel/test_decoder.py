@@ -9,8 +9,8 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import constrainer, path_name, shardings
+from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_loss as one_device_loss
 from tessera.parallel.build import plan_decoder
 from tessera.parallel.decoder import DecoderParts, batch_sharding, state_shardings
 from tessera.parallel.placement import Placement, batch_share, data_parallel
@@ -95,7 +95,7 @@ def test_constraints_alone_give_the_same_numbers(axes):
     where = shardings(mesh, DecoderParts(CONFIG, Plan(axes)).specs)
 
     def gradient(model, params):
-        loss_fn = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens), 1e-2)
+        loss_fn = lm_loss(model, 1e-2)
         return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
 
     (expected_loss, _), expected = gradient(Decoder(CONFIG), params)
@@ -118,7 +118,7 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
     loss_fn, placement = plan_decoder(CONFIG, plan, init, batch_size=16, length=16, microbatches=2)
     step = jax.jit(make_train_step(loss_fn, tx, stepping), out_shardings=(placement.state, None))
     state, metrics = step(jax.device_put(init(), placement.state), placement.place(batch), jax.random.key(2))
-    whole = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens))
+    whole = lm_loss(model)
     expected, expected_metrics = jax.jit(make_train_step(whole, tx))(init_state(params, tx), batch, jax.random.key(2))
     assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), abs=1e-5)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):

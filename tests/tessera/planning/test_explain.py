@@ -9,15 +9,15 @@ from sharding.analysis.hardware import find
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
+from tessera.lm.run_config import RunConfig
 from tessera.models.remat import parse_remat
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import DecoderParts, state_shardings
-from tessera.planning.compile import Run, compile_step
+from tessera.planning.compile import compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
-from tessera.planning.kept import kept_per_row
-from tessera.planning.memory import estimate_memory, state_placements
+from tessera.planning.memory import estimate_memory, saved_per_row, state_placements
 from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
@@ -27,7 +27,8 @@ H100 = find("H100")
 
 
 def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
-    return Run(model, Plan(plan, **options), OptimizerConfig(clip_norm=1.0), StepConfig(), batch_size, length, 1e-4)
+    optimizer = OptimizerConfig(clip_norm=1.0)
+    return RunConfig(model, Plan(plan, **options), optimizer, StepConfig(), batch_size, length, 1e-4)
 
 
 def test_state_bytes_are_those_of_the_arrays():
@@ -46,12 +47,12 @@ def test_state_bytes_are_those_of_the_arrays():
 def test_the_remat_policy_decides_what_is_kept(remat, least, most):
     stream = 128 * 64 * 2
     (way,) = parse_remat(remat, 4)
-    kept = kept_per_row(MODEL, Plan(""), 128, way).device
+    kept = saved_per_row(MODEL, Plan(""), 128, way).device
     assert least * stream <= kept <= most * stream
     if remat == "dots":
         # The block's input, queries, keys, values, attention's result, gate and up, each once.
         assert kept == pytest.approx(stream * (1 + 3 + 1 + 2 * 128 / 64), rel=0.05)
-    halved = kept_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
+    halved = saved_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
     assert halved < kept
 
 
@@ -112,7 +113,7 @@ def test_what_does_not_fit_is_said():
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(PlanError, match="batch_size=64 does not divide into 3 microbatches"):
-        explain(Run(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(microbatches=3), 64, 128), H100)
+        explain(RunConfig(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(microbatches=3), 64, 128), H100)
 
 
 @pytest.mark.slow
