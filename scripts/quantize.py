@@ -13,8 +13,9 @@ from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import Invocation, build, checked, run
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
+from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.load import SourceConfig, load
-from tessera.serving.quantized import dequantise_layer, quantise_decoder
+from tessera.serving.quantized import quantise_decoder
 
 ERRORS = (FileNotFoundError, CheckpointDamaged, ImportError)
 
@@ -47,7 +48,7 @@ def main(invocation: Invocation) -> int:
     for bits, method, group in c.variants:
         how = checked("config.variants", QuantConfig, bits, method, group)
         small = checked("config.variants", quantise_decoder, loaded.params, loaded.config, how, calibration)
-        found, size = loss(dequantise_layer(small, "float32")), stored_bytes(small["blocks"]) / 1e6
+        found, size = loss(dequantize_layer(small, "float32")), stored_bytes(small["blocks"]) / 1e6
         console.print(f"| {bits} | {method} | {group or 'all'} | {size:.2f} | {found:.4f} | {found - exact:+.4f} |")
     return 0
 

@@ -19,8 +19,8 @@ from sharding.pipeline.schedules import Schedule, bubble
 from sharding.plan import Plan
 from tessera.lm.run_config import RunConfig
 from tessera.optim.optimizer import make_optimizer
-from tessera.parallel import decoder, pipelined_decoder
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel.decoder import ShardedDecoder
+from tessera.parallel.pipelined_decoder import make_loss
 from tessera.planning.costs import Costs, estimate_costs, forward_passes
 from tessera.planning.memory import Memory, estimate_memory, local_sizes, state_placements
 from tessera.step import TrainState, make_train_step
@@ -81,14 +81,13 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     Raises:
       PlanError: the plan does not fit the model or the batch.
     """
-    plan, parts = run.plan, DecoderParts(run.model, run.plan, run.z_loss, hardware.platform)
+    plan, decoder = run.plan, ShardedDecoder(run.model, run.plan, run.z_loss, hardware.platform)
     accumulate = run.step.microbatches
     if run.batch_size % accumulate:
         raise PlanError(f"batch_size={run.batch_size} does not divide into {accumulate} microbatches of a step")
-    parts.check(run.batch_size // accumulate, run.length)
+    decoder.check(run.batch_size // accumulate, run.length)
     state = jax.eval_shape(run.init)
-    make_loss = pipelined_decoder.make_loss if plan.size("pp") > 1 else decoder.make_loss
-    step = make_train_step(make_loss(parts, abstract_mesh(plan)), make_optimizer(run.optimizer), run.step)
+    step = make_train_step(make_loss(decoder, abstract_mesh(plan)), make_optimizer(run.optimizer), run.step)
     arguments = (
         state,
         {"tokens": jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32)},
@@ -101,14 +100,14 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     busy = 1 - bubble(schedule) if schedule else 1.0
     found = [_while_busy(one, busy) for one in collectives(step, *arguments)]
     sums = products(step, *arguments)
-    placed = state_placements(parts, state)
+    placed = state_placements(decoder, state)
     flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
     traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
     return Explained(
         run,
         hardware,
         tuple(placed["params"]),
-        estimate_memory(parts, placed, run.batch_size, run.length, accumulate),
+        estimate_memory(decoder, placed, run.batch_size, run.length, accumulate),
         tuple(summarise(found)),
         flops,
         traffic,
@@ -151,12 +150,12 @@ def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> 
     Raises:
       PlanError: it does not divide the model or the batch.
     """
-    parts = DecoderParts(run.model, plan, run.z_loss, hardware.platform)
+    decoder = ShardedDecoder(run.model, plan, run.z_loss, hardware.platform)
     accumulate = run.step.microbatches
-    parts.check(run.batch_size // accumulate, run.length)
-    placed = state_placements(parts, state)
-    memory = estimate_memory(parts, placed, run.batch_size, run.length, accumulate).total
-    time = bound(estimate_costs(parts, placed, run.batch_size, run.length, accumulate), hardware)
+    decoder.check(run.batch_size // accumulate, run.length)
+    placed = state_placements(decoder, state)
+    memory = estimate_memory(decoder, placed, run.batch_size, run.length, accumulate).total
+    time = bound(estimate_costs(decoder, placed, run.batch_size, run.length, accumulate), hardware)
     return Judged(plan, memory, time.overlapped, time.serial)
 
 

@@ -22,7 +22,7 @@ from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.layers import attention
 from tessera.models.remat import Remat
 from tessera.models.transformer import DTYPES, Block, TransformerConfig
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
 StateParts = dict[str, list[Placed]]
@@ -39,7 +39,7 @@ class Memory:
     Attributes:
       params: float32 master weights, and their moving average if there is one.
       optimizer: moments and counters.
-      gradients: float32, in parts as the parameters are.
+      gradients: float32, split as the parameters are.
       saved: activations that wait for the backward pass, as the remat policy says.
       attention: of one layer, forward and backward.
       feed_forward: of one layer, dense or experts, forward and backward.
@@ -130,23 +130,23 @@ def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: 
 
 
 def estimate_memory(
-    parts: DecoderParts, placed: StateParts, batch_size: int, length: int, accumulate: int = 1
+    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, accumulate: int = 1
 ) -> Memory:
     """Memory of one device during a training step.
 
     Args:
-      parts: model and plan.
+      decoder: model and plan.
       placed: the train state's arrays, from `state_placements`.
       batch_size: sequences per step over all devices.
       length: tokens per sequence.
       accumulate: parts whose gradients the step adds up.
     """
-    config, plan = parts.config, parts.plan
+    config, plan = decoder.config, decoder.plan
     z = local_sizes(config, plan, batch_size, length, accumulate)
     params = sum(one.bytes for one in placed["params"])
     gradients = params * (2 if accumulate > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
-    layer = _layer_bytes(parts, placed["params"]) * z.item // F32
+    layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
     logits = z.b * z.t * z.V * F32
     return Memory(
         params=float(params + sum(one.bytes for one in placed["ema"])),
@@ -161,11 +161,11 @@ def estimate_memory(
     )
 
 
-def state_placements(parts: DecoderParts, state: TrainState) -> StateParts:
+def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
     """Where everything of a train state (or of its shapes) lies under a plan."""
-    sizes, shapes = parts.plan.sizes, state.params
-    whole = param_specs(shapes, sizes, parts.plan.rules)
-    found = {"params": placements(shapes, parts.specs, sizes)}
+    sizes, shapes = decoder.plan.sizes, state.params
+    whole = param_specs(shapes, sizes, decoder.plan.rules)
+    found = {"params": placements(shapes, decoder.specs, sizes)}
     for name, tree in (("optimizer", state.opt_state), ("ema", state.ema)):
         found[name] = placements(tree, mirrored_specs(tree, shapes, whole), sizes)
     return found
@@ -218,11 +218,11 @@ def _streams(z: Sizes) -> float:
     return 4.0 * z.b * z.t * z.D * z.item
 
 
-def _layer_bytes(parts: DecoderParts, params: list[Placed]) -> float:
+def _layer_bytes(decoder: ShardedDecoder, params: list[Placed]) -> float:
     """Float32 bytes of one layer's parameters on a device when they are whole over fsdp."""
-    fsdp = parts.plan.size("fsdp") if parts.plan.zero == 3 else 1
+    fsdp = decoder.plan.size("fsdp") if decoder.plan.zero == 3 else 1
     blocks = sum(one.bytes * (fsdp if any("fsdp" in axes for axes in one.axes) else 1) for one in params if _block(one))
-    return blocks / max(1, -(-parts.config.layers // parts.plan.size("pp")) // (len(parts.config.pattern)))
+    return blocks / max(1, -(-decoder.config.layers // decoder.plan.size("pp")) // (len(decoder.config.pattern)))
 
 
 def _block(one: Placed) -> bool:

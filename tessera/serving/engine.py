@@ -67,7 +67,7 @@ class Engine:
           PromptTooLong: no room for a token after the prompt, or no prompt.
           ValueError: a token outside the vocabulary.
         """
-        length, vocabulary = self.programs.config.length, self.programs.served.config.vocab_size
+        length, vocabulary = self.programs.config.length, self.programs.decoder.config.vocab_size
         if not 0 < len(prompt) < length:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; 1 to {length - 1} fit")
         if min(prompt) < 0 or max(prompt) >= vocabulary:

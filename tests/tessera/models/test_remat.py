@@ -11,7 +11,7 @@ from sharding.plan import Plan
 from tessera.models.lm_loss import lm_loss
 from tessera.models.remat import NAMES, Remat, parse_remat
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.parallel.decoder import make_loss as make_split_loss
 from tessera.planning.memory import saved_per_row
 
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_keeping_everything(reference, remat, plan):
     params, expected = reference
     config = TransformerConfig(**SIZES, remat=remat)
     if plan:
-        loss = make_split_loss(DecoderParts(config, Plan(plan)), make_mesh(Plan(plan), jax.devices()[:4]))
+        loss = make_split_loss(ShardedDecoder(config, Plan(plan)), make_mesh(Plan(plan), jax.devices()[:4]))
     else:
         loss = lm_loss(Decoder(config))
     found = gradients(loss, params)

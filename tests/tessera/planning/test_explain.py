@@ -13,7 +13,7 @@ from tessera.lm.run_config import RunConfig
 from tessera.models.remat import parse_remat
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.parallel.decoder import DecoderParts, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, state_shardings
 from tessera.planning.compile import compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
@@ -33,7 +33,7 @@ def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
 
 def test_state_bytes_are_those_of_the_arrays():
     run = make_run("fsdp=2, tp=2, dp=2")
-    parts, mesh = DecoderParts(run.model, run.plan), make_mesh(run.plan)
+    parts, mesh = ShardedDecoder(run.model, run.plan), make_mesh(run.plan)
     shapes = jax.eval_shape(run.init)
     state = jax.jit(run.init, out_shardings=state_shardings(parts, mesh, shapes))()
     on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
@@ -75,7 +75,7 @@ HEAVY = ("cp", "ulysses", "ep", "pp", "dp-tp")
 def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options):
     run = make_run(plan, model, **options)
     found = explain(run, H100)
-    parts = DecoderParts(run.model, run.plan, run.z_loss, H100.platform)
+    parts = ShardedDecoder(run.model, run.plan, run.z_loss, H100.platform)
     costs = estimate_costs(parts, state_placements(parts, jax.eval_shape(run.init)), run.batch_size, run.length)
     assert costs.flops == pytest.approx(found.flops, rel=0.2)
     counted = sum(one.moved for one in found.moved)
@@ -99,7 +99,7 @@ def test_an_explanation_on_paper(tmp_path):
 
 
 def test_the_pipelines_timeline_is_in_the_picture():
-    mesh, pipeline = picture_sections(DecoderParts(MODEL, Plan("pp=2, dp=2", microbatches=4)))
+    mesh, pipeline = picture_sections(ShardedDecoder(MODEL, Plan("pp=2, dp=2", microbatches=4)))
     assert mesh.title == "Mesh and placement" and pipeline.title == "Pipeline schedule"
     assert "bubble 20.0%" in pipeline.caption  # 1 / (4 + 1)
 
