@@ -22,7 +22,7 @@ from tessera.models.registry import Network, make_network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
 from tessera.optim.schedules import parse_steps
 from tessera.tickets.programs import Programs, Splits, make_programs
-from tessera.tickets.store import LevelStore
+from tessera.tickets.store import FinishedLevels
 from tessera.tickets.train import TicketConfig, Unfinished, train_stack
 
 # config.data.kind -> (dataclass of the other settings, loader).
@@ -84,6 +84,10 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
       ConfigError: wrong settings, naming their path.
     """
     splits = load_data(config.data) if splits is None else splits
+    for name in ("train", "validation", "test"):
+        if not len(getattr(splits, name).labels):
+            setting = "config.data.validation" if name == "validation" else "config.data"
+            raise ConfigError(f"{setting}: no examples for {name}; at least 1 is needed")
     size = len(splits.train.labels)
 
     def steps(name: str, text: Any) -> int:
@@ -199,7 +203,7 @@ class Finished(NamedTuple):
 
     setup: Setup
     config: ConfigDict
-    store: LevelStore
+    store: FinishedLevels
 
     def level(self, level: int) -> tuple[PyTree, list[imp.Row]]:
         """The tree and rows of a level.
@@ -225,4 +229,4 @@ def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> 
     if not settings.is_file():
         raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
     config = ConfigDict(json.loads(settings.read_text(encoding="utf-8")))
-    return Finished(make_setup(config, splits), config, LevelStore(Path(workdir) / "levels"))
+    return Finished(make_setup(config, splits), config, FinishedLevels(Path(workdir) / "levels"))

@@ -1,21 +1,16 @@
 """The levels of a lottery search on disk: finished ones are artefacts, the one under way can be gone on with."""
 
-import shutil
 from pathlib import Path
 
 from absl import logging
 from jaxtyping import PyTree
 
 from lottery.levels import Row
-from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, save_tree
+from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, remove_tree, save_tree
 
 
-class LevelStore:
-    """Keeps levels under `directory`: `00/`, `01/`, ... finished, `03.step1200/` level 3 as it was after step 1200.
-
-    Satisfies `lottery.levels.Store`; `unfinished(level)` satisfies `tessera.tickets.train.Unfinished`. Every save is
-    atomic, and a damaged artefact is reported with its path.
-    """
+class FinishedLevels:
+    """Reads the finished levels `00/`, `01/`, ... of a search, which may be running: its directory is left as it is."""
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -30,8 +25,21 @@ class LevelStore:
 
     def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
         """The tree and rows of a finished level. Raises CheckpointDamaged if its files were altered."""
-        self.unfinished(level).clear()  # a search killed while it removed them left some
         return load_tree(self.path(level), like), load_extra(self.path(level))["rows"]
+
+
+class LevelStore(FinishedLevels):
+    """Keeps the levels of the search that this process runs; to look at another one use `FinishedLevels`.
+
+    Under `directory`, `00/`, `01/`, ... are finished and `03.step1200/` is level 3 as it was after step 1200. Satisfies
+    `lottery.levels.Store`; `unfinished(level)` satisfies `tessera.tickets.train.Unfinished`. Every save is atomic, and
+    a damaged artefact is reported with its path.
+    """
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """As `FinishedLevels.load`; what a search killed while it finished the level left of it goes."""
+        self.unfinished(level).clear()
+        return super().load(level, like)
 
     def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:
         """Keep a finished level and remove what was kept of it while it was under way."""
@@ -71,4 +79,4 @@ class UnfinishedLevel:
         """Remove saves older than `before` (all, if None)."""
         for step, path in self._saved():
             if before is None or step < before:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)

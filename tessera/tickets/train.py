@@ -91,7 +91,8 @@ def train_stack(
             snapshot = jax.tree.map(jnp.copy, {"params": carry.params, "opt_state": carry.opt_state})
         report(step - start, {name: float(np.mean(value)) for name, value in rows[-1].items() if name != "step"})
         start = step
-        if unfinished and step < config.steps and time.monotonic() - last_save >= config.save_seconds:
+        # After the last step too: a failure in the test below then costs no training.
+        if unfinished and time.monotonic() - last_save >= config.save_seconds:
             unfinished.save(step, {"carry": carry, "snapshot": snapshot or blank}, rows)
             last_save = time.monotonic()
     tests = {name: np.asarray(value).tolist() for name, value in programs.test(carry).items()}

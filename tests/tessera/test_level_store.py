@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.tickets.store import LevelStore
+from tessera.infra.artifacts import CheckpointDamaged, NotOurs
+from tessera.sweeps.programs import State
+from tessera.sweeps.train import Trunk
+from tessera.tickets.store import FinishedLevels, LevelStore
 
 TREE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "masks": {"w": jnp.ones((2, 3), bool)}}
 ROWS = [{"arm": "dense", "seed": 0, "loss": 0.1}]
@@ -49,3 +51,26 @@ def test_only_the_newest_unfinished_state_is_kept_and_a_damaged_one_is_passed_ov
     assert keeper.load(TREE)[0] == 20
     damage(tmp_path / "01.step20")
     assert keeper.load(TREE) is None
+
+
+def test_the_levels_of_another_search_are_left_as_they_are(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(3, TREE, ROWS)
+    for name in ("03.step10", ".04.new"):  # the search that owns them is running
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    levels = FinishedLevels(tmp_path)
+    assert levels.has(3) and not levels.has(4) and levels.load(3, TREE)[1] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_directory_of_someone_else_under_such_a_name_stays(tmp_path):
+    for name in ("01.step5", "7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).save(1, TREE, ROWS)
+    state = State(jnp.int32(9), TREE["params"], TREE["params"])
+    with pytest.raises(NotOurs, match=r"7 .*thesis\.tex"):
+        Trunk(tmp_path).save(state, branch=False)
+    assert all((tmp_path / name / "thesis.tex").exists() for name in ("01.step5", "7"))

@@ -167,6 +167,11 @@ def test_wrong_settings_name_their_path(changes, message):
         make_setup(config, None if "data__kind" in changes else SPLITS)
 
 
+def test_a_split_without_examples_is_refused_before_the_search():
+    with pytest.raises(ConfigError, match="config.data.validation: no examples for validation; at least 1"):
+        make_setup(small(), SPLITS._replace(validation=images(0)))
+
+
 @pytest.mark.parametrize("name", [*lottery_cifar.SMALL, "conv2-small", "resnet20-small", "vit-small"])
 def test_every_cifar_config_builds_its_network_and_its_search(name):
     config = lottery_cifar.get_config(name)
