@@ -13,9 +13,8 @@ from tessera.infra.config import build
 from tessera.infra.logger import Logger
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import make_text_run
+from tessera.lm.run import make_text_run, results_table
 from tessera.loop import train
-from tessera.next_token import results_table
 from tessera.parallel.placement import join_processes
 from tessera.planning.report import run_sections
 from tessera.reports.router import write_specialisation

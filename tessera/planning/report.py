@@ -14,8 +14,8 @@ from sharding.mesh import axis_names
 from sharding.pipeline.lockstep import lockstep
 from sharding.pipeline.schedules import Schedule, summary
 from sharding.plan import Plan
-from tessera.models.transformer import TransformerConfig
-from tessera.parallel.decoder import DecoderParts, parameter_shapes
+from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.compile import Compiled
 from tessera.planning.explain import HEADROOM, Explained, crosses
 from tessera.reports.html import Section, Table, paragraphs
@@ -176,10 +176,10 @@ def verdict(explained: Explained, compiled: Compiled | None) -> str:
     return words
 
 
-def picture_sections(parts: DecoderParts) -> list[Section]:
+def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     """Pictures of a plan: the mesh with the largest parameter on it, and the pipeline's schedule if there is one."""
-    plan = parts.plan
-    placed = placements(parameter_shapes(parts.config), parts.specs, plan.sizes)
+    plan = decoder.plan
+    placed = placements(param_shapes(decoder.config), decoder.specs, plan.sizes)
     largest = max(placed, key=lambda one: (sum(map(bool, one.axes)), one.bytes))
     sizes = {name: plan.size(name) for name in axis_names(plan)}
     sections = [
@@ -224,7 +224,7 @@ def write_page(
         "Best plans": search_words(ranking, explained) if ranking else "",
     }
     shown = [Section("", paragraphs(verdict(explained, compiled)))]
-    shown += picture_sections(DecoderParts(run.model, run.plan, run.z_loss))
+    shown += picture_sections(ShardedDecoder(run.model, run.plan, run.z_loss))
     for title, rows in found.items():
         shown.append(Section(title, Table(TABLES[title], rows), captions.get(title, "")))
     shown.append(hardware_section(explained))
@@ -254,5 +254,5 @@ def run_sections(config: TransformerConfig, plan: Plan, workdir: Path) -> tuple[
     """For a run's own report: pictures of its plan, and a link to the page of `scripts/explain.py` if there is one."""
     page = workdir / f"{PAGE}.html"
     link = f'<p><a href="{page.name}">What this plan costs: memory, collectives, time at best</a></p>'
-    pictures = picture_sections(DecoderParts(config, plan.fill(jax.device_count()))) if plan.axes else []
+    pictures = picture_sections(ShardedDecoder(config, plan.fill(jax.device_count()))) if plan.axes else []
     return pictures, link if page.exists() else ""

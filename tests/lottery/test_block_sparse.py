@@ -8,8 +8,8 @@ import pytest
 
 from lottery import block_sparse, masks, prune, scores, transform
 from tessera.models.layers import swiglu
-from tessera.models.lenet import LeNet, MLPConfig
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.vision import LeNet, MLPConfig
 
 LAYERS = ("dense0", "dense1", "output")
 

@@ -14,7 +14,7 @@ from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
-from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, per_layer, router_paths
+from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, make_eval, per_layer, router_paths
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.reports.router import BYTE_CLASSES, byte_classes, load_history, router_sections, write_specialisation
 from tessera.signals import metrics_row
@@ -38,6 +38,15 @@ def unstacked(params):
         for i in range(2)
     }
     return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
+
+
+def test_evaluation_leaves_the_z_loss_out():
+    model = Decoder(replace(CONFIG, mlp="swiglu"))
+    params = jax.jit(model.init)(jax.random.key(1), TOKENS)["params"]
+    loss_fn = lm_loss(model, z_loss=0.01)
+    loss, metrics = jax.jit(loss_fn)(params, {"tokens": TOKENS}, KEY)
+    found = make_eval(loss_fn)(params, {"tokens": TOKENS})
+    assert found == {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]} and loss > found["loss"]
 
 
 @pytest.mark.slow

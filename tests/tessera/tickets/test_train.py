@@ -10,7 +10,7 @@ from lottery import masks as masks_lib
 from lottery.imp import Memory, SearchConfig, Starts, search
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
-from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.vision import LeNet, MLPConfig
 from tessera.tickets.programs import at_step, batched, evaluate, make_programs
 from tessera.tickets.train import TicketConfig, stops, train_stack
 
