@@ -16,10 +16,10 @@ import numpy as np
 from lottery.summary import interval
 from moe.specialisation import agreement, mutual_information
 from scaling.flops import Shape, exact_matmuls, parameters
-from tessera.infra.logger import METRICS, TIMING, read_rows
+from tessera.infra.logger import METRICS, TIMING, load_history, read_rows
 from tessera.reports import comparison_figures
 from tessera.reports.html import Section, Table, paragraphs
-from tessera.reports.router import SPECIALISATION, load_history
+from tessera.reports.router import SPECIALISATION
 
 # Bytes seen less often than this say little about who serves them.
 LEAST_SEEN = 200

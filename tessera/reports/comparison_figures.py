@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tessera.reports.curves import column
-from tessera.reports.router import load_history
+from tessera.infra.logger import load_history
 from tessera.reports.style import DASHES, MARKERS, PALETTE, canvas, label_lines, titles
 
 ByArm = Mapping[str, Sequence[Any]]

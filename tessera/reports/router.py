@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe.specialisation import mutual_information
-from tessera.infra.logger import write_text
+from tessera.infra.logger import Rows, load_history, write_text
 from tessera.models.lm_loss import expert_table, router_paths
 from tessera.models.transformer import Decoder
 from tessera.reports.html import Section
 from tessera.reports.style import PALETTE, canvas, titles
 
-Rows = Sequence[Mapping[str, Any]]
 SPECIALISATION = "specialisation.json"
 
 # Classes of bytes for the specialisation map.
@@ -34,14 +33,6 @@ def byte_classes(tokens: np.ndarray) -> np.ndarray:
         table[byte] = 0 if c.islower() else 1 if c.isupper() else 2 if c.isdigit() else 5
     table[ord(" ")], table[ord("\t")], table[ord("\n")] = 3, 3, 4
     return table[np.asarray(tokens)]
-
-
-def load_history(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and loads [S, L, E] (shares of the choices) of the rows that have them."""
-    found = [row for row in rows if row.get("kind") == "train" and "router/load" in row]
-    if not found:
-        return np.zeros(0), np.zeros((0, 0, 0))
-    return np.array([row["step"] for row in found]), np.array([row["router/load"] for row in found], float)
 
 
 def load_figure(rows: Rows) -> Figure:

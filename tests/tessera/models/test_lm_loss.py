@@ -14,9 +14,10 @@ from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
+from tessera.infra.logger import load_history
 from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, per_layer, router_paths
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.reports.router import BYTE_CLASSES, byte_classes, load_history, router_sections, write_specialisation
+from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialisation
 from tessera.signals import metrics_row
 from tessera.step import StepConfig, init_state, make_train_step
 
