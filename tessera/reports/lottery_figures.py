@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from lottery.arms import ARMS
+from lottery.search_config import ARMS
 from lottery.summary import DENSE, differences, summarise
 from tessera.reports.style import DASHES, INK, MARKERS, PALETTE, canvas, label_lines, ramp, titles, weights_axis
 

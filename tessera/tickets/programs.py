@@ -152,6 +152,7 @@ def train_block(
     config: StepConfig,
 ) -> tuple[Carry, Float[Array, ""]]:
     """Take T optimizer steps on one masked network; returns the carry and the mean training loss of the block."""
+    # Masked where moments enter a step, which is faster (docs/architecture.md); so the last state is masked at the end.
     tx = sparse(config.optimizer, masks, moments="in")
 
     def loss_fn(params, x_BX, y_B):
@@ -222,6 +223,7 @@ def make_programs(
 
     def init_one(args):
         params, masks, opt_state, step = args
+        # Masks the first state; where moments are masked in a step (`train_block`) makes no difference to `init`.
         opt_state = sparse(optimizer, masks).init(params) if opt_state is None else opt_state
         return Carry(params, at_step(opt_state, step), Best(jnp.float32(jnp.inf), jnp.int32(0), params))
 

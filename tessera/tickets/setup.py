@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from lottery import criteria, imp, transfer
-from lottery.levels import level_like
+from lottery.imp import level_like
 from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
 from tessera.infra.config import ConfigError, build, checked, unknown

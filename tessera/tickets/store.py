@@ -6,14 +6,14 @@ from pathlib import Path
 from absl import logging
 from jaxtyping import PyTree
 
-from lottery.levels import Row
+from lottery.imp import Row
 from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, save_tree
 
 
 class LevelStore:
     """Keeps levels under `directory`: `00/`, `01/`, ... finished, `03.step1200/` level 3 as it was after step 1200.
 
-    Satisfies `lottery.levels.Store`; `unfinished(level)` satisfies `tessera.tickets.train.Unfinished`. Every save is
+    Satisfies `lottery.imp.Store`; `unfinished(level)` satisfies `tessera.tickets.train.Unfinished`. Every save is
     atomic, and a damaged artefact is reported with its path.
     """
 

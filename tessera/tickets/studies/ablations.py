@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 
+from lottery import criteria, prune, supermask
 from lottery import masks as masks_lib
-from lottery import prune, scores, supermask
 from lottery.imp import search_keys
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
@@ -159,7 +159,7 @@ def _starts(
         return masks(lambda initial, last, _: score(initial, last))
 
     def by_mask(name: str) -> Start:
-        mask = masks(lambda initial, _, key: scores.random(initial, key=key)) if name == RANDOM else criterion(name)
+        mask = masks(lambda initial, _, key: criteria.random(initial, key=key)) if name == RANDOM else criterion(name)
         return Start.of(ground.initial)._replace(trained=masks_lib.apply(ground.initial, mask), mask=mask)
 
     def by_treatment(name: str) -> Start:

@@ -1,7 +1,7 @@
 """The distribution of tickets: many tickets for every width and depth, the spread and the tail of their quality.
 
 Do bigger networks hold more good tickets, or better ones? What is given is the measured spread and the tail index with
-its interval (`lottery.tails`), not a verdict.
+its interval (`lottery.summary`), not a verdict.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from lottery import criteria, prune, summary
 from lottery import masks as masks_lib
-from lottery import prune, scores, tails
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import make_network
@@ -70,7 +70,7 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     one = jax.tree.map(lambda leaf: leaf[0], initial)
     which = masks_lib.prunable(one)
     counts = {path: max(round(study.density * size), 1) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
     masks = jax.jit(jax.vmap(keep))(dense.params)
     tickets = setup.train(starts_of(masks_lib.apply(initial, masks), masks, seeds, names))
     return [
@@ -96,7 +96,7 @@ class Cell(NamedTuple):
     weights: int
     accuracy: np.ndarray
     loss: np.ndarray
-    tail: tails.Tail
+    tail: summary.Tail
 
     @property
     def quantiles(self) -> tuple[float, float, float]:
@@ -125,7 +125,7 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
             loss = np.asarray([row["loss"] for row in mine])
             accuracy = 100 * np.asarray([row["accuracy"] for row in mine])
             # Quality is the inverse loss: positive, and large for good tickets.
-            tail = tails.tail_index(1 / loss, count)
+            tail = summary.tail_index(1 / loss, count)
             cells.append(Cell(depth, width, mine[0]["weights"], accuracy, loss, tail))
     body = [cell.row() for cell in cells]
     smallest, largest = body[0], body[-1]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import imp, prune, scores, summary, transform
+from lottery import criteria, imp, prune, summary, transform
 from lottery import masks as masks_lib
 from lottery.connectivity import STABLE
 from tessera.data.loader import index_block
@@ -94,7 +94,7 @@ def _masks(params: PyTree, density: float) -> PyTree:
     one = jax.tree.map(lambda leaf: leaf[0], params)
     which = masks_lib.prunable(one)
     counts = {path: round(density * size) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
     return jax.jit(jax.vmap(keep))(params)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 from scipy import stats
 
-from lottery import compact, coupled, scores, summary
+from lottery import compact, coupled, criteria, summary
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
@@ -155,7 +155,7 @@ def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
     layers = (*(f"dense{i}" for i in range(len(hidden))), "output")
     which, groups = masks_lib.prunable(params), coupled.mlp_neurons(layers)
     counts = dict(zip(layers, hidden, strict=False))
-    mask = coupled.keep_units(scores.magnitude(params), masks_lib.ones(params), which, groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(params), masks_lib.ones(params), which, groups, counts)
     small, sizes = compact.compact_mlp(masks_lib.apply(params, mask), layers)
     if sizes != tuple(hidden):
         raise ValueError(f"prune_to: {sizes} neurons are alive, {tuple(hidden)} were asked for")

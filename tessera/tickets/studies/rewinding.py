@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 
 from lottery import imp, summary
-from lottery.levels import level_like
+from lottery.imp import level_like
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table

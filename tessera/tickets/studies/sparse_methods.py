@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from lottery import dynamic, prune, scores, supermask
+from lottery import criteria, dynamic, prune, supermask
 from lottery import masks as masks_lib
 from lottery.imp import initial_weights, search_keys
-from lottery.levels import level_counts
+from lottery.search_config import level_counts
 from tessera.data.loader import index_block
 from tessera.infra.config import ConfigError, build
 from tessera.models.registry import Network
@@ -84,11 +84,11 @@ class Ground:
 
     def largest(self, params: PyTree) -> PyTree:
         """The mask [...] of the largest weights of one network."""
-        return prune.keep(scores.magnitude(params), masks_lib.ones(params), self.which, self.counts)
+        return prune.keep(criteria.magnitude(params), masks_lib.ones(params), self.which, self.counts)
 
     def random(self) -> PyTree:
         """Random masks [seeds, ...]."""
-        draw = lambda params, key: self.largest(scores.random(params, key=key))  # noqa: E731
+        draw = lambda params, key: self.largest(criteria.random(params, key=key))  # noqa: E731
         return jax.jit(jax.vmap(draw))(self.initial, search_keys(self.setup.search, 1, "sparse training"))
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import lottery_cifar, lottery_digits, lottery_lm
 from lottery import imp, transfer
 from lottery import masks as masks_lib
-from lottery.levels import level_counts
+from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
