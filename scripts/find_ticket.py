@@ -9,8 +9,7 @@ from tessera.infra.config import Invocation, checked, run
 from tessera.infra.progress import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
-from tessera.tickets.setup import make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, make_setup, search_tickets
 
 
 def main(invocation: Invocation) -> None:

@@ -84,7 +84,7 @@ def run(config: Any, pieces: Pieces) -> Study:
     ground, counts = make_ground(setup, SparseConfig(), config)
     if STATISTICS in ground.initial:
         raise ConfigError("config.model.name: a network without batch statistics is needed, such as lenet or conv2")
-    programs = ground.programs(setup.optimizer, frozen_network(setup.network))
+    programs = setup.programs_for(setup.optimizer, frozen_network(setup.network))
 
     def trained(part: str, name: str, level: int, start: Start) -> tuple[list[dict[str, Any]], PyTree]:
         tree = {"trained": start.trained, "frozen": start.frozen}

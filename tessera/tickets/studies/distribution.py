@@ -1,7 +1,7 @@
 """The distribution of tickets: many tickets for every width and depth, the spread and the tail of their quality.
 
 Do bigger networks hold more good tickets, or better ones? What is given is the measured spread and the tail index with
-its interval (`lottery.summary`), not a verdict.
+its interval (`lottery.tails`), not a verdict.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ from tessera.infra.memo import Pieces
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
 from tessera.reports.style import canvas, ramp, titles
-from tessera.tickets.programs import make_programs
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
 from tessera.tickets.studies.study import Study
 
@@ -59,10 +58,7 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     """Train `tickets` dense networks of one size, prune them, rewind them, train again."""
     model = {"name": "lenet", "hidden": (width,) * depth}
     network = make_network(model, setup.splits.train.images[:1], setup.classes)
-    programs = make_programs(
-        setup.splits, apply=network.apply, optimizer=setup.optimizer, config=setup.ticket, train=network.train
-    )
-    setup = replace(setup, network=network, programs=programs)
+    setup = replace(setup, network=network, programs=setup.programs_for(network=network))
     seeds = range(study.tickets)
     names = ["ticket"] * study.tickets
     initial = init_stack(setup, seeds, salt=1000 * depth + width)

@@ -22,7 +22,6 @@ from tessera.infra.memo import Pieces
 from tessera.models.registry import Network, make_network
 from tessera.reports.html import Table
 from tessera.reports.style import MARKERS, PALETTE, canvas, titles
-from tessera.tickets.programs import StepConfig, make_programs
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -94,11 +93,8 @@ def _setups(base: Setup, config: Any, study: PopulationConfig) -> dict[str, Setu
 
 def taught(setup: Setup, teacher: Network, weight: float) -> Setup:
     """The setup with `weight` of the loss from teachers of another architecture (`Starts.teachers`)."""
-    step = StepConfig(teacher.apply, setup.network.train, setup.optimizer, weight, setup.ticket.temperature)
-    programs = make_programs(
-        setup.splits, apply=setup.network.apply, optimizer=setup.optimizer, config=setup.ticket, step_config=step
-    )
-    return replace(setup, programs=programs)
+    setup = replace(setup, ticket=replace(setup.ticket, distil=weight))
+    return replace(setup, programs=setup.programs_for(teacher=teacher))
 
 
 def _seeds(study: PopulationConfig, repeat: int) -> list[int]:

@@ -18,8 +18,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
 from tessera.reports.style import MARKERS, PALETTE, canvas, label_lines, titles
-from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, Setup, make_setup
 from tessera.tickets.studies.study import Study, with_interval
 
 UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy": ("test accuracy", "points", 100.0, 2)}
