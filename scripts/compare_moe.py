@@ -10,8 +10,9 @@ from rich.table import Table
 
 from lottery.summary import write_csv
 from scripts import train
-from tessera.infra.config import Invocation, run
+from tessera.infra.config import ConfigError, Invocation, run
 from tessera.infra.workdir import prepare
+from tessera.lm.run import make_text_run
 from tessera.reports import comparison
 from tessera.reports.run_report import config_section, write_report
 
@@ -19,18 +20,22 @@ from tessera.reports.run_report import config_section, write_report
 def main(invocation: Invocation) -> int:
     """Train what is not finished, then tables and a report of all runs. Returns the exit status."""
     config = invocation.config
-    root = prepare(invocation.workdir or f"runs/{invocation.name}", config)
+    root = Path(invocation.workdir or f"runs/{invocation.name}")
+    for arm in config.arms:  # what is wrong with the last one is said before anything is written or trained
+        todo = [seed for seed in config.seeds if not comparison.finished(root / f"{arm}-{seed}")]
+        if todo:
+            check(config, arm, todo[0])
+    prepare(root, config)
     # Seeds of an arm are one program: compiled once, found again by the others and after a restart.
     jax.config.update("jax_compilation_cache_dir", str((root / "compiled").absolute()))
     runs = []
     for arm in config.arms:
         for seed in config.seeds:
-            one = ConfigDict(config.run.to_dict())
-            one.update(config.arms[arm])
-            one.seed = seed
             workdir = root / f"{arm}-{seed}"
             if not comparison.finished(workdir):
-                named = replace(invocation, config=one, name=f"{arm}-{seed}", workdir=str(workdir))
+                named = replace(
+                    invocation, config=settings_of(config, arm, seed), name=f"{arm}-{seed}", workdir=str(workdir)
+                )
                 status = train.main(named)
                 if status:
                     return status
@@ -48,6 +53,26 @@ def main(invocation: Invocation) -> int:
     page = write_report(root, "Routed experts against a dense decoder", sections, subtitle=Path(root).resolve().name)
     Console().print(f"report: {page}", soft_wrap=True)
     return 0
+
+
+def settings_of(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
+    """Settings of one run for `scripts/train.py`."""
+    one = ConfigDict(config.run.to_dict())
+    one.update(config.arms[arm])
+    one.seed = seed
+    return one
+
+
+def check(config: ConfigDict, arm: str, seed: int) -> None:
+    """Check the settings of an arm as the training script does; nothing is written.
+
+    Raises:
+      ConfigError: a setting that is wrong.
+    """
+    try:
+        make_text_run(settings_of(config, arm, seed))
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm!r} (config is config.run with config.arms.{arm}): {error}") from error
 
 
 def show(title: str, rows: list[dict]) -> None:

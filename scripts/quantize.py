@@ -10,7 +10,7 @@ from rich.console import Console
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from tessera.data.text import TextConfig, load_text
 from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.config import Invocation, build, checked, run
+from tessera.infra.config import ConfigError, Invocation, build, checked, run
 from tessera.models.transformer import Decoder
 from tessera.next_token import make_loss
 from tessera.serving.load import SourceConfig, load
@@ -25,7 +25,14 @@ def main(invocation: Invocation) -> int:
     source = build(SourceConfig, c.model, "config.model")
     loaded = checked("config.model", load, source)
     settings = json.loads((Path(source.dir) / "config.json").read_text(encoding="utf-8"))
-    splits = load_text(build(TextConfig, settings["data"], f"{source.dir}/config.json: data"))
+    where = f"{source.dir}/config.json: data"
+    splits = checked(where, load_text, build(TextConfig, settings["data"], where))
+    shortest = min(len(splits.train), len(splits.validation))
+    if not 1 <= c.length <= shortest - 2:
+        raise ConfigError(
+            f"config.length={c.length}: the run's shorter text of train and validation has {shortest} tokens; "
+            f"between 1 and {shortest - 2} can be cut from it"
+        )
     rng = np.random.default_rng(c.seed)
 
     def cut(tokens, count):

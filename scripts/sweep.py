@@ -18,7 +18,7 @@ from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
 from tessera.sweeps.programs import TrialConfig
 from tessera.sweeps.report import ReportConfig, enough, sweep_report
 from tessera.sweeps.table import SweepTable
-from tessera.sweeps.train import compile_cache, train_run
+from tessera.sweeps.train import check_texts, compile_cache, train_run
 
 
 def main(invocation: Invocation) -> None:
@@ -28,6 +28,7 @@ def main(invocation: Invocation) -> None:
     trial = build(TrialConfig, c.train, "config.train")
     splits = checked("config.data", load_text, text)
     family = build(Family, c.family, "config.family", vocab=splits.vocab_size)
+    check_texts(splits, family.length, trial.eval_tokens)
     plan = build(PlanConfig, c.plan, "config.plan")
     engine = build(EngineConfig, c.engine, "config.engine")
     report = build(ReportConfig, c.report, "config.report")

@@ -81,6 +81,8 @@ def train(
     dropped and made again. (As far as the backend computes the same numbers twice: CPU does, GPU may need
     XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
 
+    The last state is saved before it is evaluated: if that fails, the same command only evaluates.
+
     Args:
       step_fn: from `make_train_step`; jitted here, the state donated.
       init: makes the first state; its shardings hold for the whole run.
@@ -123,12 +125,14 @@ def train(
                 speed |= {"tokens_per_second": config.tokens / seconds} if config.tokens else {}
                 logger.write(step, speed, kind="time")
                 progress.advance(0, loss=row["loss"])
-            if evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
+            if evaluate and not last and config.eval_every and step % config.eval_every == 0:
                 watch.drain()
                 validation = evaluation = evaluate(state)
                 logger.write(step, validation, kind="eval")
             if save:
                 watch.drain()  # nothing that is not finite is ever saved
+                if last:
+                    evaluation = {}  # of this state it is not known yet: saved first, it outlives a failure to evaluate
                 extra = {"evaluation": evaluation}
                 checkpoints.save(step, state, data=batches.get_state(), extra=extra, metrics=validation)
             if save or step % config.log_every == 0 or validation is not None:
@@ -136,6 +140,12 @@ def train(
             if stop and not last:
                 checkpoints.wait()
                 raise Interrupted(step, signals.signum)
+        end = max(start, config.steps)
+        if evaluate and end and not evaluation:
+            evaluation = evaluate(state)
+            if not any(row["step"] == end and row["kind"] == "eval" for row in logger.rows()):
+                logger.write(end, evaluation, kind="eval")
+            checkpoints.rank(end, evaluation)
         checkpoints.wait()
     return Result(state, evaluation, start)
 
@@ -151,4 +161,4 @@ def _restore(
         return init(), 0, {}
     batches.set_state(restored.data)
     logging.info("going on from step %d", restored.step)
-    return restored.state, restored.step, restored.extra["evaluation"]
+    return restored.state, restored.step, restored.extra["evaluation"] or checkpoints.measured(restored.step)

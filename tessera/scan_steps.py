@@ -69,8 +69,8 @@ def run_blocks(
       names: of the networks of the stack, or of the one, for messages.
       after: (step, state, measurements as JSON's own types and "step"), called after each block; True stops early. The
         state goes into the next block: copy what must outlive it.
-      save: (step, state) -> None, called after a block if `save_seconds` have passed since the last save. Not called
-        at the end, where the caller has the finished state.
+      save: (step, state) -> None, called after a block if `save_seconds` have passed since the last save; after the
+        last one too, so that a failure in what follows costs no training.
       save_seconds: between saves; 0 saves after every block.
 
     Returns:
@@ -79,7 +79,7 @@ def run_blocks(
     Raises:
       FloatingPointError: a measurement with "loss" in its name is not finite, naming network and step.
     """
-    marks, saved = list(marks), time.monotonic()
+    saved = time.monotonic()
     for stop in marks:
         state, measured = advance(state, start, stop)
         row = {"step": stop} | {name: np.asarray(value).tolist() for name, value in measured.items()}
@@ -87,7 +87,7 @@ def run_blocks(
         start = stop
         if after(stop, state, row):
             break
-        if save and stop != marks[-1] and time.monotonic() - saved >= save_seconds:
+        if save and time.monotonic() - saved >= save_seconds:
             save(stop, state)
             saved = time.monotonic()
     return start, state

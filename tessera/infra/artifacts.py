@@ -8,17 +8,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from tessera.infra.checksums import checksums, name_of, signature
+
+ENTRIES = {"state", "meta", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a saved directory
 
 
 class CheckpointDamaged(RuntimeError):
@@ -29,17 +33,25 @@ class CheckpointMismatch(ValueError):
     """A sound checkpoint of another model or optimizer."""
 
 
+class NotOurs(FileExistsError):
+    """Something that would be removed or replaced and was not written by this code."""
+
+
 def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
     """Write one pytree as the directory `path`, which is absent or complete at any moment.
 
-    What stood there is replaced. `extra` are JSON-able values, read back by `load_extra`.
+    An artefact that stood there is replaced. `extra` are JSON-able values, read back by `load_extra`.
+
+    Raises:
+      NotOurs: what stands there is no artefact; it is left as it is.
     """
     path = Path(path).absolute()
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(path)
         for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
     barrier("tessera:save_tree")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(fresh, args=save_args(tree, {"extra": dict(extra or {})}), force=True)
@@ -47,8 +59,32 @@ def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = 
         if path.exists():
             os.replace(path, old)
         os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
     barrier("tessera:save_tree:done")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what `save_tree` wrote, if it is there.
+
+    Raises:
+      NotOurs: it is something else; it is left as it is.
+    """
+    refuse_foreign(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise NotOurs if something stands at `path` that is not, judged by its entries, a directory of this module."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise NotOurs(f"{path} is not a directory that a run saved; move it away, or use another directory")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ENTRIES)
+    if foreign:
+        raise NotOurs(
+            f"{path} stands where a run saves and holds what no run wrote: {', '.join(foreign[:10])}; move it away, "
+            "or use another directory"
+        )
 
 
 def load_tree(path: Path | str, like: PyTree) -> PyTree:
@@ -59,30 +95,27 @@ def load_tree(path: Path | str, like: PyTree) -> PyTree:
       CheckpointDamaged: it is truncated or altered.
       CheckpointMismatch: it holds other arrays than `like`.
     """
-    with _reader(path) as read:
-        return read_state(read, abstract(like), read_meta(read, str(path)), str(path))
+    read = _reader(path)
+    return read_state(read, abstract(like), read_meta(read, str(path)), str(path))
 
 
 def load_extra(path: Path | str) -> dict[str, Any]:
     """Read the `extra` values that `save_tree` wrote; same errors as `load_tree`."""
-    with _reader(path) as read:
-        return read_meta(read, str(path))["extra"]
+    return read_meta(_reader(path), str(path))["extra"]
 
 
-class _reader:
-    """Opens an artefact of `save_tree` and gives the function that reads items of it."""
+def _reader(path: Path | str) -> Callable[[Any], Any]:
+    """The function that reads items of an artefact of `save_tree`."""
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"nothing saved at {path}")
+    return partial(open_item, path)
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path).absolute()
-        if not self.path.exists():
-            raise FileNotFoundError(f"nothing saved at {self.path}")
 
-    def __enter__(self) -> Any:
-        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        return lambda args: self._checkpointer.restore(self.path, args=args)
-
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+def open_item(path: Path, args: Any) -> Any:
+    """Read items of a directory that Orbax wrote, and leave the directory as it is."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=args)
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -98,6 +131,15 @@ def barrier(name: str) -> None:
     """Wait until every process is here, if there are several; `name` must be the same on all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: int | bool, *, all_of: bool = False) -> int:
+    """One value for all processes: the first one's, or with `all_of` whether it is true on every one."""
+    if jax.process_count() == 1:
+        return int(value)
+    if all_of:
+        return int(np.all(multihost_utils.process_allgather(np.int32(value))))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:
@@ -142,7 +184,7 @@ def read_state(read: Any, like: PyTree, meta: dict[str, Any], name: str) -> PyTr
     except Exception as error:
         raise CheckpointDamaged(f"{name} is damaged: its arrays cannot be read ({short(error)})") from error
     found = checksums(state)
-    wrong = [path for path in found if found[path] != meta["arrays"][path]]
+    wrong = [path for path in found | meta["arrays"] if found.get(path) != meta["arrays"].get(path)]
     if wrong:
         raise CheckpointDamaged(f"{name} is damaged: checksums differ for {', '.join(wrong[:5])}")
     return state
@@ -197,7 +239,7 @@ class ArtifactStore:
         return None
 
     def clear(self, before: int | None = None) -> None:
-        """Remove the states of steps below `before` (all, if None)."""
+        """Remove the states of steps below `before` (all, if None); NotOurs as of `remove_tree`."""
         for step in self.steps():
             if before is None or step < before:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+                remove_tree(self.path(step))

@@ -3,6 +3,9 @@
 Orbax writes each checkpoint to a temporary directory and renames it, so a half-written one is never listed. Every one
 carries checksums (`tessera.infra.artifacts`), and `Checkpoints.restore_latest` walks back past a damaged one. Only
 these two modules import Orbax.
+
+`Checkpoints` belongs to the process that trains: opening it removes what a killed save left. Everybody else looks
+through `CheckpointReader`, which leaves the directory as it is, so that a run may be read while it trains.
 """
 
 import json
@@ -24,16 +27,21 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tessera.infra.artifacts import (
     CheckpointDamaged,
+    CheckpointMismatch,
     abstract,
+    agreed,
     barrier,
+    open_item,
     read_meta,
     read_state,
+    refuse_foreign,
     save_args,
     short,
 )
 from tessera.infra.logger import write_text
 
 BEST = "loss"  # the validation metric that ranks checkpoints; lower is better
+TRIES = 10  # how often a checkpoint may be replaced by a newer one while it is read
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,107 @@ class Restored:
     skipped: tuple[tuple[int, str], ...] = ()
 
 
-class Checkpoints:
-    """The checkpoints of one run, by step. Call every method from every process; it is a context manager."""
+class CheckpointReader:
+    """Reads the checkpoints of a run, which may be training: nothing in its directory is made, moved or removed."""
+
+    def __init__(self, directory: Path | str):
+        self.directory = Path(directory).absolute()
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending; none if there is no directory."""
+        try:
+            return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        except FileNotFoundError:
+            return []
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        return open_item(self.directory / str(step), args)
+
+    def restore(self, step: int, like: PyTree = None) -> Restored:
+        """Read one checkpoint.
+
+        Args:
+          step: one of `steps()`.
+          like: pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes, dtypes and shardings wanted.
+            None gives nested dicts and lists, sharded as they were saved: enough to look at a run without its
+            model.
+
+        Raises:
+          CheckpointDamaged: it cannot be read or its checksums differ.
+          CheckpointMismatch: it is sound but holds other arrays than `like`.
+        """
+        like = abstract(like)
+        name = f"checkpoint {step} in {self.directory}"
+
+        def read(args: ocp.args.Composite) -> Any:
+            return self._read(step, args)
+
+        meta = read_meta(read, name)
+        state = read_state(read, like, meta, name)
+        return Restored(step, state, meta["data"], meta["extra"])
+
+    def restore_whole(self, step: int) -> Restored:
+        """Read one checkpoint as NumPy arrays, whatever devices it was saved from; same errors as `restore`."""
+
+        def wanted(leaf: Any) -> np.ndarray:  # its shape alone is looked at
+            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+        try:
+            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(self.directory / str(step) / "state"))
+            like = jax.tree.map(wanted, getattr(found, "tree", found))
+        except Exception as error:  # Orbax raises many kinds for files it cannot read
+            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {short(error)}") from error
+        try:
+            return self.restore(step, like)
+        except CheckpointMismatch as error:  # two of its own descriptions differ
+            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {error}") from error
+
+    def restore_newest(self) -> Restored:
+        """Read the newest checkpoint as NumPy arrays, as `restore_whole` does.
+
+        A run that trains meanwhile may remove the checkpoint that is being read: it has a newer one then, which is read
+        instead.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          CheckpointDamaged: the newest one cannot be read, or newer ones kept coming faster than they could be read.
+        """
+        for _ in range(TRIES):
+            step = agreed(max(self.steps(), default=-1))  # processes that look at different moments read the same one
+            if step < 0:
+                raise FileNotFoundError(f"no checkpoint in {self.directory}")
+            found, problem = None, None
+            try:
+                found = self.restore_whole(step)
+            except CheckpointDamaged as error:
+                problem = error
+            if agreed(found is not None, all_of=True) and found is not None:
+                return found
+            # Only a newer checkpoint, or a trainer that found it damaged, makes a run remove its newest one.
+            if agreed(max(self.steps(), default=-1)) == step:
+                raise problem or CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged for a process")
+        raise CheckpointDamaged(
+            f"{TRIES} checkpoints in {self.directory} were removed while they were read: the run there saves faster; "
+            "read it when it has ended, or train with a larger checkpoint.keep or checkpoint.every"
+        )
+
+
+class Checkpoints(CheckpointReader):
+    """The checkpoints of the run that this process trains, by step; to look at another run use `CheckpointReader`.
+
+    Opening it makes the directory and removes what a killed save left there. Call every method from every process; it
+    is a context manager.
+
+    Raises:
+      NotOurs: the directory has numbered directories, which would be removed as old checkpoints, and they are no
+        checkpoints of a run.
+    """
 
     def __init__(self, directory: Path | str, config: CheckpointConfig = CheckpointConfig()):
-        self.directory = Path(directory).absolute()
+        super().__init__(directory)
         self.config = config
+        for step in self.steps() if self.directory.is_dir() else ():
+            refuse_foreign(self.directory / str(step))
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -103,15 +206,17 @@ class Checkpoints:
                     write_text(path, json.dumps({BEST: math.inf}))
         barrier("tessera:mend_ranks")
 
-    def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
-        return sorted(ocp.utils.checkpoint_steps(self.directory))
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        return self._manager.restore(step, args=args)
 
     def best_step(self) -> int | None:
         """Step of the kept checkpoint with the lowest validation loss; None if none was saved with one."""
+        ranks = self._ranks()
+        return min(ranks, key=ranks.__getitem__, default=None)
+
+    def _ranks(self) -> dict[int, float]:
         metrics = {step: self._manager.metrics(step) for step in self.steps()}
-        ranked = {step: _rank(found) for step, found in metrics.items() if found and math.isfinite(_rank(found))}
-        return min(ranked, key=ranked.__getitem__, default=None)
+        return {step: _rank(found) for step, found in metrics.items() if found and math.isfinite(_rank(found))}
 
     def save(
         self,
@@ -138,41 +243,6 @@ class Checkpoints:
         self._manager.save(
             step, args=save_args(state, {"data": data, "extra": dict(extra or {})}), metrics=rank, force=True
         )
-
-    def restore(self, step: int, like: PyTree = None) -> Restored:
-        """Read one checkpoint.
-
-        Args:
-          step: one of `steps()`.
-          like: pytree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes, dtypes and shardings wanted.
-            None
-            gives nested dicts and lists, sharded as they were saved: enough to look at a run without its model.
-
-        Raises:
-          CheckpointDamaged: it cannot be read or its checksums differ.
-          CheckpointMismatch: it is sound but holds other arrays than `like`.
-        """
-        like = abstract(like)
-        name = f"checkpoint {step} in {self.directory}"
-
-        def read(args: ocp.args.Composite) -> Any:
-            return self._manager.restore(step, args=args)
-
-        meta = read_meta(read, name)
-        state = read_state(read, like, meta, name)
-        return Restored(step, state, meta["data"], meta["extra"])
-
-    def restore_whole(self, step: int) -> Restored:
-        """Read one checkpoint as NumPy arrays, whatever devices it was saved from; same errors as `restore`."""
-        try:
-            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(self.directory / str(step) / "state"))
-        except Exception as error:  # Orbax raises many kinds for files it cannot read
-            raise CheckpointDamaged(f"checkpoint {step} in {self.directory} is damaged: {short(error)}") from error
-
-        def wanted(leaf: Any) -> np.ndarray:  # its shape alone is looked at
-            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-        return self.restore(step, jax.tree.map(wanted, getattr(found, "tree", found)))
 
     def restore_latest(self, like: PyTree) -> Restored | None:
         """Read the newest sound checkpoint, or return None if there is no checkpoint at all.
@@ -214,6 +284,40 @@ class Checkpoints:
         barrier("tessera:set_aside")
         self._manager.close()
         self._manager = self._open()
+
+    def rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the validation metrics of a checkpoint that was saved before they were known, and what they change.
+
+        A checkpoint that was kept as the best one so far and no longer is goes.
+
+        Args:
+          step: one of `steps()`.
+          metrics: as for `save`.
+        """
+        self.wait()
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values.get(BEST, math.inf)):
+            return
+        self._write_metrics(step, values)
+        steps = self.steps()
+        ranks = self._ranks()
+        kept = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
+        for at in steps:
+            if at not in kept:
+                self._manager.delete(at)
+
+    def _write_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        barrier("tessera:rank")
+        if jax.process_index() == 0:
+            write_text(self.directory / str(step) / "metrics" / "metrics", json.dumps(dict(values)))
+        barrier("tessera:rank:done")
+        self._manager.close()
+        self._manager = self._open()  # Orbax reads ranks when it opens a directory
+
+    def measured(self, step: int) -> dict[str, float]:
+        """Validation metrics that `rank` recorded for a checkpoint; empty if there are none."""
+        found = {name: float(value) for name, value in (self._manager.metrics(step) or {}).items()}
+        return found if BEST in found and all(math.isfinite(value) for value in found.values()) else {}
 
     def wait(self) -> None:
         """Block until the save under way is on disk.

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -32,8 +33,12 @@ PACKAGES = (
 )
 
 
+# What may lie in a directory before a run makes it its own: records of a start that was killed, and a job's log.
+HARMLESS = re.compile(r"\..*|versions\.json|run\.json|.*\.(log|out|err|txt)")
+
+
 class WorkdirMismatch(ValueError):
-    """A directory made by a run with another config."""
+    """A directory made by a run with another config, or by no run at all."""
 
 
 def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name: str = "run") -> Path:
@@ -41,7 +46,7 @@ def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name
 
     Writes `config.json` (every setting, resolved), `versions.json` (Python and packages) and `run.json` (seed, git
     revision, command line, devices). A directory that has a `config.json` is a run to continue: its settings must be
-    the same.
+    the same. A directory without one must hold nothing that the run could overwrite or remove.
 
     Args:
       workdir: the directory; "" stands for `runs/<name>-<first 8 hex digits of the config's SHA-256>`.
@@ -49,11 +54,19 @@ def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name
       name: the config's name, for the default directory.
 
     Raises:
-      WorkdirMismatch: the directory was made with other settings; each is named with both values.
+      WorkdirMismatch: the directory was made with other settings, each is named with both values; or it has no
+        config.json and holds other files.
     """
     settings = resolve(config)
     path = Path(workdir) if str(workdir) else Path("runs") / f"{name}-{config_hash(settings)[:8]}"
     found = path / "config.json"
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in names if not HARMLESS.fullmatch(name)]
+    if foreign and found.name not in names:
+        raise WorkdirMismatch(
+            f"{path} has no config.json, so no run made it, but it holds {', '.join(foreign[:10])}; use a new or empty "
+            "--workdir"
+        )
     if found.exists():
         check_same(json.loads(found.read_text(encoding="utf-8")), settings, path)
     if jax.process_index() == 0:

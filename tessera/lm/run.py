@@ -16,7 +16,7 @@ from sharding.plan import Plan
 from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.evaluation import evaluate
-from tessera.infra.config import build, checked
+from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig
@@ -133,10 +133,54 @@ def make_text_run(c: ConfigDict) -> TextRun:
       ConfigError: a setting that is wrong, by its path.
       DataUnavailable: the text is neither there nor to be had.
     """
+    for name, value, least in (
+        ("seed", c.seed, 0),
+        ("batch_size", c.batch_size, 1),
+        ("length", c.length, 1),
+        ("eval.batches", c.eval.batches, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"config.{name}={value}: at least {least} is needed")
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
     start = build(StartConfig, c.start, "config.start")
     run = make_run(c, vocab_size=1)  # every other setting is checked before the text is read, or even fetched
     splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
+    check_splits(c, splits)
     run = replace(run, model=replace(run.model, vocab_size=splits.vocab_size))
     loss_fn, placement = checked("config.plan", run.under_plan)
+    _, count = checked("config.plan", placement.share)
+    if c.batch_size % count:
+        raise ConfigError(f"config.batch_size={c.batch_size}: {count} processes share a batch; a multiple is needed")
     return TextRun(c, run, splits, loop, start, loss_fn, placement)
+
+
+def check_splits(c: ConfigDict, splits: TextSplits) -> None:
+    """Check that training and both evaluations get their batches, before the first step.
+
+    Training goes over its text again and again, so a window is enough; validation and test take whole batches from one
+    pass.
+
+    Raises:
+      ConfigError: the splits that are too small, what each has and what would do.
+    """
+    lines = []
+    for name in ("train", "validation", "test"):
+        tokens, batch = len(getattr(splits, name)), 1 if name == "train" else c.batch_size
+        windows = max(0, tokens - 1) // c.length
+        if windows >= batch:
+            continue
+        cap = f", config.data.max_bytes={c.data.max_bytes}" if c.data.max_bytes else ""
+        fixes = [f"more text (config.data.name={c.data.name!r}{cap})"]
+        if name != "train":
+            fixes.append(f"a larger share (config.data.{name}={c.data[name]})")
+        if name != "train" and windows:
+            fixes.append(f"config.batch_size of at most {windows}")
+        if tokens > batch:
+            fixes.append(f"config.length of at most {(tokens - 1) // batch}")
+        sizes = f"config.length={c.length}" + (f", config.batch_size={c.batch_size}" if name != "train" else "")
+        lines.append(
+            f"the {name} text has {tokens} tokens; at least {batch * c.length + 1} are needed ({sizes}): "
+            f"use {' or '.join(fixes)}"
+        )
+    if lines:
+        raise ConfigError("config.data: " + "\n  ".join(lines))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Key, PyTree
 from moe.gate import parameter_shapes
 from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
-from tessera.infra.checkpoint import Checkpoints
+from tessera.infra.checkpoint import CheckpointReader
 from tessera.infra.config import build
 from tessera.infra.logger import METRICS, read_rows
 from tessera.lm.expert_pruning import drop_experts, prune_experts
@@ -80,7 +80,7 @@ def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[A
 
 
 def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
-    """Parameters (numpy) and model of a run of `scripts/train.py`, from its newest checkpoint.
+    """Parameters (numpy) and model of a run of `scripts/train.py`, from its newest checkpoint; it may be training.
 
     Raises:
       FileNotFoundError: no run, or no checkpoint, is there.
@@ -90,11 +90,7 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"no run in {path}: config.json is missing")
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise FileNotFoundError(f"no checkpoint in {path / 'checkpoints'}")
-        params = jax.tree.map(np.asarray, checkpoints.restore_whole(steps[-1]).state["params"])
+    params = jax.tree.map(np.asarray, CheckpointReader(path / "checkpoints").restore_newest().state["params"])
     vocabulary = params["embed"]["table"].shape[0]
     return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)
 

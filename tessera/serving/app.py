@@ -1,7 +1,8 @@
 """The HTTP server: OpenAI's completions, chat and models, health and Prometheus metrics (extra `serve`).
 
 Every error is JSON as OpenAI's clients expect it: 400 a body that is not understood, 401 a wrong key, 404 another
-model, 413 a body too large, 429 a full queue, 503 shutting down, 504 a request that took too long.
+model, 413 a body too large, 429 a full queue, 500 a text that failed, 503 shutting down or a dead engine, 504 a request
+that took too long.
 """
 
 import asyncio
@@ -26,10 +27,12 @@ from tessera.serving.protocol import (
     token_logprobs,
     usage,
 )
-from tessera.serving.requests import PromptTooLong, QueueFull, Text
-from tessera.serving.service import Draining, Service
+from tessera.serving.requests import LARGEST, OutOfRange, PromptTooLong, QueueFull, Text, check_whole, is_number
+from tessera.serving.service import DEAD, Draining, EngineDead, Service
 from tessera.serving.text import TextStream
 
+NAMES = {"stop_tokens": "stop_token_ids"}  # settings that a body calls otherwise
+FAILED = "the model failed; the log says why"
 LOOK = 0.25  # seconds between two looks at whether the client is still there
 
 
@@ -54,6 +57,13 @@ class AppConfig:
     max_choices: int = 16
     max_body: int = 2**20
     patience: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_choices", "max_body"):
+            check_whole(name, getattr(self, name), 1, LARGEST)
+        for name in ("timeout", "patience"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise OutOfRange(name, getattr(self, name), "a number of seconds, 0 or more")
 
 
 def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Any:
@@ -110,8 +120,11 @@ class Pages:
 
     async def health(self, request: Any) -> Any:
         """GET /health: 200 while the engine runs and takes requests."""
-        well = self.service.alive and not self.service.draining
-        return self.starlette.JSONResponse({"status": "ok" if well else "unavailable"}, 200 if well else 503)
+        service = self.service
+        if service.alive and not service.draining and not service.dead:
+            return self.starlette.JSONResponse({"status": "ok"})
+        reason = DEAD if service.dead else "shutting down" if service.draining else "not started"
+        return self.starlette.JSONResponse({"status": "unavailable", "reason": reason}, 503)
 
     async def metrics(self, request: Any) -> Any:
         """GET /metrics."""
@@ -125,6 +138,7 @@ class Pages:
             *metrics.counter("tokens", "Tokens drawn.", counts["tokens"]),
             *metrics.counter("drafted_tokens", "Tokens the draft model guessed.", counts["drafted"]),
             *metrics.counter("accepted_tokens", "Of those, the ones that stayed.", counts["accepted"]),
+            *metrics.gauge("alive", "1 while the engine runs.", int(self.service.alive and not self.service.dead)),
             *metrics.gauge("waiting", "Texts waiting for a slot.", len(engine.waiting)),
             *metrics.gauge("running", "Texts that have a slot.", engine.running),
             *metrics.gauge("slots", "Slots there are.", len(engine.slots)),
@@ -155,6 +169,14 @@ class Pages:
             return self._error(429, str(error), "rate_limit_error", code="queue_full")
         except Draining as error:
             return self._error(503, str(error), "server_error", code="shutting_down")
+        except EngineDead as error:
+            return self._error(503, str(error), "server_error", code="engine_dead")
+        except OutOfRange as error:  # a token outside the vocabulary
+            name = NAMES.get(error.parameter, error.parameter)
+            message = str(error).replace(f"{error.parameter}=", f"{name}=", 1)
+            return self._error(400, message, invalid, name)
+        except RecursionError:
+            return self._error(400, "the body is nested too deeply", invalid)
         except ValueError as error:  # also a body that is no JSON
             return self._error(400, str(error), invalid)
         if asked.stream:
@@ -171,8 +193,10 @@ class Pages:
                 ends[index] = finish or ends[index]
         except TimeoutError:
             return self._error(504, f"not done within {self.config.timeout} s", "server_error", code="timeout")
+        except EngineDead as error:
+            return self._error(503, str(error), "server_error", code="engine_dead")
         if any(text.finish == "error" for text in texts):
-            return self._error(500, "the model failed; the log says why", "server_error")
+            return self._error(500, FAILED, "server_error")
         if any(text.finish == "cancelled" for text in texts) and "cancelled" in ends:
             return self._error(503, "the request was let go of", "server_error", code="shutting_down")
         choices = []
@@ -188,12 +212,18 @@ class Pages:
         identity = _identity()
         try:
             async for index, piece, finish, start in self._follow(request, asked, texts, events):
+                if texts[index].finish == "error":
+                    yield _event(error_body(FAILED, "server_error"))
+                    return
                 logprobs = token_logprobs(texts[index], start, self.tokenizer) if asked.logprobs else None
                 if piece or finish or logprobs:
                     entry = choice(asked, index, piece, finish or None, logprobs, delta=True)
                     yield _event(response(asked, identity, [entry], self.config.model, delta=True))
         except TimeoutError:
             yield _event(error_body(f"not done within {self.config.timeout} s", "server_error", code="timeout"))
+            return
+        except EngineDead as error:
+            yield _event(error_body(str(error), "server_error", code="engine_dead"))
             return
         if asked.usage:
             yield _event(response(asked, identity, [], self.config.model, delta=True) | {"usage": usage(texts)})
@@ -202,7 +232,12 @@ class Pages:
     async def _follow(
         self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]
     ) -> AsyncIterator[tuple[int, str, str, int]]:
-        """(index, new text, reason it ended or "", tokens given before); lets go of texts when the client has left."""
+        """(index, new text, reason it ended or "", tokens given before); lets go of texts when the client has left.
+
+        Raises:
+          TimeoutError: it took too long.
+          EngineDead: nothing will come any more.
+        """
         streams = [TextStream(self.tokenizer, asked.stop) for _ in texts]
         given, done = [0] * len(texts), [False] * len(texts)
         until = time.monotonic() + self.config.timeout
@@ -216,6 +251,8 @@ class Pages:
                     return
                 if time.monotonic() > until:
                     raise TimeoutError
+                if self.service.dead and (index < 0 or texts[index].finish == "error"):
+                    raise EngineDead(DEAD)
                 if index < 0 or done[index]:
                     continue
                 text, stream = texts[index], streams[index]

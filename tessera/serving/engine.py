@@ -1,21 +1,24 @@
 """Continuous batching: requests enter and leave slots while others decode.
 
 A step reads at most one piece of waiting prompts and then draws the next tokens of all texts that have been read, so a
-long prompt never stops the others. Slots are given in the order of arrival. One thread calls `step`; `submit` and
-`cancel` may be called from any.
+long prompt never stops the others. Slots are given in the order of arrival. What goes wrong on the host with one text
+ends that text alone. One thread calls `step`; `submit` and `cancel` may be called from any.
 """
 
+import contextlib
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from absl import logging
 from jaxtyping import PyTree
 
 from sharding.inference.sample import Settings, greedy
 from tessera.serving.programs import Programs, Rows
-from tessera.serving.requests import PromptTooLong, QueueFull, Sampling, Text
+from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling, Text, check_whole, show
 from tessera.serving.speculative import Speculating
 
 DEFAULT = Sampling()
@@ -65,13 +68,20 @@ class Engine:
         Raises:
           QueueFull: too many texts wait.
           PromptTooLong: no room for a token after the prompt, or no prompt.
-          ValueError: a token outside the vocabulary.
+          OutOfRange: a token of the prompt or a stop token outside the vocabulary, or no `Sampling`.
         """
+        if not isinstance(sampling, Sampling):
+            raise OutOfRange("sampling", sampling, "a Sampling")
         length, vocabulary = self.programs.config.length, self.programs.served.config.vocab_size
         if not 0 < len(prompt) < length:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; 1 to {length - 1} fit")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"token {max(prompt, key=abs)} is not in the vocabulary of {vocabulary}")
+        for name, tokens in (("prompt", prompt), ("stop_tokens", sampling.stop_tokens)):
+            for token in tokens:
+                try:
+                    check_whole(name, token, 0, vocabulary - 1)
+                except OutOfRange as error:
+                    valid = f"in 0..{vocabulary - 1}: token {show(token)} is not in the vocabulary of {vocabulary}"
+                    raise OutOfRange(name, token, valid) from error
         text = Text(tuple(int(token) for token in prompt), sampling)
         if notify is not None:
             text.notify = notify
@@ -100,15 +110,32 @@ class Engine:
         while self.busy:
             self.step()
 
-    def fail(self, reason: str = "error") -> None:
-        """End every text, after an exception in `step` or at shutdown; the slots are empty afterwards."""
+    def fail(self, reason: str = "error", *, restart: bool = True) -> None:
+        """End every text, after an exception in `step` or at shutdown; the slots are empty afterwards.
+
+        Args:
+          reason: why they end, see `Text`.
+          restart: first make a new state, as the old one was given away to the step that failed; False is for an
+            engine that will take no more steps.
+        """
+        if restart:  # first: where it fails, the texts end with the engine
+            self._state = None  # two may not fit
+            self._state = jax.block_until_ready(self.programs.start())
         with self._lock:
             texts = [*self.waiting, *(text for text in self.slots if text is not None)]
             self.waiting.clear()
         for text in texts:
             self._end(text, reason)
-        if reason == "error":  # the state was given away to the step that failed
-            self._state = self.programs.start()
+
+    @contextlib.contextmanager
+    def _alone(self, text: Text) -> Iterator[None]:
+        """End one text, and go on with the others, where the host's work on it raises."""
+        try:
+            yield
+        except Exception:
+            logging.exception("text %d failed and ends with finish reason 'error'; the others go on", text.number)
+            if not text.finish:
+                self._end(text, "error")
 
     def _admit(self) -> None:
         with self._lock:
@@ -125,49 +152,62 @@ class Engine:
                     return
                 text = self.waiting.popleft()
                 self.slots[slot], text.slot = text, slot
-            values = text.sampling
-            row = (
-                values.temperature,
-                values.top_k,
-                values.top_p,
-                values.min_p,
-                values.repetition_penalty,
-                values.presence_penalty,
-                values.frequency_penalty,
-                values.seed,
-                0,
-            )
-            for array, value in zip(self._settings, row, strict=True):
-                array[slot] = value
+            with self._alone(text):
+                self._set(text)
+
+    def _set(self, text: Text) -> None:
+        """Write how a text is sampled into the row of its slot."""
+        values = text.sampling
+        row = (
+            values.temperature,
+            values.top_k,
+            values.top_p,
+            values.min_p,
+            values.repetition_penalty,
+            values.presence_penalty,
+            values.frequency_penalty,
+            values.seed,
+            0,
+        )
+        for array, value in zip(self._settings, row, strict=True):
+            array[text.slot] = value
 
     def _read(self) -> None:
-        reading = sorted((text for text in self.slots if text is not None and text.reading), key=lambda x: x.number)
+        pieces = [self._next(text) for text in self.slots if text is not None and text.reading]
+        reading = sorted((piece for piece in pieces if piece is not None), key=lambda piece: piece[0].number)
         if not reading:
             return
-        shape = self._piece(reading[0])
+        width, fresh = reading[0][1]
         rows, local = self.programs.config.rows, len(self.slots) // self.programs.parts
-        chosen: dict[int, Text] = {}  # place in the call -> text; those of equal shape read together
-        for text in (text for text in reading if self._piece(text) == shape):
+        chosen: dict[int, tuple[Text, np.ndarray]] = {}  # place in the call; those of equal shape are read together
+        for text, shape, part in reading:
             first = text.slot // local * rows
             place = next((i for i in range(first, first + rows) if i not in chosen), None)
-            if place is not None:
-                chosen[place] = text
-        count, width = rows * self.programs.parts, shape[0]
+            if shape == (width, fresh) and place is not None:
+                chosen[place] = text, part
+        count = rows * self.programs.parts
         piece = Rows(*(np.zeros((count, width) if i == 0 else count, np.int32) for i in range(4)))
-        for place, text in chosen.items():
-            part = text.prompt[text.read : text.read + width]
+        for place, (text, part) in chosen.items():
             piece.tokens[place, : len(part)] = part
             piece.slots[place], piece.starts[place] = text.slot % local, text.read
             piece.counts[place] = len(part)
-        where = [chosen[i].slot if i in chosen else 0 for i in range(count)]
+        where = [chosen[i][0].slot if i in chosen else 0 for i in range(count)]
         settings = Settings(*(array[where] for array in self._settings))
-        self._state, drawn = self.programs.extend(self.params, self._state, piece, settings, fresh=shape[1])
+        self._state, drawn = self.programs.extend(self.params, self._state, piece, settings, fresh=fresh)
         tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
-        for place, text in chosen.items():
-            text.read += int(piece.counts[place])
-            self.counts["prompt_tokens"] += int(piece.counts[place])
-            if not text.reading:
-                self._add(text, int(tokens[place]), float(logprobs[place]))
+        for place, (text, part) in chosen.items():
+            with self._alone(text):
+                text.read += len(part)
+                self.counts["prompt_tokens"] += len(part)
+                if not text.reading:
+                    self._add(text, int(tokens[place]), float(logprobs[place]))
+
+    def _next(self, text: Text) -> tuple[Text, tuple[int, bool], np.ndarray] | None:
+        """A text with the shape and the tokens of the next piece of its prompt; None if it failed."""
+        with self._alone(text):
+            shape = self._piece(text)
+            return text, shape, np.asarray(text.prompt[text.read : text.read + shape[0]], np.int32)
+        return None
 
     def _piece(self, text: Text) -> tuple[int, bool]:
         """Width of the next piece of a text's prompt, and whether it is the first."""
@@ -175,27 +215,34 @@ class Engine:
         return next(size for size in self.programs.config.buckets() if size >= left), text.read == 0
 
     def _draw(self) -> None:
-        running = [text for text in self.slots if text is not None and not text.reading]
+        budget = np.zeros(len(self.slots), np.int32)
+        running: list[Text] = []
+        for text in self.slots:
+            if text is not None and not text.reading:
+                with self._alone(text):
+                    budget[text.slot] = self._left(text)
+                    running.append(text)
         if not running:
             return
-        budget = np.zeros(len(self.slots), np.int32)
-        for text in running:
-            budget[text.slot] = self._left(text)
         self._state, drawn = self.programs.generate(
             self.params, self._state, self._last, budget, Settings(*(array.copy() for array in self._settings))
         )
         tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
         self.counts["decode_steps"] += len(tokens)
         for text in running:
-            slot = text.slot
-            found = tokens[: budget[slot], slot]
-            found = found[found >= 0]
-            if isinstance(self.programs, Speculating):
-                self.counts["drafted"] += self.programs.drafted
-                self.counts["accepted"] += int((tokens[:, slot] >= 0).sum()) - 1
-            for step, token in enumerate(found):
-                if not text.finish:
-                    self._add(text, int(token), float(logprobs[step, slot]), last=step == len(found) - 1)
+            with self._alone(text):
+                self._advance(text, tokens[:, text.slot], logprobs[:, text.slot], int(budget[text.slot]))
+
+    def _advance(self, text: Text, tokens: np.ndarray, logprobs: np.ndarray, budget: int) -> None:
+        """Add what was drawn in a text's slot."""
+        found = tokens[:budget]
+        found = found[found >= 0]
+        if isinstance(self.programs, Speculating):
+            self.counts["drafted"] += self.programs.drafted
+            self.counts["accepted"] += int((tokens >= 0).sum()) - 1
+        for step, token in enumerate(found):
+            if not text.finish:
+                self._add(text, int(token), float(logprobs[step]), last=step == len(found) - 1)
 
     def _left(self, text: Text) -> int:
         room = self.programs.config.length - len(text.prompt)
@@ -219,7 +266,10 @@ class Engine:
             self.slots[text.slot] = None
         text.slot, text.finish = -1, reason
         self.counts[f"finished_{reason}"] += 1
-        text.notify(text)
+        try:
+            text.notify(text)
+        except Exception:  # of whoever listens: nothing is left to end
+            logging.exception("what listens to text %d failed as it ended", text.number)
 
 
 def generate_all(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[Any]:

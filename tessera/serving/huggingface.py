@@ -5,8 +5,8 @@ and stacked. Rotary channels are paired alike (i with i + h / 2).
 """
 
 import json
+import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from tessera.serving.served import shapes
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|\d{5}\.part")
+MARK = {"written_by": "tessera"}  # in every file of an export: nothing without it is replaced or removed
+STAGING = ".tessera-export"  # folder inside the directory that the files are written to before they are moved
 
 # Our path without the layer axis -> Hugging Face's name; {l} and {e} count layers and experts.
 SHARED = {
@@ -53,6 +57,10 @@ class NotConvertible(ValueError):
     """A model that the other side has no words for."""
 
 
+class ForeignFiles(FileExistsError):
+    """A directory that holds files which no export has written."""
+
+
 def read_config(directory: Path | str) -> TransformerConfig:
     """The model that a directory's config.json describes.
 
@@ -61,7 +69,7 @@ def read_config(directory: Path | str) -> TransformerConfig:
       NotConvertible: neither Llama nor Mixtral, or with biases, scaled rotary positions, a sliding window or another
         activation.
     """
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"no Hugging Face model in {directory}: config.json is missing")
     c = json.loads(path.read_text(encoding="utf-8"))
@@ -170,10 +178,12 @@ def save_directory(
     shard_bytes: int = SHARD_BYTES,
     **more: Any,
 ) -> Path:
-    """Write a decoder as a Hugging Face directory; it appears complete or not at all.
+    """Write a decoder as a Hugging Face directory; it loads as the old model, the new one, or (killed) as none.
+
+    Only files that an export has written are replaced or removed, those of an export by an earlier version not.
 
     Args:
-      directory: replaced if it holds a model.
+      directory: new, empty, or of an earlier export, which is replaced.
       params: of a scanned decoder of `config`; a leaf is fetched from its devices when its turn comes.
       config: the model.
       dtype: "float32" or "bfloat16".
@@ -181,43 +191,109 @@ def save_directory(
       more: further entries of config.json.
 
     Raises:
+      ForeignFiles: the directory holds anything else; nothing in it is touched.
       NotConvertible: a model that is neither Llama nor Mixtral.
       ImportError: the extra `export` is not installed.
     """
     save_file = _safetensors().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    settings = write_config(config, dtype=dtype, **more)
+    settings = write_config(config, dtype=dtype, **more) | MARK
     path = Path(directory)
-    fresh = path.with_name(f".{path.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    _refuse_foreign(path)
+    staging = path / STAGING
+    _clear_staging(staging)  # a killed export left it
+    staging.mkdir(parents=True)
     files: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
 
     def flush() -> None:
         if held:
-            save_file(held, fresh / f"{len(files):05}.part", {"format": "pt"})
+            save_file(held, staging / f"{len(files):05}.part", {"format": "pt"} | MARK)
             files.append(list(held))
             held.clear()
 
-    for name, tensor in _outward(params, config, kind):
-        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        held[name] = tensor
-        total += tensor.nbytes
-    flush()
-    where: dict[str, str] = {}
-    for i, names in enumerate(files):
-        file = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        (fresh / f"{i:05}.part").rename(fresh / file)
-        where |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        write_text(fresh / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
-    write_text(fresh / "config.json", json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    fresh.rename(path)
+    try:
+        for name, tensor in _outward(params, config, kind):
+            if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > shard_bytes:
+                flush()
+            held[name] = tensor
+            total += tensor.nbytes
+        flush()
+        where: dict[str, str] = {}
+        for i, names in enumerate(files):
+            file = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+            os.replace(staging / f"{i:05}.part", staging / file)
+            where |= dict.fromkeys(names, file)
+        if len(files) > 1:
+            index = {"metadata": {"total_size": total} | MARK, "weight_map": where}
+            write_text(staging / INDEX, json.dumps(index, indent=2))
+        write_text(staging / CONFIG, json.dumps(settings, indent=2) + "\n")
+        _refuse_foreign(path)  # writing took a while
+        _move_in(staging, path)
+    finally:
+        _clear_staging(staging)
     return path
+
+
+def _move_in(staging: Path, path: Path) -> None:
+    """Replace an earlier export; without its config.json, gone first and written last, the directory is no model."""
+    for name in (CONFIG, INDEX, *sorted(file.name for file in path.iterdir() if WEIGHTS.fullmatch(file.name))):
+        (path / name).unlink(missing_ok=True)
+    for name in (*sorted(file.name for file in staging.iterdir() if WEIGHTS.fullmatch(file.name)), INDEX, CONFIG):
+        if (staging / name).exists():
+            os.replace(staging / name, path / name)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise ForeignFiles if a directory holds anything but an export."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ForeignFiles(f"{path} is a file; name a new or empty directory to export to")
+    foreign = sorted(
+        file.name for file in path.iterdir() if not (_is_staging(file) if file.name == STAGING else _is_exported(file))
+    )
+    if foreign:
+        shown = ", ".join(foreign[:10]) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
+        raise ForeignFiles(
+            f"{path} holds files that no export has written: {shown}; export to a new or empty directory, or move "
+            "these files away first"
+        )
+
+
+def _is_exported(file: Path) -> bool:
+    """Whether an export has written a file: by its name and by the mark inside."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        if file.name in (CONFIG, INDEX):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return MARK.items() <= (found if file.name == CONFIG else found["metadata"]).items()
+        if WEIGHTS.fullmatch(file.name):
+            with _safetensors().safe_open(file, framework="numpy") as tensors:
+                return MARK.items() <= (tensors.metadata() or {}).items()
+    except Exception as error:  # what cannot be read is not known to be an export's
+        if isinstance(error, ImportError):
+            raise
+    return False
+
+
+def _is_staging(folder: Path) -> bool:
+    """Whether a folder is that of an export under way, or killed: by its name and those of its files."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(
+        file.is_file() and re.fullmatch(rf"{WEIGHTS.pattern}|\.?({CONFIG}|{INDEX})(\.\d+)?", file.name)
+        for file in folder.iterdir()
+    )
+
+
+def _clear_staging(folder: Path) -> None:
+    if folder.exists() and _is_staging(folder):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
 
 
 def _leaves(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -299,5 +375,5 @@ def _safetensors() -> Any:
 
 def is_directory(path: Path | str) -> bool:
     """Whether a directory looks like Hugging Face's rather than a run's."""
-    file = Path(path) / "config.json"
+    file = Path(path) / CONFIG
     return file.exists() and "model_type" in json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from tessera.data.tokenizer import Tokenizer
-from tessera.serving.requests import Sampling, Text
+from tessera.serving.requests import (
+    LARGEST,
+    MAX_STOP_TOKENS,
+    OutOfRange,
+    Sampling,
+    Text,
+    check_number,
+    check_whole,
+    show,
+)
 
 IGNORED = {"user", "best_of", "metadata", "store", "service_tier"}
 FIELDS = {
@@ -17,6 +26,7 @@ FIELDS = {
     *("stream_options", "stop", "seed", "logprobs", "top_k", "min_p", "repetition_penalty", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty"),
 }
+MAX_LOGPROBS = 5  # as at OpenAI; the drawn token's own is what is given
 # Settings that must keep the value that switches them off.
 OFF: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
@@ -66,62 +76,110 @@ def read_body(body: Any, tokenizer: Tokenizer, *, chat: bool, limit: int, max_ch
         raise BadRequest("the body must be a JSON object")
     for name, value in body.items():
         if name in OFF and value not in OFF[name]:
-            raise BadRequest(f"{name} is not supported", name)
+            raise BadRequest(f"{name}={show(value)} is not supported; leave it out", name)
         if name not in FIELDS and name not in OFF and name not in IGNORED:
-            raise BadRequest(f"unknown field {name!r}", name)
+            raise BadRequest(f"unknown field {show(name)}", show(name)[1:-1])
     prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body, tokenizer)
-    number = _number(body, "n", int, 1)
-    if not 1 <= number * len(prompts) <= max_choices:
+    number = _whole(body, "n", 1, max_choices, 1)
+    if number * len(prompts) > max_choices:
         raise BadRequest(f"{len(prompts)} prompts with n={number}: 1 to {max_choices} texts a request", "n")
-    seed = _number(body, "seed", int, None)
+    seed = _whole(body, "seed", -(2**63), 2**63 - 1, None)
     first = int.from_bytes(os.urandom(4), "little") if seed is None else seed % 2**32
-    most = _number(body, "max_completion_tokens", int, None) or _number(body, "max_tokens", int, None)
+    most = [_whole(body, name, 1, LARGEST, None) for name in ("max_completion_tokens", "max_tokens")]
+    stop_tokens = body.get("stop_token_ids")
     try:
         sampling = Sampling(
-            temperature=_number(body, "temperature", float, 1.0),
-            top_k=max(_number(body, "top_k", int, 0), 0),
-            top_p=_number(body, "top_p", float, 1.0),
-            min_p=_number(body, "min_p", float, 0.0),
-            repetition_penalty=_number(body, "repetition_penalty", float, 1.0),
-            presence_penalty=_number(body, "presence_penalty", float, 0.0),
-            frequency_penalty=_number(body, "frequency_penalty", float, 0.0),
+            temperature=_number(body, "temperature", 1.0),
+            top_k=max(_whole(body, "top_k", -1, LARGEST, 0), 0),  # -1 is off, too
+            top_p=_number(body, "top_p", 1.0),
+            min_p=_number(body, "min_p", 0.0),
+            repetition_penalty=_number(body, "repetition_penalty", 1.0),
+            presence_penalty=_number(body, "presence_penalty", 0.0),
+            frequency_penalty=_number(body, "frequency_penalty", 0.0),
             seed=first,
-            max_tokens=limit if most is None else most,
-            stop_tokens=tuple(_tokens(body.get("stop_token_ids") or [], "stop_token_ids")),
+            max_tokens=next((value for value in most if value is not None), limit),
+            stop_tokens=() if stop_tokens is None else _tokens(stop_tokens, "stop_token_ids", MAX_STOP_TOKENS),
         )
         every = [Sampling(**{**vars(sampling), "seed": (first + i) % 2**32}) for i in range(number)]
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    stop = body.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stop) > 4 or not all(isinstance(word, str) for word in stop):
-        raise BadRequest("stop must be a string or up to four strings", "stop")
-    options = body.get("stream_options") or {}
+    except OutOfRange as error:
+        raise BadRequest(str(error), error.parameter) from error
     return Asked(
         prompts=tuple(prompt for prompt in prompts for _ in range(number)),
         samplings=tuple(every * len(prompts)),
-        stop=stop,
-        stream=bool(body.get("stream")),
-        usage=bool(options.get("include_usage")),
-        logprobs=body.get("logprobs") not in (None, False),
+        stop=_stop(body),
+        stream=_flag(body, "stream"),
+        usage=_usage(body),
+        logprobs=_logprobs(body, chat=chat),
         chat=chat,
         model=str(body.get("model", "")),
     )
 
 
-def _number(body: Mapping, name: str, kind: type, default: Any) -> Any:
+def _whole(body: Mapping, name: str, low: int, high: int, default: Any) -> Any:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise BadRequest(f"{name}={value!r} must be {'a whole number' if kind is int else 'a number'}", name)
-    return kind(value)
-
-
-def _tokens(value: Any, name: str) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise BadRequest(f"{name} must be a list of token ids", name)
+    try:
+        check_whole(name, value, low, high)
+    except OutOfRange as error:
+        raise BadRequest(str(error), name) from error
     return value
+
+
+def _number(body: Mapping, name: str, default: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    check_number(name, value)
+    return float(value)
+
+
+def _flag(body: Mapping, name: str, place: str = "") -> bool:
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise BadRequest(f"{place}{name}={show(value)} must be true or false", f"{place}{name}")
+    return bool(value)
+
+
+def _usage(body: Mapping) -> bool:
+    options = body.get("stream_options")
+    if not isinstance(options, Mapping | None):
+        raise BadRequest(f"stream_options={show(options)} must be an object", "stream_options")
+    return _flag(options or {}, "include_usage", "stream_options.")
+
+
+def _logprobs(body: Mapping, *, chat: bool) -> bool:
+    value = body.get("logprobs")
+    if chat or isinstance(value, bool):
+        return _flag(body, "logprobs")
+    return bool(_whole(body, "logprobs", 0, MAX_LOGPROBS, 0))
+
+
+def _stop(body: Mapping) -> tuple[str, ...]:
+    stop = body.get("stop")
+    words = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
+        raise BadRequest(f"stop={show(stop)} must be a string or a list of up to four strings", "stop")
+    return tuple(words)
+
+
+def _tokens(value: Any, name: str, most: int = LARGEST) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > most:
+        raise BadRequest(f"{name}={show(value)} must be a list of at most {most} token ids", name)
+    for token in value:
+        try:
+            check_whole(name, token, 0, LARGEST)
+        except OutOfRange as error:
+            raise BadRequest(f"{error}, and in the vocabulary", name) from error
+    return tuple(value)
+
+
+def _encode(text: str, tokenizer: Tokenizer, name: str) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise BadRequest(f"{name} is not valid Unicode: {error}", name) from error
+    return tuple(tokenizer.encode(text).tolist())
 
 
 def _prompts(body: Mapping, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -132,14 +190,14 @@ def _prompts(body: Mapping, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
         raise BadRequest(
             "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
         )
-    if isinstance(prompt[0], int):
+    if isinstance(prompt[0], int | float):
         prompt = [prompt]
     found = []
     for one in prompt:
-        tokens = tokenizer.encode(one).tolist() if isinstance(one, str) else _tokens(one, "prompt")
+        tokens = _encode(one, tokenizer, "prompt") if isinstance(one, str) else _tokens(one, "prompt")
         if not tokens:
             raise BadRequest("an empty prompt", "prompt")
-        found.append(tuple(tokens))
+        found.append(tokens)
     return found
 
 
@@ -154,7 +212,7 @@ def _chat_prompt(body: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
         if not known:
             raise BadRequest("every message needs a role and a content, both strings", "messages")
         lines.append(f"{message['role']}: {message['content']}\n")
-    return tuple(tokenizer.encode("".join(lines) + "assistant:").tolist())
+    return _encode("".join(lines) + "assistant:", tokenizer, "messages")
 
 
 def choice(asked: Asked, index: int, piece: str, finish: str | None, logprobs: Mapping | None, *, delta: bool) -> dict:

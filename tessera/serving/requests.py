@@ -1,11 +1,25 @@
 """What is asked of a server: a prompt in tokens, how to sample, and what has come of it."""
 
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+LARGEST = 2**31 - 1  # what the devices' int32 holds
+MAX_STOP_TOKENS = 1024
 
 
 class QueueFull(RuntimeError):
     """As many requests wait as the queue has room for."""
+
+
+class OutOfRange(ValueError):
+    """A setting of the wrong type or out of range; `parameter` is its name."""
+
+    def __init__(self, parameter: str, value: Any, valid: str):
+        super().__init__(f"{parameter}={show(value)} must be {valid}")
+        self.parameter = parameter
 
 
 class PromptTooLong(ValueError):
@@ -17,16 +31,19 @@ class Sampling:
     """How a text is continued; see `sharding.inference.sample.Settings`.
 
     Attributes:
-      temperature: 0 takes the most probable token.
-      top_k: 0 is off.
+      temperature: 0 takes the most probable token; else 1e-10..100.
+      top_k: 0 is off; at most 2^31 - 1.
       top_p: 1 is off.
       min_p: 0 is off.
-      repetition_penalty: of tokens in the prompt or drawn before; 1 is off.
+      repetition_penalty: of tokens in the prompt or drawn before; 1 is off, 0.01..100.
       presence_penalty: taken off the logits of tokens drawn before; 0 is off.
       frequency_penalty: the same for every time a token was drawn.
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
       max_tokens: tokens to draw at most.
       stop_tokens: tokens that end the text; they are not part of it.
+
+    Raises:
+      OutOfRange: a value of the wrong type, not finite or out of range.
     """
 
     temperature: float = 1.0
@@ -41,20 +58,59 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0 <= self.temperature <= 100, "in 0..100"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in 0..1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "in (0, 100]"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in -2..2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in -2..2"),
-            "seed": (0 <= self.seed < 2**32, "in 0..2^32-1"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-        }
-        for name, (right, valid) in ranges.items():
-            if not right:
-                raise ValueError(f"{name}={getattr(self, name)} must be {valid}")
+        for name in NUMBERS:
+            check_number(name, getattr(self, name))
+        for name, (low, high) in WHOLE.items():
+            check_whole(name, getattr(self, name), low, high)
+        if not isinstance(self.stop_tokens, tuple | list) or len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise OutOfRange("stop_tokens", self.stop_tokens, f"a list of at most {MAX_STOP_TOKENS} token ids")
+        for token in self.stop_tokens:
+            check_whole("stop_tokens", token, 0, LARGEST)
+        object.__setattr__(self, "stop_tokens", tuple(int(token) for token in self.stop_tokens))
+
+
+SMALLEST = 1e-10  # a logit over a smaller temperature may not be a float32
+NUMBERS = {  # lowest, highest, and the range in words
+    "temperature": (SMALLEST, 100, f"in {SMALLEST}..100, or 0"),
+    "top_p": (math.ulp(0.0), 1, "in (0, 1]"),
+    "min_p": (0, 1, "in 0..1"),
+    "repetition_penalty": (0.01, 100, "in 0.01..100"),
+    "presence_penalty": (-2, 2, "in -2..2"),
+    "frequency_penalty": (-2, 2, "in -2..2"),
+}
+WHOLE = {"top_k": (0, LARGEST), "seed": (0, 2**32 - 1), "max_tokens": (1, LARGEST)}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return isinstance(value, numbers.Integral) or math.isfinite(value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise OutOfRange unless a value is a number in the range of its setting, one of `NUMBERS`."""
+    low, high, valid = NUMBERS[name]
+    if not is_number(value):
+        raise OutOfRange(name, value, f"a number {valid}")
+    if not (low <= value <= high or (name == "temperature" and value == 0)):
+        raise OutOfRange(name, value, valid)
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise OutOfRange unless a value is a whole number (an int, not 3.0) from low to high."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (whole and low <= value <= high):
+        raise OutOfRange(name, value, f"a whole number in {low}..{high}")
+
+
+def show(value: Any, most: int = 60) -> str:
+    """A value for a message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @dataclass(eq=False)
@@ -67,7 +123,8 @@ class Text:
       notify: called with the text after tokens came, and once more when it ends; must return quickly.
       tokens: drawn so far.
       logprobs: of each of them under the model.
-      finish: "" while it runs, then "stop" (a stop token), "length" (max_tokens, or no room), "cancelled" or "error".
+      finish: "" while it runs, then "stop" (a stop token), "length" (max_tokens, or no room), "cancelled" or "error"
+        (its own, or of a step that all texts share).
       read: tokens of the prompt in the cache.
       slot: where it is decoded; -1 while it waits and when it is done.
       number: order of arrival at its engine.

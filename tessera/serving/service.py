@@ -18,6 +18,16 @@ class Draining(RuntimeError):
     """The server is shutting down and takes no new requests."""
 
 
+DEAD = "the engine has failed for good; the log says why, and the server must be started anew"
+
+
+class EngineDead(RuntimeError):
+    """The engine cannot go on; the process has to be started anew."""
+
+
+FAILURES = 3  # steps that fail in a row, each after a fresh start, until the engine counts as dead
+
+
 class Service:
     """Runs an engine; every public method but `start` and `stop` may be called from the event loop.
 
@@ -32,6 +42,7 @@ class Service:
         self.duration = Histogram(SECONDS)
         self.refused = 0
         self._wake = threading.Event()
+        self._died = False
         self._stop = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -43,6 +54,11 @@ class Service:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has ended other than by `stop`: no text will ever go on."""
+        return self._died or (self._thread.ident is not None and not self.alive and not self._stop)
 
     def stop(self, patience: float = 0.0) -> None:
         """Refuse new requests, let those that run finish for `patience` seconds, end the rest, join the thread."""
@@ -66,10 +82,13 @@ class Service:
 
         Raises:
           Draining: at shutdown.
+          EngineDead: it failed for good.
           QueueFull, PromptTooLong, ValueError: see `Engine.submit`.
         """
         if self.draining:
             raise Draining("the server is shutting down")
+        if self.dead:
+            raise EngineDead(DEAD)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[int]()
         started, texts = time.monotonic(), list[Text]()
         first = set[int]()
@@ -105,6 +124,19 @@ class Service:
         self._wake.set()
 
     def _loop(self) -> None:
+        try:
+            self._steps()
+        except BaseException:
+            logging.exception("the engine is dead: every request ends, and new ones are refused")
+        finally:
+            self._died = not self._stop  # before the texts end: who waits for them asks
+            try:
+                self.engine.fail("cancelled" if self._stop else "error", restart=False)
+            except BaseException:
+                logging.exception("the engine could not end its texts")
+
+    def _steps(self) -> None:
+        failures = 0
         while not self._stop:
             if not self.engine.busy:
                 self._wake.wait(1.0)
@@ -112,7 +144,10 @@ class Service:
                 continue
             try:
                 self.engine.step()
+                failures = 0
             except Exception:
+                failures += 1
+                if failures == FAILURES:
+                    raise
                 logging.exception("a step failed; every request in it ends with finish reason 'error'")
                 self.engine.fail()
-        self.engine.fail("cancelled")

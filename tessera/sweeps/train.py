@@ -15,8 +15,9 @@ from jaxtyping import Array
 
 from scaling.sweeps.plan import Readout, Run
 from tessera.data.loader import index_block
-from tessera.data.text import TextConfig, load_text
+from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
+from tessera.infra.config import ConfigError
 from tessera.scan_steps import run_blocks
 from tessera.step import TrainState
 from tessera.sweeps.programs import Programs, Schedule, Trial, TrialConfig, compile_programs
@@ -41,26 +42,43 @@ class Texts(NamedTuple):
 
 
 def load_texts(text: TextConfig, length: int, eval_tokens: int) -> Texts:
-    """Read the text.
-
-    Raises:
-      ValueError: more than 256 symbols, or less validation text than one batch.
-    """
+    """Read the text; errors as of `check_texts`."""
     splits = load_text(text)
-    if splits.vocab_size > 256:
-        raise ValueError(f"tokenizer {text.tokenizer!r}: a sweep keeps its text as bytes; use 'bytes'")
+    windows = check_texts(splits, length, eval_tokens)
     there = (len(splits.validation) - 1) // length
-    windows = min(eval_tokens // length, there) // EVAL_BATCH * EVAL_BATCH
-    if not windows:
-        raise ValueError(
-            f"{len(splits.validation)} validation tokens, eval_tokens={eval_tokens}: at least {EVAL_BATCH * length} "
-            "are needed"
-        )
     # Spread over the whole stream: its first files are not like the rest (tables of character sets, for one).
     starts = length * (np.arange(windows) * there // windows)[:, None] + np.arange(length + 1)
     validation = splits.validation[starts].astype(np.int32).reshape(-1, EVAL_BATCH, length + 1)
     train = jnp.asarray(splits.train.astype(np.uint8))
     return Texts(train, jnp.asarray(validation), (len(splits.train) - 1) // length)
+
+
+def check_texts(splits: TextSplits, length: int, eval_tokens: int) -> int:
+    """Check that a sweep's runs have text to train on and to measure with; returns the windows they measure with.
+
+    Raises:
+      ConfigError: more than 256 symbols, less training text than one window, or less validation text than one batch.
+    """
+    if splits.vocab_size > 256:
+        raise ConfigError("config.data.tokenizer: a sweep keeps its text as bytes; use 'bytes'")
+    least = EVAL_BATCH * length
+    if eval_tokens < least:
+        raise ConfigError(
+            f"config.train.eval_tokens={eval_tokens}: at least {least} are needed, {EVAL_BATCH} windows of "
+            f"config.family.length={length}"
+        )
+    for name, needed in (("train", length + 1), ("validation", least + 1)):
+        there = len(getattr(splits, name))
+        if there < needed:
+            fixes = ["more text (config.data.name, config.data.max_bytes)"]
+            fixes += ["a larger config.data.validation"] if name == "validation" else []
+            shortest = (there - 1) // (EVAL_BATCH if name == "validation" else 1)
+            fixes += [f"config.family.length of at most {shortest}"] if shortest > 0 else []
+            raise ConfigError(
+                f"config.data: the {name} text has {there} tokens; at least {needed} are needed with "
+                f"config.family.length={length}: use {' or '.join(fixes)}"
+            )
+    return min(eval_tokens // length, (len(splits.validation) - 1) // length) // EVAL_BATCH * EVAL_BATCH
 
 
 class Trainer:

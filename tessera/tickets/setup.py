@@ -31,11 +31,8 @@ DATA: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 
-class LevelStore:
-    """The levels of a search under `directory`: `00/`, `01/`, ... finished, `03.step1200/` level 3 after step 1200.
-
-    Satisfies `lottery.imp.Store`. Every save is atomic, and a damaged artifact is reported with its path.
-    """
+class FinishedLevels:
+    """The finished levels `00/`, `01/`, ... of a search, which may be running: its directory is left as it is."""
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -50,8 +47,20 @@ class LevelStore:
 
     def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
         """The tree and rows of a finished level. Raises CheckpointDamaged if its files were altered."""
-        self.unfinished(level).clear()  # a search killed while it removed them left some
         return load_tree(self.path(level), like), load_extra(self.path(level))["rows"]
+
+
+class LevelStore(FinishedLevels):
+    """The levels of the search that this process runs; to look at another one use `FinishedLevels`.
+
+    Under `directory`, `00/`, `01/`, ... are finished and `03.step1200/` is level 3 as it was after step 1200. Satisfies
+    `lottery.imp.Store`. Every save is atomic, and a damaged artifact is reported with its path.
+    """
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """As `FinishedLevels.load`; the states of a search killed while it finished the level are removed."""
+        self.unfinished(level).clear()
+        return super().load(level, like)
 
     def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:
         """Write a finished level and remove the states saved while it was under way."""
@@ -121,6 +130,10 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
       ConfigError: wrong settings, naming their path.
     """
     splits = load_data(config.data) if splits is None else splits
+    for name in ("train", "validation", "test"):
+        if not len(getattr(splits, name).labels):
+            setting = "config.data.validation" if name == "validation" else "config.data"
+            raise ConfigError(f"{setting}: no examples for {name}; at least 1 is needed")
     size = len(splits.train.labels)
 
     def steps(name: str, text: Any) -> int:
@@ -229,7 +242,7 @@ class Finished(NamedTuple):
 
     setup: Setup
     config: ConfigDict
-    store: LevelStore
+    store: FinishedLevels
 
     def level(self, level: int) -> tuple[PyTree, list[Row]]:
         """The tree and rows of a level.
@@ -255,4 +268,4 @@ def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> 
     if not settings.is_file():
         raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
     config = ConfigDict(json.loads(settings.read_text(encoding="utf-8")))
-    return Finished(make_setup(config, splits), config, LevelStore(Path(workdir) / "levels"))
+    return Finished(make_setup(config, splits), config, FinishedLevels(Path(workdir) / "levels"))

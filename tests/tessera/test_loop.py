@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from tessera.evaluation import evaluate
-from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
+from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
 from tessera.loop import LoopConfig, train
 from tessera.signals import Interrupted, NonFiniteLoss
@@ -203,3 +203,58 @@ def test_evaluation_is_a_mean_over_batches():
 def test_bad_config():
     with pytest.raises(ValueError, match="log_every >= 1"):
         LoopConfig(3, log_every=0)
+
+
+def failing(workdir, error, **options):
+    """A run whose evaluation after the last step fails."""
+
+    def evaluation(state):
+        if int(state.step) == 20:
+            raise error
+        return {"loss": 1.0 / int(state.step)}
+
+    return with_evaluation(workdir, evaluation, **options)
+
+
+def with_evaluation(workdir, evaluation, stream=None, *, keep=2, best=1):
+    config = CheckpointConfig(6, keep, best)
+    with Logger(workdir) as logger, Checkpoints(workdir / "checkpoints", config) as saved:
+        return train(
+            STEP,
+            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            stream or Stream(),
+            LoopConfig(20, log_every=2, eval_every=6),
+            key=jax.random.key(3),
+            logger=logger,
+            checkpoints=saved,
+            evaluate=evaluation,
+        )
+
+
+@pytest.mark.parametrize("error", [ValueError("no batch"), Killed()])
+def test_a_failure_in_the_last_evaluation_costs_no_training(tmp_path, error):
+    with pytest.raises(type(error)):
+        failing(tmp_path / "failed", error)
+    assert CheckpointReader(tmp_path / "failed" / "checkpoints").steps()[-1] == 20
+
+    def measure(state):
+        calls.append(int(state.step))
+        return {"loss": 1.0 / int(state.step), "other": 2.0}
+
+    calls, stream = [], Stream()
+    result = with_evaluation(tmp_path / "failed", measure, stream)
+    assert (result.start, stream.seen, calls, result.evaluation) == (20, [], [20], {"loss": 0.05, "other": 2.0})
+    rows = read_rows(tmp_path / "failed" / METRICS)
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [6, 12, 18, 20]
+    # It ended as a run without a failure does, and there is nothing more to do.
+    again = with_evaluation(tmp_path / "failed", measure)
+    assert calls == [20] and again.evaluation == result.evaluation
+    assert read_rows(tmp_path / "failed" / METRICS) == rows
+
+
+@pytest.mark.parametrize("losses, kept", [((3.0, 1.0, 2.0, 4.0), [12, 18, 20]), ((4.0, 3.0, 2.0, 1.0), [18, 20])])
+def test_the_last_checkpoint_is_ranked_though_it_is_saved_before_its_evaluation(tmp_path, losses, kept):
+    found = dict(zip((6, 12, 18, 20), losses, strict=True))
+    with_evaluation(tmp_path, lambda state: {"loss": found[int(state.step)]})
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        assert saved.steps() == kept and saved.best_step() == min(found, key=found.__getitem__)

@@ -46,9 +46,9 @@ def test_the_host_is_told_of_every_block_and_saves_between_them():
     save = lambda step, state: saves.append((step, state))  # noqa: E731
     assert run_blocks(count_up, 2, [4, 6, 8], start=2, after=after, save=save, save_seconds=0.0) == (8, 8)
     assert rows == [{"step": step, "loss": [1.0, 2.0]} for step in (4, 6, 8)]
-    assert saves == [(4, 4), (6, 6)]
+    assert saves == [(4, 4), (6, 6), (8, 8)]
     run_blocks(count_up, 2, [4, 6, 8], start=2, save=save)
-    assert len(saves) == 2, "so soon nothing is saved again"
+    assert len(saves) == 3, "so soon nothing is saved again"
     assert run_blocks(count_up, 3, [], start=3) == (3, 3)
     assert run_blocks(count_up, 0, [4, 6, 8], after=lambda step, *_: step >= 6) == (6, 6)
 

@@ -17,7 +17,15 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tessera.infra.artifacts import CheckpointDamaged, CheckpointMismatch, abstract, load_extra, load_tree, save_tree
+from tessera.infra.artifacts import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    NotOurs,
+    abstract,
+    load_extra,
+    load_tree,
+    save_tree,
+)
 from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
 from tessera.infra.checksums import checksums
 
@@ -235,6 +243,25 @@ def test_save_tree_round_trip_replace_and_damage(tmp_path):
         load_tree(path, tree)
     with pytest.raises(FileNotFoundError, match="nothing saved"):
         load_tree(tmp_path / "absent", tree)
+
+
+def test_directories_that_no_run_wrote_are_never_removed(tmp_path):
+    tree = make_state(1)
+    for name in ("3", ".3.new", ".3.old"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("years of work")
+        with pytest.raises(NotOurs, match=rf"{name} .*thesis\.tex.*another directory"):
+            save_tree(tmp_path / "3", tree)
+        assert (folder / "thesis.tex").read_text() == "years of work"
+        shutil.rmtree(folder)
+    save_tree(tmp_path / "3", tree)
+    theirs = tmp_path / "checkpoints"
+    for step in (100, 200, 300, 400):
+        (theirs / str(step) / "items").mkdir(parents=True)
+    with pytest.raises(NotOurs, match="100 .*items"):
+        Checkpoints(theirs, CheckpointConfig(keep=1))
+    assert len(list(theirs.glob("*/items"))) == 4
 
 
 def test_bad_config():

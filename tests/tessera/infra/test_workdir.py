@@ -47,6 +47,22 @@ def test_each_differing_setting_is_named_with_both_values(tmp_path):
     assert "sizes" not in message and "seed" not in message
 
 
+def test_a_directory_that_no_run_made_must_hold_nothing_it_could_overwrite(tmp_path):
+    path = tmp_path / "mine"
+    path.mkdir()
+    for name in ("versions.json", "train.log", ".hidden"):  # a start that was killed, and the job's own log
+        (path / name).write_text("")
+    for name in ("metrics.jsonl", "checkpoints"):
+        (path / name).mkdir()
+        with pytest.raises(WorkdirMismatch, match=f"mine has no config.json.*{name}.*new or empty --workdir"):
+            prepare(path, config())
+        (path / name).rmdir()
+    assert not (path / "config.json").exists()
+    prepare(path, config())
+    (path / "checkpoints").mkdir()
+    prepare(path, config())
+
+
 def test_default_directory_depends_on_the_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = prepare("", config(), name="lm-tiny"), prepare("", config(lr=0.2), name="lm-tiny")

@@ -1,6 +1,12 @@
 """A decoder's weights as those of another: upcycled into experts and merged back."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +15,8 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.lm.warm_start import StartConfig, convert, join_blocks, keeps_outputs, read_model, split_blocks
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -111,3 +119,77 @@ def test_other_counts_of_experts_are_refused():
 def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         read_model(tmp_path)
+
+
+TRAINING = """
+import sys, jax.numpy as jnp
+from tessera.infra.checkpoint import Checkpoints, CheckpointConfig
+with Checkpoints(sys.argv[1], CheckpointConfig(keep=1, best=0)) as checkpoints:
+    for step in range(1, 61):
+        params = {"embed": {"table": jnp.full((256, 16), float(step))}}
+        params |= {f"leaf{i}": jnp.full((50, 40), float(step)) for i in range(20)}
+        checkpoints.save(step, {"params": params})
+        if step == 1:
+            checkpoints.wait()
+            print("saved", flush=True)
+print("ended", flush=True)
+"""
+
+
+def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "width": 16, "heads": 2}}))
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / "checkpoints")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[3]
+    training = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+    )
+    assert training.stdout.readline() == "saved\n", training.communicate()
+    seen = []
+    while training.poll() is None:
+        params, _ = read_model(tmp_path)
+        values = {float(value) for leaf in jax.tree.leaves(params) for value in np.unique(leaf)}
+        assert len(values) == 1 and len(jax.tree.leaves(params)) == 21
+        seen.append(values.pop())
+    output, errors = training.communicate()
+    assert training.returncode == 0 and output == "ended\n", errors
+    assert seen == sorted(seen) and len(set(seen)) > 1
+    assert float(read_model(tmp_path)[0]["leaf0"].max()) == 60.0
+
+
+def test_reading_leaves_a_run_as_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 1, "width": 4, "heads": 1}}))
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        read_model(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"params": {"embed": {"table": jnp.ones((8, 4))}}})
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # another process writes it
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    read_model(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_followed_by_the_newest(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=9)) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, {"x": jnp.full(3, step)})
+    (tmp_path / "later").mkdir()
+    for step in range(3, 6):
+        (tmp_path / str(step)).rename(tmp_path / "later" / str(step))
+    whole = CheckpointReader.restore_whole
+
+    def overtaken(self, step):
+        """The trainer saves the next step and removes this one, as far as there are more."""
+        if (tmp_path / "later" / str(step + 1)).exists():
+            (tmp_path / "later" / str(step + 1)).rename(tmp_path / str(step + 1))
+            shutil.rmtree(tmp_path / str(step) / "state")
+        return whole(self, step)
+
+    monkeypatch.setattr(CheckpointReader, "restore_whole", overtaken)
+    found = CheckpointReader(tmp_path).restore_newest()
+    assert found.step == 5 and found.state["x"].tolist() == [5, 5, 5]
+    shutil.rmtree(tmp_path / "5" / "state")
+    with pytest.raises(CheckpointDamaged, match="checkpoint 5 in"):
+        CheckpointReader(tmp_path).restore_newest()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tessera.serving.engine import generate_all
-from tessera.serving.requests import PromptTooLong, QueueFull, Sampling
+from tessera.serving.engine import Engine, generate_all
+from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (3, 40, 1, 16, 17, 9, 30, 5, 2)]
@@ -116,3 +116,94 @@ def test_what_cannot_be_served_is_refused():
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Sampling(**wrong)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "name, values, valid",
+    [
+        ("temperature", (-1.0, NAN, INF, 101, 1e-300, 10**400, "1", None, True, 1j), r"1e-10\.\.100, or 0"),
+        ("top_k", (2**31, -1, 10**400, 5.0, 1e30, NAN, "5", True, None), r"0\.\.2147483647"),
+        ("top_p", (0.0, 1.5, NAN, INF, -INF, 10**400, "1"), r"\(0, 1\]"),
+        ("min_p", (-0.1, 2.0, NAN, INF, "0"), r"0\.\.1"),
+        ("repetition_penalty", (0.0, 1e-300, 101, NAN, INF, 10**400), r"0\.01\.\.100"),
+        ("presence_penalty", (3.0, -2.1, NAN, INF, 10**400), r"-2\.\.2"),
+        ("frequency_penalty", (3.0, -2.1, NAN, -INF, [0]), r"-2\.\.2"),
+        ("seed", (-1, 2**32, 1.0, NAN), r"0\.\.4294967295"),
+        ("max_tokens", (0, -1, 2**31, 10**5000, 1e30, 3.0, INF), r"1\.\.2147483647"),
+        ("stop_tokens", ((-1,), (2**31,), (1.0,), (NAN,), "ab", 5, (1,) * 1025), "token ids|whole number"),
+    ],
+)
+def test_a_sampling_of_wrong_numbers_is_refused_with_name_and_range(name, values, valid):
+    with pytest.raises(OutOfRange, match=name):
+        Sampling(**{name: values[0]})
+    for value in values:
+        made = Sampling()
+        object.__setattr__(made, name, value)  # past the type checks that only tests have
+        with pytest.raises(OutOfRange, match=rf"(?s)^{name}=.*must be .*({valid})") as error:
+            made.__post_init__()
+        assert error.value.parameter == name and len(str(error.value)) < 200
+
+
+def test_the_largest_and_smallest_numbers_are_served():
+    ends = [
+        Sampling(top_k=2**31 - 1, max_tokens=2**31 - 1, seed=2**32 - 1, temperature=100.0, top_p=1e-300, min_p=1.0),
+        Sampling(temperature=1e-10, top_p=0.5, repetition_penalty=0.01, presence_penalty=-2.0, frequency_penalty=2.0),
+        Sampling(temperature=0.5, top_k=3, stop_tokens=(1, 2)),
+    ]
+    for text in generate_all(tiny.engine(), [[1, 2]] * 3, ends):
+        assert text.finish in ("length", "stop") and np.isfinite(text.logprobs).all()
+
+
+def test_an_engine_refuses_tokens_outside_the_vocabulary():
+    engine = tiny.engine()
+    for token in (256, -1, 10**400):
+        with pytest.raises(OutOfRange, match=r"prompt=.*0\.\.255.*vocabulary of 256"):
+            engine.submit([1, token])
+    with pytest.raises(OutOfRange, match=r"stop_tokens=300 .*0\.\.255"):
+        engine.submit([1], Sampling(stop_tokens=(300,)))
+    assert not engine.busy and engine.submit(np.array([1, 2]).tolist(), Sampling(max_tokens=1)).prompt == (1, 2)
+
+
+def bad(name):
+    def raises(*_, **__):
+        raise OverflowError(f"in {name}")
+
+    return raises
+
+
+@pytest.mark.parametrize("where", ["top_k", "_set", "_piece", "_add", "_left", "_advance", "notify"])
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "after-a-while"])
+def test_a_text_that_fails_on_the_host_ends_alone(where, late, monkeypatch):
+    """Before and while it decodes; the others, running and waiting, draw what they draw without it."""
+    expected = generate_all(tiny.engine(), PROMPTS, SAMPLINGS)
+    engine = tiny.engine()
+    texts = [engine.submit(p, s) for p, s in zip(PROMPTS, SAMPLINGS, strict=True)]
+    ill = texts[2]
+    for _ in range(7 if late else 0):
+        engine.step()
+    if where == "notify":
+        ill.notify = bad(where)
+    elif where == "top_k":  # what no check has seen
+        object.__setattr__(ill.sampling, "top_k", 2**31)
+    else:
+        method = getattr(Engine, where)
+        monkeypatch.setattr(
+            Engine,
+            where,
+            lambda self, text, *rest, **more: (bad(where) if text is ill else method)(
+                *(() if text is ill else (self, text, *rest)), **more
+            ),
+        )
+    try:
+        engine.run()
+    finally:
+        object.__setattr__(ill.sampling, "top_k", 0)
+    for i, (text, alone) in enumerate(zip(texts, expected, strict=True)):
+        if text is not ill:
+            assert (text.finish, text.tokens) == ("length", alone.tokens), i
+    reached = not (late and where in ("top_k", "_set", "_piece"))  # a text is admitted and read only once
+    assert ill.finish == ("error" if reached else "length") and ill.slot == -1 and not engine.busy
+    assert generate_all(engine, PROMPTS[:1], SAMPLINGS[:1])[0].tokens == expected[0].tokens

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from dataclasses import replace
 
@@ -63,6 +65,17 @@ class Running:
     def get(self, path):
         with urllib.request.urlopen(self.address + path) as answer:
             return answer.read().decode()
+
+    def post(self, body, path="completions"):
+        """Status and answer of a body, which is sent as it is if it is a string."""
+        data = body if isinstance(body, str) else json.dumps(body)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(f"{self.address}/v1/{path}", data.encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
 
     def stop(self):
         self.gate.set()
@@ -253,3 +266,146 @@ def test_a_stream_holds_back_half_characters_and_what_may_be_a_stop_string():
     assert pieces == ["n", "", "é", " ", "", "", "", ""] and stream.stopped
     other = TextStream(ByteTokenizer(), ["stop"])
     assert other.feed(list(b"a sto")) + other.feed(list(b"a sto"), final=True) == "a sto"
+
+
+HUGE = "1" + "0" * 400
+WRONG = {
+    "top_k": (2**31, -2, 10**30, 5.0, 1e30, "NaN", "Infinity", HUGE, "5.5", True, '"5"', []),
+    "top_p": (0, 1.01, -1, "NaN", "Infinity", "1e400", HUGE, True),
+    "temperature": (-1, 101, 1e-300, "NaN", "-Infinity", "1e400", HUGE, '"1"', True),
+    "min_p": (-0.1, 1.1, "NaN", "Infinity", HUGE),
+    "repetition_penalty": (0, -1, 101, 1e-300, "NaN", "Infinity", HUGE),
+    "presence_penalty": (-2.1, 2.1, "NaN", "Infinity", HUGE),
+    "frequency_penalty": (-2.1, 2.1, "NaN", "-Infinity", HUGE),
+    "max_tokens": (0, -1, 2**31, 3.0, 1e30, "NaN", "Infinity", HUGE, True),
+    "max_completion_tokens": (0, -1, 2**31, 1e30, HUGE),
+    "n": (0, -1, 17, 2**63, 1.0, "NaN", "Infinity", HUGE, True),
+    "seed": (2**63, -(2**63) - 1, 1.0, "NaN", "Infinity", HUGE),
+    "logprobs": (-1, 6, 1.0, "NaN", HUGE, '"all"'),
+    "logit_bias": ('{"5": 1}', '{"5": NaN}', '{"99999999999": 100}', 3),
+    "stop": (5, "[1]", '{"a": 1}', '["a","b","c","d","e"]', "NaN", True),
+    "stop_token_ids": (5, "[-1]", "[256]", "[2147483648]", f"[{HUGE}]", "[1.0]", "[NaN]", '"ab"', "[true]", "{}"),
+    "prompt": (
+        "[256]",
+        "[-1]",
+        f"[{HUGE}]",
+        "[1.0]",
+        "[NaN]",
+        "[[1], [2147483648]]",
+        5,
+        "NaN",
+        '["a", 5]',
+        '"\\ud800"',
+    ),
+    "stream": (1, '"yes"', "NaN"),
+    "stream_options": (5, '"usage"', "[1]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_number_is_refused_with_its_name_and_range(server, name):
+    for value in WRONG[name]:
+        base = "".join(
+            f'"{x}": {y}, ' for x, y in {"model": '"tiny"', "prompt": '"a"', "max_tokens": 2}.items() if x != name
+        )
+        status, answer = server.post(f'{{{base}"{name}": {str(value).lower() if value is True else value}}}')
+        error = answer["error"]
+        assert status == 400 and error["param"] == name and error["type"] == "invalid_request_error", (value, answer)
+        assert name in error["message"] and len(error["message"]) < 250, error
+    assert server.post({"model": "tiny", "prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_a_refused_number_ends_nobody_elses_request(server):
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "seed": 3}
+    alone = server.post(asked)[1]["choices"]
+    server.gate.clear()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(server.post(asked)))
+    thread.start()
+    server.wait(lambda: server.engine.busy)
+    for more in ({"top_k": 2**31}, {"temperature": 10**400}, {"stream_options": 5}):
+        assert server.post(asked | more)[0] == 400
+    server.gate.set()
+    thread.join(60)
+    assert answers[0][0] == 200 and answers[0][1]["choices"] == alone
+    assert server.post("[" * 100_000)[0] == 400 and server.post("{")[0] == 400
+    assert (
+        server.post({"model": "tiny", "messages": [{"role": "u", "content": "\ud800"}]}, "chat/completions")[0] == 400
+    )
+
+
+def test_one_text_that_fails_is_an_error_of_its_own_request(monkeypatch):
+    with running() as server:
+        asked = {"model": "tiny", "prompt": "hello", "max_tokens": 30, "seed": 3}
+        alone = server.post(asked)[1]["choices"]
+        add = server.engine._add
+
+        def fails(text, *rest, **more):
+            if text.sampling.seed == 9 and len(text.tokens) == 2:
+                raise OverflowError("of this text")
+            add(text, *rest, **more)
+
+        monkeypatch.setattr(server.engine, "_add", fails)
+        server.gate.clear()
+        answers = {}
+
+        def ask(seed):
+            answers[seed] = server.post(asked | {"seed": seed})
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in (3, 9)]
+        for thread in threads:
+            thread.start()
+        server.wait(lambda: len(server.engine.waiting) == 2)
+        server.gate.set()
+        for thread in threads:
+            thread.join(60)
+        assert answers[9][0] == 500 and answers[3][0] == 200 and answers[3][1]["choices"] == alone
+        with pytest.raises(openai.APIError, match="the model failed"):
+            list(server.client().completions.create(**asked | {"seed": 9}, stream=True))
+        assert "ok" in server.get("/health")
+
+
+@pytest.mark.parametrize("cause", ["restart", "exit", "steps"])
+def test_a_dead_engine_is_told_at_once(cause, monkeypatch):
+    """Its restart fails, its thread ends, or step after step fails: 503 for who waits, who comes, and who looks."""
+    with running(config=replace(CONFIG, timeout=60.0)) as server:
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 30}
+        assert server.post(asked)[0] == 200
+
+        def broken(*_, **__):
+            raise SystemExit if cause == "exit" else RuntimeError("the device is gone")
+
+        monkeypatch.setattr(type(server.engine.programs), "generate", broken)
+        if cause == "restart":
+            monkeypatch.setattr(type(server.engine.programs), "start", broken)
+        if cause == "steps":
+            for _ in range(2):  # it may still be one bad step
+                assert server.post(asked)[0] == 500 and "ok" in server.get("/health")
+        server.gate.clear()
+        answers, streamed = [], []
+        threads = [threading.Thread(target=lambda: answers.append(server.post(asked))) for _ in range(6)]
+
+        def stream():
+            try:
+                streamed.extend(server.client().completions.create(**asked, stream=True))
+            except openai.APIError as error:
+                streamed.append(error)
+
+        threads.append(threading.Thread(target=stream))
+        for thread in threads:
+            thread.start()
+        server.wait(lambda: len(server.engine.waiting) == 7)
+        begun = time.monotonic()
+        server.gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert time.monotonic() - begun < 2
+        assert [(status, answer["error"]["code"]) for status, answer in answers] == [(503, "engine_dead")] * 6
+        assert "started anew" in str(streamed[-1])
+        begun = time.monotonic()
+        status, answer = server.post(asked)
+        assert status == 503 and answer["error"]["code"] == "engine_dead" and time.monotonic() - begun < 1
+        with pytest.raises(urllib.error.HTTPError) as error:
+            server.get("/health")
+        assert error.value.code == 503 and "failed for good" in error.value.read().decode()
+        assert "tessera_alive 0" in server.get("/metrics") and not server.engine.busy

@@ -8,8 +8,10 @@ import pytest
 
 from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store, carry_out
-from tessera.data.text import TextConfig
+from tessera.data.text import TextConfig, TextSplits
+from tessera.data.tokenizer import ByteTokenizer
 from tessera.infra.artifacts import ArtifactStore
+from tessera.infra.config import ConfigError
 from tessera.sweeps import train
 from tessera.sweeps.programs import TrialConfig
 from tessera.sweeps.train import load_texts, train_run
@@ -121,6 +123,17 @@ def test_validation_windows_are_spread_over_the_text(text):
     firsts = {tuple(row) for row in np.asarray(all_.validation).reshape(-1, 17)[-200:]}
     assert few.validation.shape == (1, 64, 17)
     assert any(tuple(row) in firsts for row in np.asarray(few.validation).reshape(-1, 17)[-4:])
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ConfigError, match="config.train.eval_tokens=100: at least 1024 are needed"):
         load_texts(text, 16, 100)
     assert train.EVAL_BATCH == 64
+
+
+def test_texts_that_are_too_small_are_refused_before_the_sweep():
+    splits = TextSplits(
+        np.zeros(2000, np.uint8), np.zeros(1024, np.uint8), np.zeros(0, np.uint8), 256, "", ByteTokenizer()
+    )
+    with pytest.raises(ConfigError, match="validation text has 1024 tokens; at least 1025 .*length of at most 15"):
+        train.check_texts(splits, 16, 4096)
+    assert train.check_texts(splits, 15, 4096) == 64
+    with pytest.raises(ConfigError, match="train text has 16 tokens; at least 17"):
+        train.check_texts(splits._replace(train=splits.train[:16]), 16, 4096)

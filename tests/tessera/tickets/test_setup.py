@@ -16,12 +16,20 @@ from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.artifacts import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
-from tessera.tickets.setup import Finished, LevelStore, finished, make_setup, search_tickets, starts_of
+from tessera.tickets.setup import (
+    Finished,
+    FinishedLevels,
+    LevelStore,
+    finished,
+    make_setup,
+    search_tickets,
+    starts_of,
+)
 
 
 def images(count, seed=0):
@@ -167,6 +175,11 @@ def test_wrong_settings_name_their_path(changes, message):
         make_setup(config, None if "data__kind" in changes else SPLITS)
 
 
+def test_a_split_without_examples_is_refused_before_the_search():
+    with pytest.raises(ConfigError, match="config.data.validation: no examples for validation; at least 1"):
+        make_setup(small(), SPLITS._replace(validation=images(0)))
+
+
 @pytest.mark.parametrize("name", [*lottery_cifar.SMALL, "conv2-small", "resnet20-small", "vit-small"])
 def test_every_cifar_config_builds_its_network_and_its_search(name):
     config = lottery_cifar.get_config(name)
@@ -227,3 +240,24 @@ def test_a_damaged_level_is_named(tmp_path):
     damage(store.path(0))
     with pytest.raises(CheckpointDamaged, match=str(store.path(0))):
         store.load(0, TREE)
+
+
+def test_the_levels_of_another_search_are_left_as_they_are(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(3, TREE, ROWS)
+    for name in ("03.step10", ".04.new"):  # the search that owns them is running
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    levels = FinishedLevels(tmp_path)
+    assert levels.has(3) and not levels.has(4) and levels.load(3, TREE)[1] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_directory_of_someone_else_under_such_a_name_stays(tmp_path):
+    (tmp_path / "01.step5").mkdir()
+    (tmp_path / "01.step5" / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).save(1, TREE, ROWS)
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).unfinished(1).clear(before=9)
+    assert (tmp_path / "01.step5" / "thesis.tex").exists()

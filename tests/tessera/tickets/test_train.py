@@ -198,3 +198,14 @@ def test_a_search_trains_through_it(splits):
     densities = {level: {row["density"] for row in rows if row["level"] == level} for level in range(3)}
     assert all(len(values) == 1 for values in densities.values())  # all arms and seeds at equal counts
     assert densities[0] == {1.0} and max(densities[2]) < max(densities[1]) < 1
+
+
+def test_a_failure_in_the_test_after_the_last_step_costs_no_training(splits):
+    config = TicketConfig(steps=24, batch_size=8, eval_every=24, save_seconds=0.0)
+    disk = Disk(die_at=1)  # killed once the last step is saved, before the test
+    with pytest.raises(KeyboardInterrupt):
+        run(splits, config, unfinished=disk)
+    assert disk.saved[0] == 24
+    disk.die_at = 0
+    assert run(splits, config, unfinished=disk).rows == run(splits, config).rows
+    assert disk.count == 1

@@ -1,0 +1,53 @@
+"""A training run's parts: settings and texts that cannot work are refused before anything is trained."""
+
+import random
+
+import pytest
+
+from configs import lm
+from tessera.infra.config import ConfigError
+from tessera.lm.run import make_text_run
+
+
+def settings(tmp_path, words=600, **changes):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices("the tile token ticket routes experts".split(), k=words)))
+    config = lm.get_config("tiny")
+    config.update({"steps": 40, "batch_size": 4, "length": 16, "data": {"name": str(path)}})
+    config.model.update({"layers": 1, "width": 16, "heads": 2, "kv_heads": 1})
+    config.update(changes)
+    return config
+
+
+def test_texts_that_are_large_enough_are_taken(tmp_path):
+    run = make_text_run(settings(tmp_path))
+    assert sum(1 for _ in run.some(run.splits.test)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"words": 60},
+            r"(?s)the validation text has \d+ tokens; at least 65 are needed .*batch_size=4.*the test text",
+        ),
+        ({"data": {"validation": 0.0}}, "config.data: the validation text has 0 tokens.*config.data.validation=0.0"),
+        ({"data": {"test": 0.01}}, r"the test text has 3\d tokens; .*batch_size of at most 2 or .*length of at most"),
+        ({"length": 5000}, r"the train text has \d+ tokens; at least 5001 are needed"),
+        ({"batch_size": 0}, "config.batch_size=0: at least 1 is needed"),
+        ({"seed": -1}, "config.seed=-1: at least 0 is needed"),
+        ({"eval": {"batches": 0}}, "config.eval.batches=0: at least 1 is needed"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_text_run(settings(tmp_path, **changes))
+
+
+def test_the_sizes_that_the_message_gives_do(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        make_text_run(settings(tmp_path, words=60))
+    length = min(int(part.split()[0].rstrip("\n")) for part in str(caught.value).split("config.length of at most ")[1:])
+    make_text_run(settings(tmp_path, words=60, length=length))
+    batch = min(int(part.split()[0]) for part in str(caught.value).split("config.batch_size of at most ")[1:])
+    make_text_run(settings(tmp_path, words=60, batch_size=batch))
