@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
-from matplotlib.figure import Figure
 
 from lottery import criteria, prune, supermask
 from lottery import masks as masks_lib
@@ -23,7 +22,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import STATISTICS, Network
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup
 from tessera.tickets.studies.sparse_methods import Ground, SparseConfig, advance, lifted, make_ground, rows_of
 from tessera.tickets.studies.study import Study, with_interval
@@ -235,6 +234,7 @@ def _findings(
     return found
 
 
+@deferred
 def _figure(rows: list[dict[str, Any]], names: list[tuple[str, str]], levels: list[int], dense: float) -> Figure:
     parts = {
         "Masks": [name for part, name in names if part == "mask"],

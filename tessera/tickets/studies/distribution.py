@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from lottery import criteria, prune, summary
 from lottery import masks as masks_lib
@@ -17,7 +16,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
-from tessera.reports.style import canvas, ramp, titles
+from tessera.reports.style import Figure, canvas, deferred, ramp, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
 from tessera.tickets.studies.study import Study
 
@@ -140,6 +139,7 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
     return Study(title, findings, Table(HEAD, body), _figure(cells, study), caption, rows)
 
 
+@deferred
 def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
     """Left the spread of accuracy over size, right the tail index with its interval; a colour for every depth."""
     figure, axes = canvas(2, width=9.6, height=3.8)
