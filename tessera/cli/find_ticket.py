@@ -12,8 +12,7 @@ from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
 from tessera.tickets import schema
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
-from tessera.tickets.setup import make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, make_setup, search_tickets
 
 SCHEMA = schema.SCHEMA
 ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError)

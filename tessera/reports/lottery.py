@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lottery.arms import ARMS
+from lottery.search_config import ARMS
 from lottery.summary import DENSE, differences, summarise
 from tessera.infra.logger import Rows
 from tessera.reports import style

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from lottery.levels import Row, Store
+from lottery.imp import Row, Store
 from lottery.masks import flatten
 from lottery.summary import DENSE
 from tessera.infra.logger import Rows

@@ -9,7 +9,7 @@ from tessera.data.windows import WindowConfig
 from tessera.infra.schema import Choice, Group, Schema
 from tessera.models.registry import CONV, NETWORKS
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.tickets.programs import TicketConfig
+from tessera.tickets.train import TicketConfig
 
 
 @dataclass(frozen=True)

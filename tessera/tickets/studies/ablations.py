@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune, supermask
 from lottery import masks as masks_lib
-from lottery import prune, scores, supermask
 from lottery.imp import search_keys
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
@@ -83,7 +83,7 @@ def run(config: Any, pieces: Pieces) -> Study:
     ground, counts = make_ground(setup, SparseConfig(), config)
     if STATISTICS in ground.initial:
         raise ConfigError("config.model.name: a network without batch statistics is needed, such as lenet or conv2")
-    programs = ground.programs(setup.optimizer, frozen_network(setup.network))
+    programs = setup.programs_for(setup.optimizer, frozen_network(setup.network))
 
     def trained(part: str, name: str, level: int, start: Start) -> tuple[list[dict[str, Any]], PyTree]:
         tree = {"trained": start.trained, "frozen": start.frozen}
@@ -158,7 +158,7 @@ def _starts(
         return masks(lambda initial, last, _: score(initial, last))
 
     def by_mask(name: str) -> Start:
-        mask = masks(lambda initial, _, key: scores.random(initial, key=key)) if name == RANDOM else criterion(name)
+        mask = masks(lambda initial, _, key: criteria.random(initial, key=key)) if name == RANDOM else criterion(name)
         return Start.of(ground.initial)._replace(trained=masks_lib.apply(ground.initial, mask), mask=mask)
 
     def by_treatment(name: str) -> Start:

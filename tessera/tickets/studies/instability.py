@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import imp, prune, scores, summary, transform
+from lottery import criteria, imp, prune, summary, transform
 from lottery import masks as masks_lib
 from lottery.connectivity import STABLE
-from tessera.data.loader import index_block
 from tessera.infra.config import build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
@@ -35,6 +34,7 @@ from tessera.reports.style import (
 from tessera.tickets.probes import AnalysisConfig, path_rows
 from tessera.tickets.setup import Setup, init_stack, make_setup
 from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.train import train_blocks
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,10 @@ def _grow(setup: Setup, state: PyTree | None, start: int, stop: int) -> PyTree:
         params = init_stack(setup, seeds)
         state = {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
     masks = masks_lib.ones(state["params"])
-    carry = setup.programs.init(state["params"], masks, state["opt_state"], start)
-    while start < stop:
-        count = min(setup.ticket.eval_every, stop - start)
-        sizes = {"batch_size": setup.ticket.batch_size, "size": setup.size}
-        index = np.stack([index_block(seed=seed, start=start, steps=count, **sizes) for seed in seeds])
-        start += count
-        carry, _ = setup.programs.advance(carry, masks, index, start)
+    carry = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
+    marks = [*range(start + setup.ticket.eval_every, stop, setup.ticket.eval_every), stop] if stop > start else []
+    order = {"config": setup.ticket, "size": setup.size, "seeds": seeds, "start": start}
+    _, carry = train_blocks(setup.programs, carry, masks, marks, **order)
     return {"params": carry.params, "opt_state": carry.opt_state}
 
 
@@ -105,7 +102,7 @@ def _masks(params: PyTree, density: float) -> PyTree:
     one = jax.tree.map(lambda leaf: leaf[0], params)
     which = masks_lib.prunable(one)
     counts = {path: round(density * size) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
     return jax.jit(jax.vmap(keep))(params)
 
 

@@ -15,14 +15,13 @@ import numpy as np
 from jaxtyping import PyTree
 from scipy import stats
 
-from lottery import compact, coupled, scores, summary
+from lottery import compact, coupled, criteria, summary
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import Network, make_network
 from tessera.reports.html import Table
 from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
-from tessera.tickets.programs import StepConfig, make_programs
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -94,11 +93,8 @@ def _setups(base: Setup, config: Any, study: PopulationConfig) -> dict[str, Setu
 
 def taught(setup: Setup, teacher: Network, weight: float) -> Setup:
     """The setup with `weight` of the loss from teachers of another architecture (`Starts.teachers`)."""
-    step = StepConfig(teacher.apply, setup.network.train, setup.optimizer, weight, setup.ticket.temperature)
-    programs = make_programs(
-        setup.splits, apply=setup.network.apply, optimizer=setup.optimizer, config=setup.ticket, step_config=step
-    )
-    return replace(setup, programs=programs)
+    setup = replace(setup, ticket=replace(setup.ticket, distil=weight))
+    return replace(setup, programs=setup.programs_for(teacher=teacher))
 
 
 def _seeds(study: PopulationConfig, repeat: int) -> list[int]:
@@ -155,7 +151,7 @@ def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
     layers = (*(f"dense{i}" for i in range(len(hidden))), "output")
     which, groups = masks_lib.prunable(params), coupled.mlp_neurons(layers)
     counts = dict(zip(layers, hidden, strict=False))
-    mask = coupled.keep_units(scores.magnitude(params), masks_lib.ones(params), which, groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(params), masks_lib.ones(params), which, groups, counts)
     small, sizes = compact.compact_mlp(masks_lib.apply(params, mask), layers)
     if sizes != tuple(hidden):
         raise ValueError(f"prune_to: {sizes} neurons are alive, {tuple(hidden)} were asked for")

@@ -12,13 +12,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lottery import imp, summary
-from lottery.levels import level_like
+from lottery.imp import level_like
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
 from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, label_lines, titles
-from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, Setup, make_setup
 from tessera.tickets.studies.study import Study, with_interval
 
 UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy": ("test accuracy", "points", 100.0, 2)}

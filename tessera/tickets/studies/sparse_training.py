@@ -16,8 +16,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
 from tessera.reports.style import PALETTE, Figure, canvas, deferred, titles
-from tessera.tickets.setup import Setup, make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, Setup, make_setup, search_tickets
 from tessera.tickets.studies.sparse_methods import METHODS, Ground, Method, SparseConfig, make_ground
 from tessera.tickets.studies.study import Study, with_interval
 
