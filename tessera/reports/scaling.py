@@ -19,7 +19,7 @@ from tessera.reports.style import GRID, INK, MUTED, PALETTE, Axes, Figure, dots,
 
 def isoflop_figure(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     budgets: Sequence[float],
     *,
     fitted: Fit | None = None,
@@ -115,7 +115,7 @@ def residual_figure(fitted: Fit) -> Figure:
 
 
 def bootstrap_figure(
-    fitted: Fit, boot: Bootstrap, names: tuple[str, str], log_params_B: Float[np.ndarray, "B"], budget: float
+    fitted: Fit, boot: Bootstrap, names: tuple[str, str], log_params_B: Float[np.ndarray, " B"], budget: float
 ) -> Figure:
     """Two parameters of every resample's fit, and the distribution of N* at a budget if the law has one."""
     finite = log_params_B[np.isfinite(log_params_B)]
