@@ -36,7 +36,8 @@ class MoEConfig:
       router: which experts a token goes to.
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
         token decoded alone comes out as in the whole text.
-      balance: coefficient of the load-balance loss; `balance_scope` is "batch" (all its tokens) or "sequence".
+      balance: coefficient of the load-balance loss.
+      balance_scope: tokens over which it is taken: "batch" (all of them) or "sequence".
       importance, load, z: coefficients of the importance, load and z losses.
       bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
       router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).

@@ -38,8 +38,11 @@ class Batches(Protocol):
 class LoopConfig:
     """How long, and how often.
 
-    `steps` in all; `log_every` so many a row; `eval_every` so many an evaluation (0: only after the last step);
-    `tokens`, or whatever the data count in, per step over all processes, for the throughput (0: not reported).
+    Attributes:
+      steps: in all.
+      log_every: steps between two rows of the log.
+      eval_every: steps between two evaluations; 0 evaluates after the last step only.
+      tokens: per step over all processes (or whatever the data count in), for the throughput; 0 reports none.
     """
 
     steps: int

@@ -29,11 +29,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is taken.
+    """Gradient accumulation, EMA and noise-scale options of the training step.
 
-    `microbatches`: parts a batch is cut into, whose gradients are averaged (memory of one part). `ema`: decay of the
-    moving average of the parameters, 0 for none. `noise_scale`: report the gradient noise scale from the parts (needs
-    >= 2).
+    Attributes:
+      microbatches: gradient accumulation: parts a batch is cut into, whose gradients are averaged (memory of one part).
+      ema: decay of the exponential moving average of the parameters; 0 for none.
+      noise_scale: report the gradient noise scale from the parts (needs at least two).
     """
 
     microbatches: int = 1

@@ -108,7 +108,11 @@ class ViTConfig:
     """A small vision transformer (Dosovitskiy et al. 2021), pre-norm, mean over patches instead of a class token.
 
     Attributes:
-      patch: side of a patch, which must divide the image's. layers, width, heads, ff: as in the decoder.
+      patch: side of a patch, which must divide the image's.
+      layers: blocks.
+      width: channels of a token.
+      heads: of attention.
+      ff: hidden units of the feed-forward layers.
       classes: number of logits.
     """
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lottery.levels import SearchConfig
+from lottery.search_config import SearchConfig
 from tessera.data.images import ImageConfig
 from tessera.data.windows import WindowConfig
 from tessera.infra.schema import Choice, Group, Schema

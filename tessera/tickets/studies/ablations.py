@@ -53,9 +53,12 @@ TREATMENTS: dict[str, Treatment] = {
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """criteria: of `lottery.supermask.MASK_CRITERIA`. treatments: names in `TREATMENTS`, under `large_final` masks.
+    """What is ablated (Zhou et al. 2019).
 
-    Both have what the others are compared with, "large_final" and "rewind".
+    Attributes:
+      criteria: of `lottery.supermask.MASK_CRITERIA`, "large_final" among them, with which the others are compared.
+      treatments: names in `TREATMENTS` under `large_final` masks, "rewind" among them, with which the others are
+      compared.
     """
 
     criteria: tuple[str, ...] = tuple(supermask.MASK_CRITERIA)

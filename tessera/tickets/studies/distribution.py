@@ -23,8 +23,14 @@ from tessera.tickets.studies.study import Study
 
 @dataclass(frozen=True)
 class DistributionConfig:
-    """widths, depths: of the grid of fully connected networks. tickets: of each. density: of their weights, magnitude,
-    once, all layers alike. tail: share of the tickets that make the upper tail.
+    """A grid of fully connected networks and how many tickets are drawn of each.
+
+    Attributes:
+      widths: of the grid.
+      depths: of the grid.
+      tickets: of each network.
+      density: of their weights, by magnitude, once, all layers alike.
+      tail: share of the tickets that make the upper tail.
     """
 
     widths: tuple[int, ...] = (16, 64)

@@ -25,7 +25,11 @@ UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy"
 
 @dataclass(frozen=True)
 class RewindingConfig:
-    """value: what is compared, "final_test_loss" or "final_test_accuracy"."""
+    """What late rewinding is judged by.
+
+    Attributes:
+      value: "final_test_loss" or "final_test_accuracy".
+    """
 
     value: str = "final_test_loss"
 

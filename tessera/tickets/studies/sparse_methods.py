@@ -23,13 +23,17 @@ from tessera.tickets.train import Programs, measure, stops, train_blocks
 class SparseConfig:
     """Settings of the methods; parts of training are fractions of its steps.
 
-    methods: names in `METHODS`.
-    moves: steps between moves of SET and RigL. until: part of training after which nothing moves. fraction: of the
-      weights that move at first.
-    pruned: part of training after which the cubic schedule has reached its density. every: steps between its prunings,
-      between choices of the straight-through mask, and between looks of the early-bird detector.
-    window, threshold: of the early-bird detector, `lottery.dynamic.early_bird`.
-    popup_lr: peak learning rate of the supermask's scores.
+    Attributes:
+      methods: names in `METHODS`.
+      moves: steps between moves of SET and RigL.
+      until: part of training after which nothing moves.
+      fraction: of the weights that move at first.
+      pruned: part of training after which the cubic schedule has reached its density.
+      every: steps between its prunings, between choices of the straight-through mask, and between looks of the
+        early-bird detector.
+      window: masks that the early-bird detector compares, see `lottery.dynamic.early_bird`.
+      threshold: distance of masks below which it has found its ticket.
+      popup_lr: peak learning rate of the supermask's scores.
     """
 
     methods: tuple[str, ...] = ("set", "rigl", "straight_through", "gradual", "early_bird", "popup")

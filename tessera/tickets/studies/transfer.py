@@ -27,8 +27,12 @@ MASKS = (OWN, "other", "aligned by weights", "aligned by activations", RANDOM)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """layers: of the chain of dense layers, first to last. levels: at which masks are carried over. examples: whose
-    activations are compared.
+    """Masks on the weights of another seed, aligned and not.
+
+    Attributes:
+      layers: of the chain of dense layers, first to last.
+      levels: pruning levels whose masks are carried over.
+      examples: whose activations are compared.
     """
 
     layers: tuple[str, ...] = ("dense0", "dense1", "output")
