@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from sharding.context_parallel import contiguous_positions, heads_attention, ring_attention, zigzag_positions
+from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
 from sharding.pipeline.stages import split_layers
 from sharding.plan import DATA_AXES, Plan
@@ -251,7 +251,7 @@ class DecoderParts:
             return attention
         if self.plan.context == "ring":
             return partial(ring_attention, axis="cp")
-        return partial(heads_attention, axis="cp", attend=attention)
+        return partial(ulysses_attention, axis="cp", attend=attention)
 
 
 def _scanned(layer: Callable[..., Stream], micro: Micro, stream: Stream, one: PyTree) -> tuple[Stream, None]:

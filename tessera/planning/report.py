@@ -11,7 +11,7 @@ from sharding.analysis.hardware import HARDWARE
 from sharding.analysis.roofline import Placed, placements
 from sharding.analysis.search import Ranking
 from sharding.mesh import axis_names
-from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import Schedule, summary
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig
@@ -59,7 +59,7 @@ def placement_rows(params: Sequence[Placed]) -> Rows:
     rows: Rows = []
     for one in params:
         shape, local = (" x ".join(map(str, sizes)) for sizes in (one.shape, one.local))
-        rows.append((one.path, shape, one.words, local, size(one.bytes)))
+        rows.append((one.path, shape, one.sharding, local, size(one.bytes)))
     return rows
 
 
@@ -197,14 +197,14 @@ def picture_sections(parts: DecoderParts) -> list[Section]:
         caption = f"The table the step runs. {schedule_of(plan, plan.microbatch_count)}"
         if drawn < plan.microbatch_count:
             caption += f" Drawn: the same schedule with {drawn} microbatches."
-        table = lockstep(plan.schedule, stages, drawn, plan.virtual)
+        table = lockstep_schedule(plan.schedule, stages, drawn, plan.virtual)
         sections.append(Section("Pipeline schedule", schedule_figure([table]), caption))
     return sections
 
 
 def schedule_of(plan: Plan, microbatches: int) -> str:
     """The schedule's summary as a sentence."""
-    table: Schedule = lockstep(plan.schedule, plan.size("pp"), microbatches, plan.virtual)
+    table: Schedule = lockstep_schedule(plan.schedule, plan.size("pp"), microbatches, plan.virtual)
     words = summary(table).split(", live")[0]
     return words[0].upper() + words[1:] + "."
 

@@ -22,10 +22,10 @@ from sharding.inference.quantize import (
     Calibration,
     QuantConfig,
     Quantized,
-    dequantise,
+    dequantize,
     is_quantized,
     observe,
-    quantise_matrix,
+    quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
 from tessera.models.layers import attention, rms_norm, rope, to_heads
@@ -144,7 +144,7 @@ def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Cali
     if how.group and into[-1] % how.group:
         raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")
     flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
-    found = quantise_matrix(flat, how, seen)
+    found = quantize_matrix(flat, how, seen)
     groups = (*into[:-1], into[-1] // how.group) if how.group else (1,) * count
     channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
     return Quantized(found.values.reshape(shape), found.scales.reshape(*groups, *out), channel)
@@ -152,7 +152,7 @@ def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Cali
 
 def dequantise_layer(layer: PyTree, dtype: str) -> PyTree:
     """A block's parameters with float kernels in place of quantised ones."""
-    convert = partial(dequantise, dtype=DTYPES[dtype])
+    convert = partial(dequantize, dtype=DTYPES[dtype])
     return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)
 
 
