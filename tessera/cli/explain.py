@@ -30,7 +30,7 @@ def main(invocation: Invocation) -> int:
     jax.config.update("jax_platforms", "cpu")  # libtpu is for compiling; there is no TPU to look for
     c, values = invocation.config, invocation.flags
     what = make_run(c, c.data.vocab_size)
-    device = checked("--hardware", hardware.find, values["compile"] or values["hardware"])
+    device = checked("--hardware", hardware.find_hardware, values["compile"] or values["hardware"])
     count = values["devices"]
     if values["compile"]:
         count = checked("--compile", hardware.chips, values["compile"])

@@ -7,13 +7,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sharding.analysis.collectives import Collective, collectives, products
+from sharding.analysis.collectives import Collective, count_collectives, count_products
 from sharding.analysis.hardware import Hardware
-from sharding.analysis.roofline import Moved, Placed, Roofline, cause, roofline, summarise
+from sharding.analysis.roofline import Moved, Placed, Roofline, cause, step_roofline, summarize
 from sharding.analysis.search import Judged, Ranking, plans, rank
 from sharding.errors import PlanError
 from sharding.mesh import abstract_mesh
-from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import Schedule, bubble
 from sharding.plan import Plan
 from tessera.lm.run_config import RunConfig
@@ -94,11 +94,11 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     )
     schedule = None
     if plan.size("pp") > 1:
-        schedule = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        schedule = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
     # The program says what a stage does in a tick if it is not idle.
     busy = 1 - bubble(schedule) if schedule else 1.0
-    found = [_while_busy(one, busy) for one in collectives(step, *arguments)]
-    sums = products(step, *arguments)
+    found = [_while_busy(one, busy) for one in count_collectives(step, *arguments)]
+    sums = count_products(step, *arguments)
     placed = state_placements(decoder, state)
     flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
     traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
@@ -107,10 +107,10 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
         hardware,
         tuple(placed["params"]),
         estimate_memory(decoder, placed, run.batch_size, run.length, accumulate),
-        tuple(summarise(found)),
+        tuple(summarize(found)),
         flops,
         traffic,
-        roofline(
+        step_roofline(
             hardware,
             flops=flops,
             traffic=traffic,
@@ -161,7 +161,7 @@ def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> 
 def bound(costs: Costs, hardware: Hardware) -> Roofline:
     """The roofline of estimated costs."""
     moved = [(axis.group, axis.crosses, axis.moved) for axis in costs.moved]
-    return roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
+    return step_roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
 
 
 def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding.analysis.roofline import Placed, placements
-from sharding.pipeline.lockstep import lockstep, slots
+from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs, param_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
@@ -185,7 +185,7 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again.
         (way,) = config.remat_groups
         one = saved_per_row(dense, plan, length, way)
-        table = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        table = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
         return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
     device = host = 0.0

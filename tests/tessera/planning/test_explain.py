@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe.layer import MoEConfig
-from sharding.analysis.hardware import find
+from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
@@ -23,7 +23,7 @@ from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
 ROUTED = TransformerConfig(**{**vars(MODEL), "mlp": "routed", "moe": MoEConfig(balance_scope="sequence")})
-H100 = find("H100")
+H100 = find_hardware("H100")
 
 
 def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
