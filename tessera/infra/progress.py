@@ -86,7 +86,7 @@ class Progress:
         left = (now - self._began) / done * (self.total - self.done) if done else float("nan")
         parts = [f"{self.description} {self.done}/{self.total}", self._rate(now), self._postfix]
         if self.done < self.total and done:
-            parts.append(f"{_clock(left)} left")
+            parts.append(f"{clock(left)} left")
         self._said = self.done
         print("  ".join(part for part in parts if part), file=self._stream, flush=True)
 
@@ -106,7 +106,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as [hours:]minutes:seconds."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

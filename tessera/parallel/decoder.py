@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ExpertAxes, MoEConfig
 from moe.metrics import entropy, max_violation
-from sharding.context_parallel import contiguous_positions, ring_attention, zigzag_positions
+from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
 from sharding.inference.attention import cached_attention
 from sharding.inference.kv_cache import Cache, Read

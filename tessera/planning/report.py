@@ -11,6 +11,7 @@ from sharding.analysis.hardware import HARDWARE
 from sharding.analysis.roofline import placements
 from sharding.analysis.search import Ranking
 from sharding.mesh import axis_names
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import summary
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes

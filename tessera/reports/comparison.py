@@ -20,7 +20,7 @@ from scaling.flops import Shape, exact_matmuls, parameters
 from tessera.infra.logger import METRICS, TIMING, Rows, load_history, read_rows
 from tessera.reports import style
 from tessera.reports.curves import column
-from tessera.reports.html import Section, paragraphs, table_section
+from tessera.reports.html import Section, paragraphs, table_of
 from tessera.reports.router import SPECIALIZATION, load_maps
 from tessera.reports.style import Axes, Figure, titles
 
@@ -269,4 +269,4 @@ def sections(runs: Sequence[Run], tables: Mapping[str, Rows]) -> list[Section]:
     if with_experts:
         parts.append(Section("Balance", partial(balance_figure, with_experts, list(by_arm)), balance))
         parts.append(Section("Load maps", partial(load_figure, with_experts), maps))
-    return parts + [table_section(rows, title) for title, rows in tables.items() if rows]
+    return parts + [Section(title, table_of(rows)) for title, rows in tables.items() if rows]
