@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop test test-all test-kernels test-gpu test-wheel coverage golden lock lint clean
+.PHONY: demo demo-isoflop test test-all test-docs test-kernels test-gpu test-wheel bench coverage golden lock lint clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -42,14 +42,22 @@ test-kernels: $(VENV)/libtpu
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels
 
 # On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
-# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/kernels.csv too.
+# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/bench too.
 test-gpu: HAVE = import importlib.util as u; print(all(map(u.find_spec, ("jaxtyping", "ml_collections"))))
 test-gpu: export PYTHONPATH = .$(if $(filter False,$(shell $(PYTHON) -c '$(HAVE)')),:tests/bare)
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "test-gpu needs a GPU; JAX sees " + jax.devices()[0].device_kind)'
 	TESSERA_TEST_PLATFORM=gpu $(PYTHON) -m pytest -m gpu tests/moe/kernels/test_kernel_gpu.py
 	mkdir -p runs
-	$(PYTHON) scripts/benchmarks/kernels.py --config=configs/bench_kernels.py:hopper --out=runs/kernels.csv
+	$(PYTHON) scripts/benchmarks/run.py --config=bench_kernels:hopper --out=runs/bench/kernels-hopper.json
+
+# Every CPU benchmark beside its baselines, in turns; the last table has all ratios.
+bench: $(VENV)/installed
+	$(BIN)/python scripts/benchmarks/run.py --all
+
+# Commands and code blocks of README and docs, run shortened.
+test-docs: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py
 
 # A wheel is built and tried in an empty environment outside the checkout (needs a package index).
 test-wheel: $(VENV)/installed

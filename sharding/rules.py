@@ -6,12 +6,12 @@ sharded data parallelism two lines: parameters store `width` over fsdp, and comp
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError, nearest_divisor
@@ -173,17 +173,3 @@ def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
     """The partitions as shardings on a mesh."""
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
-
-
-def constrainer(mesh: Mesh | AbstractMesh, rules: Rules = Rules()) -> Callable[[jax.Array, Logical], jax.Array]:
-    """`constrain(x, logical_axes)` that tells the compiler where an activation lies (inside jit, outside shard_map).
-
-    Given to a model's block edges, it leaves the choice of collectives to the compiler: any model trains under a plan
-    this way. The decoder's own way is explicit, see `sharding.tensor_parallel`.
-    """
-
-    def constrain(x: jax.Array, axes: Logical) -> jax.Array:
-        spec = resolve(axes, x.shape, rules.compute, mesh.shape, f"activation {axes}")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return constrain

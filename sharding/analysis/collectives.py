@@ -1,13 +1,13 @@
-"""Count the collectives of a program from its jaxpr: kind, group, bytes and cause, loop trips included.
+"""Count collectives (kind, group, bytes, scope) and matrix products (FLOPs, bytes) of a program from its jaxpr.
 
-What is counted is what the program asks for. The compiler may merge or rewrite it (XLA on CPU lowers a reduce-scatter
-to an all-reduce and computes bfloat16 in float32), and adds what automatic sharding needs.
+Loop trips are multiplied. What is counted is what the program asks for. The compiler may merge or rewrite it (XLA on
+CPU lowers a reduce-scatter to an all-reduce and computes bfloat16 in float32), and adds what automatic sharding needs.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -64,8 +64,7 @@ def collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
     A loop whose number of trips is not known before it runs counts once; of a conditional the branch that moves most.
     Groups of one device do nothing and are left out.
     """
-    jaxpr = jax.make_jaxpr(function)(*args)
-    return list(_walk(jaxpr.jaxpr, {}, 1, ""))
+    return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _collectives_of, lambda one: one.moved, {}))
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
@@ -77,37 +76,89 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
     return total
 
 
-def _walk(jaxpr: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+class Product(NamedTuple):
+    """One matrix product of a program.
+
+    Attributes:
+      flops: of one run; a multiply-add is two.
+      bytes: operands and result of one run, each moved once.
+      runs: times it runs in one call, loop trips multiplied.
+      scope: named scopes it stands in.
+    """
+
+    flops: int
+    bytes: int
+    runs: int
+    scope: str
+
+
+def products(function: Callable[..., Any], *args: Any) -> list[Product]:
+    """Matrix products (`dot_general`) of one call, in program order; arguments may be shapes. Nothing is compiled.
+
+    Inside shard_map these are one device's. A loop whose number of trips is not known counts once; of a conditional the
+    branch of most FLOPs. What hides inside a Pallas kernel is not seen.
+    """
+    return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _products_of, lambda one: one.flops * one.runs, {}))
+
+
+Counted = TypeVar("Counted")
+Visit = Callable[[Any, Mapping[str, int], int, str], Iterable[Counted] | None]
+"""(equation, mesh axis sizes, trips, scope) -> what it counts as; None to look inside it."""
+
+
+def _walk(
+    jaxpr: Any,
+    visit: Visit[Counted],
+    weight: Callable[[Counted], float],
+    sizes: Mapping[str, int],
+    trips: int = 1,
+    scope: str = "",
+) -> Iterator[Counted]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
-        if name in KINDS:
-            yield from _one(equation, sizes, trips, here)
+        counted = visit(equation, sizes, trips, here)
+        if counted is not None:
+            yield from counted
         elif name == "cond":
-            branches = [list(_walk(branch.jaxpr, sizes, trips, here)) for branch in params["branches"]]
-            yield from max(branches, key=lambda found: sum(one.moved for one in found))
-        else:
+            branches = [list(_walk(branch.jaxpr, visit, weight, sizes, trips, here)) for branch in params["branches"]]
+            yield from max(branches, key=lambda found: sum(map(weight, found)))
+        elif name != "pallas_call":
             inside = dict(params["mesh"].shape) if name == "shard_map" else {}
             times = params["length"] if name == "scan" else 1
             for inner in inner_jaxprs(params.values()):
-                yield from _walk(inner, {**sizes, **inside}, trips * times, here)
+                yield from _walk(inner, visit, weight, {**sizes, **inside}, trips * times, here)
 
 
-def _one(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+def _collectives_of(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> list[Collective] | None:
+    if equation.primitive.name not in KINDS:
+        return None
     params = equation.params
     axes = params["axes"] if "axes" in params else params["axis_name"]
     axes = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str))
     group = math.prod(sizes[axis] for axis in axes)
     if group == 1:
-        return
+        return []
     kind = KINDS[equation.primitive.name]
     arrays = equation.outvars if kind == "all-gather" else equation.invars
     if equation.primitive.name == "ragged_all_to_all":
         # Rows and the buffer they go to: no more than the smaller of them travels.
         arrays = [min(equation.invars[:2], key=lambda array: math.prod(array.aval.shape))]
-    for array in arrays:
-        size = math.prod(array.aval.shape) * np.dtype(array.aval.dtype).itemsize
-        yield Collective(kind, axes, group, trips, size, scope)
+    return [Collective(kind, axes, group, trips, _size(array.aval), scope) for array in arrays]
+
+
+def _products_of(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> list[Product] | None:
+    if equation.primitive.name != "dot_general":
+        return None
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left, right = (var.aval for var in equation.invars)
+    result = equation.outvars[0].aval
+    flops = 2 * math.prod(result.shape) * math.prod(left.shape[i] for i in contract)
+    return [Product(flops, sum(map(_size, (left, right, result))), trips, scope)]
+
+
+def _size(array: Any) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:

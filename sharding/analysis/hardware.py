@@ -1,12 +1,17 @@
-"""Peaks of named accelerators, each with its source, and how fast a group of devices exchanges bytes on them.
+"""Peaks of named accelerators, each with its source, and TPU topologies to compile for ahead of time.
 
 A peak is what a datasheet promises; no program reaches it. What is computed from them is a lower bound on time.
 """
 
 import difflib
+import importlib.util
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from jax.experimental import topologies
 
 from sharding.errors import PlanError
 
@@ -153,3 +158,38 @@ def chips(topology: str) -> int:
     if not colon or not sizes or min(sizes) < 1:
         raise PlanError(f"topology {topology!r} should read like 'v5p:8x8x8' or 'v5e:16x16'")
     return math.prod(sizes)
+
+
+# What libtpu asks of its machine before it describes a topology; none of it is needed to compile.
+SURROUNDINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a slice such as "v5p:8x8x8" (512 chips); nothing can run on them.
+
+    Sets the environment variables of `SURROUNDINGS` where they are not set: libtpu reads them when it is loaded.
+
+    Raises:
+      PlanError: the name does not read like a topology, or libtpu knows no such slice.
+      ImportError: libtpu is not installed; names the extra.
+    """
+    count = chips(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"compiling for {name} needs libtpu, which needs no TPU: pip install 'tessera-jax[tpu]' "
+            "(and JAX_PLATFORMS=cpu in the environment of every other program)"
+        )
+    for variable, value in SURROUNDINGS.items():
+        os.environ.setdefault(variable, value)
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # libtpu's own, of no public kind
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PlanError(f"topology {name!r}: libtpu refuses it ({line})") from error
+    if len(devices) != count:
+        raise PlanError(f"topology {name!r} has {len(devices)} devices, not {count}")
+    return devices

@@ -17,7 +17,9 @@ from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.evaluation import evaluate
 from tessera.infra.config import ConfigError, build, checked
+from tessera.infra.schema import completed
 from tessera.infra.workdir import resolve
+from tessera.lm.schema import SCHEMA
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig
 from tessera.models.lm_loss import make_adjust
@@ -117,6 +119,7 @@ def make_run(c: ConfigDict, vocab_size: int) -> Run:
     Raises:
       ConfigError: a setting that is wrong, by its path.
     """
+    c = completed(SCHEMA, c)
     steps = max(c.steps // max(c.optimizer.accumulate, 1), 1)
     opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=steps)
     step = build(StepConfig, c.step, "config.step", ema=opt.ema)
@@ -133,6 +136,7 @@ def make_text_run(c: ConfigDict) -> TextRun:
       ConfigError: a setting that is wrong, by its path.
       DataUnavailable: the text is neither there nor to be had.
     """
+    c = completed(SCHEMA, c)
     for name, value, least in (
         ("seed", c.seed, 0),
         ("batch_size", c.batch_size, 1),

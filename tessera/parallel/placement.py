@@ -15,8 +15,8 @@ def join_processes(hosts: Mapping[str, Any]) -> None:
     """Join the other processes of a run, if there are any; call it before anything else of JAX.
 
     Args:
-      hosts: values of the flags `tessera.infra.config.HOSTS`; the environment says what they leave out, see
-        `sharding.multihost.distributed.detect`.
+      hosts: values of the flags `tessera.cli.main.HOSTS`; JAX detects what they leave out, see
+        `sharding.multihost.distributed.initialize`.
 
     Raises:
       DistributedError: the others did not appear in time.

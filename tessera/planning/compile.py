@@ -83,7 +83,7 @@ def compile_step(run: Run, devices: Sequence[Any]) -> Compiled:
 
     Args:
       run: what is trained.
-      devices: JAX devices or those of `sharding.analysis.topology`.
+      devices: JAX devices or those of `sharding.analysis.hardware.topology_devices`.
 
     Raises:
       PlanError: the plan does not fit the devices, the model or the batch.

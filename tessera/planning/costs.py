@@ -1,6 +1,6 @@
 """How much a training step of the decoder computes and moves under a plan, by formulas: to rank thousands of plans.
 
-The plan that is explained is counted from its program (`sharding.analysis.collectives`, `sharding.analysis.products`);
+The plan that is explained is counted from its program (`sharding.analysis.collectives`);
 tests hold the formulas against those counts.
 """
 

@@ -7,9 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sharding.analysis.collectives import Collective, collectives
+from sharding.analysis.collectives import Collective, collectives, products
 from sharding.analysis.hardware import Hardware
-from sharding.analysis.products import products
 from sharding.analysis.roofline import Moved, Placed, Roofline, cause, roofline, summarise
 from sharding.analysis.search import Judged, Ranking, plans, rank
 from sharding.errors import PlanError

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from scaling.fitting.bootstrap import Bootstrap, interval
 from scaling.fitting.fit import Fit
 from scaling.isoflop import Curves, Minimum, PowerLaw
-from scaling.optimum import log_loss_at, optimum
+from scaling.optimum import compute_optimal, log_loss_at
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 from tessera.reports.scaling_style import GRID, INK, MUTED, PALETTE, canvas, decades, ramp, titles
 
@@ -50,7 +50,7 @@ def isoflop_figure(
         if fitted is not None:
             tokens = budgets[number] / (PER_PARAMETER_AND_TOKEN * line)
             height = np.exp(log_loss_at(fitted.law, fitted.theta[:, None], line, tokens, at)[:, 0])
-            best = optimum(fitted.law, fitted.theta[:, None], [budgets[number]], at=at)
+            best = compute_optimal(fitted.law, fitted.theta[:, None], [budgets[number]], at=at)
             ax.plot(line, height, color=colour, linewidth=1.3)
             if line[0] <= best.params[0, 0] <= line[-1]:
                 ax.plot(best.params[0], best.loss[0], "D", color=INK, markersize=4, zorder=4)
@@ -81,7 +81,7 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
     """Contours of the fitted loss over tokens and parameters, the runs, and the efficient frontier to the budgets."""
     rows = fitted.rows
     figure, (ax,) = canvas(width=8.0, height=5.0)
-    best = optimum(fitted.law, fitted.theta[:, None], sorted(budgets), at=at)
+    best = compute_optimal(fitted.law, fitted.theta[:, None], sorted(budgets), at=at)
     all_params = np.concatenate([rows["params"], best.params[:, 0]])
     all_tokens = np.concatenate([rows["tokens"], best.tokens[:, 0]])
     params = np.geomspace(np.nanmin(all_params) / 2, np.nanmax(all_params) * 2, 70)
@@ -94,7 +94,7 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
     ax.clabel(lines, fmt="%.3g", fontsize=7.5, colors=INK)
     ax.plot(rows["tokens"], rows["params"], "o", color=PALETTE[0], markersize=3, alpha=0.6, markeredgewidth=0)
     frontier = np.geomspace(rows["flops"].min(), max(*budgets, rows["flops"].max()), 60)
-    path = optimum(fitted.law, fitted.theta[:, None], frontier, at=at)
+    path = compute_optimal(fitted.law, fitted.theta[:, None], frontier, at=at)
     ax.plot(path.tokens[:, 0], path.params[:, 0], color=PALETTE[1], linewidth=2)
     ax.plot(best.tokens[:, 0], best.params[:, 0], "D", color=PALETTE[1], markersize=5)
     for budget, d, n in zip(sorted(budgets), best.tokens[:, 0], best.params[:, 0], strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling import doctor_powers, isoflop
+from scaling import doctor, isoflop
 from scaling.fitting.bootstrap import bootstrap, resamples
 from scaling.fitting.fit import fit
 from scaling.published import CHINCHILLA, find_law
@@ -96,7 +96,7 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> tuple[dict[st
         "approach": 2,
         "rows": len(rows),
         "minima": [m._asdict() for m in found],
-        "doctor": [f._asdict() for f in doctor_powers.examine_minima(law, found, draws, max(config.budgets))],
+        "doctor": [f._asdict() for f in doctor.examine_minima(law, found, draws, max(config.budgets))],
     }
     refused = [m for m in found if m.refused]
     table = Table(
@@ -124,7 +124,7 @@ def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> tuple[dict[s
     law, envelope = isoflop.envelope(curves)
     draws = isoflop.bootstrap_envelope(curves, min(config.resamples, 1000), seed=config.seed)
     runs = len(curves.params)
-    findings = doctor_powers.examine_envelope(envelope, curves, draws, max(config.budgets), named=named)
+    findings = doctor.examine_envelope(envelope, curves, draws, max(config.budgets), named=named)
     result = describe_powers(law, draws, config, runs) | {
         "approach": 1,
         "rows": len(rows),

@@ -10,7 +10,7 @@ from scaling import doctor, isoflop
 from scaling.fitting.bootstrap import Bootstrap
 from scaling.fitting.fit import Fit, FitConfig
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval
-from scaling.optimum import Optimum, chinchilla_optimum, inference_optimum, off_optimum, optimum
+from scaling.optimum import Optimum, chinchilla_optimum, compute_optimal, inference_optimum, off_optimum
 from scaling.planner import suggest
 from scaling.published import CHINCHILLA
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
@@ -72,7 +72,7 @@ def optima(fitted: Fit, theta_PS: np.ndarray, budgets: tuple[float, ...]) -> Opt
     """N*, D* and loss at budgets; in closed form for Chinchilla's law, further columns at their medians."""
     if fitted.law is CHINCHILLA:
         return chinchilla_optimum(by_name(fitted, theta_PS), budgets)
-    return optimum(fitted.law, theta_PS, budgets, at=medians(fitted))
+    return compute_optimal(fitted.law, theta_PS, budgets, at=medians(fitted))
 
 
 def medians(fitted: Fit) -> dict[str, float]:
@@ -123,7 +123,7 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
         "off_optimum": off_optimum(law, fitted.theta, config.budgets[0], (0.25, 0.5, 2.0, 4.0), at=medians(fitted)),
         "inference": serving(fitted, config),
         "next_runs": suggest(fitted, max(config.budgets)),
-        "doctor": [f._asdict() for f in doctor.examine(fitted, max(config.budgets), boot, whole=whole)],
+        "doctor": [f._asdict() for f in doctor.examine(fitted, max(config.budgets), boot, all_rows=whole)],
     }
     if {"alpha", "beta"} <= set(law.parameters):
         result["exponents"] = {}

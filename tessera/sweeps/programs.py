@@ -5,7 +5,7 @@ trunk and decays of a size share one program (the schedule's numbers and the num
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from scaling.mup import factors
+from tessera.infra.schema import differences
 from tessera.losses import cross_entropy
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.noise_scale import noise_scale
@@ -63,8 +64,8 @@ class TrialConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def settings(self) -> dict[str, Any]:
-        """Those that a run's numbers depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("chunk", "save_seconds")}
+        """Those that a run's numbers depend on and that differ from the defaults."""
+        return {name: value for name, value in differences(self).items() if name not in ("chunk", "save_seconds")}
 
 
 class State(NamedTuple):

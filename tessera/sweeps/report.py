@@ -53,9 +53,9 @@ def target_of(rows: Rows, config: ReportConfig) -> float:
 
 
 def enough(found: Sequence[dict[str, Any]], config: ReportConfig) -> bool:
-    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks; see `purchases.tight`."""
+    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks."""
     target = config.target or 10 * max(row["flops"] for row in found)
-    return adaptive.tight(found, target=target, level=config.level, wanted=config.stop_at)
+    return adaptive.interval_reached(found, target=target, level=config.level, wanted=config.stop_at)
 
 
 def best_rows(rows: Rows) -> Rows:

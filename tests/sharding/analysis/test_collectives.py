@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding.analysis.collectives import Collective, collectives, totals
+from sharding.analysis.collectives import Collective, collectives, products, totals
 from sharding.mesh import abstract_mesh
 from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -109,3 +109,20 @@ def test_the_bytes_of_a_step_of_a_0_96b_model(sequence):
     found = collectives(step, state, {"tokens": tokens}, jax.random.key(0))
     total = totals(found)
     assert 1e9 < sum(moved for _, moved in total.values()) <= 5.5e9 and "all-to-all" not in total
+
+
+def test_products_are_counted_with_their_trips():
+    def work(x, w):
+        def body(x, _):
+            with jax.named_scope("inside"):
+                return x @ w, None
+
+        x = jax.lax.scan(body, x, None, length=5)[0]
+        return jax.lax.cond(x.sum() > 0, lambda: (x @ w) @ w, lambda: x)
+
+    mesh = abstract_mesh(Plan("dp=2"))
+    function = jax.shard_map(work, mesh=mesh, in_specs=(P("dp"), P()), out_specs=P("dp"))
+    found = products(function, jnp.ones((8, 4)), jnp.ones((4, 4)))
+    # One device has 4 of the 8 rows: 2 x 4 x 4 x 4 FLOPs, and 3 arrays of 16 float32.
+    assert [(one.flops, one.bytes, one.runs) for one in found] == [(128, 192, 5), (128, 192, 1), (128, 192, 1)]
+    assert "inside" in found[0].scope

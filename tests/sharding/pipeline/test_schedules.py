@@ -11,7 +11,6 @@ from sharding.errors import PlanError
 from sharding.pipeline.lockstep import RUNNABLE, lockstep, phases, require_lockstep, slots
 from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live
 from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
-from tessera.reports.schedule_figure import schedule_figure
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
 
@@ -106,25 +105,6 @@ def test_drawings():
     assert draw(one_f_one_b(2, 2), note=False) == "stage 0 | F0 F1 .  B0 .  B1\nstage 1 | .  F0 B0 F1 B1 ."
     assert "F3.1" in draw(interleaved(2, 4, 2)) and "bubble 11.1%" in draw(interleaved(2, 4, 2))
     assert "live activations by stage [2, 1]" in draw(one_f_one_b(2, 4))
-
-
-def test_figure_has_a_box_where_the_table_has_work():
-    schedules = [one_f_one_b(3, 4, Ticks(B=2)), interleaved(3, 3, 2), zero_bubble(3, 5)]
-    figure = schedule_figure(schedules)
-    for ax, schedule in zip(figure.axes, schedules, strict=True):
-        boxes = {patch.get_gid(): patch for patch in ax.patches if patch.get_gid()}
-        spans = {
-            f"{w.kind}{w.microbatch}.{w.chunk}@{s}": t for s, f in enumerate(schedule.spans()) for w, t in f.items()
-        }
-        assert set(boxes) == set(spans)
-        for key, span in spans.items():
-            assert boxes[key].get_x() == span.start / schedule.chunks
-            assert boxes[key].get_width() == pytest.approx((span.end - span.start) / schedule.chunks)
-        assert schedule.name in ax.get_title("left")
-    assert len({ax.get_xlim() for ax in figure.axes}) == 1, "one time axis"
-    figure.canvas.draw()
-    with pytest.raises(ValueError, match="at least one"):
-        schedule_figure([])
 
 
 def changed(schedule, tick, stage, work):

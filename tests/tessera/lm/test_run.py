@@ -6,13 +6,15 @@ import pytest
 
 from configs import lm
 from tessera.infra.config import ConfigError
+from tessera.infra.schema import completed
 from tessera.lm.run import make_text_run
+from tessera.lm.schema import SCHEMA
 
 
 def settings(tmp_path, words=600, **changes):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(random.Random(0).choices("the tile token ticket routes experts".split(), k=words)))
-    config = lm.get_config("tiny")
+    config = completed(SCHEMA, lm.get_config("tiny"))
     config.update({"steps": 40, "batch_size": 4, "length": 16, "data": {"name": str(path)}})
     config.model.update({"layers": 1, "width": 16, "heads": 2, "kv_heads": 1})
     config.update(changes)

@@ -17,9 +17,11 @@ from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
 from tessera.infra.config import ConfigError
+from tessera.infra.schema import completed
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
+from tessera.tickets.schema import SCHEMA
 from tessera.tickets.setup import Finished, finished, make_setup, search_tickets, starts_of
 from tessera.tickets.store import LevelStore
 
@@ -35,7 +37,7 @@ SPLITS = ImageSplits(images(40), images(10, 1), images(12, 2), 3)
 
 
 def small(**changes):
-    config = lottery_digits.get_config()
+    config = completed(SCHEMA, lottery_digits.get_config())
     config.seeds = (0, 4)
     config.model = ConfigDict({"hidden": (6,)})
     config.train.update({"steps": "6it", "batch_size": 5, "eval_every": 6, "save_seconds": 0.0})
@@ -87,7 +89,7 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
 
 
 def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
-    config = lottery_lm.get_config("tiny")
+    config = completed(SCHEMA, lottery_lm.get_config("tiny"))
     config.seeds = (0,)
     config.train.update({"steps": "4it", "eval_every": 4})
     config.optimizer.warmup = 1
@@ -170,7 +172,7 @@ def test_a_split_without_examples_is_refused_before_the_search():
 
 @pytest.mark.parametrize("name", [*lottery_cifar.SMALL, "conv2-small", "resnet20-small", "vit-small"])
 def test_every_cifar_config_builds_its_network_and_its_search(name):
-    config = lottery_cifar.get_config(name)
+    config = completed(SCHEMA, lottery_cifar.get_config(name))
     side = 16 if name.endswith("small") else 32
     one = Images(np.zeros((1, side, side, 3), np.float32), np.zeros(1, np.int32))
     many = Images(np.zeros((200, side, side, 3), np.float32), np.zeros(200, np.int32))

@@ -1,17 +1,16 @@
 """Check that fits can be trusted.
 
-`python scripts/benchmarks/audit_fits.py --what=coverage` (or planner, conventions; --runs=RUNS.csv).
-
 coverage: sweeps simulated from Chinchilla's law, and how often 95% intervals hold the truth.
 planner: surfaces on which the planner races an IsoFLOP grid for the grid's interval.
 conventions: the published runs counted under every convention, fitted again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
@@ -19,15 +18,38 @@ from scaling.conventions import CHINCHILLA_SHAPES, effects, nearest_shapes
 from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, Tail, isoflop_design, simulate_coverage
 from scaling.fitting.fit import FitConfig, Objective
 from scaling.isoflop import nearest_budgets
+from scaling.planner_benchmark import benchmark_planner
 from scaling.published import CHINCHILLA
 from scaling.rows import read_csv
-from scaling.surfaces import race
+from scripts.benchmarks.timing import Row
+from tessera.infra.errors import ConfigError
+from tessera.infra.schema import Schema
 
-_WHAT = flags.DEFINE_enum("what", "coverage", ["coverage", "planner", "conventions"], "What to audit.")
-_SWEEPS = flags.DEFINE_integer("sweeps", 500, "Simulated sweeps of each kind, or surfaces.", lower_bound=1)
-_RESAMPLES = flags.DEFINE_integer("resamples", 400, "Bootstrap resamples of each fit.", lower_bound=20)
-_RUNS = flags.DEFINE_string("runs", "", "CSV of runs, for conventions.")
-_DROP = flags.DEFINE_integer("drop_highest", 5, "Rows with the highest losses to leave out.")
+
+@dataclass(frozen=True)
+class Audit:
+    """What to audit and how much of it.
+
+    Attributes:
+      suite: the benchmark's name.
+      cores: that the process may use; 0 is all.
+      what: "coverage", "planner" or "conventions".
+      sweeps: simulated sweeps of each kind, or surfaces.
+      resamples: bootstrap resamples of each fit.
+      runs: CSV of runs, for conventions.
+      drop_highest: rows with the highest losses to leave out, for conventions.
+    """
+
+    suite: str = "audit"
+    cores: int = 0
+    what: Literal["coverage", "planner", "conventions"] = "coverage"
+    sweeps: int = 500
+    resamples: int = 400
+    runs: str = ""
+    drop_highest: int = 5
+
+
+SCHEMA = Schema(Audit)
 # (budgets, sizes, objective, tail of the noise, its standard deviation in log loss)
 KINDS: tuple[tuple[int, int, Objective, Tail, float], ...] = (
     (5, 9, "normal", "normal", 0.005),
@@ -48,7 +70,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     Console(width=160).print(table)
 
 
-def coverage() -> None:
+def coverage(config: Any) -> None:
     """Shares of sweeps whose intervals hold the truth."""
     rows = []
     for budgets, sizes, objective, tail, noise in KINDS:
@@ -58,8 +80,8 @@ def coverage() -> None:
             EPOCH,
             CHINCHILLA_QUANTITIES,
             noise=noise,
-            sweeps=_SWEEPS.value,
-            resampled=_RESAMPLES.value,
+            sweeps=config.sweeps,
+            resampled=config.resamples,
             config=FitConfig(objective=objective),
             tail=tail,
             profiled=("alpha", "beta"),
@@ -67,12 +89,12 @@ def coverage() -> None:
         name = f"{budgets * sizes} runs, {tail} noise {noise:.1%}, {objective}"
         rows.append([name, *found.share.values(), *found.profiled.values(), found.new_run])
     columns = ["sweep and fit", *CHINCHILLA_QUANTITIES, "alpha (profile)", "beta (profile)", "a new run"]
-    show(f"Share of {_SWEEPS.value} simulated sweeps whose 95% interval holds the truth", columns, rows)
+    show(f"Share of {config.sweeps} simulated sweeps whose 95% interval holds the truth", columns, rows)
 
 
-def planner() -> None:
+def planner(config: Any) -> None:
     """Races, summed up."""
-    races = [race(seed) for seed in range(_SWEEPS.value)]
+    races = [benchmark_planner(seed) for seed in range(config.sweeps)]
     share = np.array([r.share for r in races])
     low, middle, high = (float(x) for x in np.percentile(share, [5, 50, 95]))
     error, width, grid_error, grid_width = np.array([[r.error, r.width, r.grid_error, r.grid_width] for r in races]).T
@@ -91,12 +113,12 @@ def planner() -> None:
     show(f"{len(races)} simulated surfaces, noise 0.5% of loss", ("what", "value"), rows)
 
 
-def conventions() -> None:
+def conventions(config: Any) -> None:
     """Fitted exponents by convention."""
-    rows = read_csv(_RUNS.value).without_highest_losses(_DROP.value)
+    rows = read_csv(config.runs).without_highest_losses(config.drop_highest)
     which = nearest_shapes(rows["params"], CHINCHILLA_SHAPES)
     groups = nearest_budgets(rows["flops"], BUDGETS)
-    found = effects(rows, groups=groups, resampled=_RESAMPLES.value)
+    found = effects(rows, groups=groups, resampled=config.resamples)
     table = [
         (
             e.convention,
@@ -112,17 +134,15 @@ def conventions() -> None:
     show(f"{len(rows)} runs, {len(np.unique(which))} shapes of table A9, counted and fitted again", columns, table)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the audit that was asked for, and what it took."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {list(argv[1:])}: see --help")
-    if _WHAT.value == "conventions" and not _RUNS.value:
-        raise app.UsageError("--what=conventions needs --runs=RUNS.csv")
+def rows(config: Any) -> Iterator[Row]:
+    """Print the audit that was asked for; the row says what it took.
+
+    Raises:
+      ConfigError: conventions without a table of runs.
+    """
+    if config.what == "conventions" and not config.runs:
+        raise ConfigError("config.runs: the audit of conventions needs a CSV of runs")
     began, processor = time.perf_counter(), time.process_time()
-    {"coverage": coverage, "planner": planner, "conventions": conventions}[_WHAT.value]()
-    seconds = time.process_time() - processor
-    Console().print(f"{seconds:.0f} s of processor time, {time.perf_counter() - began:.0f} s in all")
-
-
-if __name__ == "__main__":
-    app.run(main)
+    {"coverage": coverage, "planner": planner, "conventions": conventions}[config.what](config)
+    seconds = time.perf_counter() - began
+    yield Row(config.what, "audit", seconds, 1 / seconds, more={"processor s": time.process_time() - processor})
