@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery import prune, scores, transform
 
 
 class DynamicState(NamedTuple):
@@ -39,10 +39,11 @@ class FeedbackState(NamedTuple):
 class DynamicConfig:
     """When and how many connections move (Evci et al. 2020, section 3).
 
-    grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
-    every: steps between moves.
-    until: no moves at this step and after (the paper: 75% of training).
-    fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
+    Attributes:
+      grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
+      every: steps between moves.
+      until: no moves at this step and after (the paper: 75% of training).
+      fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
     """
 
     grow: str = "gradient"
@@ -91,8 +92,8 @@ def dynamic(
         def move() -> tuple[PyTree, PyTree, PyTree]:
             fraction = config.fraction / 2 * (1 + jnp.cos(jnp.pi * step / max(config.until, 1)))
             draws = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key))
-            random = scores.random(params, key=jax.random.fold_in(draws, step))
-            grow = scores.magnitude(grads) if config.grow == "gradient" else random
+            random = criteria.random(params, key=jax.random.fold_in(draws, step))
+            grow = criteria.magnitude(grads) if config.grow == "gradient" else random
             kept, moved = rewire(params, grow, state.masks, which, fraction)
             # Growing back what was just dropped starts from zero too.
             updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, kept)
@@ -127,7 +128,7 @@ def rewire(
     """
     alive = masks_lib.count(masks, which)
     quota = {path: jnp.round(fraction * count).astype(jnp.int32) for path, count in alive.items()}
-    kept = prune.remove(scores.magnitude(params), masks, which, quota)
+    kept = prune.remove(criteria.magnitude(params), masks, which, quota)
     flat_kept, flat_grow = masks_lib.flatten(kept), masks_lib.flatten(grow)
     grown = dict(flat_kept)
     for path in alive:
@@ -142,7 +143,12 @@ def rewire(
 class GradualConfig:
     """Zhu & Gupta 2017 (arXiv:1710.01878), equation 1: density falls from 1 at `begin` to `density` at `end`.
 
-    every: steps between prunings. scope: "layer" (every leaf at that density) or "global".
+    Attributes:
+      density: share of the weights left at `end`.
+      begin: step of the first pruning.
+      end: step of the last one.
+      every: steps between prunings.
+      scope: "layer" (every leaf at that density) or "global".
     """
 
     density: float
@@ -191,7 +197,7 @@ def gradual(
         due = (step >= config.begin) & (step <= config.end)
         due &= ((step - config.begin) % config.every == 0) | (step == config.end)
         masks = jax.lax.cond(
-            due, lambda: prune.keep(scores.magnitude(after), state.masks, which, counts), lambda: state.masks
+            due, lambda: prune.keep(criteria.magnitude(after), state.masks, which, counts), lambda: state.masks
         )
         updates = jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params)
         return updates, DynamicState(step + 1, masks, state.key, transform.mask_state(new, masks))
@@ -218,7 +224,7 @@ def straight_through(
     inner = optax.with_extra_args_support(inner)
 
     def choose(dense: PyTree) -> PyTree:
-        return prune.keep(scores.magnitude(dense), masks_lib.ones(dense), which, counts)
+        return prune.keep(criteria.magnitude(dense), masks_lib.ones(dense), which, counts)
 
     def init(params: PyTree) -> FeedbackState:
         return FeedbackState(jnp.zeros((), jnp.int32), choose(params), params, inner.init(params))

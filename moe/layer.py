@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
-from moe.experts import Activation, MixtureConfig, dense, mixture
+from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture
 from moe.gate import RouterConfig, gate, parameter_shapes
+from moe.parallel import Exchange, all_to_all
 from moe.routing import Routing, require_causal
 
 
@@ -35,7 +36,8 @@ class MoEConfig:
       router: which experts a token goes to.
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
         token decoded alone comes out as in the whole text.
-      balance: coefficient of the load-balance loss; `balance_scope` is "batch" (all its tokens) or "sequence".
+      balance: coefficient of the load-balance loss.
+      balance_scope: tokens over which it is taken: "batch" (all of them) or "sequence".
       importance, load, z: coefficients of the importance, load and z losses.
       bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
       router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).
@@ -80,19 +82,54 @@ class MoEConfig:
         return self.ff or dense_ff // self.granularity
 
 
-def auxiliary(routing: Routing, config: MoEConfig, sequences: int) -> Float32[Array, ""]:
-    """The layer's weighted sum of auxiliary losses; `sequences` of equal length make up the tokens."""
+@dataclass(frozen=True)
+class ExpertAxes:
+    """Mesh axes that split the layer, for code inside `jax.shard_map`; the default is one device.
+
+    Attributes:
+      experts: axis of expert parallelism: every device has E / size consecutive experts and exchanges tokens with the
+        others (`moe.parallel.all_to_all`).
+      width: axis of tensor parallelism, which splits F: outputs are partial sums over it.
+      tokens: axes that split the tokens; auxiliary losses are those of the tokens of all devices.
+      exchange: see `moe.parallel.all_to_all`.
+    """
+
+    experts: str | None = None
+    width: str | None = None
+    tokens: tuple[str, ...] = ()
+    exchange: Exchange = "auto"
+
+
+ONE_DEVICE = ExpertAxes()
+
+
+def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertAxes = ONE_DEVICE) -> Float32[Array, ""]:
+    """The layer's weighted sum of auxiliary losses, over the tokens of all devices and equal on each.
+
+    Args:
+      routing: of this device's tokens.
+      config: coefficients. Importance and load are sums over one device's tokens and do not know `axes`.
+      sequences: rows of equal length that make up the tokens.
+      axes: mesh axes inside `jax.shard_map`.
+    """
+
+    def mean(value: Float32[Array, ""]) -> Float32[Array, ""]:
+        return jax.lax.pmean(value, axes.tokens) if axes.tokens else value
+
     total = jnp.float32(0)
-    if config.balance:
-        groups = sequences if config.balance_scope == "sequence" else 1
-        total += config.balance * losses.load_balance(routing, groups)
+    if config.balance and config.balance_scope == "batch":
+        total += config.balance * losses.load_balance(routing, axis_name=axes.tokens or None)
+    elif config.balance:
+        total += config.balance * mean(losses.load_balance(routing, sequences))
     if config.importance:
         total += config.importance * losses.importance_loss(routing)
     if config.load:
         total += config.load * losses.load_loss(routing)
     if config.z:
-        total += config.z * losses.z_loss(routing)
-    return total
+        total += config.z * mean(losses.z_loss(routing))
+    # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
+    varying = axes.width is not None and axes.width in jax.typeof(total).mat.varying
+    return jax.lax.pmean(total, axes.width) if varying else total
 
 
 class Kernels(nn.Module):
@@ -162,9 +199,10 @@ class MoE(nn.Module):
     """Routed experts in place of a feed-forward layer.
 
     An rng "router" means training: noise, capacity and expert dropout are on. Sown into "intermediates": "aux_loss",
-    the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives; into
-    "routings": the whole `Routing`. With `causal`, a router that looks ahead is refused outside training, where tokens
-    are decoded.
+    the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives of
+    this device's tokens; into "routings": the whole `Routing`. With `causal`, a router that looks ahead is refused
+    outside training, where tokens are decoded. With `axes` the parameters are one device's part: E / size experts and
+    F / size channels.
     """
 
     config: MoEConfig
@@ -173,6 +211,7 @@ class MoE(nn.Module):
     scale: float = 1.0
     output_scale: float = 1.0
     causal: bool = False
+    axes: ExpertAxes = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -199,8 +238,10 @@ class MoE(nn.Module):
             scale=self.scale,
             output_scale=self.output_scale,
         )
+        ep, tp = self.axes.experts, self.axes.width
+        ff = self.ff // (jax.lax.axis_size(tp) if tp else 1)
         router = Router(c.router, self.width, c.router_scale, name="router")()
-        params = kernels(ff=self.ff, stack=(c.router.experts,), name="experts")()
+        params = kernels(ff=ff, stack=(c.router.experts // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
 
         x_ND = x_BTD.reshape(b * t, d)
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
@@ -211,13 +252,18 @@ class MoE(nn.Module):
             require_causal(routing)
         config = c.mixture if train else serving(c.mixture)
         with jax.named_scope("experts"):
-            y_ND, kept_NK = mixture(params, x_ND, routing, config, key=keys[1])
+            if ep is None:
+                y_ND, placed_NK = mixture(params, x_ND, routing, config, key=keys[1])
+            else:
+                run = partial(expert_ffn, params, activation=config.activation, backend=config.backend)
+                y_ND, placed_NK = all_to_all(x_ND, routing, run, ep, exchange=self.axes.exchange), None
         if c.shared:
             with jax.named_scope("shared"):
-                shared = kernels(ff=c.shared * self.ff, name="shared")()
+                shared = kernels(ff=c.shared * ff, name="shared")()
                 y_ND += dense(shared, x_ND, c.mixture.activation)
-        self.sow("intermediates", "aux_loss", auxiliary(routing, c, b))
-        self.sow("intermediates", "routing", metrics.summary(routing, kept_NK))
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes))
+            self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return y_ND.reshape(b, t, d)
 

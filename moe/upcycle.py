@@ -124,7 +124,7 @@ def merge(
     return jax.tree_util.tree_map_with_path(one, {name: dict(leaf) for name, leaf in experts.items()})
 
 
-def slerp(stack: Float[Array, "E *S"], weights_E: Float[Array, " E"], ends: int = 2) -> Float[Array, "*S"]:
+def slerp(stack: Float[Array, " E *S"], weights_E: Float[Array, " E"], ends: int = 2) -> Float[Array, "*S"]:
     """Spherical interpolation of experts, one after the other, each towards the next by its share of the weight so far.
 
     The direction moves along the great circle and the norm linearly. The last `ends` axes are one vector; nearly
@@ -149,7 +149,7 @@ def slerp(stack: Float[Array, "E *S"], weights_E: Float[Array, " E"], ends: int 
     return merged
 
 
-def ties(deltas: Float[Array, "E *S"], density: float, ends: int = 2) -> Float[Array, "*S"]:
+def ties(deltas: Float[Array, " E *S"], density: float, ends: int = 2) -> Float[Array, "*S"]:
     """Trim, elect sign, merge: Yadav et al. (2023), algorithm 1, without its scale.
 
     Each expert keeps the round(density n) largest of its n entries (the last `ends` axes); equal ones are all kept.
@@ -166,6 +166,6 @@ def ties(deltas: Float[Array, "E *S"], density: float, ends: int = 2) -> Float[A
     return jnp.where(agree, trimmed, 0).sum(0) / jnp.maximum(agree.sum(0), 1)
 
 
-def dare(deltas: Float[Array, "E *S"], density: float, *, key: Key[Array, ""]) -> Float[Array, "E *S"]:
+def dare(deltas: Float[Array, " E *S"], density: float, *, key: Key[Array, ""]) -> Float[Array, " E *S"]:
     """Drop entries at random and scale up the rest: Yu et al. (2024), eq. 4-5 with drop rate 1 - density."""
     return jnp.where(jax.random.bernoulli(key, density, deltas.shape), deltas / density, 0)

@@ -24,8 +24,8 @@ class CriticalBatch(NamedTuple):
 
 
 def critical_batch(
-    signal: Float[np.ndarray, "R"],
-    noise: Float[np.ndarray, "R"],
+    signal: Float[np.ndarray, " R"],
+    noise: Float[np.ndarray, " R"],
     *,
     level: float = 0.95,
     resamples: int = 1000,
@@ -86,7 +86,11 @@ class Surface(NamedTuple):
 
 
 def fit_surface(
-    lr: Float[np.ndarray, "R"], batch: Float[np.ndarray, "R"], loss: Float[np.ndarray, "R"], *, within: float = np.inf
+    lr: Float[np.ndarray, " R"],
+    batch: Float[np.ndarray, " R"],
+    loss: Float[np.ndarray, " R"],
+    *,
+    within: float = np.inf,
 ) -> Surface:
     """Fit the loss of a grid of learning rates and batch sizes at one size and token count.
 

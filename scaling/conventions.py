@@ -59,8 +59,8 @@ class Effect(NamedTuple):
 
 
 def nearest_shapes(
-    params: Float[np.ndarray, "R"], shapes: Sequence[Shape], convention: str = "6ND"
-) -> Int[np.ndarray, "R"]:
+    params: Float[np.ndarray, " R"], shapes: Sequence[Shape], convention: str = "6ND"
+) -> Int[np.ndarray, " R"]:
     """Find the index of the shape whose parameters, under a convention, are nearest in ratio, for each run."""
     sizes = np.array([count(shape, convention).params for shape in shapes])
     return np.abs(np.log(params)[:, None] - np.log(sizes)).argmin(1)
@@ -104,7 +104,7 @@ def effect(
     shapes: Sequence[Shape],
     convention: str,
     *,
-    groups: Int[np.ndarray, "R"] | None = None,
+    groups: Int[np.ndarray, " R"] | None = None,
     resampled: int = 0,
     seed: int = 42,
     config: FitConfig | None = None,
@@ -150,7 +150,7 @@ def effects(
     rows: Rows,
     shapes: Sequence[Shape] = CHINCHILLA_SHAPES,
     *,
-    groups: Int[np.ndarray, "R"] | None = None,
+    groups: Int[np.ndarray, " R"] | None = None,
     resampled: int = 0,
     seed: int = 42,
     config: FitConfig | None = None,

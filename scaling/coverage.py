@@ -50,7 +50,7 @@ class Coverage(NamedTuple):
     new_run: float
     profiled: dict[str, float]
     sweeps: int
-    converged: Bool[np.ndarray, "S"]
+    converged: Bool[np.ndarray, " S"]
 
 
 def isoflop_design(

@@ -233,7 +233,7 @@ def dropped(fitted: Fit, all_rows: Rows, budget: float) -> Finding:
     return Finding("dropped rows", "note", text, {"rows": count, "log_shift": shift})
 
 
-def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, "S"]:
+def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, " S"]:
     if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
         values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
         return np.log(chinchilla_optimum(values, [budget]).params[0])

@@ -59,7 +59,7 @@ class PowerLaw(NamedTuple):
         return float(np.exp(self.intercept + self.exponent * np.log(budget)))
 
 
-def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.ndarray, "R"]:
+def group_budgets(flops: Float[np.ndarray, " R"], *, gap: float = 0.2) -> Int[np.ndarray, " R"]:
     """Number the budgets: sorted FLOPs, split where neighbors differ by more than `gap` (relative).
 
     Example:
@@ -75,19 +75,19 @@ def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.
 
 
 def nearest_budgets(
-    flops: Float[np.ndarray, "R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
-) -> Int[np.ndarray, "R"]:
+    flops: Float[np.ndarray, " R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
+) -> Int[np.ndarray, " R"]:
     """Find the index of the nearest named budget of every run, -1 where none is within the relative distance."""
     distance = np.abs(np.log(flops)[:, None] - np.log(np.asarray(budgets, float))[None, :])
     return np.where(distance.min(1) <= np.log1p(within), distance.argmin(1), -1)
 
 
 def minimum(
-    params: Float[np.ndarray, "R"],
-    loss: Float[np.ndarray, "R"],
+    params: Float[np.ndarray, " R"],
+    loss: Float[np.ndarray, " R"],
     budget: float,
     *,
-    weights: Float[np.ndarray, "R"] | None = None,
+    weights: Float[np.ndarray, " R"] | None = None,
     how: How = "parabola",
 ) -> Minimum:
     """Find the minimum of loss over log params among one budget's runs; weight 0 leaves a run out."""
@@ -141,7 +141,7 @@ def _akima(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimu
 
 
 def minima(
-    rows: Rows, groups: Int[np.ndarray, "R"], *, how: How = "parabola", weights: Float[np.ndarray, "R"] | None = None
+    rows: Rows, groups: Int[np.ndarray, " R"], *, how: How = "parabola", weights: Float[np.ndarray, " R"] | None = None
 ) -> list[Minimum]:
     """Find the minimum of every budget, refused ones included, in order of the group numbers; -1 is no budget."""
     weights = np.ones(len(rows)) if weights is None else weights
@@ -170,10 +170,10 @@ def power_fit(budgets: Sequence[float] | np.ndarray, values: Sequence[float] | n
 
 def approach_2(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     *,
     how: How = "parabola",
-    weights: Float[np.ndarray, "R"] | None = None,
+    weights: Float[np.ndarray, " R"] | None = None,
 ) -> tuple[PowerLaw, list[Minimum]]:
     """Run approach 2 (IsoFLOP): each budget's minimum, and the power law through those that are not refused.
 
@@ -205,8 +205,8 @@ def approach_2(
 class Curves(NamedTuple):
     """Training curves on one axis: FLOPs [E], parameters of each run [K], losses [K, E], infinite outside a run."""
 
-    flops: Float[np.ndarray, "E"]
-    params: Float[np.ndarray, "K"]
+    flops: Float[np.ndarray, " E"]
+    params: Float[np.ndarray, " K"]
     loss: Float[np.ndarray, "K E"]
 
 
@@ -225,7 +225,7 @@ def training_curves(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: 
     return Curves(np.exp(grid), np.array(sizes), np.array(curves))
 
 
-def envelope(curves: Curves, runs: Int[np.ndarray, "K"] | None = None) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
+def envelope(curves: Curves, runs: Int[np.ndarray, " K"] | None = None) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
     """Find the lower envelope of the chosen runs' curves (all if None) and its power law; see `approach_1`.
 
     Raises:
@@ -285,7 +285,7 @@ def bootstrap_envelope(curves: Curves, count: int, *, seed: int = 42) -> Float[n
 
 def bootstrap_exponent(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     counts_RB: Float[np.ndarray, "R B"],
     *,
     how: How = "parabola",

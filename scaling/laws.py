@@ -70,7 +70,7 @@ class Law:
         with np.errstate(over="ignore"):
             return np.where(logs.reshape(shape), np.exp(theta), theta)
 
-    def raw(self, values: Mapping[str, float]) -> Float[np.ndarray, "P"]:
+    def raw(self, values: Mapping[str, float]) -> Float[np.ndarray, " P"]:
         """Convert natural values by name to raw parameters; 0 for a positive one gives its limit, -inf.
 
         Raises:
@@ -99,7 +99,7 @@ class Law:
         return predict(theta, features, self.log_loss, self.parameters, self.terms)
 
 
-def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, "R"]:
+def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, " R"]:
     """Compute one feature [R] of rows; see `Law.features`."""
     if name == "log_density":
         column = "sparsity"

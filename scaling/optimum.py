@@ -37,8 +37,8 @@ def _rows(params: np.ndarray, tokens: np.ndarray, at: Mapping[str, float]) -> Ro
 def log_loss_at(
     law: Law,
     theta_PS: Float[np.ndarray, "P S"],
-    params: Float[np.ndarray, "R"],
-    tokens: Float[np.ndarray, "R"],
+    params: Float[np.ndarray, " R"],
+    tokens: Float[np.ndarray, " R"],
     at: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "R S"]:
     """Predict log losses at sizes, with other columns held at `at`."""
@@ -132,7 +132,7 @@ def exponents(parameters: Mapping[str, float | np.ndarray]) -> tuple[np.ndarray,
 
 def off_optimum(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
+    theta_P: Float[np.ndarray, " P"],
     budget: float,
     factors: Sequence[float],
     *,
@@ -169,7 +169,7 @@ def off_optimum(
 
 
 def needed_budget(
-    law: Law, theta_P: Float[np.ndarray, "P"], loss: float, *, below: float, at: Mapping[str, float] | None = None
+    law: Law, theta_P: Float[np.ndarray, " P"], loss: float, *, below: float, at: Mapping[str, float] | None = None
 ) -> float:
     """Find the smallest budget whose optimum reaches a loss, at most `below` (which must reach it)."""
     theta = np.asarray(theta_P, float)[:, None]
@@ -197,7 +197,7 @@ class InferenceOptimum(NamedTuple):
 
 def inference_optimum(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
+    theta_P: Float[np.ndarray, " P"],
     loss: float,
     inference_tokens: float,
     *,

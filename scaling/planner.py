@@ -23,12 +23,12 @@ class Choice(NamedTuple):
     """Ranked candidates: index of the best per FLOP, standard errors after every candidate, and the one before."""
 
     best: int
-    after: Float[np.ndarray, "R"]
+    after: Float[np.ndarray, " R"]
     before: float
 
 
 def slopes(
-    law: Law, theta_P: Float[np.ndarray, "P"], params: Float[np.ndarray, "R"], tokens: Float[np.ndarray, "R"]
+    law: Law, theta_P: Float[np.ndarray, " P"], params: Float[np.ndarray, " R"], tokens: Float[np.ndarray, " R"]
 ) -> Float[np.ndarray, "R P"]:
     """Differentiate log loss by raw parameters, by central differences."""
     size = len(theta_P)
@@ -37,7 +37,7 @@ def slopes(
     return (moved[:, :size] - moved[:, size:]) / (2 * _STEP)
 
 
-def target_gradient(law: Law, theta_P: Float[np.ndarray, "P"], budget: float) -> Float[np.ndarray, "P"]:
+def target_gradient(law: Law, theta_P: Float[np.ndarray, " P"], budget: float) -> Float[np.ndarray, " P"]:
     """Differentiate log N*(budget) by raw parameters, by the implicit function theorem.
 
     h(theta, x) = d log loss / dx vanishes at x = log N*, so dx / dtheta = -(dh / dtheta) / (dh / dx).
@@ -73,9 +73,9 @@ def covariance(slopes_RP: Float[np.ndarray, "R P"], noise: float) -> Float[np.nd
 
 def standard_error(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
-    params: Float[np.ndarray, "R"],
-    tokens: Float[np.ndarray, "R"],
+    theta_P: Float[np.ndarray, " P"],
+    params: Float[np.ndarray, " R"],
+    tokens: Float[np.ndarray, " R"],
     *,
     budget: float,
     noise: float,
@@ -87,14 +87,14 @@ def standard_error(
 
 def choose(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
-    made: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]],
-    candidates: tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]],
+    theta_P: Float[np.ndarray, " P"],
+    made: tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]],
+    candidates: tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]],
     *,
     budget: float,
     noise: float,
     affordable: float = np.inf,
-    cost: Float[np.ndarray, "K"] | None = None,
+    cost: Float[np.ndarray, " K"] | None = None,
 ) -> Choice:
     """Rank candidate runs by the reduction of the variance of log N*(budget) per FLOP.
 
@@ -223,7 +223,7 @@ def next_run(
     budget: float,
     affordable: float = np.inf,
     made: Float[np.ndarray, "2 M"] | None = None,
-    cost: Float[np.ndarray, "K"] | None = None,
+    cost: Float[np.ndarray, " K"] | None = None,
 ) -> int:
     """Choose the next run to train after a fit: the index of a candidate.
 

@@ -76,7 +76,7 @@ class Rows:
             raise KeyError(f"{self.source}: no column {name!r}; there are {', '.join(self.columns)}")
         return self.columns[name]
 
-    def take(self, which: Bool[np.ndarray, "R"] | Int[np.ndarray, "K"]) -> "Rows":
+    def take(self, which: Bool[np.ndarray, " R"] | Int[np.ndarray, " K"]) -> "Rows":
         """Select rows by a boolean mask or by indices (which may repeat)."""
         return Rows({name: values[which] for name, values in self.columns.items()}, self.source)
 

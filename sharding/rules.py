@@ -55,10 +55,13 @@ COMPUTE: tuple[tuple[str, MeshAxes], ...] = (
 
 @dataclass(frozen=True)
 class Rules:
-    """The three tables; replace one to place a model of your own.
+    """The three tables that place parameters and activations; replace one to place a model of your own.
 
-    `paths`: regular expression on a parameter's path -> logical axes of its last dimensions; a parameter no pattern
-    matches is split by layers at most. `params`, `compute`: logical axis -> mesh axis or axes.
+    Attributes:
+      paths: regular expression on a parameter's path -> logical axes of its last dimensions; a parameter no pattern
+        matches is split by layers at most.
+      params: logical axis of a parameter -> mesh axis or axes.
+      compute: logical axis of an activation -> mesh axis or axes.
     """
 
     paths: tuple[tuple[str, Logical], ...] = PATHS

@@ -1,7 +1,7 @@
 """The training loop: restore, step, log, evaluate, save; and stop well, whatever stops it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,8 +38,11 @@ class Batches(Protocol):
 class LoopConfig:
     """How long, and how often.
 
-    `steps` in all; `log_every` so many a row; `eval_every` so many an evaluation (0: only after the last step);
-    `tokens`, or whatever the data count in, per step over all processes, for the throughput (0: not reported).
+    Attributes:
+      steps: in all.
+      log_every: steps between two rows of the log.
+      eval_every: steps between two evaluations; 0 evaluates after the last step only.
+      tokens: per step over all processes (or whatever the data count in), for the throughput; 0 reports none.
     """
 
     steps: int
@@ -162,3 +165,27 @@ def _restore(
     batches.set_state(restored.data)
     logging.info("going on from step %d", restored.step)
     return restored.state, restored.step, restored.extra["evaluation"] or checkpoints.measured(restored.step)
+
+
+def evaluate(
+    eval_fn: Callable[[PyTree, Any], Mapping[str, jax.Array]], params: PyTree, batches: Iterable[Any]
+) -> dict[str, float]:
+    """Mean over batches of the metrics of each.
+
+    Args:
+      eval_fn: (params, batch) -> metrics, scalars that are means over the batch; jit it outside.
+      params: parameters.
+      batches: equal-sized batches. The sums stay on device until the end, so batches overlap.
+
+    Raises:
+      ValueError: there was no batch.
+    """
+    total: Any = None
+    count = 0
+    for batch in batches:
+        metrics = dict(eval_fn(params, batch))
+        total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+        count += 1
+    if not count:
+        raise ValueError("no batch to evaluate on: the split is smaller than one batch, or eval.batches is 0")
+    return {name: float(value) / count for name, value in sorted(jax.device_get(total).items())}

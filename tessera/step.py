@@ -12,7 +12,7 @@ from jaxtyping import Array, Key, PyTree
 
 from tessera.optim.noise_scale import noise_scale
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, PyTree]  # mostly scalars
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (mean loss [] float32, metrics: dict of scalars)."""
 
@@ -29,11 +29,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is taken.
+    """Gradient accumulation, EMA and noise-scale options of the training step.
 
-    `microbatches`: parts a batch is cut into, whose gradients are averaged (memory of one part). `ema`: decay of the
-    moving average of the parameters, 0 for none. `noise_scale`: report the gradient noise scale from the parts (needs
-    >= 2).
+    Attributes:
+      microbatches: gradient accumulation: parts a batch is cut into, whose gradients are averaged (memory of one part).
+      ema: decay of the exponential moving average of the parameters; 0 for none.
+      noise_scale: report the gradient noise scale from the parts (needs at least two).
     """
 
     microbatches: int = 1
@@ -100,7 +101,7 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return step
 

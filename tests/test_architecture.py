@@ -30,7 +30,7 @@ LINES = (
     ("reports",),
     ("parallel",),
     ("models",),
-    ("loop", "losses", "step", "signals"),
+    ("loop", "losses", "step", "scan_steps", "signals"),
     ("data", "optim", "infra"),
 )
 # Of the libraries, figures and pages are drawn in tessera.reports alone.

@@ -36,12 +36,12 @@ class Bootstrap(NamedTuple):
     """
 
     theta_PB: Float[np.ndarray, "P B"]
-    value_B: Float[np.ndarray, "B"]
-    converged_B: Bool[np.ndarray, "B"]
-    basin_B: Int[np.ndarray, "B"]
+    value_B: Float[np.ndarray, " B"]
+    converged_B: Bool[np.ndarray, " B"]
+    basin_B: Int[np.ndarray, " B"]
     natural_PB: Float[np.ndarray, "P B"]
 
-    def standard_errors(self) -> Float[np.ndarray, "P"]:
+    def standard_errors(self) -> Float[np.ndarray, " P"]:
         """Compute the standard deviation of each natural parameter over converged resamples."""
         return np.std(self.natural_PB[:, self.converged_B], axis=1, ddof=1)
 
@@ -134,7 +134,7 @@ def refit(fitted: Fit, counts_RB: Float[np.ndarray, "R B"]) -> Bootstrap:
     return Bootstrap(solved.theta, solved.value, solved.converged, basin_B, fitted.law.natural(solved.theta))
 
 
-def search_again(fitted: Fit, counts_R: Float[np.ndarray, "R"]) -> Fit:
+def search_again(fitted: Fit, counts_R: Float[np.ndarray, " R"]) -> Fit:
     """Fit one resample from every start of the grid, the slow reference of `refit`.
 
     Example:

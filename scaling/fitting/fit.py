@@ -86,13 +86,13 @@ class Fit:
     law: Law
     rows: Rows
     config: FitConfig
-    theta: Float[np.ndarray, "P"]
+    theta: Float[np.ndarray, " P"]
     value: float
     converged: bool
     decrement: float
     basins_PK: Float[np.ndarray, "P K"]
-    basin_values: Float[np.ndarray, "K"]
-    residuals: Float[np.ndarray, "R"]
+    basin_values: Float[np.ndarray, " K"]
+    residuals: Float[np.ndarray, " R"]
     search: Search
 
     @property
@@ -300,7 +300,7 @@ def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, searc
     )
 
 
-def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, "S"]:
+def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, " S"]:
     """Sum Huber losses over rows; not finite where the residual is not."""
     size = np.abs(residual_RS)
     with np.errstate(over="ignore", invalid="ignore"):

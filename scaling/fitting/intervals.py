@@ -22,13 +22,13 @@ class Profile(NamedTuple):
       interval: its two crossings, interpolated.
     """
 
-    values: Float[np.ndarray, "S"]
-    objectives: Float[np.ndarray, "S"]
-    inside: Bool[np.ndarray, "S"]
+    values: Float[np.ndarray, " S"]
+    objectives: Float[np.ndarray, " S"]
+    inside: Bool[np.ndarray, " S"]
     interval: tuple[float, float]
 
 
-def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
+def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """Compute twice the loss of log likelihood against the best fit, the scale of the residuals estimated.
 
     For "normal" that is exact: n log(S / S_0), S the sum of squares. Huber's loss and the absolute value are no
@@ -111,7 +111,7 @@ def student_level(level: float, spare: int) -> float:
 
 
 def bootstrap_interval(
-    draws: Float[np.ndarray, "B"],
+    draws: Float[np.ndarray, " B"],
     units: int,
     parameters: int,
     level: float = 0.95,

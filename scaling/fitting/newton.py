@@ -14,10 +14,10 @@ from scaling.fitting.derivatives import Evaluate, Point, lower
 
 
 def cholesky_solve(
-    matrix: Mapping[tuple[int, int], Float[Array | np.ndarray, "S"]],
+    matrix: Mapping[tuple[int, int], Float[Array | np.ndarray, " S"]],
     right_PS: Float[Array | np.ndarray, "P S"],
     xp: Any = jnp,
-) -> tuple[Float[Array | np.ndarray, "P S"], Bool[Array | np.ndarray, "S"]]:
+) -> tuple[Float[Array | np.ndarray, "P S"], Bool[Array | np.ndarray, " S"]]:
     """Solve S symmetric systems of P unknowns; `matrix[i, j]` for i >= j; `xp` is the arrays' numpy.
 
     Returns:

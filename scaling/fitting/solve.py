@@ -35,10 +35,10 @@ class Solved(NamedTuple):
     """
 
     theta: Float[np.ndarray, "P S"]
-    value: Float[np.ndarray, "S"]
-    decrement: Float[np.ndarray, "S"]
-    converged: Bool[np.ndarray, "S"]
-    iterations: Int[np.ndarray, "S"]
+    value: Float[np.ndarray, " S"]
+    decrement: Float[np.ndarray, " S"]
+    converged: Bool[np.ndarray, " S"]
+    iterations: Int[np.ndarray, " S"]
 
 
 class SolverOptions(NamedTuple):

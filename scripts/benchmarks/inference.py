@@ -120,7 +120,7 @@ def step_bytes(programs: Programs, params: Any, length: int) -> float:
     Of the embedding table only as many rows as slots are read, unless it is the head too. Every expert counts: with
     many slots nearly all are read.
     """
-    weights, config = 0.0, programs.served.config
+    weights, config = 0.0, programs.decoder.config
     for path, leaf in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name == "embed/table" and not config.tied:

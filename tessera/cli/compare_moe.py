@@ -1,7 +1,6 @@
 """Train arms over seeds and compare them: `tessera compare-moe --config=moe_vs_dense --workdir=DIR`."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from tessera.infra.workdir import locate, prepare
 from tessera.lm import schema as lm_schema
 from tessera.lm.run import make_text_run
 from tessera.reports import comparison
-from tessera.reports.run_report import config_section, write_report
+from tessera.reports.html import config_section, print_report, write_report
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def main(invocation: Invocation) -> int:
         show(title, rows)
     write_csv([comparison.summary(one) for one in runs], root / "runs.csv")
     sections = [*comparison.sections(runs, tables), config_section(root)]
-    page = write_report(root, "Routed experts against a dense decoder", sections, subtitle=Path(root).resolve().name)
-    Console().print(f"report: {page}", soft_wrap=True)
+    print_report(write_report, root, "Routed experts against a dense decoder", sections)
     return 0
 
 

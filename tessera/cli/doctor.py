@@ -145,7 +145,7 @@ def _convolution() -> str:
 
 
 def _stack() -> str:
-    from tessera.tickets.programs import over_stack
+    from tessera.tickets.train import over_stack
 
     program = str(jax.make_jaxpr(over_stack(lambda x: x + 1, "auto"))(jnp.ones(2)))
     return "map (one ticket after the other)" if "scan" in program else "vmap (all tickets at once)"

@@ -19,6 +19,7 @@ from tessera.lm.run import make_run
 from tessera.planning.compile import compile_step
 from tessera.planning.explain import explain, search
 from tessera.planning.report import terminal, write_page
+from tessera.reports.html import print_report
 
 SCHEMA = lm_schema.SCHEMA
 ERRORS = (PlanError, ImportError, jax.errors.JaxRuntimeError)
@@ -42,8 +43,7 @@ def main(invocation: Invocation) -> int:
     what = dataclasses.replace(what, plan=checked("config.plan", what.plan.fill, count))
     explained = checked("config.plan", explain, what, device)
     compiled = compile_step(what, hardware.topology_devices(values["compile"])) if values["compile"] else None
-    console = Console()
-    console.print(terminal(explained, compiled, ranking))
+    Console().print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"
-    console.print(f"report: {write_page(workdir, invocation.name, explained, compiled, ranking)}", soft_wrap=True)
+    print_report(write_page, workdir, invocation.name, explained, compiled, ranking)
     return 0 if (compiled is None and explained.fits) or (compiled and compiled.total <= device.memory) else 3

@@ -9,10 +9,10 @@ from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import checked
 from tessera.infra.progress import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
 from tessera.tickets import schema
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
-from tessera.tickets.setup import make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, make_setup, search_tickets
 
 SCHEMA = schema.SCHEMA
 ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError)
@@ -40,5 +40,4 @@ def main(invocation: Invocation) -> None:
     Console().print(summary_table(rows))
     images = setup.splits.train.images
     mean = images.mean(axis=0) if images.ndim == 4 else None
-    page = lottery_report(workdir, rows, first_layer.masks, mean)
-    Console().print(f"report: {page}", soft_wrap=True)
+    print_report(lottery_report, workdir, rows, first_layer.masks, mean)

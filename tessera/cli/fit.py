@@ -8,7 +8,8 @@ from tessera.cli.main import Invocation
 from tessera.infra.config import build
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.sweeps.fit_report import ScalingConfig, span, summary, write_fit
+from tessera.reports.html import print_report
+from tessera.sweeps.fit_report import ScalingConfig, fit_page, fit_runs, span, summary
 
 SCHEMA = Schema(ScalingConfig)
 ERRORS = (ValueError, FileNotFoundError, WorkdirMismatch)
@@ -19,8 +20,8 @@ def main(invocation: Invocation) -> None:
     config = build(ScalingConfig, invocation.config)
     rows = read_csv(config.runs)
     workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
-    result, page = write_fit(workdir, rows, config)
-    console = Console()
+    fitted = fit_runs(workdir, rows, config)
+    result, console = fitted.result, Console()
     if "parameters" in result:
         table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")
         for heading in ("parameter", "value", "standard error", f"{config.level:.0%} interval"):
@@ -33,4 +34,4 @@ def main(invocation: Invocation) -> None:
         console.print(line, soft_wrap=True)
     for finding in result["doctor"]:
         console.print(f"{finding['verdict']}: {finding['name']}: {finding['text']}", soft_wrap=True, markup=False)
-    console.print(f"report: {page}", soft_wrap=True)
+    print_report(fit_page, workdir, fitted, rows.source)

@@ -13,10 +13,11 @@ from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import read_settings
+from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
-from tessera.next_token import make_loss
+from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.load import SourceConfig, load
-from tessera.serving.quantized import dequantise_layer, quantise_decoder
+from tessera.serving.quantized import quantise_decoder
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def main(invocation: Invocation) -> int:
         return np.stack([tokens[start : start + c.length + 1] for start in starts]).astype(np.int32)
 
     calibration, held_out = cut(splits.train, c.calibration)[:, :-1], cut(splits.validation, c.validation)
-    model = Decoder(loaded.config)
-    loss_fn = jax.jit(make_loss(lambda params, tokens: model.apply({"params": params}, tokens)))
+    loss_fn = jax.jit(lm_loss(Decoder(loaded.config)))
 
     def loss(params):
         parts = np.split(held_out, max(1, len(held_out) // 32))
@@ -78,6 +78,6 @@ def main(invocation: Invocation) -> int:
     for bits, method, group in c.variants:
         how = checked("config.variants", QuantConfig, bits, method, group)
         small = checked("config.variants", quantise_decoder, loaded.params, loaded.config, how, calibration)
-        found, size = loss(dequantise_layer(small, "float32")), stored_bytes(small["blocks"]) / 1e6
+        found, size = loss(dequantize_layer(small, "float32")), stored_bytes(small["blocks"]) / 1e6
         console.print(f"| {bits} | {method} | {group or 'all'} | {size:.2f} | {found:.4f} | {found - exact:+.4f} |")
     return 0

@@ -13,12 +13,12 @@ from tessera.infra.config import build
 from tessera.infra.logger import Logger
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import make_text_run
+from tessera.lm.run import make_text_run, results_table
 from tessera.loop import train
-from tessera.next_token import results_table
 from tessera.parallel.placement import join_processes
 from tessera.planning.report import run_sections
-from tessera.reports.router import write_specialisation
+from tessera.reports.html import print_report
+from tessera.reports.router import write_specialization
 from tessera.reports.run_report import lm_report
 from tessera.signals import Interrupted, NonFiniteLoss
 
@@ -63,9 +63,8 @@ def main(invocation: Invocation) -> int:
         results = {"validation": result.evaluation, "test": it.held_out(result.state, it.splits.test)}
     if jax.process_count() == 1:
         some = it.some(it.splits.validation)
-        write_specialisation(workdir, it.model, result.state.params, some, c.data.tokenizer)
+        write_specialization(workdir, it.model, result.state.params, some, c.data.tokenizer)
     if first_process:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
-        pages = lm_report(workdir, results["test"], *run_sections(it.run.model, it.run.plan, workdir))
-        Console().print(f"report: {pages}", soft_wrap=True)
+        print_report(lm_report, workdir, results["test"], *run_sections(it.run.model, it.run.plan, workdir))
     return 0

@@ -50,7 +50,7 @@ class Images(NamedTuple):
     """Images in [0, 1], channels last, and their classes."""
 
     images: Float32[np.ndarray, "N H W C"]
-    labels: Int32[np.ndarray, "N"]
+    labels: Int32[np.ndarray, " N"]
 
 
 class ImageSplits(NamedTuple):
@@ -66,9 +66,9 @@ class Raw(NamedTuple):
     """A set as stored: uint8 images [N, H, W, C] whose brightest value is `white`, uint8 labels [N]."""
 
     train_images: UInt8[np.ndarray, "N H W C"]
-    train_labels: UInt8[np.ndarray, "N"]
+    train_labels: UInt8[np.ndarray, " N"]
     test_images: UInt8[np.ndarray, "M H W C"]
-    test_labels: UInt8[np.ndarray, "M"]
+    test_labels: UInt8[np.ndarray, " M"]
     white: int
     validation: int
 

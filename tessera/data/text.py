@@ -67,9 +67,9 @@ class TextSplits(NamedTuple):
     hash saw the same text.
     """
 
-    train: Integer[np.ndarray, "train"]
-    validation: Integer[np.ndarray, "validation"]
-    test: Integer[np.ndarray, "test"]
+    train: Integer[np.ndarray, " train"]
+    validation: Integer[np.ndarray, " validation"]
+    test: Integer[np.ndarray, " test"]
     vocab_size: int
     content_hash: str
     tokenizer: Tokenizer

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-
-from tessera.infra.checksums import checksums, name_of, signature
 
 ENTRIES = {"state", "meta", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a saved directory
 
@@ -197,3 +197,123 @@ def short(error: Exception) -> str:
     """Kind and first line of an error."""
     line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {line[:160]}"
+
+
+class ArtifactStore:
+    """States of one thing under way, each an artifact `<prefix><step>` of `save_tree` in one directory.
+
+    A run that was killed goes on from `latest`, which passes over a damaged save.
+    """
+
+    def __init__(self, directory: Path | str, prefix: str = ""):
+        self.directory, self.prefix = Path(directory), prefix
+
+    def steps(self) -> list[int]:
+        """Steps of the states saved, ascending."""
+        names = (path.name.removeprefix(self.prefix) for path in self.directory.glob(self.prefix + "*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def path(self, step: int) -> Path:
+        """The directory of the state after `step`."""
+        return self.directory / f"{self.prefix}{step}"
+
+    def save(self, step: int, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the state after `step` and JSON-able values beside it."""
+        save_tree(self.path(step), tree, extra)
+
+    def latest(self, like: PyTree, before: int | None = None) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """(step, tree, extra) of the newest sound state, at or before a step; None if there is none.
+
+        Damaged states are reported in the log.
+
+        Raises:
+          CheckpointMismatch: it holds other arrays than `like`.
+        """
+        for step in reversed(self.steps()):
+            if before is None or step <= before:
+                try:
+                    return step, load_tree(self.path(step), like), load_extra(self.path(step))
+                except CheckpointDamaged as error:
+                    logging.warning("%s; it is not used", error)
+        return None
+
+    def clear(self, before: int | None = None) -> None:
+        """Remove the states of steps below `before` (all, if None); NotOurs as of `remove_tree`."""
+        for step in self.steps():
+            if before is None or step < before:
+                remove_tree(self.path(step))
+
+
+def checksums(tree: PyTree) -> dict[str, list]:
+    """Dtype, shape and two 32-bit checksums of each leaf, by path.
+
+    The checksums are integer sums modulo 2^32 of the array's words, plain and weighted by position, so they are equal
+    under every sharding and device, and any single altered word changes the first. They are computed where the array
+    lives.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {name_of(path): leaf for path, leaf in leaves}
+    on_device = {name: leaf for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
+    sums = jax.device_get(_device_sums(on_device))
+    sums |= {name: _sums(_words_numpy(np.asarray(leaf)), np) for name, leaf in arrays.items() if name not in on_device}
+    return {name: [*signature(leaf), int(sums[name][0]), int(sums[name][1])] for name, leaf in arrays.items()}
+
+
+def name_of(path: tuple) -> str:
+    """A leaf's path as JAX's tree functions give it, as one string: "params/embed/table"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def signature(leaf: Any) -> tuple[str, list[int]]:
+    """Dtype and shape of an array, a scalar or a `jax.ShapeDtypeStruct`, as JSON values."""
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return str(leaf.dtype), list(leaf.shape)
+
+
+@jax.jit
+def _device_sums(arrays: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {name: _sums(_words_jax(array), jnp) for name, array in arrays.items()}
+
+
+def _sums(words: Any, xp: Any) -> tuple[Any, Any]:
+    weights = xp.ones((1,) * words.ndim, np.uint32)
+    for axis, size in enumerate(words.shape):
+        shape = [1] * words.ndim
+        shape[axis] = size
+        # Even multipliers far apart: neighbours on any axis get different weights, and every weight is odd.
+        multiplier = np.uint32((0x9E3779B2 + 0x3C6EF372 * axis) & 0xFFFFFFFE)
+        weights = weights + xp.arange(size, dtype=np.uint32).reshape(shape) * multiplier
+    words = words.astype(np.uint32)
+    return xp.sum(words, dtype=np.uint32), xp.sum(words * weights, dtype=np.uint32)
+
+
+def _words_numpy(x: np.ndarray) -> np.ndarray:
+    if x.dtype == bool:
+        return x.astype(np.uint8)[..., None]
+    if _bits(x.dtype) < 8:
+        return x.astype(np.int32).astype(np.uint32)[..., None]
+    x = np.ascontiguousarray(x).reshape(x.shape)
+    return x[..., None].view(f"u{min(x.dtype.itemsize, 4)}")
+
+
+def _words_jax(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == bool:
+        return x.astype(np.uint8)[..., None]
+    if jnp.issubdtype(x.dtype, np.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+        words = jax.lax.bitcast_convert_type(x, np.uint32)
+        return words.reshape(*x.shape[:-1], -1)
+    bits = _bits(x.dtype)
+    if bits < 8:
+        return x.astype(np.int32).astype(np.uint32)[..., None]
+    words = jax.lax.bitcast_convert_type(x, {8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+    return words if bits > 32 else words[..., None]
+
+
+def _bits(dtype: Any) -> int:
+    """Width of an element: 4 for int4, which NumPy stores in a byte."""
+    if jnp.issubdtype(dtype, np.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, np.floating) else np.dtype(dtype).itemsize * 8

@@ -48,8 +48,11 @@ TRIES = 10  # how often a checkpoint may be replaced by a newer one while it is 
 class CheckpointConfig:
     """When to save and what to keep.
 
-    `every` steps (0: only at the end and on SIGTERM); the `keep` newest and, besides, the `best` of lowest validation
-    loss.
+    Attributes:
+      every: steps between saves; 0 saves at the end and on SIGTERM only.
+      keep: newest checkpoints that stay.
+      best: checkpoints of lowest validation loss that stay besides.
+      asynchronous: write in the background while training goes on.
     """
 
     every: int = 0

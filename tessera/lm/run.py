@@ -1,7 +1,8 @@
 """A language model's training run, made from the config of `scripts/train.py`: its parts and what they do."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,23 +12,22 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
+from rich.table import Table
 
 from sharding.plan import Plan
 from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.evaluation import evaluate
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.schema import completed
 from tessera.infra.workdir import resolve
+from tessera.lm.run_config import RunConfig
 from tessera.lm.schema import SCHEMA
 from tessera.lm.warm_start import StartConfig, starting_params
-from tessera.loop import LoopConfig
-from tessera.models.lm_loss import make_adjust
+from tessera.loop import LoopConfig, evaluate
+from tessera.models.lm_loss import make_adjust, make_eval
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_eval
 from tessera.optim.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
 from tessera.parallel.placement import Placement
-from tessera.planning.compile import Run
 from tessera.step import LossFn, StepConfig, TrainState, make_train_step
 
 
@@ -45,7 +45,7 @@ class TextRun:
     """
 
     config: ConfigDict
-    run: Run
+    run: RunConfig
     splits: TextSplits
     loop: LoopConfig
     start: StartConfig
@@ -113,7 +113,7 @@ class TextRun:
         return learning_rate(self.run.optimizer)(step // self.run.optimizer.accumulate)
 
 
-def make_run(c: ConfigDict, vocab_size: int) -> Run:
+def make_run(c: ConfigDict, vocab_size: int) -> RunConfig:
     """What a training step depends on, from the config of `scripts/train.py`; nothing is read or placed.
 
     Raises:
@@ -126,7 +126,7 @@ def make_run(c: ConfigDict, vocab_size: int) -> Run:
     checked("config.optimizer", make_optimizer, opt)
     model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
     plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
-    return Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
+    return RunConfig(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
 
 
 def make_text_run(c: ConfigDict) -> TextRun:
@@ -188,3 +188,12 @@ def check_splits(c: ConfigDict, splits: TextSplits) -> None:
         )
     if lines:
         raise ConfigError("config.data: " + "\n  ".join(lines))
+
+
+def results_table(title: str, results: Mapping[str, Mapping[str, float]]) -> Table:
+    """A table of losses and accuracies by split, for the terminal."""
+    table = Table("", "nats per token", "bits per token", "accuracy", title=title, title_justify="left")
+    for name, found in results.items():
+        loss, accuracy = found["loss"], found["accuracy"]
+        table.add_row(name, f"{loss:.4f}", f"{loss / math.log(2):.4f}", f"{accuracy:.4f}")
+    return table

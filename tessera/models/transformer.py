@@ -13,21 +13,21 @@ Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack t
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from moe.layer import MoE, MoEConfig
+from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
 from tessera.models.remat import Remat, parse_remat
-from tessera.models.stack import run_stack
 
 
 @dataclass(frozen=True)
@@ -228,10 +228,10 @@ class SwiGLU(nn.Module):
         return swiglu(x_BTD, gate_DF, up_DF, down_FD)
 
 
-def routed(config: TransformerConfig, name: str) -> nn.Module:
-    """Routed experts in place of the dense feed-forward layer."""
+def routed(config: TransformerConfig, name: str, axes: ExpertAxes = ONE_DEVICE) -> nn.Module:
+    """Routed experts in place of the dense feed-forward layer; `axes` are the mesh axes that split them."""
     c, width = config, config.moe.width_of(config.ff_size)
-    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, name=name)
+    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, axes=axes, name=name)
 
 
 # A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
@@ -241,24 +241,19 @@ MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def feed_forward(config: TransformerConfig, mlp: str, name: str) -> nn.Module:
-    """The feed-forward layer `MLPS[mlp]`, whole."""
-    return MLPS[mlp](config, name=name)
-
-
 class Block(nn.Module):
     """One pre-norm block; returns (activations, None) as a scan over layers wants it.
 
     `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
     under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
-    residual stream is split along time. `feed` makes the feed-forward layer from (config, key of `MLPS`, name).
+    residual stream is split along time. `expert_axes` are the mesh axes that split routed experts.
     """
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
     attend: Attend = attention
     mlp: str = ""
-    feed: Callable[[TransformerConfig, str, str], nn.Module] = feed_forward
+    expert_axes: ExpertAxes = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -275,8 +270,11 @@ class Block(nn.Module):
         x_BSD += checkpoint_name(added_BSD, "attention")
         y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
         mlp = self.mlp or c.mlp
-        ids = {} if tokens_BT is None or mlp != "routed" else {"tokens_BT": tokens_BT}
-        x_BSD += checkpoint_name(constrain(self.feed(c, mlp, "mlp")(y_BTD, **ids), RESIDUAL), "mlp")
+        if mlp == "routed":
+            added_BSD = routed(c, "mlp", self.expert_axes)(y_BTD, tokens_BT=tokens_BT)
+        else:
+            added_BSD = MLPS[mlp](c, name="mlp")(y_BTD)
+        x_BSD += checkpoint_name(constrain(added_BSD, RESIDUAL), "mlp")
         return x_BSD, None
 
 
@@ -331,7 +329,7 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
-        x_BTD = run_stack(self, c, (Block, Unit), (c, self.constrain, self.attend), (x_BTD, positions_BT, tokens_BT))
+        x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T
@@ -340,3 +338,69 @@ class Decoder(nn.Module):
         # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         return self.constrain(logits_BTV, ("batch", "time", "vocab"))
+
+
+@functools.lru_cache(maxsize=16)  # a plan is checked many times, its shapes made once
+def param_shapes(config: TransformerConfig) -> PyTree:
+    """Shapes of a decoder's parameters; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def run_blocks(
+    decoder: Decoder, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], tokens_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Run all blocks with activation checkpointing (`TransformerConfig.remat`), inside the decoder's compact method.
+
+    One block after the other, or one `lax.scan` for every group of layers with the same policy.
+
+    Raises:
+      ValueError: groups of scanned layers with routed experts, whose metrics would be stacked apart.
+    """
+    c, groups, period = decoder.config, decoder.config.remat_groups, len(decoder.config.pattern)
+    options = (c, decoder.constrain, decoder.attend)
+    if not c.scan:
+        for i, group in enumerate([one for one in groups for _ in range(one.layers)]):
+            block = checkpointed(Block, group, scanned=False)
+            x_BTD, _ = block(*options, c.pattern[i % period], name=f"blocks_{i}")(x_BTD, positions_BT, tokens_BT)
+        return x_BTD
+
+    def scan(group: Remat, x_BTD: jax.Array) -> jax.Array:
+        stack = nn.scan(
+            checkpointed(Unit if period > 1 else Block, group, scanned=True),
+            variable_axes={"params": 0, "intermediates": 0, "routings": 0},
+            split_rngs={"params": True, "router": True},
+            in_axes=nn.broadcast,
+            length=group.layers // period,
+        )
+        return stack(*options, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
+
+    if len(groups) == 1 or decoder.is_initializing():
+        return scan(replace(groups[0], layers=c.layers), x_BTD)
+    if "routed" in c.pattern:
+        raise ValueError(f"remat={c.remat!r}: groups of layers with routed experts need a plan, or scan=False")
+    start = 0
+    for group in groups:
+        x_BTD = nn.map_variables(
+            lambda _, x, group=group: scan(group, x), "params", trans_in_fn=_layers(start, start + group.layers)
+        )(decoder, x_BTD)
+        start += group.layers
+    return x_BTD
+
+
+def checkpointed(block: Callable[..., nn.Module], group: Remat, scanned: bool) -> Callable[..., nn.Module]:
+    """The module `block` with activation checkpointing (rematerialization) by a group's policy."""
+    if group.base == "none":
+        return block
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
+    return nn.remat(block, policy=group.policy, prevent_cse=not scanned)
+
+
+def _layers(start: int, end: int) -> Callable[[dict], dict]:
+    """A function that cuts layers start..end - 1 out of the variables of a stack."""
+
+    def cut(variables: dict) -> dict:
+        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"]["blocks"])
+        return {"params": {**variables["params"], "blocks": blocks}}
+
+    return cut

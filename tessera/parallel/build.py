@@ -10,7 +10,8 @@ from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel import decoder, pipelined_decoder
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding, state_shardings
+from tessera.parallel.pipelined_decoder import make_loss
 from tessera.parallel.placement import Placement, data_parallel
 from tessera.step import LossFn
 
@@ -45,10 +46,9 @@ def plan_decoder(
         return lm_loss(Decoder(config), z_loss), data_parallel(batch_size)
     devices = list(jax.devices() if devices is None else devices)
     plan = plan.fill(len(devices))
-    parts, mesh = decoder.DecoderParts(config, plan, z_loss, devices[0].platform), make_mesh(plan, devices)
+    decoder, mesh = ShardedDecoder(config, plan, z_loss, devices[0].platform), make_mesh(plan, devices)
     if batch_size % microbatches:
         raise PlanError(f"batch_size={batch_size} does not divide into {microbatches} microbatches of a step")
-    parts.check(batch_size // microbatches, length)
-    state = decoder.state_shardings(parts, mesh, jax.eval_shape(init))
-    make_loss = pipelined_decoder.make_loss if plan.size("pp") > 1 else decoder.make_loss
-    return make_loss(parts, mesh), Placement(state, decoder.batch_sharding(parts, mesh))
+    decoder.check(batch_size // microbatches, length)
+    state = state_shardings(decoder, mesh, jax.eval_shape(init))
+    return make_loss(decoder, mesh), Placement(state, batch_sharding(decoder, mesh))

@@ -20,8 +20,7 @@ from jaxtyping import PyTree
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.logger import write_text
-from tessera.models.transformer import TransformerConfig
-from tessera.serving.served import shapes
+from tessera.models.transformer import TransformerConfig, param_shapes
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -297,7 +296,7 @@ def _clear_staging(folder: Path) -> None:
 
 
 def _leaves(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for path, leaf in jax.tree.leaves_with_path(shapes(config)):
+    for path, leaf in jax.tree.leaves_with_path(param_shapes(config)):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape
 
 

@@ -1,7 +1,7 @@
 """The settings of a sweep over model sizes, every one with its default and its meaning."""
 
 from scaling.sweeps.adaptive import PlannerConfig
-from scaling.sweeps.executors import EngineConfig
+from scaling.sweeps.executors import ExecutorConfig
 from scaling.sweeps.plan import Family, PlanConfig
 from tessera.data.text import TextConfig
 from tessera.infra.schema import Group, Schema
@@ -14,7 +14,7 @@ SCHEMA = Schema(
     plan=PlanConfig,
     train=TrialConfig,
     data=TextConfig,
-    engine=EngineConfig,
+    engine=ExecutorConfig,
     planner=PlannerConfig,
     report=ReportConfig,
 )

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lottery.levels import SearchConfig
+from lottery.search_config import SearchConfig
 from tessera.data.images import ImageConfig
 from tessera.data.windows import WindowConfig
 from tessera.infra.schema import Choice, Group, Schema
 from tessera.models.registry import CONV, NETWORKS
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.tickets.programs import TicketConfig
+from tessera.tickets.train import TicketConfig
 
 
 @dataclass(frozen=True)

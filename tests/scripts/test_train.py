@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from tessera.infra.artifacts import name_of
 from tessera.infra.checkpoint import Checkpoints
-from tessera.infra.checksums import name_of
 from tessera.infra.logger import METRICS, read_rows
 
 ROOT = Path(__file__).parents[2]

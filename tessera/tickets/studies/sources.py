@@ -26,7 +26,11 @@ SEED = "of another seed"
 
 @dataclass(frozen=True)
 class SourcesConfig:
-    """levels: at which masks are carried over."""
+    """Where masks of other searches are carried over.
+
+    Attributes:
+      levels: pruning levels whose masks are carried over.
+    """
 
     levels: tuple[int, ...] = (1,)
 

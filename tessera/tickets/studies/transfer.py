@@ -18,8 +18,7 @@ from jaxtyping import Array, PyTree
 from lottery import align, controls, transfer
 from tessera.infra.config import build
 from tessera.infra.memo import Pieces
-from tessera.tickets.setup import Finished, Setup, make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import Finished, LevelStore, Setup, make_setup, search_tickets
 from tessera.tickets.studies.compared_masks import OWN, RANDOM, compare, train_masks
 from tessera.tickets.studies.study import Study
 
@@ -28,8 +27,12 @@ MASKS = (OWN, "other", "aligned by weights", "aligned by activations", RANDOM)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """layers: of the chain of dense layers, first to last. levels: at which masks are carried over. examples: whose
-    activations are compared.
+    """Masks on the weights of another seed, aligned and not.
+
+    Attributes:
+      layers: of the chain of dense layers, first to last.
+      levels: pruning levels whose masks are carried over.
+      examples: whose activations are compared.
     """
 
     layers: tuple[str, ...] = ("dense0", "dense1", "output")

@@ -10,7 +10,7 @@ from sharding.analysis.collectives import Collective, collectives, products, tot
 from sharding.mesh import abstract_mesh
 from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.decoder import DecoderParts, make_loss
+from tessera.parallel.decoder import ShardedDecoder, make_loss
 from tessera.step import init_state, make_train_step
 
 
@@ -50,7 +50,7 @@ def test_kinds_bytes_trips_and_causes():
 def gradient_collectives(config, plan, batch_size, length, *, backward=True):
     tokens = jax.ShapeDtypeStruct((batch_size, length + 1), jnp.int32)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-    loss = make_loss(DecoderParts(config, plan), abstract_mesh(plan))
+    loss = make_loss(ShardedDecoder(config, plan), abstract_mesh(plan))
     function = jax.value_and_grad(loss, has_aux=True) if backward else loss
     return collectives(function, params, {"tokens": tokens})
 
@@ -98,7 +98,7 @@ def test_the_bytes_of_a_step_of_a_0_96b_model(sequence):
         vocab_size=32768, layers=16, width=2048, heads=16, ff=5632, dtype="bfloat16", remat="full", tied=False
     )
     plan, tx = Plan("fsdp=32, tp=8", sequence=sequence), optax.adamw(1e-3)
-    parts = DecoderParts(config, plan)
+    parts = ShardedDecoder(config, plan)
     parts.check(32, 2048)
     tokens = jax.ShapeDtypeStruct((32, 2049), jnp.int32)
     state = jax.eval_shape(

@@ -82,7 +82,7 @@ from sharding.analysis.hlo import compiled_collectives
 from sharding.analysis.collectives import totals
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.parallel.decoder import DecoderParts, batch_sharding, make_loss, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding, make_loss, state_shardings
 from tessera.step import init_state, make_train_step
 from tessera.models.transformer import Decoder, TransformerConfig
 
@@ -90,7 +90,7 @@ config = TransformerConfig(
     vocab_size=32768, layers=16, width=2048, heads=16, ff=5632, dtype="bfloat16", remat="full", tied=False
 )
 plan, tx = Plan("fsdp=32, tp=8", sequence=bool(int(sys.argv[1]))), optax.adamw(1e-3)
-parts, mesh = DecoderParts(config, plan), make_mesh(plan)
+parts, mesh = ShardedDecoder(config, plan), make_mesh(plan)
 init = lambda key: init_state(Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"], tx)
 state = jax.eval_shape(init, jax.random.key(0))
 where = state_shardings(parts, mesh, state)

@@ -22,12 +22,12 @@ from tessera.infra.artifacts import (
     CheckpointMismatch,
     NotOurs,
     abstract,
+    checksums,
     load_extra,
     load_tree,
     save_tree,
 )
 from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
-from tessera.infra.checksums import checksums
 
 
 def make_state(seed=0):

@@ -1,13 +1,16 @@
 """A training run's parts: settings and texts that cannot work are refused before anything is trained."""
 
+import io
 import random
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from configs import lm
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
-from tessera.lm.run import make_text_run
+from tessera.lm.run import make_text_run, results_table
 from tessera.lm.schema import SCHEMA
 
 
@@ -53,3 +56,10 @@ def test_the_sizes_that_the_message_gives_do(tmp_path):
     make_text_run(settings(tmp_path, words=60, length=length))
     batch = min(int(part.split()[0]) for part in str(caught.value).split("config.batch_size of at most ")[1:])
     make_text_run(settings(tmp_path, words=60, batch_size=batch))
+
+
+def test_results_table():
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(results_table("run", {"test": {"loss": np.log(2), "accuracy": 0.5}}))
+    for text in ("run", "test", "0.6931", "1.0000", "0.5000"):
+        assert text in stream.getvalue()

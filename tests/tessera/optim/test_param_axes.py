@@ -5,8 +5,8 @@ import optax
 import pytest
 from optax import contrib
 
-from tessera.models.lenet import LeNet, MLPConfig
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.vision import LeNet, MLPConfig
 from tessera.optim.param_axes import clip_units, decayed, matrix_axes
 
 

@@ -5,14 +5,16 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import COMPUTE, path_name, resolve, shardings
+from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_loss as one_device_loss
 from tessera.parallel.build import plan_decoder
-from tessera.parallel.decoder import DecoderParts, batch_sharding, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding, check_experts, state_shardings
 from tessera.parallel.placement import Placement, batch_share, data_parallel
 from tessera.step import StepConfig, init_state, make_train_step
 
@@ -64,7 +66,7 @@ def test_rows_that_processes_share_in_part_are_refused():
 
 @pytest.mark.parametrize("axes", ["dp=8", "tp=8", "dp=2, fsdp=2, tp=2"])
 def test_one_process_feeds_the_whole_batch(axes):
-    parts = DecoderParts(CONFIG, Plan(axes))
+    parts = ShardedDecoder(CONFIG, Plan(axes))
     assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
     assert data_parallel(8).share() == (0, 1)
 
@@ -75,7 +77,7 @@ def test_what_fsdp_splits(zero):
     mesh = make_mesh(plan)
     params = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3), StepConfig(ema=0.9)), params)
-    where = state_shardings(DecoderParts(CONFIG, plan), mesh, state)
+    where = state_shardings(ShardedDecoder(CONFIG, plan), mesh, state)
     kernel = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"].spec  # noqa: E731
     assert kernel(where.params) == (P() if zero == 1 else P(None, "fsdp"))
     adam = where.opt_state[0]
@@ -92,14 +94,14 @@ def test_constraints_alone_give_the_same_numbers(axes):
     mesh = make_mesh(Plan(axes))
     batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
     params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), batch["tokens"])["params"]
-    where = shardings(mesh, DecoderParts(CONFIG, Plan(axes)).specs)
+    where = shardings(mesh, ShardedDecoder(CONFIG, Plan(axes)).specs)
 
     def constrain(x, axes):
         spec = resolve(axes, x.shape, COMPUTE, mesh.shape)
         return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
 
     def gradient(model, params):
-        loss_fn = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens), 1e-2)
+        loss_fn = lm_loss(model, 1e-2)
         return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
 
     (expected_loss, _), expected = gradient(Decoder(CONFIG), params)
@@ -122,8 +124,43 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
     loss_fn, placement = plan_decoder(CONFIG, plan, init, batch_size=16, length=16, microbatches=2)
     step = jax.jit(make_train_step(loss_fn, tx, stepping), out_shardings=(placement.state, None))
     state, metrics = step(jax.device_put(init(), placement.state), placement.place(batch), jax.random.key(2))
-    whole = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens))
+    whole = lm_loss(model)
     expected, expected_metrics = jax.jit(make_train_step(whole, tx))(init_state(params, tx), batch, jax.random.key(2))
     assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), abs=1e-5)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes, settings, words",
+    [
+        ("dp=8", {"router": RouterConfig("noisy")}, "router.name='noisy' \\(choose one of top_k"),
+        ("dp=8", {"importance": 0.1}, "importance=0.1"),
+        ("pp=2", {}, "balance_scope='batch' with pp > 1"),
+        ("cp=2", {"balance_scope": "sequence"}, "balance_scope='sequence' with cp > 1"),
+        ("tp=2", {"biases": True}, "biases with tp > 1"),
+    ],
+)
+def test_experts_that_would_compute_something_else_are_refused(axes, settings, words):
+    with pytest.raises(PlanError, match=words):
+        check_experts(MoEConfig(**settings), Plan(axes))
+
+
+@pytest.mark.slow
+def test_biases_of_balanced_routers_move_as_on_one_device():
+    moe = MoEConfig(router=RouterConfig("sigmoid", 8, 2), bias_rate=0.01)
+    config = TransformerConfig(**{**vars(CONFIG), "mlp": "routed", "moe": moe})
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    batch, tx = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}, optax.sgd(1e-2)
+    losses = {"": lm_loss(Decoder(config)), "ep=4, dp=2": None}
+    losses["ep=4, dp=2"], _ = plan_decoder(
+        config, Plan("ep=4, dp=2"), lambda: init_state(params, tx), batch_size=8, length=16
+    )
+    found = {}
+    for name, loss_fn in losses.items():
+        step = jax.jit(make_train_step(loss_fn, tx, adjust=make_adjust(config)))
+        state, metrics = step(init_state(params, tx), batch, jax.random.key(2))
+        found[name] = np.asarray(state.params["blocks"]["mlp"]["router"]["bias"])
+        assert metrics["router/load"].shape == (2, 8)
+    np.testing.assert_array_equal(found["ep=4, dp=2"], found[""])
+    assert np.abs(found[""]).max() == pytest.approx(0.01)
