@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe.specialisation import mutual_information
+from moe.specialization import mutual_information
 from tessera.infra.logger import write_text
 from tessera.models.lm_loss import expert_table, router_paths
 from tessera.models.transformer import Decoder
@@ -124,7 +124,7 @@ def specialisation_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
         ax.set_yticks(range(len(classes)), classes, fontsize=8)
         ax.set_title(
             f"layer {layer + 1}: mutual information {information.corrected:.3f} nats "
-            f"({information.normalised:.0%} of the most possible)",
+            f"({information.normalized:.0%} of the most possible)",
             fontsize=9,
             loc="left",
         )
@@ -139,7 +139,7 @@ def depth_figure(classes_LCE: np.ndarray, bytes_LVE: np.ndarray) -> Figure:
     figure, (ax,) = canvas(1, height=2.9)
     layers = np.arange(1, len(classes_LCE) + 1)
     for colour, name, counts in zip(PALETTE, ("byte read", "its class"), (bytes_LVE, classes_LCE), strict=False):
-        shares = [100 * mutual_information(layer[layer.sum(1) > 0]).normalised for layer in counts]
+        shares = [100 * mutual_information(layer[layer.sum(1) > 0]).normalized for layer in counts]
         ax.plot(layers, shares, marker="o", markersize=4, color=colour, label=name)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
