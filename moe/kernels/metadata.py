@@ -1,7 +1,7 @@
 """Which tiles meet in which step: the one record that drives every kernel of the family.
 
 A kernel walks the steps in order. Step s multiplies tile a[s] of A by tile b[s] of B into tile o[s] of the output;
-steps with the same o are neighbours, so an accumulator lives from the first of them to the last. What a, b and o index:
+steps with the same o are neighbors, so an accumulator lives from the first of them to the last. What a, b and o index:
 
 | product                                | a            | b                    | o              | built             |
 |----------------------------------------|--------------|----------------------|----------------|-------------------|

@@ -29,7 +29,7 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -
     """(M, outputs x b). Rows are a multiple of 8."""
     x, steps, b = operands.x, operands.steps, spec.block
     tile, step = spec.tiling.rows, min(spec.tiling.inner, b)
-    # Steps of one output are neighbours; an output without live blocks has one that multiplies nothing.
+    # Steps of one output are neighbors; an output without live blocks has one that multiplies nothing.
     bounds = jnp.searchsorted(steps.o, jnp.arange(spec.outputs + 1, dtype=jnp.int32)).astype(jnp.int32)
     columns = jnp.stack([bounds[:-1], (bounds[1:] - bounds[:-1]) * steps.live[bounds[:-1]]])
     tiles = [Tile((tile, step), x.dtype), Tile((b, step) if spec.transpose else (step, b), x.dtype)]

@@ -27,8 +27,8 @@ from moe.kernels.spec import GroupedOperands, GroupedSpec, swiglu
 CONSUMERS = 2
 # Pairs of column tiles that run side by side, so that their row tiles of x are read from L2.
 SWATH = 4
-# Columns of all weights of a step where they are quantised: four slots fit.
-QUANTISED_COLS = 128
+# Columns of all weights of a step where they are quantized: four slots fit.
+QUANTIZED_COLS = 128
 # Rows of the step table.
 A, B, BEGIN, END, LIVE = range(5)
 
@@ -42,7 +42,7 @@ class Way(NamedTuple):
       k, n: sizes of the contraction and the columns.
       weights: one, or gate and up.
       gathered: rows of x are picked.
-      quantised: weights have scales.
+      quantized: weights have scales.
       weighted: rows of a combine have weights.
       interpret: run by the interpreter.
     """
@@ -53,7 +53,7 @@ class Way(NamedTuple):
     n: int
     weights: int
     gathered: bool
-    quantised: bool
+    quantized: bool
     weighted: bool
     interpret: bool
 
@@ -70,12 +70,12 @@ class Way(NamedTuple):
     @property
     def parts(self) -> int:
         """Buffers of a slot that belong to one weight."""
-        return 3 if self.quantised else 1
+        return 3 if self.quantized else 1
 
     @property
     def name(self) -> str:
         """Of the kernel, as profilers show it."""
-        said = {"transposed": self.spec.transpose, "gathered": self.gathered, "quantised": self.quantised}
+        said = {"transposed": self.spec.transpose, "gathered": self.gathered, "quantized": self.quantized}
         return "_".join(["grouped", self.spec.epilogue, *(word for word, so in said.items() if so)])
 
 
@@ -86,11 +86,11 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) ->
     """
     x, weights, rows = operands.x, len(operands.w), operands.rows
     k, n = operands.w[0].shape[:0:-1] if spec.transpose else operands.w[0].shape[1:]
-    most = min(spec.tiling.cols, QUANTISED_COLS) if operands.scales else spec.tiling.cols
+    most = min(spec.tiling.cols, QUANTIZED_COLS) if operands.scales else spec.tiling.cols
     # The sums of all weights share the registers; columns come in swizzled tiles of 64, and there are two of a pair.
     cols = min(max(most // weights // 64, 1), -(-n // 128)) * 64
     tile, step = spec.tiling.rows, spec.tiling.inner
-    said = {"gathered": operands.gather is not None, "quantised": bool(operands.scales)}
+    said = {"gathered": operands.gather is not None, "quantized": bool(operands.scales)}
     said |= {"weighted": operands.weights is not None, "interpret": interpret}
     way = Way(spec, (tile, cols, step), k, n, weights, **said)
     steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=ALIGN)
@@ -104,7 +104,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) ->
         launch(out=[])(*inputs, *gpu_combine.inputs(operands, tile), sums)
         return (vary(jax.freeze(sums), table),)
     shape = jax.ShapeDtypeStruct((-(-rows // ALIGN) * ALIGN, n), spec.out_dtype)
-    return tuple(launch(out=[shape] * (3 if spec.keep else 1))(*inputs))
+    return tuple(launch(out=[shape] * (3 if spec.save_residuals else 1))(*inputs))
 
 
 def _memory(way, operands):
@@ -113,7 +113,7 @@ def _memory(way, operands):
         left = Tile((tile, step), dtype, copies=tile, layout=gpu_gather.layout(dtype))
     else:
         left = Tile((tile, step), dtype)
-    if way.quantised:
+    if way.quantized:
         right = widen.tiles(step, cols, operands.w[0].dtype, dtype)
     else:
         right = [Tile((cols, step) if way.spec.transpose else (step, cols), dtype)]
@@ -129,14 +129,14 @@ def _memory(way, operands):
         memory["kept"] = gpu_combine.scratch(mine, consumers=CONSUMERS)
     if way.gathered:
         memory["picked"] = gpu_gather.scratch(tile)
-    if way.quantised:
+    if way.quantized:
         memory["made"] = plgpu.Barrier(num_arrivals=CONSUMERS)
     return memory
 
 
 def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, kept=None):
     refs, spec = list(refs), way.spec
-    w, scales = _take(refs, way.weights), _take(refs, way.weights * way.quantised)
+    w, scales = _take(refs, way.weights), _take(refs, way.weights * way.quantized)
     gather, combine, outs = _take(refs, way.gathered), _take(refs, way.added * (1 + way.weighted)), refs
     rows, cols, step = way.tile
     wg, mine = lax.axis_index("wg"), rows // CONSUMERS
@@ -161,7 +161,7 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
     def multiply(totals, where, i, slot):
         del where, i
         left, right = slot[0].at[pl.ds(wg * mine, mine)], slot[1:]
-        if way.quantised:
+        if way.quantized:
             right = widen.widen([right[j * way.parts :][: way.parts] for j in range(way.weights)], CONSUMERS)
             gpu_ring.meet(made)
         if way.gathered and not (way.interpret and "registers" in gpu_ring.LACKING):
@@ -194,7 +194,7 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
     work: dict[str, Any] = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
     if way.gathered:
         work |= {"begin": lambda where: gpu_gather.begin(picked, gather[0], where[1]), "registers": True}
-    if not way.quantised:  # a warpgroup without rows has weights to widen
+    if not way.quantized:  # a warpgroup without rows has weights to widen
         work["busy"] = busy
     total, sums = count[0] * column_pairs, [(mine, cols)] * way.weights
     gpu_ring.run(Ring(*ring), total, consumers=CONSUMERS, sums=sums, **work)
@@ -206,7 +206,7 @@ def _load_weights(way, w, scales, at, slot, barrier):
     group, inner, across = at[0], pl.ds(at[1], step), pl.ds(at[2], cols)
     for j, each in enumerate(w):
         parts = slot[j * way.parts :][: way.parts]
-        if way.quantised:
+        if way.quantized:
             widen.load(each, scales[j], at, step, parts, barrier)
         else:
             source = each.at[group, across, inner] if way.spec.transpose else each.at[group, inner, across]
@@ -222,4 +222,4 @@ def _take(refs: list[Any], count: int) -> list[Any]:
 def _epilogue(spec, sums):
     if spec.epilogue != "swiglu":
         return sums
-    return [swiglu(*sums), *sums] if spec.keep else [swiglu(*sums)]
+    return [swiglu(*sums), *sums] if spec.save_residuals else [swiglu(*sums)]

@@ -1,4 +1,4 @@
-"""The Hopper path: Mosaic GPU kernels (wgmma, TMA, persistent, warp-specialised) for bfloat16 and float16.
+"""The Hopper path: Mosaic GPU kernels (wgmma, TMA, persistent, warp-specialized) for bfloat16 and float16.
 
 What the kernels do not do is done around them, and said in the log once:
 
@@ -68,7 +68,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     outs = tuple(out[:rows, :columns] for out in outs)
     if behind:
         return ops.combine(outs[0], operands.tokens, operands.weights, spec)
-    return outs if spec.keep else outs[0]
+    return outs if spec.save_residuals else outs[0]
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):

@@ -1,6 +1,6 @@
 """Int8 and fp8 weights on Hopper, widened a step at a time: device memory is read at a byte an element.
 
-wgmma multiplies operands of one dtype only. So the loading warpgroup fetches a step of the quantised weight and its
+wgmma multiplies operands of one dtype only. So the loading warpgroup fetches a step of the quantized weight and its
 scales, the multiplying warpgroups each widen a part of it into a second buffer of the slot, meet, and multiply from
 there.
 The slot protects that buffer too: nobody writes to it before the ring says that all have done with it.
@@ -41,7 +41,7 @@ def load(w: Any, scales: Any, at: tuple, step: int, parts: Any, barrier: Any) ->
     """Fetch a step of a weight and the scales it has.
 
     Args:
-      w: (G, K, N) quantised.
+      w: (G, K, N) quantized.
       scales: (G, Q, N) float32.
       at: group, first of K, first of N.
       step: rows of K.

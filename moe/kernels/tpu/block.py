@@ -79,7 +79,7 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
 def _place(blocks, steps: Steps, transpose: bool) -> tuple[jax.Array, Steps]:
     """Blocks of 64 in blocks of 128 of zeros, one per step, and the steps on the coarser grid.
 
-    The matrix unit is 128 wide: a block of 64 takes it as long as one of 128. Steps with the same o stay neighbours.
+    The matrix unit is 128 wide: a block of 64 takes it as long as one of 128. Steps with the same o stay neighbors.
     """
     side = blocks.shape[1]
     k, n = (steps.o % 2, steps.a % 2) if transpose else (steps.a % 2, steps.o % 2)

@@ -49,18 +49,18 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
         )
         return _combine_rows(rows, operands, spec)
     outs = _launch(operands, spec, tiles, shares, interpret)
-    return outs if spec.keep else outs[0][: spec.num_tokens or None].astype(spec.out_dtype)
+    return outs if spec.save_residuals else outs[0][: spec.num_tokens or None].astype(spec.out_dtype)
 
 
 def _tiles(operands, spec):
-    """The spec's tiles, cut to the shape and to VMEM; quantised shares of K hold whole tiles where they can."""
+    """The spec's tiles, cut to the shape and to VMEM; quantized shares of K hold whole tiles where they can."""
     k, n = operands.w[0].shape[:0:-1] if spec.transpose else operands.w[0].shape[1:]
     share = k // operands.scales[0].shape[1] if operands.scales else k
     m = round_up(min(spec.tiling.rows, operands.rows), SUBLANES)
     tiles = Tiles(m, split(share, spec.tiling.inner), split(n, spec.tiling.cols), operands.rows, k, n)
     sizes = {"x_bytes": operands.x.dtype.itemsize, "w_bytes": operands.w[0].dtype.itemsize}
     sizes["out_bytes"] = spec.out_dtype.itemsize
-    tiles = fit(replace(tiles, inner=share), **sizes, weights=len(operands.w), outs=3 if spec.keep else 1)
+    tiles = fit(replace(tiles, inner=share), **sizes, weights=len(operands.w), outs=3 if spec.save_residuals else 1)
     tiles = replace(tiles, inner=k)
     if operands.gather is not None:
         tiles = replace(tiles, k=min(round_up(tiles.k, 2 * LANES), round_up(k, 2 * LANES)))
@@ -119,7 +119,7 @@ def _launch(operands, spec, tiles, shares, interpret):
     if operands.gather is not None:
         scratch += gather.scratch(x, tiles)
     number_specs = [gather.numbers_spec(tiles, 1, field) for _, field in by_row.values()]
-    outs = 3 if spec.keep else 1
+    outs = 3 if spec.save_residuals else 1
     large = combine or operands.gather is not None
     call = pl.pallas_call(
         partial(_kernel, tuple(by_row), spec, tiles, count_w, bool(scales), operands.x.dtype),
@@ -158,7 +158,7 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
     by_row, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     x, w, refs = refs[0], refs[1 : 1 + count_w], refs[1 + count_w :]
     scales, refs = (refs[:count_w], refs[count_w:]) if scaled else ((), refs)
-    count_out = 3 if spec.keep else 1
+    count_out = 3 if spec.save_residuals else 1
     outs, sums, buffers = refs[:count_out], refs[count_out : count_out + count_w], refs[count_out + count_w :]
     s, k = pl.program_id(1), pl.program_id(2)
     # Read here: the interpreter knows program ids outside branches only.
@@ -212,7 +212,7 @@ def _mask(tile, axis, tiles, k):
 
 
 def _add_rows(by_row, steps, out, total, s):
-    """Add the step's rows to their destinations, one at a time: neighbours may share one."""
+    """Add the step's rows to their destinations, one at a time: neighbors may share one."""
 
     @pl.when(s == 0)
     def _zero():

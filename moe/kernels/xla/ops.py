@@ -62,7 +62,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     columns = operands.w[0].shape[1 if spec.transpose else 2]
     combine = spec.epilogue == "combine"
     dtype = jnp.float32 if combine else spec.out_dtype
-    outs = (zeros((spec.num_tokens if combine else rows, columns), dtype, x_TK),) * (3 if spec.keep else 1)
+    outs = (zeros((spec.num_tokens if combine else rows, columns), dtype, x_TK),) * (3 if spec.save_residuals else 1)
     scales = operands.scales or (None,) * len(operands.w)
 
     def products(x_RK, group, height):
@@ -88,7 +88,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
 
     # Silent steps come last and would write the zeros that are there already.
     outs = jax.lax.fori_loop(0, _working(steps), step, outs)
-    return outs if spec.keep else outs[0].astype(spec.out_dtype)
+    return outs if spec.save_residuals else outs[0].astype(spec.out_dtype)
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
@@ -237,7 +237,7 @@ def _write(out_MN, start, mine_R, value_RN):
 
 
 def _product(x_RK, w, scale_QN, transpose):
-    """x times one group's weight in float32; a quantised weight's scales multiply the sums over their shares of K."""
+    """x times one group's weight in float32; a quantized weight's scales multiply the sums over their shares of K."""
     if scale_QN is None:
         dims = (((1,), (1 if transpose else 0,)), ((), ()))
         return jax.lax.dot_general(x_RK, w, dims, preferred_element_type=jnp.float32)
