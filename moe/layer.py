@@ -223,6 +223,7 @@ class MoE(nn.Module):
       ff: F.
       scale, output_scale: factors on the initial standard deviation of all kernels, and of the down kernels.
       causal: the layer belongs to an autoregressive decoder.
+      axes: mesh axes that split it, inside `jax.shard_map`.
 
     Example:
       >>> import jax, jax.numpy as jnp

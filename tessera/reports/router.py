@@ -106,7 +106,7 @@ def specialization_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
     for layer, share in enumerate(share_LCE):
         found = mutual_information(counts_LCE[layer])
         name = f"layer {layer + 1}: mutual information {found.corrected:.3f} nats"
-        images[f"{name} ({found.normalised:.0%} of the most possible)"] = share
+        images[f"{name} ({found.normalized:.0%} of the most possible)"] = share
     how = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers, "cmap": "magma"}
     figure, axes = style.heat_maps(images, top=max(share_LCE.max(), 1e-9), **how)
     for ax in axes:

@@ -148,7 +148,7 @@ def test_training_learns_and_moves_the_biases(trained):
     np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-3)
 
 
-def test_the_report_shows_loads_and_specialisation(trained, tmp_path):
+def test_the_report_shows_loads_and_specialization(trained, tmp_path):
     model, state, rows = trained
     steps, load = load_history(rows)
     assert steps.tolist() == list(range(1, 41)) and load.shape == (40, 2, 4)
