@@ -96,12 +96,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "decay_mask": "matrices",
             "clip_norm": 1.0,
             "agc": 0.0,
-            "accumulate": 1,
             "ema": 0.0,
             "options": ConfigDict(),  # of the optimizer: --config.optimizer.options="{'b2': 0.95}"
         }
     )
-    config.step = ConfigDict({"microbatches": 1, "noise_scale": False})
+    config.step = ConfigDict({"grad_accum_steps": 1, "noise_scale": False})
     config.checkpoint = ConfigDict({"every": size["steps"] // 10, "keep": 3, "best": 1, "asynchronous": True})
     config.log = ConfigDict({"every": 10, "tensorboard": False, "wandb": False})
     config.eval = ConfigDict({"every": size["steps"] // 10, "batches": 16})

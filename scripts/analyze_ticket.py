@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, Invocation, build, checked, run
 from tessera.infra.memo import Pieces
 from tessera.infra.workdir import WorkdirMismatch, prepare

@@ -12,7 +12,7 @@ from lottery.summary import write_csv
 from scripts import train
 from tessera.infra.config import ConfigError, Invocation, run
 from tessera.infra.workdir import prepare
-from tessera.lm.run import make_text_run
+from tessera.lm.run import build_run
 from tessera.reports import comparison
 from tessera.reports.run_report import config_section, write_report
 
@@ -70,7 +70,7 @@ def check(config: ConfigDict, arm: str, seed: int) -> None:
       ConfigError: a setting that is wrong.
     """
     try:
-        make_text_run(settings_of(config, arm, seed))
+        build_run(settings_of(config, arm, seed))
     except ConfigError as error:
         raise ConfigError(f"arm {arm!r} (config is config.run with config.arms.{arm}): {error}") from error
 
@@ -86,4 +86,4 @@ def show(title: str, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, config_file="moe_vs_dense.py", errors=train.ERRORS)
+    run(main, config_file="moe_vs_dense.py", errors=train.ERRORS, hosts=True)

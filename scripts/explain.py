@@ -14,7 +14,7 @@ from rich.console import Console
 from sharding.analysis import hardware, topology
 from sharding.errors import PlanError
 from tessera.infra.config import ConfigError, Invocation, checked, run
-from tessera.lm.run import make_run
+from tessera.lm.run import run_config
 from tessera.planning.compile import compile_step
 from tessera.planning.explain import explain, search
 from tessera.planning.report import terminal, write_page
@@ -29,20 +29,20 @@ def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> tables and a page. Returns the exit status."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is for compiling; there is no TPU to look for
     c, values = invocation.config, flags.FLAGS
-    what = make_run(c, c.data.vocab_size)
+    config = run_config(c, c.data.vocab_size)
     device = checked("--hardware", hardware.find, values.compile or values.hardware)
     count = values.devices
     if values.compile:
         count = checked("--compile", hardware.chips, values.compile)
-    count = count or max(1, what.plan.devices)
-    ranking = search(what, device, count) if values.search else None
+    count = count or max(1, config.plan.devices)
+    ranking = search(config, device, count) if values.search else None
     if not c.plan:
         if ranking is None or not ranking.fits:
             raise ConfigError(f"config.plan: none is given, and no plan for {count} devices fits (--search, --devices)")
-        what = dataclasses.replace(what, plan=ranking.fits[0].plan)
-    what = dataclasses.replace(what, plan=checked("config.plan", what.plan.fill, count))
-    explained = checked("config.plan", explain, what, device)
-    compiled = compile_step(what, topology.topology_devices(values.compile)) if values.compile else None
+        config = dataclasses.replace(config, plan=ranking.fits[0].plan)
+    config = dataclasses.replace(config, plan=checked("config.plan", config.plan.fill, count))
+    explained = checked("config.plan", explain, config, device)
+    compiled = compile_step(config, topology.topology_devices(values.compile)) if values.compile else None
     console = Console()
     console.print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"

@@ -4,9 +4,9 @@ from rich.console import Console
 
 from lottery import imp, summary
 from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import Invocation, checked, run
-from tessera.infra.progress import Progress
+from tessera.infra.logger import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
 from tessera.tickets.setup import make_setup, search_tickets

@@ -4,7 +4,7 @@ import sys
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import Invocation, build, checked, run
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
 from tessera.serving.programs import ServeConfig

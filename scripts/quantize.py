@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from tessera.data.text import TextConfig, load_text
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, Invocation, build, checked, run
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sharding.errors import PlanError
 from sharding.plan import Plan
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import Invocation, build, checked, run
 from tessera.serving.app import AppConfig, make_app
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine

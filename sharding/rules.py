@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,9 +67,8 @@ class Rules:
     compute: tuple[tuple[str, MeshAxes], ...] = COMPUTE
 
 
-def path_name(path: tuple) -> str:
-    """A leaf's path as "blocks/mlp/gate/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+path_name = partial(jax.tree_util.keystr, simple=True, separator="/")
+"""A leaf's path as JAX's tree functions give it, as one text: "blocks/mlp/gate/kernel"."""
 
 
 def logical_axes(path: str, ndim: int, rules: Rules = Rules()) -> Logical:

@@ -239,9 +239,13 @@ def _explain(error: Exception, argv: Sequence[str], default: str) -> str:
 
 
 def run(
-    main: Callable[[Invocation], int | None], *, config_file: str, errors: tuple[type[Exception], ...] = ()
+    main: Callable[[Invocation], int | None],
+    *,
+    config_file: str,
+    errors: tuple[type[Exception], ...] = (),
+    hosts: bool = False,
 ) -> typing.NoReturn:
-    """Run a script: read the command line, call `main`, exit with its return value.
+    """Run a script: read the command line, with `hosts` join the other processes of the run, call `main`, exit.
 
     Wrong settings end the program with status 2 and the exceptions in `errors` with status 1, each with one message
     instead of a traceback.
@@ -260,6 +264,8 @@ def run(
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
+            if hosts:
+                join_processes(invocations[0].hosts)
             return main(invocations[0])
         except ConfigError as error:
             _fail(error, 2)
@@ -268,6 +274,22 @@ def run(
 
     app.run(start, flags_parser=parse)
     raise SystemExit(0)
+
+
+def join_processes(hosts: Mapping[str, Any]) -> None:
+    """Join the other processes of a run, if there are any; call it before anything else of JAX.
+
+    Args:
+      hosts: values of the flags `HOSTS`; the environment says what they leave out, see
+        `sharding.multihost.distributed.initialize`.
+
+    Raises:
+      DistributedError: the others did not appear in time.
+    """
+    from sharding.multihost.distributed import Limits, initialize
+
+    limits = Limits(join=hosts["join_seconds"], silence=hosts["silence_seconds"])
+    initialize(limits, coordinator=hosts["coordinator"], processes=hosts["processes"], index=hosts["process"])
 
 
 def _fail(error: Exception, status: int) -> typing.NoReturn:

@@ -14,10 +14,11 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from scaling.mup import factors
+from sharding.rules import path_name
 from tessera.losses import cross_entropy
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.noise_scale import noise_scale
-from tessera.optim.param_axes import decayed, path_name
+from tessera.optim.optimizer import decayed
 
 NEVER = 2**30  # a step no run reaches: a trunk's learning rate does not fall
 

@@ -18,7 +18,8 @@ from jaxtyping import Array
 from scaling.sweeps.plan import Readout, Run
 from tessera.data.loader import index_block
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.infra.artifacts import CheckpointDamaged, load_tree, remove_tree, save_tree
+from tessera.infra.artifacts import load_tree, remove_tree, save_tree
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError
 from tessera.sweeps.programs import Course, Programs, State, Trial, TrialConfig, compile_programs
 

@@ -19,8 +19,7 @@ from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
 from tessera.infra.config import ConfigError, build, checked, unknown
 from tessera.models.registry import Network, make_network
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.optim.schedules import parse_steps
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
 from tessera.tickets.programs import Programs, Splits, make_programs
 from tessera.tickets.store import FinishedLevels
 from tessera.tickets.train import TicketConfig, Unfinished, train_stack
@@ -76,7 +75,7 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     """Build all parts from a `ConfigDict` as in `configs/lottery_digits.py`.
 
     Args:
-      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.schedules.parse_steps`
+      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.optimizer.parse_steps`
         reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
       splits: the data, if it has been loaded already.
 

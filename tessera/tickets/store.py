@@ -6,7 +6,8 @@ from absl import logging
 from jaxtyping import PyTree
 
 from lottery.levels import Row
-from tessera.infra.artifacts import CheckpointDamaged, load_extra, load_tree, remove_tree, save_tree
+from tessera.infra.artifacts import load_extra, load_tree, remove_tree, save_tree
+from tessera.infra.checkpoint import CheckpointDamaged
 
 
 class FinishedLevels:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tessera.infra.artifacts import CheckpointDamaged, NotOurs
+from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.sweeps.programs import State
 from tessera.sweeps.train import Trunk
 from tessera.tickets.store import FinishedLevels, LevelStore
