@@ -32,9 +32,8 @@ from sharding.plan import DATA_AXES, Plan
 from sharding.rules import mirrored_specs, param_specs, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
-from tessera.models.layers import attention, rms_norm
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, param_shapes
+from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, attention, param_shapes, rms_norm
 from tessera.step import LossFn
 
 Micro = Mapping[str, Any]

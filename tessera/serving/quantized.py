@@ -26,8 +26,7 @@ from sharding.inference.quantize import (
     quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.layers import attention, rms_norm, rope, to_heads
-from tessera.models.transformer import Block, TransformerConfig
+from tessera.models.transformer import Block, TransformerConfig, attention, rms_norm, rope, to_heads
 from tessera.optim.param_axes import kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 

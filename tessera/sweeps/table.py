@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from scaling.sweeps.sweep import Status
-from tessera.infra.progress import clock
+from tessera.infra.logger import clock
 
 # In the order in which runs are shown.
 STYLES = {"running": "bold", "failed": "red", "waiting": "dim", "not needed": "dim", "done": "green"}

@@ -12,7 +12,7 @@ from sharding.analysis.collectives import count_collectives, totals
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
-from tessera.models.layers import attention
+from tessera.models.transformer import attention
 
 
 def reference(q, k, v):
