@@ -1,4 +1,4 @@
-"""Compaction: a structured ticket as a physically smaller dense model with the same outputs.
+"""Compaction: a structured ticket as a physically smaller model with the same outputs.
 
 What counts are the weights, not the masks: a unit whose outgoing or incoming weights are all zero is cut out. Runs on
 the host, once, since shapes follow from values. Outputs agree up to the order of summation (1e-6 in float32).
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 
 def compact_mlp(
@@ -112,3 +112,52 @@ def _fullest(alive_LU: np.ndarray) -> np.ndarray:
     """[L, most alive in any layer, at least 1] indices: a layer's alive units in order, then dead ones."""
     count = max(1, int(alive_LU.sum(1).max()))
     return np.sort(np.argsort(~alive_LU, axis=1, kind="stable")[:, :count], axis=1)
+
+
+def compact_experts(experts: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], Int[np.ndarray, " E"]]:
+    """Drop experts that add nothing: those whose "down" kernel (and bias) is all zero, or whose "up" is without bias.
+
+    Args:
+      experts: {"gate", "up", "down"} (or without "gate"): arrays [E, inputs, outputs] or {"kernel": that, "bias": ...}.
+
+    Returns:
+      (the same with E' >= 1 experts, numpy; [E] the new number of every expert, E' for those that are gone).
+
+    Raises:
+      ValueError: kernels that count different experts.
+    """
+    tree = jax.tree.map(np.asarray, dict(experts))
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
+    if len(counts) != 1:
+        raise ValueError(f"compact_experts: the kernels have {sorted(counts)} experts; one number is needed")
+    total = counts.pop()
+    alive = np.ones(total, bool)
+    for name in ("up", "down") if "gate" not in tree else ("gate", "up", "down"):
+        leaves = jax.tree.leaves(tree[name])
+        alive &= np.any([leaf.reshape(total, -1).any(1) for leaf in leaves], axis=0)
+    if "gate" not in tree:
+        # relu or gelu of zeros is zero, but a bias of "down" is still added.
+        alive |= _biases(tree["down"], total)
+    if not alive.any():
+        alive[0] = True
+    numbers = np.where(alive, np.cumsum(alive) - 1, alive.sum()).astype(np.int32)
+    return jax.tree.map(lambda leaf: leaf[alive], tree), numbers
+
+
+def _biases(down: PyTree, total: int) -> np.ndarray:
+    bias = down.get("bias") if isinstance(down, Mapping) else None
+    return np.zeros(total, bool) if bias is None else bias.reshape(total, -1).any(1)
+
+
+def renumber(
+    experts_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"], numbers: Int[Array, " E"] | np.ndarray, left: int
+) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
+    """A router's choices among the experts that are left: (experts, weights), `left` and 0 for a choice that is gone.
+
+    Args:
+      experts_NK: expert of every choice, E for one that goes nowhere already. weights_NK: its factor.
+      numbers: from `compact_experts`. left: E', experts in the smaller stack.
+    """
+    table = jnp.concatenate([jnp.asarray(numbers, experts_NK.dtype), jnp.asarray([left], experts_NK.dtype)])
+    new_NK = table[experts_NK]
+    return new_NK, jnp.where(new_NK < left, weights_NK, 0)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune
 from lottery import masks as masks_lib
-from lottery import prune, scores
 
 
 def shuffle_masks(masks: PyTree, *, key: Array) -> PyTree:
@@ -27,7 +27,7 @@ def same_sign(initial: PyTree, fresh: PyTree, which: PyTree) -> PyTree:
 def magnitude_at_init(initial: PyTree, masks: PyTree, which: PyTree) -> PyTree:
     """The ticket's count in every layer, at the largest weights of the initialisation (Frankle et al. 2021)."""
     counts = masks_lib.count(masks, which)
-    return prune.keep(scores.magnitude(initial), masks_lib.ones(initial), which, counts)
+    return prune.keep(criteria.magnitude(initial), masks_lib.ones(initial), which, counts)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Criteria: scores from more than the weights themselves. The lowest are pruned first, as in `lottery.scores`.
+"""Pruning criteria: a score for each weight, a tree of float32 arrays like the parameters; the lowest are pruned.
 
 Losses are functions loss_fn(params, batch) -> float32 []; `batches` is a pytree whose arrays have a leading axis of
-batches, scanned, so any number of them costs the memory of one. Every score is a float32 tree like the parameters.
+batches, scanned, so any number of them costs the memory of one.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,10 +14,24 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from lottery import scores, structures
+from lottery import structures
 from lottery.masks import path_name
 
 LossFn = Callable[[PyTree, PyTree], Array]
+
+
+def magnitude(params: PyTree) -> PyTree:
+    """Absolute values in float32 (Frankle & Carbin 2019, section 2)."""
+    return jax.tree.map(lambda p: jnp.abs(_f32(p)), params)
+
+
+def random(params: PyTree, *, key: Array) -> PyTree:
+    """Uniform scores in [0, 1), float32: random pruning as a control. Each leaf's draw depends on key and its path."""
+
+    def draw(path: tuple, leaf: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 def magnitude_increase(params: PyTree, initial: PyTree) -> PyTree:
@@ -163,8 +178,8 @@ class Evidence:
 
 
 CRITERIA: dict[str, tuple[Callable[[PyTree, Any], PyTree], tuple[str, ...]]] = {
-    "magnitude": (lambda params, e: scores.magnitude(params), ()),
-    "random": (lambda params, e: scores.random(params, key=e.key), ("key",)),
+    "magnitude": (lambda params, e: magnitude(params), ()),
+    "random": (lambda params, e: random(params, key=e.key), ("key",)),
     "magnitude_increase": (lambda params, e: magnitude_increase(params, e.initial), ("initial",)),
     "snip": (lambda params, e: snip(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
     "taylor": (lambda params, e: taylor(e.loss_fn, params, e.batches), ("loss_fn", "batches")),

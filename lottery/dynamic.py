@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery import prune, scores, transform
 
 
 class DynamicState(NamedTuple):
@@ -91,8 +91,8 @@ def dynamic(
         def move() -> tuple[PyTree, PyTree, PyTree]:
             fraction = config.fraction / 2 * (1 + jnp.cos(jnp.pi * step / max(config.until, 1)))
             draws = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key))
-            random = scores.random(params, key=jax.random.fold_in(draws, step))
-            grow = scores.magnitude(grads) if config.grow == "gradient" else random
+            random = criteria.random(params, key=jax.random.fold_in(draws, step))
+            grow = criteria.magnitude(grads) if config.grow == "gradient" else random
             kept, moved = rewire(params, grow, state.masks, which, fraction)
             # Growing back what was just dropped starts from zero too.
             updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, kept)
@@ -127,7 +127,7 @@ def rewire(
     """
     alive = masks_lib.count(masks, which)
     quota = {path: jnp.round(fraction * count).astype(jnp.int32) for path, count in alive.items()}
-    kept = prune.remove(scores.magnitude(params), masks, which, quota)
+    kept = prune.remove(criteria.magnitude(params), masks, which, quota)
     flat_kept, flat_grow = masks_lib.flatten(kept), masks_lib.flatten(grow)
     grown = dict(flat_kept)
     for path in alive:
@@ -191,7 +191,7 @@ def gradual(
         due = (step >= config.begin) & (step <= config.end)
         due &= ((step - config.begin) % config.every == 0) | (step == config.end)
         masks = jax.lax.cond(
-            due, lambda: prune.keep(scores.magnitude(after), state.masks, which, counts), lambda: state.masks
+            due, lambda: prune.keep(criteria.magnitude(after), state.masks, which, counts), lambda: state.masks
         )
         updates = jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params)
         return updates, DynamicState(step + 1, masks, state.key, transform.mask_state(new, masks))
@@ -218,7 +218,7 @@ def straight_through(
     inner = optax.with_extra_args_support(inner)
 
     def choose(dense: PyTree) -> PyTree:
-        return prune.keep(scores.magnitude(dense), masks_lib.ones(dense), which, counts)
+        return prune.keep(criteria.magnitude(dense), masks_lib.ones(dense), which, counts)
 
     def init(params: PyTree) -> FeedbackState:
         return FeedbackState(jnp.zeros((), jnp.int32), choose(params), params, inner.init(params))

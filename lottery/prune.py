@@ -123,6 +123,9 @@ def _unit_shape(path: str, leaf: Array | jax.ShapeDtypeStruct, structure: str | 
 
 
 def _pool(path: str, structure: str | Structure, scores: Array, mask: Array) -> tuple[Array, Array]:
+    """(scores of units, which of them are alive)."""
+    if structure == "unstructured":  # every weight is a unit
+        return scores, mask
     try:
         return structures.at(path, structure).pool(scores, mask)
     except ValueError as error:
@@ -194,8 +197,6 @@ def iterate(
 
 def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
     check(masks, scores)
-    if isinstance(structure, str):
-        structures.parse(structure)
     chosen = [path for path, prunable in flatten(which).items() if prunable]
     groups = {EVERYTHING: chosen} if set(numbers) == {EVERYTHING} else {path: [path] for path in numbers}
     wrong = [path for paths in groups.values() for path in paths if path not in chosen]
@@ -204,17 +205,18 @@ def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
     score, mask = flatten(scores), flatten(masks)
     pruned = dict(mask)
     for group, paths in groups.items():
-        rules = [structures.at(path, structure) for path in paths]
+        rules = [None if structure == "unstructured" else structures.at(path, structure) for path in paths]
         pooled = [_pool(path, structure, score[path], mask[path]) for path in paths]
         flat_scores = jnp.concatenate([s.astype(jnp.float32).ravel() for s, _ in pooled])
         flat_alive = jnp.concatenate([a.ravel() for _, a in pooled])
         quota = jnp.sum(flat_alive, dtype=jnp.int32) - numbers[group] if stay else numbers[group]
-        if any(rule.protects for rule in rules):
+        if any(rule and rule.protects for rule in rules):
             quota = jnp.minimum(quota, jnp.sum(flat_alive & ~jnp.isposinf(flat_scores), dtype=jnp.int32))
         kept = keep_highest(flat_scores, flat_alive, quota)
         bounds = np.cumsum([s.size for s, _ in pooled])[:-1]
         for path, rule, part, (unit, _) in zip(paths, rules, jnp.split(kept, bounds), pooled, strict=True):
-            pruned[path] = mask[path] & rule.expand(part.reshape(unit.shape), mask[path].shape)
+            part = part.reshape(unit.shape)
+            pruned[path] = mask[path] & (rule.expand(part, mask[path].shape) if rule else part)
     return jax.tree.unflatten(jax.tree.structure(masks), list(pruned.values()))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from lottery import criteria, prune, scores
+from lottery import criteria, prune
 from lottery import masks as masks_lib
 
 
@@ -103,13 +103,13 @@ def _movement(initial: PyTree, final: PyTree) -> PyTree:
 # The mask criteria of Zhou et al. 2019, figure 2: (initial, final weights) -> scores, the lowest go first. Their
 # "large init large final" is min(alpha |w_f|, |w_i|); alpha = 1 here.
 MASK_CRITERIA: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
-    "large_final": lambda initial, final: scores.magnitude(final),
-    "small_final": lambda initial, final: _minus(scores.magnitude(final)),
-    "large_init": lambda initial, final: scores.magnitude(initial),
-    "small_init": lambda initial, final: _minus(scores.magnitude(initial)),
-    "large_init_large_final": lambda initial, final: _least(scores.magnitude(initial), scores.magnitude(final)),
+    "large_final": lambda initial, final: criteria.magnitude(final),
+    "small_final": lambda initial, final: _minus(criteria.magnitude(final)),
+    "large_init": lambda initial, final: criteria.magnitude(initial),
+    "small_init": lambda initial, final: _minus(criteria.magnitude(initial)),
+    "large_init_large_final": lambda initial, final: _least(criteria.magnitude(initial), criteria.magnitude(final)),
     "small_init_small_final": lambda initial, final: _least(
-        _minus(scores.magnitude(initial)), _minus(scores.magnitude(final))
+        _minus(criteria.magnitude(initial)), _minus(criteria.magnitude(final))
     ),
     "magnitude_increase": lambda initial, final: criteria.magnitude_increase(final, initial),
     "movement": _movement,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Num
-from scipy.optimize import linear_sum_assignment
 
 from moe.routing import Routing
 
@@ -106,6 +105,8 @@ def _profiles(counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"]) -> np.ndarr
 
 
 def _match(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, float]:
+    from scipy.optimize import linear_sum_assignment  # half a second, and models import this module
+
     similarity = ours.T @ theirs
     rows, columns = linear_sum_assignment(-similarity)
     return columns, float(similarity[rows, columns].mean())

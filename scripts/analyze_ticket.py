@@ -9,6 +9,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, Invocation, build, checked, run
 from tessera.infra.memo import Pieces
 from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
 from tessera.tickets.probe_report import analyse, analysis_report
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import finished
@@ -29,8 +30,7 @@ def main(invocation: Invocation) -> None:
     pieces = Pieces(workdir / "pieces", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
     found = analyse(search, pieces, settings, levels)
-    page = analysis_report(workdir, search, found, settings)
-    console.print(f"report: {page}", soft_wrap=True)
+    print_report(analysis_report, workdir, search, found, settings)
 
 
 if __name__ == "__main__":

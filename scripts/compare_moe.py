@@ -14,7 +14,7 @@ from tessera.infra.config import ConfigError, Invocation, run
 from tessera.infra.workdir import prepare
 from tessera.lm.run import build_run
 from tessera.reports import comparison
-from tessera.reports.run_report import config_section, write_report
+from tessera.reports.html import config_section, print_report, write_report
 
 
 def main(invocation: Invocation) -> int:
@@ -50,8 +50,7 @@ def main(invocation: Invocation) -> int:
         show(title, rows)
     write_csv([comparison.summary(one) for one in runs], root / "runs.csv")
     sections = [*comparison.sections(runs, tables), config_section(root)]
-    page = write_report(root, "Routed experts against a dense decoder", sections, subtitle=Path(root).resolve().name)
-    Console().print(f"report: {page}", soft_wrap=True)
+    print_report(write_report, root, "Routed experts against a dense decoder", sections)
     return 0
 
 

@@ -18,6 +18,7 @@ from tessera.lm.run import run_config
 from tessera.planning.compile import compile_step
 from tessera.planning.explain import explain, search
 from tessera.planning.report import terminal, write_page
+from tessera.reports.html import print_report
 
 flags.DEFINE_string("hardware", "v5p", f"What the step would run on: {', '.join(hardware.HARDWARE)}.")
 flags.DEFINE_string("compile", "", "TPU slice to compile the step for, such as v5p:8x8x8.")
@@ -43,10 +44,9 @@ def main(invocation: Invocation) -> int:
     config = dataclasses.replace(config, plan=checked("config.plan", config.plan.fill, count))
     explained = checked("config.plan", explain, config, device)
     compiled = compile_step(config, topology.topology_devices(values.compile)) if values.compile else None
-    console = Console()
-    console.print(terminal(explained, compiled, ranking))
+    Console().print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"
-    console.print(f"report: {write_page(workdir, invocation.name, explained, compiled, ranking)}", soft_wrap=True)
+    print_report(write_page, workdir, invocation.name, explained, compiled, ranking)
     return 0 if (compiled is None and explained.fits) or (compiled and compiled.total <= device.memory) else 3
 
 

@@ -8,9 +8,9 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import Invocation, checked, run
 from tessera.infra.logger import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
-from tessera.tickets.setup import make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import LevelStore, make_setup, search_tickets
 
 
 def main(invocation: Invocation) -> None:
@@ -35,8 +35,7 @@ def main(invocation: Invocation) -> None:
     Console().print(summary_table(rows))
     images = setup.splits.train.images
     mean = images.mean(axis=0) if images.ndim == 4 else None
-    page = lottery_report(workdir, rows, first_layer.masks, mean)
-    Console().print(f"report: {page}", soft_wrap=True)
+    print_report(lottery_report, workdir, rows, first_layer.masks, mean)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from rich.table import Table
 from scaling.rows import read_csv
 from tessera.infra.config import Invocation, build, run
 from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.sweeps.fit_report import ScalingConfig, span, summary, write_fit
+from tessera.reports.html import print_report
+from tessera.sweeps.fit_report import ScalingConfig, fit_page, fit_runs, span, summary
 
 
 def main(invocation: Invocation) -> None:
@@ -14,8 +15,8 @@ def main(invocation: Invocation) -> None:
     config = build(ScalingConfig, invocation.config)
     rows = read_csv(config.runs)
     workdir = prepare(invocation.workdir, invocation.config, name=invocation.name)
-    result, page = write_fit(workdir, rows, config)
-    console = Console()
+    fitted = fit_runs(workdir, rows, config)
+    result, console = fitted.result, Console()
     if "parameters" in result:
         table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")
         for heading in ("parameter", "value", "standard error", f"{config.level:.0%} interval"):
@@ -28,7 +29,7 @@ def main(invocation: Invocation) -> None:
         console.print(line, soft_wrap=True)
     for finding in result["doctor"]:
         console.print(f"{finding['verdict']}: {finding['name']}: {finding['text']}", soft_wrap=True, markup=False)
-    console.print(f"report: {page}", soft_wrap=True)
+    print_report(fit_page, workdir, fitted, rows.source)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import Invocation, checked, run
 from tessera.infra.memo import Pieces
 from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
 from tessera.tickets.studies import (
     ablations,
     distribution,
@@ -41,10 +42,10 @@ def main(invocation: Invocation) -> None:
     begun = time.monotonic()
     pieces = Pieces(workdir / "pieces", lambda piece: console.log(f"{time.monotonic() - begun:6.0f} s  {piece}"))
     study = checked("config.study", STUDIES[name], config, pieces)
-    page = write_study(workdir, study)
     for text in study.findings:
         console.print(text)
-    console.print(f"{time.monotonic() - begun:.0f} s; report: {page}", soft_wrap=True)
+    console.print(f"{time.monotonic() - begun:.0f} s")
+    print_report(write_study, workdir, study)
 
 
 def _known(name: str) -> str:

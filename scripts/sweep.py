@@ -15,8 +15,9 @@ from tessera.data.download import DataUnavailable
 from tessera.data.text import TextConfig, load_text
 from tessera.infra.config import Invocation, build, checked, run
 from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
+from tessera.reports.html import print_report
 from tessera.sweeps.programs import TrialConfig
-from tessera.sweeps.report import ReportConfig, enough, sweep_report
+from tessera.sweeps.report import ReportConfig, enough, fit_sweep, sweep_page
 from tessera.sweeps.table import SweepTable
 from tessera.sweeps.train import check_texts, compile_cache, train_run
 
@@ -57,11 +58,11 @@ def main(invocation: Invocation) -> None:
             more=more,
             watch=watch,
         )
-    lines, page = sweep_report(workdir, report, length=family.length)
-    for line in lines:
+    found = fit_sweep(workdir, report, length=family.length)
+    for line in found.lead:
         console.print(line, soft_wrap=True)
     console.print(f"rows: {workdir / 'runs.csv'}", soft_wrap=True)
-    console.print(f"report: {page}", soft_wrap=True)
+    print_report(sweep_page, workdir, found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from tessera.lm.run import build_run, results_table
 from tessera.loop import Interrupted, NonFiniteLoss, train
 from tessera.models.transformer import Decoder
 from tessera.planning.report import run_sections
-from tessera.reports.router import write_specialisation
+from tessera.reports.html import print_report
+from tessera.reports.router import write_specialization
 from tessera.reports.run_report import lm_report
 
 ERRORS = (
@@ -56,11 +57,11 @@ def main(invocation: config.Invocation) -> int:
         results = {"validation": result.evaluation, "test": run.eval_fn(result.state, "test")}
     if jax.process_count() == 1:
         model, batches = Decoder(run.config.model), run.held_out("validation")
-        write_specialisation(workdir, model, result.state.params, batches, c.data.tokenizer)
+        write_specialization(workdir, model, result.state.params, batches, c.data.tokenizer)
     if first_process:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
-        pages = lm_report(workdir, results["test"], *run_sections(run.config.model, run.config.plan, workdir))
-        Console().print(f"report: {pages}", soft_wrap=True)
+        sections = run_sections(run.config.model, run.config.plan, workdir)
+        print_report(lm_report, workdir, results["test"], *sections)
     return 0
 
 

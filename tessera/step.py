@@ -12,7 +12,7 @@ from jaxtyping import Array, Key, PyTree
 
 from tessera.optim.noise_scale import noise_scale
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, PyTree]  # mostly scalars
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (mean loss [] float32, metrics: dict of scalars)."""
 
@@ -102,7 +102,7 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return step
 

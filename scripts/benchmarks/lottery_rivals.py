@@ -8,10 +8,10 @@ import numpy as np
 
 from lottery import masks as masks_lib
 from tessera.data.images import Images, ImageSplits
-from tessera.models.vision import LeNet, MLPConfig
+from tessera.models.registry import lenet
+from tessera.models.vision import MLPConfig
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.tickets.programs import make_programs
-from tessera.tickets.train import TicketConfig
+from tessera.tickets.train import TicketConfig, make_programs
 
 
 def synthetic(count: int, inputs: int) -> ImageSplits:
@@ -26,25 +26,22 @@ def synthetic(count: int, inputs: int) -> ImageSplits:
 
 def stack_rival(splits: ImageSplits, index: np.ndarray, *, tickets: int, stack: str, config) -> Callable[[], object]:
     """A function that trains `tickets` masked networks for one block of steps and waits for the result."""
-    model = LeNet(MLPConfig(hidden=tuple(config.hidden)))
+    network = lenet(MLPConfig(hidden=tuple(config.hidden)), jnp.zeros((1, config.inputs)))
     optimizer = make_optimizer(OptimizerConfig(name="adam", lr=config.lr))
     ticket = TicketConfig(steps=len(index), batch_size=index.shape[1], stack=stack)
 
-    def apply(params, images):
-        return model.apply({"params": params}, images)
-
-    programs = make_programs(splits, apply=apply, optimizer=optimizer, config=ticket)
+    programs = make_programs(splits, network, optimizer, ticket)
     keys = jax.random.split(jax.random.key(0), tickets)
-    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, config.inputs)))["params"])(keys)
+    params = jax.vmap(network.init)(keys)
     which = masks_lib.prunable(jax.tree.map(lambda x: x[0], params))
     density = jax.tree.map(lambda live: config.density if live else 1.0, which)
     masks = jax.tree.map(lambda p, d: jax.random.uniform(keys[0], p.shape) < d, params, density)
-    carry = programs.init(masks_lib.apply(params, masks), masks)
+    state = programs.init(masks_lib.apply(params, masks), masks)
     blocks = np.broadcast_to(index, (tickets, *index.shape))
 
     def run():
-        nonlocal carry
-        carry, _ = programs.advance(carry, masks, blocks, len(index))
-        jax.block_until_ready(carry)
+        nonlocal state
+        state, _ = programs.advance(state, masks, blocks)
+        jax.block_until_ready(state)
 
     return run

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jaxtyping import PyTree
 
 from tessera.infra.checkpoint import (
+    CheckpointDamaged,
     abstract,
     barrier,
     open_item,
@@ -84,3 +86,48 @@ def _reader(path: Path | str) -> Callable[[Any], Any]:
     if not path.exists():
         raise FileNotFoundError(f"nothing saved at {path}")
     return partial(open_item, path)
+
+
+class ArtifactStore:
+    """States of one thing under way, each an artifact `<prefix><step>` of `save_tree` in one directory.
+
+    A run that was killed goes on from `latest`, which passes over a damaged save.
+    """
+
+    def __init__(self, directory: Path | str, prefix: str = ""):
+        self.directory, self.prefix = Path(directory), prefix
+
+    def steps(self) -> list[int]:
+        """Steps of the states saved, ascending."""
+        names = (path.name.removeprefix(self.prefix) for path in self.directory.glob(self.prefix + "*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def path(self, step: int) -> Path:
+        """The directory of the state after `step`."""
+        return self.directory / f"{self.prefix}{step}"
+
+    def save(self, step: int, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the state after `step` and JSON-able values beside it."""
+        save_tree(self.path(step), tree, extra)
+
+    def latest(self, like: PyTree, before: int | None = None) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """(step, tree, extra) of the newest sound state, at or before a step; None if there is none.
+
+        Damaged states are reported in the log.
+
+        Raises:
+          CheckpointMismatch: it holds other arrays than `like`.
+        """
+        for step in reversed(self.steps()):
+            if before is None or step <= before:
+                try:
+                    return step, load_tree(self.path(step), like), load_extra(self.path(step))
+                except CheckpointDamaged as error:
+                    logging.warning("%s; it is not used", error)
+        return None
+
+    def clear(self, before: int | None = None) -> None:
+        """Remove the states of steps below `before` (all, if None); NotOurs as of `remove_tree`."""
+        for step in self.steps():
+            if before is None or step < before:
+                remove_tree(self.path(step))

@@ -11,13 +11,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich import progress as bars
 from rich.console import Console
+
+Rows = Sequence[Mapping[str, Any]]
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -36,6 +39,14 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
             break  # written while the process was killed: nothing after it can be trusted
         rows.append({key: float(v) if v in ("nan", "inf", "-inf") else v for key, v in row.items()})
     return rows
+
+
+def load_history(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Expert load over training: steps [S] and loads [S, L, E] (shares of the choices) of the rows that have them."""
+    found = [row for row in rows if row.get("kind") == "train" and "router/load" in row]
+    if not found:
+        return np.zeros(0), np.zeros((0, 0, 0))
+    return np.array([row["step"] for row in found]), np.array([row["router/load"] for row in found], float)
 
 
 class Logger:

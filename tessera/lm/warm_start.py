@@ -22,10 +22,9 @@ from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
 from tessera.infra.checkpoint import CheckpointReader
 from tessera.infra.config import build
-from tessera.infra.logger import METRICS, read_rows
+from tessera.infra.logger import METRICS, load_history, read_rows
 from tessera.lm.expert_pruning import drop_experts, prune_experts
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.reports.router import load_history
 
 
 @dataclass(frozen=True)

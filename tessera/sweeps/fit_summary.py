@@ -1,6 +1,6 @@
 """What a fit says, as numbers: what `fit.json` holds, and the sentences that open the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from scaling.optimum import Optimum, chinchilla_optimum, inference_optimum, off_
 from scaling.planner import suggest
 from scaling.published import CHINCHILLA
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
-from tessera.reports import scaling_figures
+from tessera.reports.style import short
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ def medians(fitted: Fit) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in doctor.others(fitted).items()}
 
 
+def converged_draws(fitted: Fit, boot: Bootstrap) -> np.ndarray:
+    """Parameters [P, S] of the resamples that converged.
+
+    Some hundreds for laws without a closed form, which take a search per draw: they give the interval.
+    """
+    return boot.theta_PB[:, boot.converged_B][:, : None if fitted.law is CHINCHILLA else 300]
+
+
 def edges(
     draws: np.ndarray, units: int, parameters: int, level: float, objective: str, estimate: float | None = None
 ) -> list[float] | None:
@@ -87,69 +95,57 @@ def edges(
     finite = draws[np.isfinite(draws)]
     if len(finite) < 2:
         return None
-    found = bootstrap_interval(finite, units, parameters, level, objective, estimate=estimate)
-    return [float(edge) for edge in found]
+    return [float(edge) for edge in bootstrap_interval(finite, units, parameters, level, objective, estimate=estimate)]
 
 
 def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, whole: Rows) -> dict[str, Any]:
     """Everything `fit.json` holds for approach 3; `whole` are the rows before any were left out."""
-    here = fitted.parameters
-    law = fitted.law
+    law, target = fitted.law, max(config.budgets)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
 
     def pair(draws: np.ndarray, estimate: float) -> list[float] | None:
         return edges(draws, units, len(law.parameters), config.level, fitted.config.objective, estimate)
 
     natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
-    parameters: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
+    values: dict[str, dict[str, Any]] = {name: {"value": fitted.parameters[name]} for name in law.parameters}
     for name, draws in natural.items():
-        parameters[name] |= {"interval": pair(draws, here[name]), "se": float(np.std(draws, ddof=1))}
+        values[name] |= {"interval": pair(draws, values[name]["value"]), "se": float(np.std(draws, ddof=1))}
+    intervals = "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
     result: dict[str, Any] = {
         "approach": 3,
         "law": law.name,
         "formula": law.formula,
         "rows": len(fitted.rows),
         "objective": fitted.config.objective,
-        "value": fitted.value,
-        "converged": fitted.converged,
-        "log_likelihood": fitted.log_likelihood,
-        "scale": fitted.scale,
+        **{name: getattr(fitted, name) for name in ("value", "converged", "log_likelihood", "scale")},
         "level": config.level,
-        "intervals": "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
-        if boot is not None
-        else "none",
-        "parameters": parameters,
+        "intervals": intervals if boot is not None else "none",
+        "parameters": values,
         "budgets": planned(fitted, boot, config, pair),
         "off_optimum": off_optimum(law, fitted.theta, config.budgets[0], (0.25, 0.5, 2.0, 4.0), at=medians(fitted)),
         "inference": serving(fitted, config),
-        "next_runs": suggest(fitted, max(config.budgets)),
-        "doctor": [f._asdict() for f in doctor.examine(fitted, max(config.budgets), boot, whole=whole)],
+        "next_runs": suggest(fitted, target),
+        "doctor": [f._asdict() for f in doctor.examine(fitted, target, boot, whole=whole)],
     }
     if {"alpha", "beta"} <= set(law.parameters):
         result["exponents"] = {}
-        for name, (top, rest) in {"a": ("beta", "alpha"), "b": ("alpha", "beta")}.items():
-            value = here[top] / (here[top] + here[rest])
-            result["exponents"][name] = {"value": value}
-            if natural:
-                result["exponents"][name]["interval"] = pair(natural[top] / (natural[top] + natural[rest]), value)
+        for name, top, rest in (("a", "beta", "alpha"), ("b", "alpha", "beta")):
+            value, *draws = [of[top] / (of[top] + of[rest]) for of in (fitted.parameters, natural) if of]
+            result["exponents"][name] = {"value": value} | ({"interval": pair(*draws, value)} if draws else {})
     return result
 
 
 def planned(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: Any) -> list[dict[str, Any]]:
     """N*, D*, their ratio and the loss at every asked budget, with intervals, and one new run's loss there."""
     best = optima(fitted, fitted.theta[:, None], config.budgets)
-    spread = None
-    if boot is not None:
-        drawn = boot.theta_PB[:, boot.converged_B]
-        # Laws without a closed form take a search per draw: some hundreds give the interval.
-        spread = optima(fitted, drawn if fitted.law is CHINCHILLA else drawn[:, :300], config.budgets)
+    drawn = optima(fitted, converged_draws(fitted, boot), config.budgets) if boot is not None else None
     table = []
     for c, budget in enumerate(config.budgets):
         row: dict[str, Any] = {"flops": budget}
         for name in ("params", "tokens", "ratio", "loss"):
             row[name] = float(getattr(best, name)[c, 0])
-            if spread is not None:
-                row[f"{name}_interval"] = pair(getattr(spread, name)[c], row[name])
+            if drawn is not None:
+                row[f"{name}_interval"] = pair(getattr(drawn, name)[c], row[name])
         if boot is not None and np.isfinite(row["params"]):
             columns = {"params": [row["params"]], "tokens": [row["tokens"]], "loss": [1.0]}
             there = make_rows(columns | {name: [value] for name, value in medians(fitted).items()}, "the optimum")
@@ -160,14 +156,9 @@ def planned(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: An
 
 def serving(fitted: Fit, config: ScalingConfig) -> list[dict[str, float]]:
     """The cheapest model of the first budget's loss when tokens will be served, for every number of them."""
-    if not config.inference_tokens:
-        return []
     best = optima(fitted, fitted.theta[:, None], config.budgets[:1])
-    loss, params = float(best.loss[0, 0]), float(best.params[0, 0])
-    if not np.isfinite(loss):
-        return []
-    table = []
-    for tokens in config.inference_tokens:
+    loss, params, table = float(best.loss[0, 0]), float(best.params[0, 0]), []
+    for tokens in config.inference_tokens if np.isfinite(loss) else ():
         found = inference_optimum(fitted.law, fitted.theta, loss, tokens, at=medians(fitted))
         total = found.training_flops + found.inference_flops
         saved = 1 - total / (config.budgets[0] + 2 * params * tokens)
@@ -175,27 +166,29 @@ def serving(fitted: Fit, config: ScalingConfig) -> list[dict[str, float]]:
     return table
 
 
-def describe_powers(law: isoflop.PowerLaw, draws: np.ndarray, config: ScalingConfig, units: int) -> dict[str, Any]:
+def describe_powers(
+    law: isoflop.PowerLaw, draws: np.ndarray, config: ScalingConfig, units: int, findings: Sequence[Any]
+) -> dict[str, Any]:
     """Exponents and optima of a power law, with intervals from draws [2, B] of (exponent, intercept)."""
 
     def pair(values: np.ndarray) -> list[float] | None:
         return edges(values, units, 2, config.level, "normal")
 
+    def sizes(budget: float, params: Any) -> dict[str, Any]:
+        tokens = budget / (PER_PARAMETER_AND_TOKEN * params)
+        return {"params": params, "tokens": tokens, "ratio": tokens / params}
+
     table = []
     for budget in config.budgets:
-        params = law(budget)
-        tokens = isoflop.tokens_at(budget, params)
-        row: dict[str, Any] = {"flops": budget, "params": params, "tokens": tokens, "ratio": tokens / params}
-        drawn = np.exp(draws[1] + draws[0] * np.log(budget))
-        row["params_interval"] = pair(drawn)
-        row["tokens_interval"] = pair(budget / (PER_PARAMETER_AND_TOKEN * drawn))
-        row["ratio_interval"] = pair(budget / (PER_PARAMETER_AND_TOKEN * drawn**2))
-        table.append(row)
+        drawn = sizes(budget, np.exp(draws[1] + draws[0] * np.log(budget)))
+        intervals = {f"{name}_interval": pair(values) for name, values in drawn.items()}
+        table.append({"flops": budget} | sizes(budget, law(budget)) | intervals)
     exponents = {
         "a": {"value": law.exponent, "interval": pair(draws[0])},
         "b": {"value": 1 - law.exponent, "interval": pair(1 - draws[0])},
     }
-    return {"exponents": exponents, "budgets": table, "level": config.level}
+    found = [finding._asdict() for finding in findings]
+    return {"exponents": exponents, "budgets": table, "level": config.level, "doctor": found}
 
 
 def span(pair: list[float] | None) -> str:
@@ -204,7 +197,7 @@ def span(pair: list[float] | None) -> str:
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
-    """What was fitted and what follows, in sentences."""
+    """The fit and what follows from it, in sentences."""
     texts = []
     if result["approach"] == 3:
         values = ", ".join(f"{name} = {found['value']:.5g}" for name, found in result["parameters"].items())
@@ -217,15 +210,14 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             f"{span(a.get('interval'))}), optimal tokens as C^{b['value']:.3f}."
         )
     for row in result["budgets"]:
+        at = f"At {short(row['flops'])} FLOPs"
         if not np.isfinite(row["params"]):
-            texts.append(
-                f"At {scaling_figures.short(row['flops'])} FLOPs this law has no best size between one and all."
-            )
+            texts.append(f"{at} this law has no best size between one and all.")
             continue
+        params, ratio = (span(row.get(f"{name}_interval")) for name in ("params", "ratio"))
         texts.append(
-            f"At {scaling_figures.short(row['flops'])} FLOPs: {row['params']:.3g} parameters "
-            f"({span(row.get('params_interval'))}), {row['tokens']:.3g} tokens, {row['ratio']:.3g} per parameter "
-            f"({span(row.get('ratio_interval'))})."
+            f"{at}: {row['params']:.3g} parameters ({params}), {row['tokens']:.3g} tokens, {row['ratio']:.3g} per "
+            f"parameter ({ratio})."
         )
     warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
     if warnings:

@@ -12,8 +12,8 @@ from jaxtyping import Array, PyTree
 from lottery import connectivity, controls, sharpness
 from lottery import masks as masks_lib
 from tessera.models.registry import STATISTICS, Network
-from tessera.tickets.programs import batched, evaluate
 from tessera.tickets.setup import Setup
+from tessera.tickets.train import batched, evaluate
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import allocation, criteria, imp, masks, prune, schedules, scores, transfer
-from lottery.levels import level_counts
+from lottery import allocation, criteria, imp, masks, prune, schedules, transfer
+from lottery.search_config import level_counts
 
 
 def init_fn(key):
@@ -152,7 +152,9 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
         for i in range(2):
             counts = masks.count(one(mask["ticket"], i), WHICH)
             full = masks.ones(one(initial, i))
-            assert_same(one(mask["large_init"], i), prune.keep(scores.magnitude(one(initial, i)), full, WHICH, counts))
+            assert_same(
+                one(mask["large_init"], i), prune.keep(criteria.magnitude(one(initial, i)), full, WHICH, counts)
+            )
             final = level_counts(config, prune.sizes(SHAPES, WHICH), {})[level - 1]
             assert {path: int(n) for path, n in masks.count(one(mask["at_init"], i), WHICH).items()} == final
         late = dict(zip(starts.names, starts.late, strict=True))

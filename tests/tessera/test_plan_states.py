@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from lottery import criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery import prune, scores, transform
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.plan import Plan
@@ -30,7 +30,7 @@ def ticket(params):
     """Half of every kernel, the smallest weights gone."""
     which = masks_lib.prunable(params)
     quotas = prune.quotas(prune.sizes(params, which), prune.Layerwise(0.5))
-    return prune.remove(scores.magnitude(params), masks_lib.ones(params), which, quotas)
+    return prune.remove(criteria.magnitude(params), masks_lib.ones(params), which, quotas)
 
 
 def planned(config, axes, init):

@@ -14,16 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
-from matplotlib.figure import Figure
 
+from lottery import criteria, prune, supermask
 from lottery import masks as masks_lib
-from lottery import prune, scores, supermask
 from lottery.imp import search_keys
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import STATISTICS, Network
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup
 from tessera.tickets.studies.sparse_methods import Ground, SparseConfig, advance, lifted, make_ground, rows_of
 from tessera.tickets.studies.study import Study, with_interval
@@ -84,7 +83,7 @@ def run(config: Any, pieces: Pieces) -> Study:
     ground, counts = make_ground(setup, SparseConfig(), config)
     if STATISTICS in ground.initial:
         raise ConfigError("config.model.name: a network without batch statistics is needed, such as lenet or conv2")
-    programs = ground.programs(setup.optimizer, frozen_network(setup.network))
+    programs = setup.programs_for(setup.optimizer, frozen_network(setup.network))
 
     def trained(part: str, name: str, level: int, start: Start) -> tuple[list[dict[str, Any]], PyTree]:
         tree = {"trained": start.trained, "frozen": start.frozen}
@@ -159,7 +158,7 @@ def _starts(
         return masks(lambda initial, last, _: score(initial, last))
 
     def by_mask(name: str) -> Start:
-        mask = masks(lambda initial, _, key: scores.random(initial, key=key)) if name == RANDOM else criterion(name)
+        mask = masks(lambda initial, _, key: criteria.random(initial, key=key)) if name == RANDOM else criterion(name)
         return Start.of(ground.initial)._replace(trained=masks_lib.apply(ground.initial, mask), mask=mask)
 
     def by_treatment(name: str) -> Start:
@@ -235,6 +234,7 @@ def _findings(
     return found
 
 
+@deferred
 def _figure(rows: list[dict[str, Any]], names: list[tuple[str, str]], levels: list[int], dense: float) -> Figure:
     parts = {
         "Masks": [name for part, name in names if part == "mask"],

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from matplotlib.figure import Figure
 
 from lottery import controls
 from lottery import masks as masks_lib
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
 from tessera.tickets.setup import Setup, starts_of
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -81,6 +80,7 @@ def compare(
     return Study(words["title"], findings, table, figure, words["caption"], [dict(row) for row in rows])
 
 
+@deferred
 def _figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], densities: Sequence[str], title: str) -> Figure:
     """Points over random masks of the same seed, a column for every level, a mark for every mask."""
     value = "final_test_accuracy"

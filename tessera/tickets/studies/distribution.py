@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
+from lottery import criteria, prune, summary
 from lottery import masks as masks_lib
-from lottery import prune, scores, tails
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
-from tessera.reports.style import canvas, ramp, titles
-from tessera.tickets.programs import make_programs
+from tessera.reports.style import Figure, canvas, deferred, ramp, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
 from tessera.tickets.studies.study import Study
 
@@ -59,10 +57,7 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     """Train `tickets` dense networks of one size, prune them, rewind them, train again."""
     model = {"name": "lenet", "hidden": (width,) * depth}
     network = make_network(model, setup.splits.train.images[:1], setup.classes)
-    programs = make_programs(
-        setup.splits, apply=network.apply, optimizer=setup.optimizer, config=setup.ticket, train=network.train
-    )
-    setup = replace(setup, network=network, programs=programs)
+    setup = replace(setup, network=network, programs=setup.programs_for(network=network))
     seeds = range(study.tickets)
     names = ["ticket"] * study.tickets
     initial = init_stack(setup, seeds, salt=1000 * depth + width)
@@ -70,7 +65,7 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     one = jax.tree.map(lambda leaf: leaf[0], initial)
     which = masks_lib.prunable(one)
     counts = {path: max(round(study.density * size), 1) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
     masks = jax.jit(jax.vmap(keep))(dense.params)
     tickets = setup.train(starts_of(masks_lib.apply(initial, masks), masks, seeds, names))
     return [
@@ -96,7 +91,7 @@ class Cell(NamedTuple):
     weights: int
     accuracy: np.ndarray
     loss: np.ndarray
-    tail: tails.Tail
+    tail: summary.Tail
 
     @property
     def quantiles(self) -> tuple[float, float, float]:
@@ -125,7 +120,7 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
             loss = np.asarray([row["loss"] for row in mine])
             accuracy = 100 * np.asarray([row["accuracy"] for row in mine])
             # Quality is the inverse loss: positive, and large for good tickets.
-            tail = tails.tail_index(1 / loss, count)
+            tail = summary.tail_index(1 / loss, count)
             cells.append(Cell(depth, width, mine[0]["weights"], accuracy, loss, tail))
     body = [cell.row() for cell in cells]
     smallest, largest = body[0], body[-1]
@@ -144,6 +139,7 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
     return Study(title, findings, Table(HEAD, body), _figure(cells, study), caption, rows)
 
 
+@deferred
 def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
     """Left the spread of accuracy over size, right the tail index with its interval; a colour for every depth."""
     figure, axes = canvas(2, width=9.6, height=3.8)

@@ -4,7 +4,7 @@ Frankle et al. 2020 (arXiv:1912.05671), sections 2 and 3: a network is trained t
 different orders; the error along the line between the two ends is compared with the mean of the ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import imp, prune, scores, summary, transform
+from lottery import criteria, imp, prune, summary, transform
 from lottery import masks as masks_lib
 from lottery.connectivity import STABLE
-from tessera.data.loader import index_block
 from tessera.infra.config import build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, MUTED, PALETTE, canvas, label_lines, titles
+from tessera.reports.style import (
+    MARKERS,
+    MUTED,
+    PALETTE,
+    Figure,
+    canvas,
+    deferred,
+    label_lines,
+    line_with_band,
+    reference,
+    titles,
+)
 from tessera.tickets.probes import AnalysisConfig, path_rows
 from tessera.tickets.setup import Setup, init_stack, make_setup
 from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.train import train_blocks
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,10 @@ def _grow(setup: Setup, state: PyTree | None, start: int, stop: int) -> PyTree:
         params = init_stack(setup, seeds)
         state = {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
     masks = masks_lib.ones(state["params"])
-    carry = setup.programs.init(state["params"], masks, state["opt_state"], start)
-    while start < stop:
-        count = min(setup.ticket.eval_every, stop - start)
-        sizes = {"batch_size": setup.ticket.batch_size, "size": setup.size}
-        index = np.stack([index_block(seed=seed, start=start, steps=count, **sizes) for seed in seeds])
-        start += count
-        carry, _ = setup.programs.advance(carry, masks, index, start)
+    carry = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
+    marks = [*range(start + setup.ticket.eval_every, stop, setup.ticket.eval_every), stop] if stop > start else []
+    order = {"config": setup.ticket, "size": setup.size, "seeds": seeds, "start": start}
+    _, carry = train_blocks(setup.programs, carry, masks, marks, **order)
     return {"params": carry.params, "opt_state": carry.opt_state}
 
 
@@ -94,7 +102,7 @@ def _masks(params: PyTree, density: float) -> PyTree:
     one = jax.tree.map(lambda leaf: leaf[0], params)
     which = masks_lib.prunable(one)
     counts = {path: round(density * size) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
     return jax.jit(jax.vmap(keep))(params)
 
 
@@ -125,36 +133,8 @@ def _branches(
 
 def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -> Study:
     cell = lambda d, k: [row for row in rows if row["density"] == d and row["step"] == k]  # noqa: E731
-    figure, axes = canvas(2, width=9.6, height=3.6)
     body: list[list[Any]] = []
     findings: list[str] = []
-    axes[0].axhline(100 * STABLE, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes[0].text(
-        0.99,
-        100 * STABLE,
-        "2%: stable below",
-        color=MUTED,
-        fontsize=8,
-        va="bottom",
-        ha="right",
-        transform=axes[0].get_yaxis_transform(),
-    )
-    for ax, (name, title) in zip(axes, (("instability", "Error"), ("loss_barrier", "Loss")), strict=True):
-        scale = 100 if name == "instability" else 1
-        ends = []
-        for i, density in enumerate(study.densities):
-            found = [summary.interval(row[name] for row in cell(density, k)) for k in study.steps]
-            mean, half = (scale * np.asarray([f[j] for f in found]) for j in (0, 1))
-            at = [max(k, study.steps[1] / 2 if len(study.steps) > 1 else 1) for k in study.steps]
-            ax.plot(at, mean, color=PALETTE[i], marker=MARKERS[i], markersize=4)
-            ax.fill_between(at, mean - half, mean + half, color=PALETTE[i], alpha=0.15, linewidth=0)
-            ends.append((at[-1], mean[-1], "dense" if density == 1 else f"{density:.0%} of weights", PALETTE[i]))
-        ax.set_xscale("log")
-        ax.set_xticks(at, [str(k) for k in study.steps], minor=False)
-        ax.set_xticks([], minor=True)
-        label_lines(ax, ends)
-        unit = "rise over the ends' mean, points" if scale == 100 else "barrier, nats"
-        titles(ax, f"{title} on the line", "step k at which the runs part", unit)
     for density in study.densities:
         stable = []
         for k in study.steps:
@@ -177,4 +157,33 @@ def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -
         f"Mean over {len(setup.search.seeds)} seeds and 95% intervals; k = 0 stands at the left edge of the log axis. "
         "Test set; two runs from step k in different data orders, optimizer state included."
     )
-    return Study("Instability over the step at which two runs part", findings, Table(head, body), figure, caption, rows)
+    return Study(
+        "Instability over the step at which two runs part",
+        findings,
+        Table(head, body),
+        _figure(cell, study),
+        caption,
+        rows,
+    )
+
+
+@deferred
+def _figure(cell: Callable[[float, int], list], study: InstabilityConfig) -> Figure:
+    """Error and loss on the line against the step at which the runs part, a band for every density."""
+    figure, axes = canvas(2, width=9.6, height=3.6)
+    reference(axes[0], 100 * STABLE, "2%: stable below", MUTED)
+    for ax, (name, title) in zip(axes, (("instability", "Error"), ("loss_barrier", "Loss")), strict=True):
+        scale = 100 if name == "instability" else 1
+        for i, density in enumerate(study.densities):
+            found = [summary.interval(row[name] for row in cell(density, k)) for k in study.steps]
+            mean, half = (scale * np.asarray([f[j] for f in found]) for j in (0, 1))
+            at = [max(k, study.steps[1] / 2 if len(study.steps) > 1 else 1) for k in study.steps]
+            label = "dense" if density == 1 else f"{density:.0%} of weights"
+            line_with_band(ax, at, mean, half, label=label, color=PALETTE[i], marker=MARKERS[i])
+        ax.set_xscale("log")
+        ax.set_xticks(at, [str(k) for k in study.steps], minor=False)
+        ax.set_xticks([], minor=True)
+        label_lines(ax)
+        unit = "rise over the ends' mean, points" if scale == 100 else "barrier, nats"
+        titles(ax, f"{title} on the line", "step k at which the runs part", unit)
+    return figure

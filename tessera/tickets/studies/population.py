@@ -5,7 +5,7 @@ are trained shortly in one program, the best is trained on, whole neurons are pr
 is cut out, distilled from the overwide network and trained on; beside it, what each part of the recipe gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,13 @@ import numpy as np
 from jaxtyping import PyTree
 from scipy import stats
 
-from lottery import compact, coupled, scores, summary
+from lottery import compact, coupled, criteria, summary
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import Network, make_network
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
-from tessera.tickets.programs import StepConfig, make_programs
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -94,11 +93,8 @@ def _setups(base: Setup, config: Any, study: PopulationConfig) -> dict[str, Setu
 
 def taught(setup: Setup, teacher: Network, weight: float) -> Setup:
     """The setup with `weight` of the loss from teachers of another architecture (`Starts.teachers`)."""
-    step = StepConfig(teacher.apply, setup.network.train, setup.optimizer, weight, setup.ticket.temperature)
-    programs = make_programs(
-        setup.splits, apply=setup.network.apply, optimizer=setup.optimizer, config=setup.ticket, step_config=step
-    )
-    return replace(setup, programs=programs)
+    setup = replace(setup, ticket=replace(setup.ticket, distil=weight))
+    return replace(setup, programs=setup.programs_for(teacher=teacher))
 
 
 def _seeds(study: PopulationConfig, repeat: int) -> list[int]:
@@ -155,7 +151,7 @@ def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
     layers = (*(f"dense{i}" for i in range(len(hidden))), "output")
     which, groups = masks_lib.prunable(params), coupled.mlp_neurons(layers)
     counts = dict(zip(layers, hidden, strict=False))
-    mask = coupled.keep_units(scores.magnitude(params), masks_lib.ones(params), which, groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(params), masks_lib.ones(params), which, groups, counts)
     small, sizes = compact.compact_mlp(masks_lib.apply(params, mask), layers)
     if sizes != tuple(hidden):
         raise ValueError(f"prune_to: {sizes} neurons are alive, {tuple(hidden)} were asked for")
@@ -174,19 +170,9 @@ def _study(rows: list[dict[str, Any]], study: PopulationConfig, setup: Setup) ->
     recipe = lambda name: [row["accuracy"] for row in rows if row.get("recipe") == name]  # noqa: E731
     base = recipe("one draw")
     body = []
-    figure, axes = canvas(2, width=9.6, height=3.6)
     for i, (name, words) in enumerate(RECIPES):
         gain = [a - b for a, b in zip(recipe(name), base, strict=True)]
         body.append([name, words, with_interval(recipe(name)), with_interval(gain) if i else None])
-        mean, half, _ = summary.interval(recipe(name))
-        axes[1].plot([100 * a for a in recipe(name)], [-i] * len(base), MARKERS[i], color=PALETTE[i], alpha=0.35)
-        axes[1].errorbar([100 * mean], [-i], xerr=[100 * half], color=PALETTE[i], marker=MARKERS[i], capsize=3)
-    axes[1].set_yticks([-i for i in range(len(RECIPES))], [name for name, _ in RECIPES])
-    titles(axes[1], "Final test accuracy at the target width", "%")
-    for i, part in enumerate(draws):
-        early = [d["early"] for d in part]
-        axes[0].plot(early, [100 * d["accuracy"] for d in part], MARKERS[i % 7], color=PALETTE[i % 7], markersize=4)
-    titles(axes[0], "Does a short run tell?", f"validation loss after {study.short} steps, nats", "final accuracy, %")
     mean, half, _ = summary.interval(ranks)
     best, ahead = RECIPES[-1][0], [a - b for a, b in zip(recipe(RECIPES[-1][0]), base, strict=True)]
     findings = [
@@ -202,4 +188,24 @@ def _study(rows: list[dict[str, Any]], study: PopulationConfig, setup: Setup) ->
         f"populations (colours on the left). All recipes take {setup.ticket.steps} steps after the short runs, those "
         "that prune half of them overwide. Bars are 95% intervals over populations."
     )
-    return Study("Buying tickets by the dozen", findings, Table(head, body), figure, caption, rows)
+    return Study(
+        "Buying tickets by the dozen", findings, Table(head, body), _figure(recipe, draws, study), caption, rows
+    )
+
+
+@deferred
+def _figure(recipe: Callable[[str], list[float]], draws: list[list[dict[str, Any]]], study: PopulationConfig) -> Figure:
+    """Left final accuracy against the loss of the short run, right the recipes' accuracies with their means."""
+    figure, axes = canvas(2, width=9.6, height=3.6)
+    for i, (name, _) in enumerate(RECIPES):
+        values = [100 * accuracy for accuracy in recipe(name)]
+        mean, half, _ = summary.interval(values)
+        axes[1].plot(values, [-i] * len(values), MARKERS[i], color=PALETTE[i], alpha=0.35)
+        axes[1].errorbar([mean], [-i], xerr=[half], color=PALETTE[i], marker=MARKERS[i], capsize=3)
+    axes[1].set_yticks([-i for i in range(len(RECIPES))], [name for name, _ in RECIPES])
+    titles(axes[1], "Final test accuracy at the target width", "%")
+    for i, part in enumerate(draws):
+        early = [d["early"] for d in part]
+        axes[0].plot(early, [100 * d["accuracy"] for d in part], MARKERS[i % 7], color=PALETTE[i % 7], markersize=4)
+    titles(axes[0], "Does a short run tell?", f"validation loss after {study.short} steps, nats", "final accuracy, %")
+    return figure

@@ -10,16 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from matplotlib.figure import Figure
 
 from lottery import imp, summary
-from lottery.levels import level_like
+from lottery.imp import level_like
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, label_lines, titles
-from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.store import LevelStore
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, label_lines, titles
+from tessera.tickets.setup import LevelStore, Setup, make_setup
 from tessera.tickets.studies.study import Study, with_interval
 
 UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy": ("test accuracy", "points", 100.0, 2)}
@@ -91,12 +89,13 @@ def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> 
     return Study("Late rewinding and rewinding to 0", findings, Table(head, body), figure, caption, _short(rows))
 
 
+@deferred
 def _figure(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> Figure:
     """Both arms side by side at every level: seeds pale, means with their intervals."""
     name, unit, scale, _ = UNITS[study.value]
     late, levels = setup.search.rewind, np.arange(1, setup.search.levels + 1)
     figure, (ax,) = canvas(1, width=6.4, height=3.6)
-    ends, densities = [], []
+    densities = []
     for i, (k, label) in enumerate(((0, "to step 0"), (late, f"to step {late}"))):
         parts = [[row for row in rows if row["rewind"] == k and row["level"] == level] for level in levels]
         values = [[scale * row[study.value] for row in part] for part in parts]
@@ -107,15 +106,14 @@ def _figure(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) ->
             ax.plot(
                 [place] * len(part), part, MARKERS[i], color=PALETTE[i], alpha=0.35, markersize=4, markeredgewidth=0
             )
-        ax.errorbar(x, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)
-        ends.append((x[-1], means[-1], label, PALETTE[i]))
+        ax.errorbar(x, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)[0].set_label(label)
         densities = [part[0]["density"] for part in parts]
     dense = scale * np.mean([row[study.value] for row in rows if row["level"] == 0 and row["rewind"] == late])
     ax.axhline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
     ax.text(0.01, dense, "dense", transform=ax.get_yaxis_transform(), fontsize=8, va="bottom")
     ax.set_xlim(0.5, len(levels) + 0.5)
     ax.set_xticks(levels, [f"{density:.1%}" for density in densities])
-    label_lines(ax, ends)
+    label_lines(ax)
     titles(ax, f"Rewinding: {name} of the ticket", "weights remaining", unit if "loss" in study.value else "%")
     return figure
 

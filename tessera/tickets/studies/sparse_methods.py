@@ -6,20 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from lottery import dynamic, prune, scores, supermask
+from lottery import criteria, dynamic, prune, supermask
 from lottery import masks as masks_lib
 from lottery.imp import initial_weights, search_keys
-from lottery.levels import level_counts
-from tessera.data.loader import index_block
+from lottery.search_config import level_counts
 from tessera.infra.config import ConfigError, build
 from tessera.models.registry import Network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.tickets.programs import Programs, make_programs
 from tessera.tickets.setup import Setup
-from tessera.tickets.train import stops
+from tessera.tickets.train import Programs, measure, stops, train_blocks
 
 
 @dataclass(frozen=True)
@@ -75,20 +72,13 @@ class Ground:
         """Of the networks, in the stack's order."""
         return self.setup.search.seeds
 
-    def programs(self, optimizer: Any, network: Network | None = None) -> Programs:
-        """Compiled programs with another optimizer, and perhaps another network."""
-        network = network or self.setup.network
-        return make_programs(
-            self.setup.splits, apply=network.apply, optimizer=optimizer, config=self.setup.ticket, train=network.train
-        )
-
     def largest(self, params: PyTree) -> PyTree:
         """The mask [...] of the largest weights of one network."""
-        return prune.keep(scores.magnitude(params), masks_lib.ones(params), self.which, self.counts)
+        return prune.keep(criteria.magnitude(params), masks_lib.ones(params), self.which, self.counts)
 
     def random(self) -> PyTree:
         """Random masks [seeds, ...]."""
-        draw = lambda params, key: self.largest(scores.random(params, key=key))  # noqa: E731
+        draw = lambda params, key: self.largest(criteria.random(params, key=key))  # noqa: E731
         return jax.jit(jax.vmap(draw))(self.initial, search_keys(self.setup.search, 1, "sparse training"))
 
 
@@ -131,30 +121,22 @@ def advance(
     masks: PyTree,
     opt_state: PyTree | None,
     seeds: tuple[int, ...],
-    marks: Callable[[int, Any], bool] = lambda step, carry: True,
+    settled: Callable[[int, Any], bool] = lambda step, state: False,
     every: int = 0,
     start: int = 0,
 ) -> tuple[int, Any]:
-    """Train a stack from `start` to the end, or until `marks(step, carry)` is False; returns where it stopped."""
+    """Train a stack from `start` to the end, or until `settled(step, state)`, asked at evaluations and other marks."""
     config = ground.setup.ticket
-    carry = programs.init(params, masks, opt_state, start)
+    state = programs.init(params, masks, opt_state, start, start)
     looks = range(start + every, config.steps, every) if every else ()
-    for stop in sorted({*stops(config, start), *looks}):
-        size = {"batch_size": config.batch_size, "size": ground.setup.size}
-        index = np.stack([index_block(seed=seed, start=start, steps=stop - start, **size) for seed in seeds])
-        carry, row = programs.advance(carry, masks, index, stop)
-        if not np.all(np.isfinite(row["train_loss"])):
-            raise FloatingPointError(f"train_loss is {row['train_loss']} at step {stop}: a lower rate usually helps")
-        start = stop
-        if not marks(start, carry):
-            break
-    return start, carry
+    order = {"config": config, "size": ground.setup.size, "seeds": seeds, "start": start}
+    after = lambda step, state, row: settled(step, state)  # noqa: E731
+    return train_blocks(programs, state, masks, sorted({*stops(config, start), *looks}), **order, after=after)
 
 
-def rows_of(programs: Programs, carry: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+def rows_of(programs: Programs, state: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for each network of a finished stack."""
-    tests = {name: np.asarray(values).tolist() for name, values in programs.test(carry).items()}
-    return [{"seed": seed} | {name: values[i] for name, values in tests.items()} for i, seed in enumerate(seeds)]
+    return [{"seed": seed} | row for seed, row in zip(seeds, measure(programs, state), strict=True)]
 
 
 def _in_state(ground: Ground, make: Callable[[PyTree, Array], Any], masked: bool) -> Result:
@@ -166,7 +148,7 @@ def _in_state(ground: Ground, make: Callable[[PyTree, Array], Any], masked: bool
     # Where the first masks are known only now, the weights of the first step must be under them too.
     params = masks_lib.apply(ground.initial, dynamic.masks_of(state))
     # The state carries mask and key; those given here are for the shapes only.
-    programs = ground.programs(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
+    programs = ground.setup.programs_for(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
     _, carry = advance(ground, programs, params, full, state, ground.seeds)
     return Result(rows_of(programs, carry, ground.seeds), dynamic.masks_of(carry.opt_state))
 
@@ -203,7 +185,7 @@ def gradual(ground: Ground) -> Result:
 
 def early_bird(ground: Ground) -> Result:
     """Dense training until the mask of the largest weights stands still, then the ticket goes on from there."""
-    study, programs, one = ground.study, ground.programs(ground.setup.optimizer), jax.tree.map
+    study, programs, one = ground.study, ground.setup.programs_for(ground.setup.optimizer), jax.tree.map
     look = jax.jit(
         lambda bird, params: dynamic.observe(bird, ground.largest(params), ground.which, study.threshold)[:2]
     )
@@ -212,13 +194,13 @@ def early_bird(ground: Ground) -> Result:
         params = one(lambda leaf: leaf[i : i + 1], ground.initial)  # noqa: B023
         bird = dynamic.early_bird(one(lambda leaf: leaf[0], params), study.window)
 
-        def unsettled(step: int, carry: Any) -> bool:
+        def settled(step: int, carry: Any) -> bool:
             nonlocal bird
-            bird, settled = look(bird, one(lambda leaf: leaf[0], carry.params))
-            return not settled
+            bird, found = look(bird, one(lambda leaf: leaf[0], carry.params))
+            return bool(found)
 
         full = masks_lib.ones(params)
-        step, carry = advance(ground, programs, params, full, None, (seed,), unsettled, study.every)
+        step, carry = advance(ground, programs, params, full, None, (seed,), settled, study.every)
         mask = jax.jit(jax.vmap(ground.largest))(carry.params)
         note = f"dense for {step} steps"
         # Copied: the next block donates the carry's buffers.
@@ -226,7 +208,7 @@ def early_bird(ground: Ground) -> Result:
         if step < ground.setup.ticket.steps:
             _, carry = advance(ground, programs, params, mask, None, (seed,), start=step)
         else:
-            carry, note = carry._replace(params=params), "never settled: pruned at the end"
+            carry, note = carry.replace(params=params), "never settled: pruned at the end"
         found.append((rows_of(programs, carry, (seed,))[0] | {"note": note}, mask))
     return Result([row for row, _ in found], one(lambda *leaf: jnp.concatenate(leaf), *[mask for _, mask in found]))
 
@@ -247,7 +229,7 @@ def popup(ground: Ground) -> Result:
     )
     if settings.weight_decay:
         raise ConfigError("config.optimizer.weight_decay: the weights of a supermask are not to change; 0 is needed")
-    programs = ground.programs(make_optimizer(settings), lifted(network, effective))
+    programs = ground.setup.programs_for(make_optimizer(settings), lifted(network, effective))
     keys = search_keys(ground.setup.search, 0, "popup")
     draw = lambda params, key: {  # noqa: E731
         "scores": supermask.initial_scores(params, key=key),

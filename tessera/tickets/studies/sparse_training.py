@@ -9,16 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from lottery import imp, prune
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
-from tessera.reports.style import PALETTE, canvas, titles
-from tessera.tickets.setup import Setup, make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.reports.style import PALETTE, Figure, canvas, deferred, titles
+from tessera.tickets.setup import LevelStore, Setup, make_setup, search_tickets
 from tessera.tickets.studies.sparse_methods import METHODS, Ground, Method, SparseConfig, make_ground
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -106,6 +104,7 @@ def _study(rows: list[dict[str, Any]], study: SparseConfig, setup: Setup) -> Stu
     return Study("Ways to a sparse network, at equal density", findings, Table(head, body), figure, caption, rows)
 
 
+@deferred
 def _figure(values: Mapping[str, list[float]]) -> Figure:
     figure, (ax,) = canvas(1, width=7.2, height=0.9 + 0.34 * len(values))
     names = [name for name in values if name != "dense"]

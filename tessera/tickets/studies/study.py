@@ -1,15 +1,13 @@
 """What an experiment gives back, and how it becomes a page and a table in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from lottery import summary
 from tessera.infra.logger import write_text
-from tessera.reports.html import Section, Table, paragraphs, write_number
-from tessera.reports.run_report import config_section, write_report
+from tessera.reports.html import Section, Table, config_section, paragraphs, write_number, write_report
+from tessera.reports.style import Figure
 
 
 class Study(NamedTuple):
@@ -18,13 +16,17 @@ class Study(NamedTuple):
     title: str
     findings: Sequence[str]
     table: Table
-    figure: Figure
+    figure: Figure | Callable[[], Figure]
     caption: str
     rows: Sequence[Mapping[str, Any]]
 
 
 def write_study(workdir: Path | str, study: Study) -> Path:
-    """Write rows.csv, table.md, report.html and figures/ into the run's directory; returns the page's path."""
+    """Write rows.csv, table.md, report.html and figures/ into the run's directory; returns the page's path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed; rows.csv and table.md are written.
+    """
     workdir = Path(workdir)
     summary.write_csv(list(study.rows), workdir / "rows.csv")
     write_text(workdir / "table.md", markdown(study))
@@ -34,7 +36,7 @@ def write_study(workdir: Path | str, study: Study) -> Path:
         Section("Numbers", study.table),
         config_section(workdir),
     ]
-    return write_report(workdir, study.title, sections, subtitle=workdir.resolve().name)
+    return write_report(workdir, study.title, sections)
 
 
 def markdown(study: Study) -> str:

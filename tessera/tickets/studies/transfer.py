@@ -18,8 +18,7 @@ from jaxtyping import Array, PyTree
 from lottery import align, controls, transfer
 from tessera.infra.config import build
 from tessera.infra.memo import Pieces
-from tessera.tickets.setup import Finished, Setup, make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import Finished, LevelStore, Setup, make_setup, search_tickets
 from tessera.tickets.studies.compared_masks import OWN, RANDOM, compare, train_masks
 from tessera.tickets.studies.study import Study
 

@@ -14,7 +14,7 @@ from sharding.analysis.search import Judged, plans, rank
 from sharding.errors import PlanError
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
-from tessera.reports.mesh_figure import placement_figure
+from tessera.reports.sharding import placement_figure
 
 SIZES = {"pp": 2, "fsdp": 4, "tp": 2}
 TREE = {"a": jax.ShapeDtypeStruct((4, 8, 6), jnp.float32), "b": jax.ShapeDtypeStruct((5,), jnp.bfloat16)}

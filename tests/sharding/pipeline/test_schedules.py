@@ -11,7 +11,7 @@ from sharding.errors import PlanError
 from sharding.pipeline.lockstep import RUNNABLE, lockstep, phases, require_lockstep, slots
 from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live
 from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
-from tessera.reports.schedule_figure import schedule_figure
+from tessera.reports.sharding import schedule_figure
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
 

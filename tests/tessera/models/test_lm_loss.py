@@ -14,10 +14,11 @@ from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
+from tessera.infra.logger import load_history
 from tessera.loop import metrics_row
 from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, make_eval, per_layer, router_paths
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.reports.router import BYTE_CLASSES, byte_classes, load_history, router_sections, write_specialisation
+from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialization
 from tessera.step import StepConfig, init_state, make_train_step
 
 MOE = MoEConfig(every=2, granularity=2, router=RouterConfig("sigmoid", 4, 2), bias_rate=0.01, z=1e-3)
@@ -151,19 +152,19 @@ def test_the_report_shows_loads_and_specialisation(trained, tmp_path):
     model, state, rows = trained
     steps, load = load_history(rows)
     assert steps.tolist() == list(range(1, 41)) and load.shape == (40, 2, 4)
-    write_specialisation(tmp_path, model, state.params, [{"tokens": TOKENS}] * 2, "bytes")
+    write_specialization(tmp_path, model, state.params, [{"tokens": TOKENS}] * 2, "bytes")
     first, second = router_sections(rows, tmp_path)
-    counts = np.array(json.loads((tmp_path / "specialisation.json").read_text())["counts"])
+    counts = np.array(json.loads((tmp_path / "specialization.json").read_text())["counts"])
     assert counts.shape == (2, len(BYTE_CLASSES), 4) and counts.sum() == 2 * 2 * 2 * 16
     busiest = load[-1].max() * 4
     assert f"{busiest:.2f} times its share" in first.caption
-    assert second.title == "Specialisation"
+    assert second.title == "Specialization"
     by_class, by_depth = second.content
     assert sum("mutual information" in ax.get_title(loc="left") for ax in by_class.axes) == 2
     assert [len(line.get_xdata()) for line in by_depth.axes[0].lines] == [2, 2]
     (alone,) = router_sections(rows)
     assert alone.title == first.title
-    write_specialisation(tmp_path / "no", model, state.params, [], "bpe")
+    write_specialization(tmp_path / "no", model, state.params, [], "bpe")
     assert not (tmp_path / "no").exists()
     assert router_sections([{"step": 1, "kind": "train", "loss": 1.0}]) == []
 

@@ -12,16 +12,24 @@ from ml_collections import ConfigDict
 from configs import lottery_cifar, lottery_digits, lottery_lm
 from lottery import imp, transfer
 from lottery import masks as masks_lib
-from lottery.levels import level_counts
+from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
+from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
-from tessera.tickets.setup import Finished, finished, make_setup, search_tickets, starts_of
-from tessera.tickets.store import LevelStore
+from tessera.tickets.setup import (
+    Finished,
+    FinishedLevels,
+    LevelStore,
+    finished,
+    make_setup,
+    search_tickets,
+    starts_of,
+)
 
 
 def images(count, seed=0):
@@ -197,3 +205,59 @@ def test_fine_tuning_begins_where_the_schedule_ends():
     before, after = (tree["dense0"]["kernel"] for tree in (params, trained.params))
     moved = [bool(np.any(np.asarray(before[i] != after[i]))) for i in (0, 1)]
     assert moved == [True, False]  # a rate that has fallen to zero moves nothing
+
+
+# Levels on disk: atomic, complete, and honest about damage.
+
+TREE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "masks": {"w": jnp.ones((2, 3), bool)}}
+ROWS = [{"arm": "dense", "seed": 0, "loss": 0.1}]
+
+
+def damage(directory):
+    """Cut every file of an artifact short."""
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_size > 4:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_finished_level_comes_back_and_its_leftovers_go(tmp_path):
+    store = LevelStore(tmp_path)
+    store.unfinished(3).save(10, TREE)
+    assert not store.has(3)
+    store.save(3, TREE, ROWS)
+    assert store.has(3) and not store.has(4)
+    tree, rows = store.load(3, TREE)
+    np.testing.assert_array_equal(tree["params"]["w"], TREE["params"]["w"])
+    assert rows == ROWS and store.unfinished(3).latest(TREE) is None
+    (tmp_path / "03.step10" / "state").mkdir(parents=True)  # killed while it was removed
+    store.load(3, TREE)
+    assert [path.name for path in tmp_path.iterdir()] == ["03"]
+
+
+def test_a_damaged_level_is_named(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(0, TREE, ROWS)
+    damage(store.path(0))
+    with pytest.raises(CheckpointDamaged, match=str(store.path(0))):
+        store.load(0, TREE)
+
+
+def test_the_levels_of_another_search_are_left_as_they_are(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(3, TREE, ROWS)
+    for name in ("03.step10", ".04.new"):  # the search that owns them is running
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    levels = FinishedLevels(tmp_path)
+    assert levels.has(3) and not levels.has(4) and levels.load(3, TREE)[1] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_directory_of_someone_else_under_such_a_name_stays(tmp_path):
+    (tmp_path / "01.step5").mkdir()
+    (tmp_path / "01.step5" / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).save(1, TREE, ROWS)
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).unfinished(1).clear(before=9)
+    assert (tmp_path / "01.step5" / "thesis.tex").exists()
