@@ -23,9 +23,7 @@ from sharding.plan import Plan
 from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.config import ConfigError, build, checked
-from tessera.infra.schema import completed
 from tessera.infra.workdir import resolve
-from tessera.lm.schema import SCHEMA
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig, evaluate
 from tessera.models.lm_loss import lm_loss, make_adjust, make_eval
@@ -118,11 +116,13 @@ class Run(NamedTuple):
 def build_run(c: ConfigDict) -> Run:
     """Check every setting, read the text, and make the parts of a run; nothing is written.
 
+    Args:
+      c: complete settings: `completed(tessera.lm.schema.SCHEMA, config)` fills in what a config leaves out.
+
     Raises:
       ConfigError: a setting that is wrong, by its path, or a text that is too small.
       DataUnavailable: the text is neither there nor to be had.
     """
-    c = completed(SCHEMA, c)
     for name, value, least in (
         ("seed", c.seed, 0),
         ("batch_size", c.batch_size, 1),
@@ -178,7 +178,6 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     Raises:
       ConfigError: a setting that is wrong, by its path.
     """
-    c = completed(SCHEMA, c)
     optimizer = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=max(c.steps, 1))
     checked("config.optimizer", make_optimizer, optimizer)
     step = build(StepConfig, c.step, "config.step", ema=optimizer.ema)
