@@ -231,7 +231,7 @@ def layer_rivals(case: tuple[int, int, int, int, int], *, dtype: str, seed: int,
     routed |= {"router": jax.random.normal(keys[2], (d, count)) * d**-0.5}
 
     def mixture(params, x_ND, deterministic=True):
-        config = experts.MixtureConfig(deterministic=deterministic)
+        config = experts.MixtureConfig(backend=ours(), deterministic=deterministic)
         weights = {name: leaf for name, leaf in params.items() if name != "router"}
         return experts.mixture(weights, x_ND, route.top_k(x_ND @ params["router"], chosen), config)[0]
 
