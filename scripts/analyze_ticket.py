@@ -7,7 +7,7 @@ from rich.console import Console
 from tessera.data.download import DataUnavailable
 from tessera.infra.artifacts import CheckpointDamaged
 from tessera.infra.config import ConfigError, Invocation, build, checked, run
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
 from tessera.tickets.probe_report import analyse, analysis_report
@@ -27,9 +27,9 @@ def main(invocation: Invocation) -> None:
     if missing:
         raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
     workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config)
-    pieces = Pieces(workdir / "pieces", lambda name: console.log(name))
+    memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
-    found = analyse(search, pieces, settings, levels)
+    found = analyse(search, memo, settings, levels)
     print_report(analysis_report, workdir, search, found, settings)
 
 

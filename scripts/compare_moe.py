@@ -1,6 +1,7 @@
 """Train arms over seeds and compare: `python scripts/compare_moe.py --config=configs/moe_vs_dense.py --workdir=DIR`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
