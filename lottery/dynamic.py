@@ -39,10 +39,11 @@ class FeedbackState(NamedTuple):
 class DynamicConfig:
     """When and how many connections move (Evci et al. 2020, section 3).
 
-    grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
-    every: steps between moves.
-    until: no moves at this step and after (the paper: 75% of training).
-    fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
+    Attributes:
+      grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
+      every: steps between moves.
+      until: no moves at this step and after (the paper: 75% of training).
+      fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
     """
 
     grow: str = "gradient"
@@ -142,7 +143,12 @@ def rewire(
 class GradualConfig:
     """Zhu & Gupta 2017 (arXiv:1710.01878), equation 1: density falls from 1 at `begin` to `density` at `end`.
 
-    every: steps between prunings. scope: "layer" (every leaf at that density) or "global".
+    Attributes:
+      density: share of the weights left at `end`.
+      begin: step of the first pruning.
+      end: step of the last one.
+      every: steps between prunings.
+      scope: "layer" (every leaf at that density) or "global".
     """
 
     density: float

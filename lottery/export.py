@@ -34,7 +34,7 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ImportError("saving tickets needs safetensors: pip install 'tessera-jax[export]'") from error
+        raise ImportError("saving tickets needs the extra `hf`: pip install 'tessera-jax[hf]'") from error
     masks_lib.check(masks, params)
     tensors: dict[str, np.ndarray] = {}
     shapes: dict[str, list[int]] = {}

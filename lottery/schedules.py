@@ -4,7 +4,6 @@ Every schedule gives rates, because rates compose with per-layer overrides and i
 into the fraction of weights alive after each level.
 """
 
-import math
 from collections.abc import Sequence
 
 
@@ -48,18 +47,6 @@ def densities(rates: Sequence[float]) -> list[float]:
         alive *= 1 - rate
         result.append(alive)
     return result
-
-
-def levels_to(density: float, rate: float) -> int:
-    """Levels of `geometric` pruning needed until at most the fraction `density` is alive.
-
-    Raises:
-      ValueError: density or rate outside (0, 1).
-    """
-    _check(density, 1)
-    _check(rate, 1)
-    # The tolerance keeps a density reached exactly (0.8^3 = 0.512) from costing one level more.
-    return math.ceil(math.log(density) / math.log(1 - rate) - 1e-9)
 
 
 def _check(fraction: float, levels: int) -> None:

@@ -24,7 +24,12 @@ def hvp(loss_fn: Loss, params: PyTree, vector: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class LanczosConfig:
-    """steps: Hessian products; more give more and better eigenvalues. count: eigenvalues to return."""
+    """How many steps Lanczos takes, and how many eigenvalues it returns.
+
+    Attributes:
+      steps: Hessian products; more give more and better eigenvalues.
+      count: eigenvalues to return.
+    """
 
     steps: int = 30
     count: int = 1

@@ -5,7 +5,6 @@ a dense layer becomes experts (sparse upcycling), experts become a dense layer (
 has more experts than are wanted, those it used least are cut out first (`tessera.lm.expert_pruning`).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from moe.upcycle import Method, merge, upcycle
 from tessera.infra.checkpoint import CheckpointReader
 from tessera.infra.config import build
 from tessera.infra.logger import METRICS, load_history, read_rows
+from tessera.infra.workdir import read_settings
 from tessera.lm.expert_pruning import drop_experts, prune_experts
 from tessera.models.transformer import Decoder, TransformerConfig
 
@@ -86,9 +86,7 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
       CheckpointDamaged: the checkpoint cannot be read.
     """
     path = Path(workdir)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"no run in {path}: config.json is missing")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(path)
     params = jax.tree.map(np.asarray, CheckpointReader(path / "checkpoints").restore_newest().state["params"])
     vocabulary = params["embed"]["table"].shape[0]
     return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)

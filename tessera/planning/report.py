@@ -11,11 +11,11 @@ from sharding.analysis.hardware import HARDWARE
 from sharding.analysis.roofline import placements
 from sharding.analysis.search import Ranking
 from sharding.mesh import axis_names
-from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import summary
 from sharding.plan import Plan
-from tessera.models.transformer import TransformerConfig
-from tessera.parallel.decoder import DecoderParts, parameter_shapes
+from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.compile import Compiled
 from tessera.planning.explain import HEADROOM, Explained, crosses
 from tessera.reports.html import Section, Table, paragraphs, terminal_table, write_report
@@ -153,10 +153,10 @@ def verdict(explained: Explained, compiled: Compiled | None) -> str:
     return words
 
 
-def picture_sections(parts: DecoderParts) -> list[Section]:
+def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     """Pictures of a plan: the mesh with the largest parameter on it, and the pipeline's schedule if there is one."""
-    plan, stages = parts.plan, parts.plan.size("pp")
-    placed = placements(parameter_shapes(parts.config), parts.specs, plan.sizes)
+    plan, stages = decoder.plan, decoder.plan.size("pp")
+    placed = placements(param_shapes(decoder.config), decoder.specs, plan.sizes)
     largest = max(placed, key=lambda one: (sum(map(bool, one.axes)), one.bytes))
     sizes = {name: plan.size(name) for name in axis_names(plan)}
     caption = "Left: a parameter cut into parts. Right: the devices of the mesh in the color of the part they store."
@@ -164,7 +164,9 @@ def picture_sections(parts: DecoderParts) -> list[Section]:
     if stages > 1:
         drawn = min(plan.microbatch_count, max(stages, DRAWN))
         drawn -= drawn % stages if plan.virtual > 1 else 0
-        table, whole = (lockstep(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count))
+        table, whole = (
+            lockstep_schedule(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count)
+        )
         words = summary(whole).split(", live")[0]
         caption = f"The table the step runs. {words[0].upper() + words[1:]}."
         if drawn < plan.microbatch_count:
@@ -193,7 +195,7 @@ def write_page(
     found = tables(explained, compiled, ranking)
     sections = [
         Section("", paragraphs(verdict(explained, compiled))),
-        *picture_sections(DecoderParts(run.model, run.plan, run.z_loss)),
+        *picture_sections(ShardedDecoder(run.model, run.plan, run.z_loss)),
         *(Section(title, Table(TABLES[title], rows), captions.get(title, "")) for title, rows in found.items()),
         hardware_section(),
     ]
@@ -217,5 +219,5 @@ def run_sections(config: TransformerConfig, plan: Plan, workdir: Path) -> tuple[
     """For a run's own report: pictures of its plan, and a link to the page of `scripts/explain.py` if there is one."""
     page = workdir / f"{PAGE}.html"
     link = f'<p><a href="{page.name}">What this plan costs: memory, collectives, time at best</a></p>'
-    pictures = picture_sections(DecoderParts(config, plan.fill(jax.device_count()))) if plan.axes else []
+    pictures = picture_sections(ShardedDecoder(config, plan.fill(jax.device_count()))) if plan.axes else []
     return pictures, link if page.exists() else ""

@@ -11,7 +11,7 @@ from scaling.batch import Surface
 from scaling.fitting.bootstrap import Bootstrap, interval
 from scaling.fitting.fit import Fit
 from scaling.isoflop import Curves, Minimum, PowerLaw
-from scaling.optimum import log_loss_at, optimum
+from scaling.optimum import compute_optimal, log_loss_at
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 from tessera.reports import style
 from tessera.reports.style import GRID, INK, MUTED, PALETTE, Axes, Figure, dots, log_values, note, ramp, short, titles
@@ -19,7 +19,7 @@ from tessera.reports.style import GRID, INK, MUTED, PALETTE, Axes, Figure, dots,
 
 def isoflop_figure(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     budgets: Sequence[float],
     *,
     fitted: Fit | None = None,
@@ -45,7 +45,7 @@ def isoflop_figure(
         if fitted is not None:
             tokens = budgets[number] / (PER_PARAMETER_AND_TOKEN * line)
             height = np.exp(log_loss_at(fitted.law, fitted.theta[:, None], line, tokens, at)[:, 0])
-            best = optimum(fitted.law, fitted.theta[:, None], [budgets[number]], at=at)
+            best = compute_optimal(fitted.law, fitted.theta[:, None], [budgets[number]], at=at)
             ax.plot(line, height, color=color, linewidth=1.3)
             if line[0] <= best.params[0, 0] <= line[-1]:
                 _diamond(ax, best.params[0], best.loss[0])
@@ -71,7 +71,7 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
     """Contours of the fitted loss over tokens and parameters, the runs, and the efficient frontier to the budgets."""
     rows, theta, budgets = fitted.rows, fitted.theta[:, None], sorted(budgets)
     figure, (ax,) = style.canvas(width=8.0, height=5.0)
-    best = optimum(fitted.law, theta, budgets, at=at)
+    best = compute_optimal(fitted.law, theta, budgets, at=at)
 
     def ranged(name: str) -> np.ndarray:
         values = np.concatenate([rows[name], getattr(best, name)[:, 0]])
@@ -86,7 +86,7 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
     ax.clabel(lines, fmt="%.3g", fontsize=7.5, colors=INK)
     dots(ax, rows["tokens"], rows["params"], PALETTE[0], alpha=0.6)
     frontier = np.geomspace(rows["flops"].min(), max(*budgets, rows["flops"].max()), 60)
-    path = optimum(fitted.law, theta, frontier, at=at)
+    path = compute_optimal(fitted.law, theta, frontier, at=at)
     ax.plot(path.tokens[:, 0], path.params[:, 0], color=PALETTE[1], linewidth=2)
     _diamond(ax, best.tokens[:, 0], best.params[:, 0], PALETTE[1], 5)
     for budget, d, n in zip(budgets, best.tokens[:, 0], best.params[:, 0], strict=True):
@@ -115,7 +115,7 @@ def residual_figure(fitted: Fit) -> Figure:
 
 
 def bootstrap_figure(
-    fitted: Fit, boot: Bootstrap, names: tuple[str, str], log_params_B: Float[np.ndarray, "B"], budget: float
+    fitted: Fit, boot: Bootstrap, names: tuple[str, str], log_params_B: Float[np.ndarray, " B"], budget: float
 ) -> Figure:
     """Two parameters of every resample's fit, and the distribution of N* at a budget if the law has one."""
     finite = log_params_B[np.isfinite(log_params_B)]

@@ -72,7 +72,7 @@ class Engine:
         """
         if not isinstance(sampling, Sampling):
             raise OutOfRange("sampling", sampling, "a Sampling")
-        length, vocabulary = self.programs.config.length, self.programs.served.config.vocab_size
+        length, vocabulary = self.programs.config.length, self.programs.decoder.config.vocab_size
         if not 0 < len(prompt) < length:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; 1 to {length - 1} fit")
         for name, tokens in (("prompt", prompt), ("stop_tokens", sampling.stop_tokens)):

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 from jaxtyping import PyTree
 
 from lottery import export
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
-from tessera.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.data.download import cache_dir
+from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.lm.warm_start import read_model
-from tessera.models.transformer import TransformerConfig
+from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.engine import Engine
 from tessera.serving.huggingface import is_directory, load_directory
 from tessera.serving.programs import Programs, ServeConfig, make_programs
 from tessera.serving.quantized import quantise_decoder
-from tessera.serving.served import serve, shapes
+from tessera.serving.served import serve
 from tessera.serving.speculative import Speculating
 
 
@@ -111,7 +111,7 @@ def read_ticket(path: Path | str, config: TransformerConfig) -> PyTree:
     flat, masks, _ = export.load(path)
     params = export.unflatten({name: np.where(masks[name], leaf, 0).astype(np.float32) for name, leaf in flat.items()})
     params = params.get("params", params)
-    wanted = {name: leaf.shape for name, leaf in _flat(shapes(config)).items()}
+    wanted = {name: leaf.shape for name, leaf in _flat(param_shapes(config)).items()}
     found = {name: leaf.shape for name, leaf in _flat(params).items()}
     wrong = [name for name in wanted | found if wanted.get(name) != found.get(name)]
     if wrong:
@@ -146,7 +146,7 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     data: dict[str, Any] = settings.get("data") or {}
     if data.get("tokenizer") == "bpe":
         name = f"bpe-{data['vocab_size']}-{settings['data_sha256'][:32]}.json"
-        kept = Path(pooch.os_cache("tessera")) / "tokenizers" / name
+        kept = cache_dir() / "tokenizers" / name
         if not kept.exists():
             raise FileNotFoundError(f"the run's tokenizer {kept} is gone; give its file as tokenizer")
         return BPETokenizer.load(kept)

@@ -22,7 +22,8 @@ from sharding.inference.sample import CANDIDATES, Settings, greedy
 from sharding.mesh import make_mesh
 from sharding.plan import DATA_AXES
 from sharding.rules import shardings
-from tessera.serving.served import Served
+from tessera.parallel.decoder import ShardedDecoder
+from tessera.serving.quantized import quantized_specs
 from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program
 
 
@@ -69,7 +70,7 @@ class ServeConfig:
 class Programs:
     """Jitted functions of one model, plan and `ServeConfig`; each compiles once per shape of its arguments."""
 
-    served: Served
+    decoder: ShardedDecoder
     config: ServeConfig
     mesh: Mesh
     _made: dict = field(default_factory=dict, compare=False, repr=False)
@@ -77,17 +78,25 @@ class Programs:
     @property
     def parts(self) -> int:
         """Data-parallel parts the slots are split into."""
-        return self.served.plan.data
+        return self.decoder.plan.data
 
     @functools.cached_property
     def cache_config(self) -> CacheConfig:
-        """Sizes of the cache."""
-        return self.served.cache(self.config.slots, self.config.length, self.config.cache_dtype)
+        """Sizes of the KV cache; its dtype is the model's unless the config says another."""
+        model = self.decoder.config
+        return CacheConfig(
+            model.layers,
+            self.config.slots,
+            model.kv_size,
+            self.config.length,
+            model.head_size,
+            self.config.cache_dtype or model.dtype,
+        )
 
     @functools.cached_property
     def groups(self) -> int:
         """g, groups of a device's slots."""
-        local, stages = self.config.slots // self.parts, self.served.plan.size("pp")
+        local, stages = self.config.slots // self.parts, self.decoder.plan.size("pp")
         groups = self.config.groups or default_groups(stages, local)
         check_groups(groups, local)
         return groups
@@ -95,20 +104,20 @@ class Programs:
     @property
     def data(self) -> Any:
         """Mesh axes of slots and rows in a partition."""
-        return self.served.plan.present(*DATA_AXES) or None
+        return self.decoder.plan.present(*DATA_AXES) or None
 
     @functools.cached_property
     def state_specs(self) -> State:
         """Partition of the state."""
-        return State(cache_specs(self.cache_config, self.served.plan), PartitionSpec(self.data, self.served.tp))
+        return State(cache_specs(self.cache_config, self.decoder.plan), PartitionSpec(self.data, self.decoder.tp))
 
     def place(self, params: PyTree) -> PyTree:
         """Parameters from `serve` on their devices."""
-        return jax.device_put(params, shardings(self.mesh, self.served.specs_for(params)))
+        return jax.device_put(params, shardings(self.mesh, quantized_specs(params, self.decoder)))
 
     def start(self) -> State:
         """An empty state."""
-        vocabulary = self.served.config.vocab_size
+        vocabulary = self.decoder.config.vocab_size
 
         def make() -> State:
             return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
@@ -211,7 +220,7 @@ class Programs:
           steps: 0 takes the config's.
           logits: also give the logits [steps, B, V].
         """
-        ring = Ring(self.served.plan.size("pp"), self.groups, steps or self.config.steps)
+        ring = Ring(self.decoder.plan.size("pp"), self.groups, steps or self.config.steps)
         key = ("generate", ring, logits)
         if key not in self._made:
             self._made[key] = generate_program(self, ring, logits=logits)
@@ -219,13 +228,13 @@ class Programs:
         return self._made[key](params, state, tokens, budget, settings)
 
 
-def make_programs(served: Served, config: ServeConfig, devices: Any = None) -> Programs:
+def make_programs(decoder: ShardedDecoder, config: ServeConfig, devices: Any = None) -> Programs:
     """Programs for a model from `serve`, on the first of the devices that its plan takes.
 
     Raises:
       PlanError: cache, slots or groups that do not divide.
     """
-    found = list(jax.devices() if devices is None else devices)[: served.plan.devices]
-    programs = Programs(served, config, make_mesh(served.plan, found))
+    found = list(jax.devices() if devices is None else devices)[: decoder.plan.devices]
+    programs = Programs(decoder, config, make_mesh(decoder.plan, found))
     _ = programs.state_specs, programs.groups
     return programs

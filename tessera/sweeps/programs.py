@@ -5,7 +5,7 @@ trunk and decays of a size share one program (the schedule's numbers and the num
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,12 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from scaling.mup import factors
+from sharding.rules import path_name
+from tessera.infra.schema import differences
 from tessera.losses import cross_entropy
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.noise_scale import noise_scale
-from tessera.optim.param_axes import decayed, path_name
+from tessera.optim.optimizer import decayed
 from tessera.scan_steps import scan_steps
 from tessera.step import TrainState, init_state, make_train_step
 
@@ -65,8 +67,8 @@ class TrialConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def settings(self) -> dict[str, Any]:
-        """Those that a run's numbers depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("chunk", "save_seconds")}
+        """Those that a run's numbers depend on and that differ from the defaults."""
+        return {name: value for name, value in differences(self).items() if name not in ("chunk", "save_seconds")}
 
 
 class Schedule(NamedTuple):
@@ -165,7 +167,7 @@ class Trial:
         logits_BTV: Any = self.model.apply({"params": params}, tokens_BT[:, :-1])
         return cross_entropy(logits_BTV, tokens_BT[:, 1:])[0]
 
-    def windows(self, tokens_N: UInt8[Array, "N"], index_B: Int[Array, "B"]) -> Int[Array, "B T"]:
+    def windows(self, tokens_N: UInt8[Array, " N"], index_B: Int[Array, " B"]) -> Int[Array, "B T"]:
         """Window i holds the tokens i T to i T + T, the last one being a target only."""
         return tokens_N[index_B[:, None] * self.length + jnp.arange(self.length + 1)[None, :]].astype(jnp.int32)
 
@@ -181,7 +183,7 @@ class Trial:
     def advance(
         self,
         state: TrainState,
-        tokens_N: UInt8[Array, "N"],
+        tokens_N: UInt8[Array, " N"],
         index_TB: Int[Array, "T B"],
         count: Any,
         schedule: Schedule,
@@ -195,7 +197,7 @@ class Trial:
         return jax.lax.map(lambda tokens_BT: self.loss(params, tokens_BT), windows_nbT).mean()
 
     def noise(
-        self, params: PyTree, tokens_N: UInt8[Array, "N"], index_KB: Int[Array, "K B"]
+        self, params: PyTree, tokens_N: UInt8[Array, " N"], index_KB: Int[Array, "K B"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(|G|^2, trace of the covariance over sequences) from K batches; see `tessera.optim.noise_scale`."""
 

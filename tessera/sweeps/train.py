@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from scaling.sweeps.plan import Readout, Run
+from scaling.sweeps.plan import PlannedRun, Readout
 from tessera.data.loader import index_block
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
@@ -84,7 +84,9 @@ def check_texts(splits: TextSplits, length: int, eval_tokens: int) -> int:
 class Trainer:
     """One run under way: its programs, its text, and where it saves."""
 
-    def __init__(self, run: Run, directory: Path, texts: Texts, config: TrialConfig, report: Callable[[int], None]):
+    def __init__(
+        self, run: PlannedRun, directory: Path, texts: Texts, config: TrialConfig, report: Callable[[int], None]
+    ):
         self.run, self.texts, self.config, self.report = run, texts, config, report
         self.programs: Programs = compile_programs(Trial(run.settings["model"], run.settings["seed"], config))
         # States of the trunk: at every branch point, which stay, and in between, of which the newest does.
@@ -150,7 +152,7 @@ class Trainer:
 
 
 def train_run(
-    run: Run, directory: Path, report: Callable[[int], None], *, text: TextConfig, config: TrialConfig
+    run: PlannedRun, directory: Path, report: Callable[[int], None], *, text: TextConfig, config: TrialConfig
 ) -> Iterator[tuple[Readout, dict[str, Any]]]:
     """Train a run and yield its readouts one by one; the training function of a sweep, see
     `scaling.sweeps.store.TrainFn`.

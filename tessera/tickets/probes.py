@@ -18,10 +18,13 @@ from tessera.tickets.train import batched, evaluate
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """How closely to look.
+    """How closely to look at the networks of a search.
 
-    points: on every path between two networks. examples: training examples for curvature and for batch statistics.
-    lanczos: Hessian products for the top eigenvalue. rho: SAM's radius.
+    Attributes:
+      points: interpolation coefficients on every path between two networks (linear mode connectivity).
+      examples: training examples for curvature and for batch statistics.
+      lanczos: Hessian products for the top eigenvalue.
+      rho: radius of sharpness as in SAM.
     """
 
     points: int = 11

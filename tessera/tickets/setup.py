@@ -1,6 +1,5 @@
 """A ticket search from its config: data, network, optimizer, compiled programs, and its levels on disk."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
 from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree, save_tree
 from tessera.infra.config import ConfigError, build, checked, unknown
+from tessera.infra.workdir import read_settings
 from tessera.models.registry import Network, make_network
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.optim.schedules import parse_steps
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
+from tessera.tickets.schema import EvidenceConfig
 from tessera.tickets.train import Programs, Splits, TicketConfig, make_loss, make_programs, train_stack
 
 # config.data.kind -> (dataclass of the other settings, loader).
@@ -122,7 +122,7 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     """Build all parts from a `ConfigDict` as in `configs/lottery_digits.py`.
 
     Args:
-      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.schedules.parse_steps`
+      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.optimizer.parse_steps`
         reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
       splits: the data, if it has been loaded already.
 
@@ -149,20 +149,8 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     if search.score == "movement":
         optimizer = optax.with_extra_args_support(optax.chain(criteria.track_movement(), optimizer))
     programs = make_programs(splits, network, optimizer, ticket)
-    evidence = _evidence(network, splits, build(EvidenceConfig, config.get("evidence", {}), "config.evidence"))
+    evidence = _evidence(network, splits, build(EvidenceConfig, config.evidence, "config.evidence"))
     return Setup(splits, network, ticket, search, optimizer, programs, evidence, size, splits.num_classes)
-
-
-@dataclass(frozen=True)
-class EvidenceConfig:
-    """Training examples that scores like SNIP look at: `batches` of `batch_size`, the first of a fixed random order."""
-
-    batches: int = 5
-    batch_size: int = 100
-
-    def __post_init__(self):
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
 
 
 def _evidence(network: Network, splits: Any, config: EvidenceConfig) -> criteria.Evidence:
@@ -264,8 +252,7 @@ def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> 
     Raises:
       ConfigError: there is no search in it.
     """
-    settings = Path(workdir) / "config.json"
-    if not settings.is_file():
+    if not (Path(workdir) / "config.json").is_file():
         raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
-    config = ConfigDict(json.loads(settings.read_text(encoding="utf-8")))
+    config = ConfigDict(read_settings(workdir))
     return Finished(make_setup(config, splits), config, FinishedLevels(Path(workdir) / "levels"))

@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from lottery import allocation, masks, prune, supermask
-from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.vision import LeNet, MLPConfig
 
 PARAMS = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 6)), "bias": jnp.ones(6)}}
 WHICH = masks.prunable(PARAMS)

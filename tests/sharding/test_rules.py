@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from sharding.rules import PARAMS, Rules, constrainer, logical_axes, mirrored_specs, param_specs, path_name, shardings
+from sharding.rules import PARAMS, Rules, logical_axes, mirrored_specs, param_specs, path_name, resolve, shardings
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
 from tessera.step import StepConfig, init_state
@@ -72,9 +72,7 @@ def test_fully_sharded_data_parallelism_is_two_lines():
     assert set(by_path(param_specs(shapes(), sizes, without)).values()) == {P()}
     stored = by_path(param_specs(shapes(), sizes))
     assert all(("fsdp" in spec) == (not path.endswith("gain")) for path, spec in stored.items())
-    constrain = constrainer(make_mesh(Plan("fsdp=8")))
-    x = jax.jit(lambda x: constrain(x, ("batch", "time", "width")))(jnp.zeros((8, 4, 16)))
-    assert x.sharding.spec == P("fsdp")
+    assert resolve(("batch", "time", "width"), (8, 4, 16), Rules().compute, sizes) == P("fsdp")
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,12 @@ ABLATIONS: dict[str, Ablation] = {
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Settings of the study; each list has the arm that its others are compared with, "large_final" and "rewind".
+    """What is ablated (Zhou et al. 2019).
 
     Attributes:
-      criteria: names in `lottery.supermask.MASK_CRITERIA`.
-      treatments: names in `ABLATIONS`, of the weights under `large_final` masks.
+      criteria: of `lottery.supermask.MASK_CRITERIA`, "large_final" among them, with which the others are compared.
+      treatments: names in `ABLATIONS` under `large_final` masks, "rewind" among them, with which the others are
+        compared.
     """
 
     criteria: tuple[str, ...] = tuple(supermask.MASK_CRITERIA)

@@ -22,12 +22,12 @@ from tessera.tickets.studies.study import Study, magnitude_masks
 
 @dataclass(frozen=True)
 class DistributionConfig:
-    """Settings of the study.
+    """A grid of fully connected networks and how many tickets are drawn of each.
 
     Attributes:
-      widths: of the grid of fully connected networks.
-      depths: of the grid, in hidden layers.
-      tickets: number of each size.
+      widths: of the grid.
+      depths: of the grid.
+      tickets: of each network.
       density: of their weights, by magnitude, once, all layers alike.
       tail: share of the tickets that make the upper tail.
     """

@@ -39,14 +39,14 @@ from tessera.tickets.train import train_blocks
 
 @dataclass(frozen=True)
 class InstabilityConfig:
-    """Settings of the study.
+    """Where a network becomes stable to the order of the data (Frankle et al. 2020, figure 2).
 
     Attributes:
-      steps: the k, rising.
-      densities: 1 is the dense network, others are pruned once by magnitude at the end of the trunk, all layers alike
+      steps: the k, rising, from which two runs go on in other orders.
+      densities: 1 is the dense network; others are pruned once by magnitude at the end of the trunk, all layers alike
         (the output layer too).
-      orders: runs from every k, each in a data order of its own.
-      analysis: points on the line and examples.
+      orders: runs from every k.
+      analysis: points and examples.
     """
 
     steps: tuple[int, ...]

@@ -29,14 +29,15 @@ SCORE = "validation_loss"
 
 @dataclass(frozen=True)
 class PopulationConfig:
-    """Settings of the study; training is `config.train.steps` long, half of it before pruning in recipes that prune.
+    """Populations of initializations, and overwide networks cut to size.
 
     Attributes:
       hidden: the target's layers.
       factor: how many times wider the overwide network is.
       draws: initializations per population.
       repeats: independent populations.
-      short: steps of the short run.
+      short: steps of the short run; training is `config.train.steps` long, half of it before pruning in the recipes
+        that prune.
     """
 
     hidden: tuple[int, ...] = (32, 16)

@@ -19,10 +19,10 @@ UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy"
 
 @dataclass(frozen=True)
 class RewindingConfig:
-    """Settings of the study.
+    """What late rewinding is judged by.
 
     Attributes:
-      value: the measure that is compared, "final_test_loss" or "final_test_accuracy".
+      value: "final_test_loss" or "final_test_accuracy".
     """
 
     value: str = "final_test_loss"

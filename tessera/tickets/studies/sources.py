@@ -25,10 +25,10 @@ SEED = "of another seed"
 
 @dataclass(frozen=True)
 class SourcesConfig:
-    """Settings of the study.
+    """Where masks of other searches are transferred.
 
     Attributes:
-      levels: at which masks are transferred.
+      levels: pruning levels whose masks are transferred.
     """
 
     levels: tuple[int, ...] = (1,)

@@ -31,8 +31,8 @@ class SparseConfig:
       pruned: part of training after which the cubic schedule has reached its density.
       every: steps between its prunings, between choices of the straight-through mask, and between checks of the
         early-bird detector.
-      window: masks that the early-bird detector compares, `lottery.dynamic.early_bird`.
-      threshold: of their distance.
+      window: masks that the early-bird detector compares, see `lottery.dynamic.early_bird`.
+      threshold: distance of masks below which it has found its ticket.
       popup_lr: peak learning rate of the supermask's scores.
     """
 

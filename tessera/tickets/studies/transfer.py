@@ -26,12 +26,12 @@ MASKS = (OWN, "other", "aligned by weights", "aligned by activations", RANDOM)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Settings of the study.
+    """Masks on the weights of another seed, aligned and not.
 
     Attributes:
-      layers: the chain of dense layers, first to last.
-      levels: at which masks are transferred.
-      examples: number of training examples whose activations are compared.
+      layers: of the chain of dense layers, first to last.
+      levels: pruning levels whose masks are transferred.
+      examples: whose activations are compared.
     """
 
     layers: tuple[str, ...] = ("dense0", "dense1", "output")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.models.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
+from tessera.models.transformer import attention, from_heads, rms_norm, rope, swiglu, to_heads
 
 
 def normal(*shape, seed=0):
@@ -17,11 +17,10 @@ def assert_close(ours, theirs, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
-def test_rms_norm_is_torchs(shape):
-    torch = pytest.importorskip("torch")
-    x, gain = normal(*shape), normal(5, seed=1)
-    theirs = torch.nn.functional.rms_norm(torch.tensor(x), (5,), torch.tensor(gain), eps=1e-5)
-    assert_close(rms_norm(jnp.asarray(x), jnp.asarray(gain), 1e-5), theirs)
+def test_rms_norm_is_torchs(shape, golden):
+    case = golden("layers")["rms_norm"]["x".join(map(str, shape))]
+    assert case["x"].shape == shape
+    assert_close(rms_norm(jnp.asarray(case["x"]), jnp.asarray(case["gain"]), 1e-5), case["y"])
 
 
 def test_rms_norm_of_bfloat16_takes_its_statistics_in_float32():
@@ -79,26 +78,18 @@ def test_rope_refuses_an_odd_head():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_torchs(causal, kv_heads):
-    torch = pytest.importorskip("torch")
-    q, k, v = normal(2, 6, 4, 8), normal(2, 6, kv_heads, 8, seed=1), normal(2, 6, kv_heads, 8, seed=2)
-    ours = attention(*map(jnp.asarray, (q, k, v)), causal=causal)
-    heads_first = [torch.tensor(x).transpose(1, 2) for x in (q, k, v)]
-    theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
-    assert_close(ours, theirs.transpose(1, 2))
+def test_attention_is_torchs(causal, kv_heads, golden):
+    case = golden("layers")["attention"][f"{'causal' if causal else 'full'}-{kv_heads}"]
+    assert case["k"].shape[2] == kv_heads
+    assert_close(attention(*(jnp.asarray(case[name]) for name in "qkv"), causal=causal), case["out"])
 
 
-def test_attention_gradients_are_torchs():
-    torch = pytest.importorskip("torch")
-    arrays = [normal(1, 5, heads, 4, seed=heads) for heads in (4, 2, 2)]
-    ours = jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum(), argnums=(0, 1, 2))(*map(jnp.asarray, arrays))
-    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in leaves), is_causal=True, enable_gqa=True
-    )
-    (out**2).sum().backward()
-    for mine, leaf in zip(ours, leaves, strict=True):
-        assert_close(mine, leaf.grad, 1e-5)
+def test_attention_gradients_are_torchs(golden):
+    case = golden("layers")["attention_gradients"]
+    arrays = [jnp.asarray(case[name]) for name in "qkv"]
+    ours = jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum(), argnums=(0, 1, 2))(*arrays)
+    for mine, name in zip(ours, "qkv", strict=True):
+        assert_close(mine, case[f"d{name}"], 1e-5)
 
 
 def test_attention_mask_hides_keys():
@@ -122,12 +113,10 @@ def test_projections_are_matrix_products_on_flattened_heads():
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
-def test_swiglu_is_torchs(shape):
-    torch = pytest.importorskip("torch")
-    x, gate, up, down = normal(*shape), normal(6, 10, seed=1), normal(6, 10, seed=2), normal(10, 6, seed=3)
-    t = [torch.tensor(array) for array in (x, gate, up, down)]
-    theirs = (torch.nn.functional.silu(t[0] @ t[1]) * (t[0] @ t[2])) @ t[3]
-    assert_close(swiglu(*map(jnp.asarray, (x, gate, up, down))), theirs, 1e-5)
+def test_swiglu_is_torchs(shape, golden):
+    case = golden("layers")["swiglu"]["x".join(map(str, shape))]
+    assert case["x"].shape == shape
+    assert_close(swiglu(*(jnp.asarray(case[name]) for name in ("x", "gate", "up", "down"))), case["y"], 1e-5)
 
 
 def test_swiglu_computes_in_the_dtype_of_its_input():

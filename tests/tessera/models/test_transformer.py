@@ -28,46 +28,21 @@ def unstacked(params, layers=2):
     return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
 
 
-def torch_decoder(torch, params, tokens, config):
-    """The same network in torch's own functions, float64; `params` are unstacked."""
-    functional = torch.nn.functional
-    p = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64)), params)
-    half = config.head_size // 2
-    angle = torch.arange(tokens.shape[1])[:, None] * config.rope_theta ** (-torch.arange(half) / half)
-    turn = torch.polar(torch.ones_like(angle, dtype=torch.float64), angle.double())[:, None]
-
-    def rotate(x):
-        z = torch.complex(x[..., :half], x[..., half:]) * turn
-        return torch.cat([z.real, z.imag], -1)
-
-    def norm(x, gain):
-        return functional.rms_norm(x, (config.width,), gain, config.norm_eps)
-
-    def heads(x, kernel):
-        return (x @ kernel.flatten(1)).unflatten(-1, kernel.shape[1:])
-
-    x = functional.embedding(torch.tensor(np.asarray(tokens)).long(), p["embed"]["table"])
-    for i in range(config.layers):
-        block = p[f"blocks_{i}"]
-        y, kernels = norm(x, block["attention_norm"]["gain"]), block["attention"]
-        q, k, v = (heads(y, kernels[name]["kernel"]) for name in ("query", "key", "value"))
-        q, k, v = (z.transpose(1, 2) for z in (rotate(q), rotate(k), v))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        x = x + y.flatten(2) @ kernels["output"]["kernel"].flatten(0, 1)
-        y, mlp = norm(x, block["mlp_norm"]["gain"]), block["mlp"]
-        x = x + (functional.silu(y @ mlp["gate"]["kernel"]) * (y @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
-    head = p["embed"]["table"].T if config.tied else p["head"]["kernel"]
-    return norm(x, p["final_norm"]["gain"]) @ head
+DECODERS = {
+    "default": {},
+    "untied": {"tied": False, "head_dim": 6, "rope_theta": 50.0},
+    "multi-query": {"kv_heads": 1},
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "head_dim": 6, "rope_theta": 50.0}, {"kv_heads": 1}])
-def test_logits_are_torchs(changes):
-    torch = pytest.importorskip("torch")
-    model, params = make(**changes)
-    # Gains away from one, so that leaving one out would show.
-    params = jax.tree_util.tree_map_with_path(lambda path, x: x * 1.5 if path[-1].key == "gain" else x, params)
-    theirs = torch_decoder(torch, unstacked(params), TOKENS, model.config)
-    np.testing.assert_allclose(logits(model, params), theirs, rtol=1e-4, atol=2e-5)
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_are_torchs(name, golden):
+    case = golden("decoders")
+    model, params = make(**DECODERS[name])
+    theirs = jax.tree.map(jnp.asarray, case[name]["params"])
+    assert jax.tree.map(jnp.shape, theirs) == jax.tree.map(jnp.shape, params)
+    ours = logits(model, theirs, jnp.asarray(case["tokens"]))
+    np.testing.assert_allclose(ours, case[name]["logits"], rtol=1e-4, atol=2e-5)
 
 
 def test_parameters_are_plain_nested_dicts_of_the_documented_shapes():

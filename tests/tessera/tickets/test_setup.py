@@ -16,11 +16,13 @@ from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
-from tessera.infra.artifacts import CheckpointDamaged, NotOurs
+from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
+from tessera.infra.schema import completed
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
+from tessera.tickets.schema import SCHEMA
 from tessera.tickets.setup import (
     Finished,
     FinishedLevels,
@@ -43,7 +45,7 @@ SPLITS = ImageSplits(images(40), images(10, 1), images(12, 2), 3)
 
 
 def small(**changes):
-    config = lottery_digits.get_config()
+    config = completed(SCHEMA, lottery_digits.get_config())
     config.seeds = (0, 4)
     config.model = ConfigDict({"hidden": (6,)})
     config.train.update({"steps": "6it", "batch_size": 5, "eval_every": 6, "save_seconds": 0.0})
@@ -61,16 +63,12 @@ def run(config, store=None, splits=SPLITS):
     return setup, store, rows
 
 
-def test_distillation_agrees_with_torch():
-    torch = pytest.importorskip("torch")
-    student, teacher = (np.random.default_rng(i).normal(size=(7, 5)).astype(np.float32) for i in (0, 1))
+def test_distillation_agrees_with_torch(golden):
+    cases = golden("losses")["distillation"]
     for temperature in (1.0, 4.0):
-        one, two = (torch.tensor(x) / temperature for x in (student, teacher))
-        soft = torch.softmax(two, 1)
-        kl = torch.nn.functional.kl_div(torch.log_softmax(one, 1), soft, reduction="batchmean")
-        want = temperature**2 * (kl - (soft * soft.log()).sum(1).mean())
-        got = distillation(jnp.asarray(student), jnp.asarray(teacher), temperature)
-        assert float(got) == pytest.approx(float(want), rel=1e-5)
+        case = cases[f"{temperature:g}"]
+        got = distillation(jnp.asarray(case["student"]), jnp.asarray(case["teacher"]), temperature)
+        assert float(got) == pytest.approx(float(case["loss"]), rel=1e-5)
 
 
 def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
@@ -99,7 +97,7 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
 
 
 def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
-    config = lottery_lm.get_config("tiny")
+    config = completed(SCHEMA, lottery_lm.get_config("tiny"))
     config.seeds = (0,)
     config.train.update({"steps": "4it", "eval_every": 4})
     config.optimizer.warmup = 1
@@ -182,7 +180,7 @@ def test_a_split_without_examples_is_refused_before_the_search():
 
 @pytest.mark.parametrize("name", [*lottery_cifar.SMALL, "conv2-small", "resnet20-small", "vit-small"])
 def test_every_cifar_config_builds_its_network_and_its_search(name):
-    config = lottery_cifar.get_config(name)
+    config = completed(SCHEMA, lottery_cifar.get_config(name))
     side = 16 if name.endswith("small") else 32
     one = Images(np.zeros((1, side, side, 3), np.float32), np.zeros(1, np.int32))
     many = Images(np.zeros((200, side, side, 3), np.float32), np.zeros(200, np.int32))
