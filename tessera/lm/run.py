@@ -117,7 +117,8 @@ def build_run(c: ConfigDict) -> Run:
     """Check every setting, read the text, and make the parts of a run; nothing is written.
 
     Args:
-      c: complete settings: `completed(tessera.lm.schema.SCHEMA, config)` fills in what a config leaves out.
+      c: the settings of `tessera.lm.schema`, complete (the command line gives them so; see
+        `tessera.infra.schema.completed`).
 
     Raises:
       ConfigError: a setting that is wrong, by its path, or a text that is too small.
@@ -181,7 +182,8 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     optimizer = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=max(c.steps, 1))
     checked("config.optimizer", make_optimizer, optimizer)
     step = build(StepConfig, c.step, "config.step", ema=optimizer.ema)
-    model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
+    settings = {name: c.model[name] for name in c.model if name != "moe" or c.model.mlp == "routed"}
+    model = build(TransformerConfig, settings, "config.model", vocab_size=vocab_size)
     plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
     return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss)
 
