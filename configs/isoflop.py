@@ -1,6 +1,6 @@
 """An IsoFLOP sweep of tiny language models on the sources of Python's standard library.
 
-What: decoders over bytes, a width family under the maximal-update parametrisation, every size trained once and read out
+What: decoders over bytes, a width family under the maximal-update parametrization, every size trained once and read out
 at all budgets (warmup, stable learning rate, decays branched off); IsoFLOP minima, their power law with an interval,
 and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths, `batch` one
 of learning rates and batch sizes at two.

@@ -1,12 +1,9 @@
-"""Iterative magnitude pruning (IMP): whole searches for lottery tickets over a stack of seeds and arms.
+"""Iterative magnitude pruning (IMP): whole searches for lottery tickets over a stack of seeds and arms (`ARMS`).
 
 Frankle & Carbin 2019 (arXiv:1803.03635), section 2, strategy 1 of appendix B ("resetting"); late rewinding, to step
 k > 0, is Frankle et al. 2020 (arXiv:1912.05671). Level 0 trains each seed's dense network once. Every later level
 prunes, sets the surviving weights back, and trains all arms of all seeds as one stack. The training function is an
 argument, so nothing here knows about data, models or losses.
-
-    def train_fn(starts: Starts, *, level: int) -> Trained: ...
-    rows = search(init_fn, train_fn, Memory(), SearchConfig(seeds=(0, 1, 2), levels=5))
 
 `Memory` keeps levels in a dict; a store on disk with the same three methods makes the search resumable.
 """
@@ -26,10 +23,24 @@ from lottery import controls, criteria, prune, transform
 from lottery import masks as masks_lib
 from lottery.search_config import ARMS, BORROWED, Arm, SearchConfig, level_counts
 
-__all__ = ["ARMS", "Arm", "Memory", "Row", "SearchConfig", "Starts", "Store", "Trained", "level_names", "search"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Memory",
+    "SearchConfig",
+    "Starts",
+    "Store",
+    "Trained",
+    "initial_weights",
+    "level_like",
+    "level_names",
+    "search",
+    "search_keys",
+]
+
 
 Row = dict[str, Any]
-# Evidence that a search gathers itself.
+# ScoreInputs that a search gathers itself.
 _OWN = ("key", "initial", "opt_state")
 
 
@@ -49,6 +60,12 @@ class Starts:
       teachers: with `SearchConfig.teacher` at level >= 1, [S, ...] trained weights each network is to be distilled
         from.
       late: [S] bool, rows whose learning rate begins where the schedule ends (fine-tuning); empty for none.
+
+    Example:
+      >>> params = {"kernel": jnp.zeros((1, 3))}
+      >>> starts = lottery.imp.Starts(params, lottery.masks.ones(params), None, 0, np.array([7]), (("dense", 7),))
+      >>> starts.names
+      (('dense', 7),)
     """
 
     params: PyTree
@@ -72,6 +89,10 @@ class Trained:
       snapshot: looked at on level 0 with rewind > 0 only: {"params": [S, ...], "opt_state": [S, ...]} as they were
         after step `rewind` ("opt_state" needed with rewind_optimizer only).
       movement: with score "movement" only, [S, ...] the scores of `criteria.track_movement` over this training.
+
+    Example:
+      >>> lottery.imp.Trained(params={"kernel": jnp.zeros((1, 3))}, rows=[{"final_test_accuracy": 0.9}]).rows
+      [{'final_test_accuracy': 0.9}]
     """
 
     params: PyTree
@@ -82,7 +103,14 @@ class Trained:
 
 @runtime_checkable
 class Store(Protocol):
-    """Keeps finished levels. `save` must be atomic: afterwards `has` is true, and killed half-way it stays false."""
+    """A protocol: a place for finished levels.
+
+    `save` must be atomic: afterwards `has` is true, and killed half-way it stays false.
+
+    Example:
+      >>> isinstance(lottery.imp.Memory(), lottery.imp.Store)
+      True
+    """
 
     def has(self, level: int) -> bool:
         """Whether the level was saved completely."""
@@ -98,7 +126,14 @@ class Store(Protocol):
 
 
 class Memory:
-    """A store in a dict, for searches that need not outlive the process."""
+    """A store in a dict, for searches that need not outlive the process.
+
+    Example:
+      >>> store = lottery.imp.Memory()
+      >>> store.save(0, {"params": 1}, [])
+      >>> store.has(0), store.has(1)
+      (True, False)
+    """
 
     def __init__(self):
         self.levels: dict[int, tuple[PyTree, list[Row]]] = {}
@@ -124,10 +159,10 @@ def search(
     config: SearchConfig,
     *,
     opt_init: Callable[[PyTree], PyTree] | None = None,
-    evidence: criteria.Evidence | None = None,
+    score_inputs: criteria.ScoreInputs | None = None,
     given: Callable[[int], PyTree] | None = None,
 ) -> list[Row]:
-    """Run the search, level by level; levels the store already has are loaded instead of trained.
+    """Search for lottery tickets, level by level; levels the store already has are loaded instead of trained.
 
     All randomness comes from (seed, level, arm), so a search killed at any moment and started again on the same store
     gives bit for bit the rows and masks of one that was never killed, if train_fn is deterministic.
@@ -141,7 +176,7 @@ def search(
         score "movement" adds "movement" to every level.
       config: the search.
       opt_init: params -> optimizer state of one network; needed with `rewind_optimizer` only.
-      evidence: what the score of the config looks at, the same for all networks: loss_fn and batches, apply_fn and
+      score_inputs: what the score of the config looks at, the same for all networks: loss_fn and batches, apply_fn and
         inputs (see `criteria.CRITERIA`). The key, the initial weights and movement come from the search.
       given: for the arm "transfer": level -> masks [seeds, ...] like a stack of params, see `lottery.transfer`.
 
@@ -151,10 +186,19 @@ def search(
 
     Raises:
       ValueError: rules, rates or `output` that match no parameter; a structure that does not fit one (naming its path);
-        missing opt_init, evidence, given or snapshot; train_fn returning the wrong number of rows or weights that
+        missing opt_init, score_inputs, given or snapshot; train_fn returning the wrong number of rows or weights that
         should be zero and are not.
+
+    Example:
+      >>> def train_fn(starts, *, level):  # a real one trains starts.params under starts.masks
+      ...     return lottery.imp.Trained(starts.params, rows=[{"loss": 0.0} for _ in starts.names])
+      >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
+      >>> config = lottery.imp.SearchConfig(levels=2, rate=0.5, output="", arms=("ticket",))
+      >>> rows = lottery.imp.search(init_fn, train_fn, lottery.imp.Memory(), config)
+      >>> [(row["arm"], row["density"]) for row in rows]
+      [('dense', 1.0), ('ticket', 0.5), ('ticket', 0.25)]
     """
-    parts = _Search(init_fn, config, opt_init, evidence or criteria.Evidence(), given)
+    parts = _Search(init_fn, config, opt_init, score_inputs or criteria.ScoreInputs(), given)
     rows: list[Row] = []
     dense, previous = None, None
     for level in range(config.levels + 1):
@@ -175,15 +219,15 @@ def search(
 class _Search:
     """Makes the stacks of one search; holds what follows from the arguments of `search`, and compiled functions."""
 
-    def __init__(self, init_fn, config: SearchConfig, opt_init, evidence: criteria.Evidence, given):
+    def __init__(self, init_fn, config: SearchConfig, opt_init, score_inputs: criteria.ScoreInputs, given):
         if config.rewind_optimizer and opt_init is None:
             raise ValueError("search: rewind_optimizer needs opt_init, e.g. the optimizer's init function")
         if given is None and any(ARMS[arm].mask == "given" for arm in config.arms):
             raise ValueError("search: the arm 'transfer' needs `given`, a function from levels to masks")
-        missing = [n for n in criteria.CRITERIA[config.score][1] if n not in _OWN and getattr(evidence, n) is None]
+        missing = [n for n in criteria.CRITERIA[config.score][1] if n not in _OWN and getattr(score_inputs, n) is None]
         if missing:
-            raise ValueError(f"search: score {config.score!r} needs evidence: Evidence({', '.join(missing)})")
-        self.config, self.opt_init, self.evidence, self.given = config, opt_init, evidence, given
+            raise ValueError(f"search: score {config.score!r} needs score_inputs: ScoreInputs({', '.join(missing)})")
+        self.config, self.opt_init, self.score_inputs, self.given = config, opt_init, score_inputs, given
         self.init = jax.jit(jax.vmap(init_fn))
         self.shapes = jax.eval_shape(init_fn, jax.random.key(0))
         self.which = masks_lib.prunable(self.shapes, config.rules)
@@ -272,8 +316,8 @@ class _Search:
 
     def _mask(self, level: int, arm: str, before: PyTree, dense: PyTree, masks: dict[str, PyTree]) -> PyTree:
         source, keys, counts = ARMS[arm].mask, search_keys(self.config, level, arm), self.counts[level]
-        # Arrays of the evidence are arguments of the compiled functions: captured, they would be folded into them.
-        data = self.evidence.batches, self.evidence.inputs
+        # Arrays of the score_inputs are arguments of the compiled functions: captured, they would be folded into them.
+        data = self.score_inputs.batches, self.score_inputs.inputs
         if source in ("own", "oneshot"):
             tree = before if source == "own" else dense
             trained = tree["params"], tree["masks"], self.initial(), tree.get("movement")
@@ -293,10 +337,10 @@ class _Search:
     def _score(self, params: PyTree, initial: PyTree, movement: PyTree, key: jax.Array, data: Any) -> PyTree:
         state = None if movement is None else criteria.MovementState(movement)
         batches, inputs = data
-        evidence = dataclasses.replace(
-            self.evidence, key=key, initial=initial, opt_state=state, batches=batches, inputs=inputs
+        score_inputs = dataclasses.replace(
+            self.score_inputs, key=key, initial=initial, opt_state=state, batches=batches, inputs=inputs
         )
-        return criteria.score(self.config.score, params, evidence)
+        return criteria.score(self.config.score, params, score_inputs)
 
     def _prune_one(self, params, masks, initial, movement, key, counts: dict[str, Any], data: Any) -> PyTree:
         score = self._score(params, initial, movement, key, data)
@@ -379,19 +423,29 @@ class _Search:
 
 
 def level_names(config: SearchConfig, level: int) -> tuple[tuple[str, int], ...]:
-    """(arm, seed) of every row of a level's stack, arm-major; level 0 has one "dense" row per seed."""
+    """List (arm, seed) of every row of a level's stack, arm-major; level 0 has one "dense" row per seed.
+
+    Example:
+      >>> lottery.imp.level_names(lottery.imp.SearchConfig(seeds=(3, 5), arms=("ticket",)), 1)
+      (('ticket', 3), ('ticket', 5))
+    """
     arms = ("dense",) if level == 0 else config.arms
     return tuple((arm, seed) for arm in arms for seed in config.seeds)
 
 
 def level_like(params: PyTree, config: SearchConfig, level: int, opt_state: PyTree | None = None) -> PyTree:
-    """Shapes of the tree that a search stores of a level.
+    """Make the shapes of the tree that a search stores of a level.
 
     Args:
       params: of one network, arrays or shapes.
       config: the search.
       level: 0 for the dense networks.
       opt_state: of one network, where the search stores it (level 0 with rewind_optimizer).
+
+    Example:
+      >>> tree = lottery.imp.level_like({"kernel": jnp.zeros(3)}, lottery.imp.SearchConfig(seeds=(0, 1)), 0)
+      >>> tree["reset"]["kernel"].shape
+      (2, 3)
     """
     size = len(level_names(config, level))
 
@@ -409,12 +463,25 @@ def level_like(params: PyTree, config: SearchConfig, level: int, opt_state: PyTr
 
 
 def initial_weights(init_fn: Callable[[jax.Array], PyTree], config: SearchConfig) -> PyTree:
-    """The initializations [seeds, ...] that a search of this config begins with."""
+    """Draw the initializations [seeds, ...] that a search of this config begins with.
+
+    Example:
+      >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
+      >>> lottery.imp.initial_weights(init_fn, lottery.imp.SearchConfig(seeds=(0, 1)))["dense0"]["kernel"].shape
+      (2, 4, 5)
+    """
     return jax.jit(jax.vmap(init_fn))(search_keys(config, 0, "init"))
 
 
 def search_keys(config: SearchConfig, level: int, name: str) -> jax.Array:
-    """[seeds] typed keys. Arms are told apart by name, so adding an arm changes nothing in the others."""
+    """Derive the PRNG keys [seeds] of a level and a name.
+
+    Arms are told apart by name, so adding an arm changes nothing in the others.
+
+    Example:
+      >>> lottery.imp.search_keys(lottery.imp.SearchConfig(seeds=(0, 1)), 1, "ticket").shape
+      (2,)
+    """
     seeds = jnp.asarray(config.seeds, jnp.uint32)
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     return fold(fold(jax.vmap(jax.random.key)(seeds), level), zlib.crc32(name.encode()))

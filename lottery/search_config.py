@@ -1,9 +1,11 @@
-"""The settings of a lottery-ticket search: its arms, and how many weights stay in every layer at every level."""
+"""The settings of a lottery-ticket search: its arms (`ARMS`), and the weights that stay in every layer and level."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from lottery import allocation, criteria, prune, schedules, structures
+
+__all__ = ["ARMS", "Arm", "SearchConfig", "level_counts"]
 
 TEACHERS = ("", "dense", "previous")
 
@@ -27,6 +29,10 @@ class Arm:
         "trained": this arm's weights at the end of the level before;
         "fresh": a new initialization; "same_sign": its magnitudes with the first initialization's signs.
       late: the learning rate begins where the schedule ends, instead of going back to step `rewind` with the counters.
+
+    Example:
+      >>> lottery.search_config.ARMS["reinit"]
+      Arm(mask='ticket', weights='fresh', late=False)
     """
 
     mask: str
@@ -79,7 +85,7 @@ class SearchConfig:
       scope: "layer" (every layer at its own rate), "global" (the lowest scores anywhere), "uniform" (every layer, the
         output too, at the level's density) or "erk" (densities by Erdos-Renyi-Kernel, see `lottery.allocation`).
       rates: with scope "layer", (regular expression over paths, rate) pairs that come before `output_rate`.
-      score: a name in `lottery.criteria.CRITERIA`; those that look at data need the `evidence` of `search`.
+      score: a name in `lottery.criteria.CRITERIA`; those that look at data need the `score_inputs` of `search`.
       structure: the sparsity pattern, a name for `lottery.structures.parse`: "unstructured", "2:4", "16x16", ...
       rounds: rounds in which the arm "at_init" scores anew and prunes (SynFlow's paper takes 100).
       teacher: what tickets are distilled from: "" (nothing), "dense" (the dense network of the seed) or "previous" (the
@@ -91,6 +97,10 @@ class SearchConfig:
       rewind_optimizer: also go back to the optimizer's state of that step (needs rewind > 0 and `opt_init` in
         `search`).
       rules: (regular expression, prunable?) over parameter paths, see `lottery.masks.prunable`.
+
+    Example:
+      >>> lottery.search_config.SearchConfig(levels=3, rate=0.5).final_density
+      0.125
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -187,7 +197,7 @@ SCHEDULES: dict[str, Callable[[SearchConfig], list[float]]] = {
 def level_counts(
     config: SearchConfig, units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[str, int]]:
-    """Units that stay after each level, by group ("*" or paths): the same in all seeds and arms.
+    """Compute the units that stay after each level, by group ("*" or paths): the same in all seeds and arms.
 
     Args:
       config: the search.
@@ -196,6 +206,11 @@ def level_counts(
 
     Raises:
       ValueError: a rule that matches no path.
+
+    Example:
+      >>> config = lottery.search_config.SearchConfig(levels=2, rate=0.5)
+      >>> lottery.search_config.level_counts(config, {"dense0/kernel": 100, "output/kernel": 20}, {})
+      [{'dense0/kernel': 50, 'output/kernel': 15}, {'dense0/kernel': 25, 'output/kernel': 11}]
     """
     rates = SCHEDULES[config.schedule](config) if config.levels else []
     if config.scope in DENSITY_SCOPES:
@@ -207,7 +222,7 @@ def level_counts(
     for rate in rates:
         scope = RATE_SCOPES[config.scope](config, rate)
         alive = prune.pool_sizes(alive, scope)
-        quotas = prune.quotas(alive, scope)
-        alive = {group: alive[group] - quotas[group] for group in alive}
+        removals = prune.removal_counts(alive, scope)
+        alive = {group: alive[group] - removals[group] for group in alive}
         result.append(alive)
     return result

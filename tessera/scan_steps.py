@@ -13,22 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from tessera.step import TrainState
-
 Row = dict[str, Any]
 
 
 def scan_steps(
     step_fn: Callable[[Any, Int[Array, " B"]], tuple[Any, Float[Array, ""]]],
-    state: TrainState,
+    state: Any,
     index_TB: Int[Array, "T B"],
     count: Int[Array, ""] | int | None = None,
-) -> tuple[TrainState, Float[Array, ""]]:
+) -> tuple[Any, Float[Array, ""]]:
     """Take one optimizer step for each row of a block of batch indices, as a loop inside one program.
 
     Args:
       step_fn: (state, indices of the batch) -> (state, loss); e.g. around `tessera.step.make_train_step`.
-      state: before the first step.
+      state: before the first step, a `tessera.step.TrainState`.
       index_TB: the rows of the data set that make up each batch.
       count: how many rows to use, may be traced: one program serves blocks of every length up to T. None uses all.
 
@@ -39,7 +37,7 @@ def scan_steps(
         state, loss_T = jax.lax.scan(step_fn, state, index_TB)
         return state, loss_T.mean()
 
-    def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+    def body(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
         new, loss = step_fn(carry[0], index_TB[i])
         return new, carry[1] + loss
 

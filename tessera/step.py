@@ -1,7 +1,7 @@
 """One optimizer step as a pure function: gradient, update, moving average, and what to look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -102,7 +102,7 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return step
 

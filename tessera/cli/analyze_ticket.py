@@ -13,7 +13,7 @@ from tessera.infra.memo import Memo
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
-from tessera.tickets.probe_report import analyse, analysis_report
+from tessera.tickets.probe_report import analysis_report, analyze
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import finished
 
@@ -49,5 +49,5 @@ def main(invocation: Invocation) -> None:
     workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config, defaults=invocation.defaults)
     memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
-    found = analyse(search, memo, settings, levels)
+    found = analyze(search, memo, settings, levels)
     print_report(analysis_report, workdir, search, found, settings)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lottery.search_config import ARMS
-from lottery.summary import DENSE, differences, summarise
+from lottery.summary import DENSE, differences, summarize
 from tessera.infra.logger import Rows
 from tessera.reports import style
 from tessera.reports.style import INK, Axes, Figure, canvas, line_with_band, pick, titles, weights_axis
@@ -101,7 +101,7 @@ def series(rows: Rows, value: str) -> dict[str, list[Point]]:
 
     Every arm begins at the dense network, which DENSE holds alone.
     """
-    cells = summarise(_numbers(rows, value), value)
+    cells = summarize(_numbers(rows, value), value)
     dense = [cell for cell in cells if cell["arm"] == DENSE]
     found = {arm: _points(dense + [cell for cell in cells if cell["arm"] == arm]) for arm in arms(rows)}
     own = {cell["arm"] for cell in cells if np.isfinite(cell["mean"])}

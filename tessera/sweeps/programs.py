@@ -1,4 +1,4 @@
-"""The compiled programs of one small training run: initialise, take many steps, evaluate, measure gradient noise.
+"""The compiled programs of one small training run: initialize, take many steps, evaluate, measure gradient noise.
 
 The models of a sweep are tiny, so what counts is overhead: the text lives on the device, one call takes many steps, and
 trunk and decays of a size share one program (the schedule's numbers and the number of steps are arguments).
@@ -34,16 +34,16 @@ class TrialConfig:
     """How every run of a sweep is trained.
 
     Attributes:
-      parametrisation, base_width: of the width transfer, see `scaling.mup`; learning rates are those of the base.
+      parametrization, base_width: of the width transfer, see `scaling.mup`; learning rates are those of the base.
       b1, b2, eps, weight_decay, clip_norm: of AdamW; the decay is times the learning rate, gains are not decayed.
       decay_shape: how the learning rate falls in a decay: "sqrt", 1 - sqrt(x) (Hägele et al. 2024), or "linear", 1 - x.
       eval_tokens: validation tokens of one readout, the same ones for every run.
       noise_batches: batches from which the gradient noise scale is estimated at every branch point; 0 for none.
       chunk: steps of one call.
-      save_seconds: between saves of a trunk; besides, every branch point is kept.
+      save_seconds: between saves of a trunk; besides, every branch point is saved.
     """
 
-    parametrisation: str = "mup"
+    parametrization: str = "mup"
     base_width: int = 16
     b1: float = 0.9
     b2: float = 0.95
@@ -57,7 +57,7 @@ class TrialConfig:
     save_seconds: float = 20.0
 
     def __post_init__(self):
-        factors("hidden", 1.0, self.parametrisation)
+        factors("hidden", 1.0, self.parametrization)
         if self.decay_shape not in DECAYS:
             raise ValueError(f"decay_shape={self.decay_shape!r}: choose one of {', '.join(DECAYS)}")
         if self.noise_batches == 1 or self.noise_batches < 0:
@@ -102,11 +102,11 @@ def role_of(path: tuple[Any, ...]) -> str:
     return "vector" if name.endswith("/gain") else "hidden"
 
 
-def factor_trees(params: PyTree, ratio: float, parametrisation: str) -> tuple[PyTree, PyTree]:
+def factor_trees(params: PyTree, ratio: float, parametrization: str) -> tuple[PyTree, PyTree]:
     """Factors on initial values and on learning rates (floats) in the structure of `params`, which may be abstract."""
     found = [
         jax.tree_util.tree_map_with_path(
-            lambda path, _, what=what: factors(role_of(path), ratio, parametrisation)[what], params
+            lambda path, _, what=what: factors(role_of(path), ratio, parametrization)[what], params
         )
         for what in (0, 1)
     ]
@@ -137,7 +137,7 @@ class Trial:
         self.seed, self.config = seed, config
         abstract = jax.eval_shape(self._initial)
         self.init_factors, self.lr_factors = factor_trees(
-            abstract, sizes["width"] / config.base_width, config.parametrisation
+            abstract, sizes["width"] / config.base_width, config.parametrization
         )
 
     def _initial(self) -> PyTree:

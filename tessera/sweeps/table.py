@@ -59,7 +59,7 @@ class SweepTable:
         return done / total if total else 1.0
 
     def left(self, status: Status, now: float) -> str:
-        """Time left in words; "" while nothing has been done since the first call."""
+        """Time left as text; "" while nothing has been done since the first call."""
         done = self.share(status)
         self._began = began, before = self._began or (now, done)
         return f"{clock((now - began) / (done - before) * (1 - done))} left" if before < done < 1 else ""

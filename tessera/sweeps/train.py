@@ -134,7 +134,7 @@ class Trainer:
             begun = step
 
         marks = [*range(start + chunk, until, chunk), until] if until > start else []
-        saving = {"save": self._save if save else None, "save_seconds": self.config.save_seconds}
+        saving: dict[str, Any] = {"save": self._save if save else None, "save_seconds": self.config.save_seconds}
         return run_blocks(advance, state, marks, start=start, names=[self.run.name], after=after, **saving)[1]
 
     def read_out(self, state: TrainState, readout: Readout, schedule: Schedule) -> dict[str, Any]:

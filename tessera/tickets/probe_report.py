@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 OTHER_ORDER = 500_000
 
 
-def analyse(search: Finished, memo: Memo, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
+def analyze(search: Finished, memo: Memo, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
     """Rows of all three parts for the given levels of a search, computed once.
 
     connectivity: every ticket (and dense network) is trained a second time from its starting point in another order of
@@ -88,7 +88,7 @@ def analysis_report(workdir: Path | str, search: Finished, found: dict[str, Rows
     shown = [name for name in parts if found[name]]
     for name in shown:
         summary.write_csv(found[name], workdir / f"{name}.csv")
-    sections = [Section("", paragraphs(*_words(found))), *(parts[name](found[name], config) for name in shown)]
+    sections = [Section("", paragraphs(*_findings(found))), *(parts[name](found[name], config) for name in shown)]
     title = f"Connectivity, overlap and sharpness of the tickets of {search.store.directory.parent.name}"
     return write_report(workdir, title, [*sections, config_section(workdir)])
 
@@ -104,7 +104,7 @@ def _column(rows: Rows, name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
-def _words(found: dict[str, Rows]) -> list[str]:
+def _findings(found: dict[str, Rows]) -> list[str]:
     texts = []
     for (level, arm), rows in _by(found["connectivity"], "level", "arm").items():
         rises = _column(rows, "instability")

@@ -1,4 +1,4 @@
-"""The report of a lottery search: findings in words, tables with intervals, figures, the settings."""
+"""The report of a lottery search: findings, tables with intervals, figures, the settings."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -90,7 +90,7 @@ CAPTIONS = {
     "{bands}",
     "Accuracy at the end of training": "As the first figure, for the weights after the last step. {bands}",
     "Speed and fit": "Left: a lower line learns faster. Right: the validation loss at that step.",
-    "Learning curves": "Means over seeds; each line is labelled with its weights remaining, the dense network is "
+    "Learning curves": "Means over seeds; each line is labeled with its weights remaining, the dense network is "
     "dashed. The climb from chance at the start is cut off in the upper panels.",
     "Layers": "Mask of the {name}. Layers pruned at the same rate lie on top of each other.",
 }
@@ -205,13 +205,13 @@ def describe(rows: Rows, config: Mapping[str, Any]) -> str:
     if not levels:
         return f"{text}, with {seeds}. Nothing has been pruned yet."
     text += f", then pruned in {_count(levels, 'round')} down to {percent(last['density'])} ({last['alive']:,} weights)"
-    text += f", with {seeds}.{_pruning_words(search, last.get('start_step', 0))}"
+    text += f", with {seeds}.{_describe_pruning(search, last.get('start_step', 0))}"
     controls = [arm_name(arm) for arm in arms(rows) if arm != main_arm(rows)]
     return text + (f" Compared with it: {', '.join(controls)}." if controls else "")
 
 
-def _pruning_words(search: Mapping[str, Any], start: int) -> str:
-    """A round of pruning in words: criterion, structure, scope, rate, rewinding."""
+def _describe_pruning(search: Mapping[str, Any], start: int) -> str:
+    """Describe a round of pruning: criterion, structure, scope, rate, rewinding."""
     back = f"their values at step {start:,}" if start else "their initial values"
     resets = f", sets the ticket's surviving weights back to {back} and trains again."
     unit, scope = search.get("structure", "unstructured"), str(search.get("scope"))
@@ -306,7 +306,7 @@ def caveats(rows: Rows) -> str:
     elif dense and arms(rows):
         texts.append(
             f"Intervals are 95% Student-t over {dense[0].seeds} seeds, differences are paired by seed; the level named "
-            "above was picked after seeing all of them, so judge it together with its neighbours."
+            "above was picked after seeing all of them, so judge it together with its neighbors."
         )
     return " ".join(texts)
 

@@ -26,7 +26,7 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class EvidenceConfig:
+class ScoreInputsConfig:
     """Training examples that scores like SNIP look at, the first of a fixed random order.
 
     Attributes:
@@ -75,7 +75,7 @@ GROUPS: dict[str, Any] = {
     "optimizer": Group(OptimizerConfig, without=("lr", "steps"), defaults={"name": "adam"}),
     "train": Group(TicketConfig, without=("rewind",), defaults={"steps": "1000it"}, hints={"steps": str}),
     "search": Group(SearchConfig, without=("seeds",), defaults={"rewind": "0it"}, hints={"rewind": str}),
-    "evidence": Group(EvidenceConfig),
+    "score_inputs": Group(ScoreInputsConfig),
     "transfer": Group(TransferSource),
 }
 SCHEMA = Schema(SearchSettings, **GROUPS)

@@ -21,7 +21,7 @@ from tessera.infra.config import ConfigError, build, checked, unknown
 from tessera.infra.workdir import read_settings
 from tessera.models.registry import Network, make_network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
-from tessera.tickets.schema import EvidenceConfig
+from tessera.tickets.schema import ScoreInputsConfig
 from tessera.tickets.train import Programs, Splits, TicketConfig, make_loss, make_programs, train_stack
 
 # config.data.kind -> (dataclass of the other settings, loader).
@@ -82,7 +82,7 @@ class Setup:
     search: imp.SearchConfig
     optimizer: optax.GradientTransformationExtraArgs
     programs: Programs
-    evidence: criteria.Evidence
+    score_inputs: criteria.ScoreInputs
     size: int
     classes: int
 
@@ -123,7 +123,7 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
 
     Args:
       config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.optimizer.parse_steps`
-        reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
+        reads them; score_inputs, the examples that criteria like SNIP look at.
       splits: the data, if it has been loaded already.
 
     Raises:
@@ -149,16 +149,16 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     if search.score == "movement":
         optimizer = optax.with_extra_args_support(optax.chain(criteria.track_movement(), optimizer))
     programs = make_programs(splits, network, optimizer, ticket)
-    evidence = _evidence(network, splits, build(EvidenceConfig, config.evidence, "config.evidence"))
-    return Setup(splits, network, ticket, search, optimizer, programs, evidence, size, splits.num_classes)
+    score_inputs = _score_inputs(network, splits, build(ScoreInputsConfig, config.score_inputs, "config.score_inputs"))
+    return Setup(splits, network, ticket, search, optimizer, programs, score_inputs, size, splits.num_classes)
 
 
-def _evidence(network: Network, splits: Any, config: EvidenceConfig) -> criteria.Evidence:
+def _score_inputs(network: Network, splits: Any, config: ScoreInputsConfig) -> criteria.ScoreInputs:
     data = splits.train
     batch = min(config.batch_size, len(data.labels))
     count = min(config.batches, len(data.labels) // batch)
     index = np.random.default_rng(0).permutation(len(data.labels))[: count * batch].reshape(count, batch)
-    return criteria.Evidence(
+    return criteria.ScoreInputs(
         loss_fn=lambda params, pair: make_loss(network)(params, pair)[0],
         batches=(jnp.asarray(data.images[index]), jnp.asarray(data.labels[index])),
         apply_fn=network.apply,
@@ -205,7 +205,7 @@ def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained
         store,
         setup.search,
         opt_init=jax.jit(setup.optimizer.init),
-        evidence=setup.evidence,
+        score_inputs=setup.score_inputs,
         given=given,
     )
 

@@ -9,7 +9,7 @@ what the forward pass gives (`tessera.models.registry.Network.train`). So they a
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class TicketConfig:
       stack: "map" runs the scans of the tickets one after the other inside one program, "vmap" batches every product
         over the stack, "auto" takes what measured faster: "map" on CPU, "vmap" on accelerators.
       save_seconds: seconds between two saves of an unfinished level; 0 saves at every evaluation.
-      distil: weight of the teacher's part of the loss where the search has a teacher (`SearchConfig.teacher`), 0 to 1.
+      distill: weight of the teacher's part of the loss where the search has a teacher (`SearchConfig.teacher`), 0 to 1.
       temperature: of that part, see `tessera.losses.distillation`.
     """
 
@@ -61,7 +61,7 @@ class TicketConfig:
     rewind: int = 0
     stack: str = "auto"
     save_seconds: float = 20.0
-    distil: float = 0.5
+    distill: float = 0.5
     temperature: float = 4.0
 
     def __post_init__(self):
@@ -69,8 +69,8 @@ class TicketConfig:
             raise ValueError(f"stack={self.stack!r}: choose 'auto', 'map' or 'vmap'")
         if not 0 <= self.rewind < self.steps:
             raise ValueError(f"rewind={self.rewind} must lie in [0, steps={self.steps})")
-        if not 0 <= self.distil <= 1 or self.temperature <= 0:
-            raise ValueError(f"distil={self.distil} must lie in [0, 1], temperature={self.temperature} be positive")
+        if not 0 <= self.distill <= 1 or self.temperature <= 0:
+            raise ValueError(f"distill={self.distill} must lie in [0, 1], temperature={self.temperature} be positive")
         for name in ("steps", "batch_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -143,14 +143,14 @@ def evaluate(params: PyTree, batches: tuple[Array, Array], apply: ApplyFn) -> tu
 
 
 def make_loss(
-    network: Network, teacher: Callable[[Array], Array] | None = None, distil: float = 0.0, temperature: float = 1.0
+    network: Network, teacher: Callable[[Array], Array] | None = None, distill: float = 0.0, temperature: float = 1.0
 ) -> LossFn:
     """The training loss for `tessera.step.make_train_step`: mean cross-entropy, in nats, and new batch statistics.
 
     Args:
       network: what is trained.
       teacher: inputs -> logits to distill from (Hinton et al. 2015, arXiv:1503.02531); None for none.
-      distil: weight of that part of the loss.
+      distill: weight of that part of the loss.
       temperature: of that part.
     """
 
@@ -159,7 +159,7 @@ def make_loss(
         logits, statistics = network.train(params, x_BX)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y_B).mean()
         if teacher is not None:
-            loss = (1 - distil) * loss + distil * distillation(logits, teacher(x_BX), temperature)
+            loss = (1 - distill) * loss + distill * distillation(logits, teacher(x_BX), temperature)
         return loss, statistics
 
     return loss_fn
@@ -180,13 +180,13 @@ def train_block(
     tx = sparse(optimizer, masks, moments="in")
     train_step = make_train_step(loss_fn, tx, adjust=_with_statistics)
 
-    def step(state: TicketState, index_B: Array) -> tuple[TicketState, Array]:
+    def step(state: Any, index_B: Array) -> tuple[Any, Array]:
         state, metrics = train_step(state, (x_NX[index_B], y_N[index_B]), jax.random.key(0))
         return state, metrics["loss"]
 
     # What the steps do not change stays out of the loop.
-    after, loss = scan_steps(step, state.replace(best=None), index_TB)
-    return after.replace(opt_state=mask_state(after.opt_state, masks), best=state.best), loss
+    after, loss = scan_steps(step, replace(state, best=None), index_TB)
+    return replace(after, opt_state=mask_state(after.opt_state, masks), best=state.best), loss
 
 
 def _with_statistics(params: PyTree, metrics: dict[str, Any]) -> PyTree:
@@ -214,7 +214,7 @@ def make_programs(
       splits: the data, put on the device.
       network: what is trained.
       optimizer: optax transformation, without masks of its own.
-      config: schedule; `distil` and `temperature` of the loss where there are teachers.
+      config: schedule; `distill` and `temperature` of the loss where there are teachers.
       teacher: architecture of the teachers, where it is another one than `network`.
 
     Returns:
@@ -240,14 +240,14 @@ def make_programs(
     def advance_one(args, data, validation):
         state, masks, index_TB, weights = args
         target_fn = None if weights is None else partial(teacher_apply, weights)
-        loss_fn = make_loss(network, target_fn, config.distil, config.temperature)
+        loss_fn = make_loss(network, target_fn, config.distill, config.temperature)
         state, train_loss = train_block(state, masks, index_TB, *data, loss_fn=loss_fn, optimizer=optimizer)
         loss, accuracy = evaluate(state.params, validation, network.apply)
         better = loss < state.best.loss
         now = Best(loss, state.step, state.params)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, state.best)
         row = {"train_loss": train_loss, "validation_loss": loss, "validation_accuracy": accuracy}
-        return state.replace(best=best), row
+        return replace(state, best=best), row
 
     def test_one(state, test):
         _, early = evaluate(state.best.params, test, network.apply)
@@ -303,7 +303,7 @@ def train_blocks(
     """
 
     def advance(state: TicketState, start: int, stop: int) -> tuple[TicketState, dict[str, Array]]:
-        sizes = {"batch_size": config.batch_size, "size": size}
+        sizes: dict[str, int] = {"batch_size": config.batch_size, "size": size}
         index = [index_block(seed=int(seed), start=start, steps=stop - start, **sizes) for seed in seeds]
         return programs.advance(state, masks, np.stack(index), teachers)
 
@@ -364,7 +364,7 @@ def train_stack(
             unfinished.clear(before=step)
 
     names = [f"arm {arm}, seed {seed}" for arm, seed in starts.names]
-    order = {"config": config, "size": size, "seeds": starts.seeds, "start": start, "names": names}
+    order: dict[str, Any] = {"config": config, "size": size, "seeds": starts.seeds, "start": start, "names": names}
     marks, teachers = stops(config, start), starts.teachers
     _, state = train_blocks(programs, state, starts.masks, marks, **order, teachers=teachers, after=after, save=save)
     return Trained(state.params, _ticket_rows(state, rows, measure(programs, state)), snapshot, _movement(state))

@@ -46,15 +46,15 @@ def test_coupled_neurons_of_lenet_are_cut_out():
     same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
 
 
-@pytest.mark.parametrize("quota", [1, 6, 12])
-def test_neurons_that_read_nothing_become_part_of_the_next_bias(quota):
+@pytest.mark.parametrize("count", [1, 6, 12])
+def test_neurons_that_read_nothing_become_part_of_the_next_bias(count):
     params = lenet()
     which = masks.prunable(params)
-    quotas = {"dense0/kernel": quota, "dense1/kernel": min(quota, 11)}
-    mask = prune.remove(criteria.magnitude(params), masks.ones(params), which, quotas, "neuron")
+    removals = {"dense0/kernel": count, "dense1/kernel": min(count, 11)}
+    mask = prune.remove(criteria.magnitude(params), masks.ones(params), which, removals, "neuron")
     ticket = masks.apply(params, mask)
     small, hidden = compact.compact_mlp(ticket, LAYERS)
-    assert hidden == (20 - quota, 12 - min(quota, 11))
+    assert hidden == (20 - count, 12 - min(count, 11))
     same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
 
 

@@ -32,20 +32,20 @@ CONV = ConvConfig(blocks=((6, 8), (10,)), dense=(), classes=4)
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("dense", [(), (12,)], ids=["average", "flat"])
-@pytest.mark.parametrize("quota", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_channels_of_a_chain_are_cut_out(norm, dense, quota):
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_channels_of_a_chain_are_cut_out(norm, dense, count):
     config = dataclasses.replace(CONV, norm=norm, dense=dense)
     network = conv_net(config, X)
     tree = shaken(network.init(jax.random.key(0)))
     which = masks.prunable(tree, (("dense|output", False),))
-    quotas = {f"conv{i}/kernel": quota for i in range(3)}
-    mask = prune.remove(criteria.magnitude(tree), masks.ones(tree), which, quotas, "channel")
+    removals = {f"conv{i}/kernel": count for i in range(3)}
+    mask = prune.remove(criteria.magnitude(tree), masks.ones(tree), which, removals, "channel")
     ticket = masks.apply(tree, mask)
     links = compact_channels.chain(3, "dense0" if dense else "output", norm == "batch")
     small, left = compact_channels.compact_channels(ticket, links)
     # One channel of ones may stand for all that were cut.
     for name, size in zip(("conv0", "conv1", "conv2"), (6, 8, 10), strict=True):
-        assert size - quota <= left[name] <= size - quota + 1
+        assert size - count <= left[name] <= size - count + 1
     sizes = dataclasses.replace(config, blocks=((left["conv0"], left["conv1"]), (left["conv2"],)))
     close(network, ticket, conv_net(sizes, X), small)
     if norm == "batch":

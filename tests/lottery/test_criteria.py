@@ -141,7 +141,7 @@ def test_magnitude():
 
 @pytest.mark.parametrize("name", ["magnitude", "random"])
 def test_every_score_is_a_float32_tree_like_the_parameters_under_jit_and_vmap(name):
-    score = lambda params, key: criteria.score(name, params, criteria.Evidence(key=key))  # noqa: E731
+    score = lambda params, key: criteria.score(name, params, criteria.ScoreInputs(key=key))  # noqa: E731
     out = score(TREE, key=jax.random.key(0))
     chex.assert_trees_all_equal_shapes(out, TREE)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(out))

@@ -30,7 +30,7 @@ def values(rows, arm, level):
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 def test_intervals_agree_with_scipy(confidence):
     rows = make_rows()
-    table = summary.summarise(rows, "accuracy", confidence)
+    table = summary.summarize(rows, "accuracy", confidence)
     assert [(row["arm"], row["level"]) for row in table] == [
         ("dense", 0), ("ticket", 1), ("ticket", 2), ("reinit", 1), ("reinit", 2),
     ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_missing_values_are_left_out_and_counted():
     for row in rows:
         if row["arm"] == "ticket" and row["seed"] in (1, 3):
             row["accuracy"] = None
-    table = {(row["arm"], row["level"]): row for row in summary.summarise(rows, "accuracy")}
+    table = {(row["arm"], row["level"]): row for row in summary.summarize(rows, "accuracy")}
     assert table["ticket", 1]["n"] == 3 and table["reinit", 1]["n"] == 5
     assert [row["n"] for row in summary.differences(rows, "accuracy", "ticket", "reinit")] == [3, 3]
 
@@ -101,7 +101,7 @@ def test_csv_gives_every_number_back(tmp_path):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'speed'.*accuracy"):
-        summary.summarise(make_rows(), "speed")
+        summary.summarize(make_rows(), "speed")
     with pytest.raises(ValueError, match="'ticketing'.*dense, ticket, reinit"):
         summary.differences(make_rows(), "accuracy", "ticketing", "reinit")
 

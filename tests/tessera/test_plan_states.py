@@ -29,8 +29,8 @@ def first_params(config):
 def ticket(params):
     """Half of every kernel, the smallest weights gone."""
     which = masks_lib.prunable(params)
-    quotas = prune.quotas(prune.sizes(params, which), prune.Layerwise(0.5))
-    return prune.remove(criteria.magnitude(params), masks_lib.ones(params), which, quotas)
+    removals = prune.removal_counts(prune.sizes(params, which), prune.Layerwise(0.5))
+    return prune.remove(criteria.magnitude(params), masks_lib.ones(params), which, removals)
 
 
 def planned(config, axes, init):

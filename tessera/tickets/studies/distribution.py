@@ -1,7 +1,7 @@
 """The distribution of tickets: many tickets for every width and depth, the spread and the tail of their quality.
 
-Do bigger networks hold more good tickets, or better ones? What is given is the measured spread and the tail index with
-its interval (`lottery.tails`), not a verdict.
+Do bigger networks hold more good tickets, or better ones? Measured: the spread, and the tail index with its interval
+(`lottery.summary.tail_index`).
 """
 
 from dataclasses import dataclass, replace

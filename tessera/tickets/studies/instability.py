@@ -96,7 +96,7 @@ def _grow(setup: Setup, state: PyTree | None, start: int, stop: int) -> PyTree:
     masks = masks_lib.ones(state["params"])
     grown = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
     marks = [*range(start + setup.ticket.eval_every, stop, setup.ticket.eval_every), stop] if stop > start else []
-    order = {"config": setup.ticket, "size": setup.size, "seeds": setup.search.seeds, "start": start}
+    order: dict[str, Any] = {"config": setup.ticket, "size": setup.size, "seeds": setup.search.seeds, "start": start}
     _, grown = train_blocks(setup.programs, grown, masks, marks, **order)
     return {"params": grown.params, "opt_state": grown.opt_state}
 

@@ -93,13 +93,13 @@ def _setups(base: Setup, config: Any, study: PopulationConfig) -> dict[str, Setu
         "wide": wide,
         "half": half,
         "plain": taught(target, wide.network, 0.0),
-        "distilled": taught(target, wide.network, target.ticket.distil),
+        "distilled": taught(target, wide.network, target.ticket.distill),
     }
 
 
 def taught(setup: Setup, teacher: Network, weight: float) -> Setup:
     """The setup with `weight` of the loss from teachers of another architecture (`Starts.teachers`)."""
-    setup = replace(setup, ticket=replace(setup.ticket, distil=weight))
+    setup = replace(setup, ticket=replace(setup.ticket, distill=weight))
     return replace(setup, programs=setup.programs_for(teacher=teacher))
 
 

@@ -138,7 +138,7 @@ def advance(
     config = inputs.setup.ticket
     state = programs.init(params, masks, opt_state, start, start)
     looks = range(start + every, config.steps, every) if every else ()
-    order = {"config": config, "size": inputs.setup.size, "seeds": seeds, "start": start}
+    order: dict[str, Any] = {"config": config, "size": inputs.setup.size, "seeds": seeds, "start": start}
     after = lambda step, state, row: settled(step, state)  # noqa: E731
     return train_blocks(programs, state, masks, sorted({*stops(config, start), *looks}), **order, after=after)
 

@@ -195,7 +195,13 @@ class Comparison:
                 y = place + (i - (count - 1) / 2) * 0.6 / count
                 color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
                 dots(ax, values, [y] * n, color, 4.5, 0.35, marker)
-                look = {"color": color, "marker": marker, "markersize": 7.5, "capsize": 3, "linestyle": "none"}
+                look: dict[str, Any] = {
+                    "color": color,
+                    "marker": marker,
+                    "markersize": 7.5,
+                    "capsize": 3,
+                    "linestyle": "none",
+                }
                 label = f"{self.density(level)} of the weights" if count > 1 and not place else None
                 ax.errorbar([mean], [y], xerr=[half] if n > 1 else None, label=label, **look)
         if self.dense and not over:

@@ -115,7 +115,7 @@ def test_flags_and_names(tmp_path, monkeypatch):
 
 def test_settings_of_the_front_door():
     """What the documents promise of searches, with configs that do not mention it."""
-    digits = ["--config.search.schedule=cubic", "--config.search.teacher=dense", "--config.train.distil=.5"]
+    digits = ["--config.search.schedule=cubic", "--config.search.teacher=dense", "--config.train.distill=.5"]
     config = read("find-ticket", *digits, "--config.model.name=conv2", "--config.data.seed=1").config
     assert config.model.name == "conv2" and "hidden" not in config.model and config.search.teacher == "dense"
     assert (

@@ -113,9 +113,9 @@ def _each(tree, size):
 # --- the coordinate check of Yang et al. (2022), appendix D.1
 
 
-def moves(parametrisation, width, *, lr, steps=4, seed=0):
+def moves(parametrization, width, *, lr, steps=4, seed=0):
     """Root mean square change, over `steps` steps of Adam, of a logit and of a coordinate of the block's output."""
-    trial = Trial(settings(width, layers=1), seed, TrialConfig(parametrisation=parametrisation, base_width=16))
+    trial = Trial(settings(width, layers=1), seed, TrialConfig(parametrization=parametrization, base_width=16))
     tokens, index = text(), np.arange(16, dtype=np.int32)[None].repeat(steps, 0)
 
     def activations(params, inputs):
@@ -133,9 +133,9 @@ def moves(parametrisation, width, *, lr, steps=4, seed=0):
     return [float(x) for x in run(tokens, jnp.asarray(index))]
 
 
-def slopes(parametrisation, widths, **options):
+def slopes(parametrization, widths, **options):
     """Exponents of width in the moves."""
-    table = np.log([moves(parametrisation, width, **options) for width in widths])
+    table = np.log([moves(parametrization, width, **options) for width in widths])
     return np.polyfit(np.log(widths), table, 1)[0]
 
 
@@ -152,7 +152,7 @@ def test_coordinates_move_alike_at_every_width(widths):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parametrisation": "ntk"}, "mup"),
+        ({"parametrization": "ntk"}, "mup"),
         ({"decay_shape": "cos"}, "sqrt"),
         ({"noise_batches": 1}, "at least 2"),
         ({"chunk": 0}, "chunk"),

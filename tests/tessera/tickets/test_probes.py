@@ -43,7 +43,7 @@ def test_statistics_taken_anew_are_the_examples_own():
 def setup():
     config = completed(SCHEMA, lottery_digits.get_config())
     config.model = ConfigDict({"hidden": (5,)})
-    config.evidence = ConfigDict({"batches": 1, "batch_size": 5})
+    config.score_inputs = ConfigDict({"batches": 1, "batch_size": 5})
     return make_setup(config, SPLITS)
 
 

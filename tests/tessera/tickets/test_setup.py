@@ -50,7 +50,7 @@ def small(**changes):
     config.model = ConfigDict({"hidden": (6,)})
     config.train.update({"steps": "6it", "batch_size": 5, "eval_every": 6, "save_seconds": 0.0})
     config.search.update({"levels": 1, "rate": 0.5, "output_rate": 0.5})
-    config.evidence = ConfigDict({"batches": 2, "batch_size": 10})
+    config.score_inputs = ConfigDict({"batches": 2, "batch_size": 10})
     for path, value in changes.items():
         group, name = path.split("__")
         config[group][name] = value
@@ -121,7 +121,7 @@ def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
 def test_a_teacher_pulls_the_tickets_towards_itself():
     found = {}
     for weight in (0.0, 1.0):
-        config = small(search__teacher="dense", search__arms=("ticket",), train__distil=weight, train__steps="60it")
+        config = small(search__teacher="dense", search__arms=("ticket",), train__distill=weight, train__steps="60it")
         config.train.update({"eval_every": 60, "temperature": 2.0})
         config.lr = 0.01
         setup, store, _ = run(config)
@@ -159,7 +159,7 @@ WRONG = [
     ({"search__structure": "3:2"}, "config.search: SearchConfig.structure: 3:2 sparsity is impossible"),
     ({"search__score": "snop"}, "config.search: SearchConfig.score: 'snop' is not one of"),
     ({"search__scope": "erq"}, "config.search: SearchConfig.scope: 'erq'"),
-    ({"train__distil": 2.0}, "config.train: distil=2.0"),
+    ({"train__distill": 2.0}, "config.train: distill=2.0"),
     ({"model__name": "lenit"}, "config.model.name: no such setting; did you mean 'lenet'"),
     ({"model__norm": "batch"}, "config.model.norm: no such setting"),
     ({"data__kind": "sound"}, "config.data.kind"),
@@ -184,7 +184,7 @@ def test_every_cifar_config_builds_its_network_and_its_search(name):
     side = 16 if name.endswith("small") else 32
     one = Images(np.zeros((1, side, side, 3), np.float32), np.zeros(1, np.int32))
     many = Images(np.zeros((200, side, side, 3), np.float32), np.zeros(200, np.int32))
-    config.evidence = ConfigDict({"batches": 1, "batch_size": 1})
+    config.score_inputs = ConfigDict({"batches": 1, "batch_size": 1})
     setup = make_setup(config, ImageSplits(many, one, one, 10))
     shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
     which = masks_lib.prunable(shapes, setup.search.rules)
