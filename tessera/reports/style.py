@@ -200,6 +200,15 @@ def zoom(ax: Axes, lines: Sequence[Any], left: float | int) -> None:
         ax.set_ylim(values.min() - margin, values.max() + margin)
 
 
+def seed_marks(
+    ax: Axes, place: float | int, values: Any, color: str, marker: str = "o", label: str = "", column: bool = False
+) -> None:
+    """Draw a row of small pale marks for seeds and a large one for their mean, or a column of them, at a place."""
+    for x, size, alpha, name in ((list(values), 4.5, 0.35, None), ([np.mean(values)], 7.5, 1.0, label or None)):
+        xy = (x, [place] * len(x))
+        ax.plot(*(xy[::-1] if column else xy), marker, color=color, markersize=size, alpha=alpha, label=name)
+
+
 def reference(ax: Axes, y: float | int, label: str = "", color: str = INK) -> None:
     """Draw a dashed line across at a height to compare with."""
     ax.axhline(y, color=color, linewidth=1, linestyle=(0, (2, 2)), zorder=1.5, label=label or None)

@@ -22,7 +22,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import STATISTICS, Network
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
+from tessera.reports.style import INK, MARKERS, PALETTE, Figure, canvas, deferred, seed_marks, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup
 from tessera.tickets.studies.sparse_methods import Ground, SparseConfig, advance, lifted, make_ground, rows_of
 from tessera.tickets.studies.study import Study, with_interval
@@ -248,12 +248,9 @@ def _figure(rows: list[dict[str, Any]], names: list[tuple[str, str]], levels: li
                 mine = [row for row in rows if row["name"] == name and row["level"] == level]
                 values = [100 * row["final_test_accuracy"] for row in mine]
                 y = place + (i - (len(levels) - 1) / 2) * 0.3
-                style: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "linestyle": "none"}
-                style["marker"] = MARKERS[i % len(MARKERS)]
-                ax.plot(values, [y] * len(values), alpha=0.35, markersize=4.5, **style)
-                label = f"{mine[0]['density']:.1%} of the weights" if place == 0 else None
-                ax.plot([np.mean(values)], [y], markersize=7.5, label=label, **style)
-        ax.axvline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+                label = f"{mine[0]['density']:.1%} of the weights" if place == 0 else ""
+                seed_marks(ax, y, values, PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], label)
+        ax.axvline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
         labels = ["rewind" if name == TICKET and title != "Masks" else name for name in found]
         ax.set_yticks(range(len(found)), labels)
         ax.invert_yaxis()

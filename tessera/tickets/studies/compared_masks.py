@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from lottery import controls
 from lottery import masks as masks_lib
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, titles
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, seed_marks, titles
 from tessera.tickets.setup import Setup, starts_of
 from tessera.tickets.studies.study import Study, with_interval
 
@@ -92,10 +92,8 @@ def _figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], densities: 
             base = {row["seed"]: row[value] for row in cell(RANDOM, level)}
             height = [100 * (row[value] - base[row["seed"]]) for row in cell(name, level)]
             x = place + (i - (len(names) - 1) / 2) * 0.7 / len(names)
-            colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.plot([x] * len(height), height, marker, color=colour, alpha=0.35, markersize=5)
-            mark: dict[str, Any] = {"marker": marker, "color": colour, "markersize": 8, "linestyle": "none"}
-            ax.plot([x], [np.mean(height)], label=None if place else name, **mark)
+            look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "column": True}
+            seed_marks(ax, x, height, label="" if place else name, **look)
     ax.set_xticks(range(len(levels)), densities)
     titles(ax, title, "weights remaining", "points over random masks of the same seed")
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="mask")

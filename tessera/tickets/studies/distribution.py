@@ -16,7 +16,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, ramp, titles
+from tessera.reports.style import MUTED, Figure, canvas, deferred, ramp, titles
 from tessera.tickets.programs import make_programs
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
 from tessera.tickets.studies.study import Study
@@ -145,26 +145,26 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
 
 @deferred
 def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
-    """Left the spread of accuracy over size, right the tail index with its interval; a colour for every depth."""
+    """Left the spread of accuracy over size, right the tail index with its interval; a color for every depth."""
     figure, axes = canvas(2, width=9.6, height=3.8)
-    for depth, colour in zip(study.depths, ramp(len(study.depths)), strict=True):
+    for depth, color in zip(study.depths, ramp(len(study.depths)), strict=True):
         mine = [cell for cell in cells if cell.depth == depth]
         for cell in mine:
             low, middle, high = cell.quantiles
-            axes[0].plot([cell.weights] * 2, [low, high], color=colour, linewidth=1.6, solid_capstyle="round")
-            axes[0].plot([cell.weights], [middle], "o", color=colour, markersize=4.5)
-            axes[0].plot([cell.weights], [cell.accuracy.max()], "_", color=colour, markersize=8)
+            axes[0].plot([cell.weights] * 2, [low, high], color=color, linewidth=1.6, solid_capstyle="round")
+            axes[0].plot([cell.weights], [middle], "o", color=color, markersize=4.5)
+            axes[0].plot([cell.weights], [cell.accuracy.max()], "_", color=color, markersize=8)
         index = np.asarray([cell.tail.index for cell in mine])
         bars = np.asarray([[c.tail.index - c.tail.low for c in mine], [c.tail.high - c.tail.index for c in mine]])
         look: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "none"}
         label = f"{depth} hidden layer{'s' * (depth > 1)}"
-        axes[1].errorbar([cell.weights for cell in mine], index, np.maximum(bars, 0), color=colour, label=label, **look)
+        axes[1].errorbar([cell.weights for cell in mine], index, np.maximum(bars, 0), color=color, label=label, **look)
     ticks = [cell.weights for cell in cells if cell.depth == study.depths[0]]
     for ax in axes:
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{weights:,}" for weights in ticks])
         ax.set_xticks([], minor=True)
-    axes[1].axhline(0, color="#66737f", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes[1].axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes[1].legend(frameon=False, fontsize=9)
     titles(axes[0], "Test accuracy of tickets", "weights of the ticket", "%: median, 5% to 95%, best (dash)")
     titles(axes[1], "Upper tail of 1 / test loss", "weights of the ticket", "extreme value index, 95% interval")

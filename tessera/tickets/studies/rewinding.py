@@ -16,7 +16,7 @@ from lottery.levels import level_like
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, label_lines, titles
+from tessera.reports.style import INK, MARKERS, PALETTE, Figure, canvas, deferred, label_lines, titles
 from tessera.tickets.setup import Setup, make_setup
 from tessera.tickets.store import LevelStore
 from tessera.tickets.studies.study import Study, with_interval
@@ -110,7 +110,7 @@ def _figure(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) ->
         ax.errorbar(x, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)[0].set_label(label)
         densities = [part[0]["density"] for part in parts]
     dense = scale * np.mean([row[study.value] for row in rows if row["level"] == 0 and row["rewind"] == late])
-    ax.axhline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+    ax.axhline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
     ax.text(0.01, dense, "dense", transform=ax.get_yaxis_transform(), fontsize=8, va="bottom")
     ax.set_xlim(0.5, len(levels) + 0.5)
     ax.set_xticks(levels, [f"{density:.1%}" for density in densities])

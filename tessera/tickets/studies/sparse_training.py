@@ -15,7 +15,7 @@ from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Pieces
 from tessera.reports.html import Table
-from tessera.reports.style import PALETTE, Figure, canvas, deferred, titles
+from tessera.reports.style import INK, PALETTE, Figure, canvas, deferred, seed_marks, titles
 from tessera.tickets.setup import Setup, make_setup, search_tickets
 from tessera.tickets.store import LevelStore
 from tessera.tickets.studies.sparse_methods import METHODS, Ground, Method, SparseConfig, make_ground
@@ -110,9 +110,8 @@ def _figure(values: Mapping[str, list[float]]) -> Figure:
     figure, (ax,) = canvas(1, width=7.2, height=0.9 + 0.34 * len(values))
     names = [name for name in values if name != "dense"]
     for place, name in enumerate(names):
-        ax.plot(values[name], [place] * len(values[name]), "o", color=PALETTE[0], alpha=0.35, markersize=5)
-        ax.plot([np.mean(values[name])], [place], "o", color=PALETTE[0], markersize=8)
-    ax.axvline(float(np.mean(values["dense"])), color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+        seed_marks(ax, place, values[name], PALETTE[0])
+    ax.axvline(float(np.mean(values["dense"])), color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     titles(ax, "Ways to a sparse network", "test accuracy (%)", "")
