@@ -92,7 +92,11 @@ def _figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], densities: 
             base = {row["seed"]: row[value] for row in cell(RANDOM, level)}
             height = [100 * (row[value] - base[row["seed"]]) for row in cell(name, level)]
             x = place + (i - (len(names) - 1) / 2) * 0.7 / len(names)
-            look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "column": True}
+            look: dict[str, Any] = {
+                "color": PALETTE[i % len(PALETTE)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "column": True,
+            }
             seed_marks(ax, x, height, label="" if place else name, **look)
     ax.set_xticks(range(len(levels)), densities)
     titles(ax, title, "weights remaining", "points over random masks of the same seed")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lottery import summary
 from tessera.infra.logger import write_text
 from tessera.reports.html import Section, Table, config_section, paragraphs, write_number, write_report
-from tessera.reports.style import Figure
+from tessera.reports.style import Figure, plus_minus
 
 
 class Study(NamedTuple):
@@ -49,6 +49,5 @@ def markdown(study: Study) -> str:
 
 def with_interval(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
     """ "mean ± half-width" of the 95% Student-t interval, in the table's units."""
-    mean, half, n = summary.interval(values)
-    text = f"{scale * mean:.{digits}f}"
-    return text if n < 2 else f"{text} ± {scale * half:.{digits}f}"
+    mean, half, _ = summary.interval(values)
+    return plus_minus(mean, half, scale, digits)
