@@ -1,9 +1,17 @@
-"""Expert feed-forward layers on rows sorted by expert, and a whole mixture of them from a `Routing`.
+"""Expert feed-forward layers (SwiGLU, GELU, squared ReLU) on rows sorted by expert, and their mixture by a `Routing`.
 
 Parameters are a dict of stacked arrays: gate [E, D, F] (SwiGLU only), up [E, D, F], down [E, F, D], and optionally
 gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
 
 Axes: N tokens, D width, F feed-forward width, E experts, K choices, R rows sorted by expert.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from moe import experts, route
+  >>> params = experts.initialize(8, 16, 4, key=jax.random.key(0))
+  >>> x_ND = jnp.ones((6, 8))
+  >>> experts.mixture(params, x_ND, route.top_k(x_ND[:, :4], k=2))[0].shape
+  (6, 8)
 """
 
 from collections.abc import Mapping
@@ -31,7 +39,7 @@ Backend = Literal["auto", "xla", "tpu", "gpu", "tokamax", "tpu_interpret", "gpu_
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How a mixture is computed.
+    """Options of the expert computation: activation, dispatch algorithm and kernel backend.
 
     Attributes:
       activation: "swiglu" (Shazeer 2020, eq. 6), "gelu" or "relu2" (squared ReLU: So et al. 2021, section 3.1).
@@ -45,8 +53,13 @@ class MixtureConfig:
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
-      deterministic: for the kernels of GPUs: a token's rows are summed in the same order every time, without which no
-        run repeats itself bit for bit. False lets the kernels add them as they come; see `grouped_matmul`.
+      deterministic: for backend "gpu": a token's rows are summed in a fixed order, without which no run is reproducible
+        bit for bit. False uses atomic additions in the kernel; see `grouped_matmul`.
+
+    Example:
+      >>> import moe
+      >>> moe.MixtureConfig(dispatch="capacity", capacity_factor=2.0).backend
+      'auto'
     """
 
     activation: Activation = "swiglu"
@@ -80,7 +93,7 @@ class MixtureConfig:
 def activate(
     up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None, activation: Activation = "swiglu"
 ) -> Float[Array, "*N F"]:
-    """silu(gate) * up, gelu(up) (exact) or relu(up)^2; float32 inside, up's dtype outside."""
+    """Apply SwiGLU, silu(gate) * up, exact GELU or squared ReLU, in float32; the result has up's dtype."""
     up32 = up.astype(jnp.float32)
     if activation == "swiglu":
         assert gate is not None
@@ -90,7 +103,7 @@ def activate(
 
 
 def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swiglu") -> Float[Array, "*N D"]:
-    """The layer without experts: parameters lack the axis E. A shared expert is this on every token, added."""
+    """Apply a dense feed-forward layer (parameters without the axis E); a shared expert is one for every token."""
 
     def product(x, name):
         y = x @ params[name].astype(x.dtype)
@@ -102,11 +115,11 @@ def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swi
 
 
 def drop_hidden(hidden: Float[Array, "*N F"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*N F"]:
-    """Dropout with the survivors scaled up; nothing for a key of None."""
+    """Apply inverted dropout to hidden activations (expert dropout); the identity for a key of None."""
     if key is None or rate == 0:
         return hidden
-    kept = jax.random.bernoulli(key, 1 - rate, hidden.shape)
-    return jnp.where(kept, hidden / (1 - rate), 0).astype(hidden.dtype)
+    mask = jax.random.bernoulli(key, 1 - rate, hidden.shape)
+    return jnp.where(mask, hidden / (1 - rate), 0).astype(hidden.dtype)
 
 
 def expert_ffn(
@@ -120,10 +133,10 @@ def expert_ffn(
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "R D"]:
-    """Every row through its own expert.
+    """Apply each expert's feed-forward network to its rows.
 
     Args:
-      params: stacked parameters, see the module's docstring; any float dtype, products are taken in that of the rows.
+      params: stacked parameters, see the module's docstring; any float dtype, multiplied in that of the rows.
       rows_RD: rows sorted by expert.
       sizes_E: rows of every expert; rows past their sum become zeros.
       activation: see `activate`.
@@ -170,7 +183,10 @@ def fused(
     deterministic: bool = True,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
-    """Dropless SwiGLU experts without biases in two calls: gather with SwiGLU, then the weighted sum; one on CPUs."""
+    """Apply dropless SwiGLU experts by two fused products: gather and SwiGLU, then the combine; one loop for "xla".
+
+    Arguments as in `mixture`; parameters without biases.
+    """
     plan, backend = dispatch.plan(routing), choose(backend)
     gate, up, down = (params[name].astype(x_ND.dtype) for name in ("gate", "up", "down"))
     weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
@@ -190,17 +206,18 @@ def mixture(
     *,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "N D"], Bool[Array, "N K"] | None]:
-    """Tokens through their experts and back.
+    """Compute a mixture of experts: dispatch tokens, run their experts, combine (Shazeer et al. 2017, eq. 1).
 
     Args:
       params: stacked parameters, see the module's docstring.
       x_ND: tokens of any float dtype, which is that of the products.
       routing: of these tokens, from any router.
-      config: how.
+      config: activation, dispatch and backend.
       key: for expert dropout; None switches it off.
 
     Returns:
-      The weighted sums of the experts' outputs, and which choices found a place (None: all, nothing is ever dropped).
+      The weighted sums of the experts' outputs, and for dispatch "capacity" True for every choice that was not dropped
+      (None for other dispatches).
     """
     run = partial(expert_ffn, params, activation=config.activation, dropout=config.dropout, key=key)
     if routing.slots is not None:
@@ -241,7 +258,7 @@ def initialize(
     biases: bool = False,
     key: Key[Array, ""],
 ) -> dict[str, Array]:
-    """Random float32 parameters, variance 1 / fan-in, zero biases; `experts=0` makes a dense layer's."""
+    """Draw float32 expert parameters with variance 1 / fan-in and zero biases; `experts=0` makes a dense layer's."""
     names = ("gate", "up", "down") if activation == "swiglu" else ("up", "down")
     stack = (experts,) if experts else ()
     params = {}

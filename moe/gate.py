@@ -1,7 +1,15 @@
-"""From a frozen config to a router: which parameters it has, and tokens -> `Routing`.
+"""Gating network: a router chosen by config, the shapes of its parameters, and activations -> `Routing`.
 
 Axes: N tokens, D width, E experts, P slots per expert, A groups of experts. Parameters are a dict of float32 arrays by
 the names of `parameter_shapes`.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import gate
+  >>> config = gate.RouterConfig("top_k", experts=4, k=2)
+  >>> params = {name: jnp.ones(shape) for name, shape in gate.parameter_shapes(config, 8).items()}
+  >>> gate.gate(params, jnp.ones((3, 8)), config).experts_NK.shape
+  (3, 2)
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +27,7 @@ from moe.routing import Routing, check_k
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which router, and its settings; those that a router has no use for are ignored.
+    """Router and its options; options of other routers are ignored.
 
     Attributes:
       name: a key of `ROUTERS`.
@@ -33,6 +41,11 @@ class RouterConfig:
       capacity_factor: for "expert_choice": tokens per expert over N / E, the mean number of experts a token gets.
       slots: for "soft": P.
       seed: for "hash".
+
+    Example:
+      >>> import moe
+      >>> moe.RouterConfig("expert_choice", experts=4).causal
+      False
     """
 
     name: str = "top_k"
@@ -226,15 +239,15 @@ def gate(
     train: bool = False,
     tokens_N: Int[Array, " N"] | None = None,
 ) -> Routing:
-    """Route tokens by their activations.
+    """Route tokens by their activations (gating network: Shazeer et al. 2017, section 2.1).
 
     Args:
       params: arrays by the names of `parameter_shapes`.
-      x_ND: what the router reads, any float dtype; all that follows is float32.
-      config: which router.
+      x_ND: activations of any float dtype; the router's arithmetic is float32.
+      config: router and its options.
       mask_N: False for padding.
       key: for noise; None switches it off.
-      train: True balances the BASE router's assignment; no other router asks.
+      train: True balances the BASE router's assignment; other routers ignore it.
       tokens_N: token ids, for the hash router.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 
 from lottery import criteria
 from moe import gate
-from tessera.optim import schedules
+from tessera.optim import optimizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -33,7 +33,7 @@ def test_the_worked_example_runs(name, monkeypatch):
     # The examples register what they make; the tables are copies here.
     monkeypatch.setattr(gate, "ROUTERS", dict(gate.ROUTERS))
     monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
-    monkeypatch.setattr(schedules, "SCHEDULES", dict(schedules.SCHEDULES))
+    monkeypatch.setattr(optimizer, "SCHEDULES", dict(optimizer.SCHEDULES))
     code = "\n".join(blocks(GUIDES[name]))
     assert "assert" in code
     exec(compile(code, f"CONTRIBUTING.md: {name}", "exec"), {"__name__": "contributing"})

@@ -1,4 +1,4 @@
-"""The product with a block-pruned weight: forward and both gradients touch live blocks only."""
+"""Block-sparse matmul: the product with a block-pruned weight and its gradients, over live blocks only."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +31,9 @@ def block_sparse_matmul(
     backend: str = "auto",
     tiling: Tiling | None = None,
 ) -> Float[Array, "M N"]:
-    """Multiply by a weight of which only some blocks live: x @ to_dense(blocks, structure).
+    """Multiply by a block-sparse weight: x @ to_dense(blocks, structure).
 
-    Products are taken in x's dtype and summed in float32. Differentiable in x and blocks; the gradients work on live
+    Products are in x's dtype, sums in float32. Differentiable in x and blocks; the gradients are computed on live
     blocks only. Where K or N is not a multiple of the block, the last blocks reach past the weight: entries there are
     ignored in the product and their gradient is zero.
 
@@ -47,6 +47,14 @@ def block_sparse_matmul(
       ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
       TypeError: x and blocks of different dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_sparse_matmul, block_structure, to_blocks
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> structure = block_structure(w_KN != 0, 64)
+      >>> float(block_sparse_matmul(jnp.ones((2, 128)), to_blocks(w_KN, structure), structure)[0, 0])
+      64.0
     """
     (k, n), b = structure.shape, structure.block
     if x.shape[1] != k or blocks.shape != (structure.live, b, b):
@@ -65,14 +73,31 @@ def block_sparse_matmul(
 
 
 def to_blocks(w_KN: Float[Array, "K N"], structure: BlockStructure) -> Float[Array, "B b b"]:
-    """Live blocks of a dense weight, zeros where a block reaches past it."""
+    """Cut the live blocks out of a dense weight; zeros where a block reaches past it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_structure, to_blocks
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> to_blocks(w_KN, block_structure(w_KN != 0, 64)).shape
+      (1, 64, 64)
+    """
     b, (rows, cols) = structure.block, structure.grid
     w = jnp.pad(w_KN, [(0, rows * b - w_KN.shape[0]), (0, cols * b - w_KN.shape[1])])
     return w.reshape(rows, b, cols, b).swapaxes(1, 2)[structure.k_B, structure.n_B]
 
 
 def to_dense(blocks: Float[Array, "B b b"], structure: BlockStructure) -> Float[Array, "K N"]:
-    """The weight as a matrix, zeros in the dead blocks."""
+    """Expand live blocks to a dense weight with zeros in the pruned blocks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_structure, to_blocks, to_dense
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> structure = block_structure(w_KN != 0, 64)
+      >>> bool((to_dense(to_blocks(w_KN, structure), structure) == w_KN).all())
+      True
+    """
     b, (rows, cols) = structure.block, structure.grid
     w = jnp.zeros((rows, cols, b, b), blocks.dtype).at[structure.k_B, structure.n_B].set(blocks)
     return w.swapaxes(1, 2).reshape(rows * b, cols * b)[: structure.shape[0], : structure.shape[1]]

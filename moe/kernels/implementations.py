@@ -116,7 +116,7 @@ def tiling(
     dtype: Any,
     transpose: bool = False,
 ) -> Tiling:
-    """Tile sizes of a kernel for a shape: measured ones if there is a table, else the backend's own."""
+    """Choose the tile sizes of a kernel for a shape: tuned ones if there is a table, else the backend's default."""
     entry = BACKENDS[backend]
     module = importlib.import_module(entry.module)
     choose_own = getattr(module, "default_tiling", lambda kernel, *_: module.TILINGS[kernel])
@@ -147,9 +147,9 @@ def call(kernel: str, backend: str, operands: Any, spec: Any) -> Any:
 
 
 def align(tree: Any) -> Any:
-    """Inside shard_map: let every array vary over the mesh axes that any of them varies over (elsewhere: no change).
+    """Cast all arrays inside shard_map to vary over the mesh axes of any of them (elsewhere the identity).
 
-    The transpose of this cast sums cotangents, which is what a replicated weight's gradient needs.
+    The transpose of this cast sums cotangents, as the gradient of a replicated weight requires.
     """
     axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(tree)))
 
@@ -161,23 +161,23 @@ def align(tree: Any) -> Any:
 
 
 def varying(x: Any) -> frozenset[str]:
-    """Mesh axes over which `x` varies inside shard_map."""
+    """Return the mesh axes over which `x` varies inside shard_map."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def vary(x: Any, like: Any) -> jax.Array:
-    """x, which varies over no mesh axes, as varying over the same ones as `like`."""
+    """Cast x, which varies over no mesh axes, to vary over the same ones as `like`."""
     axes = tuple(sorted(varying(like)))
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
-    """Zeros that vary over the same mesh axes as `like`."""
+    """Make zeros that vary over the same mesh axes as `like`."""
     return vary(jnp.zeros(shape, dtype), like)
 
 
 def local(x: Any) -> Any:
-    """This shard's x with nothing said of mesh axes, for kernels whose inner parts know none; the inverse of `vary`."""
+    """Drop the varying mesh axes from x's type, for kernels whose body has none; the inverse of `vary`."""
     return _local_p.bind(x) if varying(x) else x
 
 
@@ -208,5 +208,5 @@ mlir.register_lowering(_require_p, _lower_require)
 
 
 def struct(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """Output of a pallas_call that varies over the same mesh axes as `like`."""
+    """Make the output type of a pallas_call that varies over the same mesh axes as `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

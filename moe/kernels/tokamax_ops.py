@@ -75,7 +75,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
         return ops.combine(outs[0], operands.tokens, operands.weights, spec)
     if spec.epilogue == "swiglu":
         outs = [swiglu(*(out.astype(jnp.float32) for out in outs)).astype(spec.out_dtype), *outs]
-    return tuple(outs) if spec.keep else outs[0]
+    return tuple(outs) if spec.save_residuals else outs[0]
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):

@@ -36,8 +36,13 @@ class Collective:
       axes: mesh axes of the group.
       group: devices in it.
       count: times it runs in one call, loop trips multiplied.
-      bytes: size of the whole array per run: what is reduced, exchanged or sent, or the gathered result.
-      scope: named scopes it stands in, with JAX's marks for derivatives.
+      bytes: size of the full array per run: the reduced, exchanged or sent array, or the gathered result.
+      scope: its named scopes, with JAX's marks for derivatives.
+
+    Example:
+      >>> from sharding.analysis import Collective
+      >>> Collective("all-gather", ("fsdp",), group=4, count=2, bytes=4000, scope="layer").moved
+      6000.0
     """
 
     kind: str
@@ -49,7 +54,7 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes one device sends over all runs by the ring algorithms (Thakur et al. 2005, section 4).
+        """Bytes that one device sends over all runs by the ring algorithms (Thakur et al. 2005, section 4).
 
         (n - 1) / n of the array for an all-gather, reduce-scatter or all-to-all, twice that for an all-reduce, the
         array itself for a permute.
@@ -58,17 +63,36 @@ class Collective:
         return self.count * self.bytes * share.get(self.kind, (self.group - 1) / self.group)
 
 
-def collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
-    """Collectives of one call of `function`, in program order; arguments may be shapes. Nothing is compiled or run.
+def count_collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
+    """Count the collectives of one call of `function`, in program order; nothing is compiled or run.
 
-    A loop whose number of trips is not known before it runs counts once; of a conditional the branch that moves most.
-    Groups of one device do nothing and are left out.
+    A loop of unknown length counts once, a conditional as the branch that moves most. Groups of one device are left
+    out.
+
+    Args:
+      function: to trace, usually a shard_map over an `abstract_mesh`.
+      args: arrays or shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=4"))
+      >>> step = jax.shard_map(lambda x: jax.lax.psum(x, "tp"), mesh=mesh, in_specs=P("tp"), out_specs=P())
+      >>> [one] = sharding.analysis.count_collectives(step, jnp.zeros(32))
+      >>> one.kind, one.group, one.bytes
+      ('all-reduce', 4, 32)
     """
     return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _collectives_of, lambda one: one.moved, {}))
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """Number of runs and bytes moved by kind."""
+    """Sum collectives by kind: number of runs and bytes moved.
+
+    Example:
+      >>> from sharding.analysis import Collective, totals
+      >>> totals([Collective("all-gather", ("fsdp",), 4, 2, 4000, "")] * 3)
+      {'all-gather': (6, 18000.0)}
+    """
     total: dict[str, tuple[int, float]] = {}
     for one in found:
         count, moved = total.get(one.kind, (0, 0.0))
@@ -83,7 +107,7 @@ class Product(NamedTuple):
       flops: of one run; a multiply-add is two.
       bytes: operands and result of one run, each moved once.
       runs: times it runs in one call, loop trips multiplied.
-      scope: named scopes it stands in.
+      scope: its named scopes.
     """
 
     flops: int
@@ -92,18 +116,29 @@ class Product(NamedTuple):
     scope: str
 
 
-def products(function: Callable[..., Any], *args: Any) -> list[Product]:
-    """Matrix products (`dot_general`) of one call, in program order; arguments may be shapes. Nothing is compiled.
+def count_products(function: Callable[..., Any], *args: Any) -> list[Product]:
+    """Count the matrix products (`dot_general`) of one call, in program order; nothing is compiled or run.
 
-    Inside shard_map these are one device's. A loop whose number of trips is not known counts once; of a conditional the
-    branch of most FLOPs. What hides inside a Pallas kernel is not seen.
+    Inside shard_map these are one device's. A loop of unknown length counts once, a conditional as the branch of most
+    FLOPs. Pallas kernels are not counted.
+
+    Args:
+      function: to trace.
+      args: arrays or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.analysis import count_products
+      >>> [one] = count_products(jnp.matmul, jnp.zeros((8, 16)), jnp.zeros((16, 4)))
+      >>> one.flops, one.bytes
+      (1024, 896)
     """
     return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _products_of, lambda one: one.flops * one.runs, {}))
 
 
 Counted = TypeVar("Counted")
 Visit = Callable[[Any, Mapping[str, int], int, str], Iterable[Counted] | None]
-"""(equation, mesh axis sizes, trips, scope) -> what it counts as; None to look inside it."""
+"""(equation, mesh axis sizes, trips, scope) -> its counts; None to descend into it."""
 
 
 def _walk(
@@ -142,7 +177,7 @@ def _collectives_of(equation: Any, sizes: Mapping[str, int], trips: int, scope: 
     kind = KINDS[equation.primitive.name]
     arrays = equation.outvars if kind == "all-gather" else equation.invars
     if equation.primitive.name == "ragged_all_to_all":
-        # Rows and the buffer they go to: no more than the smaller of them travels.
+        # Rows and their target buffer: at most the smaller of them is sent.
         arrays = [min(equation.invars[:2], key=lambda array: math.prod(array.aval.shape))]
     return [Collective(kind, axes, group, trips, _size(array.aval), scope) for array in arrays]
 
@@ -162,7 +197,7 @@ def _size(array: Any) -> int:
 
 
 def inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
+    """Find the jaxprs among an equation's parameters."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value

@@ -23,7 +23,16 @@ GRACE = 60
 
 
 class DistributedError(RuntimeError):
-    """Processes that do not find each other; the message has the address, the deadline and what to check."""
+    """Processes that do not find each other; the message has the address, the deadline and what to check.
+
+    Example:
+      >>> from sharding.multihost import DistributedError, initialize
+      >>> try:
+      ...     initialize(coordinator="localhost", processes=2, index=2)
+      ... except DistributedError as error:
+      ...     print(error)
+      process 2 of 2 cannot be; processes count from 0 to 1
+    """
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class Limits:
       join: for all processes to appear.
       silence: heartbeat timeout: a process that sends no heartbeat for so long counts as dead, and the others end.
       leave: for all processes to reach the end.
+
+    Example:
+      >>> from sharding.multihost import Limits
+      >>> Limits(join=600).silence
+      100
     """
 
     join: int = 300
@@ -62,6 +76,11 @@ def initialize(limits: Limits = Limits(), *, coordinator: str = "", processes: i
     Raises:
       DistributedError: not all processes appeared in time, or flags that do not fit. A process that dies later ends the
         others: within seconds where a collective notices, after `limits.silence` at most.
+
+    Example:
+      >>> from sharding.multihost import initialize
+      >>> initialize()  # alone; on several hosts: srun, mpirun, or coordinator="host", processes=4, index=0
+      False
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     _check_flags(coordinator, processes, index)

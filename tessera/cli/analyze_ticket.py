@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.memo import Pieces
 from tessera.infra.schema import Schema

@@ -14,7 +14,7 @@ from tessera.infra.config import ConfigError
 from tessera.infra.schema import Changes, Schema
 from tessera.infra.workdir import locate, prepare
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import make_text_run
+from tessera.lm.run import build_run
 from tessera.reports import comparison
 from tessera.reports.html import config_section, print_report, write_report
 
@@ -92,7 +92,7 @@ def check(config: ConfigDict, arm: str, seed: int) -> None:
       ConfigError: a setting that is wrong.
     """
     try:
-        make_text_run(settings_of(config, arm, seed))
+        build_run(settings_of(config, arm, seed))
     except ConfigError as error:
         raise ConfigError(f"arm {arm!r} (config is config.run with config.arms.{arm}): {error}") from error
 

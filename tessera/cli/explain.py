@@ -15,7 +15,7 @@ from sharding.errors import PlanError
 from tessera.cli.main import Invocation
 from tessera.infra.config import ConfigError, checked
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import make_run
+from tessera.lm.run import run_config
 from tessera.planning.compile import compile_step
 from tessera.planning.explain import explain, search
 from tessera.planning.report import terminal, write_page
@@ -29,20 +29,20 @@ def main(invocation: Invocation) -> int:
     """Config -> dataclasses -> tables and a page. Returns the exit status."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is for compiling; there is no TPU to look for
     c, values = invocation.config, invocation.flags
-    what = make_run(c, c.data.vocab_size)
-    device = checked("--hardware", hardware.find, values["compile"] or values["hardware"])
+    run = run_config(c, c.data.vocab_size)
+    device = checked("--hardware", hardware.find_hardware, values["compile"] or values["hardware"])
     count = values["devices"]
     if values["compile"]:
         count = checked("--compile", hardware.chips, values["compile"])
-    count = count or max(1, what.plan.devices)
-    ranking = search(what, device, count) if values["search"] else None
+    count = count or max(1, run.plan.devices)
+    ranking = search(run, device, count) if values["search"] else None
     if not c.plan:
         if ranking is None or not ranking.fits:
             raise ConfigError(f"config.plan: none is given, and no plan for {count} devices fits (--search, --devices)")
-        what = dataclasses.replace(what, plan=ranking.fits[0].plan)
-    what = dataclasses.replace(what, plan=checked("config.plan", what.plan.fill, count))
-    explained = checked("config.plan", explain, what, device)
-    compiled = compile_step(what, hardware.topology_devices(values["compile"])) if values["compile"] else None
+        run = dataclasses.replace(run, plan=ranking.fits[0].plan)
+    run = dataclasses.replace(run, plan=checked("config.plan", run.plan.fill, count))
+    explained = checked("config.plan", explain, run, device)
+    compiled = compile_step(run, hardware.topology_devices(values["compile"])) if values["compile"] else None
     Console().print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"
     print_report(write_page, workdir, invocation.name, explained, compiled, ranking)

@@ -5,9 +5,9 @@ from rich.console import Console
 from lottery import imp, summary
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
-from tessera.infra.progress import Progress
+from tessera.infra.logger import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
 from tessera.tickets import schema

@@ -5,7 +5,7 @@ import sys
 from sharding.errors import PlanError
 from sharding.plan import Plan
 from tessera.cli.main import Invocation
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import build, checked
 from tessera.serving import schema
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine

@@ -38,6 +38,7 @@ class Command:
       also: further scripts whose configs it takes.
       flags: its own flags, beside those of all commands.
       environment: variables to set where they are not set, before JAX is imported.
+      hosts: it runs on several hosts; the processes of a run find each other before `main`.
     """
 
     module: str
@@ -47,10 +48,11 @@ class Command:
     also: tuple[str, ...] = ()
     flags: tuple[Flag, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    hosts: bool = False
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("tessera.cli.train", "train", "Train a language model.", "lm", also=("explain",)),
+    "train": Command("tessera.cli.train", "train", "Train a language model.", "lm", also=("explain",), hosts=True),
     "find-ticket": Command("tessera.cli.find_ticket", "find_ticket", "Search for lottery tickets.", "lottery_digits"),
     "analyze-ticket": Command(
         "tessera.cli.analyze_ticket",
@@ -68,7 +70,7 @@ COMMANDS: dict[str, Command] = {
         environment={"JAX_PLATFORMS": "cpu"},
     ),
     "compare-moe": Command(
-        "tessera.cli.compare_moe", "compare_moe", "Train arms over seeds and compare them.", "moe_vs_dense"
+        "tessera.cli.compare_moe", "compare_moe", "Train arms over seeds and compare them.", "moe_vs_dense", hosts=True
     ),
     "explain": Command(
         "tessera.cli.explain",
@@ -190,6 +192,8 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
             print(_as_text(invocation.config))
             raise SystemExit(0)
         _begin(values)
+        if command.hosts:
+            join_processes(invocation.hosts)
         raise SystemExit(module.main(invocation) or 0)
     except ConfigError as error:
         _fail(error, 2)
@@ -339,6 +343,22 @@ def _begin(values: Mapping[str, Any]) -> None:
         import jax
 
         jax.config.update("jax_num_cpu_devices", values["cpu_devices"])
+
+
+def join_processes(hosts: Mapping[str, Any]) -> None:
+    """Join the other processes of a run, if there are any; call it before anything else of JAX.
+
+    Args:
+      hosts: values of the flags `HOSTS`; JAX detects what they leave out, see
+        `sharding.multihost.distributed.initialize`.
+
+    Raises:
+      DistributedError: the others did not appear in time.
+    """
+    from sharding.multihost.distributed import Limits, initialize
+
+    limits = Limits(join=hosts["join_seconds"], silence=hosts["silence_seconds"])
+    initialize(limits, coordinator=hosts["coordinator"], processes=hosts["processes"], index=hosts["process"])
 
 
 def _as_text(config: Any) -> str:

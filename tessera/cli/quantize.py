@@ -9,7 +9,7 @@ from rich.console import Console
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from tessera.cli.main import Invocation
 from tessera.data.text import TextConfig, load_text
-from tessera.infra.artifacts import CheckpointDamaged
+from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import read_settings

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, PyTree
 
 from moe.route import update_bias
-from moe.specialisation import joint_counts
+from moe.specialization import joint_counts
 from tessera.losses import next_token_loss
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.step import LossFn, Metrics

@@ -1,6 +1,6 @@
 """Image classifiers for ticket searches: LeNet-300-100, Conv-2/4/6, VGG-16/19, ResNet-20 and a vision transformer.
 
-The modules only declare parameters and call `tessera.models.convolution` and `tessera.models.layers`. Kernels of
+The modules only declare parameters and call `tessera.models.convolution` and `tessera.models.transformer`. Kernels of
 convolutions are [h, w, I, O]; running statistics of batch normalization are in the collection "batch_stats" (mean, var
 [C]).
 """
@@ -22,7 +22,7 @@ from tessera.models.convolution import (
     max_pool,
     normalise,
 )
-from tessera.models.layers import attention, from_heads, to_heads
+from tessera.models.transformer import attention, from_heads, to_heads
 
 NORMS = ("none", "batch", "group")
 MOMENTUM = 0.9

@@ -22,19 +22,18 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ExpertAxes, MoEConfig
 from moe.metrics import entropy, max_violation
-from sharding.context_parallel import contiguous_positions, heads_attention, ring_attention, zigzag_positions
+from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
 from sharding.inference.attention import cached_attention
 from sharding.inference.kv_cache import Cache, Read
-from sharding.inference.quantize import dequantise, is_quantized
+from sharding.inference.quantize import dequantize, is_quantized
 from sharding.pipeline.stages import split_layers
 from sharding.plan import DATA_AXES, Plan
 from sharding.rules import mirrored_specs, param_specs, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
-from tessera.models.layers import attention, rms_norm
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, param_shapes
+from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, attention, param_shapes, rms_norm
 from tessera.step import LossFn
 
 Micro = Mapping[str, Any]
@@ -296,7 +295,7 @@ class ShardedDecoder:
             return attention
         if self.plan.context == "ring":
             return partial(ring_attention, axis="cp")
-        return partial(heads_attention, axis="cp", attend=attention)
+        return partial(ulysses_attention, axis="cp", attend=attention)
 
     # Serving: prefill and decode with a KV cache.
 
@@ -479,5 +478,5 @@ def batch_sharding(decoder: ShardedDecoder, mesh: Mesh) -> NamedSharding:
 
 def dequantize_layer(layer: PyTree, dtype: str) -> PyTree:
     """A block's parameters with float kernels in place of quantized ones."""
-    convert = partial(dequantise, dtype=DTYPES[dtype])
+    convert = partial(dequantize, dtype=DTYPES[dtype])
     return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)

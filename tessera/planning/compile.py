@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.analysis.collectives import Collective
 from sharding.analysis.hlo import compiled_collectives
-from tessera.lm.run_config import RunConfig
+from tessera.lm.run import RunConfig, first_state, under_plan
 from tessera.models.lm_loss import make_adjust
 from tessera.optim.optimizer import make_optimizer
 from tessera.step import make_train_step
@@ -50,11 +50,11 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Compiled:
       PlanError: the plan does not fit the devices, the model or the batch.
       jax.errors.JaxRuntimeError: the compiler refuses the program, for want of memory for example.
     """
-    loss_fn, placement = run.under_plan(devices)
+    loss_fn, placement = under_plan(run, devices=devices)
     step = make_train_step(loss_fn, make_optimizer(run.optimizer), run.step, adjust=make_adjust(run.model))
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(run.init),
+        jax.eval_shape(lambda: first_state(run)),
         placement.state,
     )
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32, sharding=placement.batch)

@@ -41,13 +41,13 @@ class Costs:
 
 
 def estimate_costs(
-    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, accumulate: int = 1
+    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, grad_accum_steps: int = 1
 ) -> Costs:
     """Costs of one step; arguments as for `tessera.planning.memory.estimate_memory`."""
     config, plan = decoder.config, decoder.plan
-    z = local_sizes(config, plan, batch_size, length, accumulate)
+    z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     stages = plan.size("pp")
-    rounds = accumulate * (plan.microbatch_count if stages > 1 else 1)
+    rounds = grad_accum_steps * (plan.microbatch_count if stages > 1 else 1)
     passes = _mean(config, PASSES) + (stages > 1)  # a stage computes its layers again
     forward = _layer_flops(config, z, length)
     head = 2.0 * z.b * z.t * z.D * z.V

@@ -7,16 +7,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sharding.analysis.collectives import Collective, collectives, products
+from sharding.analysis.collectives import Collective, count_collectives, count_products
 from sharding.analysis.hardware import Hardware
-from sharding.analysis.roofline import Moved, Placed, Roofline, cause, roofline, summarise
+from sharding.analysis.roofline import Moved, Placed, Roofline, cause, step_roofline, summarize
 from sharding.analysis.search import Judged, Ranking, plans, rank
-from sharding.errors import PlanError
 from sharding.mesh import abstract_mesh
-from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import Schedule, bubble
 from sharding.plan import Plan
-from tessera.lm.run_config import RunConfig
+from tessera.lm.run import RunConfig, accumulated_batch, first_state
 from tessera.optim.optimizer import make_optimizer
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.parallel.pipelined_decoder import make_loss
@@ -81,11 +80,9 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
       PlanError: the plan does not fit the model or the batch.
     """
     plan, decoder = run.plan, ShardedDecoder(run.model, run.plan, run.z_loss, hardware.platform)
-    accumulate = run.step.microbatches
-    if run.batch_size % accumulate:
-        raise PlanError(f"batch_size={run.batch_size} does not divide into {accumulate} microbatches of a step")
-    decoder.check(run.batch_size // accumulate, run.length)
-    state = jax.eval_shape(run.init)
+    grad_accum_steps = run.step.grad_accum_steps
+    decoder.check(accumulated_batch(run), run.length)
+    state = jax.eval_shape(lambda: first_state(run))
     step = make_train_step(make_loss(decoder, abstract_mesh(plan)), make_optimizer(run.optimizer), run.step)
     arguments = (
         state,
@@ -94,11 +91,11 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     )
     schedule = None
     if plan.size("pp") > 1:
-        schedule = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        schedule = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
     # The program says what a stage does in a tick if it is not idle.
     busy = 1 - bubble(schedule) if schedule else 1.0
-    found = [_while_busy(one, busy) for one in collectives(step, *arguments)]
-    sums = products(step, *arguments)
+    found = [_while_busy(one, busy) for one in count_collectives(step, *arguments)]
+    sums = count_products(step, *arguments)
     placed = state_placements(decoder, state)
     flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
     traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
@@ -106,11 +103,11 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
         run,
         hardware,
         tuple(placed["params"]),
-        estimate_memory(decoder, placed, run.batch_size, run.length, accumulate),
-        tuple(summarise(found)),
+        estimate_memory(decoder, placed, run.batch_size, run.length, grad_accum_steps),
+        tuple(summarize(found)),
         flops,
         traffic,
-        roofline(
+        step_roofline(
             hardware,
             flops=flops,
             traffic=traffic,
@@ -136,9 +133,9 @@ def _expert_flops(run: RunConfig) -> float:
     """FLOPs of routed experts on one device, which run in kernels and loops whose trips depend on the data."""
     if "routed" not in run.model.pattern:
         return 0.0
-    moe, accumulate = run.model.moe, run.step.microbatches
-    z = local_sizes(run.model, run.plan, run.batch_size, run.length, accumulate)
-    rounds = accumulate * (run.plan.microbatch_count if run.plan.size("pp") > 1 else 1)
+    moe, grad_accum_steps = run.model.moe, run.step.grad_accum_steps
+    z = local_sizes(run.model, run.plan, run.batch_size, run.length, grad_accum_steps)
+    rounds = grad_accum_steps * (run.plan.microbatch_count if run.plan.size("pp") > 1 else 1)
     passes = 2.0 + forward_passes(run.model, run.plan)
     return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.D * z.W
 
@@ -150,18 +147,18 @@ def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> 
       PlanError: it does not divide the model or the batch.
     """
     decoder = ShardedDecoder(run.model, plan, run.z_loss, hardware.platform)
-    accumulate = run.step.microbatches
-    decoder.check(run.batch_size // accumulate, run.length)
+    grad_accum_steps = run.step.grad_accum_steps
+    decoder.check(accumulated_batch(run), run.length)
     placed = state_placements(decoder, state)
-    memory = estimate_memory(decoder, placed, run.batch_size, run.length, accumulate).total
-    time = bound(estimate_costs(decoder, placed, run.batch_size, run.length, accumulate), hardware)
+    memory = estimate_memory(decoder, placed, run.batch_size, run.length, grad_accum_steps).total
+    time = bound(estimate_costs(decoder, placed, run.batch_size, run.length, grad_accum_steps), hardware)
     return Judged(plan, memory, time.overlapped, time.serial)
 
 
 def bound(costs: Costs, hardware: Hardware) -> Roofline:
     """The roofline of estimated costs."""
     moved = [(axis.group, axis.crosses, axis.moved) for axis in costs.moved]
-    return roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
+    return step_roofline(hardware, flops=costs.flops, traffic=costs.traffic, moved=moved, bubble=costs.bubble)
 
 
 def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
@@ -175,7 +172,7 @@ def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
     base = replace(run.plan, axes="", microbatches=0)
     return rank(
         plans(devices, base, allowed=_allowed(run, devices)),
-        partial(judge, run, hardware, jax.eval_shape(run.init)),
+        partial(judge, run, hardware, jax.eval_shape(lambda: first_state(run))),
         HEADROOM * hardware.memory,
     )
 

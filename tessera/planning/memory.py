@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from sharding.analysis.roofline import Placed, placements
-from sharding.pipeline.lockstep import lockstep, slots
+from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs, param_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.layers import attention
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Block, TransformerConfig
+from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
@@ -99,10 +98,12 @@ class Sizes(NamedTuple):
     item: int
 
 
-def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: int, accumulate: int = 1) -> Sizes:
+def local_sizes(
+    config: TransformerConfig, plan: Plan, batch_size: int, length: int, grad_accum_steps: int = 1
+) -> Sizes:
     """Sizes of what goes through one device's layers at once: a part of the batch, or a microbatch of it."""
     tp, cp, ep = (plan.size(axis) for axis in ("tp", "cp", "ep"))
-    rows = max(1, batch_size // accumulate // plan.data)
+    rows = max(1, batch_size // grad_accum_steps // plan.data)
     if plan.size("pp") > 1:
         rows = max(1, rows // plan.microbatch_count)
     t, moe = length // cp, config.moe
@@ -130,7 +131,7 @@ def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: 
 
 
 def estimate_memory(
-    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, accumulate: int = 1
+    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, grad_accum_steps: int = 1
 ) -> Memory:
     """Memory of one device during a training step.
 
@@ -139,12 +140,12 @@ def estimate_memory(
       placed: the train state's arrays, from `state_placements`.
       batch_size: sequences per step over all devices.
       length: tokens per sequence.
-      accumulate: parts whose gradients the step adds up.
+      grad_accum_steps: parts whose gradients the step adds up.
     """
     config, plan = decoder.config, decoder.plan
-    z = local_sizes(config, plan, batch_size, length, accumulate)
+    z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     params = sum(one.bytes for one in placed["params"])
-    gradients = params * (2 if accumulate > 1 or plan.size("pp") > 1 else 1)
+    gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
     layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
     logits = z.b * z.t * z.V * F32
@@ -185,7 +186,7 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again.
         (way,) = config.remat_groups
         one = saved_per_row(dense, plan, length, way)
-        table = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        table = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
         return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
     device = host = 0.0

@@ -11,7 +11,7 @@ from sharding.analysis.hardware import HARDWARE
 from sharding.analysis.roofline import placements
 from sharding.analysis.search import Ranking
 from sharding.mesh import axis_names
-from sharding.pipeline.lockstep import lockstep
+from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import summary
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes
@@ -164,7 +164,9 @@ def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     if stages > 1:
         drawn = min(plan.microbatch_count, max(stages, DRAWN))
         drawn -= drawn % stages if plan.virtual > 1 else 0
-        table, whole = (lockstep(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count))
+        table, whole = (
+            lockstep_schedule(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count)
+        )
         words = summary(whole).split(", live")[0]
         caption = f"The table the step runs. {words[0].upper() + words[1:]}."
         if drawn < plan.microbatch_count:

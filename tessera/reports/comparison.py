@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lottery.summary import interval
-from moe.specialisation import agreement, mutual_information
+from moe.specialization import agreement, mutual_information
 from scaling.flops import Shape, exact_matmuls, parameters
 from tessera.infra.logger import METRICS, TIMING, Rows, load_history, read_rows
 from tessera.reports import style
 from tessera.reports.curves import column
-from tessera.reports.html import Section, paragraphs, table_section
+from tessera.reports.html import Section, paragraphs, table_of
 from tessera.reports.router import SPECIALIZATION, load_maps
 from tessera.reports.style import Axes, Figure, titles
 
@@ -174,7 +174,7 @@ def stability_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per routed arm and layer: information of the byte about the expert, and how alike the seeds' experts are.
 
     `agreement` is the mean over pairs of seeds of the matched correlation, `chance` that of shuffled bytes; see
-    `moe.specialisation.agreement`.
+    `moe.specialization.agreement`.
     """
     table = []
     for arm, members in arms(runs).items():
@@ -184,7 +184,7 @@ def stability_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             seen = np.min([one.sum(1) for one in counts], axis=0) >= LEAST_SEEN
             pairs = [agreement(a[seen], b[seen]) for a, b in itertools.combinations(counts, 2)]
             matched, half, _ = interval(pair.matched for pair in pairs)
-            information = float(np.mean([mutual_information(one).normalised for one in counts]))
+            information = float(np.mean([mutual_information(one).normalized for one in counts]))
             row = {"arm": arm, "layer": layer + 1, "information": information, "agreement": matched}
             table.append(row | {"± (95%)": half, "chance": float(np.mean([pair.chance for pair in pairs]))})
     return table
@@ -269,4 +269,4 @@ def sections(runs: Sequence[Run], tables: Mapping[str, Rows]) -> list[Section]:
     if with_experts:
         parts.append(Section("Balance", partial(balance_figure, with_experts, list(by_arm)), balance))
         parts.append(Section("Load maps", partial(load_figure, with_experts), maps))
-    return parts + [table_section(rows, title) for title, rows in tables.items() if rows]
+    return parts + [Section(title, table_of(rows)) for title, rows in tables.items() if rows]

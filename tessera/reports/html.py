@@ -155,11 +155,6 @@ def _cell(value: Any) -> Cell:
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
-def table_section(rows: Rows, title: str = "Numbers", caption: str = "") -> Section:
-    """Rows (dicts) as a section with their table; see `table_of`."""
-    return Section(title, table_of(rows), caption)
-
-
 def terminal_table(table: Table, title: str = "", **options: Any) -> RichTable:
     """The table for a terminal, highlighted cells in bold; `options` as for `rich.table.Table`."""
     found, text_columns = RichTable(title=title, title_justify="left", **options), table.text_columns

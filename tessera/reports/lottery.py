@@ -36,6 +36,7 @@ ARM_NAMES = {
     "oneshot": "one-shot",
     "oneshot_reinit": "one-shot, reinitialized",
 }
+Masks, Densities = Mapping[int, np.ndarray], Mapping[int, float]
 LETTERING: dict[str, Any] = {"fontsize": 9.5, "color": INK}
 
 
@@ -219,29 +220,26 @@ def curves_figure(rows: Rows, shown: Sequence[str] = (), count: int = 5) -> Figu
     levels = pick(sorted({row["level"] for row in rows if row["arm"] in (DENSE, columns[0])}), count)
     colors = dict(zip(levels, [INK, *style.ramp(len(levels) - 1)], strict=True))
     figure, axes = canvas(len(columns), 2, width=9.6 if len(columns) > 1 else 6.5, height=6.6)
-    for i, ax in enumerate(axes):
-        row, arm = i // len(columns), columns[i % len(columns)]
-        value, scale, unit = (
-            ("validation_accuracy", 100, "validation accuracy"),
-            ("validation_loss", 1, "validation loss (nats), log scale"),
-        )[row]
-        for level in levels:
-            mine = [one for one in rows if one["level"] == level and one["arm"] in (DENSE, arm)]
-            if mine:
-                step, mean = mean_curve(mine, value)
-                how = {"color": colors[level], "linestyle": "-" if level else (0, (4, 2)), "linewidth": 1.6}
-                line_with_band(ax, step, scale * mean, label=f"{100 * mine[0]['density']:.3g}%", **how)
-        ax.set_xlim(0, max(line.get_xdata()[-1] for line in ax.get_lines()))
-        style.steps_axis(ax)
-        titles(ax, "" if row else arm_name(arm).capitalize(), x="training step" if row else "", y=unit)
-    for i in range(0, len(axes), len(columns)):
-        panels = axes[i : i + len(columns)]
-        values = np.concatenate([line.get_ydata() for ax in panels for line in ax.get_lines()])
-        values = values[np.isfinite(values)]
+    panels = {
+        "validation_accuracy": (100, "validation accuracy"),
+        "validation_loss": (1, "validation loss (nats), log scale"),
+    }
+    for row, (value, (scale, unit)) in enumerate(panels.items()):
+        own = axes[row * len(columns) : (row + 1) * len(columns)]
+        for ax, arm in zip(own, columns, strict=True):
+            for level in levels:
+                if mine := [one for one in rows if one["level"] == level and one["arm"] in (DENSE, arm)]:
+                    step, mean = mean_curve(mine, value)
+                    how = {"color": colors[level], "linestyle": "-" if level else (0, (4, 2)), "linewidth": 1.6}
+                    line_with_band(ax, step, scale * mean, label=f"{100 * mine[0]['density']:.3g}%", **how)
+            ax.set_xlim(0, max(line.get_xdata()[-1] for line in ax.get_lines()))
+            style.steps_axis(ax)
+            titles(ax, "" if row else arm_name(arm).capitalize(), x="training step" if row else "", y=unit)
+        values = np.concatenate([style.finite_points(line)[:, 1] for ax in own for line in ax.get_lines()])
         # The climb from chance takes few steps and would flatten everything that comes after it.
         low, high = np.quantile(values, 0.12), values.max()
-        for ax in panels:
-            if i:
+        for ax in own:
+            if row:
                 style.log_values(ax, values=values)
             else:
                 ax.set_ylim(low, high + 0.04 * (high - low) + 1e-2)
@@ -276,11 +274,7 @@ def show_image(ax: Axes, image_HW: np.ndarray, title: str, **how: Any) -> Any:
 
 
 def pixels_figure(
-    masks: Mapping[int, np.ndarray],
-    densities: Mapping[int, float],
-    image_shape: Sequence[int],
-    mean_image: np.ndarray | None = None,
-    count: int = 5,
+    masks: Masks, densities: Densities, image_shape: Sequence[int], mean_image: np.ndarray | None = None, count: int = 5
 ) -> Figure:
     """Surviving first-layer weights by input pixel, at `count` levels, on one color scale.
 
@@ -309,12 +303,7 @@ def pixels_figure(
 
 
 def units_figure(
-    masks: Mapping[int, np.ndarray],
-    densities: Mapping[int, float],
-    image_shape: Sequence[int],
-    seed_index: int = 0,
-    units: int = 10,
-    count: int = 4,
+    masks: Masks, densities: Densities, image_shape: Sequence[int], seed: int = 0, units: int = 10, count: int = 4
 ) -> Figure:
     """The masks of single hidden units of one seed drawn as images: a row per level, a column per unit.
 
@@ -322,7 +311,7 @@ def units_figure(
     survives (in any color channel). Arguments as in `pixels_figure`.
     """
     levels = [level for level in pick(sorted(masks), count + 1) if level > 0] or sorted(masks)
-    stack_LNM = np.stack([np.asarray(masks[level][seed_index], bool) for level in levels])
+    stack_LNM = np.stack([np.asarray(masks[level][seed], bool) for level in levels])
     busiest = np.argsort(-stack_LNM[-1].sum(0), kind="stable")[:units]
     high, wide = image_shape[:2]
     gap = 1 + wide // 12

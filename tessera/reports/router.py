@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from moe.specialisation import mutual_information
+from moe.specialization import mutual_information
 from tessera.infra.logger import Rows, load_history, write_text
 from tessera.models.lm_loss import expert_table, router_paths
 from tessera.models.transformer import Decoder
@@ -106,7 +106,7 @@ def specialization_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
     for layer, share in enumerate(share_LCE):
         found = mutual_information(counts_LCE[layer])
         name = f"layer {layer + 1}: mutual information {found.corrected:.3f} nats"
-        images[f"{name} ({found.normalised:.0%} of the most possible)"] = share
+        images[f"{name} ({found.normalized:.0%} of the most possible)"] = share
     how = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers, "cmap": "magma"}
     figure, axes = style.heat_maps(images, top=max(share_LCE.max(), 1e-9), **how)
     for ax in axes:
@@ -121,7 +121,7 @@ def depth_figure(classes_LCE: np.ndarray, bytes_LVE: np.ndarray) -> Figure:
     figure, (ax,) = style.canvas(height=2.9)
     layers = np.arange(1, len(classes_LCE) + 1)
     for color, name, counts in zip(PALETTE, ("byte read", "its class"), (bytes_LVE, classes_LCE), strict=False):
-        shares = [100 * mutual_information(layer[layer.sum(1) > 0]).normalised for layer in counts]
+        shares = [100 * mutual_information(layer[layer.sum(1) > 0]).normalized for layer in counts]
         line_with_band(ax, layers, shares, marker="o", color=color, label=name)
     ax.set_ylim(bottom=0)
     style.steps_axis(ax, len(layers))

@@ -9,7 +9,7 @@ import numpy as np
 
 from tessera.infra.logger import METRICS, TIMING, Rows, read_rows
 from tessera.reports.curves import column, loss_figure, run_figure, training_loss, window_of
-from tessera.reports.html import Section, config_section, paragraphs, read_json, table_section, write_report
+from tessera.reports.html import Section, config_section, paragraphs, read_json, table_of, write_report
 from tessera.reports.router import router_sections
 from tessera.reports.style import pick
 
@@ -53,7 +53,7 @@ def lm_report(
         curves_section([*rows, *timing] if rows else []),
         *router_sections(rows, workdir),
         *plan,
-        table_section(_milestones(rows), "Numbers", "Loss in nats per token at the steps where it was evaluated."),
+        Section("Numbers", table_of(_milestones(rows)), "Loss in nats per token at the steps where it was evaluated."),
         config_section(workdir),
     ]
     name = config.get("data", {}).get("name", "text")

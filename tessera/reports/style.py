@@ -267,27 +267,18 @@ def spread(positions: Sequence[float], gap: float, low: float = 0.0, high: float
 def label_lines(ax: Axes, *, gap: float = 0.075) -> None:
     """Write the name of every labelled line right of the axes at the height of its end, instead of a legend.
 
-    Call it after limits and scales are set: names are kept apart in the axes' own coordinates. A hairline leads to a
+    Call it last: limits and scales are fixed. Names are kept apart in the axes' own coordinates. A hairline leads to a
     name that had to move.
     """
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # names stay where the lines end
     ends = []
     for line in named_lines(ax):
         if len(xy := finite_points(line)):
             x, y = ax.transAxes.inverted().transform(line.get_transform().transform(xy[-1]))
             ends += [(float(x), float(y), line)] if np.isfinite([x, y]).all() else []
     for (x, y, line), height in zip(ends, spread([y for _, y, _ in ends], gap, 0.02, 0.98), strict=True):
-        color = line.get_color()
         moved = abs(y - height) > gap / 3 and 0 <= y <= 1
-        hairline = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1}
-        ax.annotate(
-            line.get_label(),
-            xy=(x, y),
-            xytext=(1.035, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=color,
-            fontsize=9,
-            va="center",
-            arrowprops=hairline if moved else None,
-            annotation_clip=False,
-        )
+        hairline = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1}
+        where = {"xy": (x, y), "xytext": (1.035, height), "xycoords": "axes fraction", "textcoords": "axes fraction"}
+        how = {"color": line.get_color(), "fontsize": 9, "va": "center", "annotation_clip": False}
+        ax.annotate(line.get_label(), **where, **how, arrowprops=hairline if moved else None)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 from tessera.serving import metrics
 from tessera.serving.protocol import (
     Asked,

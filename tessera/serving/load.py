@@ -12,7 +12,7 @@ from lottery import export
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.data.download import cache_dir
-from tessera.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.engine import Engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 from tessera.serving.requests import (
     LARGEST,
     MAX_STOP_TOKENS,

@@ -23,11 +23,10 @@ from sharding.inference.quantize import (
     Quantized,
     is_quantized,
     observe,
-    quantise_matrix,
+    quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.layers import attention, rms_norm, rope, to_heads
-from tessera.models.transformer import Block, TransformerConfig
+from tessera.models.transformer import Block, TransformerConfig, attention, rms_norm, rope, to_heads
 from tessera.optim.param_axes import kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
@@ -143,7 +142,7 @@ def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Cali
     if how.group and into[-1] % how.group:
         raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")
     flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
-    found = quantise_matrix(flat, how, seen)
+    found = quantize_matrix(flat, how, seen)
     groups = (*into[:-1], into[-1] // how.group) if how.group else (1,) * count
     channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
     return Quantized(found.values.reshape(shape), found.scales.reshape(*groups, *out), channel)

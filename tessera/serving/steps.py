@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from sharding.inference.kv_cache import Cache, Read, append, read_range, read_slots
 from sharding.inference.pipeline_ring import Ring, pass_on
-from sharding.inference.sample import DRAWN, READ, Settings, logprob, mark_seen, sample
+from sharding.inference.sample import DRAWN, READ, Settings, logprob, mark_seen, sample_tokens
 from sharding.inference.speculative import accept
 from tessera.parallel.decoder import DecodeInputs, ShardedDecoder
 from tessera.serving.quantized import quantized_specs
@@ -73,7 +73,7 @@ def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool) -> 
         logits_NTV = decoder.logits(params, x_NTD)
         seen = _see(state.seen, rows, decoder.tp)
         last_NV = logits_NTV[:, -1]
-        drawn = sample(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates)
+        drawn = sample_tokens(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates)
         shown = (logits_NTV if every else last_NV) if logits else None
         return State(cache, seen), Drawn(*drawn, shown)
 
@@ -150,7 +150,7 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             seen = mark_seen(state.seen, slots_N, tokens_N[:, None], live_N[:, None], decoder.tp, DRAWN)
             logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)
-            next_N, logprob_N = sample(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
+            next_N, logprob_N = sample_tokens(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
             kept = _keep(kept, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
             moved = (y_N1D, tokens_N, next_N, slots_N, live_N)
             x_N1D, tokens_N, next_N, slots_N, live_N = (pass_on(x, decoder.pp) for x in moved)

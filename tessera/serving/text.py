@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 
 UNDECODED = "�"  # what a tokenizer shows for bytes that are not UTF-8 (yet)
 

@@ -14,11 +14,12 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from scaling.mup import factors
+from sharding.rules import path_name
 from tessera.infra.schema import differences
 from tessera.losses import cross_entropy
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.noise_scale import noise_scale
-from tessera.optim.param_axes import decayed, path_name
+from tessera.optim.optimizer import decayed
 from tessera.scan_steps import scan_steps
 from tessera.step import TrainState, init_state, make_train_step
 

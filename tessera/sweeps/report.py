@@ -17,8 +17,15 @@ from scaling.sweeps import adaptive
 from tessera.reports import scaling as figures
 from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
 from tessera.reports.style import short
-from tessera.sweeps.fit_report import FitPage, number_sections, run_isoflop, run_parametric, write_numbers
-from tessera.sweeps.fit_summary import ScalingConfig, span
+from tessera.sweeps.fit_report import (
+    FitPage,
+    ScalingConfig,
+    number_sections,
+    run_isoflop,
+    run_parametric,
+    span,
+    write_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,15 @@ def best_rows(rows: Rows) -> Rows:
     return rows.take(np.sort(order[first]))
 
 
+def split(rows: Rows, name: str) -> list[tuple[Any, Rows]]:
+    """The rows of every value of a column."""
+    return [(value, rows.take(rows[name] == value)) for value in np.unique(rows[name])]
+
+
 def lr_minima(rows: Rows) -> list[Minimum]:
     """The best learning rate of every width: the minimum of a parabola in log learning rate, at the most tokens."""
-    rows = rows.take(rows["tokens"] == rows["tokens"].max())
-    parts = [rows.take(rows["width"] == width) for width in np.unique(rows["width"])]
-    return [isoflop.minimum(mine["lr"], mine["loss"], float(mine["width"][0])) for mine in parts]
+    last = rows.take(rows["tokens"] == rows["tokens"].max())
+    return [isoflop.minimum(mine["lr"], mine["loss"], float(width)) for width, mine in split(last, "width")]
 
 
 def lr_section(rows: Rows) -> Section:
@@ -77,13 +88,12 @@ def lr_section(rows: Rows) -> Section:
     minima = lr_minima(last)
     body = [(f"{m.budget:g}", m.runs, m.params, m.loss, m.refused or "used") for m in minima]
     table = Table(("width", "runs", "best learning rate", "loss there", "verdict"), body)
-    good = [m for m in minima if not m.refused]
+    widths, rates = [m.budget for m in minima if not m.refused], [m.params for m in minima if not m.refused]
     texts = []
-    if len(good) > 1:
-        rates = [m.params for m in good]
-        law = isoflop.power_fit([m.budget for m in good], rates)
+    if len(rates) > 1:
+        law = isoflop.power_fit(widths, rates)
         texts.append(
-            f"Between widths {good[0].budget:g} and {good[-1].budget:g} the best learning rate moves by a factor of "
+            f"Between widths {widths[0]:g} and {widths[-1]:g} the best learning rate moves by a factor of "
             f"{max(rates) / min(rates):.2f}; it goes as width^{law.exponent:.2f}. Exponent 0 would be perfect transfer."
         )
     return Section("Learning rate", [paragraphs(*texts), partial(figures.lr_figure, last, minima), table])
@@ -96,8 +106,8 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
     """The surface over learning rate and batch of every size at its last token count: numbers, and a section."""
     body: list[dict[str, Any]] = []
     shown: list[tuple[Rows, Surface]] = []
-    for params in np.unique(rows["params"]):
-        mine = rows.take(rows["params"] == params)
+    names = ("lr", "batch", "loss", "ridge", "scatter", "refused")
+    for params, mine in split(rows, "params"):
         mine = mine.take(mine["budget"] == mine["budget"].max())
         row: dict[str, Any] = {"params": float(params), "tokens": float(mine["tokens"].max()), "runs": len(mine)}
         try:
@@ -105,12 +115,9 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
         except ValueError as error:
             body.append(row | {"verdict": str(error)})
             continue
-        names = ("lr", "batch", "loss", "ridge", "scatter", "refused")
         body.append(row | {name: getattr(surface, name) for name in names} | {"verdict": surface.refused or "used"})
         shown.append((mine, surface))
-    found = [
-        {key: value for key, value in row.items() if key not in ("runs", "verdict")} for row in body if "lr" in row
-    ]
+    found = [{key: row[key] for key in ("params", "tokens", *names)} for row in body if "lr" in row]
     good = [row for row in found if not row["refused"]]
     texts = []
     for name in ("lr", "batch") if len(good) > 1 else ():
@@ -130,8 +137,7 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
 def noise_section(rows: Rows, length: int) -> Section:
     """The gradient noise scale: its figure, and the critical batch by budget at the best size."""
     body: list[tuple[Cell, ...]] = []
-    for budget in np.unique(rows["budget"]):
-        mine = rows.take(rows["budget"] == budget)
+    for budget, mine in split(rows, "budget"):
         try:
             found = critical_batch(mine["gradient_signal"], mine["gradient_noise"])
         except ValueError as error:
@@ -254,4 +260,4 @@ def sweep_page(workdir: Path, found: FitPage) -> Path:
       MissingMatplotlib: matplotlib is not installed.
     """
     sections = [Section("", paragraphs(*found.lead)), *found.own, config_section(workdir)]
-    return write_report(workdir, f"Sweep {workdir.resolve().name}", sections)
+    return write_report(workdir, "Scaling sweep", sections)

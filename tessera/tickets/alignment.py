@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from tessera.models.layers import to_heads
-from tessera.models.transformer import Decoder, Norm, TransformerConfig
+from tessera.models.transformer import Decoder, Norm, TransformerConfig, to_heads
 
 
 def decoder_activations(

@@ -56,10 +56,7 @@ class FirstLayer:
 
 
 def lottery_report(
-    workdir: Path | str,
-    rows: Rows,
-    masks: Mapping[int, np.ndarray] | None = None,
-    mean_image: np.ndarray | None = None,
+    workdir: Path | str, rows: Rows, masks: Mapping[int, np.ndarray] | None = None, mean_image: np.ndarray | None = None
 ) -> Path:
     """Write `report.html` and `figures/*.png` of a search in `workdir`; settings are read from its `config.json`.
 
@@ -85,50 +82,37 @@ def lottery_report(
     return write_report(workdir, title, sections)
 
 
+CAPTIONS = {
+    "Accuracy at early stopping": "Test accuracy of the weights with the lowest validation loss. Each line begins at "
+    "the dense network (100%, dotted line) and gets sparser to the right. {bands}",
+    "Differences, seed by seed": "Mean of the differences between networks of the same seed; above zero the {name} is "
+    "more accurate. Pairing takes out what the seeds have in common. The left panel is cut where accuracy collapses. "
+    "{bands}",
+    "Accuracy at the end of training": "As the first figure, for the weights after the last step. {bands}",
+    "Speed and fit": "Left: a lower line learns faster. Right: the validation loss at that step.",
+    "Learning curves": "Means over seeds; each line is labelled with its weights remaining, the dense network is "
+    "dashed. The climb from chance at the start is cut off in the upper panels.",
+    "Layers": "Mask of the {name}. Layers pruned at the same rate lie on top of each other.",
+}
+
+
 def figure_sections(rows: Rows) -> list[Section]:
     """Accuracy, differences, speed, learning curves and layers; with the dense network alone its learning curves."""
     main = main_arm(rows)
-    name, bands = arm_name(main), "Bands are 95% intervals of the mean over seeds."
-    if not several_seeds(rows):
-        bands = "One seed, so no intervals."
-    learning = Section(
-        "Learning curves",
+    bands = "Bands are 95% intervals of the mean over seeds." if several_seeds(rows) else "One seed, so no intervals."
+    drawn = (
+        partial(figures.accuracy_figure, rows, EARLY),
+        partial(figures.difference_figure, rows, EARLY, main),
+        partial(figures.accuracy_figure, rows, FINAL),
+        partial(figures.speed_figure, rows),
         partial(figures.curves_figure, rows),
-        "Means over seeds; each line is labelled with its weights remaining, the dense network is dashed. The climb "
-        "from chance at the start is cut off in the upper panels.",
+        partial(figures.layer_figure, rows, main),
     )
-    if not arms(rows):
-        return [learning]
-    return [
-        Section(
-            "Accuracy at early stopping",
-            partial(figures.accuracy_figure, rows, EARLY),
-            "Test accuracy of the weights with the lowest validation loss. Each line begins at the dense network "
-            f"(100%, dotted line) and gets sparser to the right. {bands}",
-        ),
-        Section(
-            "Differences, seed by seed",
-            partial(figures.difference_figure, rows, EARLY, main),
-            f"Mean of the differences between networks of the same seed; above zero the {name} is more accurate. "
-            f"Pairing takes out what the seeds have in common. The left panel is cut where accuracy collapses. {bands}",
-        ),
-        Section(
-            "Accuracy at the end of training",
-            partial(figures.accuracy_figure, rows, FINAL),
-            f"As the first figure, for the weights after the last step. {bands}",
-        ),
-        Section(
-            "Speed and fit",
-            partial(figures.speed_figure, rows),
-            "Left: a lower line learns faster. Right: the validation loss at that step.",
-        ),
-        learning,
-        Section(
-            "Layers",
-            partial(figures.layer_figure, rows, main),
-            f"Mask of the {name}. Layers pruned at the same rate lie on top of each other.",
-        ),
+    sections = [
+        Section(title, figure, caption.format(name=arm_name(main), bands=bands))
+        for (title, caption), figure in zip(CAPTIONS.items(), drawn, strict=True)
     ]
+    return sections if arms(rows) else [section for section in sections if section.title == "Learning curves"]
 
 
 def first_layer_section(rows: Rows, masks: Mapping[int, np.ndarray], mean_image: np.ndarray) -> Section:

@@ -20,8 +20,7 @@ from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree, save_t
 from tessera.infra.config import ConfigError, build, checked, unknown
 from tessera.infra.workdir import read_settings
 from tessera.models.registry import Network, make_network
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.optim.schedules import parse_steps
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
 from tessera.tickets.schema import EvidenceConfig
 from tessera.tickets.train import Programs, Splits, TicketConfig, make_loss, make_programs, train_stack
 
@@ -123,7 +122,7 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     """Build all parts from a `ConfigDict` as in `configs/lottery_digits.py`.
 
     Args:
-      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.schedules.parse_steps`
+      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.optimizer.parse_steps`
         reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
       splits: the data, if it has been loaded already.
 

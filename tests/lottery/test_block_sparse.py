@@ -7,8 +7,7 @@ import optax
 import pytest
 
 from lottery import block_sparse, criteria, masks, prune, transform
-from tessera.models.layers import swiglu
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig, swiglu
 from tessera.models.vision import LeNet, MLPConfig
 
 LAYERS = ("dense0", "dense1", "output")

@@ -133,7 +133,7 @@ def test_groups_that_do_not_fit_name_the_path():
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_dead_experts_leave_and_the_layer_says_the_same(keep):
-    params = experts.initialise(8, 12, 6, key=jax.random.key(0))
+    params = experts.initialize(8, 12, 6, key=jax.random.key(0))
     tree = {"experts": {name: {"kernel": kernel} for name, kernel in params.items()}}
     which = masks.prunable(tree)
     members = tuple(coupled.Member(f"experts/{name}/kernel", (0,)) for name in params)
@@ -146,12 +146,12 @@ def test_dead_experts_leave_and_the_layer_says_the_same(keep):
     x = jax.random.normal(jax.random.key(1), (20, 8))
     routing = route.top_k(jax.random.normal(jax.random.key(2), (20, 6)), k=2)
     full = {name: leaf["kernel"] for name, leaf in ticket.items()}
-    want = dispatch.dropless(x, routing, lambda rows, sizes: experts.swiglu(full, rows, sizes))
+    want = dispatch.dropless(x, routing, lambda rows, sizes: experts.expert_ffn(full, rows, sizes))
     ids, weights = compact.renumber(routing.experts_NK, routing.weights_NK, numbers, keep)
     first = {name: getattr(routing, name)[:, :keep] for name in ("probs_NE", "logits_NE")}
     fewer = dataclasses.replace(routing, experts_NK=ids, weights_NK=weights, **first)
     part = {name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}
-    got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.swiglu(part, rows, sizes))
+    got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.expert_ffn(part, rows, sizes))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 

@@ -70,10 +70,10 @@ def test_every_way_computes_what_the_plain_loop_does(name, way):
         config = experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E), movement=way, groups=3)
     else:
         config = experts.MixtureConfig(activation, "dropless" if way == "unfused" else way)
-    out, kept = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
+    out, placed = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
     np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
-    if kept is not None:
-        np.testing.assert_array_equal(kept, np.asarray(routing.experts_NK) < E)
+    if placed is not None:
+        np.testing.assert_array_equal(placed, np.asarray(routing.experts_NK) < E)
 
 
 @pytest.mark.parametrize("activation", experts.ACTIVATIONS)
@@ -156,8 +156,8 @@ def random_routing(seed, n, e, k):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(e)[:k] for _ in range(n)]).astype(np.int32)
     logits, mask = prepare(jnp.zeros((n, e)), jnp.asarray(rng.random(n) < 0.8))
-    taken = jnp.asarray(rng.random((n, k)) < 0.8)
-    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, taken)
+    routed = jnp.asarray(rng.random((n, k)) < 0.8)
+    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, routed)
 
 
 @settings(max_examples=30, deadline=None)
@@ -180,7 +180,7 @@ def test_a_plan_is_a_stable_sort_and_its_inverse(seed, shape):
 def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_probability):
     routing = random_routing(seed, *shape)
     drop = "probability" if by_probability else "position"
-    place, kept = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
+    place, placed = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
     n, e, k = shape
     ids, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
     served = np.argsort(-weights.max(1), kind="stable") if by_probability else np.arange(n)
@@ -188,10 +188,10 @@ def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_prob
     for j in range(k):
         for t in served:
             if ids[t, j] < e:
-                assert place[t, j] == used[ids[t, j]] and kept[t, j] == (place[t, j] < capacity)
+                assert place[t, j] == used[ids[t, j]] and placed[t, j] == (place[t, j] < capacity)
                 used[ids[t, j]] += 1
             else:
-                assert not kept[t, j]
+                assert not placed[t, j]
 
 
 @pytest.mark.parametrize("movement", ["gather", "einsum"])
@@ -199,15 +199,15 @@ def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_prob
 def test_dropped_choices_add_nothing(movement, drop):
     config = experts.MixtureConfig(dispatch="capacity", capacity_factor=0.5, drop=drop, movement=movement)
     routing, params = ROUTINGS["padded"](LOGITS), without_biases(PARAMS["swiglu"])
-    out, kept = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
+    out, placed = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
     left = make_routing(
-        routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, kept
+        routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, placed
     )
     np.testing.assert_allclose(out, by_hand(params, X, left), rtol=1e-5, atol=1e-5)
     capacity = dispatch.capacity_of(N, routing, 0.5)
-    assert metrics.load(routing, kept).max() == capacity == 6
-    lost = 1 - np.asarray(kept).sum() / (2 * np.asarray(MASK).sum())
-    assert metrics.drop_fraction(routing, kept) == pytest.approx(lost) and lost > 0
+    assert metrics.load(routing, placed).max() == capacity == 6
+    lost = 1 - np.asarray(placed).sum() / (2 * np.asarray(MASK).sum())
+    assert metrics.drop_fraction(routing, placed) == pytest.approx(lost) and lost > 0
 
 
 def test_capacity_by_probability_keeps_the_surest_tokens():

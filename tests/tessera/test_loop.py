@@ -12,8 +12,7 @@ import pytest
 
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
-from tessera.loop import LoopConfig, evaluate, train
-from tessera.signals import Interrupted, NonFiniteLoss
+from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, evaluate, train
 from tessera.step import StepConfig, init_state, make_train_step
 
 ROWS = 6

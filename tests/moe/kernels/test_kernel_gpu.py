@@ -158,17 +158,17 @@ def test_epilogues_equal_the_plain_path(matmul, name, alike):
         assert_close(ours, wide(theirs), 0.02)
 
 
-QUANTISED = [("single rows", 64, 64, "int8", None), ("uneven", 128, 64, "int8", 64), ("uneven", 72, 136, "int8", None)]
-QUANTISED += [("uneven", 128, 136, "float8_e4m3fn", 64), ("uneven", 128, 64, "int8", 32)]
-QUANTISED += [("single rows", 64, 64, "float8_e5m2", None)]
+QUANTIZED = [("single rows", 64, 64, "int8", None), ("uneven", 128, 64, "int8", 64), ("uneven", 72, 136, "int8", None)]
+QUANTIZED += [("uneven", 128, 136, "float8_e4m3fn", 64), ("uneven", 128, 64, "int8", 32)]
+QUANTIZED += [("single rows", 64, 64, "float8_e5m2", None)]
 
 
 @pytest.mark.parametrize(
     ("name", "k", "n", "dtype", "block"),
-    [pytest.param(*case, marks=[] if case is QUANTISED[0] else slow) for case in QUANTISED],
+    [pytest.param(*case, marks=[] if case is QUANTIZED[0] else slow) for case in QUANTIZED],
 )
-def test_quantised_weights_and_gathered_rows(matmul, name, k, n, dtype, block):
-    """Against float64 products of the dequantised weight; where a step would meet two scales it is widened before."""
+def test_quantized_weights_and_gathered_rows(matmul, name, k, n, dtype, block):
+    """Against float64 products of the dequantized weight; where a step would meet two scales it is widened before."""
     sizes, rows = SIZES[name]
     rng = np.random.default_rng(0)
     x, w = jnp.array(rng.normal(size=(17, k)), jnp.bfloat16), jnp.array(rng.normal(size=(2, len(sizes), k, n)))

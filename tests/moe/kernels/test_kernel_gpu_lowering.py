@@ -96,8 +96,8 @@ def test_no_copy_of_the_tokens_and_none_of_the_weights():
     weights = [((4, 256, 128), BF16)] * 2
     text = lower(routed, *ROUTED, *weights)
     assert kernels(text) == 1 and "512x256" not in text
-    quantised = [((4, 256, 128), jnp.int8), ((4, 2, 128), jnp.float32)] * 2
-    text = lower(routed, *ROUTED, *quantised)
+    quantized = [((4, 256, 128), jnp.int8), ((4, 2, 128), jnp.float32)] * 2
+    text = lower(routed, *ROUTED, *quantized)
     assert kernels(text) == 1 and "4x256x128xbf16" not in text
     # The check can fail: a share of 32 rows is narrower than a step, and such weights are widened first.
     narrow = [((4, 256, 128), jnp.int8), ((4, 8, 128), jnp.float32)] * 2
@@ -170,9 +170,9 @@ def test_every_tile_size_lowers(dtype, tiling):
     )
     text = lower(summed, ((300, 256), dtype), ((4, 256, 512), dtype), ((4,), I32), ((300,), I32))
     assert kernels(text) == 1 and "300x512" not in text
-    quantised = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
+    quantized = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
     weight = ((4, 256, 512), jnp.int8), ((4, 2, 512), jnp.float32)
-    text = lower(quantised, ((300, 256), dtype), *weight, ((4,), I32))
+    text = lower(quantized, ((300, 256), dtype), *weight, ((4,), I32))
     assert kernels(text) == 1 and f"4x256x512x{'bf16' if dtype == 'bfloat16' else 'f16'}" not in text
 
 

@@ -158,7 +158,7 @@ def test_gradients_against_finite_differences(name):
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.006), ("float8_e4m3fn", 0.04), ("float8_e5m2", 0.08)])
 @pytest.mark.parametrize("block", [None, 4])
-def test_quantised_weights_are_the_weights_they_stand_for(dtype, error, block):
+def test_quantized_weights_are_the_weights_they_stand_for(dtype, error, block):
     x, w, sizes = arrays(SIZES["uneven"])
     quantized = quantize(w, dtype, block=block)
     assert quantized.scales.shape == (5, 1 if block is None else K // block, N)
@@ -240,6 +240,6 @@ def test_shapes_that_do_not_match_are_refused(arguments):
 @pytest.mark.parametrize(
     ("dtype", "block", "message"), [("int4", None, "choose one of"), ("int8", 3, "does not divide")]
 )
-def test_quantising_refuses(dtype, block, message):
+def test_quantizing_refuses(dtype, block, message):
     with pytest.raises(ValueError, match=message):
         quantize(W, dtype, block=block)

@@ -115,7 +115,7 @@ def test_fused_layer_forward():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "block"), [("int8", None), ("int8", 128), ("int8", 16), ("float8_e4m3fn", 128)])
-def test_quantised_weights(dtype, block):
+def test_quantized_weights(dtype, block):
     _, x, w = problem("plain", plain_jax, rows=50, k=256, n=72, groups=3, dtype="float32")
     quantized, sizes = quantize(w, dtype, block=block), jnp.array([20, 0, 25])
     assert_agree((interpreted(x, quantized, sizes),), (plain_jax(x, quantized, sizes),), 1e-4)
@@ -185,7 +185,7 @@ def blocks_gradient(block):
     return f, [X, ((structure.live, block, block), BF16)]
 
 
-def quantised(dtype, shares):
+def quantized(dtype, shares):
     f = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes)  # noqa: E731
     return f, [X, ((G, K, N), dtype), ((G, shares, N), F32), SIZES]
 
@@ -210,8 +210,8 @@ COMPILED = {
         [((20000, 256), BF16), ((G, 256, 384), BF16), SIZES, ((140000,), I32)],
     ),
     "combine": (combine_gradient, [X, W, ((M,), F32), SIZES, INDEX]),
-    "int8 by channel": quantised(jnp.int8, 1),
-    "fp8 by blocks of 128": quantised(jnp.float8_e4m3fn, K // 128),
+    "int8 by channel": quantized(jnp.int8, 1),
+    "fp8 by blocks of 128": quantized(jnp.float8_e4m3fn, K // 128),
     "blocks of 64": blocks_gradient(64),
     "blocks of 128": blocks_gradient(128),
 }

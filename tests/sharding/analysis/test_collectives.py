@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding.analysis.collectives import Collective, collectives, products, totals
+from sharding.analysis.collectives import Collective, count_collectives, count_products, totals
 from sharding.mesh import abstract_mesh
 from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -27,7 +27,9 @@ def test_kinds_bytes_trips_and_causes():
         return jax.lax.psum(y.astype(jnp.float32), ("dp", "tp"))
 
     mesh = abstract_mesh(Plan("dp=2, tp=4"))
-    found = collectives(jax.jit(jax.shard_map(work, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P())), jnp.ones(64))
+    found = count_collectives(
+        jax.jit(jax.shard_map(work, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P())), jnp.ones(64)
+    )
     scopes = [one.scope for one in found]
     # A device has 8 of the 64 float32 numbers.
     assert [Collective(one.kind, one.axes, one.group, one.count, one.bytes, "") for one in found] == [
@@ -52,7 +54,7 @@ def gradient_collectives(config, plan, batch_size, length, *, backward=True):
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
     loss = make_loss(ShardedDecoder(config, plan), abstract_mesh(plan))
     function = jax.value_and_grad(loss, has_aux=True) if backward else loss
-    return collectives(function, params, {"tokens": tokens})
+    return count_collectives(function, params, {"tokens": tokens})
 
 
 # Megatron-LM's counts per layer: Shoeybi et al. 2019, figure 4; Korthikanti et al. 2022, figure 5. The split residual
@@ -106,7 +108,7 @@ def test_the_bytes_of_a_step_of_a_0_96b_model(sequence):
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == pytest.approx(0.956e9, rel=1e-3)
     step = make_train_step(make_loss(parts, abstract_mesh(plan)), tx)
-    found = collectives(step, state, {"tokens": tokens}, jax.random.key(0))
+    found = count_collectives(step, state, {"tokens": tokens}, jax.random.key(0))
     total = totals(found)
     assert 1e9 < sum(moved for _, moved in total.values()) <= 5.5e9 and "all-to-all" not in total
 
@@ -122,7 +124,7 @@ def test_products_are_counted_with_their_trips():
 
     mesh = abstract_mesh(Plan("dp=2"))
     function = jax.shard_map(work, mesh=mesh, in_specs=(P("dp"), P()), out_specs=P("dp"))
-    found = products(function, jnp.ones((8, 4)), jnp.ones((4, 4)))
+    found = count_products(function, jnp.ones((8, 4)), jnp.ones((4, 4)))
     # One device has 4 of the 8 rows: 2 x 4 x 4 x 4 FLOPs, and 3 arrays of 16 float32.
     assert [(one.flops, one.bytes, one.runs) for one in found] == [(128, 192, 5), (128, 192, 1), (128, 192, 1)]
     assert "inside" in found[0].scope

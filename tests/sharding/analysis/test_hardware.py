@@ -2,7 +2,7 @@
 
 import pytest
 
-from sharding.analysis.hardware import HARDWARE, chips, find
+from sharding.analysis.hardware import HARDWARE, chips, find_hardware
 from sharding.errors import PlanError
 
 
@@ -20,7 +20,7 @@ from sharding.errors import PlanError
     ],
 )
 def test_a_groups_links(name, group, crosses, speed):
-    assert find(name).speed(group, crosses=crosses) == pytest.approx(speed)
+    assert find_hardware(name).speed(group, crosses=crosses) == pytest.approx(speed)
 
 
 def test_every_device_has_sources_and_sane_numbers():
@@ -32,8 +32,8 @@ def test_every_device_has_sources_and_sane_numbers():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: find("v5"), "did you mean 'v5[ep]'"),
-        (lambda: find("h200"), "did you mean 'H200'"),
+        (lambda: find_hardware("v5"), "did you mean 'v5[ep]'"),
+        (lambda: find_hardware("h200"), "did you mean 'H200'"),
         (lambda: chips("v5p:8x8xx"), "v5p:8x8x8"),
         (lambda: chips("v5p"), "v5p:8x8x8"),
     ],

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sharding.analysis.collectives import Collective
-from sharding.analysis.hardware import find
-from sharding.analysis.roofline import Roofline, cause, placements, roofline, summarise
+from sharding.analysis.hardware import find_hardware
+from sharding.analysis.roofline import Roofline, cause, placements, step_roofline, summarize
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 
@@ -20,7 +20,7 @@ SPECS = {"a": P("pp", ("fsdp", "tp")), "b": P()}
 def test_placements_say_what_a_device_stores():
     a, b = placements(TREE, SPECS, SIZES)
     assert (a.path, a.local, a.bytes, a.axes) == ("a", (2, 1, 6), 48, (("pp",), ("fsdp", "tp"), ()))
-    assert a.words == "4 by pp, 8 by fsdp·tp" and b.words == "whole on every device" and b.bytes == 10
+    assert a.sharding == "4 by pp, 8 by fsdp·tp" and b.sharding == "replicated" and b.bytes == 10
 
 
 def test_placements_are_where_jax_puts_them():
@@ -38,7 +38,7 @@ def test_placements_are_where_jax_puts_them():
         ("jvp()/shard_map/while/body/layer/gather_params/all_gather", "layer, gather_params"),
         ("transpose(jvp(shard_map))/layer/gather_params", "layer, gather_params, backward"),
         ("shard_map/layer/experts", "layer, experts"),
-        ("head/enter", "head, enter"),
+        ("head/all_gather_sequence", "head, all_gather_sequence"),
         ("", "step"),
     ],
 )
@@ -47,16 +47,16 @@ def test_causes(scope, words):
 
 
 def test_collectives_of_one_cause_are_added_up():
-    one = Collective("all-reduce", ("tp",), 2, 3, 100, "layer/leave")
+    one = Collective("all-reduce", ("tp",), 2, 3, 100, "layer/reduce_scatter_sequence")
     other = Collective("all-gather", ("fsdp",), 4, 1, 4000, "layer/gather_params")
-    first, second = summarise([one, other, one])
+    first, second = summarize([one, other, one])
     assert (first.kind, first.runs, first.moved) == ("all-gather", 1, 3000)
     assert (second.kind, second.runs, second.moved) == ("all-reduce", 6, 600)
 
 
 def test_a_roofline_by_hand():
-    h100 = find("H100")
-    found = roofline(
+    h100 = find_hardware("H100")
+    found = step_roofline(
         h100,
         flops=989.4e12,
         traffic=3350e9 / 2,

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from sharding.inference.sample import DRAWN, greedy, sample
+from sharding.inference.sample import DRAWN, greedy, sample_tokens
 from sharding.inference.speculative import accept, distribution
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
@@ -52,7 +52,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
         for t in range(T):
             q = jnp.broadcast_to(jnp.asarray(small[t])[prefix], (DRAWS, V))
             step = rows._replace(index=rows.index + t)
-            tokens.append(sample(q, drawn(unseen, tokens), step)[0])
+            tokens.append(sample_tokens(q, drawn(unseen, tokens), step)[0])
             logits.append(q)
             prefix = (*prefix, tokens[-1])
         drafted = jnp.stack(tokens, 1)
@@ -60,7 +60,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
         stayed, following = check(jnp.stack(p, 1), jnp.stack(logits, 1), drafted, unseen, rows)
         # A text that stopped after one token is continued by the large model alone, as the next round would.
         step = rows._replace(index=rows.index + 1 + (1 << 20))
-        more = sample(jnp.asarray(large[1])[following], drawn(unseen, [following]), step)[0]
+        more = sample_tokens(jnp.asarray(large[1])[following], drawn(unseen, [following]), step)[0]
         first = jnp.where(stayed > 0, drafted[:, 0], following)
         second = jnp.where(stayed > 1, drafted[:, 1], jnp.where(stayed == 1, following, more))
         return first, second, stayed

@@ -3,6 +3,7 @@
 import io
 import random
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from configs import lm
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
-from tessera.lm.run import make_text_run, results_table
+from tessera.lm.run import build_run, data_parallel, results_table
 from tessera.lm.schema import SCHEMA
 
 
@@ -25,8 +26,8 @@ def settings(tmp_path, words=600, **changes):
 
 
 def test_texts_that_are_large_enough_are_taken(tmp_path):
-    run = make_text_run(settings(tmp_path))
-    assert sum(1 for _ in run.some(run.splits.test)) > 0
+    run = build_run(settings(tmp_path))
+    assert sum(1 for _ in run.held_out("test")) > 0
 
 
 @pytest.mark.parametrize(
@@ -46,16 +47,16 @@ def test_texts_that_are_large_enough_are_taken(tmp_path):
 )
 def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        make_text_run(settings(tmp_path, **changes))
+        build_run(settings(tmp_path, **changes))
 
 
 def test_the_sizes_that_the_message_gives_do(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        make_text_run(settings(tmp_path, words=60))
+        build_run(settings(tmp_path, words=60))
     length = min(int(part.split()[0].rstrip("\n")) for part in str(caught.value).split("config.length of at most ")[1:])
-    make_text_run(settings(tmp_path, words=60, length=length))
+    build_run(settings(tmp_path, words=60, length=length))
     batch = min(int(part.split()[0]) for part in str(caught.value).split("config.batch_size of at most ")[1:])
-    make_text_run(settings(tmp_path, words=60, batch_size=batch))
+    build_run(settings(tmp_path, words=60, batch_size=batch))
 
 
 def test_results_table():
@@ -63,3 +64,15 @@ def test_results_table():
     Console(file=stream, width=80).print(results_table("run", {"test": {"loss": np.log(2), "accuracy": 0.5}}))
     for text in ("run", "test", "0.6931", "1.0000", "0.5000"):
         assert text in stream.getvalue()
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(16, 8), (12, 6), (7, 7), (1, 1), (11, 1)])
+def test_as_many_devices_as_divide_the_batch(batch, devices):
+    placement = data_parallel(batch)
+    rows = np.arange(batch * 3, dtype=np.float32).reshape(batch, 3)
+    placed = placement.place({"x": rows})["x"]
+    np.testing.assert_array_equal(placed, rows)
+    assert len(placed.sharding.device_set) == devices
+    assert placed.addressable_shards[0].data.shape == (batch // devices, 3)
+    state = jax.device_put(rows, placement.state)
+    assert state.addressable_shards[0].data.shape == rows.shape

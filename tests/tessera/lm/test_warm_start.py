@@ -15,8 +15,7 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
+from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointReader, Checkpoints
 from tessera.lm.warm_start import StartConfig, convert, join_blocks, keeps_outputs, read_model, split_blocks
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.models.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
+from tessera.models.transformer import attention, from_heads, rms_norm, rope, swiglu, to_heads
 
 
 def normal(*shape, seed=0):

@@ -15,10 +15,10 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
 from tessera.infra.logger import load_history
+from tessera.loop import metrics_row
 from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, make_eval, per_layer, router_paths
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialization
-from tessera.signals import metrics_row
 from tessera.step import StepConfig, init_state, make_train_step
 
 MOE = MoEConfig(every=2, granularity=2, router=RouterConfig("sigmoid", 4, 2), bias_rate=0.01, z=1e-3)
@@ -148,7 +148,7 @@ def test_training_learns_and_moves_the_biases(trained):
     np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-3)
 
 
-def test_the_report_shows_loads_and_specialisation(trained, tmp_path):
+def test_the_report_shows_loads_and_specialization(trained, tmp_path):
     model, state, rows = trained
     steps, load = load_history(rows)
     assert steps.tolist() == list(range(1, 41)) and load.shape == (40, 2, 4)
@@ -178,7 +178,7 @@ def test_byte_classes():
 def test_microbatches_average_the_routers_metrics():
     model, params = make()
     tx = optax.sgd(0.0)
-    step = make_train_step(lm_loss(model), tx, StepConfig(microbatches=2), adjust=make_adjust(model.config))
+    step = make_train_step(lm_loss(model), tx, StepConfig(grad_accum_steps=2), adjust=make_adjust(model.config))
     _, metrics = jax.jit(step)(init_state(params, tx), {"tokens": TOKENS}, KEY)
     np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-5)
 

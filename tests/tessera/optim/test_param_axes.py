@@ -7,7 +7,8 @@ from optax import contrib
 
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.models.vision import LeNet, MLPConfig
-from tessera.optim.param_axes import clip_units, decayed, matrix_axes
+from tessera.optim.optimizer import decayed
+from tessera.optim.param_axes import clip_units, matrix_axes
 
 
 def decoder_params(scan=True):

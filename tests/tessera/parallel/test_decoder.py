@@ -11,11 +11,11 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import COMPUTE, path_name, resolve, shardings
+from tessera.lm.run import Placement, RunConfig, batch_share, data_parallel, under_plan
 from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.build import plan_decoder
+from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding, check_experts, state_shardings
-from tessera.parallel.placement import Placement, batch_share, data_parallel
 from tessera.step import StepConfig, init_state, make_train_step
 
 CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=4, ff=16)
@@ -36,12 +36,8 @@ CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_runs(axes, options, batch_size, length, words):
-    def init():
-        params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-        return init_state(params, optax.adam(1e-3))
-
     with pytest.raises(PlanError) as error:
-        plan_decoder(CONFIG, Plan(axes, **options), init, batch_size=batch_size, length=length)
+        under_plan(RunConfig(CONFIG, Plan(axes, **options), OptimizerConfig(), StepConfig(), batch_size, length))
     for word in words:
         assert word in str(error.value)
 
@@ -116,12 +112,12 @@ def test_constraints_alone_give_the_same_numbers(axes):
 @pytest.mark.parametrize("axes", ["fsdp=4, tp=2", "pp=2, dp=4"])
 def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
     """Parts of a batch whose gradients the training step averages, each through the plan by itself."""
-    plan, tx, stepping = Plan(axes), optax.sgd(1.0), StepConfig(microbatches=2)
+    plan, tx, stepping = Plan(axes), optax.sgd(1.0), StepConfig(grad_accum_steps=2)
     batch = {"tokens": jax.random.randint(jax.random.key(1), (16, 17), 0, 32, jnp.int32)}
     model = Decoder(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"]
     init = lambda: init_state(params, tx, stepping)  # noqa: E731
-    loss_fn, placement = plan_decoder(CONFIG, plan, init, batch_size=16, length=16, microbatches=2)
+    loss_fn, placement = under_plan(RunConfig(CONFIG, plan, OptimizerConfig(), stepping, 16, 16), init)
     step = jax.jit(make_train_step(loss_fn, tx, stepping), out_shardings=(placement.state, None))
     state, metrics = step(jax.device_put(init(), placement.state), placement.place(batch), jax.random.key(2))
     whole = lm_loss(model)
@@ -153,9 +149,7 @@ def test_biases_of_balanced_routers_move_as_on_one_device():
     params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     batch, tx = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}, optax.sgd(1e-2)
     losses = {"": lm_loss(Decoder(config)), "ep=4, dp=2": None}
-    losses["ep=4, dp=2"], _ = plan_decoder(
-        config, Plan("ep=4, dp=2"), lambda: init_state(params, tx), batch_size=8, length=16
-    )
+    losses["ep=4, dp=2"], _ = under_plan(RunConfig(config, Plan("ep=4, dp=2"), OptimizerConfig(), StepConfig(), 8, 16))
     found = {}
     for name, loss_fn in losses.items():
         step = jax.jit(make_train_step(loss_fn, tx, adjust=make_adjust(config)))

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from moe.layer import MoEConfig
-from sharding.analysis.hardware import find
+from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.lm.run_config import RunConfig
+from tessera.lm.run import RunConfig, first_state
 from tessera.models.remat import parse_remat
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
@@ -23,7 +23,7 @@ from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
 ROUTED = TransformerConfig(**{**vars(MODEL), "mlp": "routed", "moe": MoEConfig(balance_scope="sequence")})
-H100 = find("H100")
+H100 = find_hardware("H100")
 
 
 def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
@@ -34,8 +34,8 @@ def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
 def test_state_bytes_are_those_of_the_arrays():
     run = make_run("fsdp=2, tp=2, dp=2")
     parts, mesh = ShardedDecoder(run.model, run.plan), make_mesh(run.plan)
-    shapes = jax.eval_shape(run.init)
-    state = jax.jit(run.init, out_shardings=state_shardings(parts, mesh, shapes))()
+    shapes = jax.eval_shape(lambda: first_state(run))
+    state = jax.jit(lambda: first_state(run), out_shardings=state_shardings(parts, mesh, shapes))()
     on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     placed = state_placements(parts, shapes)
     memory = estimate_memory(parts, placed, run.batch_size, run.length)
@@ -76,7 +76,9 @@ def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options
     run = make_run(plan, model, **options)
     found = explain(run, H100)
     parts = ShardedDecoder(run.model, run.plan, run.z_loss, H100.platform)
-    costs = estimate_costs(parts, state_placements(parts, jax.eval_shape(run.init)), run.batch_size, run.length)
+    costs = estimate_costs(
+        parts, state_placements(parts, jax.eval_shape(lambda: first_state(run))), run.batch_size, run.length
+    )
     assert costs.flops == pytest.approx(found.flops, rel=0.2)
     counted = sum(one.moved for one in found.moved)
     assert sum(axis.moved for axis in costs.moved) == pytest.approx(counted, rel=0.35)
@@ -112,8 +114,8 @@ def test_what_does_not_fit_is_said():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(PlanError, match="batch_size=64 does not divide into 3 microbatches"):
-        explain(RunConfig(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(microbatches=3), 64, 128), H100)
+    with pytest.raises(PlanError, match="batch_size=64 does not divide into grad_accum_steps=3"):
+        explain(RunConfig(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(grad_accum_steps=3), 64, 128), H100)
 
 
 @pytest.mark.slow

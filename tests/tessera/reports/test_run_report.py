@@ -20,7 +20,7 @@ from tessera.reports.html import (
     page,
     paragraphs,
     table_html,
-    table_section,
+    table_of,
     write_number,
     write_report,
 )
@@ -126,9 +126,9 @@ def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
         assert got[i] == pytest.approx(np.mean(near), abs=1e-6) if near else math.isnan(got[i])
 
 
-def test_table_section_takes_rows_with_different_keys():
-    section = table_section([{"a_b": 1}, {"a_b": 2, "c": np.float64(0.5), "d": [1]}], "Rows")
-    assert Page(table_html(section.content)).tables == [[["a b", "c", "d"], ["1", "–", "–"], ["2", "0.5000", "[1]"]]]
+def test_tables_take_rows_with_different_keys():
+    table = table_of([{"a_b": 1}, {"a_b": 2, "c": np.float64(0.5), "d": [1]}])
+    assert Page(table_html(table)).tables == [[["a b", "c", "d"], ["1", "–", "–"], ["2", "0.5000", "[1]"]]]
 
 
 def test_settings_are_listed_with_dotted_names_and_folded(tmp_path):

@@ -13,7 +13,7 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from sharding.plan import Plan
-from tessera.data.tokenizer import ByteTokenizer
+from tessera.data.text import ByteTokenizer
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.engine import generate_all

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from scaling.sweeps.plan import Family
-from tessera.optim.param_axes import path_name
-from tessera.optim.schedules import make_schedule
+from sharding.rules import path_name
+from tessera.optim.optimizer import make_schedule
 from tessera.sweeps.programs import NEVER, Schedule, Trial, TrialConfig, compile_programs, rate, role_of
 
 LENGTH, VOCAB = 16, 32

@@ -8,8 +8,7 @@ import pytest
 
 from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store, carry_out
-from tessera.data.text import TextConfig, TextSplits
-from tessera.data.tokenizer import ByteTokenizer
+from tessera.data.text import ByteTokenizer, TextConfig, TextSplits
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
 from tessera.sweeps import train

@@ -16,7 +16,7 @@ from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
-from tessera.infra.artifacts import CheckpointDamaged, NotOurs
+from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
 from tessera.infra.workdir import prepare

@@ -49,7 +49,7 @@ def test_masks_are_compared_seed_by_seed():
     # Two seeds: the half-width is the half difference times Student's t with one degree of freedom, 12.706.
     assert float(study.table.rows[0][4].split()[-1]) == pytest.approx(5 * 12.706, abs=0.01)
     assert study.findings == ["At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 63.53 points."]
-    (ax,) = study.figure.axes
+    (ax,) = study.figure().axes
     assert np.allclose(sorted(line.get_ydata().mean() for line in ax.lines), [0, 0, 25, 25, 40, 40])
 
 

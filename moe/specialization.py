@@ -1,7 +1,13 @@
-"""Do experts specialise? Mutual information between experts and classes of tokens, and whether seeds agree.
+"""Expert specialization: mutual information between experts and token classes, and agreement between seeds.
 
-Axes: C classes (token classes, positions, languages), E experts. Tables of counts add up over batches, so collect them
-with `joint_counts` on the device and ask the questions afterwards on the host.
+Axes: C classes (token classes, positions, languages), E experts. Tables of counts add up over batches: collect them
+with `joint_counts` on the device, and evaluate them on the host.
+
+Example:
+  >>> import numpy as np
+  >>> from moe import specialization
+  >>> round(specialization.mutual_information(1000 * np.eye(4)).normalized, 2)
+  1.0
 """
 
 from typing import NamedTuple
@@ -14,35 +20,37 @@ from moe.routing import Routing
 
 
 def joint_counts(routing: Routing, classes_N: Int[Array, " N"], classes: int) -> Float32[Array, "C E"]:
-    """Choices by class of the token and expert; padding and classes outside 0..C-1 count nowhere."""
+    """Count choices by class of the token and expert; padding and classes outside 0..C-1 are ignored."""
     class_NC = (classes_N[:, None] == jnp.arange(classes)[None]).astype(jnp.float32)
     expert_NE = (routing.experts_NK[:, :, None] == jnp.arange(routing.num_experts)[None, None]).sum(axis=1)
     return class_NC.T @ expert_NE.astype(jnp.float32)
 
 
 class Information(NamedTuple):
-    """Mutual information in nats.
+    """Estimates of mutual information, in nats.
 
-    `plain` is the plug-in estimate; `corrected` takes off its leading bias (Miller 1955: (C'-1)(E'-1) / 2n for C'
-    classes and E' experts that occur, never below 0); `normalised` is `corrected` over the smaller of the two
-    entropies, so that one means that expert and class determine each other.
+    Fields:
+      plain: the plug-in estimate.
+      corrected: without its leading bias, (C'-1)(E'-1) / 2n for C' classes and E' experts that occur (Miller 1955); at
+        least 0.
+      normalized: `corrected` over the smaller of the two entropies: 1 if expert and class determine each other.
     """
 
     plain: float
     corrected: float
-    normalised: float
+    normalized: float
 
 
 def mutual_information(counts_CE: Num[np.ndarray, "C E"] | Num[Array, "C E"]) -> Information:
-    """I(class; expert) of a table of counts; zeros for an empty table."""
+    """Estimate the mutual information I(class; expert) from a table of counts; zeros for an empty table."""
     table = np.asarray(counts_CE, np.float64)
     total = table.sum()
     if total == 0:
         return Information(0.0, 0.0, 0.0)
     joint = table / total
     rows, columns = joint.sum(1), joint.sum(0)
-    there = joint > 0
-    plain = float((joint[there] * np.log(joint[there] / np.outer(rows, columns)[there])).sum())
+    occurs = joint > 0
+    plain = float((joint[occurs] * np.log(joint[occurs] / np.outer(rows, columns)[occurs])).sum())
     bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * total)
     corrected = max(plain - float(bias), 0.0)
     smaller = min(_entropy(rows), _entropy(columns))
@@ -55,11 +63,14 @@ def _entropy(p: np.ndarray) -> float:
 
 
 class Agreement(NamedTuple):
-    """How alike two seeds' experts are: correlation of class profiles, experts matched as well as possible.
+    """Similarity of two seeds' experts: correlation of their class profiles under the best matching.
 
-    `matched` is the mean correlation under the best matching; `chance` its mean when the classes of one seed are
-    shuffled (the best matching of noise is positive); specialisation is stable where `matched` is well above `chance`.
-    `pairs[i]` is the second seed's expert for the first seed's expert i.
+    Specialization is stable across seeds where `matched` is well above `chance`.
+
+    Fields:
+      matched: mean correlation of the matched experts.
+      chance: its mean with the classes of one seed shuffled (the best matching of noise is positive).
+      pairs: for every expert of the first seed the expert of the second, [E].
     """
 
     matched: float
@@ -74,10 +85,9 @@ def agreement(
     shuffles: int = 20,
     seed: int = 0,
 ) -> Agreement:
-    """Match the experts of two runs by whom they serve.
+    """Match the experts of two runs by their class profiles (Hungarian algorithm) and measure their agreement.
 
-    A profile is p(expert | class) minus the expert's overall share, so popular experts do not look alike for that
-    alone.
+    A profile is p(expert | class) minus the expert's overall share, so that popularity alone is no similarity.
 
     Args:
       counts_CE: table of one run.

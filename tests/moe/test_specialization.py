@@ -4,7 +4,7 @@ import pytest
 from sklearn.metrics import mutual_info_score
 
 from moe import route
-from moe.specialisation import agreement, joint_counts, mutual_information
+from moe.specialization import agreement, joint_counts, mutual_information
 
 
 def test_counts_by_hand():
@@ -28,7 +28,7 @@ def test_mutual_information_is_scikit_learns():
 
 
 def test_mutual_information_at_its_ends():
-    assert mutual_information(np.eye(4) * 1e6).normalised == pytest.approx(1, abs=1e-4)
+    assert mutual_information(np.eye(4) * 1e6).normalized == pytest.approx(1, abs=1e-4)
     assert mutual_information(np.ones((4, 3)) * 1e6).corrected == pytest.approx(0, abs=1e-9)
     assert mutual_information(np.zeros((4, 3))) == (0, 0, 0)
     # Noise of few tokens has information, and its bias is what the correction takes off.
