@@ -53,7 +53,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "schedule": "cosine",
-            "warmup": size["steps"] // 20,
+            "warmup": 0.05,
             "final": 0.1,
             "weight_decay": 0.1,
             "clip_norm": 1.0,

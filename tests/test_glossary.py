@@ -49,3 +49,19 @@ def test_every_term_has_a_line_a_place_and_its_paper_or_none():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_place_exists(name):
     assert exists(name)
+
+
+def new_names():
+    """Names in the right column of the changelog's tables; `.name` is beside the last whole name."""
+    for line in (ROOT / "CHANGELOG.md").read_text().splitlines():
+        cells = line.strip("| ").split(" | ")
+        if len(cells) == 2 and line.startswith("| `"):
+            package = ""
+            for name in re.findall(r"`(\.?[a-z][\w.]+)`", cells[1]):
+                package = package if name.startswith(".") else name.rpartition(".")[0]
+                yield package + name if name.startswith(".") else name
+
+
+@pytest.mark.parametrize("name", sorted(set(new_names())))
+def test_where_the_changelog_sends_readers_exists(name):
+    assert exists(name)

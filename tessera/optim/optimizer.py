@@ -25,7 +25,8 @@ class OptimizerConfig:
     Attributes:
       name: a key of `OPTIMIZERS`, "sam" or "schedule_free" (of AdamW, or "schedule_free_sgd").
       lr: peak learning rate. dadapt_adamw, prodigy, dog, dowg, cocob and momo find their own step size: use 1.
-      schedule, steps, warmup, final, decay, milestones, factor: see `make_schedule`.
+      schedule, steps, final, decay, milestones, factor: see `make_schedule`.
+      warmup: steps over which the rate rises from 0; below 1 a share of `steps`, so that shorter runs warm up shorter.
       weight_decay: taken by the optimizer itself where it has decay (decoupled and times lr, as in AdamW; an L2 term
         for lars, dog, dowg, madgrad and novograd; a fraction per step for adafactor), else added to the gradient as an
         L2 term (sgd, adam).
@@ -43,7 +44,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     schedule: str = "constant"
     steps: int = 0
-    warmup: int = 0
+    warmup: int | float = 0
     final: float = 0.0
     decay: float = 0.2
     milestones: tuple[int, ...] = ()
@@ -63,6 +64,8 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup={self.warmup} must be whole steps, or below 1 a share of them")
 
 
 def hutchinson(seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -182,7 +185,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
         config.schedule,
         config.lr,
         steps=config.steps,
-        warmup=config.warmup,
+        warmup=round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup),
         final=config.final,
         decay=config.decay,
         milestones=config.milestones,

@@ -183,6 +183,13 @@ def test_schedule_free_evaluates_the_average_wherever_its_state_is():
     assert eval_params(OptimizerConfig(), (), params) is params
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(400, 20), (50_000, 2500), (3, 0)])
+def test_a_warmup_below_one_is_a_share_of_the_steps(steps, warmup):
+    share, whole = (OptimizerConfig("adamw", 1e-3, "cosine", steps, w) for w in (0.05, warmup))
+    for step in (0, 1, warmup, steps - 1):
+        assert learning_rate(share)(step) == learning_rate(whole)(step)
+
+
 def test_learning_rate_is_what_the_optimizer_uses():
     config = OptimizerConfig("sgd", 0.5, "linear", steps=10, warmup=2)
     tx, params = make_optimizer(config), {"kernel": jnp.zeros(())}
@@ -206,6 +213,7 @@ def test_learning_rate_is_what_the_optimizer_uses():
         ({"schedule": "cosine"}, "needs steps > warmup"),
         ({"decay_mask": "kernels"}, "decay_mask='kernels': choose"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+        ({"warmup": 2.5}, "warmup=2.5 must be whole steps"),
         ({"ema": 1.0}, r"ema=1.0 must lie in \[0, 1\)"),
     ],
 )
