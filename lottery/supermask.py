@@ -120,7 +120,7 @@ MASK_ONE = ("rewind", "reinit", "shuffle", "constant")
 MASK_ZERO = ("zero", "initial")
 
 
-def treat(
+def ablate_weights(
     initial: PyTree,
     masks: PyTree,
     which: PyTree,

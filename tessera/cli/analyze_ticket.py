@@ -9,7 +9,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
@@ -47,7 +47,7 @@ def main(invocation: Invocation) -> None:
     if missing:
         raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
     workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config, defaults=invocation.defaults)
-    pieces = Pieces(workdir / "pieces", lambda name: console.log(name))
+    memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
-    found = analyse(search, pieces, settings, levels)
+    found = analyse(search, memo, settings, levels)
     print_report(analysis_report, workdir, search, found, settings)

@@ -8,7 +8,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
 from tessera.tickets.studies import (
@@ -40,13 +40,13 @@ ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointErro
 
 
 def main(invocation: Invocation) -> None:
-    """Config -> pieces on disk -> table, picture, page."""
+    """Config -> memo on disk -> table, picture, page."""
     config, console = invocation.config, Console()
     name = checked("config.name", _known, config.get("name", ""))
     workdir = prepare(invocation.workdir, config, name=invocation.name, defaults=invocation.defaults)
     begun = time.monotonic()
-    pieces = Pieces(workdir / "pieces", lambda piece: console.log(f"{time.monotonic() - begun:6.0f} s  {piece}"))
-    study = checked("config.study", STUDIES[name], config, pieces)
+    memo = Memo(workdir / "memo", lambda part: console.log(f"{time.monotonic() - begun:6.0f} s  {part}"))
+    study = checked("config.study", STUDIES[name], config, memo)
     for text in study.findings:
         console.print(text)
     console.print(f"{time.monotonic() - begun:.0f} s")

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from lottery import masks as masks_lib
 from lottery import summary, transfer
 from lottery.connectivity import STABLE
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.reports import style
 from tessera.reports.html import Section, Table, config_section, paragraphs, write_report
 from tessera.reports.lottery import arm_name
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 OTHER_ORDER = 500_000
 
 
-def analyse(search: Finished, pieces: Pieces, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
+def analyse(search: Finished, memo: Memo, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
     """Rows of all three parts for the given levels of a search, computed once.
 
     connectivity: every ticket (and dense network) is trained a second time from its starting point in another order of
@@ -35,12 +35,12 @@ def analyse(search: Finished, pieces: Pieces, config: AnalysisConfig, levels: Se
     found: dict[str, Rows] = {"connectivity": [], "overlap": [], "sharpness": []}
     for level in levels:
         for arm in dict.fromkeys(row["arm"] for row in search.level(level)[1]):
-            for name, rows in _one_arm(search, pieces, config, level, arm).items():
+            for name, rows in _one_arm(search, memo, config, level, arm).items():
                 found[name] += rows
     return found
 
 
-def _one_arm(search: Finished, pieces: Pieces, config: AnalysisConfig, level: int, arm: str) -> dict[str, Rows]:
+def _one_arm(search: Finished, memo: Memo, config: AnalysisConfig, level: int, arm: str) -> dict[str, Rows]:
     tree, rows = search.level(level)
     mine = [row for row in rows if row["arm"] == arm]
     seeds = [int(row["seed"]) for row in mine]
@@ -54,9 +54,9 @@ def _one_arm(search: Finished, pieces: Pieces, config: AnalysisConfig, level: in
         return _with(about, _second_runs(search, params, masks, seeds, config))
 
     name = f"level{level}_{arm}"
-    found = {"sharpness": pieces.rows(f"{name}_sharpness", sharp)}
+    found = {"sharpness": memo.rows(f"{name}_sharpness", sharp)}
     if arm in ("dense", "ticket"):
-        found["connectivity"] = pieces.rows(f"{name}_connectivity", connected)
+        found["connectivity"] = memo.rows(f"{name}_connectivity", connected)
     if arm != "dense" and len(seeds) > 1:
         which = masks_lib.prunable(jax.tree.map(lambda m: m[0], masks), search.setup.search.rules)
         found["overlap"] = [about[0] | row for row in overlap_rows(masks, seeds, which)]

@@ -1,10 +1,10 @@
-"""The instability curve: when does the order of the data stop deciding which minimum training ends in?
+"""The instability curve (linear mode connectivity): when does data order stop deciding the minimum training ends in?
 
 Frankle et al. 2020 (arXiv:1912.05671), sections 2 and 3: a network is trained to step k, then twice to the end in
 different orders; the error along the line between the two ends is compared with the mean of the ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import criteria, imp, prune, summary, transform
+from lottery import imp, summary, transform
 from lottery import masks as masks_lib
 from lottery.connectivity import STABLE
 from tessera.infra.config import build
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.reports.html import Table
 from tessera.reports.style import (
     MARKERS,
@@ -33,7 +33,7 @@ from tessera.reports.style import (
 )
 from tessera.tickets.probes import AnalysisConfig, path_rows
 from tessera.tickets.setup import Setup, init_stack, make_setup
-from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.studies.study import Study, magnitude_masks, with_interval
 from tessera.tickets.train import train_blocks
 
 
@@ -61,7 +61,7 @@ class InstabilityConfig:
             raise ValueError(f"densities={self.densities} must lie in (0, 1], orders={self.orders} be at least 2")
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """Train trunk and branches, measure, draw."""
     study = build(InstabilityConfig, config.study, "config.study")
     setup = make_setup(config)
@@ -69,47 +69,36 @@ def run(config: Any, pieces: Pieces) -> Study:
         raise ValueError(
             f"config.study.steps: {study.steps[-1]} is not below the {setup.ticket.steps} steps of training"
         )
-    seeds = setup.search.seeds
-    like = jax.eval_shape(lambda: _state(setup, seeds))
+    like = jax.eval_shape(lambda: _start(setup))
     names = [f"trunk{step}" for step in (*study.steps, setup.ticket.steps)]
     trunk: dict[str, PyTree] = {}
     for before, name in zip([None, *names], names, strict=False):
         start = int(before[5:]) if before else 0
-        trunk[name] = pieces.tree(name, like, lambda: _grow(setup, trunk.get(before or ""), start, int(name[5:])))  # noqa: B023
+        trunk[name] = memo.tree(name, like, _grow, setup, trunk.get(before or ""), start, int(name[5:]))
     rows = []
     for density in study.densities:
-        masks = _masks(trunk[names[-1]]["params"], density)
+        masks, _ = magnitude_masks(trunk[names[-1]]["params"], density)
         for step in study.steps:
-            make = lambda: _branches(setup, study, trunk[f"trunk{step}"], masks, step, density)  # noqa: B023, E731
-            rows += pieces.rows(f"density{density}_step{step}", make)
+            state = trunk[f"trunk{step}"]
+            rows += memo.rows(f"density{density}_step{step}", _branches, setup, study, state, masks, step, density)
     return _study(rows, study, setup)
 
 
-def _state(setup: Setup, seeds: Sequence[int]) -> PyTree:
-    params = jax.vmap(setup.network.init)(jnp.stack([jax.random.key(seed) for seed in seeds]))
+def _start(setup: Setup) -> PyTree:
+    """The trunk at step 0."""
+    params = init_stack(setup, setup.search.seeds)
     return {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
 
 
 def _grow(setup: Setup, state: PyTree | None, start: int, stop: int) -> PyTree:
     """The trunk at step `stop` from the trunk at step `start` (None: the initialization)."""
-    seeds = setup.search.seeds
-    if state is None:
-        params = init_stack(setup, seeds)
-        state = {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
+    state = _start(setup) if state is None else state
     masks = masks_lib.ones(state["params"])
-    carry = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
+    grown = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
     marks = [*range(start + setup.ticket.eval_every, stop, setup.ticket.eval_every), stop] if stop > start else []
-    order = {"config": setup.ticket, "size": setup.size, "seeds": seeds, "start": start}
-    _, carry = train_blocks(setup.programs, carry, masks, marks, **order)
-    return {"params": carry.params, "opt_state": carry.opt_state}
-
-
-def _masks(params: PyTree, density: float) -> PyTree:
-    one = jax.tree.map(lambda leaf: leaf[0], params)
-    which = masks_lib.prunable(one)
-    counts = {path: round(density * size) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
-    return jax.jit(jax.vmap(keep))(params)
+    order = {"config": setup.ticket, "size": setup.size, "seeds": setup.search.seeds, "start": start}
+    _, grown = train_blocks(setup.programs, grown, masks, marks, **order)
+    return {"params": grown.params, "opt_state": grown.opt_state}
 
 
 def _branches(

@@ -12,6 +12,7 @@ from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_netw
 from tessera.tickets.studies.compared_masks import compare
 from tessera.tickets.studies.sources import changed
 from tessera.tickets.studies.sparse_methods import SparseConfig
+from tessera.tickets.studies.study import Comparison
 
 CONFIG = ConfigDict(
     {
@@ -41,16 +42,39 @@ def test_masks_are_compared_seed_by_seed():
         for name, values in accuracy.items()
         for seed, value in enumerate(values)
     ]
-    words = {"title": "title", "figure": "figure", "second": "as it is", "caption": "caption"}
-    study = compare(rows, list(accuracy), "other", ["own"], words)
+    study = compare(rows, "other", ["own"], "title", "caption", "as it is")
     assert [row[:2] for row in study.table.rows] == [["25.0%", name] for name in accuracy]
-    means = [[cell and float(cell.split()[0]) for cell in row[2:5]] for row in study.table.rows]
+    assert study.table.columns[-2:] == ["points over random", "points over mask as it is"]
+    means = [[cell and float(cell.split()[0]) for cell in row[3:6]] for row in study.table.rows]
     assert means == [[85.0, 40.0, 15.0], [70.0, 25.0, None], [45.0, None, -25.0]]
     # Two seeds: the half-width is the half difference times Student's t with one degree of freedom, 12.706.
-    assert float(study.table.rows[0][4].split()[-1]) == pytest.approx(5 * 12.706, abs=0.01)
+    assert float(study.table.rows[0][5].split()[-1]) == pytest.approx(5 * 12.706, abs=0.01)
     assert study.findings == ["At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 63.53 points."]
     (ax,) = study.figure().axes
-    assert np.allclose(sorted(line.get_ydata().mean() for line in ax.lines), [0, 0, 25, 25, 40, 40])
+    drawn = [line.get_xdata().mean() for line in ax.lines if line.get_marker() == "o"]
+    assert np.allclose(drawn, [40, 40, 25, 25, 0, 0]), "seeds and mean of every mask over the random one"
+
+
+def test_arms_are_paired_by_seed_whatever_their_order_and_less_may_be_better():
+    rows = [
+        {"arm": arm, "repeat": seed, "level": level, "density": 0.5**level, "loss": loss + seed + level}
+        for arm, loss in (("dense", 0.0), ("a", 2.0), ("b", 1.0))
+        for level in ((0,) if arm == "dense" else (1, 2))
+        for seed in ((0, 1) if arm == "a" else (1, 0))
+    ]
+    arms = Comparison(rows, "arm", "loss", heading="loss (nats)", unit="nats", scale=1.0, pair="repeat", sign=-1)
+    assert arms.arms == ["a", "b"] and arms.levels == [1, 2] and arms.dense == [0.0, 1.0]
+    assert arms.gains("b", "a", 2) == [1.0, 1.0] and arms.mean("a", 1) == 3.5
+    table = arms.table({"a": "a"}, {"seeds": len})
+    assert table.columns == ["weights", "arm", "seeds", "loss (nats)", "nats over a"]
+    assert [row[:3] for row in table.rows] == [
+        ["100.0%", "dense", 2],
+        *(["50.0%", arm, 2] for arm in "ab"),
+        *(["25.0%", arm, 2] for arm in "ab"),
+    ]
+    assert table.rows[2][-1] == "1.00 ± 0.00" and table.rows[1][-1] is None
+    figure = arms.figure({"one": {"a": "A"}, "two": {"a": "A", "b": "B"}})()
+    assert [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes] == [["A"], ["A", "B"]]
 
 
 def test_frozen_weights_count_and_get_no_gradient():
