@@ -90,7 +90,7 @@ def train(
 
     Args:
       step_fn: from `make_train_step`; jitted here, the state donated.
-      init: makes the first state; its shardings hold for the whole run.
+      init: makes the first state; its shardings hold for all of the run.
       batches: the data; an "ids" entry names the rows and is not given to the step. Each process passes its own part.
       config: how long, how often.
       key: constant; `step_fn` folds in the step.
@@ -202,13 +202,13 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, step: int, loss: float, ids: Any, checkpoint: int | None):
         self.step, self.loss, self.ids, self.checkpoint = step, loss, ids, checkpoint
         rows = "unknown (the batches carry no ids)" if ids is None else str([int(i) for i in np.ravel(ids)])
-        kept = (
+        saved = (
             "no checkpoint was saved before it"
             if checkpoint is None
             else f"the last good checkpoint is step {checkpoint}"
         )
         super().__init__(
-            f"the loss or its gradient is not finite at step {step} (loss {loss}), batch ids {rows}; {kept}. "
+            f"the loss or its gradient is not finite at step {step} (loss {loss}), batch ids {rows}; {saved}. "
             "A lower learning rate, more warmup or gradient clipping usually helps"
         )
 
@@ -231,7 +231,7 @@ def metrics_row(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 class NanGuard:
-    """Looks at the `finite` flags of past steps as they become ready, so no step waits for the one before it."""
+    """Raises `NonFiniteLoss` from the `finite` flags of past steps as they become ready; no step waits for another."""
 
     def __init__(self, checkpoints: Checkpoints, logger: Logger):
         self._checkpoints, self._logger = checkpoints, logger

@@ -19,7 +19,7 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step reads and writes. `ema` mirrors `params`, or is None where no moving average is kept."""
+    """All that a step reads and writes. `ema` mirrors `params`; None without a moving average."""
 
     step: Any  # int32 [], but a sharding or a ShapeDtypeStruct in a mapped state
     params: PyTree

@@ -269,7 +269,7 @@ def batch_share(owned: Mapping[int, set[int]], process: int) -> tuple[int, int]:
 def check_splits(c: ConfigDict, splits: TextSplits) -> None:
     """Check that training and both evaluations get their batches, before the first step.
 
-    Training goes over its text again and again, so a window is enough; validation and test take whole batches from one
+    Training goes over its text again and again, so a window is enough; validation and test need full batches from one
     pass.
 
     Raises:

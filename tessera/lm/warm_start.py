@@ -32,7 +32,7 @@ class StartConfig:
     """Which weights a run starts from; the optimizer starts afresh.
 
     Attributes:
-      workdir: a run of `scripts/train.py`, whose newest checkpoint is taken; "" starts from random weights. Of a
+      workdir: a run of `scripts/train.py`, whose newest checkpoint is read; "" starts from random weights. Of a
         run with more experts than this one the busiest of every layer stay.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.

@@ -14,7 +14,7 @@ from tessera.infra.config import ConfigError, build, unknown
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.models.vision import ConvConfig, ConvNet, LeNet, MLPConfig, ResNet, ResNetConfig, ViT, ViTConfig
 
-# Where running means and variances of batch normalization are kept in the tree of parameters.
+# Name of the running means and variances of batch normalization in the tree of parameters.
 STATISTICS = "batch_stats"
 
 

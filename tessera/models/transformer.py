@@ -47,7 +47,8 @@ class TransformerConfig:
       rope_theta: base of the rotary wavelengths.
       norm_eps: epsilon of RMSNorm.
       tied: the output layer reads the transposed embedding table.
-      dtype: "float32" or "bfloat16", for activations; parameters, softmax, statistics and logits are float32.
+      dtype: "float32" or "bfloat16" (mixed precision), for activations; parameters, softmax, statistics and logits
+        are float32.
       remat: what a backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products), names
         to keep or to offload, or several of these by group of layers; see `tessera.models.remat`.
       scan: run the blocks as one `lax.scan` over stacked parameters.
@@ -439,7 +440,7 @@ class Decoder(nn.Module):
             head_DV = table_VD.T
         else:
             head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
-        # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
+        # Products in the compute dtype, sums in float32: the logits feed a softmax over the vocabulary.
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         return self.constrain(logits_BTV, ("batch", "time", "vocab"))
 

@@ -73,7 +73,7 @@ class ShardedDecoder:
     """One device's part of a decoder, as functions called inside `jax.shard_map` over the plan's mesh.
 
     Attributes:
-      config: the whole model.
+      config: the model.
       plan: how it is split.
       z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
       platform: what is compiled for, "tpu" for example; "" is the default backend's.

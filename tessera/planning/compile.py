@@ -59,8 +59,8 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Compiled:
     )
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32, sharding=placement.batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    whole = NamedSharding(placement.batch.mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    replicated = NamedSharding(placement.batch.mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(placement.state, None)).lower(
         state, {"tokens": tokens}, key

@@ -165,7 +165,7 @@ def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
     """The best plans for so many devices, by the formulas of `tessera.planning.memory` and `tessera.planning.costs`.
 
     Args:
-      run: its plan's schedule, rules and choices are kept; its sizes are not looked at.
+      run: its plan's schedule, rules and choices hold; its sizes are not looked at.
       hardware: the device.
       devices: their number.
     """
@@ -178,7 +178,7 @@ def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
 
 
 def _allowed(run: RunConfig, devices: int) -> dict[str, list[int]]:
-    """Sizes an axis may have for the model alone; what only the whole plan decides is left to `judge`."""
+    """Sizes an axis may have for the model alone; what the other axes decide is left to `judge`."""
     model, sizes = run.model, [n for n in range(1, devices + 1) if devices % n == 0]
     split = math.gcd(model.kv_size, model.heads, model.ff_size, model.vocab_size)
     experts = model.moe.router.experts if "routed" in model.pattern else 1

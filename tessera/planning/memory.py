@@ -42,7 +42,7 @@ class Memory:
       saved: activations that wait for the backward pass, as the remat policy says.
       attention: of one layer, forward and backward.
       feed_forward: of one layer, dense or experts, forward and backward.
-      gathered: parameters made whole over fsdp for one layer, and their gradients.
+      gathered: parameters of one layer gathered over fsdp, and their gradients.
       logits: of the head, and their gradient.
       host: offloaded activations in the host's memory, per device; no part of the total.
     """
@@ -120,7 +120,7 @@ def local_sizes(
         h=config.head_size,
         F=config.ff_size // tp,
         V=config.vocab_size // tp,
-        # Nothing is dropped, so there is room for every device's tokens on every device (`moe.parallel.all_to_all`).
+        # Nothing is dropped, so every device has buffers for the tokens of all devices (`moe.parallel.all_to_all`).
         M=rows * t * moe.router.k * ep if routed else 0,
         W=moe.width_of(config.ff_size) // tp if routed else 0,
         E=moe.router.experts // ep if routed else 0,
@@ -165,10 +165,10 @@ def estimate_memory(
 def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
     """Where everything of a train state (or of its shapes) lies under a plan."""
     sizes, shapes = decoder.plan.sizes, state.params
-    whole = param_specs(shapes, sizes, decoder.plan.rules)
+    full_specs = param_specs(shapes, sizes, decoder.plan.rules)
     found = {"params": placements(shapes, decoder.specs, sizes)}
     for name, tree in (("optimizer", state.opt_state), ("ema", state.ema)):
-        found[name] = placements(tree, mirrored_specs(tree, shapes, whole), sizes)
+        found[name] = placements(tree, mirrored_specs(tree, shapes, full_specs), sizes)
     return found
 
 
@@ -215,12 +215,12 @@ def _feed_forward(z: Sizes) -> float:
 
 
 def _streams(z: Sizes) -> float:
-    """What the two layers of a block read and add to the residual stream, whole along time."""
+    """What the two layers of a block read and add to the residual stream, all of time."""
     return 4.0 * z.b * z.t * z.D * z.item
 
 
 def _layer_bytes(decoder: ShardedDecoder, params: list[Placed]) -> float:
-    """Float32 bytes of one layer's parameters on a device when they are whole over fsdp."""
+    """Float32 bytes of one layer's parameters on a device when they are gathered over fsdp."""
     fsdp = decoder.plan.size("fsdp") if decoder.plan.zero == 3 else 1
     blocks = sum(one.bytes * (fsdp if any("fsdp" in axes for axes in one.axes) else 1) for one in params if _block(one))
     return blocks / max(1, -(-decoder.config.layers // decoder.plan.size("pp")) // (len(decoder.config.pattern)))
@@ -251,9 +251,9 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
     slices stand in. Parameters are not counted.
 
     Args:
-      config: the whole model.
+      config: the model.
       plan: how it is split; only tp, cp, `sequence` and `context` matter.
-      length: tokens of a whole sequence.
+      length: tokens of a sequence.
       group: its remat policy; the block's input is counted under every one.
     """
     tp, cp = plan.size("tp"), plan.size("cp")
@@ -271,7 +271,7 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
         vocab_size=1,
         remat="none",
     )
-    context = plan.context if cp > 1 else "whole"
+    context = plan.context if cp > 1 else "full"
     return _saved_per_row(local, tp if plan.sequence else 1, length // cp, context, cp, replace(group, layers=1))
 
 

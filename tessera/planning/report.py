@@ -22,13 +22,13 @@ from tessera.reports.html import Section, Table, paragraphs, terminal_table, wri
 from tessera.reports.sharding import placement_figure, schedule_figure
 
 PAGE = "explain"
-DRAWN = 12  # microbatches per stage up to which a schedule is drawn whole
+DRAWN = 12  # microbatches per stage up to which all of a schedule is drawn
 
 Rows = list[tuple[str, ...]]
 
 
 def size(count: float | int) -> str:
-    """Bytes in words: "1.52 GB"."""
+    """Bytes as text: "1.52 GB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -36,20 +36,20 @@ def size(count: float | int) -> str:
 
 
 def time(seconds: float | int) -> str:
-    """A duration in words: "31 ms"."""
+    """A duration as text: "31 ms"."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def plan_words(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
     """The plan in a line, with what differs from the defaults."""
-    words = [plan.axes or "one device"]
+    text = [plan.axes or "one device"]
     if plan.size("pp") > 1:
         chunks = f" x {plan.virtual}" if plan.virtual > 1 else ""
-        words.append(f"{plan.schedule}{chunks}, {plan.microbatch_count} microbatches")
-    words += ["sequence"] * (plan.sequence and plan.size("tp") > 1)
-    words += ["zero 1"] * (plan.zero == 1 and plan.size("fsdp") > 1)
-    words += [plan.context] * (plan.size("cp") > 1)
-    return "; ".join(words)
+        text.append(f"{plan.schedule}{chunks}, {plan.microbatch_count} microbatches")
+    text += ["sequence"] * (plan.sequence and plan.size("tp") > 1)
+    text += ["zero 1"] * (plan.zero == 1 and plan.size("fsdp") > 1)
+    text += [plan.context] * (plan.size("cp") > 1)
+    return "; ".join(text)
 
 
 def _sizes(shape: Sequence[int]) -> str:
@@ -95,17 +95,17 @@ def time_rows(explained: Explained) -> Rows:
     ]
 
 
-def search_words(ranking: Ranking, explained: Explained) -> str:
+def describe_search(ranking: Ranking, explained: Explained) -> str:
     """The plans of the search by outcome, in a sentence or two."""
     hardware = explained.hardware
-    words = (
+    text = (
         f"{ranking.tried:,} plans for {explained.run.plan.devices} devices were looked at: {ranking.refused:,} do not "
         f"divide the model or the batch, {ranking.too_large:,} need more than {100 * HEADROOM:.0f}% of the "
         f"{size(hardware.memory)} of a {hardware.name}, {len(ranking.fits):,} fit."
     )
     if not ranking.fits and ranking.smallest:
-        words += f" The smallest is {plan_words(ranking.smallest.plan)}: {size(ranking.smallest.memory)}."
-    return words + " Times are at best, with everything overlapped, by formulas."
+        text += f" The smallest is {describe_plan(ranking.smallest.plan)}: {size(ranking.smallest.memory)}."
+    return text + " Times are at best, with everything overlapped, by formulas."
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -120,21 +120,21 @@ TABLES: dict[str, tuple[str, ...]] = {
 def tables(explained: Explained, compiled: Compiled | None, ranking: Ranking | None, best: int = 8) -> dict[str, Rows]:
     """All tables, by the titles of `TABLES`; of the plans that fit the `best`."""
     found: dict[str, Rows] = {
-        "Parameters": [(p.path, _sizes(p.shape), p.words, _sizes(p.local), size(p.bytes)) for p in explained.params],
+        "Parameters": [(p.path, _sizes(p.shape), p.sharding, _sizes(p.local), size(p.bytes)) for p in explained.params],
         "Memory of one device": memory_rows(explained, compiled),
         "Collectives of a step": collective_rows(explained),
         "Time at best": time_rows(explained),
     }
     if ranking:
         fits = ranking.fits[:best]
-        found["Best plans"] = [(plan_words(one.plan), size(one.memory), time(one.seconds)) for one in fits]
+        found["Best plans"] = [(describe_plan(one.plan), size(one.memory), time(one.seconds)) for one in fits]
     return found
 
 
 def terminal(explained: Explained, compiled: Compiled | None, ranking: Ranking | None) -> Group:
     """The tables for a terminal."""
     found = tables(explained, compiled, ranking)
-    texts = [verdict(explained, compiled)] + ([search_words(ranking, explained)] if ranking else [])
+    texts = [verdict(explained, compiled)] + ([describe_search(ranking, explained)] if ranking else [])
     return Group(*(terminal_table(Table(TABLES[title], rows), title) for title, rows in found.items()), *texts)
 
 
@@ -143,14 +143,14 @@ def verdict(explained: Explained, compiled: Compiled | None) -> str:
     run, hardware = explained.run, explained.hardware
     needed, source = (compiled or explained.memory).total, "by the compiler" if compiled else "by the estimate"
     fits = needed <= hardware.memory if compiled else explained.fits
-    words = (
-        f"On {run.plan.devices} x {hardware.name} under {plan_words(run.plan)}, a step of {run.batch_size} x "
+    text = (
+        f"On {run.plan.devices} x {hardware.name} under {describe_plan(run.plan)}, a step of {run.batch_size} x "
         f"{run.length} tokens {'fits' if fits else 'does not fit'}: {size(needed)} of {size(hardware.memory)} per "
         f"device {source}. It takes at least {time(explained.time.overlapped)}, bound by {explained.time.bound}."
     )
     if compiled:
-        words += f" Compiling took {time(compiled.compile_seconds)} after {time(compiled.lower_seconds)} of tracing."
-    return words
+        text += f" Compiling took {time(compiled.compile_seconds)} after {time(compiled.lower_seconds)} of tracing."
+    return text
 
 
 def picture_sections(decoder: ShardedDecoder) -> list[Section]:
@@ -164,11 +164,11 @@ def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     if stages > 1:
         drawn = min(plan.microbatch_count, max(stages, DRAWN))
         drawn -= drawn % stages if plan.virtual > 1 else 0
-        table, whole = (
+        table, full = (
             lockstep_schedule(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count)
         )
-        words = summary(whole).split(", live")[0]
-        caption = f"The table the step runs. {words[0].upper() + words[1:]}."
+        text = summary(full).split(", live")[0]
+        caption = f"The table the step runs. {text[0].upper() + text[1:]}."
         if drawn < plan.microbatch_count:
             caption += f" Drawn: the same schedule with {drawn} microbatches."
         sections.append(Section("Pipeline schedule", partial(schedule_figure, [table]), caption))
@@ -190,7 +190,7 @@ def write_page(
         "Collectives of a step": "Counted in the program, trips of loops included. What one device sends is by the "
         "ring algorithms: (n - 1) / n of an array, twice that for an all-reduce.",
         "Time at best": f"No program reaches a datasheet's peaks. {hardware.name}: {'; '.join(hardware.sources)}.",
-        "Best plans": search_words(ranking, explained) if ranking else "",
+        "Best plans": describe_search(ranking, explained) if ranking else "",
     }
     found = tables(explained, compiled, ranking)
     sections = [
@@ -199,7 +199,7 @@ def write_page(
         *(Section(title, Table(TABLES[title], rows), captions.get(title, "")) for title, rows in found.items()),
         hardware_section(),
     ]
-    return write_report(workdir, f"Plan of {name}", sections, subtitle=plan_words(run.plan), name=PAGE)
+    return write_report(workdir, f"Plan of {name}", sections, subtitle=describe_plan(run.plan), name=PAGE)
 
 
 def hardware_section() -> Section:

@@ -1,6 +1,6 @@
-"""Prefill and decode as jitted programs of static shapes with a donated cache, under any plan.
+"""Prefill and decode as jitted programs of static shapes with a donated KV cache, under any plan.
 
-Axes: B slots, N rows of a call, T tokens of a row, V vocabulary, D width. Arguments and results are whole arrays;
+Axes: B slots, N rows of a call, T tokens of a row, V vocabulary, D width. Arguments and results are global arrays;
 inside `jax.shard_map` the functions here see one device's part. A row belongs to the data-parallel part its place in
 the call says (row r of N to part r // (N / parts)), and its slot is counted within that part.
 """
@@ -32,13 +32,13 @@ class ServeConfig:
     """Sizes that programs are compiled for.
 
     Attributes:
-      slots: B, texts decoded at the same time over all devices.
+      slots: B, requests decoded at the same time over all devices.
       length: most tokens of a text, prompt included.
       cache_dtype: "float32", "bfloat16" or "int8"; "" is the model's.
       groups: groups of a device's slots that go around the ring of pipeline stages; 0 takes as many as stages.
       steps: tokens decoded per call (fewer calls to the host, later reaction to a finished text).
-      chunk: most tokens of one piece of a prompt.
-      rows: pieces of prompts read in one call by each data-parallel part.
+      chunk: chunked prefill: most tokens of a prompt read in one call.
+      rows: chunks of prompts read in one call by each data-parallel part.
       candidates: see `sharding.inference.sample.CANDIDATES`.
     """
 
@@ -57,7 +57,7 @@ class ServeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def buckets(self) -> tuple[int, ...]:
-        """Lengths that pieces of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
+        """Lengths that chunks of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
         sizes = []
         size = min(16, self.chunk)
         while size < self.chunk:
@@ -141,9 +141,9 @@ class Programs:
         slots = np.tile(np.arange(self.config.slots // self.parts, dtype=np.int32), self.parts)
         state, logits = self.start(), None
         for first in range(0, tokens.shape[1], self.config.chunk):
-            piece = tokens[:, first : first + self.config.chunk]
-            counts = np.clip(lengths - first, 0, piece.shape[1])
-            rows = Rows(piece, slots, np.where(counts > 0, first, 0), counts)
+            chunk = tokens[:, first : first + self.config.chunk]
+            counts = np.clip(lengths - first, 0, chunk.shape[1])
+            rows = Rows(chunk, slots, np.where(counts > 0, first, 0), counts)
             state, drawn = self.extend(params, state, rows, logits=True, fresh=first == 0)
             keep = (counts > 0)[:, None]
             logits = drawn.logits if logits is None else jnp.where(keep, drawn.logits, logits)
@@ -178,12 +178,12 @@ class Programs:
         every: bool = False,
         fresh: bool = False,
     ) -> tuple[State, Drawn]:
-        """Read the next piece of some texts and draw the token that follows each.
+        """Prefill the next chunk of some prompts and draw the token that follows each.
 
         Args:
           params: from `place`.
           state: donated.
-          rows: the pieces; a row that starts at 0 forgets what its slot held.
+          rows: the chunks; a row that starts at 0 forgets what its slot held.
           settings: of each row; None is greedy.
           logits: also give the logits of each row's last token, or with `every` of all its tokens [N, T, V].
           every: see `logits`.

@@ -53,17 +53,17 @@ def quantise_decoder(
     if how.method != "rtn" and calibration_NT is None:
         raise ValueError(f"method={how.method!r} needs calibration text")
     blocks = split_blocks(params, config)
-    whole = replace(config, dtype="float32", remat="none")
+    plain_config = replace(config, dtype="float32", remat="none")
     x_NTD = None if calibration_NT is None else jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)]
     made = []
     for i, block in enumerate(blocks):
         mlp = config.pattern[i % len(config.pattern)]
-        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, whole, mlp)
+        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, plain_config, mlp)
         small = _quantise_block(block, how, seen)
         made.append(small)
         if seen:
             plain = dequantize_layer(small, "float32")
-            x_NTD = _run(whole, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
+            x_NTD = _run(plain_config, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
     return join_blocks(params, made, config)
 
 

@@ -87,7 +87,7 @@ class Speculating:
     def extend(
         self, params: Both, state: Both, rows: Rows, settings: Settings, *, fresh: bool = False
     ) -> tuple[Both, Drawn]:
-        """Both read the next piece of some texts; what is drawn is the large model's. See `Programs.extend`."""
+        """Both prefill the next chunk of some prompts; what is drawn is the large model's. See `Programs.extend`."""
         draft, _ = self.draft.extend(params.draft, state.draft, rows, fresh=fresh)
         target, drawn = self.target.extend(params.target, state.target, rows, settings, fresh=fresh)
         return Both(target, draft), drawn

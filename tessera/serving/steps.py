@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Pieces of texts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N]."""
+    """Chunks of prompts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N]."""
 
     tokens: Any
     slots: Any
@@ -128,13 +128,13 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
         stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
         groups_n = jnp.arange(ring.groups * count, dtype=jnp.int32).reshape(ring.groups, count)
         shape = (ring.steps, *tokens.shape)
-        kept = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None)
+        output = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None)
         if logits:
             width = decoder.config.vocab_size // decoder.plan.size("tp")
-            kept = kept._replace(logits=jnp.zeros((*shape, width), jnp.float32))
+            output = output._replace(logits=jnp.zeros((*shape, width), jnp.float32))
 
         def tick(carry: tuple, number: jax.Array) -> tuple:
-            x_N1D, tokens_N, state, tokens, kept = carry
+            x_N1D, tokens_N, state, tokens, output = carry
             item = ring.item(number, stage)
             slots_N = groups_n[item.group]
             entering_N, budget_N, settings_N = jax.tree.map(lambda leaf: leaf[slots_N], (tokens, budget, settings))
@@ -151,21 +151,21 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)
             next_N, logprob_N = sample_tokens(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
-            kept = _keep(kept, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
+            output = _record(output, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
             moved = (y_N1D, tokens_N, next_N, slots_N, live_N)
             x_N1D, tokens_N, next_N, slots_N, live_N = (pass_on(x, decoder.pp) for x in moved)
             # What the last stage drew is the input of the first; other stages get what no stage before the first reads.
             place_N = jnp.where(live_N & (stage == 0), slots_N, tokens.shape[0])
             tokens = tokens.at[place_N].set(next_N, mode="drop")
-            return (x_N1D, tokens_N, State(cache, seen), tokens, kept), None
+            return (x_N1D, tokens_N, State(cache, seen), tokens, output), None
 
         x_N1D = decoder.embed(params, tokens[:count, None]) * 0
-        carry, _ = jax.lax.scan(tick, (x_N1D, tokens[:count], state, tokens, kept), jnp.arange(ring.ticks))
-        _, _, state, _, kept = carry
+        carry, _ = jax.lax.scan(tick, (x_N1D, tokens[:count], state, tokens, output), jnp.arange(ring.ticks))
+        _, _, state, _, output = carry
         if decoder.pp is not None:  # only the last stage drew from finished activations
             final = stage == decoder.plan.size("pp") - 1
-            kept = jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(final, leaf, 0), decoder.pp), kept)
-        return state, kept
+            output = jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(final, leaf, 0), decoder.pp), output)
+        return state, output
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
     out = (programs.state_specs, Drawn(drawn, drawn, PartitionSpec(None, data, decoder.tp) if logits else None))
@@ -209,10 +209,12 @@ def verify_program(programs: Any) -> Callable:
     return _compile(programs, local, given, (state, Drawn(drawn, drawn, None), state.cache.lengths, state.seen))
 
 
-def _keep(kept: Drawn, step: Any, slots_N: Any, live_N: Any, tokens_N: Any, logprobs_N: Any, logits_NV: Any) -> Drawn:
+def _record(
+    output: Drawn, step: Any, slots_N: Any, live_N: Any, tokens_N: Any, logprobs_N: Any, logits_NV: Any
+) -> Drawn:
     """Note what was drawn where the rows are live."""
-    place_N = jnp.where(live_N, slots_N, kept.tokens.shape[1])
-    tokens = kept.tokens.at[step, place_N].set(tokens_N, mode="drop")
-    logprobs = kept.logprobs.at[step, place_N].set(logprobs_N, mode="drop")
-    shown = None if kept.logits is None else kept.logits.at[step, place_N].set(logits_NV, mode="drop")
+    place_N = jnp.where(live_N, slots_N, output.tokens.shape[1])
+    tokens = output.tokens.at[step, place_N].set(tokens_N, mode="drop")
+    logprobs = output.logprobs.at[step, place_N].set(logprobs_N, mode="drop")
+    shown = None if output.logits is None else output.logits.at[step, place_N].set(logits_NV, mode="drop")
     return Drawn(tokens, logprobs, shown)

@@ -9,10 +9,16 @@ import pytest
 from rich.console import Console
 
 from configs import lm
+from sharding.mesh import make_mesh
+from sharding.plan import Plan
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
-from tessera.lm.run import build_run, data_parallel, results_table
+from tessera.lm.run import Placement, batch_share, build_run, data_parallel, results_table
 from tessera.lm.schema import SCHEMA
+from tessera.models.transformer import TransformerConfig
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding
+
+MODEL = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, ff=16)
 
 
 def settings(tmp_path, words=600, **changes):
@@ -76,3 +82,28 @@ def test_as_many_devices_as_divide_the_batch(batch, devices):
     assert placed.addressable_shards[0].data.shape == (batch // devices, 3)
     state = jax.device_put(rows, placement.state)
     assert state.addressable_shards[0].data.shape == rows.shape
+
+
+@pytest.mark.parametrize(
+    "owned, shares",
+    [
+        ({0: {0, 1}, 1: {2, 3}}, [(0, 2), (1, 2)]),
+        ({0: {0}, 1: {0}, 2: {1}, 3: {1}}, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor-parallel over two processes
+        ({0: {0, 1}, 1: {0, 1}}, [(0, 1), (0, 1)]),
+        ({0: {0, 2}, 1: {1, 3}}, [(0, 2), (1, 2)]),
+    ],
+)
+def test_processes_feed_the_rows_their_devices_hold(owned, shares):
+    assert [batch_share(owned, process) for process in owned] == shares
+
+
+def test_rows_that_processes_share_in_part_are_refused():
+    with pytest.raises(ValueError, match="the same rows or none in common"):
+        batch_share({0: {0, 1}, 1: {1, 2}}, 0)
+
+
+@pytest.mark.parametrize("axes", ["dp=8", "tp=8", "dp=2, fsdp=2, tp=2"])
+def test_one_process_feeds_the_whole_batch(axes):
+    parts = ShardedDecoder(MODEL, Plan(axes))
+    assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
+    assert data_parallel(8).share() == (0, 1)

@@ -11,11 +11,11 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import COMPUTE, path_name, resolve, shardings
-from tessera.lm.run import Placement, RunConfig, batch_share, data_parallel, under_plan
+from tessera.lm.run import RunConfig, under_plan
 from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.parallel.decoder import ShardedDecoder, batch_sharding, check_experts, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, check_experts, state_shardings
 from tessera.step import StepConfig, init_state, make_train_step
 
 CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=4, ff=16)
@@ -40,31 +40,6 @@ def test_what_does_not_divide_is_refused_before_anything_runs(axes, options, bat
         under_plan(RunConfig(CONFIG, Plan(axes, **options), OptimizerConfig(), StepConfig(), batch_size, length))
     for word in words:
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "owned, shares",
-    [
-        ({0: {0, 1}, 1: {2, 3}}, [(0, 2), (1, 2)]),
-        ({0: {0}, 1: {0}, 2: {1}, 3: {1}}, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor-parallel over two processes
-        ({0: {0, 1}, 1: {0, 1}}, [(0, 1), (0, 1)]),
-        ({0: {0, 2}, 1: {1, 3}}, [(0, 2), (1, 2)]),
-    ],
-)
-def test_processes_feed_the_rows_their_devices_hold(owned, shares):
-    assert [batch_share(owned, process) for process in owned] == shares
-
-
-def test_rows_that_processes_share_in_part_are_refused():
-    with pytest.raises(ValueError, match="the same rows or none in common"):
-        batch_share({0: {0, 1}, 1: {1, 2}}, 0)
-
-
-@pytest.mark.parametrize("axes", ["dp=8", "tp=8", "dp=2, fsdp=2, tp=2"])
-def test_one_process_feeds_the_whole_batch(axes):
-    parts = ShardedDecoder(CONFIG, Plan(axes))
-    assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
-    assert data_parallel(8).share() == (0, 1)
 
 
 @pytest.mark.parametrize("zero", [1, 3])
