@@ -61,14 +61,30 @@ def able() -> bool:
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
     """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`; sums are rounded before the epilogue."""
+    return _run(_grouped, ops.grouped, operands, spec)
+
+
+def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
+    """Ragged contraction: (G, K, N), zeros for empty groups."""
+    return _run(_contract, ops.contract, operands, spec)
+
+
+def _run(kernel, plain, operands, spec):
+    try:
+        return kernel(operands, spec)
+    except NotImplementedError as error:
+        message = "tokamax: %s of %s %s runs as plain JAX: %s"
+        logging.log_first_n(logging.WARNING, message, 1, plain.__name__, operands.x.dtype, operands.x.shape, error)
+        return plain(operands, spec)
+
+
+def _grouped(operands, spec):
     w = operands.w
     if operands.scales:
         w = tuple(dequantize(*each, operands.x.dtype) for each in zip(w, operands.scales, strict=True))
-    contracted = 2 if spec.transpose else 1
     x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
-    outs = [_ragged_dot(x_MK, each, operands.sizes, ((1,), (contracted,)), [0], spec.out_dtype) for each in w]
-    if any(out is None for out in outs):
-        return ops.grouped(operands, spec)
+    axis = 2 if spec.transpose else 1
+    outs = [_ragged_dot(x_MK, each, operands.sizes, (1, axis), [0], spec.out_dtype) for each in w]
     inside_M1 = (jnp.arange(operands.rows) < jnp.sum(operands.sizes))[:, None]
     outs = [jnp.where(inside_M1, out, 0) for out in outs]
     if spec.epilogue == "combine":
@@ -78,38 +94,31 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     return tuple(outs) if spec.save_residuals else outs[0]
 
 
-def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
-    """Ragged contraction: (G, K, N), zeros for empty groups."""
+def _contract(operands, spec):
     x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
-    # Kernels multiply the rows past the sum by zero, which leaves NaN.
+    # The kernels multiply rows past the sum by zero, which leaves NaN.
     inside_M1 = (jnp.arange(operands.dy.shape[0]) < jnp.sum(operands.sizes))[:, None]
     x_MK, dy_MN = (jnp.where(inside_M1, array, 0) for array in (x_MK, operands.dy))
-    out = _ragged_dot(x_MK, dy_MN, operands.sizes, ((0,), (0,)), [], spec.out_dtype)
-    return ops.contract(operands, spec) if out is None else out
+    return _ragged_dot(x_MK, dy_MN, operands.sizes, (0, 0), [], spec.out_dtype)
 
 
-def _ragged_dot(x, w, sizes, contracted, groups, out_dtype) -> jax.Array | None:
-    """`tokamax.ragged_dot_general` with ragged rows of x; None where no kernel of its supports the product on a GPU."""
+def _ragged_dot(x, w, sizes, axes, groups, out_dtype) -> jax.Array:
+    """Multiply by `tokamax.ragged_dot_general` over the contracted axes of x and w; x's rows are ragged.
+
+    Raises:
+      NotImplementedError: no kernel of its supports the product on a GPU.
+    """
     rows, options = x.shape[0], {}
     begins, ends = group_bounds(sizes, rows)
-    dimensions = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], groups)
     if on_gpu():
         if x.dtype.name not in DTYPES or any(size % ALIGN for size in (x.shape[1], *w.shape[1:])):
-            return _refused(x, w, f"kernels take {' and '.join(DTYPES)}, and K and N that are multiples of {ALIGN}")
+            raise NotImplementedError(
+                f"{' and '.join(DTYPES)}, and K and N that are multiples of {ALIGN}, have kernels"
+            )
         options = {"implementation": "mosaic", "bypass_device_check": False}
-        more = -rows % ALIGN
-        x, w = jnp.pad(x, ((0, more), (0, 0))), w if groups else jnp.pad(w, ((0, more), (0, 0)))
-    try:
-        out = load().ragged_dot_general(
-            local(x), local(w), local(ends - begins), dimensions, preferred_element_type=out_dtype, **options
-        )
-    except NotImplementedError as error:
-        if not on_gpu():
-            raise
-        return _refused(x, w, str(error))
+        more = ((0, -rows % ALIGN), (0, 0))
+        x, w = jnp.pad(x, more), w if groups else jnp.pad(w, more)
+    dimensions = jax.lax.RaggedDotDimensionNumbers((((axes[0],), (axes[1],)), ((), ())), [0], groups)
+    operands = map(local, (x, w, ends - begins))
+    out = load().ragged_dot_general(*operands, dimensions, preferred_element_type=out_dtype, **options)
     return vary(out[:rows] if groups else out, sizes)
-
-
-def _refused(x, w, why: str) -> None:
-    message = "tokamax: %s %s by %s runs as plain JAX: %s"
-    logging.log_first_n(logging.WARNING, message, 1, x.dtype, x.shape, w.shape, why)

@@ -15,7 +15,7 @@ from scaling.coverage import EPOCH, isoflop_design
 from scaling.fitting.bootstrap import bootstrap, resamples
 from scaling.fitting.fit import fit
 from scaling.published import CHINCHILLA
-from scaling.rows import Rows, make_rows, read_csv
+from scaling.rows import read_csv
 from scripts.benchmarks.timing import Contest, Row
 from tessera.infra.schema import Schema
 
@@ -50,12 +50,12 @@ SCHEMA = Schema(FitBenchmark)
 
 def rows(config) -> Iterator[Row]:
     """The grid of starts, and the bootstrap, each in fits per second."""
-    table = read_csv(config.runs) if config.runs else synthetic()
+    table = read_csv(config.runs) if config.runs else isoflop_design(EPOCH, budgets=7, sizes=35, noise=0.005)
     table = table.without_highest_losses(config.drop_highest)
     starts = CHINCHILLA.starts()
     few = config.scipy_starts
     chosen = starts[:, np.linspace(0, starts.shape[1] - 1, few).astype(int)]
-    ours = {"fitted": fit(table, CHINCHILLA)}
+    ours: dict[str, Any] = {"fitted": fit(table, CHINCHILLA)}
 
     def grid():
         ours["fitted"] = fit(table, CHINCHILLA)
@@ -91,15 +91,6 @@ def _with(row: Row, excess: float) -> Row:
     return Row(
         row.case, row.name, row.seconds, row.rate, row.ratio, row.baseline, {"largest excess of objective": excess}
     )
-
-
-def synthetic() -> Rows:
-    """245 runs of the published law (Besiroglu et al. 2024) with 0.5% noise."""
-    design = isoflop_design(EPOCH, budgets=7, sizes=35)
-    params, tokens = design["params"], design["tokens"]
-    loss = EPOCH["E"] + EPOCH["A"] / params ** EPOCH["alpha"] + EPOCH["B"] / tokens ** EPOCH["beta"]
-    noise = np.random.default_rng(0).normal(0, 0.005, len(params))
-    return make_rows({"params": params, "tokens": tokens, "loss": loss * np.exp(noise)}, "synthetic")
 
 
 def objective(theta, n, d, y, counts, delta=1e-3):

@@ -283,7 +283,7 @@ def find(schema: Node, given: Mapping[str, Any], path: str) -> Field:
     raise AssertionError("a path has at least one key")
 
 
-def assign(schema: Node, given: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
+def assign(schema: Node, given: Mapping[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
     """Set fields from text; what picks a group's dataclass comes first, and of one setting the last text counts.
 
     Args:

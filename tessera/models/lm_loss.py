@@ -57,7 +57,7 @@ def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
 
         def dense_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
             del key
-            logits_BTV = model.apply({"params": params}, batch["tokens"][:, :-1])
+            logits_BTV: Any = model.apply({"params": params}, batch["tokens"][:, :-1])
             return next_token_loss(logits_BTV, batch["tokens"], z_loss)
 
         return dense_loss

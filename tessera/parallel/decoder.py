@@ -150,8 +150,8 @@ class ShardedDecoder:
             moe = replace(moe, ff=moe.width_of(c.ff_size))
             if self.platform == "tpu" and moe.mixture.backend == "auto":  # also compiled on a machine without a TPU
                 moe = replace(moe, mixture=replace(moe.mixture, backend="tpu"))
-        sizes = {"heads": c.heads // tp, "kv_heads": c.kv_size // tp, "head_dim": c.head_size, "ff": c.ff_size // tp}
-        return replace(c, **sizes, moe=moe)
+        sizes: Any = {"heads": c.heads // tp, "kv_heads": c.kv_size // tp, "ff": c.ff_size // tp}
+        return replace(c, **sizes, head_dim=c.head_size, moe=moe)
 
     @property
     def expert_axes(self) -> ExpertAxes:
@@ -278,7 +278,11 @@ class ShardedDecoder:
             blocks = params["blocks"]
             if len(groups) > 1:
                 blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
-            stream, _ = jax.lax.scan(lambda stream, one, layer=layer: (layer(one, stream, micro), None), stream, blocks)
+
+            def step(stream: Stream, one: PyTree, layer: Any = layer) -> tuple[Stream, None]:
+                return layer(one, stream, micro), None
+
+            stream, _ = jax.lax.scan(step, stream, blocks)
             start = end
         return stream
 
