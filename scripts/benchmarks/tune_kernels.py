@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, its own package is not importable
+
 from scripts.benchmarks import kernels
 from scripts.benchmarks.kernels import ours, products, uneven_sizes
 from scripts.benchmarks.timing import take_turns
@@ -110,5 +112,4 @@ def main(invocation: Invocation) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     run(COMMAND)
