@@ -22,33 +22,29 @@ losses are nats per token. Fits run in float64 whatever JAX's default is.
 Names are imported on first use.
 """
 
-from typing import Any
+from scaling._lazy import attach
 
-from scaling._lazy import load
-
-_EXPORTS = {
-    "rows": ("RowError", "Rows", "make_rows", "read_csv"),
-    "laws": ("Law", "custom_law", "power_law", "restrict"),
-    "published": ("find_law",),
-    "fitting.fit": ("Fit", "FitConfig", "fit", "fit_near"),
-    "fitting.bootstrap": ("Bootstrap", "bootstrap"),
-    "fitting.intervals": ("bootstrap_interval", "prediction_interval", "profile"),
-    "isoflop": ("PowerLaw", "approach_1", "approach_2", "group_budgets"),
-    "optimum": ("chinchilla_optimum", "compute_optimal", "inference_optimum", "off_optimum"),
-    "flops": ("Shape", "appendix_f", "exact_matmuls", "parameters"),
-    "doctor": ("Finding", "examine"),
-    "planner": ("acquire_runs", "half_width", "next_run"),
-    "batch": ("critical_batch", "fit_rule", "fit_surface"),
-    "coverage": ("isoflop_design",),
-    "conventions": (),
-    "evaluate": (),
-    "fitting": (),
-    "mup": (),
-    "planner_benchmark": (),
-    "sweeps": (),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _EXPORTS, name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "rows": ("RowError", "Rows", "make_rows", "read_csv"),
+        "laws": ("Law", "custom_law", "power_law", "restrict"),
+        "published": ("find_law",),
+        "fitting.fit": ("Fit", "FitConfig", "fit", "fit_near"),
+        "fitting.bootstrap": ("Bootstrap", "bootstrap"),
+        "fitting.intervals": ("bootstrap_interval", "prediction_interval", "profile"),
+        "isoflop": ("PowerLaw", "approach_1", "approach_2", "group_budgets"),
+        "optimum": ("chinchilla_optimum", "compute_optimal", "inference_optimum", "off_optimum"),
+        "flops": ("Shape", "appendix_f", "exact_matmuls", "parameters"),
+        "doctor": ("Finding", "examine"),
+        "planner": ("acquire_runs", "half_width", "next_run"),
+        "batch": ("critical_batch", "fit_rule", "fit_surface"),
+        "coverage": ("isoflop_design",),
+        "conventions": (),
+        "evaluate": (),
+        "fitting": (),
+        "mup": (),
+        "planner_benchmark": (),
+        "sweeps": (),
+    },
+)

@@ -1,24 +1,26 @@
 """Package exports that are imported on first use (PEP 562), so that importing one module stays cheap."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def load(package: str, exports: Mapping[str, Sequence[str]], name: str) -> Any:
-    """Import an exported name or a submodule of a package; the body of its `__getattr__`.
+def attach(
+    package: str, exports: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Make a package's `__getattr__`, `__dir__` and `__all__`.
 
     Args:
-      package: name of the package.
-      exports: submodule -> names it exports.
-      name: to find.
-
-    Raises:
-      AttributeError: no such name.
+      package: its name.
+      exports: submodule -> names it exports; submodules are attributes too.
     """
-    for module, names in exports.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{package}.{module}"), name)
-    if name in exports:
-        return importlib.import_module(f"{package}.{name}")
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    modules = {name: module for module, names in exports.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in modules:
+            return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        if name in exports:
+            return importlib.import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return __getattr__, lambda: sorted({*modules, *exports}), [*modules]

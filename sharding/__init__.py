@@ -26,26 +26,22 @@ shard_map these are the sizes of one device's part.
 Names are imported on first use.
 """
 
-from typing import Any
+from sharding._lazy import attach
 
-from sharding._lazy import load
-
-_EXPORTS = {
-    "errors": ("PlanError",),
-    "plan": ("Plan",),
-    "mesh": ("abstract_mesh", "make_mesh"),
-    "rules": ("Rules", "mirrored_specs", "param_specs", "resolve", "shardings"),
-    "tensor_parallel": ("all_gather_sequence", "gather_params", "reduce_scatter_sequence", "vary"),
-    "vocab_parallel": ("lookup", "token_losses"),
-    "context_parallel": ("contiguous_positions", "ring_attention", "ulysses_attention", "zigzag_positions"),
-    "zero": ("ShardedParams",),
-    "analysis": (),
-    "inference": (),
-    "multihost": (),
-    "pipeline": (),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _EXPORTS, name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "errors": ("PlanError",),
+        "plan": ("Plan",),
+        "mesh": ("abstract_mesh", "make_mesh"),
+        "rules": ("Rules", "mirrored_specs", "param_specs", "resolve", "shardings"),
+        "tensor_parallel": ("all_gather_sequence", "gather_params", "reduce_scatter_sequence", "vary"),
+        "vocab_parallel": ("lookup", "token_losses"),
+        "context_parallel": ("contiguous_positions", "ring_attention", "ulysses_attention", "zigzag_positions"),
+        "zero": ("ShardedParams",),
+        "analysis": (),
+        "inference": (),
+        "multihost": (),
+        "pipeline": (),
+    },
+)

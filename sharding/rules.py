@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,9 +76,8 @@ class Rules:
     compute: tuple[tuple[str, MeshAxes], ...] = COMPUTE
 
 
-def path_name(path: tuple) -> str:
-    """Format a leaf's path as "blocks/mlp/gate/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+path_name = partial(jax.tree_util.keystr, simple=True, separator="/")
+"""Format a leaf's path as "blocks/mlp/gate/kernel"."""
 
 
 def is_spec(node: Any) -> bool:

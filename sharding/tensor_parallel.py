@@ -63,8 +63,8 @@ def all_gather_sequence(x_BTD: Float[Array, "B T D"], tp: str | None, sequence: 
       >>> from jax.sharding import PartitionSpec as P
       >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=4"))
       >>> gather = partial(sharding.all_gather_sequence, tp="tp", sequence=True)
-      >>> whole = jax.shard_map(gather, mesh=mesh, in_specs=P(None, "tp"), out_specs=P("tp"))
-      >>> jax.eval_shape(whole, jnp.zeros((1, 8, 16))).shape  # 4 devices with 8 tokens each
+      >>> gathered = jax.shard_map(gather, mesh=mesh, in_specs=P(None, "tp"), out_specs=P("tp"))
+      >>> jax.eval_shape(gathered, jnp.zeros((1, 8, 16))).shape  # 4 devices with 8 tokens each
       (4, 8, 16)
     """
     if tp is None:
@@ -132,10 +132,10 @@ def gather_params(
       >>> import jax, jax.numpy as jnp, sharding
       >>> from jax.sharding import PartitionSpec as P
       >>> specs = {"kernel": P("fsdp", None)}
-      >>> def whole(shards):
+      >>> def total(shards):
       ...     return sharding.gather_params(shards, specs, jnp.bfloat16, fsdp="fsdp")["kernel"].sum()[None]
       >>> mesh = sharding.abstract_mesh(sharding.Plan("fsdp=4"))
-      >>> step = jax.shard_map(whole, mesh=mesh, in_specs=(specs,), out_specs=P("fsdp"))
+      >>> step = jax.shard_map(total, mesh=mesh, in_specs=(specs,), out_specs=P("fsdp"))
       >>> [one] = sharding.analysis.count_collectives(step, {"kernel": jnp.zeros((64, 8))})
       >>> one.kind, one.bytes
       ('all-gather', 1024)

@@ -4,21 +4,17 @@
 use.
 """
 
-from typing import Any
+from scaling._lazy import attach
 
-from scaling._lazy import load
-
-_EXPORTS = {
-    "fit": ("Fit", "FitConfig", "fit_near", "polish"),
-    "bootstrap": ("Bootstrap", "interval", "refit", "resamples", "search_again"),
-    "intervals": ("bootstrap_interval", "prediction_interval", "profile"),
-    "derivatives": (),
-    "newton": (),
-    "newton_fast": (),
-    "solve": (),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _EXPORTS, name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "fit": ("Fit", "FitConfig", "fit_near", "polish"),
+        "bootstrap": ("Bootstrap", "interval", "refit", "resamples", "search_again"),
+        "intervals": ("bootstrap_interval", "prediction_interval", "profile"),
+        "derivatives": (),
+        "newton": (),
+        "newton_fast": (),
+        "solve": (),
+    },
+)

@@ -9,7 +9,7 @@ its largest budget, not the sum of all.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -299,8 +299,3 @@ def _run(
     parts += [f"s{seed}"] * (len(config.seeds) > 1)
     settings = {"model": model, **own, **common}
     return PlannedRun("-".join(parts), settings, readouts, columns, batch * shape.length * count.flops_per_token)
-
-
-def total_cost(runs: Sequence[PlannedRun]) -> float:
-    """Sum the FLOPs of a table of runs."""
-    return sum(run.cost for run in runs)

@@ -12,21 +12,17 @@ of one device's part.
 Names are imported on first use.
 """
 
-from typing import Any
+from sharding._lazy import attach
 
-from sharding._lazy import load
-
-_EXPORTS = {
-    "kv_cache": ("Cache", "CacheConfig", "append", "cache_specs", "make_cache", "read_range", "read_slots"),
-    "attention": ("cached_attention",),
-    "sample": ("Settings", "greedy", "sample_tokens"),
-    "speculative": ("accept",),
-    "quantize": ("QuantConfig", "Quantized", "dequantize", "observe", "quantize_matrix"),
-    "pipeline_ring": ("Ring",),
-    "top_p": (),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _EXPORTS, name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "kv_cache": ("Cache", "CacheConfig", "append", "cache_specs", "make_cache", "read_range", "read_slots"),
+        "attention": ("cached_attention",),
+        "sample": ("Settings", "greedy", "sample_tokens"),
+        "speculative": ("accept",),
+        "quantize": ("QuantConfig", "Quantized", "dequantize", "observe", "quantize_matrix"),
+        "pipeline_ring": ("Ring",),
+        "top_p": (),
+    },
+)

@@ -3,13 +3,8 @@
 Names are imported on first use.
 """
 
-from typing import Any
+from sharding._lazy import attach
 
-from sharding._lazy import load
-
-_EXPORTS = {"distributed": ("DistributedError", "Limits", "initialize"), "xla_flags": ()}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _EXPORTS, name)
+__getattr__, __dir__, __all__ = attach(
+    __name__, {"distributed": ("DistributedError", "Limits", "initialize"), "xla_flags": ()}
+)

@@ -132,7 +132,7 @@ def launched(environment: Mapping[str, str]) -> bool:
     tasks = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environment else ()))
     for name in tasks:
         if not environment.get(name, "1").isdecimal():
-            raise DistributedError(f"{name}={environment[name]!r} in the environment should be a whole number")
+            raise DistributedError(f"{name}={environment[name]!r} in the environment should be an integer")
     return (
         any(int(environment.get(name, "1")) > 1 for name in tasks)
         or any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))

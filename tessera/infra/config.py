@@ -48,8 +48,20 @@ def build(cls: type[T], config: Mapping[str, Any] | ConfigDict, path: str = "con
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ConfigError(f"{path}.{name}: missing ({describe_type(hints[name])} expected)")
+    # A group that says what its default says is that default: nothing in it is built again.
+    values = {name: value for name, value in values.items() if not _is_default(value, fields[name].default)}
     converted = {name: _convert(value, hints[name], f"{path}.{name}") for name, value in values.items()}
     return checked(path, cls, **converted)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a group of settings names every field of a default dataclass with its value."""
+    if not dataclasses.is_dataclass(default) or isinstance(default, type):
+        return type(value) is type(default) and value == default
+    names = {field.name for field in dataclasses.fields(default)}
+    if not isinstance(value, Mapping | ConfigDict) or set(value) != names:
+        return False
+    return all(_is_default(value[name], getattr(default, name)) for name in names)
 
 
 def checked(path: str, make: Callable[..., T], *arguments: Any, **named: Any) -> T:

@@ -23,9 +23,7 @@ from sharding.plan import Plan
 from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.config import ConfigError, build, checked
-from tessera.infra.schema import completed
 from tessera.infra.workdir import resolve
-from tessera.lm.schema import SCHEMA
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig, evaluate
 from tessera.models.lm_loss import lm_loss, make_adjust, make_eval
@@ -118,11 +116,14 @@ class Run(NamedTuple):
 def build_run(c: ConfigDict) -> Run:
     """Check every setting, read the text, and make the parts of a run; nothing is written.
 
+    Args:
+      c: the settings of `tessera.lm.schema`, complete (the command line gives them so; see
+        `tessera.infra.schema.completed`).
+
     Raises:
       ConfigError: a setting that is wrong, by its path, or a text that is too small.
       DataUnavailable: the text is neither there nor to be had.
     """
-    c = completed(SCHEMA, c)
     for name, value, least in (
         ("seed", c.seed, 0),
         ("batch_size", c.batch_size, 1),
@@ -178,11 +179,11 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     Raises:
       ConfigError: a setting that is wrong, by its path.
     """
-    c = completed(SCHEMA, c)
     optimizer = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=max(c.steps, 1))
     checked("config.optimizer", make_optimizer, optimizer)
     step = build(StepConfig, c.step, "config.step", ema=optimizer.ema)
-    model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
+    settings = {name: c.model[name] for name in c.model if name != "moe" or c.model.mlp == "routed"}
+    model = build(TransformerConfig, settings, "config.model", vocab_size=vocab_size)
     plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
     return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss)
 

@@ -56,7 +56,7 @@ def test_slerp_of_two_vectors_is_the_closed_form():
 
 
 def test_ties_by_hand():
-    # Half of the entries kept: (-3, 0, 0, 4), (2, -3, 0, 0), (0, -1, 0, 2). Sums (-1, -4, 0, 6) elect (-, -, 0, +).
+    # Half of the entries remain: (-3, 0, 0, 4), (2, -3, 0, 0), (0, -1, 0, 2). Sums (-1, -4, 0, 6) elect (-, -, 0, +).
     deltas = jnp.array([[-3.0, 1.0, 0.5, 4.0], [2.0, -3.0, 0.5, 1.0], [0.5, -1.0, 0.5, 2.0]])[:, None]
     np.testing.assert_allclose(ties(deltas, 0.5), [[-3.0, -2.0, 0.0, 3.0]])
 

@@ -10,11 +10,11 @@ from scaling.rows import make_rows, read_csv
 
 
 def test_the_traps_of_the_published_rows(shared_data):
-    whole = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
-    rows = whole.without_highest_losses(5)
+    full = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
+    rows = full.without_highest_losses(5)
     fitted = fit(rows, CHINCHILLA)
     found = {
-        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), all_rows=whole)
+        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), all_rows=full)
     }
     assert found["convergence"].verdict == "fine"
     starts = found["unconverged starts"].numbers
@@ -33,8 +33,8 @@ def test_the_traps_of_the_published_rows(shared_data):
     assert found["loose tolerance"].numbers["ratio"] < found["mean reduction"].numbers["ratio"]
     assert abs(found["rounded parameters"].numbers["log_shift"]) < 0.1
     # Keeping all 245 is a warning: a handful of rows moves the optimum by more than its standard error.
-    kept = fit(whole, CHINCHILLA, starts=fitted.theta[:, None])
-    outliers = doctor.outliers(kept, bootstrap(kept, 200), 5.88e23)
+    refitted = fit(full, CHINCHILLA, starts=fitted.theta[:, None])
+    outliers = doctor.outliers(refitted, bootstrap(refitted, 200), 5.88e23)
     assert outliers.verdict == "warning"
     assert outliers.numbers["standard_errors"] > 1
 

@@ -66,7 +66,7 @@ def loss_of(run, readout):
 
 
 def train(run, directory, report, *, seconds=0.01):
-    """Goes on from a saved trunk as real training does; its losses depend on the trunk's whole course."""
+    """Goes on from a saved trunk as real training does; its losses depend on the trunk's full course."""
     saved = directory / "trunk.json"
     trunk = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "sum": 0}
     if trunk["step"] > run.readouts[0].branch:

@@ -57,14 +57,14 @@ def test_attention_over_a_split_sequence_and_its_gradient(method):
     q = rng.normal(size=(2, length, 4, 6)).astype(np.float32) * 2
     k, v = (rng.normal(size=(2, length, kv_heads, 6)).astype(np.float32) * 2 for _ in range(2))
     weight = rng.normal(size=q.shape).astype(np.float32)
-    mixed, whole = order(cut, parts, length), np.arange(length)
+    mixed, full = order(cut, parts, length), np.arange(length)
     back = np.argsort(mixed)
     mesh = make_mesh(Plan("dp=2, cp=4"))
     split = jax.shard_map(function, mesh=mesh, in_specs=(P("dp", "cp"),) * 3, out_specs=P("dp", "cp"))
 
     def run(attend, at):
         def loss(q, k, v):
-            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else whole]
+            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else full]
             return (result * weight).sum(), result
 
         (_, result), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -72,7 +72,7 @@ def test_attention_over_a_split_sequence_and_its_gradient(method):
 
     result, grads = run(split, mixed)
     np.testing.assert_allclose(result, reference(q, k, v), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, run(attention, whole)[1], strict=True):
+    for ours, theirs in zip(grads, run(attention, full)[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 

@@ -76,7 +76,7 @@ def test_fully_sharded_data_parallelism_is_two_lines():
 
 
 @pytest.mark.parametrize(
-    "changes, axes, words",
+    "changes, axes, texts",
     [
         ({}, "tp=8", ["blocks/attention/key/kernel", "(kv_heads) of 4", "tp=8", "nearest valid size: 4"]),
         ({"heads": 6, "kv_heads": 6, "head_dim": 4}, "tp=4", ["heads) of 6", "tp=4", "nearest valid size: 3"]),
@@ -85,11 +85,11 @@ def test_fully_sharded_data_parallelism_is_two_lines():
         ({"width": 24, "head_dim": 4}, "fsdp=16", ["(width) of 24", "fsdp=16", "nearest valid size: 12"]),
     ],
 )
-def test_an_indivisible_dimension_is_refused_by_path(changes, axes, words):
+def test_an_indivisible_dimension_is_refused_by_path(changes, axes, texts):
     with pytest.raises(PlanError) as error:
         param_specs(shapes(replace(CONFIG, **changes)), Plan(axes).sizes)
-    for word in words:
-        assert word in str(error.value)
+    for text in texts:
+        assert text in str(error.value)
 
 
 def test_rules_that_split_two_dimensions_over_one_axis_are_refused():

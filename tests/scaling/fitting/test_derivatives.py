@@ -75,9 +75,9 @@ def test_derivatives_are_those_of_the_objective():
 def test_sums_without_the_floor_give_the_same_curvature(law):
     features, means, target, phi, weights = case(law)
     terms = Terms(law.terms, law.parameters, features, means)
-    whole = by_terms(terms, target, DELTA, newton=True)(phi, weights)
+    full = by_terms(terms, target, DELTA, newton=True)(phi, weights)
     lean = NewtonWithFloor(terms, target, DELTA)(phi, weights)
-    for found, wanted in zip(lean[:3], whole[:3], strict=True):
+    for found, wanted in zip(lean[:3], full[:3], strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     diagonal = [k for k, (i, j) in enumerate(lower(terms.size)) if i == j]
     np.testing.assert_allclose(lean.diagonal, np.abs(lean.curvature[diagonal]))
@@ -85,9 +85,9 @@ def test_sums_without_the_floor_give_the_same_curvature(law):
 
 def test_terms_without_a_floor_of_their_own_are_refused():
     features, means, target, _, _ = case(CHINCHILLA)
-    for kept in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
-        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in kept)]
-        terms = Terms(kept, names, features, means)
+    for chosen in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
+        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in chosen)]
+        terms = Terms(chosen, names, features, means)
         assert floor_of(terms) is None
         with pytest.raises(ValueError, match="use by_terms"):
             NewtonWithFloor(terms, target, DELTA)

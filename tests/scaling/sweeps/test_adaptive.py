@@ -7,7 +7,7 @@ import pytest
 from toy_sweep import FAST, Inside
 
 from scaling.sweeps.adaptive import PlannerConfig, candidates, choose_runs, first_table, interval_reached, spent
-from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs, total_cost
+from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store
 from scaling.sweeps.sweep import run_sweep
 
@@ -57,7 +57,7 @@ def test_the_first_table_is_the_cheapest_budgets():
 
 def test_a_readout_costs_what_is_new_of_it():
     table = first_table(RUNS, PlannerConfig(begin=2))
-    assert spent(table) == pytest.approx(total_cost(table))
+    assert spent(table) == pytest.approx(sum(run.cost for run in table))
     found = candidates(RUNS, table, PlannerConfig(begin=2))
     assert len(found) == sum(len(r.readouts) for r in RUNS) - sum(len(r.readouts) for r in table)
     for run, cost in found:
@@ -84,7 +84,7 @@ def test_the_planner_ends_with_the_interval_or_the_flops(tmp_path):
 
 
 def test_killed_and_continued_the_same_runs_are_chosen(tmp_path):
-    whole = acquired(tmp_path / "whole", PlannerConfig(begin=2), wanted=0.2)
+    full = acquired(tmp_path / "full", PlannerConfig(begin=2), wanted=0.2)
     counter = itertools.count()
 
     def dies(run, directory, report):
@@ -94,8 +94,8 @@ def test_killed_and_continued_the_same_runs_are_chosen(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         acquired(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, train=dies)
-    assert acquired(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, engine=Inside(backwards=True)) == whole
-    assert (tmp_path / "killed" / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    assert acquired(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, engine=Inside(backwards=True)) == full
+    assert (tmp_path / "killed" / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 def test_a_run_that_failed_is_not_chosen_again():

@@ -49,25 +49,25 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def test_a_budget_that_is_added_takes_only_its_own_training(tmp_path):
     carry_out(tmp_path, runs=toy_sweep.runs(budgets=(1e9, 9e9)))
-    taken = []
+    started = []
 
     def counting(run, directory, report):
-        taken.append([readout.budget for readout in run.readouts])
+        started.append([readout.budget for readout in run.readouts])
         return quick(run, directory, report)
 
     carry_out(tmp_path, counting)
-    assert taken == [[3e9]] * 4
-    carry_out(tmp_path / "whole")
-    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    assert started == [[3e9]] * 4
+    carry_out(tmp_path / "full")
+    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 @pytest.mark.parametrize("torn", ["", "run,width", "nonsense\n1,2\n"])
 def test_a_torn_csv_is_mended(tmp_path, torn):
     carry_out(tmp_path)
-    whole = (tmp_path / "runs.csv").read_text()
-    (tmp_path / "runs.csv").write_text(torn or whole[:-7])
+    full = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(torn or full[:-7])
     carry_out(tmp_path)
-    assert (tmp_path / "runs.csv").read_text() == whole
+    assert (tmp_path / "runs.csv").read_text() == full
 
 
 def test_a_sweep_that_stops_early_keeps_the_same_rows_in_whatever_order_runs_end(tmp_path):
@@ -158,11 +158,11 @@ def kill_and_restart(directory, kills, seed, longest):
 
 @pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_csv_is_the_same(tmp_path, kills, seed):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    full.mkdir()
     killed.mkdir()
     begun = time.monotonic()
-    reference = finish(whole)
+    reference = finish(full)
     died = kill_and_restart(killed, kills, seed, longest=0.8 * (time.monotonic() - begun))
     assert died >= 1, "the sweep ended before it could be killed"
     assert finish(killed) == reference
@@ -227,8 +227,8 @@ def test_submitit_carries_a_sweep_out(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PYTHONPATH", TOY["PYTHONPATH"])
     engine = make_executor(ExecutorConfig(name=name, slots=2, options=(("timeout_min", 5),)), tmp_path / "submitit")
     rows = carry_out(tmp_path, toy_sweep.fail_once if name == "submitit-local" else quick, engine)
-    carry_out(tmp_path / "whole")
-    assert len(rows) == 12 and (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    carry_out(tmp_path / "full")
+    assert len(rows) == 12 and (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 @pytest.mark.slow
@@ -237,8 +237,8 @@ def test_ray_carries_a_sweep_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", TOY["PYTHONPATH"])
     engine = make_executor(ExecutorConfig(name="ray", slots=2), tmp_path)
     carry_out(tmp_path, toy_sweep.fail_once, engine)
-    carry_out(tmp_path / "whole")
-    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    carry_out(tmp_path / "full")
+    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 def test_one_thread_each():

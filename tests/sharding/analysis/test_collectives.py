@@ -88,7 +88,7 @@ def test_zero_3_gathers_each_parameter_twice_and_scatters_each_gradient_once():
     for one in found:
         if "layer/" in one.scope + "/" and one.kind != "all-reduce":
             by_kind[one.kind] += one.count * one.bytes
-    # bfloat16: two bytes each. The backward pass gathers again, so whole parameters never wait for it.
+    # bfloat16: two bytes each. The backward pass gathers again, so full parameters never wait for it.
     assert by_kind == {"all-gather": 2 * 2 * 3 * kernels, "reduce-scatter": 2 * 3 * kernels}
 
 

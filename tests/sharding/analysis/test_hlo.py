@@ -106,7 +106,7 @@ print(json.dumps({"totals": totals(found), "temp": compiled.memory_analysis().te
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True])
 def test_the_compiled_step_of_a_0_96b_model_moves_what_it_should(sequence):
-    """The whole step with its optimizer, as XLA compiles it for 256 CPU devices, where bfloat16 travels as float32."""
+    """The full step with its optimizer, as XLA compiles it for 256 CPU devices, where bfloat16 travels as float32."""
     root = Path(__file__).parents[3]
     run = subprocess.run(
         [sys.executable, "-c", STEP, str(int(sequence))],

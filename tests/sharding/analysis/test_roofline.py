@@ -33,7 +33,7 @@ def test_placements_are_where_jax_puts_them():
 
 
 @pytest.mark.parametrize(
-    "scope, words",
+    "scope, text",
     [
         ("jvp()/shard_map/while/body/layer/gather_params/all_gather", "layer, gather_params"),
         ("transpose(jvp(shard_map))/layer/gather_params", "layer, gather_params, backward"),
@@ -42,8 +42,8 @@ def test_placements_are_where_jax_puts_them():
         ("", "step"),
     ],
 )
-def test_causes(scope, words):
-    assert cause(scope) == words
+def test_causes(scope, text):
+    assert cause(scope) == text
 
 
 def test_collectives_of_one_cause_are_added_up():

@@ -36,7 +36,7 @@ def keys(*shape, seed=0):
 @pytest.mark.parametrize("dtype, atol", [("float32", 2e-6), ("int8", 0.05)])
 @pytest.mark.parametrize("ways", [1, 4])
 def test_pieces_read_into_a_cache_attend_like_the_whole_text(dtype, atol, ways):
-    """Texts of different lengths in scattered slots, in two pieces, the second over the cache of the first."""
+    """Texts of different lengths in scattered slots, in two chunks, the second over the cache of the first."""
     q, k, v = keys(2, 9, K * G, h), keys(2, 9, K, h, seed=1), keys(2, 9, K, h, seed=2)
     slots, first = jnp.array([3, 1]), jnp.array([4, 5])
     expected = attention(q, k, v)

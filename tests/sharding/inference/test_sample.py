@@ -32,7 +32,7 @@ def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, 
     return Settings(t, spread(top_k, jnp.int32), *floats, spread(seed, jnp.uint32), spread(index, jnp.int32))
 
 
-def kept(logits, **how):
+def allowed_tokens(logits, **how):
     """Plain numpy: the ids that may be drawn, after temperature, top-k, top-p and min-p in that order."""
     z = np.asarray(logits, np.float64) / how.get("temperature", 1.0)
     order = np.argsort(-z)
@@ -62,7 +62,7 @@ def test_what_may_be_drawn_is_what_the_definitions_say(how):
     for cut in WARPS:
         found = np.isfinite(cut(jnp.asarray(logits), settings(5, **how)))
         for row, allowed in zip(logits, found, strict=True):
-            assert set(np.flatnonzero(allowed).tolist()) == kept(row, **how)
+            assert set(np.flatnonzero(allowed).tolist()) == allowed_tokens(row, **how)
 
 
 @pytest.mark.parametrize("how", [CASES[1], CASES[-1]], ids=str)
@@ -71,7 +71,7 @@ def test_draws_have_the_distribution(how):
     draws = 4000
     rows = settings(draws, seed=np.arange(draws) % 37, index=np.arange(draws) // 37, **how)
     tokens, logprobs = SAMPLE(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), jnp.int32), rows)
-    allowed = sorted(kept(logits, **how))
+    allowed = sorted(allowed_tokens(logits, **how))
     p = np.exp(logits[allowed].astype(np.float64) / how["temperature"])
     counts = np.bincount(np.asarray(tokens), minlength=V)
     assert counts.sum() == counts[allowed].sum()

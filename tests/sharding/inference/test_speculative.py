@@ -34,11 +34,11 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
     """Chi-square of the first two tokens that come out against the exact product of the large model's probabilities."""
     large, small = tables(0), tables(1)
     rows, unseen = settings(DRAWS, **how), jnp.zeros((DRAWS, V), jnp.int32)
-    axis, whole, spec = (None, P(), P()) if tp == 1 else ("tp", P(None, None, "tp"), P(None, "tp"))
+    axis, full, spec = (None, P(), P()) if tp == 1 else ("tp", P(None, None, "tp"), P(None, "tp"))
     check = jax.shard_map(
         partial(accept, tp=axis),
         mesh=make_mesh(Plan(f"tp={tp}"), jax.devices()[:tp]),
-        in_specs=(whole, whole, P(), spec, P()),
+        in_specs=(full, full, P(), spec, P()),
         out_specs=P(),
         check_vma=False,
     )
@@ -78,7 +78,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
     assert counts[joint == 0].sum() == 0
     some = joint > 0
     assert stats.chisquare(counts[some], DRAWS * joint[some] / joint[some].sum()).pvalue > 1e-3
-    # The expected share of kept first tokens is sum of min(p, q): Leviathan et al. (2023), theorem 3.5.
+    # The expected share of accepted first tokens is sum of min(p, q): Leviathan et al. (2023), theorem 3.5.
     share = np.minimum(exact(large[0][None])[0], exact(small[0][None])[0]).sum()
     assert np.mean(np.asarray(stayed) > 0) == pytest.approx(share, abs=0.03)
 

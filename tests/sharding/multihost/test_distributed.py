@@ -116,7 +116,7 @@ def test_a_launcher_that_jax_does_not_know_is_one_message(asked, monkeypatch):
         DistributedError, match="at a:1: Number of processes must be defined. Without detection: --coord"
     ):
         initialize(coordinator="a:1")
-    with pytest.raises(DistributedError, match="'two' .* whole number"):
+    with pytest.raises(DistributedError, match="'two' .* integer"):
         launched({"PMI_SIZE": "two"})
 
 
@@ -158,17 +158,17 @@ def free_address():
 
 @pytest.mark.multihost
 @pytest.mark.parametrize(
-    "index, words",
+    "index, text",
     [
         pytest.param(0, "some of the others did not come", id="first"),
         pytest.param(1, "process 0 does not answer", id="second", marks=pytest.mark.slow),
     ],
 )
-def test_a_missing_host_is_an_error_that_names_it(index, words):
+def test_a_missing_host_is_an_error_that_names_it(index, text):
     start = time.monotonic()
     process = join(free_address(), index)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 3 and words in output, output
+    assert process.returncode == 3 and text in output, output
     assert "within 2 s" in output and time.monotonic() - start < 40
 
 
