@@ -68,7 +68,7 @@ def loss_figure(rows: Rows) -> Figure:
 
 def run_figure(rows: Rows) -> Figure | None:
     """Gradient norm, learning rate and throughput against step, those that were recorded; None if none was."""
-    shown = {}
+    shown: dict[str, tuple] = {}
     for key, title, unit, log in PANELS:
         found = [curve for kind in ("train", "time") if len((curve := column(rows, key, kind))[0])]
         if found:

@@ -107,14 +107,14 @@ class Section:
     """
 
     title: str
-    content: Part | Sequence[Part]
+    content: Part | list[Any]
     caption: str = ""
     fold: str = ""
 
-    def drawn(self) -> "Section":
-        """The section with its content as a list and every figure drawn."""
+    def parts(self) -> list[Any]:
+        """The content as a list, every figure drawn."""
         parts = self.content if isinstance(self.content, list) else [self.content]
-        return replace(self, content=[part() if callable(part) else part for part in parts])
+        return [part() if callable(part) else part for part in parts]
 
     @property
     def slug(self) -> str:
@@ -215,7 +215,7 @@ def figure_svg(figure: Figure, prefix: str, label: str) -> str:
 def section_html(section: Section) -> str:
     """One section as HTML."""
     parts = []
-    for index, part in enumerate(section.drawn().content):
+    for index, part in enumerate(section.parts()):
         if isinstance(part, Table):
             part = table_html(part)
         elif not isinstance(part, str):
@@ -272,9 +272,9 @@ def write_report(
       ValueError, MissingMatplotlib: see `page`.
     """
     workdir = Path(workdir)
-    sections = [section.drawn() for section in sections]
+    sections = [replace(section, content=section.parts()) for section in sections]
     for section in sections:
-        figures = [part for part in section.content if not isinstance(part, str | Table)]
+        figures = [part for part in section.parts() if not isinstance(part, str | Table)]
         for index, figure in enumerate(figures):
             stem = section.slug + (f"-{index + 1}" if len(figures) > 1 else "")
             _write_png(workdir / "figures" / f"{stem}.png", figure)

@@ -36,7 +36,8 @@ ARM_NAMES = {
     "oneshot": "one-shot",
     "oneshot_reinit": "one-shot, reinitialized",
 }
-Masks, Densities = Mapping[int, np.ndarray], Mapping[int, float]
+Masks = Mapping[int, np.ndarray]
+Densities = Mapping[int, float]
 LETTERING: dict[str, Any] = {"fontsize": 9.5, "color": INK}
 
 
@@ -89,11 +90,9 @@ def _points(cells: Sequence[Mapping[str, Any]]) -> list[Point]:
     return sorted((point for point in found if np.isfinite(point.mean)), key=lambda point: -point.density)
 
 
-def _numbers(rows: Rows, value: str) -> list[dict[str, Any]]:
-    """The rows' names and one value as a float, None where it is missing."""
-    found = [(row, row.get(value)) for row in rows]
-    names = ("arm", "level", "seed", "density")
-    return [{**{k: row[k] for k in names}, value: None if v is None else float(v)} for row, v in found]
+def _floats(rows: Rows, value: str) -> list[dict[str, Any]]:
+    """The rows with one value as a float, None where it is missing."""
+    return [{**row, value: None if row.get(value) is None else float(row[value])} for row in rows]
 
 
 def series(rows: Rows, value: str) -> dict[str, list[Point]]:
@@ -101,7 +100,7 @@ def series(rows: Rows, value: str) -> dict[str, list[Point]]:
 
     Every arm begins at the dense network, which DENSE holds alone.
     """
-    cells = summarize(_numbers(rows, value), value)
+    cells = summarize(_floats(rows, value), value)
     dense = [cell for cell in cells if cell["arm"] == DENSE]
     found = {arm: _points(dense + [cell for cell in cells if cell["arm"] == arm]) for arm in arms(rows)}
     own = {cell["arm"] for cell in cells if np.isfinite(cell["mean"])}
@@ -112,7 +111,7 @@ def paired_points(rows: Rows, value: str, arm: str, other: str) -> list[Point]:
     """Mean difference arm - other per level, paired by seed, by falling density; none if an arm has no rows."""
     if arm == other or not {arm, other} <= {row["arm"] for row in rows}:
         return []
-    return _points(differences(_numbers(rows, value), value, arm, other))
+    return _points(differences(_floats(rows, value), value, arm, other))
 
 
 def draw_points(ax: Axes, points: Sequence[Point], scale: int, **how: Any) -> None:
@@ -232,7 +231,7 @@ def curves_figure(rows: Rows, shown: Sequence[str] = (), count: int = 5) -> Figu
                     step, mean = mean_curve(mine, value)
                     how = {"color": colors[level], "linestyle": "-" if level else (0, (4, 2)), "linewidth": 1.6}
                     line_with_band(ax, step, scale * mean, label=f"{100 * mine[0]['density']:.3g}%", **how)
-            ax.set_xlim(0, max(line.get_xdata()[-1] for line in ax.get_lines()))
+            ax.set_xlim(0, max(np.max(line.get_xdata()) for line in ax.get_lines()))
             style.steps_axis(ax)
             titles(ax, "" if row else arm_name(arm).capitalize(), x="training step" if row else "", y=unit)
         values = np.concatenate([style.finite_points(line)[:, 1] for ax in own for line in ax.get_lines()])

@@ -70,7 +70,7 @@ def balance_figure(rows: Rows) -> Figure:
     figure, axes = style.canvas(len(values), height=2.9)
     for ax, (name, values_SL) in zip(axes, values.items(), strict=True):
         for layer, value in enumerate(values_SL.T):
-            how = {"color": PALETTE[layer % len(PALETTE)], "linewidth": 1, "label": f"layer {layer + 1}"}
+            how: Any = {"color": PALETTE[layer % len(PALETTE)], "linewidth": 1, "label": f"layer {layer + 1}"}
             line_with_band(ax, [row["step"] for row in found], value, **how)
         ax.set_ylim(bottom=0)
         style.steps_axis(ax, 3)
@@ -107,7 +107,7 @@ def specialization_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
         found = mutual_information(counts_LCE[layer])
         name = f"layer {layer + 1}: mutual information {found.corrected:.3f} nats"
         images[f"{name} ({found.normalized:.0%} of the most possible)"] = share
-    how = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers, "cmap": "magma"}
+    how: Any = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers, "cmap": "magma"}
     figure, axes = style.heat_maps(images, top=max(share_LCE.max(), 1e-9), **how)
     for ax in axes:
         ax.set_yticks(range(len(classes)), classes, fontsize=8)

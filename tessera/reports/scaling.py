@@ -122,7 +122,7 @@ def bootstrap_figure(
     both = len(finite) > 1
     figure, axes = style.canvas(1 + both, height=3.8, width=9.6 if both else 5.2)
     i, j = (fitted.law.parameters.index(name) for name in names)
-    dots(axes[0], *boot.natural_PB[[i, j]], PALETTE[0], 2, 0.25)
+    dots(axes[0], boot.natural_PB[i], boot.natural_PB[j], PALETTE[0], 2, 0.25)
     point = fitted.law.natural(fitted.theta)
     _diamond(axes[0], point[i], point[j], PALETTE[1], 6)
     titles(axes[0], f"{boot.theta_PB.shape[1]} resamples (dots), all rows (diamond)", *names)

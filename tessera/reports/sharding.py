@@ -3,6 +3,7 @@
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,10 @@ def placement_figure(sizes: Mapping[str, int], placed: Placed, width: float = 9.
     figure, (left, right) = style.canvas(2, width=width, height=4.2, width_ratios=[1, 1.5])
     cells = list(np.ndindex(*parts))
     _tiles(left, cells, [_color(cell, parts) for cell in cells], parts, gap=0.0)
-    for label, d in zip((left.set_ylabel, left.set_xlabel), shown, strict=False):
+    for axis, d in zip((left.yaxis, left.xaxis), shown, strict=False):
         axes, count = placed.axes[d], placed.shape[d] // (placed.local[d] or placed.shape[d])
-        label(f"{placed.shape[d]} in {count} parts over {' x '.join(axes)}" if axes else f"{placed.shape[d]}, whole")
+        over = f" in {count} parts over {' x '.join(axes)}" if axes else ", whole"
+        axis.set_label_text(f"{placed.shape[d]}{over}")
     _title(left, f"{placed.path}\n[{' x '.join(map(str, placed.shape))}] {placed.dtype}")
 
     rows, columns, split = _grid(shape)
@@ -52,7 +54,7 @@ def placement_figure(sizes: Mapping[str, int], placed: Placed, width: float = 9.
         zip(devices, colors, strict=True) if len(devices) <= LABELLED else ()
     ):
         ink = BLACK if sum(color) > 1.4 else WHITE
-        right.text(column + 0.5, row + 0.5, number, ha="center", va="center", fontsize=7.5, color=ink)
+        right.text(column + 0.5, row + 0.5, str(number), ha="center", va="center", fontsize=7.5, color=ink)
     labels = [f"{name} ({size})" for name, size in zip(names, shape, strict=True)]
     right.set_ylabel(", ".join(labels[:split]))
     right.set_xlabel(", ".join(labels[split:]))
@@ -83,7 +85,7 @@ def _tiles(ax: Axes, cells: Sequence[Sequence[int]], colors: Sequence, shape: Se
     """Draw a tile per (row, column), row 0 on top."""
     style.bare(ax)
     rows, columns = zip(*cells, strict=True)
-    edge = {"edgecolor": PAPER, "linewidth": 0 if gap else 0.8 if max(shape) <= 64 else 0.1}
+    edge: Any = {"edgecolor": PAPER, "linewidth": 0 if gap else 0.8 if max(shape) <= 64 else 0.1}
     bottom, left = np.array(rows) + gap / 2, np.array(columns) + gap / 2
     ax.bar(left, 1 - gap, 1 - gap, bottom, align="edge", color=colors, **edge)
     ax.set(xlim=(0, shape[1]), ylim=(shape[0], 0))
@@ -142,11 +144,11 @@ def _draw_timeline(ax: Axes, schedule: Schedule, labels: bool) -> None:
         ax.barh(stage, tick * (end - begin), 0.84, tick * begin, color=GRID)
         for work, span in found.items():
             shade = 0.45 + 0.55 * (schedule.chunks - work.chunk) / schedule.chunks
-            box = {"color": (KINDS[work.kind][0], shade), "edgecolor": PAPER, "linewidth": 0.5}
+            box: Any = {"color": (KINDS[work.kind][0], shade), "edgecolor": PAPER, "linewidth": 0.5}
             name = f"{work.kind}{work.microbatch}.{work.chunk}@{stage}"
             ax.barh(stage, tick * (span.end - span.start), 0.84, tick * span.start, gid=name, **box)
             if labels:
-                where = {"ha": "center", "va": "center", "fontsize": 6.5, "color": PAPER if shade > 0.7 else INK}
+                where: Any = {"ha": "center", "va": "center", "fontsize": 6.5, "color": PAPER if shade > 0.7 else INK}
                 ax.text(tick * (span.start + span.end) / 2, stage, str(work.microbatch), **where)
     ax.set_ylim(schedule.stages - 0.4, -0.6)  # stage 0 on top
     ax.set_yticks(range(schedule.stages), [f"stage {stage}" for stage in range(schedule.stages)])
@@ -156,5 +158,5 @@ def _draw_timeline(ax: Axes, schedule: Schedule, labels: bool) -> None:
     chunks = f", {schedule.chunks} chunks" if schedule.chunks > 1 else ""
     # Part of a chunk counts as that part of a stage's layers.
     live = max(peak_live(schedule)) / schedule.chunks
-    found = f"bubble {100 * bubble(schedule):.1f}%, at most {live:g} microbatches live on a stage"
-    ax.set_title(f"{schedule.name}{chunks}: {found}", loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=4)
+    words = f"bubble {100 * bubble(schedule):.1f}%, at most {live:g} microbatches live on a stage"
+    ax.set_title(f"{schedule.name}{chunks}: {words}", loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=4)

@@ -113,6 +113,12 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(power)}" if power else mantissa
 
 
+def plus_minus(mean: float, half: float, scale: float | int = 1, digits: int = 2) -> str:
+    """A mean and the half-width of its interval in text, the mean alone where there is none."""
+    text = f"{scale * mean:.{digits}f}"
+    return f"{text} ± {scale * half:.{digits}f}" if math.isfinite(half) else text
+
+
 def log_values(ax: Axes, axis: str = "y", limits: Sequence[float] = (), values: Any = ()) -> None:
     """Logarithmic axis with plain numbers at 1, 2, 5 times powers of ten, at the powers alone when it spans many.
 
@@ -200,6 +206,15 @@ def zoom(ax: Axes, lines: Sequence[Any], left: float | int) -> None:
         ax.set_ylim(values.min() - margin, values.max() + margin)
 
 
+def seed_marks(
+    ax: Axes, place: float | int, values: Any, color: str, marker: str = "o", label: str = "", column: bool = False
+) -> None:
+    """Draw a row of small pale marks for seeds and a large one for their mean, or a column of them, at a place."""
+    for x, size, alpha, name in ((list(values), 4.5, 0.35, None), ([np.mean(values)], 7.5, 1.0, label or None)):
+        xy = (x, [place] * len(x))
+        ax.plot(*(xy[::-1] if column else xy), marker, color=color, markersize=size, alpha=alpha, label=name)
+
+
 def reference(ax: Axes, y: float | int, label: str = "", color: str = INK) -> None:
     """Draw a dashed line across at a height to compare with."""
     ax.axhline(y, color=color, linewidth=1, linestyle=(0, (2, 2)), zorder=1.5, label=label or None)
@@ -207,8 +222,8 @@ def reference(ax: Axes, y: float | int, label: str = "", color: str = INK) -> No
 
 def note(ax: Axes, x: float, y: float, text: str, offset: tuple[int, int] = (6, 0), **style: Any) -> None:
     """Write beside a point, `offset` in points of print."""
-    style = {"fontsize": 8, "color": INK, "va": "center"} | style
-    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", annotation_clip=False, **style)
+    how: Any = {"fontsize": 8, "color": INK, "va": "center"} | style
+    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", annotation_clip=False, **how)
 
 
 def heat_maps(
@@ -279,6 +294,12 @@ def label_lines(ax: Axes, *, gap: float = 0.075) -> None:
     for (x, y, line), height in zip(ends, spread([y for _, y, _ in ends], gap, 0.02, 0.98), strict=True):
         moved = abs(y - height) > gap / 3 and 0 <= y <= 1
         hairline = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1}
-        where = {"xy": (x, y), "xytext": (1.035, height), "xycoords": "axes fraction", "textcoords": "axes fraction"}
-        how = {"color": line.get_color(), "fontsize": 9, "va": "center", "annotation_clip": False}
+        where: Any = {"xy": (x, y), "xytext": (1.035, height), "xycoords": "axes fraction"}
+        how: Any = {
+            "textcoords": "axes fraction",
+            "color": line.get_color(),
+            "fontsize": 9,
+            "va": "center",
+            "annotation_clip": False,
+        }
         ax.annotate(line.get_label(), **where, **how, arrowprops=hairline if moved else None)

@@ -122,7 +122,9 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         target = max(config.budgets)
         names = ("alpha", "beta") if {"alpha", "beta"} <= set(law.parameters) else law.parameters[:2]
         sizes = np.log(optima(fitted, converged_draws(fitted, boot), (target,)).params[0])
-        own.append(Section("Bootstrap", partial(figures.bootstrap_figure, fitted, boot, tuple(names), sizes, target)))
+        own.append(
+            Section("Bootstrap", partial(figures.bootstrap_figure, fitted, boot, (names[0], names[1]), sizes, target))
+        )
     return FitPage(describe_fit(fitted, boot, config, whole), [], own)
 
 
@@ -204,14 +206,14 @@ def edges(
 
 def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, whole: Rows) -> dict[str, Any]:
     """Everything `fit.json` holds for approach 3; `whole` are the rows before any were left out."""
-    law, target = fitted.law, max(config.budgets)
+    law, here, target = fitted.law, fitted.parameters, max(config.budgets)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
 
     def pair(draws: np.ndarray, estimate: float) -> list[float] | None:
         return edges(draws, units, len(law.parameters), config.level, fitted.config.objective, estimate)
 
     natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
-    values: dict[str, dict[str, Any]] = {name: {"value": fitted.parameters[name]} for name in law.parameters}
+    values: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
     for name, draws in natural.items():
         values[name] |= {"interval": pair(draws, values[name]["value"]), "se": float(np.std(draws, ddof=1))}
     intervals = "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
@@ -234,8 +236,10 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
     if {"alpha", "beta"} <= set(law.parameters):
         result["exponents"] = {}
         for name, top, rest in (("a", "beta", "alpha"), ("b", "alpha", "beta")):
-            value, *draws = [of[top] / (of[top] + of[rest]) for of in (fitted.parameters, natural) if of]
-            result["exponents"][name] = {"value": value} | ({"interval": pair(*draws, value)} if draws else {})
+            value = here[top] / (here[top] + here[rest])
+            result["exponents"][name] = {"value": value}
+            if natural:
+                result["exponents"][name]["interval"] = pair(natural[top] / (natural[top] + natural[rest]), value)
     return result
 
 

@@ -17,6 +17,7 @@ from tessera.infra.logger import Rows
 from tessera.reports import lottery as figures
 from tessera.reports.html import Section, Table, config_section, paragraphs, read_json, terminal_table, write_report
 from tessera.reports.lottery import Point, arm_name, arms, main_arm, paired_points, series
+from tessera.reports.style import plus_minus
 
 EARLY, FINAL, STOP = "early_stop_test_accuracy", "final_test_accuracy", "early_stop_step"
 ROUNDING = 1e-9  # equal accuracies summed in another order may differ by this much
@@ -138,8 +139,8 @@ def number_sections(rows: Rows) -> list[Section]:
     """Tables of means and intervals: accuracy at early stopping; folded away, at the end, and early-stopping steps."""
     how = "Mean over seeds ± half-width of the 95% interval." if several_seeds(rows) else "One seed: no intervals."
     marked = " Highlighted: on average at least as accurate as the dense network." if arms(rows) else ""
-    early = ["<h3>Test accuracy at early stopping (%)</h3>", level_table(rows, EARLY)]
-    more = ["<h3>Test accuracy at the end of training (%)</h3>", level_table(rows, FINAL)]
+    early: list[Any] = ["<h3>Test accuracy at early stopping (%)</h3>", level_table(rows, EARLY)]
+    more: list[Any] = ["<h3>Test accuracy at the end of training (%)</h3>", level_table(rows, FINAL)]
     more += ["<h3>Step of the lowest validation loss</h3>", level_table(rows, STOP, 1)]
     return [
         Section("Numbers", early, f"{how}{marked} Every network by itself is in tickets.csv."),
@@ -154,12 +155,13 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
     columns = arms(rows) or [DENSE]
     first = {row["level"]: row for row in reversed(rows)}
     most = max(point.seeds for points in lines.values() for point in points)
-    body, marked = [], set()
+    body, marked, digits = [], set(), 2 if scale == 100 else 0
     for index, level in enumerate(sorted(first)):
         cells: list[str | None] = []
         for place, arm in enumerate(columns):
             point = next((p for p in lines.get(arm, []) if p.level == level), None)
-            cells.append(point and cell_text(point, scale, most))
+            other = f" (n={point.seeds})" if point and point.seeds != most else ""
+            cells.append(plus_minus(point.mean, point.half, scale, digits) + other if point else None)
             if point and level and dense and value != STOP and point.mean >= dense[0].mean - ROUNDING:
                 marked.add((index, 3 + place))
         alive = first[level]
@@ -167,14 +169,6 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
         body.append([name, f"{100 * alive['density']:#.3g}".rstrip("."), f"{alive['alive']:,}", *cells])
     head = ["level", "weights (%)", "weights", *(arm_name(arm) for arm in columns)]
     return Table(head, body, frozenset(marked))
-
-
-def cell_text(point: Point, scale: int, most: int) -> str:
-    """Mean and half-width in the table's units; the number of seeds where it is not the usual one."""
-    digits = 2 if scale == 100 else 0
-    text = f"{scale * point.mean:.{digits}f}"
-    text += f" ± {scale * point.half:.{digits}f}" if np.isfinite(point.half) else ""
-    return text + (f" (n={point.seeds})" if point.seeds != most else "")
 
 
 def several_seeds(rows: Rows) -> bool:
@@ -249,7 +243,7 @@ def findings(rows: Rows) -> str:
     if DENSE not in lines:
         return "The dense network has no test accuracy, so nothing can be compared with it."
     dense, name = lines[DENSE][0], arm_name(arm)
-    base = f"{percent(dense.mean)}{plus_minus(dense.half)}"
+    base = accuracy(dense)
     differences = paired_points(rows, EARLY, arm, DENSE)
     if not differences:
         return f"The dense network reaches a test accuracy of {base} at early stopping."
@@ -267,7 +261,7 @@ def findings(rows: Rows) -> str:
     own = next(p for p in lines[arm] if p.level == point.level)
     texts = [
         f"Down to {percent(point.density)} of the weights the {name} is on average at least as accurate as the dense "
-        f"network: {percent(own.mean)}{plus_minus(own.half)} against {base} at early stopping, a difference of "
+        f"network: {accuracy(own)} against {base} at early stopping, a difference of "
         f"{points(point)}."
     ]
     short = [p for p in differences if p.density > point.density and p.mean < -ROUNDING]
@@ -317,9 +311,9 @@ def percent(fraction: float) -> str:
     return f"{value:.0f}%" if np.isclose(value, 100) else f"{value:.1f}%" if value >= 10 else f"{value:#.3g}%"
 
 
-def plus_minus(half: float) -> str:
-    """The half-width of a fraction's interval in points, with a leading space; nothing if unknown."""
-    return f" ± {100 * half:.1f}" if np.isfinite(half) else ""
+def accuracy(point: Point) -> str:
+    """An accuracy as a percentage, with the half-width of its interval in points."""
+    return percent(point.mean) + (f" ± {100 * point.half:.1f}" if np.isfinite(point.half) else "")
 
 
 def points(point: Point) -> str:

@@ -15,7 +15,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, ramp, titles
+from tessera.reports.style import MUTED, Figure, canvas, deferred, ramp, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
 from tessera.tickets.studies.study import Study, magnitude_masks
 
@@ -161,7 +161,7 @@ def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{weights:,}" for weights in ticks])
         ax.set_xticks([], minor=True)
-    axes[1].axhline(0, color="#66737f", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes[1].axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes[1].legend(frameon=False, fontsize=9)
     titles(axes[0], "Test accuracy of tickets", "weights of the ticket", "%: median, 5% to 95%, best (dash)")
     titles(axes[1], "Upper tail of 1 / test loss", "weights of the ticket", "extreme value index, 95% interval")

@@ -87,7 +87,7 @@ def test_the_report_has_every_table_and_figure():
     sections = comparison.sections(RUNS, tables)
     assert [section.title for section in sections] == ["", "Validation loss", "Balance", "Load maps", "Losses"]
     assert all(isinstance(section, Section) for section in sections)
-    assert all(isinstance(section.drawn().content[0], Figure) for section in sections[1:4])
+    assert all(isinstance(section.parts()[0], Figure) for section in sections[1:4])
     dense_only = [run for run in RUNS if run.arm == "dense"]
     assert [section.title for section in comparison.sections(dense_only, {})] == ["", "Validation loss"]
 
