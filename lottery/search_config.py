@@ -153,7 +153,8 @@ class SearchConfig:
 
     def _check_pruning(self) -> None:
         try:
-            structures.parse(self.structure)
+            if self.structure != "unstructured":
+                structures.parse(self.structure)
         except ValueError as error:
             raise ValueError(f"SearchConfig.structure: {error}") from error
         if not 0 <= self.density < 1:

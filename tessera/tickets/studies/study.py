@@ -13,7 +13,7 @@ from lottery import masks as masks_lib
 from tessera.infra.logger import write_text
 from tessera.infra.memo import Memo
 from tessera.reports.html import Section, Table, config_section, paragraphs, write_number, write_report
-from tessera.reports.style import MARKERS, PALETTE, Axes, Figure, canvas, deferred, dots, titles
+from tessera.reports.style import INK, MARKERS, PALETTE, Axes, Figure, canvas, deferred, plus_minus, seed_marks, titles
 from tessera.tickets.setup import Finished, LevelStore, Setup, search_tickets
 
 Rows = Sequence[Mapping[str, Any]]
@@ -90,9 +90,8 @@ def same(names: Iterable[str]) -> dict[str, str]:
 
 def with_interval(values: Iterable[float], scale: float = 100.0, digits: int = 2) -> str:
     """ "mean ± half-width" of the 95% Student-t interval, in the table's units."""
-    mean, half, n = summary.interval(values)
-    text = f"{scale * mean:.{digits}f}"
-    return text if n < 2 else f"{text} ± {scale * half:.{digits}f}"
+    mean, half, _ = summary.interval(values)
+    return plus_minus(mean, half, scale, digits)
 
 
 class Comparison:
@@ -194,19 +193,13 @@ class Comparison:
                 mean, half, n = summary.interval(values := [self.scale * value for value in found])
                 y = place + (i - (count - 1) / 2) * 0.6 / count
                 color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-                dots(ax, values, [y] * n, color, 4.5, 0.35, marker)
-                look: dict[str, Any] = {
-                    "color": color,
-                    "marker": marker,
-                    "markersize": 7.5,
-                    "capsize": 3,
-                    "linestyle": "none",
-                }
-                label = f"{self.density(level)} of the weights" if count > 1 and not place else None
-                ax.errorbar([mean], [y], xerr=[half] if n > 1 else None, label=label, **look)
+                label = f"{self.density(level)} of the weights" if count > 1 and not place else ""
+                seed_marks(ax, y, values, color, marker, label)
+                if n > 1:
+                    ax.errorbar([mean], [y], xerr=[half], fmt="none", ecolor=color, capsize=3)
         if self.dense and not over:
             dense = self.scale * float(np.mean(self.dense))
-            ax.axvline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+            ax.axvline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
         ax.set_yticks(range(len(arms)), list(arms.values()))
         ax.invert_yaxis()
         titles(ax, title, f"{self.unit} over {over}, same seed" if over else self.heading)
