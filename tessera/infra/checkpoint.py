@@ -147,7 +147,7 @@ class CheckpointReader:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          CheckpointDamaged: the newest one cannot be read, or newer ones kept coming faster than they could be read.
+          CheckpointDamaged: the newest one cannot be read, or newer ones came faster than they could be read.
         """
         for _ in range(TRIES):
             step = agreed(max(self.steps(), default=-1))  # processes that look at different moments read the same one
@@ -211,7 +211,7 @@ class Checkpoints(CheckpointReader):
                 try:
                     float(json.loads(path.read_text(encoding="utf-8"))[BEST])
                 except (ValueError, TypeError, LookupError) as error:
-                    logging.warning("the validation loss kept in %s is unreadable (%s)", path, short(error))
+                    logging.warning("the validation loss in %s is unreadable (%s)", path, short(error))
                     write_text(path, json.dumps({BEST: math.inf}))
         barrier("tessera:mend_ranks")
 
@@ -219,7 +219,7 @@ class Checkpoints(CheckpointReader):
         return self._manager.restore(step, args=args)
 
     def best_step(self) -> int | None:
-        """Step of the kept checkpoint with the lowest validation loss; None if none was saved with one."""
+        """Step of the checkpoint with the lowest validation loss; None if none was saved with one."""
         ranks = self._ranks()
         return min(ranks, key=ranks.__getitem__, default=None)
 
@@ -297,7 +297,7 @@ class Checkpoints(CheckpointReader):
     def rank(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the validation metrics of a checkpoint that was saved before they were known, and what they change.
 
-        A checkpoint that was kept as the best one so far and no longer is goes.
+        A checkpoint that was the best one so far and no longer is goes.
 
         Args:
           step: one of `steps()`.
@@ -310,9 +310,9 @@ class Checkpoints(CheckpointReader):
         self._write_metrics(step, values)
         steps = self.steps()
         ranks = self._ranks()
-        kept = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
+        retained = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
         for at in steps:
-            if at not in kept:
+            if at not in retained:
                 self._manager.delete(at)
 
     def _write_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -463,15 +463,15 @@ def short(error: Exception) -> str:
 def checksums(tree: PyTree) -> dict[str, list]:
     """Dtype, shape and two 32-bit checksums of each leaf, by path.
 
-    The checksums are integer sums modulo 2^32 of the array's words, plain and weighted by position, so they are equal
-    under every sharding and device, and any single altered word changes the first. They are computed where the array
-    lives.
+    The checksums are integer sums modulo 2^32 of the array's units of up to 32 bits, plain and weighted by position, so
+    they are equal under every sharding and device, and any single altered unit changes the first. They are computed on
+    the array's devices.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = {path_name(path): leaf for path, leaf in leaves}
     on_device = {name: leaf for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
     sums = jax.device_get(_device_sums(on_device))
-    sums |= {name: _sums(_words_numpy(np.asarray(leaf)), np) for name, leaf in arrays.items() if name not in on_device}
+    sums |= {name: _sums(_units_numpy(np.asarray(leaf)), np) for name, leaf in arrays.items() if name not in on_device}
     return {name: [*signature(leaf), int(sums[name][0]), int(sums[name][1])] for name, leaf in arrays.items()}
 
 
@@ -483,22 +483,22 @@ def signature(leaf: Any) -> tuple[str, list[int]]:
 
 @jax.jit
 def _device_sums(arrays: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    return {name: _sums(_words_jax(array), jnp) for name, array in arrays.items()}
+    return {name: _sums(_units_jax(array), jnp) for name, array in arrays.items()}
 
 
-def _sums(words: Any, xp: Any) -> tuple[Any, Any]:
-    weights = xp.ones((1,) * words.ndim, np.uint32)
-    for axis, size in enumerate(words.shape):
-        shape = [1] * words.ndim
+def _sums(units: Any, xp: Any) -> tuple[Any, Any]:
+    weights = xp.ones((1,) * units.ndim, np.uint32)
+    for axis, size in enumerate(units.shape):
+        shape = [1] * units.ndim
         shape[axis] = size
         # Even multipliers far apart: neighbours on any axis get different weights, and every weight is odd.
         multiplier = np.uint32((0x9E3779B2 + 0x3C6EF372 * axis) & 0xFFFFFFFE)
         weights = weights + xp.arange(size, dtype=np.uint32).reshape(shape) * multiplier
-    words = words.astype(np.uint32)
-    return xp.sum(words, dtype=np.uint32), xp.sum(words * weights, dtype=np.uint32)
+    units = units.astype(np.uint32)
+    return xp.sum(units, dtype=np.uint32), xp.sum(units * weights, dtype=np.uint32)
 
 
-def _words_numpy(x: np.ndarray) -> np.ndarray:
+def _units_numpy(x: np.ndarray) -> np.ndarray:
     if x.dtype == bool:
         return x.astype(np.uint8)[..., None]
     if _bits(x.dtype) < 8:
@@ -507,20 +507,20 @@ def _words_numpy(x: np.ndarray) -> np.ndarray:
     return x[..., None].view(f"u{min(x.dtype.itemsize, 4)}")
 
 
-def _words_jax(x: jax.Array) -> jax.Array:
+def _units_jax(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == bool:
         return x.astype(np.uint8)[..., None]
     if jnp.issubdtype(x.dtype, np.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
-        words = jax.lax.bitcast_convert_type(x, np.uint32)
-        return words.reshape(*x.shape[:-1], -1)
+        units = jax.lax.bitcast_convert_type(x, np.uint32)
+        return units.reshape(*x.shape[:-1], -1)
     bits = _bits(x.dtype)
     if bits < 8:
         return x.astype(np.int32).astype(np.uint32)[..., None]
-    words = jax.lax.bitcast_convert_type(x, {8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
-    return words if bits > 32 else words[..., None]
+    units = jax.lax.bitcast_convert_type(x, {8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+    return units if bits > 32 else units[..., None]
 
 
 def _bits(dtype: Any) -> int:

@@ -101,8 +101,8 @@ class Logger:
         for name in (METRICS, TIMING):
             path = self.workdir / name
             if path.exists():
-                kept = [row for row in read_rows(path) if row["step"] <= step]
-                text = "".join(json.dumps({k: _safe(v) for k, v in row.items()}) + "\n" for row in kept)
+                rows = [row for row in read_rows(path) if row["step"] <= step]
+                text = "".join(json.dumps({k: _safe(v) for k, v in row.items()}) + "\n" for row in rows)
                 write_text(path, text)
 
     def close(self) -> None:

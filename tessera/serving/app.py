@@ -131,7 +131,7 @@ class Pages:
         engine, counts = self.service.engine, self.service.engine.counts
         ends = {f'reason="{name}"': counts[f"finished_{name}"] for name in ("stop", "length", "cancelled", "error")}
         lines = [
-            *metrics.counter("requests", "Texts taken.", counts["requests"]),
+            *metrics.counter("requests", "Requests accepted.", counts["requests"]),
             *metrics.counter("requests_refused", "Requests refused for a full queue.", self.service.refused),
             *metrics.counter("requests_finished", "Texts ended, by reason.", dict(ends)),
             *metrics.counter("prompt_tokens", "Tokens read.", counts["prompt_tokens"]),

@@ -53,7 +53,7 @@ BLOCK = {
 
 
 class NotConvertible(ValueError):
-    """A model that the other side has no words for."""
+    """A model that Hugging Face's format cannot describe."""
 
 
 class ForeignFiles(FileExistsError):

@@ -157,10 +157,10 @@ def _logprobs(body: Mapping, *, chat: bool) -> bool:
 
 def _stop(body: Mapping) -> tuple[str, ...]:
     stop = body.get("stop")
-    words = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
+    strings = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(word, str) for word in strings):
         raise BadRequest(f"stop={show(stop)} must be a string or a list of up to four strings", "stop")
-    return tuple(words)
+    return tuple(strings)
 
 
 def _tokens(value: Any, name: str, most: int = LARGEST) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class Sampling:
       top_p: 1 is off.
       min_p: 0 is off.
       repetition_penalty: of tokens in the prompt or drawn before; 1 is off, 0.01..100.
-      presence_penalty: taken off the logits of tokens drawn before; 0 is off.
+      presence_penalty: subtracted from the logits of tokens drawn before; 0 is off.
       frequency_penalty: the same for every time a token was drawn.
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
       max_tokens: tokens to draw at most.
@@ -70,7 +70,7 @@ class Sampling:
 
 
 SMALLEST = 1e-10  # a logit over a smaller temperature may not be a float32
-NUMBERS = {  # lowest, highest, and the range in words
+NUMBERS = {  # lowest, highest, and the range as text
     "temperature": (SMALLEST, 100, f"in {SMALLEST}..100, or 0"),
     "top_p": (math.ulp(0.0), 1, "in (0, 1]"),
     "min_p": (0, 1, "in 0..1"),
