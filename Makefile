@@ -1,16 +1,20 @@
-# Every target makes its own environment first. PYTHON picks the interpreter, VENV where the environment goes.
+# Every target makes its own environment first. PYTHON picks the interpreter, VENV where the environment goes. On Linux the
+# versions are those of requirements/ where there is a lock for that Python; LOCK= takes the newest instead.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop test test-all test-kernels test-gpu lint clean
+.PHONY: demo demo-isoflop test test-all test-docs test-kernels test-gpu test-wheel bench coverage golden lock lint clean
 
-$(VENV)/installed: setup.py
+$(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
 	@echo "making the environment in $(VENV) (once, about a minute) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) $(LOCK:%=--constraint %) -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/installed
@@ -24,28 +28,57 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu and not wheel'
 
 # Every kernel test that needs no accelerator, the slow ones too: interpreted, and compiled for TPUs ahead of time by the libtpu
 # that this JAX asks for. It has a directory of its own, as elsewhere JAX would look for a TPU with it; without it those tests
 # are skipped.
 LIBTPU = import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 $(VENV)/libtpu: | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	$(PIP) --no-deps --target $@ \
 	    "$$($(BIN)/python -c '$(LIBTPU)')" || echo "no libtpu here"
 
 test-kernels: $(VENV)/libtpu
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels
 
 # On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
-# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/kernels.csv too.
+# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/bench too.
 test-gpu: HAVE = import importlib.util as u; print(all(map(u.find_spec, ("jaxtyping", "ml_collections"))))
 test-gpu: export PYTHONPATH = .$(if $(filter False,$(shell $(PYTHON) -c '$(HAVE)')),:tests/bare)
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "test-gpu needs a GPU; JAX sees " + jax.devices()[0].device_kind)'
 	TESSERA_TEST_PLATFORM=gpu $(PYTHON) -m pytest -m gpu tests/moe/kernels/test_kernel_gpu.py
 	mkdir -p runs
-	$(PYTHON) scripts/benchmarks/kernels.py --config=configs/bench_kernels.py:hopper --out=runs/kernels.csv
+	$(PYTHON) scripts/benchmarks/run.py --config=bench_kernels:hopper --out=runs/bench/kernels-hopper.json
+
+# Every CPU benchmark beside its baselines, in turns; the last table has all ratios.
+bench: $(VENV)/installed
+	$(BIN)/python scripts/benchmarks/run.py --all
+
+# Commands and code blocks of README and docs, run shortened.
+test-docs: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py
+
+# A wheel is built and tried in an empty environment outside the checkout (needs a package index).
+test-wheel: $(VENV)/installed
+	$(BIN)/python -m pytest -m wheel tests/test_package.py
+
+coverage: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=xml
+
+# The outputs of other libraries that the tests compare with (tests/golden), made again in an environment of its own.
+golden:
+	$(PYTHON) -m venv .venv-golden
+	.venv-golden/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/golden.txt
+	.venv-golden/bin/python tests/golden/make.py
+
+# The versions with which continuous integration runs, resolved afresh: make lock PYTHON=python3.12
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]'
+	{ echo "# Every package of a fresh environment with the extra dev under Python $(PYTHON_VERSION), on Linux. Made by: make lock PYTHON=python$(PYTHON_VERSION)"; \
+	    .venv-lock/bin/python -m pip freeze --exclude tessera-jax; } > requirements/ci-$(PYTHON_VERSION).txt
+	rm -rf .venv-lock build
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

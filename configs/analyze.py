@@ -11,12 +11,7 @@ Command: python scripts/analyze_ticket.py --config=configs/analyze.py --config.s
 from ml_collections import ConfigDict
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The settings; there is no argument."""
-    if arg:
-        raise ValueError(f"configs/analyze.py:{arg}: it takes no argument; set --config.search and --config.levels")
+def get_config() -> ConfigDict:
+    """The analysis of one search."""
     config = ConfigDict()
-    config.search = ""
-    config.levels = ()
-    config.analysis = ConfigDict({"points": 11, "examples": 1000, "lanczos": 20, "rho": 0.05})
     return config

@@ -16,19 +16,10 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """One fit."""
     config = ConfigDict()
-    config.runs = ""
-    config.law = "chinchilla"
-    config.approach = 3
     config.drop_highest = 5
-    config.fit = ConfigDict({"objective": "huber", "delta": 1e-3})
-    config.resamples = 4000
-    config.cluster = ""
-    config.level = 0.95
-    config.seed = 42
     # FLOPs: what to train with, and the budgets the runs were made at (empty: found from gaps between them).
     config.budgets = (1e21, 5.88e23, 1e25)
     config.isoflops = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)
-    config.curve = "parabola"
     # Tokens that will be served: adds the model of the first budget's loss that is cheapest to train and serve.
     config.inference_tokens = (1e12,)
     return config

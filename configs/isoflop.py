@@ -1,6 +1,6 @@
 """An IsoFLOP sweep of tiny language models on the sources of Python's standard library.
 
-What: decoders over bytes, a width family under the maximal-update parametrisation, every size trained once and read out
+What: decoders over bytes, a width family under the maximal-update parametrization, every size trained once and read out
 at all budgets (warmup, stable learning rate, decays branched off); IsoFLOP minima, their power law with an interval,
 and a parametric fit. `tiny` has smaller budgets; `transfer` is a grid of learning rates over three widths, `batch` one
 of learning rates and batch sizes at two.
@@ -12,7 +12,13 @@ Command: python scripts/sweep.py --config=configs/isoflop.py --workdir=runs/isof
 
 from ml_collections import ConfigDict
 
-VARIANTS: dict[str, dict] = {
+VARIANTS = {
+    "full": "ten widths and five budgets: 10 minutes on two cores",
+    "tiny": "seven widths and four small budgets: a minute",
+    "transfer": "a grid of learning rates over three widths",
+    "batch": "a grid of learning rates and batch sizes over two widths",
+}
+PLANS: dict[str, dict] = {
     "full": {
         "widths": (8, 12, 16, 20, 24, 32, 40, 48, 56, 72),
         "budgets": (2.5e10, 5e10, 1e11, 2e11, 4e11),
@@ -55,56 +61,24 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def get_config(arg: str = "full") -> ConfigDict:
-    """The settings of one variant: full, tiny, transfer or batch."""
-    if arg not in VARIANTS:
-        raise ValueError(f"configs/isoflop.py:{arg}: choose one of {', '.join(VARIANTS)}")
-    variant = VARIANTS[arg]
+def get_config(variant: str = "full") -> ConfigDict:
+    """The settings of one variant."""
+    plan = PLANS[variant]
     config = ConfigDict()
-    config.family = ConfigDict(
-        {"length": 64, "aspect": 32.0, "least_layers": 2, "head_dim": 8, "ff_ratio": 8 / 3, "ff_multiple": 4}
-    )
     config.plan = ConfigDict(
         {
-            "widths": variant["widths"],
-            "budgets": variant.get("budgets", ()),
-            "tokens": variant.get("tokens", ()),
+            "widths": plan["widths"],
+            "budgets": plan.get("budgets", ()),
+            "tokens": plan.get("tokens", ()),
             # Of the base width; the rules are powers of the number of parameters.
-            "lr": {"value": 2e-2, "at": 1e4, "exponent": 0.0, "multiple": 0},
-            "batch": {"value": variant["batch"], "at": 1e4, "exponent": 0.0, "multiple": 1},
-            "lr_factors": variant.get("lr_factors", (1.0,)),
-            "batch_factors": variant.get("batch_factors", (1.0,)),
-            "seeds": (0,),
-            "warmup": variant["warmup"],
-            "decay": 0.2,
-            "least_steps": variant["least_steps"],
+            "lr": {"value": 2e-2},
+            "batch": {"value": plan["batch"], "multiple": 1},
+            "lr_factors": plan.get("lr_factors", (1.0,)),
+            "batch_factors": plan.get("batch_factors", (1.0,)),
+            "warmup": plan["warmup"],
+            "least_steps": plan["least_steps"],
             "tokens_per_parameter": (1.5, 1500.0),
-            "convention": "6ND",
         }
     )
-    config.train = ConfigDict(
-        {
-            "parametrisation": "mup",
-            "base_width": 16,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-            "clip_norm": 1.0,
-            "decay_shape": "sqrt",
-            "eval_tokens": variant["eval_tokens"],
-            "noise_batches": variant["noise_batches"],
-        }
-    )
-    config.data = ConfigDict(
-        {"name": "stdlib", "dir": "", "tokenizer": "bytes", "max_bytes": 0, "validation": 0.05, "test": 0.05}
-    )
-    # Where runs are carried out; not part of what they are. slots 0: one run per core.
-    config.engine = ConfigDict({"name": "local", "slots": 0, "retries": 1, "options": ConfigDict()})
-    # begin: budgets, the cheapest first, that are read out before the planner chooses runs, `at_once` at a time, until
-    # the interval is as narrow as report.stop_at asks, `flops` are spent or nothing is left; 0: the whole plan.
-    config.planner = ConfigDict({"begin": 0, "at_once": 2, "flops": 0.0})
-    # stop_at: half the interval of log N*(target) at which the sweep ends; 0 carries out the whole plan. target 0: ten
-    # times the largest budget.
-    config.report = ConfigDict({"resamples": 1000, "level": 0.95, "seed": 42, "target": 0.0, "stop_at": 0.0})
+    config.train = ConfigDict({"eval_tokens": plan["eval_tokens"], "noise_batches": plan["noise_batches"]})
     return config

@@ -28,35 +28,51 @@ SMALL = {
     "vit": {"layers": 2, "width": 32, "heads": 2, "ff": 64},
 }
 
+VARIANTS = {
+    "resnet20": "ResNet-20, late rewinding",
+    "resnet20-group": "the same with group normalization",
+    "conv2": "Conv-2, rewound to initialization",
+    "conv4": "Conv-4",
+    "conv6": "Conv-6",
+    "vgg16": "VGG-16, late rewinding",
+    "vgg19": "VGG-19",
+    "vit": "a small vision transformer",
+    "resnet20-small": "for a CPU, a narrow network, three levels",
+    "resnet20-group-small": "for a CPU",
+    "conv2-small": "for a CPU",
+    "conv4-small": "for a CPU",
+    "conv6-small": "for a CPU",
+    "vgg16-small": "for a CPU",
+    "vgg19-small": "for a CPU",
+    "vit-small": "for a CPU",
+}
 
-def get_config(arg: str = "resnet20") -> ConfigDict:
-    """The search; `arg` is a network, with "-small" after it for a CPU."""
-    name, small = (arg[: -len("-small")], True) if arg.endswith("-small") else (arg, False)
-    if name not in SMALL:
-        raise ValueError(f"configs/lottery_cifar.py:{arg}: choose one of {', '.join(SMALL)}, with or without -small")
+
+def get_config(variant: str = "resnet20") -> ConfigDict:
+    """The search of one network."""
+    name, small = variant.removesuffix("-small"), variant.endswith("-small")
     config = ConfigDict()
     config.seeds = (0, 1, 2)
-    config.data = ConfigDict({"kind": "images", "name": "cifar10", "dir": "", "limit": 0, "test_limit": 0, "shrink": 1})
+    config.data = ConfigDict({"name": "cifar10"})
     config.model = ConfigDict({"name": name.split("-")[0]})
     if name == "resnet20-group":
         config.model.norm = "group"
-    schedule = {"batch_size": 60, "eval_every": 500, "stack": "auto", "save_seconds": 60.0}
-    search: dict[str, object] = {"arms": ("ticket", "reinit", "random_mask"), "score": "magnitude"}
+    schedule = {"batch_size": 60, "eval_every": 500, "save_seconds": 60.0}
+    search: dict[str, object] = {}
     if name in CONV:
         rate, steps, config.lr = CONV[name]
-        config.optimizer = ConfigDict({"name": "adam"})
-        search |= {"levels": 20, "rate": 0.2, "output_rate": 0.1, "rates": (("^conv", rate),), "rewind": "0it"}
+        search |= {"levels": 20, "rates": (("^conv", rate),)}
     elif name == "vit":
         steps, config.lr = "30000it", 5e-4
         config.optimizer = ConfigDict({"name": "adamw", "schedule": "cosine", "warmup": 1000, "final": 0.01})
-        search |= {"levels": 10, "rate": 0.2, "scope": "global", "rewind": "1000it"}
+        search |= {"levels": 10, "scope": "global", "rewind": "1000it"}
     else:
         steps, config.lr = "63000it", 0.1
         config.optimizer = ConfigDict(
             {"name": "momentum", "schedule": "multistep", "milestones": (32_000, 48_000), "weight_decay": 1e-4}
         )
         schedule["batch_size"] = 128
-        search |= {"levels": 12, "rate": 0.2, "scope": "global", "rewind": LATE[name]}
+        search |= {"levels": 12, "scope": "global", "rewind": LATE[name]}
     config.train = ConfigDict({"steps": steps, **schedule})
     config.search = ConfigDict(search)
     return shrunk(config, name) if small else config

@@ -14,10 +14,19 @@ Command: python scripts/train.py --config=configs/moe_lm.py:tiny --workdir=runs/
 
 from ml_collections import ConfigDict
 
-from configs import lm
+from . import lm
 
 # What differs from the defaults of `moe.layer.MoEConfig`, by the size of `configs/lm.py` it is put in.
-VARIANTS: dict[str, tuple[str, dict]] = {
+VARIANTS = {
+    "tiny": "two layers of eight experts",
+    "small": "eight layers, every second routed",
+    "mixtral": "Mixtral's router and balance",
+    "deepseek": "DeepSeek-V3's router: groups, a bias per expert, a shared expert",
+    "switch": "Switch Transformer: one expert a token, capacity",
+    "dense_tiny": "the dense decoder beside `tiny`",
+    "dense_small": "the dense decoder beside `small`",
+}
+MODELS: dict[str, tuple[str, dict]] = {
     "tiny": ("tiny", {"granularity": 2}),
     "small": ("small", {"granularity": 2, "every": 2}),
     "mixtral": ("small", {"balance": 0.02}),
@@ -39,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "z": 1e-3,
             "router_scale": 0.1,
             "router": {"name": "switch", "experts": 32, "k": 1, "jitter": 0.01},
-            "mixture": {"implementation": "capacity", "capacity_factor": 1.25},
+            "mixture": {"dispatch": "capacity", "capacity_factor": 1.25},
         },
     ),
     "dense_tiny": ("tiny", {}),
@@ -47,52 +56,11 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }
 
 
-def get_config(arg: str = "tiny") -> ConfigDict:
-    """The settings of one variant, a key of `VARIANTS`."""
-    if arg not in VARIANTS:
-        raise ValueError(f"configs/moe_lm.py:{arg}: choose one of {', '.join(VARIANTS)}")
-    size, changes = VARIANTS[arg]
+def get_config(variant: str = "tiny") -> ConfigDict:
+    """The settings of one variant."""
+    size, changes = MODELS[variant]
     config = lm.get_config(size)
-    config.model.mlp = "swiglu" if arg.startswith("dense") else "routed"
-    router = {
-        "name": "top_k",
-        "experts": 8,
-        "k": 2,
-        "softmax": "after",
-        "jitter": 0.0,
-        "groups": 1,
-        "top_groups": 1,
-        "scale": 1.0,
-        "capacity_factor": 2.0,
-        "slots": 1,
-        "seed": 0,
-    }
-    mixture = {
-        "activation": "swiglu",
-        "implementation": "auto",
-        "capacity_factor": 1.25,
-        "groups": 1,
-        "drop": "position",
-        "movement": "gather",
-        "dropout": 0.0,
-        "deterministic": True,
-    }
-    config.model.moe = ConfigDict(
-        {
-            "every": 1,
-            "ff": 0,
-            "granularity": 1,
-            "shared": 0,
-            "biases": False,
-            "balance": 1e-2,
-            "balance_scope": "batch",
-            "importance": 0.0,
-            "load": 0.0,
-            "z": 0.0,
-            "bias_rate": 0.0,
-            "router_scale": 1.0,
-        }
-        | changes
-        | {"router": router | changes.get("router", {}), "mixture": mixture | changes.get("mixture", {})}
-    )
+    config.model.mlp = "swiglu" if variant.startswith("dense") else "routed"
+    config.model.moe = ConfigDict({"router": {"name": "top_k", "experts": 8, "k": 2}})
+    config.model.moe.update(changes)
     return config

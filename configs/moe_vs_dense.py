@@ -12,28 +12,28 @@ Command: python scripts/compare_moe.py --config=configs/moe_vs_dense.py --workdi
 
 from ml_collections import ConfigDict
 
-from configs import moe_lm
+from . import moe_lm
+
+VARIANTS = {"short": "five seeds of 1,000 steps", "tiny": "two seeds of 40 steps, to try it"}
 
 
-def get_config(arg: str = "short") -> ConfigDict:
-    """The comparison; `arg` is "short" or "tiny"."""
-    if arg not in ("short", "tiny"):
-        raise ValueError(f"configs/moe_vs_dense.py:{arg}: choose short or tiny")
+def get_config(variant: str = "short") -> ConfigDict:
+    """The comparison."""
     run = moe_lm.get_config("tiny")
-    run.steps = 1000 if arg == "short" else 40
-    run.batch_size = 16 if arg == "short" else 4
-    run.length = 64 if arg == "short" else 32
+    run.steps = 1000 if variant == "short" else 40
+    run.batch_size = 16 if variant == "short" else 4
+    run.length = 64 if variant == "short" else 32
     run.lr = 3e-3
     run.optimizer.warmup = run.steps // 20
     run.log.every = 10
-    run.eval.every, run.eval.batches = run.steps // 8, 40 if arg == "short" else 2
+    run.eval.every, run.eval.batches = run.steps // 8, 40 if variant == "short" else 2
     run.checkpoint.every, run.checkpoint.keep, run.checkpoint.best = run.steps // 8, 1, 0
-    run.model.update({"layers": 4 if arg == "short" else 2, "width": 64, "heads": 2, "kv_heads": 2})
+    run.model.update({"layers": 4 if variant == "short" else 2, "width": 64, "heads": 2, "kv_heads": 2})
     run.model.moe.granularity = 1
     run.model.moe.ff = 96
     run.model.moe.router.experts = 16
     config = ConfigDict()
-    config.seeds = (0, 1, 2, 3, 4) if arg == "short" else (0, 1)
+    config.seeds = (0, 1, 2, 3, 4) if variant == "short" else (0, 1)
     config.run = run
     # What each arm changes in `run`. 3 x 198 >= 2 x 3 x 96 + 16: products per token and channel, router and all.
     config.arms = ConfigDict(

@@ -9,7 +9,9 @@ Command: python scripts/explain.py --config=configs/pods.py:dense_7b --compile=v
 
 from ml_collections import ConfigDict
 
-from configs import moe_lm
+from . import moe_lm
+
+VARIANTS = {"dense_7b": "a dense decoder of 7 billion parameters", "moe_141b": "Mixtral 8x22B's shape"}
 
 MODELS: dict[str, dict] = {
     "dense_7b": {
@@ -27,18 +29,15 @@ MODELS: dict[str, dict] = {
 }
 
 
-def get_config(arg: str = "dense_7b") -> ConfigDict:
-    """The settings of one model, a key of `MODELS`."""
-    if arg not in MODELS:
-        raise ValueError(f"configs/pods.py:{arg}: choose one of {', '.join(MODELS)}")
-    chosen = MODELS[arg]
+def get_config(variant: str = "dense_7b") -> ConfigDict:
+    """The settings of one model."""
+    chosen = MODELS[variant]
     config = moe_lm.get_config("mixtral")
     config.plan = chosen["plan"]
     config.batch_size = chosen["batch_size"]
     config.length = 2048
     config.lr = 3e-4
-    config.data.tokenizer = "bpe"
-    config.data.vocab_size = chosen["vocab_size"]
+    config.data = ConfigDict({"tokenizer": "bpe", "vocab_size": chosen["vocab_size"]})
     config.model.update(chosen["model"])
     config.model.update({"dtype": "bfloat16", "remat": "full", "tied": False})
     return config

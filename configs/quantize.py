@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """One table."""
     config = ConfigDict()
-    config.model = ConfigDict({"dir": "runs/lm", "ticket": "", "tokenizer": "", "dtype": "", "bits": 0, "group": 0})
+    config.model = ConfigDict({"dir": "runs/lm"})
     # (bits, method, group): group 0 is one scale per output.
     config.variants = (
         (8, "rtn", 0),
@@ -25,8 +25,4 @@ def get_config() -> ConfigDict:
         (4, "gptq", 0),
         (4, "gptq", 32),
     )
-    config.calibration = 32  # sequences of training text
-    config.validation = 256  # sequences of validation text
-    config.length = 128  # tokens of a sequence
-    config.seed = 0
     return config

@@ -1,7 +1,8 @@
 """Permutation alignment: hidden units of one network reordered to match another's, leaving its function as it is.
 
-Weight and activation matching after Ainsworth et al. 2023 (arXiv:2209.04836), sections 3.1 and 3.2. A `Spec` says which
-axis of which leaf a permutation reorders. Assignments are solved by scipy on the host.
+Weight matching and activation matching after Ainsworth et al. 2023 (Git Re-Basin, arXiv:2209.04836), sections 3.1 and
+3.2. A spec says which axis of which leaf a permutation reorders: path -> the name of the permutation of each axis, None
+for an axis that stays. Assignments are solved by scipy on the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, PyTree
-from scipy.optimize import linear_sum_assignment
 
 from lottery.masks import flatten
+
+__all__ = [
+    "chain_spec",
+    "close_decoder",
+    "decoder_spec",
+    "match_activations",
+    "match_weights",
+    "open_decoder",
+    "permute",
+    "sizes",
+]
+
 
 # Path -> the name of the permutation of each axis, None for an axis that stays.
 Spec = Mapping[str, tuple[str | None, ...]]
@@ -20,12 +32,16 @@ Permutations = dict[str, np.ndarray]
 
 
 def chain_spec(layers: Sequence[str], biases: bool = True, axes: int = 2) -> dict[str, tuple[str | None, ...]]:
-    """Spec of a chain of dense (axes=2) or convolutional (axes=4) layers: one permutation per hidden layer.
+    """Make the spec of a chain of dense (axes=2) or convolutional (axes=4) layers: one permutation per hidden layer.
 
     Args:
       layers: names from first to last, ("dense0", "dense1", "output"); inputs and outputs of the network stay.
       biases: whether the layers have them.
       axes: of the kernels, whose last two are inputs and outputs.
+
+    Example:
+      >>> lottery.align.chain_spec(("dense0", "output"), biases=False)
+      {'dense0/kernel': (None, 'dense0'), 'output/kernel': ('dense0', None)}
     """
     spec: dict[str, tuple[str | None, ...]] = {}
     names: list[str | None] = [None, *layers[:-1], None]
@@ -37,9 +53,17 @@ def chain_spec(layers: Sequence[str], biases: bool = True, axes: int = 2) -> dic
 
 
 def decoder_spec(layers: int, tied: bool = True) -> dict[str, tuple[str | None, ...]]:
-    """Spec of a decoder opened by `open_decoder`: the residual stream, and each layer's neurons and key/value heads.
+    """Make the spec of a decoder opened by `open_decoder`: residual stream, neurons and key/value heads of each layer.
 
     The order of query heads that share a key head, and rotations inside heads, are further symmetries not used here.
+
+    Args:
+      layers: of the decoder.
+      tied: whether the head is the embedding's transpose.
+
+    Example:
+      >>> lottery.align.decoder_spec(1)["blocks_0/mlp/down/kernel"]
+      ('ff_0', 'residual')
     """
     r = "residual"
     spec: dict[str, tuple[str | None, ...]] = {"embed/table": (None, r), "final_norm/gain": (r,)}
@@ -55,10 +79,16 @@ def decoder_spec(layers: int, tied: bool = True) -> dict[str, tuple[str | None, 
 
 
 def open_decoder(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """A scanned decoder's tree (params or masks) with a subtree per layer and query heads grouped by key head.
+    """Unstack a scanned decoder's tree (params or masks): a subtree per layer, query heads grouped by key head.
 
     blocks/... [L, ...] become blocks_0/..., blocks_1/...; attention/query [D, H, h] becomes [D, K, H / K, h] and
     attention/output [H, h, D] becomes [K, H / K, h, D]. `close_decoder` is the inverse.
+
+    Example:
+      >>> shapes = {"query": (1, 8, 4, 2), "key": (1, 8, 2, 2), "value": (1, 8, 2, 2), "output": (1, 4, 2, 8)}
+      >>> tree = {"blocks": {"attention": {name: {"kernel": np.zeros(shape)} for name, shape in shapes.items()}}}
+      >>> lottery.align.open_decoder(tree)["blocks_0"]["attention"]["query"]["kernel"].shape
+      (8, 2, 2, 2)
     """
     stacked = tree["blocks"]
     layers, width, groups, dim = stacked["attention"]["key"]["kernel"].shape
@@ -73,7 +103,15 @@ def open_decoder(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def close_decoder(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The scanned tree that `open_decoder` opened."""
+    """Stack the tree that `open_decoder` unstacked.
+
+    Example:
+      >>> shapes = {"query": (1, 8, 4, 2), "key": (1, 8, 2, 2), "value": (1, 8, 2, 2), "output": (1, 4, 2, 8)}
+      >>> tree = {"blocks": {"attention": {name: {"kernel": np.zeros(shape)} for name, shape in shapes.items()}}}
+      >>> closed = lottery.align.close_decoder(lottery.align.open_decoder(tree))
+      >>> closed["blocks"]["attention"]["output"]["kernel"].shape
+      (1, 4, 2, 8)
+    """
     names = sorted((name for name in tree if name.startswith("blocks_")), key=lambda name: int(name[7:]))
     closed = []
     for name in names:
@@ -88,11 +126,16 @@ def close_decoder(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def sizes(tree: PyTree, spec: Spec) -> dict[str, int]:
-    """Length of every permutation of a spec.
+    """Find the length of every permutation of a spec.
 
     Raises:
       ValueError: a path of the spec that the tree lacks, a wrong number of axes, or sizes that disagree (naming the
         path).
+
+    Example:
+      >>> spec = lottery.align.chain_spec(("dense0", "output"), biases=False)
+      >>> lottery.align.sizes({"dense0": {"kernel": np.zeros((4, 3))}, "output": {"kernel": np.zeros((3, 2))}}, spec)
+      {'dense0': 3}
     """
     leaves, found = flatten(tree), dict[str, int]()
     for path, axes in spec.items():
@@ -108,9 +151,16 @@ def sizes(tree: PyTree, spec: Spec) -> dict[str, int]:
 
 
 def permute(tree: PyTree, permutations: Mapping[str, Any], spec: Spec) -> PyTree:
-    """Reorder the units of a tree (params, masks, moments): new unit i is old unit permutations[name][i].
+    """Permute the units of a tree (params, masks, moments): new unit i is old unit permutations[name][i].
 
     Leaves that the spec does not name stay. Params permuted so compute the same function.
+
+    Example:
+      >>> spec = lottery.align.chain_spec(("dense0", "output"), biases=False)
+      >>> tree = {"dense0": {"kernel": np.array([[1, 2]])}, "output": {"kernel": np.array([[3], [4]])}}
+      >>> moved = lottery.align.permute(tree, {"dense0": [1, 0]}, spec)
+      >>> moved["dense0"]["kernel"].tolist(), moved["output"]["kernel"].tolist()
+      ([[2, 1]], [[4], [3]])
     """
     sizes(tree, spec)
 
@@ -125,14 +175,24 @@ def permute(tree: PyTree, permutations: Mapping[str, Any], spec: Spec) -> PyTree
 
 
 def match_weights(a: PyTree, b: PyTree, spec: Spec, rounds: int = 100, seed: int = 0) -> Permutations:
-    """Permutations of b's units that bring its weights closest to a's, by coordinate descent (algorithm 1).
+    """Match weights: permutations that bring b's weights closest to a's (Ainsworth et al. 2023, algorithm 1).
 
-    One permutation after the other is set to the best for the others as they are, in random order, until a whole round
-    improves none; a local optimum. Use as `permute(b, match_weights(a, b, spec), spec)`.
+    By coordinate descent: one permutation after the other is set to the best for the others as they are, in random
+    order, until a whole round improves none; a local optimum. Use as `permute(b, match_weights(a, b, spec), spec)`.
 
     Args:
-      a, b: params. spec: `chain_spec`, `decoder_spec` or one written by hand.
-      rounds: at most. seed: of the order.
+      a: params.
+      b: params.
+      spec: `chain_spec`, `decoder_spec` or one written by hand.
+      rounds: at most.
+      seed: of the order.
+
+    Example:
+      >>> spec = lottery.align.chain_spec(("dense0", "output"), biases=False)
+      >>> a = {"dense0": {"kernel": np.array([[1.0, 2.0]])}, "output": {"kernel": np.array([[3.0], [4.0]])}}
+      >>> b = lottery.align.permute(a, {"dense0": [1, 0]}, spec)
+      >>> lottery.align.match_weights(a, b, spec)["dense0"].tolist()
+      [1, 0]
     """
     lengths = sizes(a, spec)
     if lengths != sizes(b, spec):
@@ -145,13 +205,20 @@ def match_weights(a: PyTree, b: PyTree, spec: Spec, rounds: int = 100, seed: int
         improved = False
         for name in generator.permutation(sorted(lengths)):
             gain = _similarity(left, right, permutations, spec, name)
-            order = linear_sum_assignment(gain, maximize=True)[1]
+            order = _assign(gain)
             now = gain[np.arange(len(order)), permutations[name]].sum()
             if gain[np.arange(len(order)), order].sum() > now + 1e-9 * (1 + abs(now)):
                 permutations[name], improved = order, True
         if not improved:
             break
     return permutations
+
+
+def _assign(gain: np.ndarray) -> np.ndarray:
+    """The column for each row that maximizes the total gain [n, n]."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    return linear_sum_assignment(gain, maximize=True)[1]
 
 
 def _similarity(left, right, permutations, spec, name) -> np.ndarray:
@@ -172,13 +239,21 @@ def _similarity(left, right, permutations, spec, name) -> np.ndarray:
 
 
 def match_activations(a: Mapping[str, Float[Any, "N _"]], b: Mapping[str, Float[Any, "N _"]]) -> Permutations:
-    """Permutations of b's units that correlate best with a's on the same inputs (section 3.1, and Li et al. 2016).
+    """Match activations: permutations of b's units that correlate best with a's (Ainsworth et al. 2023, section 3.1).
+
+    Also Li et al. 2016 (arXiv:1511.07543).
 
     Args:
-      a, b: by permutation name, activations [N inputs, units]. Units that never vary correlate with none.
+      a: by permutation name, activations [N inputs, units]. Units that never vary correlate with none.
+      b: on the same inputs.
 
     Raises:
       ValueError: other names, or shapes that differ.
+
+    Example:
+      >>> a = {"dense0": np.array([[0.0, 1.0], [1.0, 0.5], [2.0, 3.0]])}
+      >>> lottery.align.match_activations(a, {"dense0": a["dense0"][:, ::-1]})["dense0"].tolist()
+      [1, 0]
     """
     found = {}
     if set(a) != set(b):
@@ -189,5 +264,5 @@ def match_activations(a: Mapping[str, Float[Any, "N _"]], b: Mapping[str, Float[
             raise ValueError(f"align: activations {name!r} of shapes {one.shape} and {two.shape}")
         one, two = (x - x.mean(0) for x in (one, two))
         one, two = (x / np.maximum(np.linalg.norm(x, axis=0), 1e-30) for x in (one, two))
-        found[name] = linear_sum_assignment(one.T @ two, maximize=True)[1]
+        found[name] = _assign(one.T @ two)
     return found

@@ -1,4 +1,4 @@
-"""Allocation: how many units every layer keeps at a given density. The counts are what `prune.keep` takes."""
+"""Allocate a density over layers: how many units of every layer stay. `lottery.prune.keep` takes the counts."""
 
 import math
 import re
@@ -9,10 +9,17 @@ from lottery import structures
 from lottery.masks import match_paths
 from lottery.prune import EVERYTHING
 
+__all__ = ["ERK", "Everywhere", "PerPath", "Uniform", "counts", "erk_densities"]
+
 
 @dataclass(frozen=True)
 class Everywhere:
-    """The fraction `density` of all units together, the best wherever they are."""
+    """Allocate globally: the fraction `density` of all units together, the best wherever they are.
+
+    Example:
+      >>> lottery.allocation.counts({"one": 6, "two": 4}, lottery.allocation.Everywhere(0.5), {})
+      {'*': 5}
+    """
 
     density: float
 
@@ -22,7 +29,12 @@ class Everywhere:
 
 @dataclass(frozen=True)
 class Uniform:
-    """The fraction `density` of the units of every leaf."""
+    """Allocate uniformly: the fraction `density` of the units of every leaf.
+
+    Example:
+      >>> lottery.allocation.counts({"one": 6, "two": 4}, lottery.allocation.Uniform(0.5), {})
+      {'one': 3, 'two': 2}
+    """
 
     density: float
 
@@ -32,10 +44,19 @@ class Uniform:
 
 @dataclass(frozen=True)
 class ERK:
-    """The fraction `density` overall, leaves weighted by Erdos-Renyi-Kernel (Evci et al. 2020, arXiv:1911.11134, 3).
+    """Allocate by Erdos-Renyi-Kernel (Evci et al. 2020, arXiv:1911.11134, section 3): small layers are pruned less.
 
     The density of a kernel of axes n_1, n_2, ... is proportional to ((n_1 + n_2 + ...) / (n_1 n_2 ...)) ** power; those
-    that would exceed 1 stay dense and the others are solved again. power 0 is uniform.
+    that would exceed 1 stay dense and the others are solved again.
+
+    Attributes:
+      density: overall.
+      power: 0 is uniform.
+
+    Example:
+      >>> units, shapes = {"one": 64, "two": 16}, {"one": (8, 8), "two": (8, 2)}
+      >>> lottery.allocation.counts(units, lottery.allocation.ERK(0.5), shapes)
+      {'one': 25, 'two': 15}
     """
 
     density: float
@@ -47,7 +68,17 @@ class ERK:
 
 @dataclass(frozen=True)
 class PerPath:
-    """A density for every path: (regular expression, density), first match wins; `default` for the rest."""
+    """Allocate by hand: a density for every path.
+
+    Attributes:
+      densities: (regular expression, density), first match wins.
+      default: for the rest.
+
+    Example:
+      >>> by_hand = lottery.allocation.PerPath((("^one", 0.5),))
+      >>> lottery.allocation.counts({"one": 6, "two": 4}, by_hand, {})
+      {'one': 3, 'two': 4}
+    """
 
     densities: tuple[tuple[str, float], ...]
     default: float = 1.0
@@ -67,18 +98,22 @@ def _check(density: float, what: str) -> None:
 
 
 def counts(units: Mapping[str, int], allocation: Allocation, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """How many units stay, by group: paths, or "*" for `Everywhere`.
+    """Compute how many units stay, by group: paths, or "*" for `Everywhere`.
 
     Each leaf's count is rounded (halves to even); ERK's add up to the rounded total exactly, what rounding leaves over
     goes to the largest remainders.
 
     Args:
       units: units by path, `prune.units`.
-      allocation: what to keep.
+      allocation: one of the classes of this module.
       shapes: leaf shapes by path (used by ERK).
 
     Raises:
       ValueError: a pattern of PerPath that matches no path.
+
+    Example:
+      >>> lottery.allocation.counts({"kernel": 10}, lottery.allocation.Uniform(0.3), {})
+      {'kernel': 3}
     """
     if isinstance(allocation, Everywhere):
         return {EVERYTHING: round(allocation.density * sum(units.values()))}
@@ -102,9 +137,15 @@ def counts(units: Mapping[str, int], allocation: Allocation, shapes: Mapping[str
 
 
 def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], allocation: ERK) -> dict[str, float]:
-    """The densities of ERK by path, real numbers in [0, 1]; their mean weighted by units is allocation.density.
+    """Compute the densities of ERK by path, real numbers in [0, 1]; their mean weighted by units is allocation.density.
 
     Axes that only stack kernels (`structures.LAYOUTS`) do not count as axes of the kernel.
+
+    Example:
+      >>> units, shapes = {"one": 64, "two": 64}, {"one": (8, 8), "two": (16, 4)}
+      >>> found = lottery.allocation.erk_densities(units, shapes, lottery.allocation.ERK(0.5))
+      >>> {path: round(density, 3) for path, density in found.items()}
+      {'one': 0.444, 'two': 0.556}
     """
     axes = {path: shape[structures.layout(path).batch :] for path, shape in shapes.items() if path in units}
     raw = {path: (sum(a) / math.prod(a)) ** allocation.power for path, a in axes.items()}

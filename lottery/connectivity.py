@@ -1,7 +1,7 @@
-"""Linear mode connectivity: what lies on the straight line between two networks.
+"""Linear mode connectivity: loss and error on the straight line between two networks.
 
 Frankle et al. 2020 (arXiv:1912.05671), section 2: two runs from the same weights, differing in data order only, are
-stable if the error along the line rises above the mean of its ends by less than 2%.
+stable if the error along the line rises above the mean of its ends by less than `STABLE`, 2%.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+__all__ = ["STABLE", "along", "barrier", "instability", "instability_curve", "interpolate"]
+
 STABLE = 0.02
 
 
 def interpolate(a: PyTree, b: PyTree, alpha: float | Float[Array, ""]) -> PyTree:
-    """(1 - alpha) a + alpha b, leaf by leaf; exactly a and b at 0 and 1. Integer leaves are a's."""
+    """Interpolate linearly: (1 - alpha) a + alpha b, leaf by leaf; exactly a and b at 0 and 1. Integer leaves are a's.
+
+    Example:
+      >>> a, b = {"kernel": jnp.zeros(2)}, {"kernel": jnp.ones(2)}
+      >>> lottery.connectivity.interpolate(a, b, 0.25)["kernel"].tolist()
+      [0.25, 0.25]
+    """
 
     def between(x: Array, y: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -28,12 +36,24 @@ def interpolate(a: PyTree, b: PyTree, alpha: float | Float[Array, ""]) -> PyTree
 def along(
     metric_fn: Callable[[PyTree], PyTree], a: PyTree, b: PyTree, points: int = 30
 ) -> tuple[Float[Array, " P"], PyTree]:
-    """(alphas [P], metric_fn at each of them, stacked [P, ...]): `points` evenly spaced, both ends included.
+    """Evaluate a metric along the line: (alphas [P], metric_fn at each of them, stacked [P, ...]), both ends included.
 
-    The paper takes 30. Evaluated one after the other in one program, so memory is that of one network.
+    Evaluated one after the other in one program, so memory is that of one network.
+
+    Args:
+      metric_fn: params -> arrays, traceable.
+      a: params of one end.
+      b: params of the other.
+      points: evenly spaced; the paper takes 30.
 
     Raises:
       ValueError: fewer than two points.
+
+    Example:
+      >>> a, b = {"kernel": jnp.zeros(2)}, {"kernel": jnp.ones(2)}
+      >>> alphas, values = lottery.connectivity.along(lambda params: params["kernel"].sum(), a, b, points=3)
+      >>> alphas.tolist(), values.tolist()
+      ([0.0, 0.5, 1.0], [0.0, 1.0, 2.0])
     """
     if points < 2:
         raise ValueError(f"along: {points} points; two ends at least are needed")
@@ -42,12 +62,24 @@ def along(
 
 
 def instability(values: Float[Array, " P"]) -> Float[Array, ""]:
-    """Highest value on the path minus the mean of its two ends (Frankle et al. 2020, section 2)."""
+    """Compute the instability: the highest value on the path minus the mean of its ends (Frankle et al. 2020).
+
+    Example:
+      >>> float(lottery.connectivity.instability(jnp.array([0.25, 0.5, 0.25])))
+      0.25
+    """
     return jnp.max(values) - (values[0] + values[-1]) / 2
 
 
 def barrier(alphas: Float[Array, " P"], values: Float[Array, " P"]) -> Float[Array, ""]:
-    """Highest rise over the straight line between the ends' values (Entezari et al. 2022, equation 1); at least 0."""
+    """Compute the error barrier: the highest rise over the straight line between the ends' values; at least 0.
+
+    Entezari et al. 2022 (arXiv:2110.06296), equation 1.
+
+    Example:
+      >>> float(lottery.connectivity.barrier(jnp.array([0.0, 0.5, 1.0]), jnp.array([0.25, 0.5, 0.25])))
+      0.25
+    """
     return jnp.max(values - ((1 - alphas) * values[0] + alphas * values[-1]))
 
 
@@ -59,7 +91,7 @@ def instability_curve(
     orders: Sequence[int] = (0, 1),
     points: int = 30,
 ) -> list[dict[str, float | int | bool]]:
-    """Instability over the step k at which two runs part, one row per k and pair of data orders.
+    """Measure the instability curve: instability over the step k at which two runs part, one row per k and pair.
 
     Args:
       start_fn: k -> params of the one run after k steps.
@@ -74,6 +106,14 @@ def instability_curve(
 
     Raises:
       ValueError: fewer than two different orders.
+
+    Example:
+      >>> start_fn = lambda k: {"kernel": jnp.zeros(())}
+      >>> train_fn = lambda params, start_step, order: {"kernel": jnp.float32(2 * order - 1)}  # ends at -1 and at 1
+      >>> error_fn = lambda params: 1 - params["kernel"] ** 2
+      >>> rows = lottery.connectivity.instability_curve(start_fn, train_fn, error_fn, steps=[0], points=3)
+      >>> rows[0]["instability"], rows[0]["stable"]
+      (1.0, False)
     """
     if len(set(orders)) < 2:
         raise ValueError(f"instability_curve: orders {tuple(orders)}; two different ones at least are needed")

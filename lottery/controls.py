@@ -1,4 +1,4 @@
-"""Controls: what a ticket is compared with, and how far two masks are from chance."""
+"""Controls for lottery tickets: what they are compared with, and how far two masks are from chance."""
 
 import math
 from dataclasses import dataclass
@@ -7,35 +7,65 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune
 from lottery import masks as masks_lib
-from lottery import prune, scores
+
+__all__ = ["Overlap", "magnitude_at_init", "overlap", "same_sign", "shuffle_masks"]
 
 
 def shuffle_masks(masks: PyTree, *, key: Array) -> PyTree:
-    """Masks permuted within every leaf: the ticket's density in each layer, nothing else of it (Frankle 2021, 4)."""
+    """Shuffle masks within every leaf: the ticket's density in each layer, nothing else of it.
+
+    Frankle et al. 2021 (arXiv:2009.08576), section 4.
+
+    Example:
+      >>> masks = {"kernel": jnp.array([True, False, False])}
+      >>> int(lottery.controls.shuffle_masks(masks, key=jax.random.key(0))["kernel"].sum())
+      1
+    """
     return masks_lib.random_like(masks, key=key)
 
 
 def same_sign(initial: PyTree, fresh: PyTree, which: PyTree) -> PyTree:
-    """Another initialisation with the signs of the first in prunable leaves (Zhou et al. 2019, section 4.1).
+    """Reinitialize with the same signs: another initialization with the first one's signs in prunable leaves.
 
-    Other leaves are fresh's. A weight that is exactly zero in either stays zero.
+    Zhou et al. 2019 (arXiv:1905.01067), section 4.1. Other leaves are fresh's. A weight that is exactly zero in either
+    stays zero.
+
+    Example:
+      >>> initial, fresh = {"kernel": jnp.array([-1.0, 2.0])}, {"kernel": jnp.array([0.5, 0.25])}
+      >>> lottery.controls.same_sign(initial, fresh, {"kernel": True})["kernel"].tolist()
+      [-0.5, 0.25]
     """
     return jax.tree.map(lambda i, f, p: jnp.abs(f) * jnp.sign(i) if p else f, initial, fresh, which)
 
 
 def magnitude_at_init(initial: PyTree, masks: PyTree, which: PyTree) -> PyTree:
-    """The ticket's count in every layer, at the largest weights of the initialisation (Frankle et al. 2021)."""
+    """Prune at initialization by magnitude, to the ticket's count in every layer (Frankle et al. 2021).
+
+    Example:
+      >>> initial, masks = {"kernel": jnp.array([-3.0, 1.0, 2.0])}, {"kernel": jnp.array([False, True, True])}
+      >>> lottery.controls.magnitude_at_init(initial, masks, {"kernel": True})["kernel"].tolist()
+      [True, False, True]
+    """
     counts = masks_lib.count(masks, which)
-    return prune.keep(scores.magnitude(initial), masks_lib.ones(initial), which, counts)
+    return prune.keep(criteria.magnitude(initial), masks_lib.ones(initial), which, counts)
 
 
 @dataclass(frozen=True)
 class Overlap:
     """How many weights two masks of a leaf share, and how many independent ones of the same counts would.
 
-    shared: weights both keep. expected, deviation: mean and standard deviation of the hypergeometric distribution.
-    jaccard: shared over kept by either. z: (shared - expected) / deviation; nan where chance leaves no room.
+    Attributes:
+      shared: weights that both have.
+      expected: mean of the hypergeometric distribution.
+      deviation: its standard deviation.
+      jaccard: shared over the weights that either has.
+      z: (shared - expected) / deviation; nan where chance has no spread.
+
+    Example:
+      >>> lottery.controls.Overlap(shared=3, expected=1.0, deviation=0.5, jaccard=0.6, z=4.0).z
+      4.0
     """
 
     shared: int
@@ -46,13 +76,19 @@ class Overlap:
 
 
 def overlap(a: PyTree, b: PyTree, which: PyTree) -> dict[str, Overlap]:
-    """Overlap of two mask trees with chance, for every prunable leaf by path, and for all together as "*".
+    """Compare the overlap of two mask trees with chance, for every prunable leaf by path, and for all together as "*".
 
     Chance is a random mask with the same count in each leaf, leaves independent, so that layers of different density
     do not look like agreement.
 
     Raises:
       ValueError: b has other leaves or shapes than a (naming the path).
+
+    Example:
+      >>> a, b = {"kernel": jnp.arange(4) < 2}, {"kernel": jnp.arange(4) < 2}
+      >>> found = lottery.controls.overlap(a, b, {"kernel": True})["kernel"]
+      >>> found.shared, found.expected, found.jaccard
+      (2, 1.0, 1.0)
     """
     masks_lib.check(b, a)
     left, right, chosen = (masks_lib.flatten(tree) for tree in (a, b, which))

@@ -1,7 +1,7 @@
-"""Coupled units: one neuron or head is a slice of several kernels at once, which live and die together.
+"""Coupled structured pruning: one neuron or head is a slice of several kernels at once, pruned together.
 
-`structures` prunes the slices of one leaf; here a unit's score is its mean over all its members' weights, and a removed
-unit is zero in all of them, so that `lottery.compact` can cut it out.
+`lottery.structures` prunes the slices of one leaf; here a unit's score is its mean over all its members' weights, and a
+removed unit is zero in all of them, so that `lottery.compact` can cut it out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,25 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from lottery.masks import flatten
-from lottery.prune import keep_highest
+from lottery.prune import drop_lowest
+
+__all__ = ["Member", "decoder_heads", "decoder_neurons", "keep_units", "mlp_neurons", "unit_counts"]
 
 
 @dataclass(frozen=True)
 class Member:
     """A leaf's part in a group of units.
 
-    path: '/'-joined path of the leaf.
-    axes: the axes along which the leaf's slices are counted; their sizes are the group's grid of units.
-    repeat: that many neighbours along the last of `axes` belong to one unit (query heads that share a key head).
+    Attributes:
+      path: '/'-joined path of the leaf.
+      axes: the axes along which the leaf's slices are counted; their sizes are the group's grid of units.
+      repeat: that many neighbors along the last of `axes` belong to one unit (query heads that share a key head).
+
+    Example:
+      >>> groups = {"hidden": (lottery.coupled.Member("one/kernel", (1,)), lottery.coupled.Member("two/kernel", (0,)))}
+      >>> params = {"one": {"kernel": jnp.zeros((4, 3))}, "two": {"kernel": jnp.zeros((3, 2))}}
+      >>> lottery.coupled.unit_counts(params, groups)
+      {'hidden': 3}
     """
 
     path: str
@@ -34,17 +43,26 @@ Groups = Mapping[str, tuple[Member, ...]]
 
 
 def mlp_neurons(layers: Sequence[str]) -> dict[str, tuple[Member, ...]]:
-    """Hidden neurons of a chain of dense layers, by layer: their incoming column and the next layer's row.
+    """List the hidden neurons of a chain of dense layers, by layer: their incoming column and the next layer's row.
 
     Args:
       layers: names from first to last, ("dense0", "dense1", "output") for LeNet-300-100.
+
+    Example:
+      >>> [member.path for member in lottery.coupled.mlp_neurons(("dense0", "output"))["dense0"]]
+      ['dense0/kernel', 'output/kernel']
     """
     pairs = zip(layers, layers[1:], strict=False)
     return {one: (Member(f"{one}/kernel", (1,)), Member(f"{two}/kernel", (0,))) for one, two in pairs}
 
 
 def decoder_neurons(prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
-    """Feed-forward neurons of a decoder with scanned SwiGLU blocks: units are (layer, neuron)."""
+    """List the feed-forward neurons of a decoder with scanned SwiGLU blocks: units are (layer, neuron).
+
+    Example:
+      >>> list(lottery.coupled.decoder_neurons())
+      ['blocks/mlp']
+    """
     mlp = f"{prefix}/mlp"
     members = (
         Member(f"{mlp}/gate/kernel", (0, 2)),
@@ -55,10 +73,15 @@ def decoder_neurons(prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
 
 
 def decoder_heads(heads: int, kv_heads: int, prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
-    """Attention heads of a decoder with scanned blocks: units are (layer, key/value head with its query heads).
+    """List the attention heads of a decoder with scanned blocks: units are (layer, key/value head and its query heads).
 
     Raises:
       ValueError: kv_heads does not divide heads.
+
+    Example:
+      >>> members = lottery.coupled.decoder_heads(4, 2)["blocks/attention"]
+      >>> {member.path.split("/")[2]: member.repeat for member in members}
+      {'key': 1, 'value': 1, 'query': 2, 'output': 2}
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
@@ -71,18 +94,30 @@ def decoder_heads(heads: int, kv_heads: int, prefix: str = "blocks") -> dict[str
 def keep_units(
     scores: PyTree, masks: PyTree, which: PyTree, groups: Groups, counts: Mapping[str, int | Array]
 ) -> PyTree:
-    """Masks in which counts[group] units of every group stay, those with the highest mean score; the others are False.
+    """Prune coupled units until counts[group] of every group stay, those with the highest mean score.
 
     A unit is alive if any of its weights is. Ties go by index; counts above the number alive change nothing. Runs under
     jit and vmap.
 
     Args:
-      scores, masks: like the parameters. which: `masks.prunable`, static.
+      scores: like the parameters.
+      masks: like the parameters.
+      which: `masks.prunable`, static.
       groups: by name, e.g. `mlp_neurons`. A leaf may be in several groups.
       counts: units that stay, by group.
 
+    Returns:
+      The new masks.
+
     Raises:
       ValueError: a member that is not a prunable leaf or whose axes do not fit, or a count for an unknown group.
+
+    Example:
+      >>> params = {"dense0": {"kernel": jnp.array([[1.0, 2.0]])}, "output": {"kernel": jnp.array([[5.0], [1.0]])}}
+      >>> which, groups = lottery.masks.prunable(params), lottery.coupled.mlp_neurons(("dense0", "output"))
+      >>> masks = lottery.coupled.keep_units(params, lottery.masks.ones(params), which, groups, {"dense0": 1})
+      >>> masks["dense0"]["kernel"].tolist(), masks["output"]["kernel"].tolist()
+      ([[True, False]], [[True], [False]])
     """
     mask, score, chosen = flatten(masks), flatten(scores), flatten(which)
     if set(counts) - set(groups):
@@ -106,15 +141,21 @@ def keep_units(
             total += _pool(member, jnp.where(m, score[member.path].astype(jnp.float32), 0)).sum(-1)
             alive |= _pool(member, m).any(-1)
             size += m.size // int(np.prod(grids[0]))
-        quota = jnp.sum(alive, dtype=jnp.int32) - counts[name]
-        kept = keep_highest((total / size).ravel(), alive.ravel(), quota).reshape(grids[0])
+        count = jnp.sum(alive, dtype=jnp.int32) - counts[name]
+        stays = drop_lowest((total / size).ravel(), alive.ravel(), count).reshape(grids[0])
         for member in groups[name]:
-            result[member.path] = result[member.path] & _expand(member, kept, mask[member.path].shape)
+            result[member.path] = result[member.path] & _expand(member, stays, mask[member.path].shape)
     return jax.tree.unflatten(jax.tree.structure(masks), list(result.values()))
 
 
 def unit_counts(params: PyTree, groups: Groups) -> dict[str, int]:
-    """Number of units of every group in parameters (or shapes) of one network."""
+    """Count the units of every group in parameters (or shapes) of one network.
+
+    Example:
+      >>> params = {"dense0": {"kernel": jnp.zeros((4, 3))}, "output": {"kernel": jnp.zeros((3, 2))}}
+      >>> lottery.coupled.unit_counts(params, lottery.coupled.mlp_neurons(("dense0", "output")))
+      {'dense0': 3}
+    """
     leaves = flatten(params)
     return {
         name: int(np.prod(_grid(members[0], leaves[members[0].path].shape, name))) for name, members in groups.items()
@@ -134,6 +175,6 @@ def _pool(member: Member, leaf: Array) -> Array:
     return jnp.moveaxis(leaf, member.axes, range(len(member.axes))).reshape(*grid, -1)
 
 
-def _expand(member: Member, kept: Array, shape: tuple[int, ...]) -> Array:
-    kept = jnp.repeat(kept, member.repeat, axis=-1)
-    return jnp.broadcast_to(jnp.expand_dims(kept, tuple(a for a in range(len(shape)) if a not in member.axes)), shape)
+def _expand(member: Member, stays: Array, shape: tuple[int, ...]) -> Array:
+    stays = jnp.repeat(stays, member.repeat, axis=-1)
+    return jnp.broadcast_to(jnp.expand_dims(stays, tuple(a for a in range(len(shape)) if a not in member.axes)), shape)

@@ -1,9 +1,11 @@
-"""Criteria: scores from more than the weights themselves. The lowest are pruned first, as in `lottery.scores`.
+"""Pruning criteria: a score for each weight, a tree of float32 arrays like the parameters; the lowest are pruned.
 
-Losses are functions loss_fn(params, batch) -> float32 []; `batches` is a pytree whose arrays have a leading axis of
-batches, scanned, so any number of them costs the memory of one. Every score is a float32 tree like the parameters.
+`CRITERIA` lists them by name with the fields of `ScoreInputs` that each needs. Losses are functions
+loss_fn(params, batch) -> float32 []; `batches` is a pytree whose arrays have a leading axis of batches, scanned, so any
+number of them costs the memory of one.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,41 +15,122 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from lottery import scores, structures
+from lottery import structures
 from lottery.masks import path_name
+
+__all__ = [
+    "CRITERIA",
+    "MovementState",
+    "ScoreInputs",
+    "fisher",
+    "grasp",
+    "magnitude",
+    "magnitude_increase",
+    "mean_gradient",
+    "movement",
+    "random",
+    "score",
+    "snip",
+    "synflow",
+    "taylor",
+    "track_movement",
+]
+
 
 LossFn = Callable[[PyTree, PyTree], Array]
 
 
+def magnitude(params: PyTree) -> PyTree:
+    """Score weights by magnitude, |w|, float32 (Han et al. 2015, arXiv:1506.02626).
+
+    Example:
+      >>> lottery.criteria.magnitude({"kernel": jnp.array([-2.0, 0.5])})["kernel"].tolist()
+      [2.0, 0.5]
+    """
+    return jax.tree.map(lambda p: jnp.abs(_f32(p)), params)
+
+
+def random(params: PyTree, *, key: Array) -> PyTree:
+    """Score weights at random, uniformly in [0, 1), float32: random pruning as a control.
+
+    Each leaf's draw depends on key and its path.
+
+    Example:
+      >>> scores = lottery.criteria.random({"kernel": jnp.zeros((2, 3))}, key=jax.random.key(0))
+      >>> scores["kernel"].shape, bool((scores["kernel"] < 1).all())
+      ((2, 3), True)
+    """
+
+    def draw(path: tuple, leaf: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+
 def magnitude_increase(params: PyTree, initial: PyTree) -> PyTree:
-    """|w_final| - |w_initial| (Zhou et al. 2019, arXiv:1905.01067, section 3)."""
+    """Score weights by magnitude increase, |w_final| - |w_initial| (Zhou et al. 2019, arXiv:1905.01067, section 3).
+
+    Example:
+      >>> final, initial = {"kernel": jnp.array([-2.0, 0.5])}, {"kernel": jnp.array([1.0, 1.0])}
+      >>> lottery.criteria.magnitude_increase(final, initial)["kernel"].tolist()
+      [1.0, -0.5]
+    """
     return jax.tree.map(lambda w, i: _f32(jnp.abs(w)) - _f32(jnp.abs(i)), params, initial)
 
 
 def snip(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
-    """|w * mean gradient| (Lee et al. 2019, arXiv:1810.02340, equation 6, not normalised by its sum)."""
+    """Score weights by SNIP's connection sensitivity, |w * mean gradient| (Lee et al. 2019, arXiv:1810.02340).
+
+    Equation 6, not normalized by its sum.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> params, batches = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.eye(2)[None]
+      >>> lottery.criteria.snip(loss_fn, params, batches)["kernel"].tolist()
+      [[1.0], [4.0]]
+    """
     return jax.tree.map(lambda w, g: jnp.abs(_f32(w) * g), params, mean_gradient(loss_fn, params, batches))
 
 
 def taylor(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
-    """(w g)^2 averaged over batches: first-order change of the loss, squared (Molchanov et al. 2019, equation 8)."""
+    """Score weights by the squared first-order Taylor term, the mean of (w g)^2 (Molchanov et al. 2019, equation 8).
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> params, batches = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.eye(2)[None]
+      >>> lottery.criteria.taylor(loss_fn, params, batches)["kernel"].tolist()
+      [[1.0], [16.0]]
+    """
     return _mean(lambda batch: _products(params, jax.grad(loss_fn)(params, batch)), batches)
 
 
 def fisher(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
-    """w^2 / 2 times the mean squared gradient (Theis et al. 2018, arXiv:1801.05787, equation 9).
+    """Score weights by Fisher pruning, w^2 / 2 times the mean squared gradient (Theis et al. 2018, arXiv:1801.05787).
 
-    With batches of one example the mean is the empirical Fisher information's diagonal; larger ones understate it.
+    Equation 9. With batches of one example the mean is the empirical Fisher information's diagonal; larger ones
+    understate it.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> params, batches = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.eye(2)[None]
+      >>> lottery.criteria.fisher(loss_fn, params, batches)["kernel"].tolist()
+      [[0.5], [8.0]]
     """
     squares = _mean(lambda batch: jax.tree.map(lambda g: _f32(g) ** 2, jax.grad(loss_fn)(params, batch)), batches)
     return jax.tree.map(lambda w, f: 0.5 * _f32(w) ** 2 * f, params, squares)
 
 
 def grasp(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
-    """w * (H g), H the Hessian and g the gradient of the mean loss (Wang et al. 2020, arXiv:2002.07376, equation 8).
+    """Score weights by GraSP, w * (H g): Hessian times gradient of the loss (Wang et al. 2020, arXiv:2002.07376).
 
-    The paper removes the highest -w * (H g), so that the gradient's norm falls least; the lowest here are the same.
-    Their loss divides logits by a temperature of 200; that belongs into loss_fn.
+    The paper (equation 8) removes the highest -w * (H g), so that the gradient's norm falls least; the lowest here are
+    the same. Its loss divides logits by a temperature of 200; that belongs into loss_fn.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> params, batches = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.eye(2)[None]
+      >>> lottery.criteria.grasp(loss_fn, params, batches)["kernel"].tolist()
+      [[1.0], [4.0]]
     """
     gradient = jax.tree.map(lambda g, w: g.astype(w.dtype), mean_gradient(loss_fn, params, batches), params)
 
@@ -58,17 +141,26 @@ def grasp(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
 
 
 def synflow(
-    apply_fn: Callable[[PyTree, Array], Array], params: PyTree, inputs: Array, normalise: bool = True
+    apply_fn: Callable[[PyTree, Array], Array], params: PyTree, inputs: Array, normalize: bool = True
 ) -> PyTree:
-    """|w| dR/d|w| with R the sum of the outputs at absolute weights and all-one inputs (Tanaka et al. 2020, 4).
+    """Score weights by SynFlow, |w| dR/d|w| with R the sum of outputs at absolute weights and all-one inputs.
 
-    No data: of `inputs` only shape and dtype count. Score masked params; prune in many rounds (`prune.iterate`, the
-    paper takes 100).
+    Tanaka et al. 2020 (arXiv:2006.05467), section 4. No data: of `inputs` only shape and dtype count. Score masked
+    params; prune in many rounds (`lottery.prune.iterate`, the paper takes 100).
 
     Args:
-      normalise: first rescale every matrix (`structures.LAYOUTS` tells stacks of them) so that a hundred layers stay
+      apply_fn: (params, inputs) -> outputs.
+      params: of one network.
+      inputs: an array with the shape and dtype of one batch.
+      normalize: first rescale every matrix (`structures.LAYOUTS` tells stacks of them) so that a hundred layers stay
         within float32 and R is near 1. Where R is homogeneous in each matrix (ReLU without biases or skips, what the
         paper assumes) this multiplies all scores by one common factor; for networks with skips switch it off.
+
+    Example:
+      >>> apply_fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.array([[1.0], [-2.0]])}
+      >>> lottery.criteria.synflow(apply_fn, params, jnp.ones((1, 2)), normalize=False)["kernel"].tolist()
+      [[1.0], [2.0]]
     """
     ones = jnp.ones_like(inputs)
     absolute = jax.tree.map(lambda leaf: jnp.abs(_f32(leaf)), params)
@@ -76,7 +168,7 @@ def synflow(
     def total(p: PyTree) -> Array:
         return jnp.sum(apply_fn(p, ones).astype(jnp.float32))
 
-    if normalise:
+    if normalize:
         absolute = jax.tree_util.tree_map_with_path(_by_gain, absolute)
         stacks = [_matrices(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(absolute)]
         flow = total(absolute)
@@ -104,15 +196,30 @@ def _by_gain(path: tuple, leaf: Array) -> Array:
 
 
 class MovementState(NamedTuple):
-    """Scores so far, float32, like the parameters."""
+    """The state of `track_movement`.
+
+    Attributes:
+      scores: so far, float32, like the parameters.
+
+    Example:
+      >>> lottery.criteria.track_movement().init({"kernel": jnp.ones(2)})
+      MovementState(scores={'kernel': Array([0., 0.], dtype=float32)})
+    """
 
     scores: PyTree
 
 
 def track_movement() -> optax.GradientTransformation:
-    """Leave updates alone and add up -w * g, movement pruning's score (Sanh et al. 2020, arXiv:2005.07683, equation 5).
+    """Track movement pruning's score, the sum of -w * g (Sanh et al. 2020, arXiv:2005.07683, equation 5).
 
-    Put it first in a chain, where updates still are gradients; read the scores with `movement`.
+    Updates are left alone. Put it first in a chain, where updates still are gradients; read the scores with `movement`.
+
+    Example:
+      >>> optimizer = optax.chain(lottery.criteria.track_movement(), optax.sgd(0.1))
+      >>> params, gradient = {"kernel": jnp.array([2.0])}, {"kernel": jnp.array([-1.0])}
+      >>> _, state = optimizer.update(gradient, optimizer.init(params), params)
+      >>> lottery.criteria.movement(state)["kernel"].tolist()
+      [2.0]
     """
 
     def init(params: PyTree) -> MovementState:
@@ -128,10 +235,15 @@ def track_movement() -> optax.GradientTransformation:
 
 
 def movement(opt_state: PyTree) -> PyTree:
-    """The scores of the `track_movement` in an optimizer state.
+    """Read the movement scores of `track_movement` from an optimizer state.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there are none.
+
+    Example:
+      >>> optimizer = optax.chain(lottery.criteria.track_movement(), optax.adam(0.1))
+      >>> lottery.criteria.movement(optimizer.init({"kernel": jnp.ones(2)}))["kernel"].tolist()
+      [0.0, 0.0]
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, MovementState))
     found = [leaf for leaf in leaves if isinstance(leaf, MovementState)]
@@ -141,16 +253,22 @@ def movement(opt_state: PyTree) -> PyTree:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What criteria may look at beside the weights; each takes what it needs.
+class ScoreInputs:
+    """The inputs of criteria beside the weights; each criterion takes what it needs.
 
     Attributes:
       key: for random scores.
       initial: weights before training.
-      loss_fn, batches: see the module.
+      loss_fn: (params, batch) -> loss, see the module.
+      batches: of examples, see the module.
       apply_fn: (params, inputs) -> outputs.
       inputs: an array with the shape and dtype of one batch of inputs.
       opt_state: of an optimizer with `track_movement`.
+
+    Example:
+      >>> inputs = lottery.criteria.ScoreInputs(key=jax.random.key(0))
+      >>> lottery.criteria.score("random", {"kernel": jnp.zeros(3)}, inputs)["kernel"].shape
+      (3,)
     """
 
     key: Array | None = None
@@ -163,8 +281,8 @@ class Evidence:
 
 
 CRITERIA: dict[str, tuple[Callable[[PyTree, Any], PyTree], tuple[str, ...]]] = {
-    "magnitude": (lambda params, e: scores.magnitude(params), ()),
-    "random": (lambda params, e: scores.random(params, key=e.key), ("key",)),
+    "magnitude": (lambda params, e: magnitude(params), ()),
+    "random": (lambda params, e: random(params, key=e.key), ("key",)),
     "magnitude_increase": (lambda params, e: magnitude_increase(params, e.initial), ("initial",)),
     "snip": (lambda params, e: snip(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
     "taylor": (lambda params, e: taylor(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
@@ -175,23 +293,39 @@ CRITERIA: dict[str, tuple[Callable[[PyTree, Any], PyTree], tuple[str, ...]]] = {
 }
 
 
-def score(name: str, params: PyTree, evidence: Evidence = Evidence()) -> PyTree:
-    """Scores by the criterion of a name in CRITERIA, which also lists what it needs of the evidence.
+def score(name: str, params: PyTree, inputs: ScoreInputs = ScoreInputs()) -> PyTree:
+    """Score weights by the criterion of a name in `CRITERIA`.
+
+    Args:
+      name: of the criterion.
+      params: of one network.
+      inputs: what `CRITERIA` lists for it.
 
     Raises:
-      ValueError: unknown name, or evidence that is missing.
+      ValueError: unknown name, or inputs that are missing.
+
+    Example:
+      >>> lottery.criteria.score("magnitude", {"kernel": jnp.array([-3.0])})["kernel"].tolist()
+      [3.0]
     """
     if name not in CRITERIA:
         raise ValueError(f"criterion {name!r} is not one of {', '.join(CRITERIA)}")
     function, needs = CRITERIA[name]
-    missing = [field for field in needs if getattr(evidence, field) is None]
+    missing = [field for field in needs if getattr(inputs, field) is None]
     if missing:
-        raise ValueError(f"criterion {name!r} needs Evidence({', '.join(missing)})")
-    return function(params, evidence)
+        raise ValueError(f"criterion {name!r} needs ScoreInputs({', '.join(missing)})")
+    return function(params, inputs)
 
 
 def mean_gradient(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
-    """The loss's gradient averaged over batches, float32."""
+    """Average the loss's gradient over batches, float32.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> params, batches = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.eye(2)[None]
+      >>> lottery.criteria.mean_gradient(loss_fn, params, batches)["kernel"].tolist()
+      [[1.0], [2.0]]
+    """
     return _mean(lambda batch: jax.grad(loss_fn)(params, batch), batches)
 
 

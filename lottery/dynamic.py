@@ -1,4 +1,4 @@
-"""Sparse training with masks that change: optax transformations that carry the mask in their state.
+"""Dynamic sparse training: optax transformations whose state carries a mask that changes (SET, RigL, gradual, DPF).
 
 The parameters they update are zero wherever the mask is False after every step, so a loss that uses the parameters
 plainly is the sparse network's, and its gradient is dense, as RigL needs. `masks_of` reads the mask from a state.
@@ -13,12 +13,41 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from lottery import criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery import prune, scores, transform
+
+__all__ = [
+    "DynamicConfig",
+    "DynamicState",
+    "EarlyBird",
+    "FeedbackState",
+    "GradualConfig",
+    "cubic_density",
+    "dynamic",
+    "early_bird",
+    "gradual",
+    "masks_of",
+    "observe",
+    "rewire",
+    "straight_through",
+]
 
 
 class DynamicState(NamedTuple):
-    """step int32 []; masks like the parameters; key (SET only, else zeros); inner: the optimizer's own state."""
+    """The state of `dynamic` and `gradual`.
+
+    Attributes:
+      step: int32 [].
+      masks: bool, like the parameters.
+      key: random bits (SET), else zeros.
+      inner: the optimizer's own state.
+
+    Example:
+      >>> config = lottery.dynamic.GradualConfig(0.5)
+      >>> state = lottery.dynamic.gradual(optax.sgd(0.1), {"kernel": True}, config).init({"kernel": jnp.ones(2)})
+      >>> int(state.step), state.masks["kernel"].tolist()
+      (0, [True, True])
+    """
 
     step: Array
     masks: PyTree
@@ -27,7 +56,19 @@ class DynamicState(NamedTuple):
 
 
 class FeedbackState(NamedTuple):
-    """step int32 []; masks; dense: the weights behind the sparse ones; inner: the optimizer's own state."""
+    """The state of `straight_through`.
+
+    Attributes:
+      step: int32 [].
+      masks: bool, like the parameters.
+      dense: the weights behind the sparse ones.
+      inner: the optimizer's own state.
+
+    Example:
+      >>> optimizer = lottery.dynamic.straight_through(optax.sgd(0.1), {"kernel": True}, {"kernel": 1})
+      >>> optimizer.init({"kernel": jnp.array([1.0, 2.0])}).masks["kernel"].tolist()
+      [False, True]
+    """
 
     step: Array
     masks: PyTree
@@ -39,10 +80,15 @@ class FeedbackState(NamedTuple):
 class DynamicConfig:
     """When and how many connections move (Evci et al. 2020, section 3).
 
-    grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
-    every: steps between moves.
-    until: no moves at this step and after (the paper: 75% of training).
-    fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
+    Attributes:
+      grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
+      every: steps between moves.
+      until: no moves at this step and after (the paper: 75% of training).
+      fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
+
+    Example:
+      >>> lottery.dynamic.DynamicConfig(grow="random", every=50, until=1000)
+      DynamicConfig(grow='random', every=50, until=1000, fraction=0.3)
     """
 
     grow: str = "gradient"
@@ -60,11 +106,11 @@ class DynamicConfig:
 def dynamic(
     inner: optax.GradientTransformation, masks: PyTree, which: PyTree, config: DynamicConfig, *, key: Array
 ) -> optax.GradientTransformationExtraArgs:
-    """RigL or SET around any optimizer: every leaf keeps exactly as many weights as `masks` gives it.
+    """Train with RigL (Evci et al. 2020, arXiv:1911.11134) or SET (Mocanu et al. 2018) around any optimizer.
 
-    At a move the smallest weights of a leaf go and as many grow, from zero, at the largest gradients or at random,
-    among all that did not survive (those just dropped included, as in the paper). That step moves connections and
-    trains nothing; moments of grown weights start at zero.
+    Every leaf has exactly as many weights as `masks` gives it. At a move the smallest weights of a leaf go and as many
+    grow, from zero, at the largest gradients or at random, among all that did not survive (those just dropped included,
+    as in the paper). That step moves connections and trains nothing; moments of grown weights start at zero.
 
     Args:
       inner: the optimizer, without masking of its own.
@@ -75,6 +121,19 @@ def dynamic(
 
     Returns:
       (init, update) with a `DynamicState`; update needs params and the gradient at them.
+
+    Example:
+      >>> params, gradient = {"kernel": jnp.array([3.0, 1.0, 2.0, 4.0])}, {"kernel": jnp.array([0.0, 1.0, 0.0, 0.0])}
+      >>> mask = {"kernel": jnp.array([True, False, True, True])}
+      >>> params = lottery.masks.apply(params, mask)
+      >>> config = lottery.dynamic.DynamicConfig(every=1, until=4)
+      >>> optimizer = lottery.dynamic.dynamic(optax.sgd(0.0), mask, {"kernel": True}, config, key=jax.random.key(0))
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = optimizer.update(gradient, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> lottery.dynamic.masks_of(state)["kernel"].tolist()
+      [True, True, False, True]
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -91,12 +150,12 @@ def dynamic(
         def move() -> tuple[PyTree, PyTree, PyTree]:
             fraction = config.fraction / 2 * (1 + jnp.cos(jnp.pi * step / max(config.until, 1)))
             draws = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key))
-            random = scores.random(params, key=jax.random.fold_in(draws, step))
-            grow = scores.magnitude(grads) if config.grow == "gradient" else random
-            kept, moved = rewire(params, grow, state.masks, which, fraction)
+            random = criteria.random(params, key=jax.random.fold_in(draws, step))
+            grow = criteria.magnitude(grads) if config.grow == "gradient" else random
+            survivors, moved = rewire(params, grow, state.masks, which, fraction)
             # Growing back what was just dropped starts from zero too.
-            updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, kept)
-            return updates, transform.mask_state(state.inner, kept), moved
+            updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, survivors)
+            return updates, transform.mask_state(state.inner, survivors), moved
 
         def train() -> tuple[PyTree, PyTree, PyTree]:
             masked = transform.sparse(inner, state.masks)
@@ -118,31 +177,53 @@ def dynamic(
 def rewire(
     params: PyTree, grow: PyTree, masks: PyTree, which: PyTree, fraction: float | Array
 ) -> tuple[PyTree, PyTree]:
-    """(survivors, new masks): in every leaf round(fraction * alive) of the smallest weights go and as many grow.
+    """Rewire masks: in every leaf round(fraction * alive) of the smallest weights go and as many grow.
 
     Args:
-      params, grow: weights, and scores of where to grow (the highest), like the parameters.
-      masks: before. which: static.
+      params: weights.
+      grow: scores of where to grow (the highest), like the parameters.
+      masks: before.
+      which: static.
       fraction: of each leaf's alive weights, may be traced.
+
+    Returns:
+      (survivors, new masks).
+
+    Example:
+      >>> params, gradient = {"kernel": jnp.array([3.0, 1.0, 2.0, 4.0])}, {"kernel": jnp.array([0.0, 1.0, 0.0, 0.0])}
+      >>> mask = {"kernel": jnp.array([True, False, True, True])}
+      >>> survivors, new = lottery.dynamic.rewire(params, gradient, mask, {"kernel": True}, 0.4)
+      >>> survivors["kernel"].tolist(), new["kernel"].tolist()
+      ([True, False, False, True], [True, True, False, True])
     """
     alive = masks_lib.count(masks, which)
-    quota = {path: jnp.round(fraction * count).astype(jnp.int32) for path, count in alive.items()}
-    kept = prune.remove(scores.magnitude(params), masks, which, quota)
-    flat_kept, flat_grow = masks_lib.flatten(kept), masks_lib.flatten(grow)
-    grown = dict(flat_kept)
+    moving = {path: jnp.round(fraction * count).astype(jnp.int32) for path, count in alive.items()}
+    survivors = prune.remove(criteria.magnitude(params), masks, which, moving)
+    flat, flat_grow = masks_lib.flatten(survivors), masks_lib.flatten(grow)
+    grown = dict(flat)
     for path in alive:
-        free = ~flat_kept[path].ravel()
-        stays_out = jnp.sum(free, dtype=jnp.int32) - quota[path]
-        new = prune.keep_highest(flat_grow[path].astype(jnp.float32).ravel(), free, stays_out)
-        grown[path] = flat_kept[path] | new.reshape(flat_kept[path].shape)
-    return kept, jax.tree.unflatten(jax.tree.structure(masks), list(grown.values()))
+        free = ~flat[path].ravel()
+        stays_out = jnp.sum(free, dtype=jnp.int32) - moving[path]
+        new = prune.drop_lowest(flat_grow[path].astype(jnp.float32).ravel(), free, stays_out)
+        grown[path] = flat[path] | new.reshape(flat[path].shape)
+    return survivors, jax.tree.unflatten(jax.tree.structure(masks), list(grown.values()))
 
 
 @dataclass(frozen=True)
 class GradualConfig:
-    """Zhu & Gupta 2017 (arXiv:1710.01878), equation 1: density falls from 1 at `begin` to `density` at `end`.
+    """The cubic schedule of gradual pruning: density falls from 1 at `begin` to `density` at `end` (Zhu & Gupta 2017).
 
-    every: steps between prunings. scope: "layer" (every leaf at that density) or "global".
+    Attributes:
+      density: share of the weights left at `end`.
+      begin: step of the first pruning.
+      end: step of the last one.
+      every: steps between prunings.
+      scope: "layer" (every leaf at that density) or "global".
+
+    Example:
+      >>> config = lottery.dynamic.GradualConfig(0.1, begin=0, end=100)
+      >>> round(float(lottery.dynamic.cubic_density(50, config)), 4)
+      0.2125
     """
 
     density: float
@@ -159,7 +240,12 @@ class GradualConfig:
 
 
 def cubic_density(step: int | Array, config: GradualConfig) -> Array:
-    """The density after the pruning at a step, float32 []."""
+    """Compute the density after the pruning at a step, float32 [] (Zhu & Gupta 2017, arXiv:1710.01878, equation 1).
+
+    Example:
+      >>> float(lottery.dynamic.cubic_density(0, lottery.dynamic.GradualConfig(0.1)))
+      1.0
+    """
     part = jnp.clip((jnp.asarray(step, jnp.float32) - config.begin) / (config.end - config.begin), 0, 1)
     return config.density + (1 - config.density) * (1 - part) ** 3
 
@@ -167,10 +253,29 @@ def cubic_density(step: int | Array, config: GradualConfig) -> Array:
 def gradual(
     inner: optax.GradientTransformation, which: PyTree, config: GradualConfig
 ) -> optax.GradientTransformationExtraArgs:
-    """Magnitude pruning during training along the cubic schedule; masks only ever lose weights.
+    """Prune gradually by magnitude during training, along a cubic (Zhu & Gupta 2017, arXiv:1710.01878).
 
-    After the update of a step that is due (begin, begin + every, ... and end itself), the smallest weights are zero.
-    State: `DynamicState`; update needs params.
+    Masks only ever lose weights. After the update of a step that is due (begin, begin + every, ... and end itself), the
+    smallest weights are zero.
+
+    Args:
+      inner: the optimizer.
+      which: `masks.prunable`, static.
+      config: schedule.
+
+    Returns:
+      (init, update) with a `DynamicState`; update needs params.
+
+    Example:
+      >>> params, gradient = {"kernel": jnp.array([3.0, 1.0, 2.0, 4.0])}, {"kernel": jnp.array([0.0, 1.0, 0.0, 0.0])}
+      >>> config = lottery.dynamic.GradualConfig(0.5, begin=0, end=1, every=1)
+      >>> optimizer = lottery.dynamic.gradual(optax.sgd(0.0), {"kernel": True}, config)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = optimizer.update(gradient, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params["kernel"].tolist()
+      [3.0, 0.0, 0.0, 4.0]
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -191,7 +296,7 @@ def gradual(
         due = (step >= config.begin) & (step <= config.end)
         due &= ((step - config.begin) % config.every == 0) | (step == config.end)
         masks = jax.lax.cond(
-            due, lambda: prune.keep(scores.magnitude(after), state.masks, which, counts), lambda: state.masks
+            due, lambda: prune.keep(criteria.magnitude(after), state.masks, which, counts), lambda: state.masks
         )
         updates = jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params)
         return updates, DynamicState(step + 1, masks, state.key, transform.mask_state(new, masks))
@@ -202,23 +307,36 @@ def gradual(
 def straight_through(
     inner: optax.GradientTransformation, which: PyTree, counts: Mapping[str, int], every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Magnitude masks with straight-through gradients: dense weights train behind sparse ones (Lin et al. 2020, DPF).
+    """Train magnitude masks by a straight-through estimator: dense weights behind sparse ones (DPF, Lin et al. 2020).
 
     The gradient, taken at the sparse parameters, updates all dense weights; the parameters are the dense weights under
-    the mask of the largest, chosen anew every `every` steps, so that pruned weights can come back.
+    the mask of the largest, chosen anew every `every` steps, so that pruned weights can come back. Estimator: Bengio et
+    al. 2013, arXiv:1308.3432; DPF: arXiv:2006.07253.
 
     Args:
       inner: optimizer of the dense weights.
-      which: static. counts: weights that stay, `allocation.counts`.
+      which: static.
+      counts: weights that stay, `allocation.counts`.
       every: steps between choices.
 
     Returns:
       (init, update) with a `FeedbackState`. Before the first step mask the parameters with `masks_of(init(params))`.
+
+    Example:
+      >>> params, gradient = {"kernel": jnp.array([3.0, 1.0, 2.0, 4.0])}, {"kernel": jnp.array([0.0, 1.0, 0.0, 0.0])}
+      >>> optimizer = lottery.dynamic.straight_through(optax.sgd(-2.5), {"kernel": True}, {"kernel": 2})
+      >>> state = optimizer.init(params)
+      >>> params = lottery.masks.apply(params, lottery.dynamic.masks_of(state))
+      >>> updates, state = optimizer.update(gradient, state, params)
+      >>> params["kernel"].tolist(), optax.apply_updates(params, updates)["kernel"].tolist()
+      ([3.0, 0.0, 0.0, 4.0], [0.0, 3.5, 0.0, 4.0])
+      >>> state.dense["kernel"].tolist()
+      [3.0, 3.5, 2.0, 4.0]
     """
     inner = optax.with_extra_args_support(inner)
 
     def choose(dense: PyTree) -> PyTree:
-        return prune.keep(scores.magnitude(dense), masks_lib.ones(dense), which, counts)
+        return prune.keep(criteria.magnitude(dense), masks_lib.ones(dense), which, counts)
 
     def init(params: PyTree) -> FeedbackState:
         return FeedbackState(jnp.zeros((), jnp.int32), choose(params), params, inner.init(params))
@@ -237,10 +355,15 @@ def straight_through(
 
 
 def masks_of(opt_state: PyTree) -> PyTree:
-    """The masks in the state of `dynamic`, `gradual` or `straight_through`, alone or in a chain.
+    """Read the masks from the state of `dynamic`, `gradual` or `straight_through`, alone or in a chain.
 
     Raises:
       ValueError: there are none.
+
+    Example:
+      >>> lottery.dynamic.masks_of(optax.sgd(0.1).init({"kernel": jnp.ones(2)}))
+      Traceback (most recent call last):
+      ValueError: this optimizer state carries no masks: it is not of dynamic, gradual or straight_through
     """
     kinds = (DynamicState, FeedbackState)
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(s, kinds)]
@@ -250,17 +373,34 @@ def masks_of(opt_state: PyTree) -> PyTree:
 
 
 class EarlyBird(NamedTuple):
-    """The last masks [W, ...] of every leaf and how many have come in, int32 []."""
+    """The state of the early-bird detector.
+
+    Attributes:
+      history: the last masks [W, ...] of every leaf.
+      seen: how many have come in, int32 [].
+
+    Example:
+      >>> lottery.dynamic.early_bird({"kernel": jnp.ones(3)}, window=2).history["kernel"].shape
+      (2, 3)
+    """
 
     history: PyTree
     seen: Array
 
 
 def early_bird(params: PyTree, window: int = 5) -> EarlyBird:
-    """An empty detector of early-bird tickets (You et al. 2020, arXiv:1909.11957, section 3.2).
+    """Make an empty detector of early-bird tickets (You et al. 2020, arXiv:1909.11957, section 3.2).
+
+    Args:
+      params: of one network.
+      window: masks that are compared.
 
     Raises:
       ValueError: window < 1.
+
+    Example:
+      >>> int(lottery.dynamic.early_bird({"kernel": jnp.ones(3)}).seen)
+      0
     """
     if window < 1:
         raise ValueError(f"early_bird: window is {window}; at least 1 is needed")
@@ -269,12 +409,24 @@ def early_bird(params: PyTree, window: int = 5) -> EarlyBird:
 
 
 def observe(bird: EarlyBird, masks: PyTree, which: PyTree, threshold: float = 0.1) -> tuple[EarlyBird, Array, Array]:
-    """Show the detector the mask that pruning now would give; call it once an epoch.
+    """Observe the mask that pruning now would give, to detect an early-bird ticket; call it once an epoch.
+
+    Args:
+      bird: from `early_bird` or the last call.
+      masks: of pruning now.
+      which: `masks.prunable`, static.
+      threshold: fraction of prunable entries that may differ.
 
     Returns:
       (new state, whether to stop dense training bool [], the largest distance to the masks in the window float32 []).
-      Found: the window is full and all its masks are closer to this one than `threshold` (fraction of prunable entries
-      that differ).
+      Found: the window is full and all its masks are closer to this one than `threshold`.
+
+    Example:
+      >>> mask = {"kernel": jnp.array([True, False])}
+      >>> bird = lottery.dynamic.early_bird(mask, window=1)
+      >>> bird, found, _ = lottery.dynamic.observe(bird, mask, {"kernel": True})
+      >>> bool(found), bool(lottery.dynamic.observe(bird, mask, {"kernel": True})[1])
+      (False, True)
     """
     window = len(jax.tree.leaves(bird.history)[0])
     compare: Callable[[PyTree], Array] = lambda old: masks_lib.distance(old, masks, which)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Tickets as files: a packed mask, one bit a weight, and the surviving weights, in safetensors.
+"""Export tickets: a packed mask, one bit a weight, and the surviving weights, in safetensors (`FORMAT` in the header).
 
 A masked leaf is two tensors: `<path>` with the surviving values in the order of the flat index, and `<path>.mask`, the
 mask's bits packed into bytes (numpy's packbits, first weight in the highest bit). Its shape is in the header's
@@ -15,11 +15,13 @@ from jaxtyping import PyTree
 
 from lottery import masks as masks_lib
 
+__all__ = ["FORMAT", "load", "save", "unflatten"]
+
 FORMAT = "tessera-ticket-1"
 
 
 def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, str] | None = None) -> Path:
-    """Write one ticket (not a stack) and return the path. The file appears complete or not at all.
+    """Save one ticket (not a stack) and return the path. The file appears complete or not at all.
 
     Args:
       path: of the file, usually ending in .safetensors.
@@ -30,11 +32,18 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
     Raises:
       ValueError: masks does not fit, or a path that ends in ".mask".
       ImportError: the extra "export" is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> params, mask = {"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([True, False])}
+      >>> path = lottery.export.save(tempfile.mkdtemp() + "/ticket.safetensors", params, mask)
+      >>> path.name
+      'ticket.safetensors'
     """
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ImportError("saving tickets needs safetensors: pip install 'tessera-jax[export]'") from error
+        raise ImportError("saving tickets needs the extra `hf`: pip install 'tessera-jax[hf]'") from error
     masks_lib.check(masks, params)
     tensors: dict[str, np.ndarray] = {}
     shapes: dict[str, list[int]] = {}
@@ -58,10 +67,18 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
 
 
 def load(path):
-    """Read a ticket: ({path: dense array}, {path: bool mask}, metadata). numpy only; bfloat16 comes as float32.
+    """Load a ticket: ({path: dense array}, {path: bool mask}, metadata). numpy only; bfloat16 comes as float32.
 
     Raises:
       ValueError: the file is not a ticket.
+
+    Example:
+      >>> import tempfile
+      >>> params, mask = {"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([True, False])}
+      >>> path = lottery.export.save(tempfile.mkdtemp() + "/ticket.safetensors", params, mask)
+      >>> params, masks, metadata = lottery.export.load(path)
+      >>> params["kernel"].tolist(), masks["kernel"].tolist()
+      ([1.0, 0.0], [True, False])
     """
     import json
 
@@ -101,7 +118,12 @@ def load(path):
 
 
 def unflatten(flat: dict[str, np.ndarray]) -> dict[str, PyTree]:
-    """Nested dicts from '/'-joined paths, the shape of Flax's parameters."""
+    """Nest '/'-joined paths into dicts, the shape of Flax's parameters.
+
+    Example:
+      >>> lottery.export.unflatten({"dense0/bias": np.zeros(2)})
+      {'dense0': {'bias': array([0., 0.])}}
+    """
     tree: dict[str, PyTree] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")

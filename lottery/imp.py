@@ -1,19 +1,18 @@
-"""Iterative magnitude pruning: whole searches for lottery tickets over a stack of seeds and arms.
+"""Iterative magnitude pruning (IMP): whole searches for lottery tickets over a stack of seeds and arms (`ARMS`).
 
-Frankle & Carbin 2019 (arXiv:1803.03635), section 2, strategy 1 of appendix B ("resetting"); rewinding to step k > 0 is
-Frankle et al. 2020 (arXiv:1912.05671). Level 0 trains each seed's dense network once. Every later level prunes, sets
-the surviving weights back, and trains all arms of all seeds as one stack. The training function is an argument, so
-nothing here knows about data, models or losses.
-
-    def train_fn(starts: Starts, *, level: int) -> Trained: ...
-    rows = search(init_fn, train_fn, Memory(), SearchConfig(seeds=(0, 1, 2), levels=5))
+Frankle & Carbin 2019 (arXiv:1803.03635), section 2, strategy 1 of appendix B ("resetting"); late rewinding, to step
+k > 0, is Frankle et al. 2020 (arXiv:1912.05671). Level 0 trains each seed's dense network once. Every later level
+prunes, sets the surviving weights back, and trains all arms of all seeds as one stack. The training function is an
+argument, so nothing here knows about data, models or losses.
 
 `Memory` keeps levels in a dict; a store on disk with the same three methods makes the search resumable.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +21,135 @@ from jaxtyping import PyTree
 
 from lottery import controls, criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery.arm_masks import Pruner
-from lottery.arms import ARMS, BORROWED, Arm
-from lottery.levels import Memory, Row, SearchConfig, Starts, Store, Trained, level_like, level_names
+from lottery.search_config import ARMS, BORROWED, Arm, SearchConfig, level_counts
 
-__all__ = ["ARMS", "Arm", "Memory", "Row", "SearchConfig", "Starts", "Store", "Trained", "level_names", "search"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Memory",
+    "SearchConfig",
+    "Starts",
+    "Store",
+    "Trained",
+    "initial_weights",
+    "level_like",
+    "level_names",
+    "search",
+    "search_keys",
+]
+
+
+Row = dict[str, Any]
+# ScoreInputs that a search gathers itself.
+_OWN = ("key", "initial", "opt_state")
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What a level trains: S networks stacked on the leading axis of every array. Rows of the stack are `names`.
+
+    Attributes:
+      params: [S, ...] starting weights, already zero wherever the mask is False.
+      masks: [S, ...] bool, same structure and shapes as params (all True at level 0 and in leaves that are not
+        prunable).
+      opt_state: None (start the optimizer afresh), or with `rewind_optimizer` and level >= 1 the state to start from,
+        stacked [S, ...] as `jax.vmap(opt_init)` gives it, moments already masked.
+      start_step: step to start counting from (data order, learning rate): 0 at level 0, `rewind` afterwards.
+      seeds: [S] int32, the seed of every row: use it for the data order, so arms of one seed see the same batches.
+      names: S pairs (arm, seed), arm-major; the arm is "dense" at level 0.
+      teachers: with `SearchConfig.teacher` at level >= 1, [S, ...] trained weights each network is to be distilled
+        from.
+      late: [S] bool, rows whose learning rate begins where the schedule ends (fine-tuning); empty for none.
+
+    Example:
+      >>> params = {"kernel": jnp.zeros((1, 3))}
+      >>> starts = lottery.imp.Starts(params, lottery.masks.ones(params), None, 0, np.array([7]), (("dense", 7),))
+      >>> starts.names
+      (('dense', 7),)
+    """
+
+    params: PyTree
+    masks: PyTree
+    opt_state: PyTree | None
+    start_step: int
+    seeds: np.ndarray
+    names: tuple[tuple[str, int], ...]
+    teachers: PyTree | None = None
+    late: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training a level gives back.
+
+    Attributes:
+      params: [S, ...] weights at the end of training, exactly zero wherever the mask is False.
+      rows: S dicts in the order of `Starts.names`, JSON-able (numbers, strings, lists), e.g. early_stop_step,
+        early_stop_test_accuracy, final_test_accuracy, learning curves. The search adds arm, seed, level and densities.
+      snapshot: looked at on level 0 with rewind > 0 only: {"params": [S, ...], "opt_state": [S, ...]} as they were
+        after step `rewind` ("opt_state" needed with rewind_optimizer only).
+      movement: with score "movement" only, [S, ...] the scores of `criteria.track_movement` over this training.
+
+    Example:
+      >>> lottery.imp.Trained(params={"kernel": jnp.zeros((1, 3))}, rows=[{"final_test_accuracy": 0.9}]).rows
+      [{'final_test_accuracy': 0.9}]
+    """
+
+    params: PyTree
+    rows: list[Row]
+    snapshot: dict[str, PyTree] | None = None
+    movement: PyTree | None = None
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A protocol: a place for finished levels.
+
+    `save` must be atomic: afterwards `has` is true, and killed half-way it stays false.
+
+    Example:
+      >>> isinstance(lottery.imp.Memory(), lottery.imp.Store)
+      True
+    """
+
+    def has(self, level: int) -> bool:
+        """Whether the level was saved completely."""
+        ...
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """The tree and rows saved; `like` has the tree's structure, with jax.ShapeDtypeStruct leaves."""
+        ...
+
+    def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:
+        """Save a finished level: a pytree of arrays and its JSON-able rows."""
+        ...
+
+
+class Memory:
+    """A store in a dict, for searches that need not outlive the process.
+
+    Example:
+      >>> store = lottery.imp.Memory()
+      >>> store.save(0, {"params": 1}, [])
+      >>> store.has(0), store.has(1)
+      (True, False)
+    """
+
+    def __init__(self):
+        self.levels: dict[int, tuple[PyTree, list[Row]]] = {}
+
+    def has(self, level: int) -> bool:
+        """Whether the level is stored."""
+        return level in self.levels
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """The tree and rows stored for the level; `like` is not needed."""
+        del like
+        return self.levels[level]
+
+    def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:
+        """Store the level."""
+        self.levels[level] = (tree, rows)
 
 
 def search(
@@ -36,10 +159,10 @@ def search(
     config: SearchConfig,
     *,
     opt_init: Callable[[PyTree], PyTree] | None = None,
-    evidence: criteria.Evidence | None = None,
+    score_inputs: criteria.ScoreInputs | None = None,
     given: Callable[[int], PyTree] | None = None,
 ) -> list[Row]:
-    """Run the search, level by level; levels the store already has are loaded instead of trained.
+    """Search for lottery tickets, level by level; levels the store already has are loaded instead of trained.
 
     All randomness comes from (seed, level, arm), so a search killed at any moment and started again on the same store
     gives bit for bit the rows and masks of one that was never killed, if train_fn is deterministic.
@@ -53,7 +176,7 @@ def search(
         score "movement" adds "movement" to every level.
       config: the search.
       opt_init: params -> optimizer state of one network; needed with `rewind_optimizer` only.
-      evidence: what the score of the config looks at, the same for all networks: loss_fn and batches, apply_fn and
+      score_inputs: what the score of the config looks at, the same for all networks: loss_fn and batches, apply_fn and
         inputs (see `criteria.CRITERIA`). The key, the initial weights and movement come from the search.
       given: for the arm "transfer": level -> masks [seeds, ...] like a stack of params, see `lottery.transfer`.
 
@@ -63,20 +186,29 @@ def search(
 
     Raises:
       ValueError: rules, rates or `output` that match no parameter; a structure that does not fit one (naming its path);
-        missing opt_init, evidence, given or snapshot; train_fn returning the wrong number of rows or weights that
+        missing opt_init, score_inputs, given or snapshot; train_fn returning the wrong number of rows or weights that
         should be zero and are not.
+
+    Example:
+      >>> def train_fn(starts, *, level):  # a real one trains starts.params under starts.masks
+      ...     return lottery.imp.Trained(starts.params, rows=[{"loss": 0.0} for _ in starts.names])
+      >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
+      >>> config = lottery.imp.SearchConfig(levels=2, rate=0.5, output="", arms=("ticket",))
+      >>> rows = lottery.imp.search(init_fn, train_fn, lottery.imp.Memory(), config)
+      >>> [(row["arm"], row["density"]) for row in rows]
+      [('dense', 1.0), ('ticket', 0.5), ('ticket', 0.25)]
     """
-    plan = _Plan(init_fn, config, opt_init, evidence or criteria.Evidence(), given)
+    parts = _Search(init_fn, config, opt_init, score_inputs or criteria.ScoreInputs(), given)
     rows: list[Row] = []
     dense, previous = None, None
     for level in range(config.levels + 1):
         if store.has(level):
-            tree, level_rows = store.load(level, plan.like(level))
+            tree, level_rows = store.load(level, parts.like(level))
             tree = jax.tree.map(jnp.asarray, tree)
         else:
-            starts = plan.dense_starts() if level == 0 else plan.starts(level, dense, previous)
+            starts = parts.dense_starts() if level == 0 else parts.starts(level, dense, previous)
             trained = train_fn(starts, level=level)
-            tree, level_rows = plan.collect(level, starts, trained)
+            tree, level_rows = parts.collect(level, starts, trained)
             store.save(level, tree, level_rows)
         dense = tree if level == 0 else dense
         previous = tree
@@ -84,49 +216,45 @@ def search(
     return rows
 
 
-class _Plan:
-    """The bookkeeping of one search: stacks in, stacks out. Holds only what follows from the arguments of `search`."""
+class _Search:
+    """Makes the stacks of one search; holds what follows from the arguments of `search`, and compiled functions."""
 
-    def __init__(self, init_fn, config: SearchConfig, opt_init, evidence: criteria.Evidence, given):
+    def __init__(self, init_fn, config: SearchConfig, opt_init, score_inputs: criteria.ScoreInputs, given):
         if config.rewind_optimizer and opt_init is None:
             raise ValueError("search: rewind_optimizer needs opt_init, e.g. the optimizer's init function")
         if given is None and any(ARMS[arm].mask == "given" for arm in config.arms):
             raise ValueError("search: the arm 'transfer' needs `given`, a function from levels to masks")
-        self.config, self.given = config, given
+        missing = [n for n in criteria.CRITERIA[config.score][1] if n not in _OWN and getattr(score_inputs, n) is None]
+        if missing:
+            raise ValueError(f"search: score {config.score!r} needs score_inputs: ScoreInputs({', '.join(missing)})")
+        self.config, self.opt_init, self.score_inputs, self.given = config, opt_init, score_inputs, given
         self.init = jax.jit(jax.vmap(init_fn))
-        self.opt_init = opt_init
         self.shapes = jax.eval_shape(init_fn, jax.random.key(0))
         self.which = masks_lib.prunable(self.shapes, config.rules)
-        self.pruner = Pruner(self.shapes, self.which, config, evidence)
-
-    def keys(self, level: int, arm: str) -> jax.Array:
-        """[seeds] typed keys."""
-        return search_keys(self.config, level, arm)
+        self.units = prune.units(self.shapes, self.which, config.structure)
+        shapes = {path: leaf.shape for path, leaf in masks_lib.flatten(self.shapes).items()}
+        self.counts = [{}, *level_counts(config, self.units, shapes)]  # units that stay, by level
+        # Over the seeds. Counts are traced, so that one program serves all levels.
+        self._prune = jax.jit(jax.vmap(self._prune_one, in_axes=(0, 0, 0, 0, 0, None, None)))
+        self._prune_at_init = jax.jit(jax.vmap(self._prune_at_init_one, in_axes=(0, 0, None, None)))
+        self._shuffle = jax.jit(jax.vmap(self._shuffle_one))
+        self._largest = jax.jit(jax.vmap(lambda mask, params: self._as_many(mask, criteria.magnitude(params))))
 
     def like(self, level: int) -> PyTree:
-        """Shapes of the tree kept for a level."""
+        """Shapes of the tree stored for a level."""
         opt = jax.eval_shape(self.opt_init, self.shapes) if self.config.rewind_optimizer and level == 0 else None
         return level_like(self.shapes, self.config, level, opt)
 
-    def _stack(
-        self, level: int, params: PyTree, masks: PyTree, opt_state: PyTree | None, teachers: PyTree | None = None
-    ) -> Starts:
-        names = level_names(self.config, level)
-        return Starts(
-            params=masks_lib.apply(params, masks),
-            masks=masks,
-            opt_state=opt_state,
-            start_step=0 if level == 0 else self.config.rewind,
-            seeds=np.asarray([seed for _, seed in names], np.int32),
-            names=names,
-            teachers=teachers,
-            late=() if level == 0 else tuple(ARMS[arm].late for arm, _ in names),
-        )
+    # The stacks.
+
+    def initial(self) -> PyTree:
+        """The initialization of every seed."""
+        return self.init(search_keys(self.config, 0, "init"))
 
     def dense_starts(self) -> Starts:
         """The stack of level 0: every seed's initialization, nothing pruned."""
-        params = self.init(self.keys(0, "init"))
-        return self._stack(0, params, masks_lib.ones(params), None)
+        params = self.initial()
+        return self._stack(0, params, masks_lib.ones(params))
 
     def starts(self, level: int, dense: PyTree, previous: PyTree) -> Starts:
         """The stack of a level >= 1 from the trees of level 0 and of the level before."""
@@ -148,45 +276,32 @@ class _Plan:
             teachers = join({arm: before[arm]["params"] if own else dense["params"] for arm in arms})
         return self._stack(level, params, stacked, opt_state, teachers)
 
+    def _stack(
+        self, level: int, params: PyTree, masks: PyTree, opt_state: PyTree | None = None, teachers: PyTree | None = None
+    ) -> Starts:
+        names = level_names(self.config, level)
+        return Starts(
+            params=masks_lib.apply(params, masks),
+            masks=masks,
+            opt_state=opt_state,
+            start_step=0 if level == 0 else self.config.rewind,
+            seeds=np.asarray([seed for _, seed in names], np.int32),
+            names=names,
+            teachers=teachers,
+            late=() if level == 0 else tuple(ARMS[arm].late for arm, _ in names),
+        )
+
     def _part(self, tree: PyTree, arm: str) -> PyTree:
+        """The networks of one arm in a level's tree."""
         n, i = len(self.config.seeds), self.config.arms.index(arm)
-        kept = {name: tree[name] for name in ("params", "masks", "movement") if name in tree}
-        return jax.tree.map(lambda x: x[i * n : (i + 1) * n], kept)
-
-    def initial(self) -> PyTree:
-        """The initialization of every seed, drawn again."""
-        return self.init(self.keys(0, "init"))
-
-    def _mask(self, level: int, arm: str, before: PyTree, dense: PyTree, masks: dict[str, PyTree]) -> PyTree:
-        source, keys = ARMS[arm].mask, self.keys(level, arm)
-        if source in ("own", "oneshot"):
-            tree = before if source == "own" else dense
-            return self.pruner.trained(tree, self.initial(), keys, level)
-        if source == "at_init":
-            return self.pruner.at_init(self.initial(), keys, level)
-        if source == "given":
-            return self._checked(self.given(level), level)
-        if source == "random":
-            return self.pruner.shuffled(masks["ticket"], keys)
-        if source == "large_init":
-            return self.pruner.largest(masks["ticket"], self.initial())
-        if source == "other_seed":
-            return jax.tree.map(lambda m: jnp.roll(m, -1, axis=0), masks["ticket"])
-        return masks[source]
-
-    def _checked(self, given: PyTree, level: int) -> PyTree:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(self.config.seeds), *x.shape), x.dtype), self.shapes)
-        try:
-            masks_lib.check(given, like)
-        except ValueError as error:
-            raise ValueError(f"given masks of level {level}: {error}") from error
-        return jax.tree.map(jnp.asarray, given)
+        used = {name: tree[name] for name in ("params", "masks", "movement") if name in tree}
+        return jax.tree.map(lambda x: x[i * n : (i + 1) * n], used)
 
     def _weights(self, level: int, arm: str, before: PyTree, dense: PyTree) -> PyTree:
         source = ARMS[arm].weights
         if source in ("fresh", "same_sign"):
             # Not the key of this arm's random mask, and a new draw at every level.
-            fresh = self.init(self.keys(level, f"{arm}/init"))
+            fresh = self.init(search_keys(self.config, level, f"{arm}/init"))
             return fresh if source == "fresh" else controls.same_sign(self.initial(), fresh, self.which)
         return dense["reset"] if source == "rewind" else before["params"]
 
@@ -197,8 +312,78 @@ class _Plan:
         begun = jax.vmap(self.opt_init)(weights)
         return transform.map_moments(lambda _, snapshot, new: new, weights, dense["opt_state"], begun)
 
+    # The masks [seeds, ...] of an arm.
+
+    def _mask(self, level: int, arm: str, before: PyTree, dense: PyTree, masks: dict[str, PyTree]) -> PyTree:
+        source, keys, counts = ARMS[arm].mask, search_keys(self.config, level, arm), self.counts[level]
+        # Arrays of the score_inputs are arguments of the compiled functions: captured, they would be folded into them.
+        data = self.score_inputs.batches, self.score_inputs.inputs
+        if source in ("own", "oneshot"):
+            tree = before if source == "own" else dense
+            trained = tree["params"], tree["masks"], self.initial(), tree.get("movement")
+            return self._prune(*trained, keys, counts, data)
+        if source == "at_init":
+            return self._prune_at_init(self.initial(), keys, self._rounds(counts), data)
+        if source == "given":
+            return self._given(level)
+        if source == "random":
+            return self._shuffle(masks["ticket"], keys)
+        if source == "large_init":
+            return self._largest(masks["ticket"], self.initial())
+        if source == "other_seed":
+            return jax.tree.map(lambda m: jnp.roll(m, -1, axis=0), masks["ticket"])
+        return masks[source]
+
+    def _score(self, params: PyTree, initial: PyTree, movement: PyTree, key: jax.Array, data: Any) -> PyTree:
+        state = None if movement is None else criteria.MovementState(movement)
+        batches, inputs = data
+        score_inputs = dataclasses.replace(
+            self.score_inputs, key=key, initial=initial, opt_state=state, batches=batches, inputs=inputs
+        )
+        return criteria.score(self.config.score, params, score_inputs)
+
+    def _prune_one(self, params, masks, initial, movement, key, counts: dict[str, Any], data: Any) -> PyTree:
+        score = self._score(params, initial, movement, key, data)
+        return prune.keep(score, masks, self.which, counts, self.config.structure)
+
+    def _prune_at_init_one(self, params: PyTree, key: jax.Array, rounds: list[dict[str, Any]], data: Any) -> PyTree:
+        # Nothing has moved yet: magnitude increase is zero everywhere, movement is not known.
+        score = lambda masked: self._score(masked, params, None, key, data)  # noqa: E731
+        return prune.iterate(score, params, masks_lib.ones(params), self.which, rounds, self.config.structure)
+
+    def _rounds(self, final: dict[str, int]) -> list[dict[str, int]]:
+        """Counts of every round of pruning at initialization, falling geometrically to the level's."""
+        total = {g: sum(self.units.values()) if g == prune.EVERYTHING else self.units[g] for g in final}
+        shares = [(i + 1) / self.config.rounds for i in range(self.config.rounds)]
+        # A group that ends empty is empty from the last round on.
+        return [
+            {g: round(total[g] * (max(final[g], 0.5) / total[g]) ** share) if share < 1 else final[g] for g in final}
+            for share in shares
+        ]
+
+    def _shuffle_one(self, masks: PyTree, key: jax.Array) -> PyTree:
+        if self.config.structure == "unstructured":
+            return masks_lib.random_like(masks, key=key)
+        return self._as_many(masks, criteria.random(masks, key=key))
+
+    def _as_many(self, masks: PyTree, score: PyTree) -> PyTree:
+        """As many units as `masks` in every layer, those of the highest score."""
+        counts = prune.alive_units(masks, self.which, self.config.structure)
+        return prune.keep(score, masks_lib.ones(masks), self.which, counts, self.config.structure)
+
+    def _given(self, level: int) -> PyTree:
+        masks = self.given(level)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(self.config.seeds), *x.shape), x.dtype), self.shapes)
+        try:
+            masks_lib.check(masks, like)
+        except ValueError as error:
+            raise ValueError(f"given masks of level {level}: {error}") from error
+        return jax.tree.map(jnp.asarray, masks)
+
+    # What is stored.
+
     def collect(self, level: int, starts: Starts, trained: Trained) -> tuple[PyTree, list[Row]]:
-        """The tree and rows to keep for a trained level; checks what train_fn returned."""
+        """The tree and rows to store for a trained level; checks what train_fn returned."""
         if len(trained.rows) != len(starts.names):
             raise ValueError(f"train_fn: {len(trained.rows)} rows at level {level} for {len(starts.names)} networks")
         masks_lib.check_zeros(trained.params, starts.masks)
@@ -237,13 +422,66 @@ class _Plan:
         return {{"params": "reset", "opt_state": "opt_state"}[name]: trained.snapshot[name] for name in needed}
 
 
+def level_names(config: SearchConfig, level: int) -> tuple[tuple[str, int], ...]:
+    """List (arm, seed) of every row of a level's stack, arm-major; level 0 has one "dense" row per seed.
+
+    Example:
+      >>> lottery.imp.level_names(lottery.imp.SearchConfig(seeds=(3, 5), arms=("ticket",)), 1)
+      (('ticket', 3), ('ticket', 5))
+    """
+    arms = ("dense",) if level == 0 else config.arms
+    return tuple((arm, seed) for arm in arms for seed in config.seeds)
+
+
+def level_like(params: PyTree, config: SearchConfig, level: int, opt_state: PyTree | None = None) -> PyTree:
+    """Make the shapes of the tree that a search stores of a level.
+
+    Args:
+      params: of one network, arrays or shapes.
+      config: the search.
+      level: 0 for the dense networks.
+      opt_state: of one network, where the search stores it (level 0 with rewind_optimizer).
+
+    Example:
+      >>> tree = lottery.imp.level_like({"kernel": jnp.zeros(3)}, lottery.imp.SearchConfig(seeds=(0, 1)), 0)
+      >>> tree["reset"]["kernel"].shape
+      (2, 3)
+    """
+    size = len(level_names(config, level))
+
+    def stack(tree: PyTree, dtype: Any = None) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), dtype or x.dtype), tree)
+
+    tree = {"params": stack(params), "masks": stack(params, jnp.bool_)}
+    if config.score == "movement":
+        tree["movement"] = stack(params, jnp.float32)
+    if level == 0:
+        tree["reset"] = stack(params)
+        if opt_state is not None:
+            tree["opt_state"] = stack(opt_state)
+    return tree
+
+
 def initial_weights(init_fn: Callable[[jax.Array], PyTree], config: SearchConfig) -> PyTree:
-    """The initializations [seeds, ...] that a search of this config begins with."""
+    """Draw the initializations [seeds, ...] that a search of this config begins with.
+
+    Example:
+      >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
+      >>> lottery.imp.initial_weights(init_fn, lottery.imp.SearchConfig(seeds=(0, 1)))["dense0"]["kernel"].shape
+      (2, 4, 5)
+    """
     return jax.jit(jax.vmap(init_fn))(search_keys(config, 0, "init"))
 
 
 def search_keys(config: SearchConfig, level: int, name: str) -> jax.Array:
-    """[seeds] typed keys. Arms are told apart by name, so adding an arm changes nothing in the others."""
+    """Derive the PRNG keys [seeds] of a level and a name.
+
+    Arms are told apart by name, so adding an arm changes nothing in the others.
+
+    Example:
+      >>> lottery.imp.search_keys(lottery.imp.SearchConfig(seeds=(0, 1)), 1, "ticket").shape
+      (2,)
+    """
     seeds = jnp.asarray(config.seeds, jnp.uint32)
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     return fold(fold(jax.vmap(jax.random.key)(seeds), level), zlib.crc32(name.encode()))

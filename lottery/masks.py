@@ -1,7 +1,7 @@
-"""Masks: pytrees of bool arrays with exactly the parameters' structure and shapes; True keeps a weight.
+"""Pruning masks: pytrees of bool arrays with exactly the parameters' structure and shapes; True keeps a weight.
 
-Leaves that are not prunable (biases, norms, embeddings by default) have masks too, always all True, so that a mask tree
-can be used in `jax.tree.map` with the parameters, gradients or moments without special cases.
+Leaves that are not prunable (biases, norms, embeddings by `DEFAULT_RULES`) have masks too, always all True, so that a
+mask tree can be used in `jax.tree.map` with the parameters, gradients or moments without special cases.
 """
 
 import re
@@ -13,23 +13,50 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+__all__ = [
+    "DEFAULT_RULES",
+    "apply",
+    "check",
+    "check_zeros",
+    "count",
+    "density",
+    "distance",
+    "flatten",
+    "match_paths",
+    "ones",
+    "path_name",
+    "prunable",
+    "random_like",
+]
+
+
 Rules = Sequence[tuple[str, bool]]
 # First match wins; what no rule matches is not prunable. Matched against '/'-joined paths.
 DEFAULT_RULES: Rules = ((r"(^|/)[^/]*embed[^/]*/", False), (r"(^|/)kernel$", True))
 
 
 def path_name(path: tuple) -> str:
-    """A jax key path as text: ('dense0', 'kernel') is "dense0/kernel"."""
+    """Write a JAX key path as text.
+
+    Example:
+      >>> lottery.masks.path_name((jax.tree_util.DictKey("dense0"), jax.tree_util.DictKey("kernel")))
+      'dense0/kernel'
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Leaves by '/'-joined path, in the tree's order."""
+    """List the leaves of a tree by '/'-joined path, in the tree's order.
+
+    Example:
+      >>> lottery.masks.flatten({"dense0": {"kernel": 1, "bias": 2}})
+      {'dense0/bias': 2, 'dense0/kernel': 1}
+    """
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def prunable(params: PyTree, rules: Rules = ()) -> PyTree:
-    """Which leaves may be pruned: a tree of Python bools with the structure of params.
+    """Choose the leaves that may be pruned: a tree of Python bools with the structure of params.
 
     Args:
       params: one network's parameters (not a stack), arrays or jax.ShapeDtypeStruct.
@@ -39,6 +66,13 @@ def prunable(params: PyTree, rules: Rules = ()) -> PyTree:
 
     Raises:
       ValueError: a rule that matches no leaf (a typing error otherwise prunes nothing, silently), or nothing prunable.
+
+    Example:
+      >>> params = {"dense0": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+      >>> lottery.masks.prunable(params)
+      {'dense0': {'bias': False, 'kernel': True}}
+      >>> lottery.masks.prunable(params, (("bias", True),))
+      {'dense0': {'bias': True, 'kernel': True}}
     """
     paths = list(flatten(params))
     for pattern, _ in rules:
@@ -59,7 +93,20 @@ def prunable(params: PyTree, rules: Rules = ()) -> PyTree:
 
 
 def match_paths(pattern: str, paths: Sequence[str], what: str) -> list[str]:
-    """The paths a regular expression is found in. Raises ValueError naming the expression if there is none."""
+    """Find the paths that a regular expression matches.
+
+    Args:
+      pattern: searched in every path.
+      paths: '/'-joined.
+      what: name of the pattern in the message.
+
+    Raises:
+      ValueError: there are none, naming the expression.
+
+    Example:
+      >>> lottery.masks.match_paths("^dense", ["dense0/kernel", "output/kernel"], "rule")
+      ['dense0/kernel']
+    """
     found = [path for path in paths if re.search(pattern, path)]
     if not found:
         raise ValueError(f"{what} {pattern!r} matches no parameter; parameters: {', '.join(paths)}")
@@ -67,33 +114,67 @@ def match_paths(pattern: str, paths: Sequence[str], what: str) -> list[str]:
 
 
 def ones(params: PyTree) -> PyTree:
-    """Masks that keep everything: bool leaves of the shapes of params."""
+    """Make masks that keep everything: bool leaves of the shapes of params.
+
+    Example:
+      >>> lottery.masks.ones({"bias": jnp.zeros(2)})["bias"].tolist()
+      [True, True]
+    """
     return jax.tree.map(lambda p: jnp.ones(p.shape, jnp.bool_), params)
 
 
 def apply(params: PyTree, masks: PyTree) -> PyTree:
-    """params where the mask is True, exactly (positive) zero elsewhere, even where params is not finite."""
+    """Mask parameters: exactly (positive) zero where the mask is False, even where params is not finite.
+
+    Example:
+      >>> params, mask = {"kernel": jnp.array([1.0, jnp.nan])}, {"kernel": jnp.array([True, False])}
+      >>> lottery.masks.apply(params, mask)["kernel"].tolist()
+      [1.0, 0.0]
+    """
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks)
 
 
 def count(masks: PyTree, which: PyTree) -> dict[str, Array]:
-    """Alive weights of every prunable leaf by path, int32 [] each. Works under jit and vmap (`which` is static)."""
+    """Count the unpruned weights of every prunable leaf by path, int32 [] each.
+
+    Works under jit and vmap (`which` is static).
+
+    Example:
+      >>> lottery.masks.count({"kernel": jnp.array([True, False, True])}, {"kernel": True})
+      {'kernel': Array(2, dtype=int32)}
+    """
     chosen = flatten(which)
     return {path: jnp.sum(mask, dtype=jnp.int32) for path, mask in flatten(masks).items() if chosen[path]}
 
 
 def density(masks: PyTree, which: PyTree) -> Float[Array, ""]:
-    """Fraction of all prunable weights that are alive, float32 []."""
+    """Compute the density, the fraction of prunable weights that are not pruned, float32 []; sparsity is 1 - density.
+
+    Example:
+      >>> float(lottery.masks.density({"kernel": jnp.array([True, False, True, False])}, {"kernel": True}))
+      0.5
+    """
     alive = sum(count(masks, which).values())
     total = sum(mask.size for path, mask in flatten(masks).items() if flatten(which)[path])
     return jnp.asarray(alive, jnp.float32) / total
 
 
 def check(masks: PyTree, params: PyTree, which: PyTree | None = None) -> None:
-    """Raise ValueError, naming the path, unless masks fits params.
+    """Check that masks fit params: same paths, same shapes, bool leaves.
 
-    Same paths, same shapes, bool leaves; with `which` also: leaves that are not prunable are all True (this one looks
-    at values, so it cannot run under jit).
+    Args:
+      masks: bool tree.
+      params: parameters, arrays or shapes.
+      which: `prunable`; then leaves that are not prunable must be all True (this looks at values, so it cannot run
+        under jit).
+
+    Raises:
+      ValueError: they do not fit, naming the path.
+
+    Example:
+      >>> lottery.masks.check({"kernel": jnp.ones(3, bool)}, {"kernel": jnp.zeros(4)})
+      Traceback (most recent call last):
+      ValueError: masks: kernel has shape (3,), the parameter has (4,)
     """
     mine, theirs = flatten(masks), flatten(params)
     for path in [*theirs, *mine]:
@@ -111,7 +192,16 @@ def check(masks: PyTree, params: PyTree, which: PyTree | None = None) -> None:
 
 
 def check_zeros(params: PyTree, masks: PyTree) -> None:
-    """Raise ValueError, naming the path and the count, unless params is exactly zero wherever masks is False."""
+    """Check that params is exactly zero wherever masks is False.
+
+    Raises:
+      ValueError: it is not, naming the path and how many weights.
+
+    Example:
+      >>> lottery.masks.check_zeros({"kernel": jnp.ones(3)}, {"kernel": jnp.array([True, False, False])})
+      Traceback (most recent call last):
+      ValueError: kernel: 2 pruned weights are not zero
+    """
     check(masks, params)
     for path, wrong in flatten(jax.device_get(_violations(params, masks))).items():
         if wrong:
@@ -124,9 +214,17 @@ def _violations(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def distance(a: PyTree, b: PyTree, which: PyTree | None = None) -> Float[Array, ""]:
-    """Normalised Hamming distance of two mask trees, float32 []: the fraction of entries that differ.
+    """Compute the normalized Hamming distance of two mask trees, float32 []: the fraction of entries that differ.
 
-    Over all leaves, or with `which` over the prunable ones only.
+    Args:
+      a: masks.
+      b: masks.
+      which: `prunable`: count these leaves only; None counts all.
+
+    Example:
+      >>> one, two = {"kernel": jnp.array([True, True])}, {"kernel": jnp.array([True, False])}
+      >>> float(lottery.masks.distance(one, two))
+      0.5
     """
     chosen = [True] * len(jax.tree.leaves(a)) if which is None else jax.tree.leaves(which)
     triples = zip(jax.tree.leaves(a), jax.tree.leaves(b), chosen, strict=True)
@@ -136,9 +234,14 @@ def distance(a: PyTree, b: PyTree, which: PyTree | None = None) -> Float[Array, 
 
 
 def random_like(masks: PyTree, *, key: Array) -> PyTree:
-    """Random masks with exactly the same number of True in every leaf: each leaf's entries permuted uniformly.
+    """Draw random masks with exactly the same number of True in every leaf: each leaf's entries permuted uniformly.
 
     A leaf's permutation depends on the key and its own path only, not on which other leaves there are.
+
+    Example:
+      >>> masks = {"kernel": jnp.array([True, True, False, False, False])}
+      >>> int(lottery.masks.random_like(masks, key=jax.random.key(0))["kernel"].sum())
+      2
     """
 
     def permute(path: tuple, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:

@@ -4,37 +4,53 @@ Every schedule gives rates, because rates compose with per-layer overrides and i
 into the fraction of weights alive after each level.
 """
 
-import math
 from collections.abc import Sequence
+
+__all__ = ["cubic", "densities", "geometric", "one_shot"]
 
 
 def geometric(rate: float, levels: int) -> list[float]:
-    """The same rate before every level: densities 1 - rate, (1 - rate)^2, ... (Frankle & Carbin 2019, section 2).
+    """Prune geometrically: the same rate before every level (iterative pruning, Frankle & Carbin 2019, section 2).
+
+    Densities are 1 - rate, (1 - rate)^2, ...
 
     Raises:
       ValueError: rate outside (0, 1) or levels < 0.
+
+    Example:
+      >>> lottery.schedules.geometric(0.2, 3)
+      [0.2, 0.2, 0.2]
     """
     _check(rate, levels)
     return [rate] * levels
 
 
 def one_shot(density: float) -> list[float]:
-    """One level that leaves the fraction `density` alive (Frankle & Carbin 2019, appendix B; SNIP and the like).
+    """Prune once: one level that leaves the fraction `density` alive (one-shot pruning; SNIP and the like).
 
     Raises:
       ValueError: density outside (0, 1).
+
+    Example:
+      >>> lottery.schedules.one_shot(0.25)
+      [0.75]
     """
     _check(density, 1)
     return [1 - density]
 
 
 def cubic(density: float, levels: int) -> list[float]:
-    """Rates whose densities fall along Zhu & Gupta 2017 (arXiv:1710.01878), equation 1, from 1 to `density`.
+    """Prune along a cubic from density 1 to `density` (Zhu & Gupta 2017, arXiv:1710.01878, equation 1).
 
-    density after level l of L is density + (1 - density) (1 - l / L)^3: much at first, little when few are left.
+    The density after level l of L is density + (1 - density) (1 - l / L)^3: much goes at first, little when few are
+    left.
 
     Raises:
       ValueError: density outside (0, 1) or levels < 0.
+
+    Example:
+      >>> [round(rate, 3) for rate in lottery.schedules.cubic(0.1, 3)]
+      [0.633, 0.636, 0.25]
     """
     _check(density, levels)
     alive = [density + (1 - density) * (1 - level / max(levels, 1)) ** 3 for level in range(levels + 1)]
@@ -42,24 +58,17 @@ def cubic(density: float, levels: int) -> list[float]:
 
 
 def densities(rates: Sequence[float]) -> list[float]:
-    """Fraction alive after each level, in real numbers (counts are rounded level by level, see `lottery.prune`)."""
+    """Compute the fraction alive after each level, in real numbers; `lottery.prune` rounds counts level by level.
+
+    Example:
+      >>> [round(density, 3) for density in lottery.schedules.densities([0.2, 0.2])]
+      [0.8, 0.64]
+    """
     alive, result = 1.0, []
     for rate in rates:
         alive *= 1 - rate
         result.append(alive)
     return result
-
-
-def levels_to(density: float, rate: float) -> int:
-    """Levels of `geometric` pruning needed until at most the fraction `density` is alive.
-
-    Raises:
-      ValueError: density or rate outside (0, 1).
-    """
-    _check(density, 1)
-    _check(rate, 1)
-    # The tolerance keeps a density reached exactly (0.8^3 = 0.512) from costing one level more.
-    return math.ceil(math.log(density) / math.log(1 - rate) - 1e-9)
 
 
 def _check(fraction: float, levels: int) -> None:

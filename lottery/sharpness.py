@@ -1,4 +1,4 @@
-"""Curvature of a minimum: the Hessian's largest eigenvalues by Lanczos, and sharpness as SAM measures it.
+"""Sharpness of a minimum: the Hessian's largest eigenvalues by Lanczos, and sharpness as SAM measures it.
 
 With masks, everything happens in the space of the weights that are alive.
 """
@@ -14,17 +14,34 @@ from jaxtyping import Array, Float, PyTree
 
 from lottery import masks as masks_lib
 
+__all__ = ["LanczosConfig", "hvp", "sharpness", "top_eigenvalues"]
+
 Loss = Callable[[PyTree], Array]
 
 
 def hvp(loss_fn: Loss, params: PyTree, vector: PyTree) -> PyTree:
-    """Hessian times vector, forward over reverse; loss_fn(params) -> []."""
+    """Multiply the Hessian by a vector, forward over reverse (Hessian-vector product); loss_fn(params) -> [].
+
+    Example:
+      >>> loss_fn = lambda params: jnp.sum(params["kernel"] ** 3)
+      >>> lottery.sharpness.hvp(loss_fn, {"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.ones(2)})["kernel"].tolist()
+      [6.0, 12.0]
+    """
     return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
 
 
 @dataclass(frozen=True)
 class LanczosConfig:
-    """steps: Hessian products; more give more and better eigenvalues. count: eigenvalues to return."""
+    """How many steps Lanczos takes, and how many eigenvalues it returns.
+
+    Attributes:
+      steps: Hessian products; more give more and better eigenvalues.
+      count: eigenvalues to return.
+
+    Example:
+      >>> lottery.sharpness.LanczosConfig(steps=20)
+      LanczosConfig(steps=20, count=1)
+    """
 
     steps: int = 30
     count: int = 1
@@ -37,17 +54,24 @@ class LanczosConfig:
 def top_eigenvalues(
     loss_fn: Loss, params: PyTree, masks: PyTree | None = None, config: LanczosConfig = LanczosConfig(), *, key: Array
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    """The algebraically largest eigenvalues of the Hessian, highest first, and their residual norms |H v - l v|.
+    """Compute the algebraically largest eigenvalues of the Hessian, highest first, with residual norms |H v - l v|.
 
-    Lanczos with full reorthogonalisation from a random vector (Golub & Van Loan, section 10.1). A residual bounds the
+    Lanczos with full reorthogonalization from a random vector (Golub & Van Loan, section 10.1). A residual bounds the
     distance to the nearest eigenvalue: report it with the value. Runs under jit.
 
     Args:
       loss_fn: params -> [] float32.
       params: where.
       masks: only weights that are alive move; None for all.
-      config: how long.
+      config: number of Hessian products and of eigenvalues.
       key: of the first vector.
+
+    Example:
+      >>> loss_fn = lambda params: jnp.sum(jnp.array([1.0, 3.0]) * params["kernel"] ** 2)
+      >>> params, config = {"kernel": jnp.ones(2)}, lottery.sharpness.LanczosConfig(steps=2)
+      >>> values, _ = lottery.sharpness.top_eigenvalues(loss_fn, params, None, config, key=jax.random.key(0))
+      >>> round(float(values[0]), 4)
+      6.0
     """
     flat, unravel = ravel_pytree(params)
     keep = jnp.ones(flat.shape, jnp.bool_) if masks is None else ravel_pytree(masks)[0]
@@ -67,7 +91,7 @@ def top_eigenvalues(
         for _ in range(2):
             w = w - basis.T @ (basis @ w)
         norm = jnp.linalg.norm(w)
-        # A space that is used up goes on with zeros, which are told apart below.
+        # Krylov space exhausted (invariant subspace): pad with zeros, which are told apart below.
         tiny = 1e-6 * (jnp.abs(diagonal) + jnp.finfo(flat.dtype).tiny)
         next_v = jnp.where(norm > tiny, w / jnp.maximum(norm, jnp.finfo(flat.dtype).tiny), 0)
         return (basis, next_v), (diagonal, jnp.where(norm > tiny, norm, 0), jnp.any(v != 0))
@@ -83,9 +107,20 @@ def top_eigenvalues(
 
 
 def sharpness(loss_fn: Loss, params: PyTree, masks: PyTree | None = None, rho: float = 0.05) -> Float[Array, ""]:
-    """SAM's sharpness: loss(w + rho g / |g|) - loss(w) (Foret et al. 2021, arXiv:2010.01412, equations 1 and 2).
+    """Measure SAM's sharpness, loss(w + rho g / |g|) - loss(w) (Foret et al. 2021, arXiv:2010.01412, equation 2).
 
     The first-order worst case within the distance rho; not negative at a point that training found, but it can be.
+
+    Args:
+      loss_fn: params -> [] float32.
+      params: where.
+      masks: only weights that are alive move; None for all.
+      rho: distance.
+
+    Example:
+      >>> loss_fn = lambda params: jnp.sum(params["kernel"] ** 2)
+      >>> float(lottery.sharpness.sharpness(loss_fn, {"kernel": jnp.array([3.0, 4.0])}, rho=5.0))
+      75.0
     """
     loss, gradient = jax.value_and_grad(loss_fn)(params)
     if masks is not None:

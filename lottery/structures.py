@@ -1,7 +1,8 @@
-"""Structures: what is pruned as a whole. A unit is a weight, a block, a neuron, an attention head or an expert.
+"""Structured sparsity: patterns by which weights are pruned together: weights, n:m, blocks, neurons, heads, experts.
 
-A kernel is read as a stack of matrices, inputs times outputs (`Layout`), because "contracting axis" and "neuron" mean
-something only then. `parse` turns a name from a config into a structure; `at` finds the one for a leaf.
+A kernel is read as a stack of matrices, inputs times outputs (`Layout`, found by path in `LAYOUTS`), because
+"contracting axis" and "neuron" mean something only then. `parse` turns a name from a config, such as one of
+`STRUCTURES`, into a structure; `at` finds the one for a leaf. `UNSTRUCTURED` prunes single weights.
 """
 
 import re
@@ -12,6 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "STRUCTURES",
+    "Structure",
+    "UNSTRUCTURED",
+    "at",
+    "blocks",
+    "experts",
+    "heads",
+    "layout",
+    "n_of_m",
+    "neurons",
+    "parse",
+    "slices",
+]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -19,13 +37,21 @@ class Layout:
 
     A dense kernel [K, N] and a convolution's [h, w, I, O] are Layout(0, 1); query kernels [D, H, h] are Layout(0, 2);
     kernels of scanned blocks have one batch axis more, those of experts another.
+
+    Attributes:
+      batch: number of stacked axes.
+      outputs: number of output axes.
+
+    Example:
+      >>> lottery.structures.Layout(0, 1).matrices((3, 3, 8, 16))
+      (1, 72, 16)
     """
 
     batch: int = 0
     outputs: int = 1
 
     def matrices(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(stack, inputs, outputs) of a kernel's shape.
+        """Read a kernel's shape as (stack, inputs, outputs).
 
         Raises:
           ValueError: the shape has no axis left for the inputs.
@@ -50,13 +76,21 @@ LAYOUTS: tuple[tuple[str, Layout], ...] = (
 
 @dataclass(frozen=True)
 class Structure:
-    """What is removed as a whole.
+    """A structured-sparsity pattern (weight, n:m, block, channel, head, expert).
 
-    pool(scores, mask) -> (unit scores float32, unit alive bool), same shape as each other, from one leaf's two arrays.
-    expand(keep, shape) -> bool mask of the leaf's shape, False wherever a unit is not kept.
-    protects: units that `pool` scores +inf are never removed, whatever the quota.
+    Attributes:
+      pool: (scores, mask) -> (unit scores float32, unit alive bool), same shape as each other, from one leaf's two
+        arrays.
+      expand: (keep, shape) -> bool mask of the leaf's shape, False wherever a unit does not stay.
+      protects: units that `pool` scores +inf are never removed, whatever the count.
 
-    Both raise ValueError for shapes the structure does not fit; callers add the path.
+    Both functions raise ValueError for shapes the structure does not fit; callers add the path.
+
+    Example:
+      >>> columns = lottery.structures.slices([1])
+      >>> scores, alive = columns.pool(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 2), bool))
+      >>> scores.tolist(), columns.expand(scores > 2, (2, 2)).tolist()
+      ([2.0, 3.0], [[False, True], [False, True]])
     """
 
     pool: Callable[[Array, Array], tuple[Array, Array]]
@@ -69,9 +103,13 @@ Maker = Callable[[Layout], Structure]
 
 
 def slices(axes: Sequence[int]) -> Structure:
-    """One unit for every index along `axes` (not negative); the others are pooled. A unit scores its alive mean sum.
+    """Prune slices: one unit for every index along `axes` (not negative); the others are pooled.
 
-    The score is the sum over alive weights divided by the unit's full size, so units of different leaves compare.
+    A unit scores the sum over its alive weights divided by its full size, so units of different leaves compare.
+
+    Example:
+      >>> lottery.prune.units({"kernel": jnp.zeros((2, 5, 3))}, {"kernel": True}, lottery.structures.slices([0, 1]))
+      {'kernel': 10}
     """
     axes = tuple(axes)
 
@@ -86,10 +124,14 @@ def slices(axes: Sequence[int]) -> Structure:
 
 
 def blocks(rows: int, columns: int, layout: Layout = Layout()) -> Structure:
-    """Units are rows x columns tiles of every inputs x outputs matrix: what a block-sparse kernel can skip.
+    """Prune blocks: units are rows x columns tiles of every inputs x outputs matrix, for block-sparse kernels.
 
     Raises:
       ValueError: sides below 1; from pool, matrices they do not divide.
+
+    Example:
+      >>> lottery.prune.units({"kernel": jnp.zeros((8, 4))}, {"kernel": True}, lottery.structures.blocks(4, 4))
+      {'kernel': 2}
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"blocks of {rows} x {columns}: both sides must be at least 1")
@@ -110,13 +152,19 @@ def blocks(rows: int, columns: int, layout: Layout = Layout()) -> Structure:
 
 
 def n_of_m(n: int, m: int, layout: Layout = Layout()) -> Structure:
-    """n of every m consecutive inputs of an output stay (Mishra et al. 2021, arXiv:2104.08378, for 2:4).
+    """Prune to n:m sparsity: n of every m consecutive inputs of an output stay (Mishra et al. 2021, arXiv:2104.08378).
 
     Units are single weights, removed in rounds: first the lowest of every group, then the second lowest, until n are
     left, which are never removed. At density n / m every group holds exactly n, whatever the scope.
 
     Raises:
       ValueError: not 1 <= n <= m; from pool, a number of inputs that m does not divide.
+
+    Example:
+      >>> scores = {"kernel": jnp.array([[1.0], [4.0], [3.0], [2.0]])}
+      >>> mask = lottery.prune.keep(scores, lottery.masks.ones(scores), {"kernel": True}, {"*": 2}, "2:4")
+      >>> mask["kernel"].ravel().tolist()
+      [False, True, True, False]
     """
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m} sparsity is impossible: 1 <= n <= m is needed")
@@ -137,7 +185,12 @@ def n_of_m(n: int, m: int, layout: Layout = Layout()) -> Structure:
 
 
 def neurons(layout: Layout = Layout()) -> Structure:
-    """Units are the output columns: the weights into one neuron, or one output channel of a convolution."""
+    """Prune neurons: units are the output columns, the weights into one neuron or one output channel of a convolution.
+
+    Example:
+      >>> lottery.prune.units({"kernel": jnp.zeros((3, 3, 8, 16))}, {"kernel": True}, lottery.structures.neurons())
+      {'kernel': 16}
+    """
 
     def of(ndim: int) -> Structure:
         return slices((*range(layout.batch), *range(ndim - layout.outputs, ndim)))
@@ -146,10 +199,15 @@ def neurons(layout: Layout = Layout()) -> Structure:
 
 
 def heads(layout: Layout = Layout()) -> Structure:
-    """Units are attention heads: axis H of query, key and value kernels [..., D, H, h] and of output's [..., H, h, D].
+    """Prune attention heads: axis H of query, key and value kernels [..., D, H, h] and of output's [..., H, h, D].
 
     Raises:
       ValueError: from pool, a kernel without an axis of heads.
+
+    Example:
+      >>> structure = lottery.structures.heads(lottery.structures.Layout(0, 2))
+      >>> lottery.prune.units({"kernel": jnp.zeros((16, 4, 8))}, {"kernel": True}, structure)
+      {'kernel': 4}
     """
 
     def of(ndim: int) -> Structure:
@@ -162,10 +220,14 @@ def heads(layout: Layout = Layout()) -> Structure:
 
 
 def experts(layout: Layout = Layout(1, 1)) -> Structure:
-    """Units are experts: the last of the stacked axes.
+    """Prune experts: units are indices of the last of the stacked axes.
 
     Raises:
       ValueError: the layout has no stacked axis.
+
+    Example:
+      >>> lottery.prune.units({"kernel": jnp.zeros((6, 8, 4))}, {"kernel": True}, lottery.structures.experts())
+      {'kernel': 6}
     """
     if not layout.batch:
         raise ValueError(f"a kernel with {layout} has no axis of experts")
@@ -190,10 +252,18 @@ STRUCTURES: dict[str, Maker] = {
 
 
 def parse(name: str) -> Maker:
-    """The structure of a name: one of STRUCTURES, "2:4" (any n:m) or "16x16" (blocks, rows x columns).
+    """Parse the name of a structure: one of STRUCTURES, "2:4" (any n:m) or "16x16" (blocks, rows x columns).
+
+    Returns:
+      A function from a `Layout` to the `Structure`.
 
     Raises:
       ValueError: any other name, or an impossible n:m or block.
+
+    Example:
+      >>> lottery.structures.parse("3:2")
+      Traceback (most recent call last):
+      ValueError: 3:2 sparsity is impossible: 1 <= n <= m is needed
     """
     if name in STRUCTURES:
         return STRUCTURES[name]
@@ -209,15 +279,25 @@ def parse(name: str) -> Maker:
 
 
 def layout(path: str, layouts: Sequence[tuple[str, Layout]] = LAYOUTS) -> Layout:
-    """The layout of the leaf at a path: the first rule that matches, else Layout()."""
+    """Find the layout of the leaf at a path: the first rule that matches, else Layout().
+
+    Example:
+      >>> lottery.structures.layout("blocks/attention/query/kernel")
+      Layout(batch=1, outputs=2)
+    """
     return next((found for pattern, found in layouts if re.search(pattern, path)), Layout())
 
 
 def at(path: str, structure: str | Structure, layouts: Sequence[tuple[str, Layout]] = LAYOUTS) -> Structure:
-    """The structure to use for the leaf at a path; a name is made to fit the leaf's layout.
+    """Find the structure for the leaf at a path; a name is made to fit the leaf's layout.
 
     Raises:
       ValueError: an unknown name, or a structure that needs an axis the layout lacks (naming the path).
+
+    Example:
+      >>> lottery.structures.at("dense0/kernel", "expert")
+      Traceback (most recent call last):
+      ValueError: dense0/kernel: a kernel with Layout(batch=0, outputs=1) has no axis of experts
     """
     if isinstance(structure, Structure):
         return structure

@@ -1,7 +1,7 @@
-"""Supermasks: networks found by choosing weights instead of training them, and the ablations of what a mask does.
+"""Supermasks: subnetworks of random weights, found by training scores (edge-popup), and the ablations of masks.
 
-Edge-popup: Ramanujan et al. 2020 (arXiv:1911.13299). Mask criteria, mask-1 and mask-0 actions: Zhou et al. 2019
-(arXiv:1905.01067).
+Edge-popup: Ramanujan et al. 2020 (arXiv:1911.13299). Mask criteria (`MASK_CRITERIA`), mask-1 and mask-0 actions
+(`MASK_ONE`, `MASK_ZERO`): Zhou et al. 2019 (arXiv:1905.01067).
 """
 
 import zlib
@@ -11,14 +11,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from lottery import criteria, prune, scores
+from lottery import criteria, prune
 from lottery import masks as masks_lib
+
+__all__ = [
+    "MASK_CRITERIA",
+    "MASK_ONE",
+    "MASK_ZERO",
+    "ablate_weights",
+    "initial_scores",
+    "popup",
+    "popup_masks",
+    "shuffle_alive",
+    "signed_constant",
+]
 
 
 def initial_scores(params: PyTree, *, key: Array) -> PyTree:
-    """Random scores to train, float32 like the parameters: uniform in +-1 / sqrt(fan-in), fan-in all axes but the last.
+    """Draw random edge-popup scores to train, float32: uniform in +-1 / sqrt(fan-in), fan-in all axes but the last.
 
     The paper's code uses Kaiming's uniform distribution with a = sqrt(5), which is this one.
+
+    Example:
+      >>> scores = lottery.supermask.initial_scores({"kernel": jnp.zeros((4, 3))}, key=jax.random.key(0))
+      >>> scores["kernel"].shape, bool(jnp.abs(scores["kernel"]).max() <= 0.5)
+      ((4, 3), True)
     """
 
     def draw(path: tuple, leaf: Array) -> Array:
@@ -30,29 +47,42 @@ def initial_scores(params: PyTree, *, key: Array) -> PyTree:
 
 
 def signed_constant(params: PyTree, which: PyTree) -> PyTree:
-    """Prunable weights replaced by their sign times their leaf's standard deviation (Zhou et al. 2019, section 4.2).
+    """Make signed constants: prunable weights become their sign times their leaf's standard deviation.
 
-    Edge-popup calls it the signed (Kaiming) constant when the weights are Kaiming normal, and finds it works best.
+    Zhou et al. 2019, section 4.2. Edge-popup calls it the signed (Kaiming) constant when the weights are Kaiming
+    normal, and finds it works best.
+
+    Example:
+      >>> lottery.supermask.signed_constant({"kernel": jnp.array([3.0, -1.0])}, {"kernel": True})["kernel"].tolist()
+      [2.0, -2.0]
     """
     return jax.tree.map(lambda w, p: jnp.sign(w) * jnp.std(w) if p else w, params, which)
 
 
 def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
-    """The subnetwork with the highest scores; gradients pass straight through to the scores, none to the weights.
+    """Apply edge-popup: the subnetwork of highest scores, with a straight-through estimator for the scores.
 
-    The gradient of a score is the gradient of the effective weight times the weight (equation 7), for weights that are
-    out of the subnetwork too, which is how they come back. (The paper's code ranks |score| and multiplies its gradient
-    by the score's sign; here, as in the paper's text, the score itself is ranked.) Train the scores with any optimizer:
+    The gradient of a score is the gradient of the effective weight times the weight (Ramanujan et al. 2020, equation
+    7), for weights that are out of the subnetwork too, which is how they come back; weights get none. (The paper's code
+    ranks |score| and multiplies its gradient by the score's sign; here, as in the paper's text, the score itself is
+    ranked.) Train the scores with any optimizer:
 
         loss = lambda popups, batch: loss_fn(popup(params, popups, which, counts), batch)
 
     Args:
       params: the weights, never trained. Leaves that are not prunable are used as they are, without gradients.
       popups: float scores like the parameters, `initial_scores`.
-      which: `masks.prunable`, static. counts: weights that stay, `allocation.counts`.
+      which: `masks.prunable`, static.
+      counts: weights that stay, `allocation.counts`.
 
     Returns:
       Parameters with exact zeros outside the mask.
+
+    Example:
+      >>> params, popups = {"kernel": jnp.array([2.0, 3.0])}, {"kernel": jnp.array([0.1, 0.2])}
+      >>> popup = lambda popups: lottery.supermask.popup(params, popups, {"kernel": True}, {"kernel": 1})
+      >>> popup(popups)["kernel"].tolist(), jax.grad(lambda s: popup(s)["kernel"].sum())(popups)["kernel"].tolist()
+      ([0.0, 3.0], [2.0, 3.0])
     """
     chosen = popup_masks(popups, which, counts)
     return jax.tree.map(
@@ -65,7 +95,13 @@ def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, in
 
 
 def popup_masks(popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
-    """The masks of `popup`: the highest scores of every group."""
+    """Compute the masks of `popup`: the highest scores of every group.
+
+    Example:
+      >>> popups = {"kernel": jnp.array([0.1, 0.2])}
+      >>> lottery.supermask.popup_masks(popups, {"kernel": True}, {"kernel": 1})["kernel"].tolist()
+      [False, True]
+    """
     popups = jax.lax.stop_gradient(popups)
     return prune.keep(popups, masks_lib.ones(popups), which, counts)
 
@@ -103,24 +139,24 @@ def _movement(initial: PyTree, final: PyTree) -> PyTree:
 # The mask criteria of Zhou et al. 2019, figure 2: (initial, final weights) -> scores, the lowest go first. Their
 # "large init large final" is min(alpha |w_f|, |w_i|); alpha = 1 here.
 MASK_CRITERIA: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
-    "large_final": lambda initial, final: scores.magnitude(final),
-    "small_final": lambda initial, final: _minus(scores.magnitude(final)),
-    "large_init": lambda initial, final: scores.magnitude(initial),
-    "small_init": lambda initial, final: _minus(scores.magnitude(initial)),
-    "large_init_large_final": lambda initial, final: _least(scores.magnitude(initial), scores.magnitude(final)),
+    "large_final": lambda initial, final: criteria.magnitude(final),
+    "small_final": lambda initial, final: _minus(criteria.magnitude(final)),
+    "large_init": lambda initial, final: criteria.magnitude(initial),
+    "small_init": lambda initial, final: _minus(criteria.magnitude(initial)),
+    "large_init_large_final": lambda initial, final: _least(criteria.magnitude(initial), criteria.magnitude(final)),
     "small_init_small_final": lambda initial, final: _least(
-        _minus(scores.magnitude(initial)), _minus(scores.magnitude(final))
+        _minus(criteria.magnitude(initial)), _minus(criteria.magnitude(final))
     ),
     "magnitude_increase": lambda initial, final: criteria.magnitude_increase(final, initial),
     "movement": _movement,
 }
 
-# What weights under the mask become before training again, and what becomes of the others.
+# Actions on weights under the mask before they are trained again, and on the others.
 MASK_ONE = ("rewind", "reinit", "shuffle", "constant")
 MASK_ZERO = ("zero", "initial")
 
 
-def treat(
+def ablate_weights(
     initial: PyTree,
     masks: PyTree,
     which: PyTree,
@@ -131,51 +167,68 @@ def treat(
     key: Array,
     fresh: PyTree | None = None,
 ) -> PyTree:
-    """Weights to train again under a mask, by the ablations of Zhou et al. 2019, sections 3 and 4.
+    """Ablate the weights under a mask before they are trained again (Zhou et al. 2019, sections 3 and 4).
 
     Args:
-      initial: weights before training. masks, which: the ticket.
+      initial: weights before training.
+      masks: the ticket.
+      which: `masks.prunable`, static.
       one: the mask-1 action: "rewind" to initial values, "reinit" (values of `fresh`), "shuffle" (initial values of the
-        kept weights permuted within the leaf), "constant" (the standard deviation of the leaf's initial weights).
-      keep_sign: give kept weights their initial sign; otherwise "constant" gets random signs.
+        alive weights permuted within the leaf), "constant" (the standard deviation of the leaf's initial weights).
+      keep_sign: give alive weights their initial sign; otherwise "constant" gets random signs.
       zero: the mask-0 action: "zero", or "initial" (frozen at the initial value; such weights are not pruned at all).
       key: for shuffles and random signs.
-      fresh: another initialisation, needed for "reinit".
+      fresh: another initialization, needed for "reinit".
 
     Returns:
       Parameters; leaves that are not prunable are as in initial.
 
     Raises:
       ValueError: unknown actions, or "reinit" without fresh.
+
+    Example:
+      >>> initial, mask = {"kernel": jnp.array([3.0, -1.0])}, {"kernel": jnp.array([True, False])}
+      >>> ablate = lambda **how: lottery.supermask.ablate_weights(initial, mask, {"kernel": True}, **how)["kernel"]
+      >>> ablate(one="constant", keep_sign=True, key=jax.random.key(0)).tolist()
+      [2.0, 0.0]
+      >>> ablate(zero="initial", key=jax.random.key(0)).tolist()
+      [3.0, -1.0]
     """
     if one not in MASK_ONE or zero not in MASK_ZERO:
         raise ValueError(f"one={one!r}, zero={zero!r}: choose from {', '.join(MASK_ONE)} and {', '.join(MASK_ZERO)}")
     if one == "reinit" and fresh is None:
-        raise ValueError("one='reinit' needs fresh, another initialisation")
+        raise ValueError("one='reinit' needs fresh, another initialization")
 
-    def treated(path: tuple, w: Array, mask: Array, other: Array, prunable: bool) -> Array:
+    def ablated(path: tuple, w: Array, mask: Array, other: Array, prunable: bool) -> Array:
         if not prunable:
             return w
         leaf_key = jax.random.fold_in(key, zlib.crc32(masks_lib.path_name(path).encode()))
         shuffle_key, sign_key = jax.random.split(leaf_key)
         value = other if one == "reinit" else w
         if one == "shuffle":
-            value = shuffle_kept(w, mask, key=shuffle_key)
+            value = shuffle_alive(w, mask, key=shuffle_key)
         if one == "constant":
             value = jnp.std(w) * jax.random.rademacher(sign_key, w.shape, w.dtype)
         if keep_sign:
             value = jnp.abs(value) * jnp.sign(w)
         return jnp.where(mask, value, w if zero == "initial" else jnp.zeros((), w.dtype))
 
-    return jax.tree_util.tree_map_with_path(treated, initial, masks, initial if fresh is None else fresh, which)
+    return jax.tree_util.tree_map_with_path(ablated, initial, masks, initial if fresh is None else fresh, which)
 
 
-def shuffle_kept(weights: Float[Array, "..."], mask: Bool[Array, "..."], *, key: Array) -> Float[Array, "..."]:
-    """The weights under the mask permuted among themselves; the others stay where they are."""
-    flat, kept = weights.ravel(), mask.ravel()
+def shuffle_alive(weights: Float[Array, "..."], mask: Bool[Array, "..."], *, key: Array) -> Float[Array, "..."]:
+    """Permute the weights under the mask among themselves; the others stay where they are.
+
+    Example:
+      >>> weights, mask = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([True, False, True, True])
+      >>> shuffled = lottery.supermask.shuffle_alive(weights, mask, key=jax.random.key(0))
+      >>> float(shuffled[1]), sorted(shuffled.tolist())
+      (2.0, [1.0, 2.0, 3.0, 4.0])
+    """
+    flat, alive = weights.ravel(), mask.ravel()
     order = jax.random.permutation(key, flat.size)
-    # Kept positions in order, and kept positions in random order, pair up.
-    places = jnp.argsort(~kept, stable=True)
-    source = order[jnp.argsort(~kept[order], stable=True)]
+    # Alive positions in order, and alive positions in random order, pair up.
+    places = jnp.argsort(~alive, stable=True)
+    source = order[jnp.argsort(~alive[order], stable=True)]
     shuffled = flat.at[places].set(flat[source])
-    return jnp.where(kept, shuffled, flat).reshape(weights.shape)
+    return jnp.where(alive, shuffled, flat).reshape(weights.shape)

@@ -1,4 +1,4 @@
-"""Training under a mask: an optax transformation that keeps pruned weights and their moments at exactly zero."""
+"""Train under a mask: an optax transformation that keeps pruned weights and their moments at exactly zero."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,9 @@ from jaxtyping import Array, PyTree
 
 from lottery import masks as masks_lib
 
+__all__ = ["map_moments", "mask_state", "sparse"]
+
+
 # Extra arguments of optax transformations that are functions of the parameters; sam's also returns gradients.
 GRADIENTS = ("grad_fn",)
 VALUES = ("value_fn", "obj_fn")
@@ -18,7 +21,7 @@ VALUES = ("value_fn", "obj_fn")
 def sparse(
     inner: optax.GradientTransformation, masks: PyTree, *, moments: str = "out"
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, trained on the weights that `masks` keeps and on those only.
+    """Train a sparse network: `inner` on the weights that `masks` keeps and on those only.
 
     After `optax.apply_updates` every pruned weight is exactly zero, whatever it was before, whatever the gradient
     (not finite included) and whatever `inner` does with it: weight decay, momentum, orthogonalized or normalized
@@ -44,6 +47,14 @@ def sparse(
 
     Raises:
       ValueError: another value of moments; from init and update, naming the path, masks that do not fit the parameters.
+
+    Example:
+      >>> params, mask = {"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([True, False])}
+      >>> optimizer = lottery.transform.sparse(optax.sgd(0.5), mask)
+      >>> gradient = {"kernel": jnp.array([1.0, 1.0])}
+      >>> updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [0.5, 0.0]
     """
     if moments not in ("out", "in"):
         raise ValueError(f"moments={moments!r}: choose 'out' or 'in'")
@@ -77,9 +88,15 @@ def _masked_function(name: str, value: Any, masks: PyTree) -> Any:
 
 
 def mask_state(state: PyTree, masks: PyTree) -> PyTree:
-    """An optimizer state with everything that mirrors the parameters set to zero where masks is False.
+    """Mask an optimizer state: everything in it that mirrors the parameters becomes zero where masks is False.
 
     Needed by itself for a state restored from before pruning (rewinding the optimizer). Works on stacks.
+
+    Example:
+      >>> params, mask = {"kernel": jnp.ones(2)}, {"kernel": jnp.array([True, False])}
+      >>> state = optax.trace(0.9).init(params)._replace(trace={"kernel": jnp.array([3.0, 4.0])})
+      >>> lottery.transform.mask_state(state, mask).trace["kernel"].tolist()
+      [3.0, 0.0]
     """
     return map_moments(lambda m, leaf: jnp.where(m, leaf, jnp.zeros((), leaf.dtype)), masks, state)
 
@@ -96,6 +113,12 @@ def map_moments(f: Callable[..., Array], params: PyTree, state: PyTree, *rest: P
       params: parameters, or any tree of arrays with their structure and shapes, such as masks.
       state: optimizer state, of one network or stacked like params.
       rest: further trees with the state's structure.
+
+    Example:
+      >>> params = {"kernel": jnp.ones(2)}
+      >>> state = optax.trace(0.9).init(params)
+      >>> lottery.transform.map_moments(lambda p, m: m + 5 * p, params, state).trace["kernel"].tolist()
+      [5.0, 5.0]
     """
     mirrors = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 

@@ -1,10 +1,17 @@
-"""From tokens to rows in the order of experts and back: dropless (sorted once) and with a capacity.
+"""Token dispatch to experts and the weighted combine: dropless (sort by expert), with a capacity, dense, and Soft MoE.
 
-    y_ND = dispatch.dropless(x_ND, routing, lambda rows_RD, sizes_E: experts.swiglu(params, rows_RD, sizes_E))
+Axes: N tokens, D width, E experts, K choices of a token, A = N K choices, numbered n K + k, R rows (routed choices, at
+most `Routing.rows`) sorted by expert, C places of an expert, G groups, P slots. An expert function maps rows sorted by
+expert, and their numbers per expert, to rows; rows past the sum of the sizes are zeros and must stay zeros.
 
-Axes: N tokens, D width, E experts, K choices of a token, A = N K choices, numbered n K + k, R rows (choices that can go
-somewhere) sorted by expert, C places of an expert, G groups, P slots. An expert function maps rows sorted by expert,
-and their numbers per expert, to rows; rows past the sum of the sizes are zeros and must stay zeros.
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import dispatch, route
+  >>> routing = route.top_k(jnp.array([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]), k=1)
+  >>> dispatch.plan(routing).tokens_R.tolist()
+  [1, 0, 2]
+  >>> dispatch.dropless(jnp.eye(3), routing, lambda rows_RD, sizes_E: 2 * rows_RD).tolist()
+  [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
 """
 
 from collections.abc import Callable
@@ -15,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from moe.routing import Routing, register, taken
+from moe.routing import Routing, is_routed, register
 
 ExpertFn = Callable[[Array, Array], Array]
 """(rows_RD sorted by expert, sizes_E int32) -> rows [R, D']."""
@@ -23,13 +30,13 @@ ExpertFn = Callable[[Array, Array], Array]
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every choice goes; sorted once and used by all products and both permutations.
+    """Permutation of the choices into expert order and its inverse, with the group sizes; sorted once for all products.
 
     Attributes:
-      order_R: choice (n K + k) of every row, in the order of experts, within an expert in that of tokens; rows past the
-        sum of the sizes hold choices that go nowhere.
+      order_R: choice (n K + k) of every row, by expert, within an expert by token; rows past the sum of the sizes hold
+        choices that are not routed.
       tokens_R: its token.
-      inverse_NK: row of every choice; R for a choice that goes nowhere.
+      inverse_NK: row of every choice; R for a choice that is not routed.
       sizes_E: rows of every expert.
     """
 
@@ -48,14 +55,17 @@ register(Plan)
 
 
 def plan(routing: Routing) -> Plan:
-    """Sort the choices by expert, once."""
+    """Sort the choices of a routing by expert (stable)."""
     return plan_rows(routing.experts_NK, routing.num_experts, routing.rows)
 
 
 def plan_rows(experts_NK: Int[Array, "N K"], num_experts: int, rows: int) -> Plan:
-    """`plan` for expert ids alone: ids outside 0..E-1 go nowhere, of at most `rows` others.
+    """Sort expert ids, as `plan` does; ids outside 0..E-1 (padding, experts of other devices) are not routed.
 
-    Raises nothing for ids out of range: padding and the experts of other devices are such.
+    Args:
+      experts_NK: expert ids.
+      num_experts: E.
+      rows: upper bound of the ids in range.
     """
     n, k = experts_NK.shape
     a, e = n * k, num_experts
@@ -80,12 +90,12 @@ def _live(plan: Plan) -> Bool[Array, " R"]:
 
 
 def _rows_of_choices(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "N K D"]:
-    """The row of every choice, zeros where it goes nowhere."""
+    """Gather the row of every choice, zeros where it is not routed."""
     return jnp.take(y_RD, plan.inverse_NK, axis=0, mode="fill", fill_value=0)
 
 
 def _sum_of_choices(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "N D"]:
-    """Sum over the rows of every token; y's padding rows must be zeros."""
+    """Sum the rows of every token; y's padding rows must be zeros."""
     n, k = plan.inverse_NK.shape
     if plan.order_R.shape[0] < n * k:  # expert choice: few of the N K rows exist, so adding them is cheaper
         return jnp.zeros((n, y_RD.shape[1]), y_RD.dtype).at[plan.tokens_R].add(y_RD)
@@ -94,7 +104,7 @@ def _sum_of_choices(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "N D"
 
 @jax.custom_vjp
 def gather(x_ND: Float[Array, "N D"], plan: Plan) -> Float[Array, "R D"]:
-    """The tokens in the order of experts, zeros past the sum of the sizes. The backward pass is a gather as well."""
+    """Permute tokens into expert order, zeros past the sum of the sizes; the backward pass is a gather as well."""
     return jnp.where(_live(plan)[:, None], x_ND[plan.tokens_R], 0)
 
 
@@ -111,7 +121,7 @@ gather.defvjp(_gather_fwd, _gather_bwd)
 
 @jax.custom_vjp
 def combine(y_RD: Float[Array, "R D"], weights_NK: Float[Array, "N K"], plan: Plan) -> Float[Array, "N D"]:
-    """Sum over a token's choices of weight times row, in y's dtype with float32 products; `gather`'s way back."""
+    """Sum a token's rows times their gate weights, in y's dtype with float32 products; the inverse of `gather`."""
     n, k = plan.inverse_NK.shape
     if plan.order_R.shape[0] < n * k:
         w_R = jnp.where(_live(plan), weights_NK.reshape(-1)[plan.order_R], 0)
@@ -129,7 +139,7 @@ def _combine_bwd(saved, dout_ND):
     dout_RD = jnp.where(_live(plan)[:, None], dout_ND[plan.tokens_R], 0)
     w_R = weights_NK.reshape(-1)[plan.order_R]
     dy_RD = (dout_RD * w_R[:, None]).astype(y_RD.dtype)
-    # A row's product first, then the way back to its choice: D numbers a row are read once.
+    # The row's inner product first, then its permutation to the choice: D numbers a row are read once.
     dw_R = jnp.einsum("rd,rd->r", y_RD, dout_RD, preferred_element_type=jnp.float32)
     dw_NK = jnp.take(dw_R, plan.inverse_NK, mode="fill", fill_value=0)
     return dy_RD, dw_NK.astype(weights_NK.dtype), None
@@ -139,7 +149,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def dropless(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Float[Array, "N F"]:
-    """Sort, run the experts on exactly their tokens, combine; no token is dropped (Gale et al. 2022).
+    """Dispatch without dropping (dropless MoE, MegaBlocks): sort, run ragged groups, combine (Gale et al. 2022).
 
     Args:
       x_ND: tokens.
@@ -150,8 +160,8 @@ def dropless(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> 
     return combine(experts(gather(x_ND, by_expert), by_expert.sizes_E), routing.weights_NK, by_expert)
 
 
-def oracle(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array, int], Array]) -> Float[Array, "N F"]:
-    """A plain loop over experts, each run on every token: what all other ways are tested against. Tiny shapes only.
+def dense(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array, int], Array]) -> Float[Array, "N F"]:
+    """Run every expert on every token and weight the outputs: the reference of the tests, for tiny shapes.
 
     Args:
       x_ND: tokens.
@@ -169,7 +179,7 @@ def oracle(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array
 
 
 def soft(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Float[Array, "N F"]:
-    """Soft MoE: slots are mixtures of tokens, outputs mixtures of slots; Puigcerver et al. (2023), section 2.1.
+    """Dispatch by Soft MoE: slots are mixtures of tokens, outputs of slots (Puigcerver et al. 2023, section 2.1).
 
     Args:
       x_ND: tokens.
@@ -193,11 +203,14 @@ def soft(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Floa
 def places(
     routing: Routing, capacity: int, drop: Literal["position", "probability"] = "position"
 ) -> tuple[Int32[Array, "N K"], Bool[Array, "N K"]]:
-    """Place of every choice at its expert, and whether it is within the capacity.
+    """Number every choice's place in its expert's buffer, and compare it with the expert capacity.
 
-    All first choices come before all second ones. Within them "position" serves tokens in their order (Lepikhin et al.
-    2020, algorithm 1; a token's place depends on those before it only) and "probability" serves those with the largest
-    first weight first (batch-prioritised routing: Riquelme et al. 2021, section 4.1; it looks ahead).
+    All first choices come before all second ones. Among them "position" orders tokens as they come (Lepikhin et al.
+    2020, algorithm 1; causal) and "probability" by their largest weight (batch-prioritized routing: Riquelme et al.
+    2021, section 4.1; it looks ahead).
+
+    Returns:
+      Place [N, K], and whether the choice is routed and its place is below the capacity [N, K].
 
     Raises:
       ValueError: capacity below 1.
@@ -213,11 +226,11 @@ def places(
     hot_AE = (queue_A[:, None] == jnp.arange(e)[None]).astype(jnp.int32)
     place_A = ((jnp.cumsum(hot_AE, axis=0) - 1) * hot_AE).sum(axis=1)
     place_NK = jnp.zeros((n, k), jnp.int32).at[serve_N].set(place_A.reshape(k, n).T, unique_indices=True)
-    return place_NK, taken(routing) & (place_NK < capacity)
+    return place_NK, is_routed(routing) & (place_NK < capacity)
 
 
 def capacity_of(tokens: int, routing: Routing, factor: float, multiple: int = 1) -> int:
-    """Places per expert, ceil(factor * choices / experts) rounded up to a multiple: Fedus et al. (2021), eq. 3.
+    """Compute the expert capacity, ceil(factor * choices / experts), rounded up (Fedus et al. 2021, eq. 3).
 
     Args:
       tokens: tokens in a group.
@@ -237,22 +250,22 @@ def capacity(
     *,
     groups: int = 1,
     drop: Literal["position", "probability"] = "position",
-    implementation: Literal["gather", "einsum"] = "gather",
+    movement: Literal["gather", "einsum"] = "gather",
 ) -> tuple[Float[Array, "N F"], Bool[Array, "N K"]]:
-    """Give every expert a fixed number of places per group of tokens; choices that find none are dropped.
+    """Dispatch with an expert capacity: choices beyond it are dropped (GShard: Lepikhin et al. 2020).
 
     Args:
       x_ND: tokens.
       routing: of these tokens.
-      experts: as in `dropless`; every expert gets groups * places_per_expert rows, zeros in places not taken.
+      experts: as in `dropless`; every expert gets groups * places_per_expert rows, zeros in empty places.
       places_per_expert: C, see `capacity_of`.
       groups: consecutive tokens that compete for places (a device's, a sequence's).
-      drop: who is served first, see `places`.
-      implementation: "gather" moves rows by index; "einsum" multiplies by one-hot tensors [N, E, C] (Lepikhin et al.
-        2020, algorithm 2), which parallelises by sharding constraints alone.
+      drop: priority of the choices, see `places`.
+      movement: "gather" moves rows by index; "einsum" multiplies by one-hot tensors [N, E, C] (Lepikhin et al.
+        2020, algorithm 2), which parallelizes by sharding constraints alone.
 
     Returns:
-      The outputs (zeros from dropped choices) and which choices were kept.
+      Outputs (dropped choices add zeros), and True for every choice within the capacity.
 
     Raises:
       ValueError: the tokens do not divide into the groups, or places_per_expert below 1.
@@ -262,17 +275,17 @@ def capacity(
         raise ValueError(f"{n} tokens do not divide into {groups} groups")
     e, c, k = routing.num_experts, places_per_expert, routing.k
     grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
-    place_GMK, kept_GMK = jax.vmap(lambda r: places(r, c, drop))(grouped)
+    place_GMK, placed_GMK = jax.vmap(lambda r: places(r, c, drop))(grouped)
     x_GMD = jnp.where(routing.mask_N[:, None], x_ND, 0).reshape(groups, -1, d)
-    to, back = (_to_places, _from_places) if implementation == "gather" else (_to_places_hot, _from_places_hot)
-    index_GMK = jnp.where(kept_GMK, grouped.experts_NK * c + place_GMK, e * c)  # e c is nowhere
+    to, back = (_to_places, _from_places) if movement == "gather" else (_to_places_hot, _from_places_hot)
+    index_GMK = jnp.where(placed_GMK, grouped.experts_NK * c + place_GMK, e * c)  # e c: out of range
     buffers_GSD = jax.vmap(lambda x, i: to(x, i, e * c))(x_GMD, index_GMK)
     rows_RD = buffers_GSD.reshape(groups, e, c, d).swapaxes(0, 1).reshape(-1, d)
     y_RF = experts(rows_RD, jnp.full(e, groups * c, jnp.int32))
     y_GSF = y_RF.reshape(e, groups, c, -1).swapaxes(0, 1).reshape(groups, e * c, -1)
-    weights_GMK = jnp.where(kept_GMK, grouped.weights_NK, 0.0)
+    weights_GMK = jnp.where(placed_GMK, grouped.weights_NK, 0.0)
     y_GMF = jax.vmap(back)(y_GSF, index_GMK, weights_GMK)
-    return y_GMF.reshape(n, -1), kept_GMK.reshape(n, k)
+    return y_GMF.reshape(n, -1), placed_GMK.reshape(n, k)
 
 
 def _to_places(x_MD: Array, index_MK: Array, places: int) -> Array:

@@ -1,9 +1,17 @@
-"""Expert feed-forward layers on rows sorted by expert, and a whole mixture of them from a `Routing`.
+"""Expert feed-forward layers (SwiGLU, GELU, squared ReLU) on rows sorted by expert, and their mixture by a `Routing`.
 
 Parameters are a dict of stacked arrays: gate [E, D, F] (SwiGLU only), up [E, D, F], down [E, F, D], and optionally
 gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
 
 Axes: N tokens, D width, F feed-forward width, E experts, K choices, R rows sorted by expert.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from moe import experts, route
+  >>> params = experts.initialize(8, 16, 4, key=jax.random.key(0))
+  >>> x_ND = jnp.ones((6, 8))
+  >>> experts.mixture(params, x_ND, route.top_k(x_ND[:, :4], k=2))[0].shape
+  (6, 8)
 """
 
 from collections.abc import Mapping
@@ -13,43 +21,50 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import dispatch
 from moe.kernels import Combine, SwiGLU, grouped_matmul
-from moe.kernels.implementations import choose, hopper
-from moe.kernels.xla import mixture as cpu_mixture
+from moe.kernels.implementations import NAMES, choose
+from moe.kernels.xla import mixture as xla_mixture
 from moe.routing import Routing
 
 Params = Mapping[str, Array]
 Activation = Literal["swiglu", "gelu", "relu2"]
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
-IMPLEMENTATIONS = ("auto", "kernels", "gpu", "tpu", "tiles", "capacity", "oracle")
+Dispatch = Literal["dropless", "capacity", "dense"]
+DISPATCHES = ("dropless", "capacity", "dense")
+Backend = Literal["auto", "xla", "tpu", "gpu", "tokamax", "tpu_interpret", "gpu_interpret"]
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How a mixture is computed.
+    """Options of the expert computation: activation, dispatch algorithm and kernel backend.
 
     Attributes:
       activation: "swiglu" (Shazeer 2020, eq. 6), "gelu" or "relu2" (squared ReLU: So et al. 2021, section 3.1).
-      implementation: "auto" takes the kernels on TPUs and the tiles elsewhere; "kernels" are the Pallas kernels of the
-        backend, on GPUs of compute capability 9.0 too, where they are experimental (falling back to tiles is logged);
-        "gpu" and "tpu" those of one backend, to compile for it ahead of time; "tiles" the plain JAX loop over live
-        tiles; "capacity" a fixed number of places per expert and one batched product; "oracle" a loop over experts
-        (tiny shapes only).
+      dispatch: "dropless" sorts tokens by expert and multiplies ragged groups (Gale et al. 2022); "capacity" gives
+        every expert a fixed number of places and multiplies one batch (Lepikhin et al. 2020); "dense" runs every expert
+        on every token, a reference for tiny shapes.
+      backend: the kernels of "dropless", see `moe.kernels.implementations.choose`; "auto" is the environment variable
+        TESSERA_BACKEND where it is set.
       capacity_factor: for "capacity", see `dispatch.capacity_of`.
       groups: for "capacity": groups of consecutive tokens that compete for places.
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
-      deterministic: for the kernels of GPUs: a token's rows are summed in the same order every time, without which no
-        run repeats itself bit for bit. False lets the kernels add them as they come; see `grouped_matmul`.
+      deterministic: for backend "gpu": a token's rows are summed in a fixed order, without which no run is reproducible
+        bit for bit. False uses atomic additions in the kernel; see `grouped_matmul`.
+
+    Example:
+      >>> import moe
+      >>> moe.MixtureConfig(dispatch="capacity", capacity_factor=2.0).backend
+      'auto'
     """
 
     activation: Activation = "swiglu"
-    implementation: Literal["auto", "kernels", "gpu", "tpu", "tiles", "capacity", "oracle"] = "auto"
+    dispatch: Dispatch = "dropless"
+    backend: Backend = "auto"
     capacity_factor: float = 1.25
     groups: int = 1
     drop: Literal["position", "probability"] = "position"
@@ -60,7 +75,8 @@ class MixtureConfig:
     def __post_init__(self):
         choices = {
             "activation": ACTIVATIONS,
-            "implementation": IMPLEMENTATIONS,
+            "dispatch": DISPATCHES,
+            "backend": NAMES,
             "drop": ("position", "probability"),
             "movement": ("gather", "einsum"),
         }
@@ -77,7 +93,7 @@ class MixtureConfig:
 def activate(
     up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None, activation: Activation = "swiglu"
 ) -> Float[Array, "*N F"]:
-    """silu(gate) * up, gelu(up) (exact) or relu(up)^2; float32 inside, up's dtype outside."""
+    """Apply SwiGLU, silu(gate) * up, exact GELU or squared ReLU, in float32; the result has up's dtype."""
     up32 = up.astype(jnp.float32)
     if activation == "swiglu":
         assert gate is not None
@@ -87,7 +103,7 @@ def activate(
 
 
 def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swiglu") -> Float[Array, "*N D"]:
-    """The layer without experts: parameters lack the axis E. A shared expert is this on every token, added."""
+    """Apply a dense feed-forward layer (parameters without the axis E); a shared expert is one for every token."""
 
     def product(x, name):
         y = x @ params[name].astype(x.dtype)
@@ -99,53 +115,55 @@ def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swi
 
 
 def drop_hidden(hidden: Float[Array, "*N F"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*N F"]:
-    """Dropout with the survivors scaled up; nothing for a key of None."""
+    """Apply inverted dropout to hidden activations (expert dropout); the identity for a key of None."""
     if key is None or rate == 0:
         return hidden
-    kept = jax.random.bernoulli(key, 1 - rate, hidden.shape)
-    return jnp.where(kept, hidden / (1 - rate), 0).astype(hidden.dtype)
+    mask = jax.random.bernoulli(key, 1 - rate, hidden.shape)
+    return jnp.where(mask, hidden / (1 - rate), 0).astype(hidden.dtype)
 
 
-def apply(
+def expert_ffn(
     params: Params,
     rows_RD: Float[Array, "R D"],
     sizes_E: Int[Array, " E"],
     activation: Activation = "swiglu",
     *,
-    implementation: Literal["auto", "kernels", "gpu", "tpu", "tiles", "batched", "oracle"] = "auto",
+    dispatch: Dispatch = "dropless",
+    backend: str = "auto",
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "R D"]:
-    """Every row through its own expert.
+    """Apply each expert's feed-forward network to its rows.
 
     Args:
-      params: stacked parameters, see the module's docstring; any float dtype, products are taken in that of the rows.
+      params: stacked parameters, see the module's docstring; any float dtype, multiplied in that of the rows.
       rows_RD: rows sorted by expert.
       sizes_E: rows of every expert; rows past their sum become zeros.
       activation: see `activate`.
-      implementation: "auto", "kernels", "gpu", "tpu" or "tiles": see `MixtureConfig`; "batched" is one product for all
-        experts and needs R / E rows for each of them; "oracle" runs every expert on every row.
+      dispatch: how the rows came about: "dropless", groups of any size; "capacity", R / E rows for every expert, which
+        are multiplied as one batch; "dense" runs every expert on every row, a reference for tiny shapes.
+      backend: the kernels of "dropless", see `moe.kernels.implementations.choose`.
       dropout: rate of expert dropout.
       key: for dropout; None switches it off.
 
     Raises:
-      ValueError: "batched" and rows that do not divide by the experts.
+      ValueError: "capacity" and rows that do not divide by the experts.
     """
-    if implementation == "batched" and rows_RD.shape[0] % sizes_E.shape[0]:
-        raise ValueError(f"batched experts: {rows_RD.shape[0]} rows do not divide among {sizes_E.shape[0]} experts")
+    if dispatch == "capacity" and rows_RD.shape[0] % sizes_E.shape[0]:
+        raise ValueError(f"dispatch='capacity': {rows_RD.shape[0]} rows do not divide among {sizes_E.shape[0]} experts")
     r = rows_RD.shape[0]
     row_R = jnp.arange(r)
     expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), row_R, side="right")  # E past the sum
 
     def product(x_RD, name):
         w = params[name].astype(x_RD.dtype)
-        if implementation == "batched":
+        if dispatch == "capacity":
             y = jnp.einsum("ecd,edf->ecf", x_RD.reshape(w.shape[0], -1, w.shape[1]), w).reshape(r, -1)
-        elif implementation == "oracle":
+        elif dispatch == "dense":
             hot_RE = (expert_R[:, None] == jnp.arange(w.shape[0])[None]).astype(x_RD.dtype)
             y = jnp.einsum("rd,edf,re->rf", x_RD, w, hot_RE)
         else:
-            y = grouped_matmul(x_RD, w, sizes_E, implementation=kernel(implementation))
+            y = grouped_matmul(x_RD, w, sizes_E, backend=backend)
         if f"{name}_bias" in params:
             y += jnp.take(params[f"{name}_bias"].astype(y.dtype), expert_R, axis=0, mode="fill", fill_value=0)
         return y
@@ -155,40 +173,26 @@ def apply(
     return product(drop_hidden(hidden_RF, dropout, key), "down")
 
 
-def swiglu(params: Params, rows_RD: Float[Array, "R D"], sizes_E: Int[Array, " E"]) -> Float[Array, "R D"]:
-    """`apply` with SwiGLU, short enough for an example."""
-    return apply(params, rows_RD, sizes_E)
-
-
-def kernel(implementation: str) -> str:
-    """Name of the grouped matmul behind a mixture's implementation; says so, once, where there are no kernels."""
-    if implementation == "kernels" and jax.default_backend() == "gpu" and hopper():
-        return choose("gpu")
-    found = choose({"tiles": "cpu", "kernels": "auto"}.get(implementation, implementation))
-    if implementation == "kernels" and found == "cpu":
-        logging.log_first_n(
-            logging.WARNING, "no expert kernels for the backend %s: a loop over tiles runs", 1, jax.default_backend()
-        )
-    return found
-
-
 def fused(
     params: Params,
     x_ND: Float[Array, "N D"],
     routing: Routing,
     *,
-    implementation: str = "auto",
+    backend: str = "auto",
     dropout: float = 0.0,
     deterministic: bool = True,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
-    """Dropless SwiGLU experts without biases in two calls: gather with SwiGLU, then the weighted sum; one on CPUs."""
-    plan, found = dispatch.plan(routing), kernel(implementation)
+    """Apply dropless SwiGLU experts by two fused products: gather and SwiGLU, then the combine; one loop for "xla".
+
+    Arguments as in `mixture`; parameters without biases.
+    """
+    plan, backend = dispatch.plan(routing), choose(backend)
     gate, up, down = (params[name].astype(x_ND.dtype) for name in ("gate", "up", "down"))
     weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
-    if found == "cpu" and (key is None or not dropout) and x_ND.size and gate.size:
-        return cpu_mixture.mixture(x_ND, gate, up, down, plan.sizes_E, plan.tokens_R, weights_R)
-    multiply = partial(grouped_matmul, implementation=found, deterministic=deterministic)
+    if backend == "xla" and (key is None or not dropout) and x_ND.size and gate.size:
+        return xla_mixture.mixture(x_ND, gate, up, down, plan.sizes_E, plan.tokens_R, weights_R)
+    multiply = partial(grouped_matmul, backend=backend, deterministic=deterministic)
     hidden_RF = multiply(x_ND, (gate, up), plan.sizes_E, gather=plan.tokens_R, epilogue=SwiGLU())
     hidden_RF = drop_hidden(hidden_RF, dropout, key)
     return multiply(hidden_RF, down, plan.sizes_E, epilogue=Combine(plan.tokens_R, weights_R, x_ND.shape[0]))
@@ -202,49 +206,50 @@ def mixture(
     *,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "N D"], Bool[Array, "N K"] | None]:
-    """Tokens through their experts and back.
+    """Compute a mixture of experts: dispatch tokens, run their experts, combine (Shazeer et al. 2017, eq. 1).
 
     Args:
       params: stacked parameters, see the module's docstring.
       x_ND: tokens of any float dtype, which is that of the products.
       routing: of these tokens, from any router.
-      config: how.
+      config: activation, dispatch and backend.
       key: for expert dropout; None switches it off.
 
     Returns:
-      The weighted sums of the experts' outputs, and which choices found a place (None: all, nothing is ever dropped).
+      The weighted sums of the experts' outputs, and for dispatch "capacity" True for every choice that was not dropped
+      (None for other dispatches).
     """
-    run = partial(apply, params, activation=config.activation, dropout=config.dropout, key=key)
+    run = partial(expert_ffn, params, activation=config.activation, dropout=config.dropout, key=key)
     if routing.slots is not None:
-        return dispatch.soft(x_ND, routing, partial(run, implementation="batched")), None
-    if config.implementation == "capacity":
+        return dispatch.soft(x_ND, routing, partial(run, dispatch="capacity")), None
+    if config.dispatch == "capacity":
         tokens = x_ND.shape[0] // config.groups
         return dispatch.capacity(
             x_ND,
             routing,
-            partial(run, implementation="batched"),
+            partial(run, dispatch="capacity"),
             dispatch.capacity_of(tokens, routing, config.capacity_factor),
             groups=config.groups,
             drop=config.drop,
-            implementation=config.movement,
+            movement=config.movement,
         )
-    if config.implementation == "oracle":
+    if config.dispatch == "dense":
         if config.dropout and key is not None:
-            raise ValueError("the oracle has no expert dropout: choose another implementation")
+            raise ValueError("dispatch='dense' has no expert dropout: choose 'dropless' or 'capacity'")
         one = partial(_expert, params, activation=config.activation)
-        return dispatch.oracle(x_ND, routing, one), None
+        return dispatch.dense(x_ND, routing, one), None
     plain = config.activation == "swiglu" and not any(name.endswith("_bias") for name in params)
     if plain:
-        how = {name: getattr(config, name) for name in ("implementation", "dropout", "deterministic")}
+        how = {name: getattr(config, name) for name in ("backend", "dropout", "deterministic")}
         return fused(params, x_ND, routing, **how, key=key), None
-    return dispatch.dropless(x_ND, routing, partial(run, implementation=config.implementation)), None
+    return dispatch.dropless(x_ND, routing, partial(run, backend=config.backend)), None
 
 
 def _expert(params: Params, x_ND: Array, e: int, activation: Activation) -> Array:
     return dense({name: leaf[e] for name, leaf in params.items()}, x_ND, activation)
 
 
-def initialise(
+def initialize(
     width: int,
     ff: int,
     experts: int,
@@ -253,7 +258,7 @@ def initialise(
     biases: bool = False,
     key: Key[Array, ""],
 ) -> dict[str, Array]:
-    """Random float32 parameters, variance 1 / fan-in, zero biases; `experts=0` makes a dense layer's."""
+    """Draw float32 expert parameters with variance 1 / fan-in and zero biases; `experts=0` makes a dense layer's."""
     names = ("gate", "up", "down") if activation == "swiglu" else ("up", "down")
     stack = (experts,) if experts else ()
     params = {}

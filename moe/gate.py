@@ -1,11 +1,21 @@
-"""From a frozen config to a router: which parameters it has, and tokens -> `Routing`.
+"""Gating network: a router chosen by config, the shapes of its parameters, and activations -> `Routing`.
 
 Axes: N tokens, D width, E experts, P slots per expert, A groups of experts. Parameters are a dict of float32 arrays by
 the names of `parameter_shapes`.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import gate
+  >>> config = gate.RouterConfig("top_k", experts=4, k=2)
+  >>> params = {name: jnp.ones(shape) for name, shape in gate.parameter_shapes(config, 8).items()}
+  >>> gate.gate(params, jnp.ones((3, 8)), config).experts_NK.shape
+  (3, 2)
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +27,7 @@ from moe.routing import Routing, check_k
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which router, and its settings; those that a router has no use for are ignored.
+    """Router and its options; options of other routers are ignored.
 
     Attributes:
       name: a key of `ROUTERS`.
@@ -31,6 +41,11 @@ class RouterConfig:
       capacity_factor: for "expert_choice": tokens per expert over N / E, the mean number of experts a token gets.
       slots: for "soft": P.
       seed: for "hash".
+
+    Example:
+      >>> import moe
+      >>> moe.RouterConfig("expert_choice", experts=4).causal
+      False
     """
 
     name: str = "top_k"
@@ -65,108 +80,153 @@ class RouterConfig:
     @property
     def causal(self) -> bool:
         """False if the router looks ahead even when tokens are decoded."""
-        return self.name not in ("expert_choice", "soft")
+        return ROUTERS[self.name].causal
 
 
-Gate = Callable[..., Routing]
-"""(params, x_ND float32, mask_N, config, key, train, tokens_N) -> Routing."""
+class Context(NamedTuple):
+    """Inputs of a router besides its parameters, the activations and its config.
+
+    Fields:
+      mask_N: False for padding, or None.
+      key: for noise; None switches it off.
+      train: whether this is training.
+      tokens_N: token ids, or None.
+    """
+
+    mask_N: Bool[Array, " N"] | None = None
+    key: Key[Array, ""] | None = None
+    train: bool = False
+    tokens_N: Int[Array, " N"] | None = None
+
+
+def _kernel_shapes(c: RouterConfig, width: int) -> dict[str, tuple[int, ...]]:
+    return {"kernel": (width, c.experts)}
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """One router of the table `ROUTERS`.
+
+    Attributes:
+      route: (params, x_ND float32, config, context) -> Routing.
+      shapes: (config, width) -> shape of each parameter by name.
+      causal: False if it looks ahead even when tokens are decoded.
+    """
+
+    route: Callable[[Mapping[str, Array], Array, RouterConfig, Context], Routing]
+    shapes: Callable[[RouterConfig, int], dict[str, tuple[int, ...]]] = _kernel_shapes
+    causal: bool = True
 
 
 def _logits(params, x_ND, name="kernel"):
     return jnp.einsum("nd,de->ne", x_ND, params[name].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def _switch(params, x_ND, mask_N, c, key, train, tokens_N):
-    return route.switch(_logits(params, route.jitter(x_ND, c.jitter, key=key)), mask_N)
+def _top_k(params, x_ND, c, ctx):
+    return route.top_k(_logits(params, x_ND), c.k, ctx.mask_N, softmax=c.softmax, scale=c.scale)
 
 
-def _noisy(params, x_ND, mask_N, c, key, train, tokens_N):
-    return route.noisy_top_k(_logits(params, x_ND), _logits(params, x_ND, "noise"), c.k, mask_N, key=key)
+def _switch(params, x_ND, c, ctx):
+    return route.switch(_logits(params, route.jitter(x_ND, c.jitter, key=ctx.key)), ctx.mask_N)
 
 
-def _hierarchical(params, x_ND, mask_N, c, key, train, tokens_N):
+def _gshard(params, x_ND, c, ctx):
+    return route.gshard(_logits(params, x_ND), ctx.mask_N, key=ctx.key)
+
+
+def _noisy(params, x_ND, c, ctx):
+    return route.noisy_top_k(_logits(params, x_ND), _logits(params, x_ND, "noise"), c.k, ctx.mask_N, key=ctx.key)
+
+
+def _hierarchical(params, x_ND, c, ctx):
     inner = (x_ND.shape[0], c.groups, c.experts // c.groups)
     return route.hierarchical(
         _logits(params, x_ND),
         _logits(params, x_ND, "inner").reshape(inner),
         c.top_groups,
         c.k,
-        mask_N,
+        ctx.mask_N,
         noise_NA=_logits(params, x_ND, "noise"),
         noise_NAB=_logits(params, x_ND, "inner_noise").reshape(inner),
-        key=key,
+        key=ctx.key,
     )
 
 
-def _scored(score, group_score):
-    def gate(params, x_ND, mask_N, c, key, train, tokens_N):
-        return route.sigmoid_top_k(
-            _logits(params, x_ND),
-            c.k,
-            mask_N,
-            bias_E=params.get("bias"),
-            groups=c.groups,
-            top_groups=c.top_groups,
-            group_score=group_score,
-            normalize=score == "sigmoid",
-            scale=c.scale,
-            score=score,
-        )
-
-    return gate
+def _hierarchical_shapes(c, width):
+    groups, experts = (width, c.groups), (width, c.experts)
+    return {"kernel": groups, "noise": groups, "inner": experts, "inner_noise": experts}
 
 
-def _expert_choice(params, x_ND, mask_N, c, key, train, tokens_N):
+def _scored(params, x_ND, c, ctx, *, score, group_score):
+    return route.sigmoid_top_k(
+        _logits(params, x_ND),
+        c.k,
+        ctx.mask_N,
+        bias_E=params.get("bias"),
+        groups=c.groups,
+        top_groups=c.top_groups,
+        group_score=group_score,
+        normalize=score == "sigmoid",
+        scale=c.scale,
+        score=score,
+    )
+
+
+def _expert_choice(params, x_ND, c, ctx):
     n = x_ND.shape[0]
-    return route.expert_choice(_logits(params, x_ND), min(n, max(1, int(c.capacity_factor * n / c.experts))), mask_N)
+    capacity = min(n, max(1, int(c.capacity_factor * n / c.experts)))
+    return route.expert_choice(_logits(params, x_ND), capacity, ctx.mask_N)
 
 
-def _soft(params, x_ND, mask_N, c, key, train, tokens_N):
-    # Tokens and slot parameters are normalised (section 2.3), so that large widths do not saturate the softmax.
+def _soft(params, x_ND, c, ctx):
+    # Tokens and slot parameters are normalized (section 2.3), so that large widths do not saturate the softmax.
     unit = x_ND / jnp.maximum(jnp.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-6)
     kernel_DS = params["kernel"].astype(jnp.float32)
     kernel_DS = kernel_DS / jnp.maximum(jnp.linalg.norm(kernel_DS, axis=0, keepdims=True), 1e-6)
     logits_NS = unit @ (params["scale"].reshape(1, 1) * kernel_DS)
-    return route.soft(logits_NS.reshape(-1, c.experts, c.slots), mask_N)
+    return route.soft(logits_NS.reshape(-1, c.experts, c.slots), ctx.mask_N)
 
 
-def _hash(params, x_ND, mask_N, c, key, train, tokens_N):
-    if tokens_N is None:
-        raise ValueError("the hash router routes token ids: pass tokens=")
-    return route.hash_tokens(tokens_N, c.experts, c.k, mask_N, seed=c.seed)
+def _base(params, x_ND, c, ctx):
+    return route.base(_logits(params, x_ND), ctx.mask_N, train=ctx.train)
 
 
-ROUTERS: dict[str, Gate] = {
-    "top_k": lambda p, x, m, c, key, train, t: route.top_k(_logits(p, x), c.k, m, softmax=c.softmax, scale=c.scale),
-    "switch": _switch,
-    "gshard": lambda p, x, m, c, key, train, t: route.gshard(_logits(p, x), m, key=key),
-    "noisy": _noisy,
-    "hierarchical": _hierarchical,
-    "sigmoid": _scored("sigmoid", "top2"),
-    "softmax_groups": _scored("softmax", "max"),
-    "expert_choice": _expert_choice,
-    "soft": _soft,
-    "base": lambda p, x, m, c, key, train, t: route.base(_logits(p, x), m, train=train),
-    "hash": _hash,
-    "uniform": lambda p, x, m, c, key, train, t: route.uniform(_logits(p, x), c.k, m),
+def _hash(params, x_ND, c, ctx):
+    if ctx.tokens_N is None:
+        raise ValueError("the hash router routes token ids: pass tokens_N= to moe.gate.gate, or tokens_BT to MoE")
+    return route.hash_tokens(ctx.tokens_N, c.experts, c.k, ctx.mask_N, seed=c.seed)
+
+
+def _uniform(params, x_ND, c, ctx):
+    return route.uniform(_logits(params, x_ND), c.k, ctx.mask_N)
+
+
+ROUTERS: dict[str, RouterSpec] = {
+    "top_k": RouterSpec(_top_k),
+    "switch": RouterSpec(_switch),
+    "gshard": RouterSpec(_gshard),
+    "noisy": RouterSpec(_noisy, lambda c, d: {"kernel": (d, c.experts), "noise": (d, c.experts)}),
+    "hierarchical": RouterSpec(_hierarchical, _hierarchical_shapes),
+    "sigmoid": RouterSpec(
+        partial(_scored, score="sigmoid", group_score="top2"),
+        lambda c, d: {"kernel": (d, c.experts), "bias": (c.experts,)},
+    ),
+    "softmax_groups": RouterSpec(partial(_scored, score="softmax", group_score="max")),
+    "expert_choice": RouterSpec(_expert_choice, causal=False),
+    "soft": RouterSpec(_soft, lambda c, d: {"kernel": (d, c.experts * c.slots), "scale": (1,)}, causal=False),
+    "base": RouterSpec(_base),
+    "hash": RouterSpec(_hash, lambda c, d: {}),
+    "uniform": RouterSpec(_uniform),
 }
 
 
 def parameter_shapes(config: RouterConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a router's parameters: "kernel" and what else it has.
+    """Return the shapes of a router's parameters by name: "kernel", and others where it has them.
 
     Kernels start random, "noise" kernels and "bias" at zero, "scale" at one. "bias" gets no gradient: it is moved by
     `route.update_bias` after the optimizer.
     """
-    e, d = config.experts, width
-    if config.name == "hash":
-        return {}
-    if config.name == "hierarchical":
-        return {"kernel": (d, config.groups), "noise": (d, config.groups), "inner": (d, e), "inner_noise": (d, e)}
-    if config.name == "soft":
-        return {"kernel": (d, e * config.slots), "scale": (1,)}
-    more: dict[str, dict[str, tuple[int, ...]]] = {"noisy": {"noise": (d, e)}, "sigmoid": {"bias": (e,)}}
-    return {"kernel": (d, e)} | more.get(config.name, {})
+    return ROUTERS[config.name].shapes(config, width)
 
 
 def gate(
@@ -179,18 +239,19 @@ def gate(
     train: bool = False,
     tokens_N: Int[Array, " N"] | None = None,
 ) -> Routing:
-    """Route tokens by their activations.
+    """Route tokens by their activations (gating network: Shazeer et al. 2017, section 2.1).
 
     Args:
       params: arrays by the names of `parameter_shapes`.
-      x_ND: what the router reads, any float dtype; all that follows is float32.
-      config: which router.
+      x_ND: activations of any float dtype; the router's arithmetic is float32.
+      config: router and its options.
       mask_N: False for padding.
       key: for noise; None switches it off.
-      train: True balances the BASE router's assignment; no other router asks.
+      train: True balances the BASE router's assignment; other routers ignore it.
       tokens_N: token ids, for the hash router.
 
     Raises:
       ValueError: the hash router without token ids.
     """
-    return ROUTERS[config.name](params, x_ND.astype(jnp.float32), mask_N, config, key, train, tokens_N)
+    context = Context(mask_N, key, train, tokens_N)
+    return ROUTERS[config.name].route(params, x_ND.astype(jnp.float32), config, context)

@@ -1,13 +1,21 @@
-"""The Linen layer of routed experts: it declares parameters and calls `moe.gate`, `moe.experts` and `moe.losses`.
+"""Mixture-of-experts layer in Flax Linen: parameters, router, experts, shared experts and auxiliary losses.
 
     router/{kernel [D, E], ...}    experts/{gate [E, D, F], up [E, D, F], down [E, F, D]}/kernel (and /bias)
     shared/{gate [D, S F], up [D, S F], down [S F, D]}/kernel
 
 Axes: B batch, T tokens of a sequence, N = B T, D width, F feed-forward width of one expert, E experts, S shared
   experts.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from moe import layer
+  >>> model = layer.MoE(layer.MoEConfig(shared=1), width=8, ff=16)
+  >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2, 8)))["params"]
+  >>> sorted(shapes), shapes["experts"]["up"]["kernel"].shape
+  (['experts', 'router', 'shared'], (8, 8, 16))
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import flax.linen as nn
@@ -16,14 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
-from moe.experts import Activation, MixtureConfig, dense, mixture
+from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture
 from moe.gate import RouterConfig, gate, parameter_shapes
+from moe.parallel import Exchange, all_to_all
 from moe.routing import Routing, require_causal
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A layer of routed experts.
+    """Options of a mixture-of-experts layer.
 
     Attributes:
       every: every n-th layer of a model is routed, the last of each n.
@@ -34,11 +43,17 @@ class MoEConfig:
       biases: experts have biases.
       router: which experts a token goes to.
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
-        token decoded alone comes out as in the whole text.
-      balance: coefficient of the load-balance loss; `balance_scope` is "batch" (all its tokens) or "sequence".
+        token decoded alone comes out as in its full sequence.
+      balance: coefficient of the load-balance loss.
+      balance_scope: tokens over which it is taken: "batch" (all of them) or "sequence".
       importance, load, z: coefficients of the importance, load and z losses.
       bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
       router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).
+
+    Example:
+      >>> import moe
+      >>> moe.MoEConfig(granularity=2, router=moe.RouterConfig("sigmoid", experts=16, k=4)).width_of(64)
+      32
     """
 
     every: int = 1
@@ -70,7 +85,7 @@ class MoEConfig:
             raise ValueError(f"bias_rate={self.bias_rate} moves the sigmoid router's bias, not {self.router.name}'s")
 
     def width_of(self, dense_ff: int) -> int:
-        """F beside a dense layer of this width.
+        """Compute F from the width of the dense layer that the experts replace.
 
         Raises:
           ValueError: the granularity does not divide the dense width.
@@ -80,23 +95,58 @@ class MoEConfig:
         return self.ff or dense_ff // self.granularity
 
 
-def auxiliary(routing: Routing, config: MoEConfig, sequences: int) -> Float32[Array, ""]:
-    """The layer's weighted sum of auxiliary losses; `sequences` of equal length make up the tokens."""
+@dataclass(frozen=True)
+class ExpertAxes:
+    """Mesh axes that split the layer, for code inside `jax.shard_map`; the default is one device.
+
+    Attributes:
+      experts: axis of expert parallelism: every device has E / size consecutive experts and exchanges tokens with the
+        others (`moe.parallel.all_to_all`).
+      width: axis of tensor parallelism, which splits F: outputs are partial sums over it.
+      tokens: axes that split the tokens; auxiliary losses are those of the tokens of all devices.
+      exchange: see `moe.parallel.all_to_all`.
+    """
+
+    experts: str | None = None
+    width: str | None = None
+    tokens: tuple[str, ...] = ()
+    exchange: Exchange = "auto"
+
+
+ONE_DEVICE = ExpertAxes()
+
+
+def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertAxes = ONE_DEVICE) -> Float32[Array, ""]:
+    """Sum the layer's auxiliary losses times their coefficients, over the tokens of all devices and equal on each.
+
+    Args:
+      routing: of this device's tokens.
+      config: coefficients. Importance and load are sums over one device's tokens and do not know `axes`.
+      sequences: rows of equal length that make up the tokens.
+      axes: mesh axes inside `jax.shard_map`.
+    """
+
+    def mean(value: Float32[Array, ""]) -> Float32[Array, ""]:
+        return jax.lax.pmean(value, axes.tokens) if axes.tokens else value
+
     total = jnp.float32(0)
-    if config.balance:
-        groups = sequences if config.balance_scope == "sequence" else 1
-        total += config.balance * losses.load_balance(routing, groups)
+    if config.balance and config.balance_scope == "batch":
+        total += config.balance * losses.load_balance(routing, axis_name=axes.tokens or None)
+    elif config.balance:
+        total += config.balance * mean(losses.load_balance(routing, sequences))
     if config.importance:
         total += config.importance * losses.importance_loss(routing)
     if config.load:
         total += config.load * losses.load_loss(routing)
     if config.z:
-        total += config.z * losses.z_loss(routing)
-    return total
+        total += config.z * mean(losses.z_loss(routing))
+    # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
+    varying = axes.width is not None and axes.width in jax.typeof(total).mat.varying
+    return jax.lax.pmean(total, axes.width) if varying else total
 
 
 class Kernels(nn.Module):
-    """Kernels [*stack, D, F] or [*stack, F, D] of one feed-forward layer, by name, and biases if asked for."""
+    """Parameters of a (stacked) feed-forward layer: kernels [*stack, D, F] and [*stack, F, D], and biases."""
 
     width: int
     ff: int
@@ -108,7 +158,7 @@ class Kernels(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        """The parameters as `moe.experts` wants them."""
+        """Return the parameters by the names that `moe.experts` takes."""
         names = ("gate", "up", "down") if self.activation == "swiglu" else ("up", "down")
         params: dict[str, Array] = {}
         for name in names:
@@ -119,7 +169,7 @@ class Kernels(nn.Module):
 
 
 class Kernel(nn.Module):
-    """One stack of kernels, initial variance scale^2 / inputs, and its bias, zeros."""
+    """One stack of kernels with initial variance scale^2 / fan-in, and a zero bias."""
 
     shape: tuple[int, ...]
     batch_axes: int
@@ -128,7 +178,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, name: str) -> dict[str, Array]:
-        """{name: kernel} and, with biases, {name_bias: bias}."""
+        """Return {name: kernel} and, with biases, {name_bias: bias}."""
         init = nn.initializers.variance_scaling(
             self.scale**2, "fan_in", "truncated_normal", batch_axis=tuple(range(self.batch_axes))
         )
@@ -140,7 +190,7 @@ class Kernel(nn.Module):
 
 
 class Router(nn.Module):
-    """The parameters of a router by the names of `gate.parameter_shapes`."""
+    """Parameters of a router by the names of `gate.parameter_shapes`."""
 
     config: RouterConfig
     width: int
@@ -148,7 +198,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        """The parameters."""
+        """Return the parameters by name."""
         start = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
         inits = {"kernel": start, "inner": start, "scale": nn.initializers.ones}
         shapes = parameter_shapes(self.config, self.width)
@@ -159,12 +209,31 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts in place of a feed-forward layer.
+    """Mixture-of-experts layer in place of a feed-forward layer (Shazeer et al. 2017).
 
     An rng "router" means training: noise, capacity and expert dropout are on. Sown into "intermediates": "aux_loss",
-    the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives; into
-    "routings": the whole `Routing`. With `causal`, a router that looks ahead is refused outside training, where tokens
-    are decoded.
+    the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives of
+    this device's tokens; into "routings": the `Routing`. With `causal`, a router that looks ahead is refused
+    outside training, where tokens are decoded. With `axes` the parameters are one device's part: E / size experts and
+    F / size channels.
+
+    Attributes:
+      config: options of the layer.
+      width: D.
+      ff: F.
+      scale, output_scale: factors on the initial standard deviation of all kernels, and of the down kernels.
+      causal: the layer belongs to an autoregressive decoder.
+      axes: mesh axes that split it, inside `jax.shard_map`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import moe
+      >>> model, x_BTD = moe.MoE(moe.MoEConfig(), width=8, ff=16), jnp.ones((1, 2, 8))
+      >>> params = jax.jit(model.init)(jax.random.key(0), x_BTD)
+      >>> forward = jax.jit(lambda params, x_BTD: model.apply(params, x_BTD, mutable=["intermediates"]))
+      >>> y_BTD, sown = forward(params, x_BTD)
+      >>> y_BTD.shape, sown["intermediates"]["aux_loss"][0].shape
+      ((1, 2, 8), ())
     """
 
     config: MoEConfig
@@ -173,6 +242,7 @@ class MoE(nn.Module):
     scale: float = 1.0
     output_scale: float = 1.0
     causal: bool = False
+    axes: ExpertAxes = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -181,7 +251,7 @@ class MoE(nn.Module):
         mask_BT: Bool[Array, "B T"] | None = None,
         tokens_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Transform every token by its experts.
+        """Apply the experts of every token, and the shared ones.
 
         Args:
           x_BTD: activations of any float dtype, which is that of the experts' products.
@@ -199,8 +269,10 @@ class MoE(nn.Module):
             scale=self.scale,
             output_scale=self.output_scale,
         )
+        ep, tp = self.axes.experts, self.axes.width
+        ff = self.ff // (jax.lax.axis_size(tp) if tp else 1)
         router = Router(c.router, self.width, c.router_scale, name="router")()
-        params = kernels(ff=self.ff, stack=(c.router.experts,), name="experts")()
+        params = kernels(ff=ff, stack=(c.router.experts // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
 
         x_ND = x_BTD.reshape(b * t, d)
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
@@ -211,19 +283,22 @@ class MoE(nn.Module):
             require_causal(routing)
         config = c.mixture if train else serving(c.mixture)
         with jax.named_scope("experts"):
-            y_ND, kept_NK = mixture(params, x_ND, routing, config, key=keys[1])
+            if ep is None:
+                y_ND, placed_NK = mixture(params, x_ND, routing, config, key=keys[1])
+            else:
+                run = partial(expert_ffn, params, activation=config.activation, backend=config.backend)
+                y_ND, placed_NK = all_to_all(x_ND, routing, run, ep, exchange=self.axes.exchange), None
         if c.shared:
             with jax.named_scope("shared"):
-                shared = kernels(ff=c.shared * self.ff, name="shared")()
+                shared = kernels(ff=c.shared * ff, name="shared")()
                 y_ND += dense(shared, x_ND, c.mixture.activation)
-        self.sow("intermediates", "aux_loss", auxiliary(routing, c, b))
-        self.sow("intermediates", "routing", metrics.summary(routing, kept_NK))
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes))
+            self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return y_ND.reshape(b, t, d)
 
 
 def serving(config: MixtureConfig) -> MixtureConfig:
-    """The same mixture without a capacity, so that no token depends on the others of its batch."""
-    if config.implementation != "capacity":
-        return config
-    return MixtureConfig(config.activation, "auto")
+    """Return the options without an expert capacity, so that no token depends on the others of its batch."""
+    return replace(config, dispatch="dropless") if config.dispatch == "capacity" else config

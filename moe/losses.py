@@ -1,6 +1,12 @@
-"""Auxiliary losses as functions of a `Routing`, whichever router made it; all float32 scalars without coefficients.
+"""Auxiliary losses of routers (load balancing, importance, load, z) as functions of a `Routing`; float32 scalars.
 
-Axes: N tokens, E experts, K choices, G groups of consecutive tokens (sequences, for instance). Padding counts nowhere.
+Axes: N tokens, E experts, K choices, G groups of consecutive tokens (sequences, for instance). Padding is not counted.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import losses, route
+  >>> float(losses.load_balance(route.uniform(jnp.zeros((8, 4)), k=2)))
+  1.0
 """
 
 from typing import Literal
@@ -20,18 +26,18 @@ def load_balance(
     choices: Literal["all", "first"] = "all",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float32[Array, ""]:
-    """E sum_i f_i P_i, one at perfect balance and E when all goes to one expert: Fedus et al. (2021), eq. 4-6.
+    """Compute the load-balancing loss E sum_i f_i P_i (Fedus et al. 2021, eq. 4-6): 1 balanced, E collapsed.
 
-    f_i is the share of choices that go to expert i (no gradient), P_i the mean probability of expert i. GShard's l_aux
+    f_i is the share of choices of expert i (no gradient), P_i the mean probability of expert i. GShard's l_aux
     (Lepikhin et al. 2020, algorithm 1) is this with `choices="first"`, divided by E^2; DeepSeek-V3's sequence-wise loss
     (eq. 17-20) is this with one group per sequence.
 
     Args:
       routing: any routing.
-      groups: the mean over so many groups of consecutive tokens; 1 is the whole batch. Groups of padding alone count 0.
+      groups: the mean over so many groups of consecutive tokens; 1 is the full batch. Groups of padding alone count 0.
       choices: "all" K choices, or the "first" alone.
-      axis_name: mapped axes over which f and P are averaged first, so that balance is asked of the global batch only
-        (Qiu et al. 2025); with `groups=1`.
+      axis_name: mapped axes over which f and P are averaged first, so that the global batch is balanced, not each
+        device's (Qiu et al. 2025); with `groups=1`.
 
     Raises:
       ValueError: the tokens do not divide into the groups, or both groups and axis_name are given.
@@ -56,12 +62,12 @@ def load_balance(
 
 
 def importance_loss(routing: Routing) -> Float32[Array, ""]:
-    """CV(importance)^2, importance being the sum of weights per expert: Shazeer et al. (2017), eq. 6-7."""
+    """Compute the importance loss, CV(sum of gate weights per expert)^2 (Shazeer et al. 2017, eq. 6-7)."""
     return squared_variation(importance(routing))
 
 
 def load_loss(routing: Routing) -> Float32[Array, ""]:
-    """CV(load)^2 of the smooth load: Shazeer et al. (2017), eq. 11 (appendix A).
+    """Compute the load loss, CV(load)^2 of the smooth load (Shazeer et al. 2017, appendix A, eq. 11).
 
     Raises:
       ValueError: the router gave no smooth load (only `noisy_top_k` and `hierarchical` do).
@@ -72,11 +78,11 @@ def load_loss(routing: Routing) -> Float32[Array, ""]:
 
 
 def z_loss(routing: Routing) -> Float32[Array, ""]:
-    """Mean over tokens of logsumexp(logits)^2: Zoph et al. (2022, ST-MoE), eq. 5."""
+    """Compute the router z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE: Zoph et al. 2022, eq. 5)."""
     return masked_mean(jnp.square(jax.nn.logsumexp(routing.logits_NE, axis=-1)), routing)
 
 
 def masked_mean(values_N: Float[Array, " N"], routing: Routing) -> Float32[Array, ""]:
-    """Mean over the tokens that are no padding; 0 without any."""
+    """Average over the tokens that are not padding; 0 without any."""
     weight_N = routing.mask_N.astype(jnp.float32)
     return (values_N.astype(jnp.float32) * weight_N).sum() / jnp.maximum(weight_N.sum(), 1.0)

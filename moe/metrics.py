@@ -1,16 +1,22 @@
-"""What a routing looks like: load, balance, certainty. Functions of a `Routing`; float32.
+"""Router metrics as functions of a `Routing`: load, balance, drop fraction, entropy; float32.
 
-Axes: N tokens, E experts, K choices. Padding counts nowhere. See `moe.specialisation` for who goes where.
+Axes: N tokens, E experts, K choices. Padding is not counted. `moe.specialization` has metrics by class of token.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import metrics, route
+  >>> metrics.load(route.top_k(jnp.array([[0.0, 1.0], [0.0, 2.0]]), k=1)).tolist()
+  [0.0, 2.0]
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from moe.routing import Routing, taken
+from moe.routing import Routing, is_routed
 
 
 def counts(experts: Int[Array, "..."], num_experts: int) -> Float32[Array, " E"]:
-    """How often every expert occurs among ids of any shape; ids outside 0..E-1 count nowhere.
+    """Count the ids of every expert (histogram); ids of any shape, those outside 0..E-1 are ignored.
 
     A comparison and a sum: exact below 2^24 choices, and no scatter.
     """
@@ -18,50 +24,50 @@ def counts(experts: Int[Array, "..."], num_experts: int) -> Float32[Array, " E"]
     return hot.sum(axis=0).astype(jnp.float32)
 
 
-def load(routing: Routing, kept_NK: Bool[Array, "N K"] | None = None) -> Float32[Array, " E"]:
-    """Choices that go to every expert; of those only the `kept_NK` ones if given."""
+def load(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> Float32[Array, " E"]:
+    """Count the choices of every expert (expert load); only those in `placed_NK` if it is given."""
     e = routing.num_experts
-    experts_NK = routing.experts_NK if kept_NK is None else jnp.where(kept_NK, routing.experts_NK, e)
+    experts_NK = routing.experts_NK if placed_NK is None else jnp.where(placed_NK, routing.experts_NK, e)
     return counts(experts_NK, e)
 
 
 def importance(routing: Routing) -> Float32[Array, " E"]:
-    """Sum of the weights of every expert over the batch: Shazeer et al. (2017), eq. 6."""
+    """Sum the gate weights of every expert over the batch (importance: Shazeer et al. 2017, eq. 6)."""
     hot_NKE = routing.experts_NK[:, :, None] == jnp.arange(routing.num_experts)[None, None]
     return (routing.weights_NK[:, :, None] * hot_NKE).sum(axis=(0, 1))
 
 
 def squared_variation(values: Float[Array, " E"]) -> Float32[Array, ""]:
-    """Squared coefficient of variation, variance / mean^2; 0 for zeros."""
+    """Compute the squared coefficient of variation, variance / mean^2; 0 for zeros."""
     values = values.astype(jnp.float32)
     return values.var() / jnp.maximum(jnp.square(values.mean()), 1e-20)
 
 
-def drop_fraction(routing: Routing, kept_NK: Bool[Array, "N K"]) -> Float32[Array, ""]:
-    """Share of the choices that went to an expert and found no place there (0 when nothing is dropped)."""
-    there_NK = taken(routing)
-    return (there_NK & ~kept_NK).sum() / jnp.maximum(there_NK.sum(), 1).astype(jnp.float32)
+def drop_fraction(routing: Routing, placed_NK: Bool[Array, "N K"]) -> Float32[Array, ""]:
+    """Compute the share of routed choices that were dropped for lack of capacity."""
+    routed_NK = is_routed(routing)
+    return (routed_NK & ~placed_NK).sum() / jnp.maximum(routed_NK.sum(), 1).astype(jnp.float32)
 
 
 def max_violation(load_E: Float[Array, " E"]) -> Float32[Array, ""]:
-    """(largest load - mean load) / mean load: MaxVio of Wang et al. (2024), eq. 4. 0 is balance, E - 1 collapse."""
+    """Compute MaxVio, (largest load - mean load) / mean load (Wang et al. 2024, eq. 4): 0 balanced, E - 1 collapsed."""
     load_E = load_E.astype(jnp.float32)
     mean = load_E.mean()
     return (load_E.max() - mean) / jnp.maximum(mean, 1e-20)
 
 
 def entropy(probs: Float[Array, "*N E"]) -> Float32[Array, "*N"]:
-    """-sum p log p over the last axis, in nats; ln E is the largest."""
+    """Compute the Shannon entropy over the last axis, in nats; at most ln E."""
     probs = probs.astype(jnp.float32)
     return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
 
 
-def summary(routing: Routing, kept_NK: Bool[Array, "N K"] | None = None) -> dict[str, Array]:
-    """What a log wants of one layer.
+def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> dict[str, Array]:
+    """Compute the router metrics of one layer for a log.
 
     Args:
       routing: any routing.
-      kept_NK: choices that found a place, from a capacity plan; None where nothing is dropped.
+      placed_NK: choices within the capacity, from `dispatch.capacity`; None where nothing is dropped.
 
     Returns:
       load [E], shares of the choices, one in all; max_violation, entropy (mean over tokens, nats), load_entropy (nats),
@@ -77,5 +83,5 @@ def summary(routing: Routing, kept_NK: Bool[Array, "N K"] | None = None) -> dict
         "entropy": (entropy(routing.probs_NE) * weight_N).sum() / tokens,
         "load_entropy": entropy(share_E),
         "confidence": (routing.probs_NE.max(axis=-1) * weight_N).sum() / tokens,
-        "drop_fraction": jnp.float32(0) if kept_NK is None else drop_fraction(routing, kept_NK),
+        "drop_fraction": jnp.float32(0) if placed_NK is None else drop_fraction(routing, placed_NK),
     }

@@ -1,11 +1,25 @@
-"""Expert parallelism, for code that runs inside `jax.shard_map`: experts live on different devices, tokens travel.
+"""Expert parallelism inside `jax.shard_map`: all-to-all dispatch of tokens (GShard), or all-gather of tokens.
 
-Every device of the mesh axis `axis` holds E / P consecutive experts and some of the tokens, and calls one of these with
-its own tokens and their routing over all E experts. The result is that of one device, token for token; nothing is
-dropped. Tensor parallelism beside it is the expert function's business (`tensor_parallel`); other axes need nothing.
+Every device of the mesh axis `axis` has E / P consecutive experts and a part of the tokens, and calls `all_to_all` or
+`all_gather` with its tokens and their routing over all E experts. The result equals that of one device; no token is
+dropped. For tensor parallelism inside the experts wrap the expert function by `tensor_parallel`.
 
 Axes: N tokens of one device, D width, E experts, L = E / P local experts, P devices of the axis, K choices, R rows a
 device sends, M rows it receives.
+
+Example:
+  >>> import jax, jax.numpy as jnp, numpy as np
+  >>> from functools import partial
+  >>> from jax.sharding import Mesh, PartitionSpec as P
+  >>> from moe import experts, parallel, route
+  >>> params = experts.initialize(8, 16, 4, key=jax.random.key(0))
+  >>> mesh = Mesh(np.array(jax.devices()[:1]), ("ep",))
+  >>> @partial(jax.shard_map, mesh=mesh, in_specs=(P("ep"), P("ep")), out_specs=P("ep"))
+  ... def layer(params, x_ND):
+  ...     routing = route.top_k(x_ND[:, :4], k=2)
+  ...     return parallel.all_to_all(x_ND, routing, partial(experts.expert_ffn, params), "ep")
+  >>> jax.jit(layer)(params, jnp.ones((6, 8))).shape
+  (6, 8)
 """
 
 from typing import Literal
@@ -22,7 +36,7 @@ Exchange = Literal["auto", "padded", "ragged"]
 
 
 def tensor_parallel(experts: ExpertFn, axis: str) -> ExpertFn:
-    """Experts whose gate and up kernels are split along F and whose down kernel along its rows: sum the parts."""
+    """Sum the outputs of experts sharded along F (column-parallel gate and up, row-parallel down: Megatron-LM)."""
     return lambda rows_RD, sizes_E: jax.lax.psum(experts(rows_RD, sizes_E), axis)
 
 
@@ -34,15 +48,15 @@ def all_to_all(
     *,
     exchange: Exchange = "auto",
 ) -> Float[Array, "N F"]:
-    """Send every token to the devices of its experts, run them, send the rows back, combine.
+    """Dispatch tokens to the devices of their experts by all-to-all, and combine (GShard: Lepikhin et al. 2020).
 
     Args:
       x_ND: this device's tokens.
       routing: of these tokens, over all E experts.
       experts: this device's E / P experts: (rows sorted by expert, sizes [E / P]) -> rows.
       axis: the mesh axis.
-      exchange: "padded" sends blocks of N K rows, most of them empty, by `all_to_all`; "ragged" sends only what there
-        is by `ragged_all_to_all`; "auto" takes "ragged" on TPUs and GPUs and "padded" elsewhere (XLA has no ragged
+      exchange: "padded" sends blocks of N K rows, most of them empty, by `all_to_all`; "ragged" sends existing rows
+        only by `ragged_all_to_all`; "auto" is "ragged" on TPUs and GPUs and "padded" elsewhere (XLA has no ragged
         exchange for CPUs).
 
     Raises:
@@ -58,9 +72,9 @@ def all_to_all(
 
 
 def all_gather(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn, axis: str) -> Float[Array, "N F"]:
-    """Every device gets all tokens, runs its own experts on theirs, and the sums are scattered back.
+    """Gather all tokens on every device, run its experts on theirs, and reduce-scatter the outputs.
 
-    Less to send than `all_to_all` where K is near P or more (fine-grained experts), and no uneven messages.
+    Less traffic than `all_to_all` where K is near P or more (fine-grained experts), and no uneven messages.
 
     Args and errors are those of `all_to_all`.
     """
@@ -75,9 +89,9 @@ def all_gather(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn, a
 
 
 def _split(routing: Routing, axis: str) -> tuple[int, int]:
-    """Devices of the axis and experts on each."""
+    """Return the number of devices of the axis and of experts on each."""
     if routing.slots is not None:
-        raise ValueError("Soft MoE mixes all tokens of a device into every slot: it has no token to send")
+        raise ValueError("Soft MoE mixes all tokens of a device into every slot: there are no tokens to dispatch")
     devices = jax.lax.axis_size(axis)
     if routing.num_experts % devices:
         raise ValueError(f"{routing.num_experts} experts do not divide among the {devices} devices of axis {axis!r}")
@@ -85,7 +99,7 @@ def _split(routing: Routing, axis: str) -> tuple[int, int]:
 
 
 def _padded(rows_RD, by_expert: Plan, experts: ExpertFn, axis: str, devices: int, local: int):
-    """Rows through experts elsewhere, in blocks of R rows per device."""
+    """Run rows through remote experts, exchanged in blocks of R rows per device."""
     r, d = rows_RD.shape
     sizes_PL = by_expert.sizes_E.reshape(devices, local)
     starts_P = jnp.cumsum(sizes_PL.sum(1)) - sizes_PL.sum(1)
@@ -115,20 +129,20 @@ def _expert_of_row(sizes_PL: Int[Array, "P L"], rows: int) -> Int[Array, "P R"]:
 
 
 def _unpermute(y_MF: Float[Array, "M F"], mine: Plan) -> Float[Array, "M F"]:
-    """Rows back in the order in which they came."""
+    """Permute rows back into the order of their arrival."""
     ones_M1 = (mine.inverse_NK < mine.order_R.shape[0]).astype(jnp.float32)
     return combine(y_MF, ones_M1, mine)
 
 
 def _ragged(rows_RD, by_expert: Plan, experts: ExpertFn, axis: str, devices: int, local: int):
-    """Rows through experts elsewhere, sending only those there are."""
+    """Run rows through remote experts, exchanged without padding."""
     r, d = rows_RD.shape
     sizes_PL = by_expert.sizes_E.reshape(devices, local)
     me = jax.lax.axis_index(axis)
     table_PP = jax.lax.all_gather(sizes_PL.sum(1), axis)  # [sender, receiver]
     sent_P, received_P = table_PP[me], table_PP[:, me]
     sent_starts_P = jnp.cumsum(sent_P) - sent_P
-    # Where my rows begin at every receiver: after those of the senders before me; and theirs at mine.
+    # Offset of this device's rows at every receiver, behind those of lower senders, and of theirs here.
     there_P = (jnp.cumsum(table_PP, axis=0) - table_PP)[me]
     received_starts_P = jnp.cumsum(received_P) - received_P
     back_P = (jnp.cumsum(table_PP, axis=1) - table_PP)[:, me]
@@ -143,7 +157,7 @@ def _ragged(rows_RD, by_expert: Plan, experts: ExpertFn, axis: str, devices: int
 
 
 def exchange_rows(rows, buffer, starts_P, sizes_P, there_P, received_P, axis: str):
-    """`jax.lax.ragged_all_to_all`: sizes[p] rows from starts[p] go to device p, where they begin at there[p]."""
+    """Exchange rows by `jax.lax.ragged_all_to_all`: sizes[p] rows from starts[p] to offset there[p] of device p."""
     return jax.lax.ragged_all_to_all(rows, buffer, starts_P, sizes_P, there_P, received_P, axis_name=axis)
 
 

@@ -1,7 +1,16 @@
-"""The record every router returns, and the arithmetic routers share.
+"""`Routing`, the record that every router returns, and the arithmetic that routers share.
 
 Axes: N tokens, E experts, K choices a token makes, P slots an expert has in Soft MoE. All router arithmetic is float32
 whatever the dtype of the logits ("selective precision": Fedus et al. 2021, section 2.4).
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import routing
+  >>> logits_NE, mask_N = routing.prepare(jnp.zeros((2, 3)), None)
+  >>> experts_NK, weights_NK = jnp.array([[0], [2]]), jnp.ones((2, 1))
+  >>> found = routing.make_routing(experts_NK, weights_NK, logits_NE + 1 / 3, logits_NE, mask_N)
+  >>> found.num_experts, found.k, found.rows
+  (3, 1, 2)
 """
 
 from collections.abc import Callable
@@ -16,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 @dataclass(frozen=True)
 class Slots:
-    """Soft MoE's mixing matrices (Puigcerver et al. 2023, eq. 1 and 3).
+    """Dispatch and combine weights of Soft MoE (Puigcerver et al. 2023, eq. 1 and 3).
 
     Attributes:
       dispatch_NEP: share of token n in the input of slot (e, p); sums to one over tokens.
@@ -29,19 +38,27 @@ class Slots:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts a token goes to, with which weights, and what the router computed on the way; a pytree.
+    """Expert assignment of a batch of tokens: expert ids, gate weights, router probabilities and logits; a pytree.
 
     Attributes:
-      experts_NK: expert of every choice in 0..E-1, or E for a choice that goes nowhere (padding; a second expert not
-        taken). The choices of one token are distinct, best first.
-      weights_NK: factor of every expert's output; 0 for a choice that goes nowhere.
+      experts_NK: expert of every choice in 0..E-1, distinct for one token and best first; E for a choice that is not
+        routed (padding, or a second expert that was not drawn).
+      weights_NK: gate value, the factor of the expert's output; 0 for a choice that is not routed.
       probs_NE: the router's distribution over experts; rows sum to one.
       logits_NE: its logits, without noise and bias.
-      mask_N: False for padding tokens, which go nowhere and count in no loss or metric.
-      load_NE: Shazeer's smooth P(x, i), differentiable, whose sum over tokens estimates the load; None elsewhere.
-      slots: Soft MoE's mixing matrices; None elsewhere.
-      rows: static; the most choices that can go somewhere (N K, fewer with expert choice).
+      mask_N: False for padding tokens, which are not routed and count in no loss or metric.
+      load_NE: smooth load P(x, i), differentiable, whose sum over tokens estimates the load (Shazeer et al. 2017,
+        appendix A); None for other routers.
+      slots: dispatch and combine weights of Soft MoE; None for other routers.
+      rows: static; upper bound of the routed choices (N K, fewer with expert choice).
       causal: static; False if a token's routing depends on tokens after it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import moe
+      >>> routing = moe.route.top_k(jnp.zeros((5, 4)), k=2)
+      >>> isinstance(routing, moe.Routing), routing.num_experts, routing.k
+      (True, 4, 2)
     """
 
     experts_NK: Int32[Array, "N K"]
@@ -89,7 +106,7 @@ register(Routing, ("rows", "causal"))
 def prepare(
     logits_NE: Float[Array, "N E"], mask_N: Bool[Array, " N"] | None
 ) -> tuple[Float32[Array, "N E"], Bool[Array, " N"]]:
-    """float32 logits with zeros in padding rows (so that not even a NaN there reaches anything), and the mask."""
+    """Cast logits to float32 and zero the rows of padding, which may hold NaN; a mask of None becomes all True."""
     logits_NE = logits_NE.astype(jnp.float32)
     if mask_N is None:
         return logits_NE, jnp.ones(logits_NE.shape[0], bool)
@@ -97,7 +114,7 @@ def prepare(
 
 
 def check_k(k: int, experts: int) -> None:
-    """Refuse a number of choices that the experts cannot give.
+    """Check the number of choices per token.
 
     Raises:
       ValueError: k is not in 1..E.
@@ -107,7 +124,7 @@ def check_k(k: int, experts: int) -> None:
 
 
 def take(values_NE: Float[Array, "N E"], experts_NK: Int[Array, "N K"]) -> Float[Array, "N K"]:
-    """values[n, experts[n, k]]."""
+    """Gather values[n, experts[n, k]]."""
     return jnp.take_along_axis(values_NE, experts_NK, axis=-1)
 
 
@@ -117,15 +134,15 @@ def make_routing(
     probs_NE: Float[Array, "N E"],
     logits_NE: Float[Array, "N E"],
     mask_N: Bool[Array, " N"],
-    taken_NK: Bool[Array, "N K"] | None = None,
+    routed_NK: Bool[Array, "N K"] | None = None,
     **more: Any,
 ) -> Routing:
-    """The record, with choices of padding tokens and those not `taken` sent nowhere (expert E, weight 0)."""
+    """Build a `Routing`; choices of padding tokens and those outside `routed_NK` get expert E and weight 0."""
     n, k = experts_NK.shape
-    taken_NK = jnp.broadcast_to(mask_N[:, None], (n, k)) if taken_NK is None else taken_NK & mask_N[:, None]
+    routed_NK = jnp.broadcast_to(mask_N[:, None], (n, k)) if routed_NK is None else routed_NK & mask_N[:, None]
     return Routing(
-        jnp.where(taken_NK, experts_NK, probs_NE.shape[-1]).astype(jnp.int32),
-        jnp.where(taken_NK, weights_NK, 0.0).astype(jnp.float32),
+        jnp.where(routed_NK, experts_NK, probs_NE.shape[-1]).astype(jnp.int32),
+        jnp.where(routed_NK, weights_NK, 0.0).astype(jnp.float32),
         probs_NE,
         logits_NE,
         mask_N,
@@ -133,13 +150,13 @@ def make_routing(
     )
 
 
-def taken(routing: Routing) -> Bool[Array, "N K"]:
-    """True for every choice that goes to an expert."""
+def is_routed(routing: Routing) -> Bool[Array, "N K"]:
+    """Return True for every choice that has an expert."""
     return routing.experts_NK < routing.num_experts
 
 
 def require_causal(routing: Routing) -> None:
-    """Refuse, while tracing, a routing in which a token's experts depend on later tokens.
+    """Check, while tracing, that no token's experts depend on later tokens (autoregressive decoding).
 
     Raises:
       ValueError: the router looks ahead, so that tokens generated one by one would be routed otherwise.
@@ -157,7 +174,7 @@ def grouped(
     groups: int,
     mask_N: Bool[Array, " N"] | None = None,
 ) -> Routing:
-    """Route every group of N / groups consecutive tokens by itself (expert choice within a sequence, for instance).
+    """Route every group of N / groups consecutive tokens separately, for example expert choice within a sequence.
 
     Args:
       router: (logits, mask) -> routing.

@@ -1,8 +1,16 @@
-"""Dense checkpoints to experts and back: sparse upcycling, and merging experts into one layer.
+"""Sparse upcycling of dense layers to experts, and merging of experts into a dense layer (mean, SLERP, TIES, DARE).
 
 Works on the parameters of one feed-forward layer, or of a stack of layers (any leading axes): dense {gate, up,
 down}/kernel [*L, D, F], routed router/kernel [*L, D, E] and experts/{gate, up, down}/kernel [*L, E, D, F], the trees of
 `tessera.models.transformer` and `moe.layer`. Axes: L layers, D width, F feed-forward width, E experts.
+
+Example:
+  >>> import jax
+  >>> from moe import experts, upcycle
+  >>> dense = {name: {"kernel": leaf} for name, leaf in experts.initialize(8, 16, 0, key=jax.random.key(0)).items()}
+  >>> routed = upcycle.upcycle(dense, experts=4, key=jax.random.key(1))
+  >>> routed["experts"]["up"]["kernel"].shape, upcycle.merge(routed)["up"]["kernel"].shape
+  ((4, 8, 16), (8, 16))
 """
 
 from collections.abc import Mapping
@@ -23,11 +31,10 @@ def upcycle(
     router_scale: float = 0.02,
     noise: float = 0.0,
 ) -> dict[str, Any]:
-    """Every expert a copy of the dense layer: Komatsuzaki et al. (2023), section 3.
+    """Initialize experts as copies of a dense layer (sparse upcycling: Komatsuzaki et al. 2023, section 3).
 
     With weights that sum to one (`route.top_k` with its softmax after the selection, and no shared experts) the routed
-    layer computes what the dense one did, whatever the router says. `route.switch` and other unnormalised routers
-    shrink the output at first.
+    layer equals the dense one for any router. `route.switch` and other unnormalized routers shrink the output at first.
 
     Args:
       dense: {gate, up, down}/kernel, and biases if there are any.
@@ -35,7 +42,7 @@ def upcycle(
       key: for the router's kernel, normal with standard deviation router_scale (0.02 in section A.1.1), and the noise.
       router_scale: see `key`.
       noise: standard deviation of noise on the experts' kernels over that of the kernel, so that experts differ; 0
-        keeps the outputs.
+        leaves the outputs as they are.
 
     Raises:
       ValueError: `dense` is not such a layer, or experts below 1.
@@ -70,13 +77,13 @@ def merge(
     scale: float = 1.0,
     key: Key[Array, ""] | None = None,
 ) -> PyTree:
-    """One dense layer out of the experts.
+    """Merge experts into one dense layer (model merging).
 
-    "mean" is their weighted mean. "slerp" goes along the sphere (Shoemake 1985), expert after expert, for each kernel
-    as one vector. "ties" (Yadav et al. 2023) and "dare" (Yu et al. 2024) work on the differences from `base`, the
-    dense layer that was upcycled: TIES keeps the largest `density` of each difference, elects a sign per entry by the
-    summed values, and averages the entries of that sign; DARE keeps a random `density` of entries, scaled up by its
-    inverse, and adds their weighted mean. Both give base + scale * merged difference.
+    "mean" is their weighted mean. "slerp" interpolates on the sphere (Shoemake 1985), expert after expert, each kernel
+    as one vector. "ties" (Yadav et al. 2023) and "dare" (Yu et al. 2024) merge the differences from `base`, the dense
+    layer that was upcycled: TIES trims each difference to its largest `density` of entries, elects a sign per entry by
+    the summed values, and averages the entries of that sign; DARE drops all but a random `density` of entries, scales
+    the rest up by its inverse, and adds their weighted mean. Both give base + scale * merged difference.
 
     Args:
       routed: parameters with "experts"; router and shared experts are left out.
@@ -84,12 +91,12 @@ def merge(
       method: see above.
       weights: of the experts (their load, for instance), scaled to sum to one; equal if None. TIES averages without
         weights.
-      density: share of entries kept.
+      density: share of entries that remain.
       scale: factor on the merged difference.
       key: for "dare".
 
     Raises:
-      ValueError: an unknown method, a missing base or key, weights that are no weights, density outside (0, 1].
+      ValueError: an unknown method, a missing base or key, invalid weights, density outside (0, 1].
     """
     experts = routed["experts"]
     e = experts["up"]["kernel"].shape[-3]
@@ -124,8 +131,8 @@ def merge(
     return jax.tree_util.tree_map_with_path(one, {name: dict(leaf) for name, leaf in experts.items()})
 
 
-def slerp(stack: Float[Array, "E *S"], weights_E: Float[Array, " E"], ends: int = 2) -> Float[Array, "*S"]:
-    """Spherical interpolation of experts, one after the other, each towards the next by its share of the weight so far.
+def slerp(stack: Float[Array, " E *S"], weights_E: Float[Array, " E"], ends: int = 2) -> Float[Array, "*S"]:
+    """Interpolate experts spherically (SLERP: Shoemake 1985), each towards the next by its share of the weight so far.
 
     The direction moves along the great circle and the norm linearly. The last `ends` axes are one vector; nearly
     parallel or opposite vectors are interpolated linearly.
@@ -149,10 +156,10 @@ def slerp(stack: Float[Array, "E *S"], weights_E: Float[Array, " E"], ends: int 
     return merged
 
 
-def ties(deltas: Float[Array, "E *S"], density: float, ends: int = 2) -> Float[Array, "*S"]:
-    """Trim, elect sign, merge: Yadav et al. (2023), algorithm 1, without its scale.
+def ties(deltas: Float[Array, " E *S"], density: float, ends: int = 2) -> Float[Array, "*S"]:
+    """Trim, elect signs and merge (TIES: Yadav et al. 2023, algorithm 1, without its scale).
 
-    Each expert keeps the round(density n) largest of its n entries (the last `ends` axes); equal ones are all kept.
+    Each expert is trimmed to the round(density n) largest of its n entries (the last `ends` axes), and ties with these.
     """
     n = 1
     for size in deltas.shape[deltas.ndim - ends :]:
@@ -166,6 +173,6 @@ def ties(deltas: Float[Array, "E *S"], density: float, ends: int = 2) -> Float[A
     return jnp.where(agree, trimmed, 0).sum(0) / jnp.maximum(agree.sum(0), 1)
 
 
-def dare(deltas: Float[Array, "E *S"], density: float, *, key: Key[Array, ""]) -> Float[Array, "E *S"]:
-    """Drop entries at random and scale up the rest: Yu et al. (2024), eq. 4-5 with drop rate 1 - density."""
+def dare(deltas: Float[Array, " E *S"], density: float, *, key: Key[Array, ""]) -> Float[Array, " E *S"]:
+    """Drop entries at random and scale up the rest (DARE: Yu et al. 2024, eq. 4-5 with drop rate 1 - density)."""
     return jnp.where(jax.random.bernoulli(key, density, deltas.shape), deltas / density, 0)

@@ -1,4 +1,4 @@
-"""Which learning rate and batch size: the gradient noise scale, the trade of steps for examples, a surface over both.
+"""Learning rate and batch size: the gradient noise scale (critical batch size), and a quadratic surface over both.
 
 McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training"; the surface is quadratic in the
 logarithms of learning rate and batch, as sweeps of both have been found near their optimum (Bi et al. 2024, section 3).
@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import least_squares
 
 from scaling.isoflop import power_fit
 from scaling.sweeps.plan import Rule
 
 
 class CriticalBatch(NamedTuple):
-    """B_simple = tr(Sigma) / |G|^2 in examples, with the central interval of a bootstrap over the measurements."""
+    """The gradient noise scale B_simple = tr(Sigma) / |G|^2 in examples, with a bootstrap interval."""
 
     examples: float
     low: float
@@ -25,20 +24,32 @@ class CriticalBatch(NamedTuple):
 
 
 def critical_batch(
-    signal: Float[np.ndarray, "R"],
-    noise: Float[np.ndarray, "R"],
+    signal: Float[np.ndarray, " R"],
+    noise: Float[np.ndarray, " R"],
     *,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> CriticalBatch:
-    """The noise scale of several measurements of |G|^2 and tr(Sigma), averaged before they are divided.
+    """Estimate the gradient noise scale from measurements of |G|^2 and tr(Sigma), averaged before the division.
 
-    Each is unbiased and their ratio is not (appendix A.1); the ends are infinite where resamples have no signal, and
-    NaN for a single measurement.
+    Each is unbiased and their ratio is not (McCandlish et al. 2018, appendix A.1); the interval's ends are infinite
+    where resamples have no signal, and NaN for a single measurement.
+
+    Args:
+      signal: |G|^2.
+      noise: tr(Sigma).
+      level: of the interval.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
 
     Raises:
-      ValueError: no measurements, or no signal: the gradients' mean is lost in their noise.
+      ValueError: no measurements, or a mean signal that is not positive.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> scaling.critical_batch(np.array([2.0, 1.8, 2.2]), np.array([60.0, 62.0, 58.0])).examples
+      30.0
     """
     if not len(signal) or len(signal) != len(noise):
         raise ValueError(f"{len(signal)} measurements of the signal and {len(noise)} of the noise")
@@ -54,49 +65,12 @@ def critical_batch(
     return CriticalBatch(estimate, low, high, len(signal))
 
 
-class Trade(NamedTuple):
-    """Steps against examples to one loss: least steps, least examples, and the batch where both are twice that."""
-
-    steps: float
-    examples: float
-
-    @property
-    def batch(self) -> float:
-        """The critical batch size, examples / steps (equation 2.12)."""
-        return self.examples / self.steps
-
-    def steps_at(self, batch: float) -> float:
-        """Steps needed with a batch."""
-        return self.steps * (1 + self.batch / batch)
-
-
-def fit_trade(batch: Float[np.ndarray, "R"], steps: Float[np.ndarray, "R"]) -> Trade:
-    """Fit (S / S_min - 1)(E / E_min - 1) = 1 with E = B S (equation 2.11), least squares of log steps.
-
-    Args:
-      batch: examples per step of each run.
-      steps: it needed to reach the loss, the same for all.
-
-    Raises:
-      ValueError: fewer than two batch sizes, or values that are not positive.
-    """
-    if len(np.unique(batch)) < 2 or min(*batch, *steps) <= 0:
-        raise ValueError("at least two different batch sizes, and positive batches and steps, are needed")
-
-    def residual(raw: np.ndarray) -> np.ndarray:
-        return np.logaddexp(raw[0], raw[1] - np.log(batch)) - np.log(steps)
-
-    start = np.log([steps.min(), (batch * steps).min()])
-    found = least_squares(residual, start, xtol=1e-12, ftol=1e-12).x
-    return Trade(float(np.exp(found[0])), float(np.exp(found[1])))
-
-
 class Surface(NamedTuple):
     """A quadratic in log learning rate and log batch.
 
     Attributes:
       lr, batch, loss: its minimum; NaN if refused.
-      refused: why there is none, "" if there is.
+      refused: the reason where there is none, "" otherwise.
       hessian: [[lr lr, lr batch], [batch lr, batch batch]], per unit of natural logarithm.
       ridge: exponent of the best learning rate at a fixed batch, lr ~ batch^ridge.
       scatter: root mean square of the points about the surface.
@@ -112,7 +86,11 @@ class Surface(NamedTuple):
 
 
 def fit_surface(
-    lr: Float[np.ndarray, "R"], batch: Float[np.ndarray, "R"], loss: Float[np.ndarray, "R"], *, within: float = np.inf
+    lr: Float[np.ndarray, " R"],
+    batch: Float[np.ndarray, " R"],
+    loss: Float[np.ndarray, " R"],
+    *,
+    within: float = np.inf,
 ) -> Surface:
     """Fit the loss of a grid of learning rates and batch sizes at one size and token count.
 
@@ -125,18 +103,26 @@ def fit_surface(
       than it rises.
 
     Raises:
-      ValueError: fewer than three learning rates or batch sizes, or than seven runs, are left.
+      ValueError: fewer than three learning rates or batch sizes, or fewer than seven runs, are left.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> lr, batch = (x.ravel() for x in np.meshgrid(np.geomspace(1e-4, 1e-2, 5), np.geomspace(8, 128, 5)))
+      >>> loss = 2 + 0.1 * np.log(lr / 1e-3) ** 2 + 0.05 * np.log(batch / 32) ** 2
+      >>> found = scaling.fit_surface(lr, batch, loss)
+      >>> round(found.lr, 6), round(found.batch, 3)
+      (0.001, 32.0)
     """
-    kept = loss <= loss.min() + within
-    lr, batch, loss = lr[kept], batch[kept], loss[kept]
+    near = loss <= loss.min() + within
+    lr, batch, loss = lr[near], batch[near], loss[near]
     counts = len(np.unique(lr)), len(np.unique(batch)), len(loss)
     if counts[0] < 3 or counts[1] < 3 or counts[2] < 7:
         raise ValueError(
             f"{counts[0]} learning rates, {counts[1]} batch sizes, {counts[2]} runs: at least 3, 3 and 7 are needed"
         )
     x_R2 = np.log(np.stack([lr, batch], 1))
-    centre = x_R2.mean(0)
-    x, y = (x_R2 - centre).T
+    center = x_R2.mean(0)
+    x, y = (x_R2 - center).T
     design = np.stack([np.ones_like(x), x, y, x * x / 2, x * y, y * y / 2], 1)
     c = np.linalg.lstsq(design, loss, rcond=None)[0]
     scatter = float(np.sqrt(np.mean((design @ c - loss) ** 2)))
@@ -145,7 +131,7 @@ def fit_surface(
     if not (np.linalg.eigvalsh(hessian) > 0).all():
         return Surface(np.nan, np.nan, np.nan, "the surface has no minimum", hessian, ridge, scatter)
     best = np.linalg.solve(hessian, -c[1:3])
-    place = np.exp(best + centre)
+    place = np.exp(best + center)
     lowest = float(c[0] + c[1:3] @ best / 2)
     outside = [
         f"{'larger' if at > values.max() else 'smaller'} {name}"
@@ -162,10 +148,16 @@ def fit_surface(
 
 
 def fit_rule(params: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, *, multiple: int = 0) -> Rule:
-    """The rule (a power of the number of parameters) through the best values found at several sizes.
+    """Fit a rule (a power law of the number of parameters) to the best values at several sizes.
 
     Raises:
       ValueError: fewer than two sizes.
+
+    Example:
+      >>> import scaling
+      >>> rule = scaling.fit_rule([1e4, 1e6], [1e-2, 1e-3])
+      >>> round(rule.exponent, 3), round(rule(1e5), 5)
+      (-0.5, 0.00316)
     """
     at = float(np.exp(np.mean(np.log(np.asarray(params, float)))))
     law = power_fit(params, values)

@@ -1,7 +1,7 @@
-"""What counting does to a fit: the same runs counted under every convention of `scaling.flops`, fitted again.
+"""Effect of the FLOP and parameter conventions on a fit: the same runs recounted and fitted under each convention.
 
-A run trained some shape on some tokens; its number of parameters and its FLOPs depend on what one counts. Recounting
-needs the shapes, so every run is given the shape whose size is nearest to what the table says.
+A run trained a shape on some tokens; its parameters and FLOPs depend on the convention (`scaling.flops`). Recounting
+needs the shapes, so every run gets the shape whose size is nearest to its `params`.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Effect(NamedTuple):
       parameters: of Chinchilla's law, natural, N counted by the convention.
       a: exponent of N* ~ C^a with C = 6 N D, beta / (alpha + beta).
       a_interval: its bootstrap percentiles, None without resamples.
-      a_counted: slope of log N* over log C where C is what the convention counts for a model of N parameters.
+      a_counted: slope of log N* over log C, with C counted by the convention for a model of N parameters.
       a_isoflop: approach 2's exponent, NaN where fewer than two budgets have a minimum.
     """
 
@@ -59,15 +59,15 @@ class Effect(NamedTuple):
 
 
 def nearest_shapes(
-    params: Float[np.ndarray, "R"], shapes: Sequence[Shape], convention: str = "6ND"
-) -> Int[np.ndarray, "R"]:
-    """Index of the shape whose parameters, under a convention, are nearest to each run's in ratio."""
+    params: Float[np.ndarray, " R"], shapes: Sequence[Shape], convention: str = "6ND"
+) -> Int[np.ndarray, " R"]:
+    """Find the index of the shape whose parameters, under a convention, are nearest in ratio, for each run."""
     sizes = np.array([count(shape, convention).params for shape in shapes])
     return np.abs(np.log(params)[:, None] - np.log(sizes)).argmin(1)
 
 
 def recount(rows: Rows, shapes: Sequence[Shape], convention: str) -> Rows:
-    """The same runs, tokens and losses, with params and flops as a convention counts them for each run's shape."""
+    """Recount params and flops of the runs by a convention, for each run's shape; tokens and losses stay."""
     which = nearest_shapes(rows["params"], shapes)
     counted = [count(shape, convention) for shape in shapes]
     params = np.array([c.params for c in counted])[which]
@@ -79,7 +79,7 @@ def recount(rows: Rows, shapes: Sequence[Shape], convention: str) -> Rows:
 
 
 def counted_exponent(fitted: Fit, shapes: Sequence[Shape], convention: str, budgets: tuple[float, float]) -> float:
-    """Slope of log N* over log C between two budgets, C being the convention's count for models like `shapes`.
+    """Compute the slope of log N* over log C between two budgets, C counted by the convention for models like `shapes`.
 
     FLOPs per token are interpolated between shapes, in logarithms, and extrapolated with the slope at the ends.
     """
@@ -104,7 +104,7 @@ def effect(
     shapes: Sequence[Shape],
     convention: str,
     *,
-    groups: Int[np.ndarray, "R"] | None = None,
+    groups: Int[np.ndarray, " R"] | None = None,
     resampled: int = 0,
     seed: int = 42,
     config: FitConfig | None = None,
@@ -112,10 +112,10 @@ def effect(
     """Fit Chinchilla's law and IsoFLOP minima to runs recounted under a convention.
 
     Args:
-      rows: the runs; their `params` say which shape each is, their `tokens` are kept.
-      shapes: those that were trained.
+      rows: the runs; their `params` select each one's shape, their `tokens` are unchanged.
+      shapes: the trained shapes.
       convention: name in `scaling.flops.CONVENTIONS`.
-      groups: budget number of every row (as it was planned, whatever one counts afterwards); found from gaps if None.
+      groups: budget number of every row (as planned); found from gaps if None.
       resampled, seed: bootstrap resamples of the interval of a; 0 for none.
       config: of the fit.
     """
@@ -150,12 +150,12 @@ def effects(
     rows: Rows,
     shapes: Sequence[Shape] = CHINCHILLA_SHAPES,
     *,
-    groups: Int[np.ndarray, "R"] | None = None,
+    groups: Int[np.ndarray, " R"] | None = None,
     resampled: int = 0,
     seed: int = 42,
     config: FitConfig | None = None,
 ) -> list[Effect]:
-    """`effect` for every convention that counts these shapes differently from those before it."""
+    """Compute `effect` for every convention that counts these shapes differently from the ones before it."""
     found, seen = [], set()
     for convention in CONVENTIONS:
         counted = tuple(count(shape, convention) for shape in shapes)

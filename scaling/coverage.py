@@ -1,4 +1,4 @@
-"""How often intervals hold the truth: sweeps are simulated from a known law, fitted, bootstrapped, and counted."""
+"""Coverage of intervals: sweeps simulated from a known law are fitted and bootstrapped, and hits are counted."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -12,6 +12,7 @@ from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval, profile
 from scaling.laws import Law
 from scaling.optimum import chinchilla_optimum
+from scaling.published import CHINCHILLA
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
 
 Quantities = Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]]
@@ -21,7 +22,7 @@ Tail = Literal["normal", "student"]
 # Estimates of Besiroglu et al. (2024) from the runs of Hoffmann et al. (2022).
 EPOCH = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
 
-# What intervals of Chinchilla's law are asked for: its parameters, the exponent a, and N* inside and beyond the runs.
+# Quantities of Chinchilla's law: its parameters, the exponent a, and N* inside and beyond the runs.
 CHINCHILLA_QUANTITIES: Quantities = {
     **{name: itemgetter(name) for name in EPOCH},
     "a": lambda p: p["beta"] / (p["alpha"] + p["beta"]),
@@ -31,10 +32,16 @@ CHINCHILLA_QUANTITIES: Quantities = {
 
 
 class Coverage(NamedTuple):
-    """Share of simulated sweeps whose interval held the truth, by quantity, with the intervals [2, sweeps].
+    """Coverage of a simulation.
 
-    `new_run` is the share of new runs whose loss fell into its prediction interval; `profiled` the share of sweeps
-    whose profile likelihood held the truth, by parameter.
+    Attributes:
+      share: of simulated sweeps whose interval held the true value, by quantity.
+      intervals: [2, sweeps] by quantity.
+      truth: true values by quantity.
+      new_run: share of new runs whose loss fell into its prediction interval.
+      profiled: share of sweeps whose profile-likelihood interval held the true value, by parameter.
+      sweeps: number of them.
+      converged: whether each sweep's fit converged.
     """
 
     share: dict[str, float]
@@ -43,7 +50,7 @@ class Coverage(NamedTuple):
     new_run: float
     profiled: dict[str, float]
     sweeps: int
-    converged: Bool[np.ndarray, "S"]
+    converged: Bool[np.ndarray, " S"]
 
 
 def isoflop_design(
@@ -54,12 +61,39 @@ def isoflop_design(
     lowest: float = 6e18,
     highest: float = 3e21,
     reach: float = 5.0,
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> Rows:
-    """An IsoFLOP grid around the optima of Chinchilla's law: budgets evenly apart in log FLOPs, sizes in log N."""
+    """Simulate an IsoFLOP grid around the optima of Chinchilla's law.
+
+    Args:
+      truth: natural parameters A, B, E, alpha, beta.
+      budgets: their number, evenly spaced in log FLOPs from `lowest` to `highest`.
+      sizes: per budget, evenly spaced in log N from N* / `reach` to N* x `reach`.
+      lowest, highest: FLOPs.
+      reach: see sizes.
+      noise: standard deviation of normal noise of log loss.
+      seed: of the noise.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=3, sizes=5)
+      >>> len(rows), round(float(rows["loss"].min()), 2)
+      (15, 2.23)
+    """
     flops = np.geomspace(lowest, highest, budgets)
     params = chinchilla_optimum(truth, flops).params * np.geomspace(1 / reach, reach, sizes)
     tokens = flops[:, None] / (PER_PARAMETER_AND_TOKEN * params)
-    return make_rows({"params": params.ravel(), "tokens": tokens.ravel(), "loss": np.ones(params.size)}, "design")
+    rows = make_rows({"params": params.ravel(), "tokens": tokens.ravel(), "loss": np.ones(params.size)}, "design")
+    return simulate_losses(rows, truth, noise, np.random.default_rng(seed))
+
+
+def simulate_losses(rows: Rows, truth: Mapping[str, float], noise: float, rng: np.random.Generator) -> Rows:
+    """Replace the rows' losses by those of Chinchilla's law at `truth`, with normal noise of log loss."""
+    theta = CHINCHILLA.raw(truth)[:, None]
+    mean = CHINCHILLA.predict(theta, CHINCHILLA.gather(rows))[:, 0]
+    return Rows({**rows.columns, "loss": np.exp(mean + noise * rng.standard_normal(len(rows)))}, rows.source)
 
 
 def simulate_coverage(
@@ -77,10 +111,10 @@ def simulate_coverage(
     profiled: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Coverage:
-    """Simulate sweeps from a known law, fit and bootstrap each, and count how often intervals hold the truth.
+    """Simulate sweeps from a known law, fit and bootstrap each, and count how often intervals hold the true values.
 
     Args:
-      rows: where runs are made (their losses are not used).
+      rows: the sizes of the runs (their losses are not used).
       law: the true and the fitted law.
       truth: its natural parameters.
       quantities: name -> function of natural parameters by name (each [S]).
@@ -122,18 +156,18 @@ def simulate_coverage(
 
 
 def _draw(rng: np.random.Generator, count: int, tail: Tail) -> np.ndarray:
-    """Noise of mean 0 and standard deviation 1."""
+    """Draw noise of mean 0 and standard deviation 1."""
     return rng.standard_normal(count) if tail == "normal" else rng.standard_t(4, count) / np.sqrt(2)
 
 
 def around(theta_P1: Float[np.ndarray, "P 1"], spread: float = 0.1) -> Float[np.ndarray, "P S"]:
-    """The truth and each of its parameters moved up and down: a search from here finds what the noise made of it."""
+    """Make starts: the true parameters, and each of them moved up and down by `spread`."""
     moved = spread * np.concatenate([np.eye(len(theta_P1)), -np.eye(len(theta_P1))], 1)
     return np.concatenate([theta_P1, theta_P1 + moved], 1)
 
 
 def _profile_holds(fitted: Fit, name: str, value: float, level: float) -> bool:
-    """Whether the profile likelihood's interval holds a value: one refit there tells, no interpolation."""
+    """Whether the profile likelihood's interval holds a value, by one refit there."""
     found = profile(fitted, name, [value], level=level)
     return bool(found.inside[0])
 

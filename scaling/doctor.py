@@ -1,6 +1,6 @@
-"""The fit doctor: what can be wrong with a fit, looked for and said in a sentence."""
+"""The fit doctor: diagnostics of approaches 1, 2 and 3, each a verdict with a sentence and the numbers behind it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,14 +9,21 @@ from scipy.optimize import minimize
 
 from scaling.fitting.bootstrap import Bootstrap, refit
 from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds
-from scaling.optimum import chinchilla_optimum, optimum
+from scaling.isoflop import Curves, Minimum, PowerLaw
+from scaling.optimum import chinchilla_optimum, compute_optimal
 from scaling.rows import Rows
 
 Verdict = Literal["fine", "note", "warning"]
 
 
 class Finding(NamedTuple):
-    """One examination: its name, the verdict, a sentence, and the numbers behind it."""
+    """The result of one diagnostic: its name, verdict, a sentence, and the numbers behind it.
+
+    Example:
+      >>> import scaling
+      >>> scaling.Finding("convergence", "fine", "The optimum was reached.", {"decrement": 1e-13}).verdict
+      'fine'
+    """
 
     name: str
     verdict: Verdict
@@ -25,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def convergence(fitted: Fit) -> Finding:
-    """Whether the reported optimum is one."""
+    """Check that the fit converged."""
     numbers = {"decrement": fitted.decrement, "tol": fitted.config.tol}
     if fitted.converged:
         text = f"Newton predicts a further relative decrease of {fitted.decrement:.1e}: the optimum was reached."
@@ -35,7 +42,7 @@ def convergence(fitted: Fit) -> Finding:
 
 
 def starts(fitted: Fit) -> Finding:
-    """How many starts never moved, had not converged when searching ended, or ended elsewhere."""
+    """Count starts that never moved, did not converge in the search, or ended in other optima."""
     search = fitted.search
     total = search.start_PS.shape[1]
     moved = np.abs(search.ended.theta - search.start_PS).max(0) > 1e-3
@@ -58,7 +65,7 @@ def starts(fitted: Fit) -> Finding:
 
 
 def _objective(fitted: Fit) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    """The mean objective and its gradient by central differences, all columns in one call."""
+    """Make the mean objective with its gradient by central differences, all columns in one call."""
     delta = thresholds(fitted.config)[-1]
     problem = make_problem(fitted.rows, fitted.law, delta)
 
@@ -74,9 +81,9 @@ def _objective(fitted: Fit) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
 
 
 def _stopped(fitted: Fit, *, scale: float) -> tuple[float, np.ndarray, int]:
-    """Where L-BFGS-B with its default tolerances stops from the best start, for `scale` x the mean objective.
+    """Run L-BFGS-B with its default tolerances from the best start, on `scale` x the mean objective.
 
-    Returns the sum over rows there, the raw parameters and the number of steps.
+    Returns the sum over rows at the end, the raw parameters and the number of steps.
     """
     mean = _objective(fitted)
     delta = thresholds(fitted.config)[-1]
@@ -102,7 +109,7 @@ def _share(fitted: Fit, theta: np.ndarray) -> float | None:
 
 
 def reduction(fitted: Fit) -> Finding:
-    """What the mean over rows, with an optimizer's default tolerances, would have returned from the best start."""
+    """Compare with the mean over rows as objective, under an optimizer's default tolerances."""
     there, theta, steps = _stopped(fitted, scale=1.0)
     text = (
         f"This fit sums over rows. With the mean, gradients are {len(fitted.rows)} times smaller and L-BFGS-B with its "
@@ -112,9 +119,9 @@ def reduction(fitted: Fit) -> Finding:
 
 
 def tolerance(fitted: Fit) -> Finding:
-    """What the sum over rows with an optimizer's default tolerances would have returned from the best start."""
+    """Compare with an optimizer's default tolerances on the sum over rows."""
     there, theta, steps = _stopped(fitted, scale=float(len(fitted.rows)))
-    text = f"The sum over rows, minimised by L-BFGS-B with its default tolerances, stops after {steps} steps"
+    text = f"The sum over rows, minimized by L-BFGS-B with its default tolerances, stops after {steps} steps"
     return _early(fitted, "loose tolerance", there, theta, steps, text)
 
 
@@ -132,7 +139,7 @@ def _early(fitted: Fit, name: str, there: float, theta: np.ndarray, steps: int, 
 
 
 def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
-    """How nearly some combination of parameters is free: condition number of the unit-column Jacobian."""
+    """Compute the condition number of the Jacobian with unit columns: how nearly parameters trade off."""
     law, theta = fitted.law, fitted.theta[:, None]
     step = 1e-6
     features = law.gather(fitted.rows)
@@ -159,7 +166,7 @@ def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
 
 
 def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: float = 8.0) -> Finding:
-    """Rows far from the law by the residuals' own scale, and what leaving them out does to N* at the budget."""
+    """Find outliers by the residuals' robust scale, and the effect of leaving them out on N* at the budget."""
     middle = np.median(fitted.residuals)
     scale = 1.4826 * np.median(np.abs(fitted.residuals - middle))
     far = np.flatnonzero(np.abs(fitted.residuals - middle) > threshold * scale)
@@ -167,9 +174,9 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
         return Finding(
             "outliers", "fine", f"No row is further than {threshold:g} robust standard deviations.", {"rows": 0}
         )
-    kept = np.ones((len(fitted.rows), 1))
-    kept[far] = 0
-    without = refit(fitted, kept)
+    weights = np.ones((len(fitted.rows), 1))
+    weights[far] = 0
+    without = refit(fitted, weights)
     pair = np.concatenate([fitted.theta[:, None], without.theta_PB], 1)
     moved = _log_optimum(fitted, pair, budget)
     shift = float(moved[1] - moved[0])
@@ -192,7 +199,7 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
 
 
 def rounding(fitted: Fit, budget: float) -> Finding:
-    """What quoting exponents with two decimals, as papers do, does to N*."""
+    """Compute the effect on N* of exponents rounded to two decimals, as papers quote them."""
     exponents = [i for i, name in enumerate(fitted.law.parameters) if name not in fitted.law.positive]
     rounded = fitted.theta.copy()
     rounded[exponents] = np.round(rounded[exponents], 2)
@@ -209,55 +216,57 @@ def rounding(fitted: Fit, budget: float) -> Finding:
     return Finding("rounded parameters", "fine", text + ".", {"log_shift": shift})
 
 
-def dropped(fitted: Fit, whole: Rows, budget: float) -> Finding:
-    """What keeping all rows would have done to N*, when some were left out before the fit."""
-    count = len(whole) - len(fitted.rows)
+def dropped(fitted: Fit, all_rows: Rows, budget: float) -> Finding:
+    """Compute the effect on N* of fitting all rows, when some were left out before the fit."""
+    count = len(all_rows) - len(fitted.rows)
     if not count:
         return Finding("dropped rows", "fine", "No row was left out.", {"rows": 0})
-    kept = polish(fitted.basins_PK[:, :1], np.ones((len(whole), 1)), whole, fitted.law, fitted.config)
-    moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], kept.theta], 1), budget)
+    refitted = polish(fitted.basins_PK[:, :1], np.ones((len(all_rows), 1)), all_rows, fitted.law, fitted.config)
+    moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], refitted.theta], 1), budget)
     shift = float(moved[1] - moved[0])
     if not np.isfinite(shift):
-        return Finding("dropped rows", "note", f"Left out were {count} of {len(whole)} rows.", {"rows": count})
+        return Finding("dropped rows", "note", f"Left out were {count} of {len(all_rows)} rows.", {"rows": count})
     text = (
-        f"Left out before the fit were {count} of {len(whole)} rows; keeping all would put N* at {budget:.3g} FLOPs "
+        f"Left out before the fit were {count} of {len(all_rows)} rows; keeping all would put N* at {budget:.3g} FLOPs "
         f"at {np.exp(shift):.3f} times this fit's."
     )
     return Finding("dropped rows", "note", text, {"rows": count, "log_shift": shift})
 
 
-def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, "S"]:
+def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, " S"]:
     if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
         values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
         return np.log(chinchilla_optimum(values, [budget]).params[0])
     held = {name: float(np.median(values)) for name, values in others(fitted).items()}
-    return np.log(optimum(fitted.law, theta_PS, [budget], at=held).params[0])
+    return np.log(compute_optimal(fitted.law, theta_PS, [budget], at=held).params[0])
 
 
 def others(fitted: Fit) -> dict[str, np.ndarray]:
-    """Columns besides params and tokens that the law reads and the rows have."""
+    """Columns of the law and the rows besides params and tokens."""
     names = {"sparsity" if f == "log_density" else f.removeprefix("log_") for f in fitted.law.features}
     return {n: fitted.rows[n] for n in sorted(names - {"params", "tokens"}) if n in fitted.rows.columns}
 
 
 def extrapolation(fitted: Fit, budget: float, limit: float = 10.0) -> Finding:
-    """How far the budget lies beyond the largest run."""
-    factor = float(budget / fitted.rows["flops"].max())
-    text = f"The budget of {budget:.3g} FLOPs is {factor:.3g} times the largest run fitted"
+    """Compare the budget with the largest run fitted."""
+    return _beyond(budget, float(fitted.rows["flops"].max()), "run fitted", "that the law holds there", limit)
+
+
+def _beyond(budget: float, largest: float, what: str, assumption: str, limit: float) -> Finding:
+    factor = float(budget / largest)
+    text = f"The budget of {budget:.3g} FLOPs is {factor:.3g} times the largest {what}"
     if factor > limit:
-        return Finding(
-            "extrapolation", "warning", text + ": intervals assume that the law holds there.", {"factor": factor}
-        )
+        return Finding("extrapolation", "warning", f"{text}: intervals assume {assumption}.", {"factor": factor})
     return Finding("extrapolation", "fine", text + ".", {"factor": factor})
 
 
 def edges(fitted: Fit) -> Finding:
-    """Parameters that ran to an edge: a positive one that vanished, or one far outside its starting grid."""
+    """Find parameters that ran to an edge: a vanishing positive one, or one far outside the starting grid."""
     found = []
     for name, value in zip(fitted.law.parameters, fitted.theta, strict=True):
         low, high = min(fitted.law.grid[name]), max(fitted.law.grid[name])
-        room = max(high - low, 1.0)
-        if not np.isfinite(value) or value < low - 2 * room or value > high + 2 * room:
+        margin = 2 * max(high - low, 1.0)
+        if not np.isfinite(value) or value < low - margin or value > high + margin:
             found.append(name)
     if found:
         text = (
@@ -267,8 +276,26 @@ def edges(fitted: Fit) -> Finding:
     return Finding("edge minima", "fine", "No parameter ran to an edge of what was searched.", {"parameters": 0})
 
 
-def examine(fitted: Fit, budget: float, boot: Bootstrap | None = None, *, whole: Rows | None = None) -> list[Finding]:
-    """All examinations of a fit for a target budget (FLOPs); `whole` are the rows before any were left out."""
+def examine(
+    fitted: Fit, budget: float, boot: Bootstrap | None = None, *, all_rows: Rows | None = None
+) -> list[Finding]:
+    """Run all diagnostics of a fit.
+
+    Args:
+      fitted: the fit.
+      budget: the target, FLOPs.
+      boot: of the fit, for standard errors.
+      all_rows: the rows before any were left out.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> [finding.name for finding in scaling.examine(fitted, 1e24) if finding.verdict == "warning"]
+      ['ill conditioning', 'extrapolation']
+    """
     return [
         convergence(fitted),
         starts(fitted),
@@ -278,6 +305,105 @@ def examine(fitted: Fit, budget: float, boot: Bootstrap | None = None, *, whole:
         conditioning(fitted),
         rounding(fitted, budget),
         outliers(fitted, boot, budget),
-        *([dropped(fitted, whole, budget)] if whole is not None else []),
+        *([dropped(fitted, all_rows, budget)] if all_rows is not None else []),
         extrapolation(fitted, budget),
+    ]
+
+
+def edge_minima(minima: Sequence[Minimum]) -> Finding:
+    """List budgets that were refused, with the reasons."""
+    refused = [m for m in minima if m.refused]
+    numbers: dict[str, float] = {"budgets": len(minima), "refused": len(refused)}
+    if not refused:
+        return Finding("edge minima", "fine", f"All {len(minima)} budgets have their minimum inside.", numbers)
+    reasons = "; ".join(f"{m.budget:.3g} FLOPs: {m.refused}" for m in refused)
+    text = f"{len(refused)} of {len(minima)} budgets are refused and not used ({reasons})."
+    return Finding("edge minima", "warning", text, numbers)
+
+
+def scatter(minima: Sequence[Minimum]) -> Finding:
+    """Compare the scatter of points with the depth of their IsoFLOP curves."""
+    ratios = [m.scatter / m.depth for m in minima if not m.refused and m.scatter > 0]
+    if not ratios:
+        return Finding("scatter", "fine", "The curves pass through their points: scatter is not measured.", {})
+    worst = float(max(ratios))
+    text = (
+        f"Points scatter about their parabolas by {np.median(ratios):.2g} of the parabola's depth (worst {worst:.2g})"
+    )
+    numbers = {"median": float(np.median(ratios)), "worst": worst}
+    if worst > 0.5:
+        return Finding("scatter", "warning", text + ": the minima move with the noise.", numbers)
+    return Finding("scatter", "fine", text + ".", numbers)
+
+
+def straightness(law: PowerLaw) -> Finding:
+    """Check the number of budgets of the power law and their distance from it."""
+    numbers = {"budgets": law.points, "residual": law.residual}
+    if law.points < 4:
+        text = f"The power law rests on {law.points} budgets; with so few a straight line cannot be doubted."
+        return Finding("few budgets", "warning", text, numbers)
+    text = f"{law.points} optima lie within {np.expm1(law.residual):.1%} (rms) of the power law."
+    return Finding("few budgets", "fine", text, numbers)
+
+
+def power_law_extrapolation(largest: float, budget: float, limit: float = 10.0) -> Finding:
+    """Compare the budget with the largest one of a power law."""
+    return _beyond(budget, largest, "used", "a straight line", limit)
+
+
+def lost_resamples(draws: Float[np.ndarray, "2 B"]) -> Finding:
+    """Count resamples without a power law: intervals leave them out and so may be too narrow."""
+    lost = float(np.mean(~np.isfinite(draws[0]))) if draws.shape[1] else 0.0
+    text = f"{lost:.1%} of {draws.shape[1]} resamples have fewer than two optima and are left out."
+    return Finding("lost resamples", "warning" if lost > 0.05 else "fine", text, {"share": lost})
+
+
+def examine_minima(
+    law: PowerLaw, minima: Sequence[Minimum], draws: Float[np.ndarray, "2 B"], budget: float
+) -> list[Finding]:
+    """Run all diagnostics of approach 2 for a target budget (FLOPs)."""
+    largest = max(m.budget for m in minima if not m.refused)
+    return [
+        edge_minima(minima),
+        scatter(minima),
+        straightness(law),
+        lost_resamples(draws),
+        power_law_extrapolation(largest, budget),
+    ]
+
+
+def run_labels(runs: int, named: bool) -> Finding:
+    """Check whether the rows name their runs."""
+    if named:
+        return Finding("runs", "fine", f"{runs} runs by the column `run`.", {"runs": runs})
+    text = (
+        f"There is no column `run`: rows of equal size were read as one curve, {runs} in all. That is what approach 1 "
+        "wants if every row is a run trained to the end of its own schedule."
+    )
+    return Finding("runs", "note", text, {"runs": runs})
+
+
+def examine_envelope(
+    envelope: Float[np.ndarray, "E 3"],
+    curves: Curves,
+    draws: Float[np.ndarray, "2 B"],
+    budget: float,
+    *,
+    named: bool = True,
+) -> list[Finding]:
+    """Run all diagnostics of approach 1 for a target budget (FLOPs); `named`: the rows name their runs."""
+    sizes, used = len(np.unique(curves.params)), len(np.unique(envelope[:, 1]))
+    share = len(envelope) / len(curves.flops)
+    numbers = {"sizes": sizes, "used": used, "share": share}
+    text = (
+        f"{used} of {sizes} sizes are the lowest somewhere, at {share:.0%} of the FLOP counts looked at; where the "
+        "smallest or the largest size wins, better sizes may not have been tried, and the point is left out."
+    )
+    edges = Finding("edge minima", "warning" if share < 0.5 or used < 4 else "fine", text, numbers)
+    largest = float(envelope[:, 0].max())
+    return [
+        run_labels(len(curves.params), named),
+        edges,
+        lost_resamples(draws),
+        power_law_extrapolation(largest, budget),
     ]

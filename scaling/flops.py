@@ -1,7 +1,7 @@
-"""Parameters and training FLOPs of a transformer under the conventions in use.
+"""Count parameters and training FLOPs of a transformer under the published conventions.
 
-Which convention a fit's columns follow moves its exponents (much of Kaplan against Chinchilla is that, Porian et al.
-2024), so every count here carries its convention's name and `CONVENTIONS` can all be applied to one table of shapes.
+The convention moves the exponents of a fit (much of the difference between Kaplan and Chinchilla, Porian et al. 2024),
+so every count here has its convention's name and all `CONVENTIONS` can be applied to one table of shapes.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,13 @@ class Shape:
       tied: input and output embedding are one table.
       relative_positions: a width x width projection of relative positions per block (Transformer-XL; the models of
         Hoffmann et al. have it). It is applied to positions, not tokens, and appendix F does not count its FLOPs.
-      experts, active_experts: feed-forward parts per block, and how many a token passes through; 1 is dense.
+      experts, active_experts: feed-forward parts per block, and how many of them a token uses; 1 is dense.
+
+    Example:
+      >>> import scaling
+      >>> shape = scaling.Shape(layers=12, width=768, ff=3072, heads=12, head_dim=64, vocab=50_257, length=1024)
+      >>> f"{scaling.parameters(shape).total:,}"
+      '123,532,032'
     """
 
     layers: int
@@ -51,7 +57,7 @@ class Shape:
 
 
 class Parameters(NamedTuple):
-    """Weights of the matrices, norms and biases left out (they are under a thousandth and rarely counted)."""
+    """Weights of the matrices; norms and biases (under a thousandth) are not counted."""
 
     embedding: int
     attention: int
@@ -62,7 +68,7 @@ class Parameters(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All weights."""
         return sum(self)
 
     @property
@@ -72,7 +78,14 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape, *, active: bool = False) -> Parameters:
-    """Count weights; with `active`, only the experts that one token passes through."""
+    """Count the weights of the matrices; with `active`, only the experts that one token uses.
+
+    Example:
+      >>> import scaling
+      >>> shape = scaling.Shape(2, 64, 128, 4, 16, vocab=256, length=64, experts=8, active_experts=2)
+      >>> scaling.parameters(shape).total, scaling.parameters(shape, active=True).total
+      (312320, 115712)
+    """
     s = shape
     kv = s.kv_heads or s.heads
     attention = s.width * s.head_dim * (2 * s.heads + 2 * kv)
@@ -88,12 +101,19 @@ def parameters(shape: Shape, *, active: bool = False) -> Parameters:
 
 
 def appendix_f(shape: Shape, *, embedding: bool = True, logits: bool = True) -> float:
-    """Training FLOPs per sequence after Hoffmann et al. (2022), appendix F.
+    """Count training FLOPs per sequence as Hoffmann et al. (2022), appendix F.
 
     Args:
       shape: of the model; key/value heads are counted as heads (appendix F knows no others).
       embedding: count the input embedding as a matrix product, as the appendix's list does.
       logits: count the output product.
+
+    Example:
+      >>> import scaling
+      >>> shape = scaling.Shape(10, 640, 2560, 10, 64, vocab=32_000, length=2_048, relative_positions=True)
+      >>> flops = scaling.appendix_f(shape, embedding=False, logits=False)
+      >>> round(flops / (6 * scaling.parameters(shape).total * shape.length), 2)  # table A4
+      1.03
     """
     s = shape
     inner = s.head_dim * s.heads
@@ -108,10 +128,16 @@ def appendix_f(shape: Shape, *, embedding: bool = True, logits: bool = True) -> 
 
 
 def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
-    """Training FLOPs per sequence of the matrix products that are carried out, and nothing else.
+    """Count training FLOPs per sequence of the matrix products that are computed (as for MFU), and nothing else.
 
-    Projections with their real number of key/value heads, scores and weighted values (half of them under a causal mask
-    that skips what it hides), active experts, the router, and the output product; looking up an embedding is free.
+    Projections with their number of key/value heads, scores and weighted values (half of them under a causal mask that
+    skips masked blocks), active experts, the router, and the output product; an embedding lookup is free.
+
+    Example:
+      >>> import scaling
+      >>> shape = scaling.Shape(12, 768, 3072, 12, 64, vocab=50_257, length=1024)
+      >>> f"{scaling.exact_matmuls(shape) / shape.length:.3g} FLOPs per token"
+      '7.98e+08 FLOPs per token'
     """
     s = shape
     kv = s.kv_heads or s.heads
@@ -155,10 +181,10 @@ CONVENTIONS: Mapping[str, Callable[[Shape], Count]] = {
 
 
 def count(shape: Shape, convention: str) -> Count:
-    """Parameters and FLOPs per token under a named convention.
+    """Count parameters and FLOPs per token under a named convention.
 
     Raises:
-      ValueError: no such convention; those there are.
+      ValueError: no such convention; the message lists them.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"no convention {convention!r}; there are {', '.join(map(repr, CONVENTIONS))}")
@@ -178,12 +204,3 @@ CHINCHILLA_MODELS: Mapping[str, tuple[Shape, float]] = {
     name: (Shape(*sizes[:5], vocab=32_000, length=2_048, relative_positions=True), sizes[5])
     for name, sizes in _SIX.items()
 }
-
-
-def ratio_to_6nd(shape: Shape, *, embedding: bool, logits: bool) -> float:
-    """FLOPs after appendix F over 6 N D with N all parameters.
-
-    The published table is met, to its two digits, without embedding and logits in the FLOPs but with the embedding and
-    the relative-position projections in N.
-    """
-    return appendix_f(shape, embedding=embedding, logits=logits) / (6 * parameters(shape).total * shape.length)

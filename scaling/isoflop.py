@@ -1,7 +1,7 @@
 """Approaches 1 and 2 of Hoffmann et al. (2022): the envelope of training curves, and IsoFLOP minima.
 
 Neither assumes a law for the loss; both end in N* = exp(k) C^a. A budget whose minimum lies on the edge of its sizes,
-or whose points scatter more than the curve is deep, is refused and says why.
+or whose points scatter more than the curve is deep, is refused with the reason.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ How = Literal["parabola", "akima"]
 
 
 class Minimum(NamedTuple):
-    """One budget's minimum over sizes.
+    """The IsoFLOP minimum of one budget over sizes.
 
     Attributes:
       budget: FLOPs, the geometric mean of its runs'.
       params, loss: where the minimum is; NaN if refused.
-      refused: why there is none, "" if there is.
-      runs: how many runs the budget has.
-      depth: how far the lower end of the curve rises above the minimum.
+      refused: the reason where there is none, "" otherwise.
+      runs: number of the budget's runs.
+      depth: rise of the curve's lower end above the minimum.
       scatter: root mean square of the points about the curve (0 for "akima", which passes through them).
       coefficients: of the parabola in log params, highest power first; empty for "akima".
     """
@@ -40,7 +40,14 @@ class Minimum(NamedTuple):
 
 
 class PowerLaw(NamedTuple):
-    """N* = exp(intercept) C^exponent, through `points` budgets; `residual` is the rms in log N*."""
+    """N* = exp(intercept) C^exponent, through `points` budgets; `residual` is the rms in log N*.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.PowerLaw(exponent=0.5, intercept=0.0, points=5, residual=0.01)
+      >>> round(law(1e20))
+      10000000000
+    """
 
     exponent: float
     intercept: float
@@ -48,12 +55,18 @@ class PowerLaw(NamedTuple):
     residual: float
 
     def __call__(self, budget: float) -> float:
-        """N* at a budget."""
+        """Compute N* at a budget."""
         return float(np.exp(self.intercept + self.exponent * np.log(budget)))
 
 
-def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.ndarray, "R"]:
-    """Number the budgets: sorted FLOPs split wherever neighbours differ by more than `gap` (relative)."""
+def group_budgets(flops: Float[np.ndarray, " R"], *, gap: float = 0.2) -> Int[np.ndarray, " R"]:
+    """Number the budgets: sorted FLOPs, split where neighbors differ by more than `gap` (relative).
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> scaling.group_budgets(np.array([1e18, 1.05e18, 1e19])).tolist()
+      [0, 0, 1]
+    """
     order = np.argsort(flops, kind="stable")
     jumps = np.diff(np.log(flops[order])) > np.log1p(gap)
     groups = np.empty(len(flops), int)
@@ -62,22 +75,22 @@ def group_budgets(flops: Float[np.ndarray, "R"], *, gap: float = 0.2) -> Int[np.
 
 
 def nearest_budgets(
-    flops: Float[np.ndarray, "R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
-) -> Int[np.ndarray, "R"]:
-    """Number of the nearest named budget of every run, -1 where none is within the relative distance."""
+    flops: Float[np.ndarray, " R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
+) -> Int[np.ndarray, " R"]:
+    """Find the index of the nearest named budget of every run, -1 where none is within the relative distance."""
     distance = np.abs(np.log(flops)[:, None] - np.log(np.asarray(budgets, float))[None, :])
     return np.where(distance.min(1) <= np.log1p(within), distance.argmin(1), -1)
 
 
 def minimum(
-    params: Float[np.ndarray, "R"],
-    loss: Float[np.ndarray, "R"],
+    params: Float[np.ndarray, " R"],
+    loss: Float[np.ndarray, " R"],
     budget: float,
     *,
-    weights: Float[np.ndarray, "R"] | None = None,
+    weights: Float[np.ndarray, " R"] | None = None,
     how: How = "parabola",
 ) -> Minimum:
-    """The minimum of loss over log params among one budget's runs; weight 0 leaves a run out."""
+    """Find the minimum of loss over log params among one budget's runs; weight 0 leaves a run out."""
     weights = np.ones(len(params)) if weights is None else weights
     used = weights > 0
     x, y, w = np.log(params[used]), loss[used], weights[used]
@@ -90,24 +103,24 @@ def minimum(
 
 
 def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimum:
-    centre = float(x.mean())
-    curve = np.polyfit(x - centre, y, 2, w=np.sqrt(w))
-    scatter = float(np.sqrt(np.average((np.polyval(curve, x - centre) - y) ** 2, weights=w)))
+    center = float(x.mean())
+    curve = np.polyfit(x - center, y, 2, w=np.sqrt(w))
+    scatter = float(np.sqrt(np.average((np.polyval(curve, x - center) - y) ** 2, weights=w)))
     vertex = -curve[1] / (2 * curve[0]) if curve[0] else np.inf
-    ends = np.polyval(curve, np.array([x.min(), x.max()]) - centre)
+    ends = np.polyval(curve, np.array([x.min(), x.max()]) - center)
     lowest = float(np.polyval(curve, vertex)) if np.isfinite(vertex) else np.nan
     depth = float(ends.min() - lowest) if curve[0] > 0 else 0.0
     a, b, c = (float(value) for value in curve)
-    shifted = (a, b - 2 * a * centre, a * centre**2 - b * centre + c)
+    shifted = (a, b - 2 * a * center, a * center**2 - b * center + c)
     if curve[0] <= 0:
         reason = "the parabola opens downwards"
-    elif not x.min() < vertex + centre < x.max():
-        side = "smaller" if vertex + centre <= x.min() else "larger"
+    elif not x.min() < vertex + center < x.max():
+        side = "smaller" if vertex + center <= x.min() else "larger"
         reason = f"the minimum is at the edge: {side} sizes are needed"
     elif scatter > depth:
         reason = f"the points scatter ({scatter:.2g}) more than the parabola is deep ({depth:.2g})"
     else:
-        return Minimum(budget, float(np.exp(vertex + centre)), lowest, "", len(x), depth, scatter, shifted)
+        return Minimum(budget, float(np.exp(vertex + center)), lowest, "", len(x), depth, scatter, shifted)
     return Minimum(budget, np.nan, np.nan, reason, len(x), depth, scatter, shifted)
 
 
@@ -128,9 +141,9 @@ def _akima(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimu
 
 
 def minima(
-    rows: Rows, groups: Int[np.ndarray, "R"], *, how: How = "parabola", weights: Float[np.ndarray, "R"] | None = None
+    rows: Rows, groups: Int[np.ndarray, " R"], *, how: How = "parabola", weights: Float[np.ndarray, " R"] | None = None
 ) -> list[Minimum]:
-    """The minimum of every budget, refused ones among them, in order of the group numbers; -1 is no budget."""
+    """Find the minimum of every budget, refused ones included, in order of the group numbers; -1 is no budget."""
     weights = np.ones(len(rows)) if weights is None else weights
     found = []
     for group in np.unique(groups[groups >= 0]):
@@ -141,7 +154,7 @@ def minima(
 
 
 def power_fit(budgets: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray) -> PowerLaw:
-    """Least squares of log value on log budget.
+    """Fit a power law by least squares of log value on log budget.
 
     Raises:
       ValueError: fewer than two different budgets.
@@ -149,23 +162,37 @@ def power_fit(budgets: Sequence[float] | np.ndarray, values: Sequence[float] | n
     x, y = np.log(np.asarray(budgets, float)), np.log(np.asarray(values, float))
     if len(np.unique(x)) < 2:
         raise ValueError(f"{len(x)} budgets with a minimum: a power law needs at least 2")
-    centre = x.mean()
-    slope, height = np.polyfit(x - centre, y, 1)
-    rest = y - height - slope * (x - centre)
-    return PowerLaw(float(slope), float(height - slope * centre), len(x), float(np.sqrt(np.mean(rest**2))))
+    center = x.mean()
+    slope, height = np.polyfit(x - center, y, 1)
+    rest = y - height - slope * (x - center)
+    return PowerLaw(float(slope), float(height - slope * center), len(x), float(np.sqrt(np.mean(rest**2))))
 
 
 def approach_2(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     *,
     how: How = "parabola",
-    weights: Float[np.ndarray, "R"] | None = None,
+    weights: Float[np.ndarray, " R"] | None = None,
 ) -> tuple[PowerLaw, list[Minimum]]:
-    """IsoFLOP: each budget's minimum, and the power law through those that are not refused.
+    """Run approach 2 (IsoFLOP): each budget's minimum, and the power law through those that are not refused.
+
+    Args:
+      rows: the runs.
+      groups: budget of each, see `group_budgets`.
+      how: curve through a budget's points.
+      weights: of the rows.
 
     Raises:
       ValueError: fewer than two budgets have a minimum; the message says why the others were refused.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law, minima = scaling.approach_2(rows, scaling.group_budgets(rows["flops"]))
+      >>> round(law.exponent, 1), [m.refused for m in minima]
+      (0.5, ['', '', '', '', ''])
     """
     found = minima(rows, groups, how=how, weights=weights)
     good = [m for m in found if not m.refused]
@@ -178,13 +205,13 @@ def approach_2(
 class Curves(NamedTuple):
     """Training curves on one axis: FLOPs [E], parameters of each run [K], losses [K, E], infinite outside a run."""
 
-    flops: Float[np.ndarray, "E"]
-    params: Float[np.ndarray, "K"]
+    flops: Float[np.ndarray, " E"]
+    params: Float[np.ndarray, " K"]
     loss: Float[np.ndarray, "K E"]
 
 
 def training_curves(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int = 200) -> Curves:
-    """Losses at FLOPs spaced evenly in their logarithm, interpolated linearly between a run's rows, not beyond them."""
+    """Interpolate losses at FLOPs spaced evenly in their logarithm, linearly between a run's rows, not beyond them."""
     labels = np.asarray(runs)
     log_flops = np.log(rows["flops"])
     grid = np.linspace(log_flops.min(), log_flops.max(), points)
@@ -198,8 +225,8 @@ def training_curves(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: 
     return Curves(np.exp(grid), np.array(sizes), np.array(curves))
 
 
-def envelope(curves: Curves, runs: Int[np.ndarray, "K"] | None = None) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
-    """The lowest of the chosen runs' curves (all if None) and the power law of its sizes; see `approach_1`.
+def envelope(curves: Curves, runs: Int[np.ndarray, " K"] | None = None) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
+    """Find the lower envelope of the chosen runs' curves (all if None) and its power law; see `approach_1`.
 
     Raises:
       ValueError: fewer than two different sizes are ever the lowest.
@@ -216,25 +243,35 @@ def envelope(curves: Curves, runs: Int[np.ndarray, "K"] | None = None) -> tuple[
 
 
 def approach_1(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int = 200) -> tuple[PowerLaw, np.ndarray]:
-    """Envelope: at FLOPs spaced evenly in their logarithm, the size of the run whose training curve is lowest there.
+    """Run approach 1 (envelope): at evenly spaced log FLOPs, the size of the run whose training curve is lowest.
 
     Args:
       rows: points of training curves; a run's loss is interpolated linearly in log FLOPs, not beyond its ends.
       runs: the run each row belongs to.
-      points: how many FLOP counts are looked at.
+      points: number of FLOP counts.
 
     Returns:
-      The power law, and the envelope [E, 3] of (FLOPs, params, loss): only where at least two runs compete and neither
-      the smallest nor the largest size wins, since an edge says only that better sizes were not tried.
+      The power law, and the envelope [E, 3] of (FLOPs, params, loss): only where at least two runs have a loss and
+      neither the smallest nor the largest size is the lowest (an edge means only that better sizes were not tried).
 
     Raises:
       ValueError: the envelope has fewer than two different sizes.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> params = np.geomspace(1e6, 1e9, 8).repeat(50)
+      >>> tokens = np.tile(np.geomspace(1e7, 1e11, 50), 8)
+      >>> loss = 1.69 + 406.4 / params**0.34 + 410.7 / tokens**0.28
+      >>> rows = scaling.make_rows({"params": params, "tokens": tokens, "loss": loss})
+      >>> law, envelope = scaling.approach_1(rows, runs=params)
+      >>> 0.4 < law.exponent < 0.5, envelope.shape[1]
+      (True, 3)
     """
     return envelope(training_curves(rows, runs, points=points))
 
 
 def bootstrap_envelope(curves: Curves, count: int, *, seed: int = 42) -> Float[np.ndarray, "2 B"]:
-    """(exponent, intercept) of approach 1 on resampled runs, each with its whole curve; NaN where there is none."""
+    """Bootstrap (exponent, intercept) of approach 1 over runs, each with its full curve; NaN where there is no law."""
     stream = np.random.RandomState(seed)
     found = np.full((2, count), np.nan)
     for b in range(count):
@@ -248,12 +285,12 @@ def bootstrap_envelope(curves: Curves, count: int, *, seed: int = 42) -> Float[n
 
 def bootstrap_exponent(
     rows: Rows,
-    groups: Int[np.ndarray, "R"],
+    groups: Int[np.ndarray, " R"],
     counts_RB: Float[np.ndarray, "R B"],
     *,
     how: How = "parabola",
 ) -> Float[np.ndarray, "2 B"]:
-    """(exponent, intercept) of approach 2 on resampled runs; NaN where fewer than two budgets keep a minimum."""
+    """Bootstrap (exponent, intercept) of approach 2 over runs; NaN where fewer than two budgets have a minimum."""
     found = np.full((2, counts_RB.shape[1]), np.nan)
     for b in range(counts_RB.shape[1]):
         try:
@@ -265,5 +302,5 @@ def bootstrap_exponent(
 
 
 def tokens_at(budget: float, params: float) -> float:
-    """Tokens that a budget buys for a size."""
+    """Compute the tokens of a budget at a size, C / 6 N."""
     return budget / (PER_PARAMETER_AND_TOKEN * params)

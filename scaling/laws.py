@@ -1,10 +1,10 @@
-"""Laws: the loss as a function of a row, with named parameters.
+"""Scaling laws: the loss as a function of a run's sizes, with named parameters.
 
 Most published laws are sums of power-law terms, coefficient x prod(feature ^ exponent); those are written down as terms
 and evaluated as a log-sum-exp of linear forms, which neither overflows nor cancels. Others are given as a function.
 
-A parameter listed in `positive` is handled by its logarithm (its *raw* value); the rest, exponents, as they are. Starts
-and fits are in raw values, everything shown to people in natural ones.
+A parameter listed in `positive` is represented by its logarithm (its *raw* value), the others, exponents, by
+themselves. Starts and fits use raw values, tables and reports natural ones.
 """
 
 import itertools
@@ -17,28 +17,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scaling.fitting.derivatives import Term
-from scaling.fitting.solve import LogLoss, Model, predict
+from scaling.evaluate import LogLoss, Term, predict
 from scaling.rows import RowError, Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A law of loss. Compared by identity: make it once, so that compiled fits are found again.
+    """A scaling law. Compared by identity: make it once, so that its compiled fits are reused.
 
     Attributes:
       name: for messages and tables.
       parameters: names, in the order of every theta [P, ...].
       positive: those whose raw value is a logarithm.
-      features: what it takes from a row: "log_x" is the logarithm of column x, "log_density" that of 1 - sparsity,
-        anything else the column itself.
+      features: inputs from a row: "log_x" is the logarithm of column x, "log_density" that of 1 - sparsity, any other
+        name the column itself.
       log_loss: (parameters by name [1, S], features by name [R, 1]) -> log loss [R, S], raw parameters.
       grid: raw starting values by parameter; starts are their product.
-      pairs: (coefficient, exponent, feature, sign): the raw coefficient plus sign x exponent x mean(feature) is what
-        rows determine; fits move in that.
-      formula: as a person would write it, with its source.
+      pairs: (coefficient, exponent, feature, sign): rows determine the raw coefficient plus sign x exponent x
+        mean(feature), so fits use that as their variable.
+      formula: in text, with its source.
       optional: features that are 0 when the row has no such column (log of 1: no sparsity, one expert).
-      terms: of a sum of power laws: fits then take curvatures in closed form.
+      terms: of a sum of power laws: fits then have curvatures in closed form.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> law = scaling.find_law("chinchilla")
+      >>> theta = law.raw({"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28})
+      >>> rows = scaling.make_rows({"params": [70e9], "tokens": [1.4e12], "loss": [1.0]})
+      >>> round(float(np.exp(law.predict(theta[:, None], law.gather(rows)))[0, 0]), 3)
+      1.937
     """
 
     name: str
@@ -52,24 +59,19 @@ class Law:
     optional: frozenset[str] = field(default_factory=frozenset)
     terms: tuple[Term, ...] = ()
 
-    @property
-    def model(self) -> Model:
-        """The law as the solver takes it."""
-        return Model(self.log_loss, self.parameters, self.terms)
-
     def starts(self) -> Float[np.ndarray, "P S"]:
-        """Every combination of the grid's values."""
+        """Make the grid of starts: every combination of the grid's values."""
         return np.array(list(itertools.product(*(self.grid[name] for name in self.parameters))), float).T
 
     def natural(self, theta: Float[np.ndarray, "P ..."]) -> Float[np.ndarray, "P ..."]:
-        """Raw parameters as people write them."""
+        """Convert raw parameters to natural ones."""
         logs = np.array([name in self.positive for name in self.parameters])
         shape = (-1,) + (1,) * (np.ndim(theta) - 1)
         with np.errstate(over="ignore"):
             return np.where(logs.reshape(shape), np.exp(theta), theta)
 
-    def raw(self, values: Mapping[str, float]) -> Float[np.ndarray, "P"]:
-        """Natural values by name as raw parameters; a value of 0 for a positive one is its limit, -inf.
+    def raw(self, values: Mapping[str, float]) -> Float[np.ndarray, " P"]:
+        """Convert natural values by name to raw parameters; 0 for a positive one gives its limit, -inf.
 
         Raises:
           ValueError: names that are not the law's parameters, or a negative value for a positive one.
@@ -83,7 +85,7 @@ class Law:
             return np.array([np.log(values[n]) if n in self.positive else values[n] for n in self.parameters], float)
 
     def gather(self, rows: Rows) -> dict[str, Float[np.ndarray, "R 1"]]:
-        """The features of rows.
+        """Compute the features of rows.
 
         Raises:
           scaling.rows.RowError: a column that is missing, not numeric or outside the feature's domain.
@@ -93,12 +95,12 @@ class Law:
     def predict(
         self, theta: Float[np.ndarray, "P S"], features: Mapping[str, Float[np.ndarray, "R 1"]]
     ) -> Float[np.ndarray, "R S"]:
-        """Log losses of rows under raw parameters, float64."""
-        return predict(theta, features, self.model)
+        """Predict log losses of rows under raw parameters, float64."""
+        return predict(theta, features, self.log_loss, self.parameters, self.terms)
 
 
-def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, "R"]:
-    """One feature [R] of rows; see `Law.features`."""
+def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, " R"]:
+    """Compute one feature [R] of rows; see `Law.features`."""
     if name == "log_density":
         column = "sparsity"
     else:
@@ -116,11 +118,11 @@ def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, "
 
 
 def log_sum_exp(parts: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
-    """log(sum(exp(parts))) without overflow; parts broadcast and may be -inf (not all of them)."""
+    """Compute log(sum(exp(parts))) without overflow; parts broadcast and may be -inf (not all of them)."""
     top = parts[0]
     for part in parts[1:]:
         top = jnp.maximum(top, part)
-    # The maximum only shifts: its derivative cancels, so it is not taken.
+    # The maximum only shifts: its derivative cancels.
     top = jax.lax.stop_gradient(top)
     return top + jnp.log(sum(jnp.exp(part - top) for part in parts))
 
@@ -133,14 +135,25 @@ def power_law(
     formula: str = "",
     optional: Sequence[str] = (),
 ) -> Law:
-    """A law that is a sum of power-law terms.
+    """Make a law that is a sum of power-law terms.
 
     Args:
       name: for messages.
       terms: (coefficient, ((exponent, feature, sign), ...)); the feature is a logarithm. An exponent may be shared.
       grid: raw starting values by parameter, coefficients first; its order is that of the parameters.
-      formula: for people.
+      formula: in text.
       optional: features that may be missing.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.power_law(
+      ...     "curve",
+      ...     terms=(("A", (("alpha", "log_tokens", -1.0),)), ("E", ())),
+      ...     grid={"A": (0.0, 5.0), "E": (-1.0, 1.0), "alpha": (0.1, 0.5)},
+      ...     formula="E + A / D^alpha",
+      ... )
+      >>> law.features, law.starts().shape
+      (('log_tokens',), (3, 8))
     """
 
     def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
@@ -174,17 +187,31 @@ def custom_law(
     columns: Sequence[str],
     formula: str = "",
 ) -> Law:
-    """Any function of rows with named positive parameters.
+    """Make a law from any function of columns, with named positive parameters.
 
     Args:
       name: for messages.
       predict: (natural parameters by name [1, S], columns by name [R, 1]) -> losses [R, S], positive, in jax.numpy.
       starts: natural (positive) starting values by parameter.
-      columns: the columns it takes.
-      formula: for people.
+      columns: the columns it uses.
+      formula: in text.
 
     Raises:
       ValueError: a starting value that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, scaling
+      >>> law = scaling.custom_law(
+      ...     "logarithmic",
+      ...     lambda p, x: p["E"] + p["A"] / jnp.log(x["tokens"]),
+      ...     starts={"A": (10.0, 50.0), "E": (1.0,)},
+      ...     columns=("tokens",),
+      ... )
+      >>> tokens = [1e6, 1e7, 1e8, 1e9]
+      >>> loss = [1.5 + 20 / jnp.log(d).item() for d in tokens]
+      >>> fitted = scaling.fit(scaling.make_rows({"params": [1.0] * 4, "tokens": tokens, "loss": loss}), law)
+      >>> {name: round(value, 1) for name, value in fitted.parameters.items()}
+      {'A': 20.0, 'E': 1.5}
     """
     for parameter, values in starts.items():
         if not len(values) or min(values) <= 0:
@@ -197,25 +224,30 @@ def custom_law(
     return Law(name, tuple(starts), frozenset(starts), tuple(columns), log_loss, grid, formula=formula)
 
 
-def _kept_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:
-    """The terms that are left with raw values held, if they are still terms: coefficients of 0, exponents of 0."""
-    kept: list[Term] = []
+def _free_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:
+    """The remaining terms with raw values held, if they still are power-law terms: coefficients or exponents of 0."""
+    free: list[Term] = []
     for coefficient, factors in law.terms:
         if held.get(coefficient) == -np.inf:
             continue
         if coefficient in held or any(held.get(exponent, 0.0) != 0.0 for exponent, _, _ in factors):
             return ()
-        kept.append((coefficient, tuple(factor for factor in factors if factor[0] not in held)))
-    used = {name for coefficient, factors in kept for name in (coefficient, *(factor[0] for factor in factors))}
-    # A parameter that no term is left for has no closed form of its own.
-    return tuple(kept) if used == set(law.parameters) - set(held) else ()
+        free.append((coefficient, tuple(factor for factor in factors if factor[0] not in held)))
+    used = {name for coefficient, factors in free for name in (coefficient, *(factor[0] for factor in factors))}
+    # A parameter without a remaining term has no closed form.
+    return tuple(free) if used == set(law.parameters) - set(held) else ()
 
 
 def restrict(law: Law, **values: float) -> Law:
-    """The law with some parameters held at natural values (0 for a coefficient takes its term away).
+    """Hold some parameters of a law at natural values (0 for a coefficient removes its term).
 
     Raises:
       ValueError: names the law does not have.
+
+    Example:
+      >>> import scaling
+      >>> scaling.restrict(scaling.find_law("chinchilla"), E=1.69).parameters
+      ('A', 'B', 'alpha', 'beta')
     """
     unknown = sorted(set(values) - set(law.parameters))
     if unknown:
@@ -237,5 +269,5 @@ def restrict(law: Law, **values: float) -> Law:
         pairs=tuple(pair for pair in law.pairs if pair[0] in free and pair[1] in free),
         formula=law.formula,
         optional=law.optional,
-        terms=_kept_terms(law, held),
+        terms=_free_terms(law, held),
     )

@@ -1,8 +1,8 @@
-"""Width transfer: the maximal-update parametrisation (muP), by which one learning rate serves every width.
+"""muP, the maximal-update parameterization: one learning rate for every width (hyperparameter transfer).
 
 Yang et al. 2022, "Tensor Programs V", table 3 (Adam), written as two factors per parameter: one on its initial values,
 one on its learning rate. `ratio` is width / base width; at ratio 1 nothing changes. The multiplier on the logits,
-1 / ratio, is carried by the gain that scales the last normalised activations: with Adam, a parameter stored multiplied
+1 / ratio, is part of the gain that scales the last normalized activations: with Adam, a parameter stored multiplied
 is trained the same as one multiplied in the forward pass if its learning rate is multiplied too (their section J.2).
 """
 
@@ -19,7 +19,7 @@ class Factors(NamedTuple):
 
 def _mup(role: str, ratio: float) -> Factors:
     if role == "table":
-        # Looked up, its entries are activations, and these keep their size at every width; tied, it is also the output.
+        # Its rows are activations, whose size does not depend on the width; a tied table is also the output.
         return Factors(ratio**0.5, 1.0)
     if role == "hidden":
         return Factors(1.0, 1 / ratio)
@@ -28,7 +28,7 @@ def _mup(role: str, ratio: float) -> Factors:
     return Factors(1.0, 1.0)
 
 
-PARAMETRISATIONS: Mapping[str, Callable[[str, float], Factors]] = {
+PARAMETERIZATIONS: Mapping[str, Callable[[str, float], Factors]] = {
     "mup": _mup,
     "standard": lambda role, ratio: Factors(1.0, 1.0),
 }
@@ -36,22 +36,22 @@ PARAMETRISATIONS: Mapping[str, Callable[[str, float], Factors]] = {
 ROLES = ("table", "hidden", "vector", "readout")
 
 
-def factors(role: str, ratio: float, parametrisation: str = "mup") -> Factors:
-    """Factors of one parameter.
+def factors(role: str, ratio: float, parameterization: str = "mup") -> Factors:
+    """Compute the muP factors of one parameter.
 
     Args:
       role: "table" (token embedding, perhaps tied to the output), "hidden" (a matrix with both sides as wide as the
         model), "vector" (gains), "readout" (what multiplies the last activations before the output product).
       ratio: width / base width.
-      parametrisation: a key of `PARAMETRISATIONS`.
+      parameterization: a key of `PARAMETERIZATIONS`.
 
     Raises:
-      ValueError: an unknown role or parametrisation, or a ratio that is not positive.
+      ValueError: an unknown role or parameterization, or a ratio that is not positive.
     """
-    if parametrisation not in PARAMETRISATIONS:
-        raise ValueError(f"parametrisation {parametrisation!r}: choose one of {', '.join(PARAMETRISATIONS)}")
+    if parameterization not in PARAMETERIZATIONS:
+        raise ValueError(f"parameterization {parameterization!r}: choose one of {', '.join(PARAMETERIZATIONS)}")
     if role not in ROLES:
         raise ValueError(f"role {role!r}: choose one of {', '.join(ROLES)}")
     if not ratio > 0:
         raise ValueError(f"ratio {ratio} of widths must be positive")
-    return PARAMETRISATIONS[parametrisation](role, ratio)
+    return PARAMETERIZATIONS[parameterization](role, ratio)

@@ -1,4 +1,4 @@
-"""What to train at a budget: N*, D*, tokens per parameter, and what training off the optimum costs.
+"""Compute-optimal allocation: N* and D* at a budget, tokens per parameter, and the cost of other sizes.
 
 A budget C fixes tokens = C / (6 N), so the optimum is a minimum over one number, log N, found for any law of params and
 tokens (others of its columns are held at given values).
@@ -16,7 +16,7 @@ from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 
 class Optimum(NamedTuple):
-    """Optimal sizes at budgets, [C, S] for S parameter vectors; NaN where there is no inner minimum."""
+    """Compute-optimal params, tokens and loss at budgets, [C, S] for S parameter vectors; NaN without inner minimum."""
 
     params: Float[np.ndarray, "C S"]
     tokens: Float[np.ndarray, "C S"]
@@ -37,16 +37,16 @@ def _rows(params: np.ndarray, tokens: np.ndarray, at: Mapping[str, float]) -> Ro
 def log_loss_at(
     law: Law,
     theta_PS: Float[np.ndarray, "P S"],
-    params: Float[np.ndarray, "R"],
-    tokens: Float[np.ndarray, "R"],
+    params: Float[np.ndarray, " R"],
+    tokens: Float[np.ndarray, " R"],
     at: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "R S"]:
-    """Log losses the law predicts for sizes, with other columns held at `at`."""
+    """Predict log losses at sizes, with other columns held at `at`."""
     rows = _rows(np.asarray(params, float), np.asarray(tokens, float), at or {})
     return law.predict(np.asarray(theta_PS, float), law.gather(rows))
 
 
-def optimum(
+def compute_optimal(
     law: Law,
     theta_PS: Float[np.ndarray, "P S"],
     budgets: Sequence[float] | np.ndarray,
@@ -54,10 +54,25 @@ def optimum(
     at: Mapping[str, float] | None = None,
     tokens_per_flop: float = 1 / PER_PARAMETER_AND_TOKEN,
 ) -> Optimum:
-    """Minimise the law over sizes at each budget (FLOPs), for every column of theta.
+    """Find the compute-optimal size for any law: minimize over N at each budget, for every column of theta.
 
     Two grids over log N, the second inside the best cell of the first, then a parabola through the lowest three points:
     log N* is right to about 1e-6.
+
+    Args:
+      law: of params and tokens.
+      theta_PS: raw parameters.
+      budgets: FLOPs.
+      at: values of the law's other columns.
+      tokens_per_flop: params x tokens per FLOP, 1 / 6 for C = 6 N D.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.find_law("chinchilla")
+      >>> theta = law.raw({"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28})
+      >>> best = scaling.compute_optimal(law, theta[:, None], [5.76e23])
+      >>> f"{best.params[0, 0]:.3g} parameters, {best.ratio[0, 0]:.0f} tokens each"
+      '3.22e+10 parameters, 93 tokens each'
     """
     theta_PS = np.asarray(theta_PS, float)
     found = np.full((3, len(budgets), theta_PS.shape[1]), np.nan)
@@ -89,7 +104,18 @@ def _refine(law, theta, middle, width, product, at):
 
 
 def chinchilla_optimum(parameters: Mapping[str, float | np.ndarray], budgets: Sequence[float] | np.ndarray) -> Optimum:
-    """The closed form for E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 4); parameters are numbers or [S]."""
+    """Compute the optimum of E + A / N^alpha + B / D^beta in closed form (Hoffmann et al. 2022, eq. 4).
+
+    Args:
+      parameters: natural values by name, numbers or [S].
+      budgets: FLOPs.
+
+    Example:
+      >>> import scaling
+      >>> parameters = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> f"{scaling.chinchilla_optimum(parameters, [5.76e23]).params[0, 0]:.3g}"
+      '3.22e+10'
+    """
     a, b, e, alpha, beta = (np.atleast_1d(parameters[name]) for name in ("A", "B", "E", "alpha", "beta"))
     product = np.asarray(budgets, float)[:, None] / PER_PARAMETER_AND_TOKEN
     # In logarithms: resampled coefficients span many orders of magnitude.
@@ -99,27 +125,34 @@ def chinchilla_optimum(parameters: Mapping[str, float | np.ndarray], budgets: Se
 
 
 def exponents(parameters: Mapping[str, float | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
+    """Compute the exponents (a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
     alpha, beta = np.asarray(parameters["alpha"]), np.asarray(parameters["beta"])
     return np.asarray(beta / (alpha + beta)), np.asarray(alpha / (alpha + beta))
 
 
 def off_optimum(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
+    theta_P: Float[np.ndarray, " P"],
     budget: float,
     factors: Sequence[float],
     *,
     at: Mapping[str, float] | None = None,
 ) -> list[dict[str, float]]:
-    """The cost of a model `factor` times the optimal size at the same budget.
+    """Compute the cost of models `factor` times the optimal size at the same budget.
 
     Returns:
       Per factor: params, tokens, loss, excess loss over the optimum, and `wasted`, the share of the budget that an
       optimal run would not need to reach the same loss. Empty where the law has no inner optimum at the budget.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.find_law("chinchilla")
+      >>> theta = law.raw({"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28})
+      >>> [round(row["wasted"], 3) for row in scaling.off_optimum(law, theta, 1e21, (0.5, 1.0, 2.0))]
+      [0.139, 0.0, 0.136]
     """
     theta = np.asarray(theta_P, float)[:, None]
-    best = optimum(law, theta, [budget], at=at)
+    best = compute_optimal(law, theta, [budget], at=at)
     if not np.isfinite(best.params[0, 0]):
         return []
     table = []
@@ -136,13 +169,13 @@ def off_optimum(
 
 
 def needed_budget(
-    law: Law, theta_P: Float[np.ndarray, "P"], loss: float, *, below: float, at: Mapping[str, float] | None = None
+    law: Law, theta_P: Float[np.ndarray, " P"], loss: float, *, below: float, at: Mapping[str, float] | None = None
 ) -> float:
-    """The least budget whose optimum reaches a loss, at most `below` (which must reach it)."""
+    """Find the smallest budget whose optimum reaches a loss, at most `below` (which must reach it)."""
     theta = np.asarray(theta_P, float)[:, None]
 
     def gap(log_budget: float) -> float:
-        return float(optimum(law, theta, [np.exp(log_budget)], at=at).loss[0, 0]) - loss
+        return float(compute_optimal(law, theta, [np.exp(log_budget)], at=at).loss[0, 0]) - loss
 
     high = np.log(below)
     if gap(high) >= 0:
@@ -154,7 +187,7 @@ def needed_budget(
 
 
 class InferenceOptimum(NamedTuple):
-    """The cheapest model of a quality when `inference_tokens` will be served: sizes, and FLOPs of both phases."""
+    """The cheapest model that reaches a loss, inference included: sizes, and FLOPs of both phases."""
 
     params: float
     tokens: float
@@ -164,17 +197,25 @@ class InferenceOptimum(NamedTuple):
 
 def inference_optimum(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
+    theta_P: Float[np.ndarray, " P"],
     loss: float,
     inference_tokens: float,
     *,
     at: Mapping[str, float] | None = None,
     sizes: tuple[float, float] = (1e4, 1e15),
 ) -> InferenceOptimum:
-    """Minimise 6 N D + 2 N D_inference subject to L(N, D) = loss (Sardana et al. 2024, eq. 2).
+    """Minimize 6 N D + 2 N D_inference subject to L(N, D) = loss (Sardana et al. 2024, eq. 2).
 
     Raises:
       ValueError: no model between `sizes` reaches the loss.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.find_law("chinchilla")
+      >>> theta = law.raw({"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28})
+      >>> few, many = (scaling.inference_optimum(law, theta, 2.2, served) for served in (1e9, 1e13))
+      >>> many.params < few.params and many.tokens > few.tokens
+      True
     """
     theta = np.asarray(theta_P, float)[:, None]
     token_range = (0.0, 80.0)

@@ -1,11 +1,10 @@
-"""The next run to buy: which affordable run shrinks the interval of log N*(C) most per FLOP.
+"""Optimal experiment design: the candidate run that shrinks the interval of log N*(C) most per FLOP (c-optimality).
 
-Near the fit a law is linear in its parameters, so a run's worth is known before it is made (c-optimality in the design
-of experiments): with information M = sum j j' / noise^2 over runs and g the gradient of log N*, the variance of log N*
-is g' M^-1 g, and a run with slopes j takes (g' M^-1 j)^2 / (noise^2 + j' M^-1 j) off it.
+Near the fit a law is linear in its parameters, so a run's information is known before it is trained: with information
+M = sum j j' / noise^2 over runs and g the gradient of log N*, the variance of log N*
+is g' M^-1 g, and a run with slopes j reduces it by (g' M^-1 j)^2 / (noise^2 + j' M^-1 j).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,39 +13,39 @@ from scipy.stats import t
 
 from scaling.fitting.fit import Fit, FitConfig, fit, fit_near
 from scaling.laws import Law
-from scaling.optimum import log_loss_at, optimum
+from scaling.optimum import compute_optimal, log_loss_at
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 _STEP = 1e-5
 
 
 class Choice(NamedTuple):
-    """Candidates ranked: index of the best per FLOP, every candidate's standard error after it, and the one before."""
+    """Ranked candidates: index of the best per FLOP, standard errors after every candidate, and the one before."""
 
     best: int
-    after: Float[np.ndarray, "R"]
+    after: Float[np.ndarray, " R"]
     before: float
 
 
 def slopes(
-    law: Law, theta_P: Float[np.ndarray, "P"], params: Float[np.ndarray, "R"], tokens: Float[np.ndarray, "R"]
+    law: Law, theta_P: Float[np.ndarray, " P"], params: Float[np.ndarray, " R"], tokens: Float[np.ndarray, " R"]
 ) -> Float[np.ndarray, "R P"]:
-    """Derivatives of log loss by raw parameters, central differences."""
+    """Differentiate log loss by raw parameters, by central differences."""
     size = len(theta_P)
     shifts = _STEP * np.concatenate([np.eye(size), -np.eye(size)], 1)
     moved = log_loss_at(law, theta_P[:, None] + shifts, params, tokens)
     return (moved[:, :size] - moved[:, size:]) / (2 * _STEP)
 
 
-def target_gradient(law: Law, theta_P: Float[np.ndarray, "P"], budget: float) -> Float[np.ndarray, "P"]:
-    """Gradient of log N*(budget) by raw parameters, from the first-order condition.
+def target_gradient(law: Law, theta_P: Float[np.ndarray, " P"], budget: float) -> Float[np.ndarray, " P"]:
+    """Differentiate log N*(budget) by raw parameters, by the implicit function theorem.
 
     h(theta, x) = d log loss / dx vanishes at x = log N*, so dx / dtheta = -(dh / dtheta) / (dh / dx).
 
     Raises:
       ValueError: the law has no inner minimum at the budget.
     """
-    best = np.log(optimum(law, theta_P[:, None], [budget]).params[0, 0])
+    best = np.log(compute_optimal(law, theta_P[:, None], [budget]).params[0, 0])
     if not np.isfinite(best):
         raise ValueError(f"{law.name} has no inner minimum over sizes at {budget:.3g} FLOPs")
     width = 1e-2
@@ -59,7 +58,7 @@ def target_gradient(law: Law, theta_P: Float[np.ndarray, "P"], budget: float) ->
 
 
 def covariance(slopes_RP: Float[np.ndarray, "R P"], noise: float) -> Float[np.ndarray, "P P"]:
-    """Covariance of the raw parameters from runs with independent noise of log loss.
+    """Compute the covariance of the raw parameters, from runs with independent noise of log loss.
 
     Raises:
       ValueError: the runs do not determine all parameters.
@@ -74,36 +73,36 @@ def covariance(slopes_RP: Float[np.ndarray, "R P"], noise: float) -> Float[np.nd
 
 def standard_error(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
-    params: Float[np.ndarray, "R"],
-    tokens: Float[np.ndarray, "R"],
+    theta_P: Float[np.ndarray, " P"],
+    params: Float[np.ndarray, " R"],
+    tokens: Float[np.ndarray, " R"],
     *,
     budget: float,
     noise: float,
 ) -> float:
-    """Standard error of log N*(budget) given runs of these sizes."""
+    """Compute the standard error of log N*(budget) given runs of these sizes (delta method)."""
     gradient = target_gradient(law, theta_P, budget)
     return float(np.sqrt(gradient @ covariance(slopes(law, theta_P, params, tokens), noise) @ gradient))
 
 
 def choose(
     law: Law,
-    theta_P: Float[np.ndarray, "P"],
-    made: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]],
-    candidates: tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]],
+    theta_P: Float[np.ndarray, " P"],
+    made: tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]],
+    candidates: tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]],
     *,
     budget: float,
     noise: float,
     affordable: float = np.inf,
-    cost: Float[np.ndarray, "K"] | None = None,
+    cost: Float[np.ndarray, " K"] | None = None,
 ) -> Choice:
-    """Rank candidate runs by how much each takes off the variance of log N*(budget) per FLOP it costs.
+    """Rank candidate runs by the reduction of the variance of log N*(budget) per FLOP.
 
     Args:
       law: of params and tokens.
       theta_P: raw parameters of the present fit.
-      made: (params, tokens) of the runs there are.
-      candidates: (params, tokens) of those that could be made.
+      made: (params, tokens) of the existing runs.
+      candidates: (params, tokens) of possible runs.
       budget: the target, FLOPs.
       noise: standard deviation of log loss between runs.
       affordable: most FLOPs one run may cost.
@@ -126,15 +125,24 @@ def choose(
 
 
 def noise_of(fitted: Fit) -> float:
-    """Standard deviation of log loss between runs, from the residuals and what the parameters paid."""
+    """Estimate the standard deviation of log loss between runs, from residuals and degrees of freedom."""
     spare = max(len(fitted.rows) - len(fitted.law.parameters), 1)
     return float(np.sqrt(np.sum(fitted.residuals**2) / spare))
 
 
 def half_width(fitted: Fit, budget: float, *, level: float = 0.95) -> float:
-    """Half the interval of log N*(budget) after a fit: Student's t x the standard error at the estimated noise.
+    """Compute half the width of the interval of log N*(budget): Student's t x the standard error.
 
     Infinite where the fit has no inner optimum or its rows do not determine it.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=4, sizes=5, noise=0.005)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> 0 < scaling.half_width(fitted, 1e22) < scaling.half_width(fitted, 1e24)
+      True
     """
     spare = max(len(fitted.rows) - len(fitted.law.parameters), 1)
     try:
@@ -145,8 +153,8 @@ def half_width(fitted: Fit, budget: float, *, level: float = 0.95) -> float:
     return float(t.ppf(0.5 + level / 2, spare) * error) if np.isfinite(error) else float("inf")
 
 
-class Sweep(NamedTuple):
-    """Runs that were bought: the rows, the last fit, half the interval after every fit, and what all runs cost."""
+class AcquiredRuns(NamedTuple):
+    """Acquired runs: their rows, the last fit, half the interval after every fit, and the FLOPs of all runs."""
 
     rows: Rows
     fitted: Fit
@@ -154,7 +162,7 @@ class Sweep(NamedTuple):
     flops: float
 
 
-def buy(
+def acquire_runs(
     rows: Rows,
     law: Law,
     candidates: Rows,
@@ -165,36 +173,47 @@ def buy(
     level: float = 0.95,
     config: FitConfig | None = None,
     starts: Float[np.ndarray, "P S"] | None = None,
-) -> Sweep:
-    """Fit, buy the best candidate, fit again, until the interval of log N*(budget) is as narrow as wanted.
+) -> AcquiredRuns:
+    """Acquire runs one by one, fitting after each, until the interval of log N*(budget) is as narrow as wanted.
 
     Args:
-      rows: runs to begin with.
+      rows: initial runs.
       law: of params and tokens.
-      candidates: runs that can be bought, each once, with the losses that buying them shows. Nothing looks at a loss
-        before it is bought.
+      candidates: possible runs, each acquired once at most, with their losses. No loss is used before its run is
+        acquired.
       budget: the target, FLOPs.
-      wanted: half the width of the interval at which buying ends.
-      most: runs bought at most.
+      wanted: half the width of the interval at which the search ends.
+      most: runs acquired at most.
       level: of the interval.
       config: of the fits.
       starts: of the first fit; the law's grid if None.
 
     Raises:
-      ValueError: fewer rows to begin with than the law has parameters.
+      ValueError: fewer initial rows than the law has parameters.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> law = scaling.find_law("chinchilla")
+      >>> first = scaling.isoflop_design(truth, budgets=2, sizes=5, highest=2e19, noise=0.005)
+      >>> candidates = scaling.isoflop_design(truth, budgets=3, sizes=9, noise=0.005, seed=1)
+      >>> starts = law.raw(truth)[:, None]
+      >>> found = scaling.acquire_runs(first, law, candidates, budget=1e22, wanted=0.3, starts=starts)
+      >>> found.widths[-1] <= 0.3 < found.widths[0]
+      True
     """
     left = np.ones(len(candidates), bool)
     fitted = fit(rows, law, config, starts=starts)
     widths = [half_width(fitted, budget, level=level)]
     while widths[-1] > wanted and left.any() and len(widths) <= most:
         choice = next_run(fitted, candidates.take(left), budget=budget)
-        bought = np.flatnonzero(left)[choice]
-        left[bought] = False
-        more = candidates.take(np.array([bought]))
+        acquired = np.flatnonzero(left)[choice]
+        left[acquired] = False
+        more = candidates.take(np.array([acquired]))
         rows = Rows({n: np.append(rows[n], more[n]) for n in ("params", "tokens", "flops", "loss")}, rows.source)
         fitted = fit_near(fitted, rows)
         widths.append(half_width(fitted, budget, level=level))
-    return Sweep(rows, fitted, widths, float(rows["flops"].sum()))
+    return AcquiredRuns(rows, fitted, widths, float(rows["flops"].sum()))
 
 
 def next_run(
@@ -204,16 +223,16 @@ def next_run(
     budget: float,
     affordable: float = np.inf,
     made: Float[np.ndarray, "2 M"] | None = None,
-    cost: Float[np.ndarray, "K"] | None = None,
+    cost: Float[np.ndarray, " K"] | None = None,
 ) -> int:
-    """Index of the candidate to buy next after a fit.
+    """Choose the next run to train after a fit: the index of a candidate.
 
     The best by `choose`; where the fit has no inner optimum yet, or does not determine its parameters, the one farthest
     (in log params and log tokens, per log FLOP) from every run there is.
 
     Args:
       fitted: the fit.
-      candidates: runs that can be bought.
+      candidates: possible runs.
       budget: the target, FLOPs.
       affordable: most FLOPs one run may cost.
       made: params and tokens of all runs counted on; those of the fit if None.
@@ -221,6 +240,16 @@ def next_run(
 
     Raises:
       ValueError: no candidate is affordable.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=4, sizes=5, noise=0.005)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> candidates = scaling.make_rows({"params": [1e8, 1e9], "tokens": [2e9, 2e9], "loss": [1.0, 1.0]})
+      >>> scaling.next_run(fitted, candidates, budget=1e22) in (0, 1)
+      True
     """
     known = (fitted.rows["params"], fitted.rows["tokens"]) if made is None else (made[0], made[1])
     sizes = candidates["params"], candidates["tokens"]
@@ -241,10 +270,10 @@ def next_run(
 
 
 def suggest(fitted: Fit, budget: float, *, budgets: int = 4, sizes: int = 13) -> list[dict[str, float]]:
-    """For some costs up to that of the largest run, the run that takes most off the interval of log N*(budget).
+    """Suggest, for some costs up to that of the largest run, the run that shrinks the interval of log N*(budget) most.
 
     Returns:
-      Per cost, from cheap to dear: params, tokens, flops, and the standard error of log N* `before` and `after` it.
+      Per cost, in rising order: params, tokens, flops, and the standard error of log N* `before` and `after` it.
       Empty for laws of other things than params and tokens, and where the fit has no inner optimum.
     """
     if set(fitted.law.features) != {"log_params", "log_tokens"}:
@@ -254,18 +283,13 @@ def suggest(fitted: Fit, budget: float, *, budgets: int = 4, sizes: int = 13) ->
     params = np.geomspace(made[0].min(), made[0].max(), sizes)
     table = []
     for cost in flops:
-        goods = params, cost / (PER_PARAMETER_AND_TOKEN * params)
+        sizes_at_cost = params, cost / (PER_PARAMETER_AND_TOKEN * params)
         try:
-            found = choose(fitted.law, fitted.theta, made, goods, budget=budget, noise=noise_of(fitted))
+            found = choose(fitted.law, fitted.theta, made, sizes_at_cost, budget=budget, noise=noise_of(fitted))
         except ValueError:
             return []
-        best = {"params": params[found.best], "tokens": goods[1][found.best], "flops": cost}
+        best = {"params": params[found.best], "tokens": sizes_at_cost[1][found.best], "flops": cost}
         table.append(
             {n: float(x) for n, x in best.items()} | {"before": found.before, "after": float(found.after[found.best])}
         )
     return table
-
-
-def tight_enough(errors: Sequence[float], wanted: float) -> bool:
-    """Whether the latest standard error of log N* is at or under what was wanted: the sweep can stop."""
-    return bool(errors) and errors[-1] <= wanted

@@ -1,4 +1,4 @@
-"""The published laws, by name in `LAWS`."""
+"""Published scaling laws, by name in `LAWS`."""
 
 from collections.abc import Mapping
 
@@ -197,10 +197,15 @@ LAWS: dict[str, Law] = {
 
 
 def find_law(name: str) -> Law:
-    """A published law by name.
+    """Find a published law by name, a key of `LAWS` such as "chinchilla" or "kaplan".
 
     Raises:
-      ValueError: no such law; those there are.
+      ValueError: no such law; the message lists them.
+
+    Example:
+      >>> import scaling
+      >>> scaling.find_law("chinchilla").formula
+      'E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 2)'
     """
     if name not in LAWS:
         raise ValueError(f"no law {name!r}; there are {', '.join(LAWS)} (or build one with scaling.laws.custom_law)")

@@ -1,7 +1,7 @@
-"""Rows of finished runs: loading, checking, and completing what follows from the rest.
+"""Tables of finished runs: load, check, and complete params, tokens and FLOPs from each other.
 
 A row needs a loss and any two of params, tokens and flops; the third follows from FLOPs = 6 x params x tokens
-(Kaplan et al. 2020, section 2.1). Other columns are kept for laws that ask for them (experts, sparsity, epochs ...).
+(Kaplan et al. 2020, section 2.1). Other columns are passed on to laws that use them (experts, sparsity, epochs ...).
 """
 
 import csv
@@ -22,12 +22,20 @@ class RowError(ValueError):
     """Rows that cannot be used; the message names every wrong row and column.
 
     Attributes:
-      problems: (row, column, what is wrong), rows counted from 1 after the header; 0 for a whole column.
+      problems: (row, column, what is wrong), rows counted from 1 after the header; 0 for a full column.
+
+    Example:
+      >>> import scaling
+      >>> try:
+      ...     scaling.make_rows({"params": [1e6, -1.0], "tokens": [1e8, 1e8], "loss": [3.0, 3.1]})
+      ... except scaling.RowError as error:
+      ...     print(error.problems)
+      [(2, 'params', '-1.0 is not positive')]
     """
 
     def __init__(self, problems: Sequence[tuple[int, str, str]], source: str = "rows"):
         self.problems = list(problems)
-        # Row 0 is the header: the whole column.
+        # Row 0 is the header: the full column.
         shown = [
             f"  {f'row {row}, ' if row else ''}column {column!r}: {what}" for row, column, what in self.problems[:20]
         ]
@@ -46,8 +54,14 @@ class Rows:
 
     Attributes:
       columns: column name -> values [R]; params, tokens, flops and loss are always there, float64, positive and finite.
-        A column with other than numbers is kept as strings.
+        A column with other than numbers has strings.
       source: where they come from, for messages.
+
+    Example:
+      >>> import scaling
+      >>> rows = scaling.make_rows({"params": [1e6, 2e6], "tokens": [1e8, 1e8], "loss": [3.2, 3.0]})
+      >>> len(rows), rows["flops"].tolist(), len(rows.take(rows["loss"] < 3.1))
+      (2, [600000000000000.0, 1200000000000000.0], 1)
     """
 
     columns: Mapping[str, np.ndarray]
@@ -57,17 +71,17 @@ class Rows:
         return len(self.columns["loss"])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column [R]; a missing one raises KeyError naming those there are."""
+        """A column [R]; a missing one raises KeyError with the existing ones."""
         if name not in self.columns:
             raise KeyError(f"{self.source}: no column {name!r}; there are {', '.join(self.columns)}")
         return self.columns[name]
 
-    def take(self, which: Bool[np.ndarray, "R"] | Int[np.ndarray, "K"]) -> "Rows":
-        """The rows under a boolean mask, or at indices (which may repeat)."""
+    def take(self, which: Bool[np.ndarray, " R"] | Int[np.ndarray, " K"]) -> "Rows":
+        """Select rows by a boolean mask or by indices (which may repeat)."""
         return Rows({name: values[which] for name, values in self.columns.items()}, self.source)
 
     def without_highest_losses(self, count: int) -> "Rows":
-        """Leave out the `count` rows with the highest losses, the rest in their order."""
+        """Drop the `count` rows with the highest losses; the others stay in order."""
         if not 0 <= count < len(self):
             raise ValueError(f"{self.source}: cannot drop {count} of {len(self)} rows")
         keep = np.ones(len(self), bool)
@@ -75,7 +89,7 @@ class Rows:
         return self.take(keep)
 
     def need(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns as finite float64 [R].
+        """Read columns as finite float64 [R].
 
         Raises:
           RowError: a column that is missing or holds anything else, by row and column.
@@ -127,6 +141,12 @@ def make_rows(columns: Mapping[str, Sequence[Any] | np.ndarray], source: str = "
     Raises:
       RowError: empty, non-positive, infinite, NaN or textual values among those four, or missing columns.
       ValueError: columns of different lengths, or no rows.
+
+    Example:
+      >>> import scaling
+      >>> rows = scaling.make_rows({"params": [1e6], "flops": [6e14], "loss": [3.0]})
+      >>> rows["tokens"].tolist()
+      [100000000.0]
     """
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -173,17 +193,24 @@ def _others(columns: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, np.n
     for name, raw in columns.items():
         if name not in (*SIZES, "loss"):
             numbers = [_number(value) for value in raw]
-            whole = all(number is not None for number in numbers)
-            others[name] = np.array(numbers, float) if whole else np.array([str(value) for value in raw])
+            numeric = all(number is not None for number in numbers)
+            others[name] = np.array(numbers, float) if numeric else np.array([str(value) for value in raw])
     return others
 
 
 def read_csv(path: Path | str) -> Rows:
-    """Rows of a CSV file whose first line names the columns.
+    """Load rows from a CSV file whose first line names the columns.
 
     Raises:
       FileNotFoundError: no such file.
       RowError, ValueError: see `make_rows`; a line with too few or too many values is reported by its row.
+
+    Example:
+      >>> import pathlib, tempfile, scaling
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "runs.csv"
+      >>> _ = path.write_text("params,tokens,loss\\n1e6,1e8,3.0\\n2e6,1e8,2.9\\n")
+      >>> scaling.read_csv(path)["loss"].tolist()
+      [3.0, 2.9]
     """
     path = Path(path)
     if not path.is_file():

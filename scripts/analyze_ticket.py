@@ -1,41 +1,6 @@
-"""Look at a finished search: `python scripts/analyze_ticket.py --config=configs/analyze.py --config.search=RUN`."""
+"""Look at the tickets of a finished search. `python scripts/analyze_ticket.py --help` lists configs and flags."""
 
-from pathlib import Path
-
-from rich.console import Console
-
-from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.config import ConfigError, Invocation, build, checked, run
-from tessera.infra.memo import Pieces
-from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.tickets.probe_report import analyse, analysis_report
-from tessera.tickets.probes import AnalysisConfig
-from tessera.tickets.setup import finished
-
-
-def main(invocation: Invocation) -> None:
-    """Config -> levels of the search -> connectivity, overlap, sharpness -> page."""
-    config, console = invocation.config, Console()
-    if not config.search:
-        raise ConfigError("config.search: the workdir of a finished search is needed")
-    search = checked("config.search", finished, config.search, "config.search")
-    have = [n for n in range(search.setup.search.levels + 1) if search.store.has(n)]
-    levels = list(config.levels) or sorted({0, *have[1:3], have[len(have) // 2], have[-1]} if have else {0})
-    missing = [level for level in levels if level not in have]
-    if missing:
-        raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
-    workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config)
-    pieces = Pieces(workdir / "pieces", lambda name: console.log(name))
-    settings = build(AnalysisConfig, config.analysis, "config.analysis")
-    found = analyse(search, pieces, settings, levels)
-    page = analysis_report(workdir, search, found, settings)
-    console.print(f"report: {page}", soft_wrap=True)
-
+from tessera.cli.main import run
 
 if __name__ == "__main__":
-    run(
-        main,
-        config_file="analyze.py",
-        errors=(DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError),
-    )
+    run("analyze-ticket")

@@ -1,47 +1,6 @@
-"""Find lottery tickets: `python scripts/find_ticket.py --config=configs/lottery_digits.py --workdir=runs/digits`."""
+"""Search for lottery tickets. `python scripts/find_ticket.py --help` lists configs and flags."""
 
-from rich.console import Console
-
-from lottery import imp, summary
-from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.config import Invocation, checked, run
-from tessera.infra.progress import Progress
-from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.tickets.report import FirstLayer, lottery_report, summary_table
-from tessera.tickets.setup import make_setup, search_tickets
-from tessera.tickets.store import LevelStore
-
-
-def main(invocation: Invocation) -> None:
-    """Config -> dataclasses -> search -> CSV, report."""
-    setup = make_setup(invocation.config)
-    workdir = prepare(invocation.workdir or f"runs/{invocation.name}", invocation.config)
-    store = LevelStore(workdir / "levels")
-    first_layer = FirstLayer(store)
-    with Progress(setup.search.levels + 1, "levels", every=0) as levels:
-
-        def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
-            levels.advance(level - levels.done)
-            total = setup.ticket.steps - starts.start_step
-            with Progress(total, f"level {level:2d} x{len(starts.names)}", parent=levels) as bar:
-                return setup.train(
-                    starts, store.unfinished(level), lambda n, row: bar.advance(n, **row) if row else bar.skip(n)
-                )
-
-        rows = checked("config.search", search_tickets, setup, first_layer, train_fn, invocation.config)
-        levels.advance(levels.total - levels.done)
-    summary.write_csv(rows, workdir / "tickets.csv")
-    Console().print(summary_table(rows))
-    images = setup.splits.train.images
-    mean = images.mean(axis=0) if images.ndim == 4 else None
-    page = lottery_report(workdir, rows, first_layer.masks, mean)
-    Console().print(f"report: {page}", soft_wrap=True)
-
+from tessera.cli.main import run
 
 if __name__ == "__main__":
-    run(
-        main,
-        config_file="lottery_digits.py",
-        errors=(DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError),
-    )
+    run("find-ticket")

@@ -1,35 +1,6 @@
-"""Fit a scaling law: `python scripts/fit_scaling.py --config=configs/chinchilla_fit.py --config.runs=RUNS.csv`."""
+"""Fit a scaling law. `python scripts/fit_scaling.py --help` lists configs and flags."""
 
-from rich.console import Console
-from rich.table import Table
-
-from scaling.rows import read_csv
-from tessera.infra.config import Invocation, build, run
-from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.sweeps.fit_report import ScalingConfig, span, summary, write_fit
-
-
-def main(invocation: Invocation) -> None:
-    """Config -> rows -> fit -> fit.json, report."""
-    config = build(ScalingConfig, invocation.config)
-    rows = read_csv(config.runs)
-    workdir = prepare(invocation.workdir, invocation.config, name=invocation.name)
-    result, page = write_fit(workdir, rows, config)
-    console = Console()
-    if "parameters" in result:
-        table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")
-        for heading in ("parameter", "value", "standard error", f"{config.level:.0%} interval"):
-            table.add_column(heading)
-        for name, found in result["parameters"].items():
-            error = f"{found['se']:.4g}" if "se" in found else "not measured"
-            table.add_row(name, f"{found['value']:.7g}", error, span(found.get("interval")))
-        console.print(table)
-    for line in summary(result):
-        console.print(line, soft_wrap=True)
-    for finding in result["doctor"]:
-        console.print(f"{finding['verdict']}: {finding['name']}: {finding['text']}", soft_wrap=True, markup=False)
-    console.print(f"report: {page}", soft_wrap=True)
-
+from tessera.cli.main import run
 
 if __name__ == "__main__":
-    run(main, config_file="chinchilla_fit.py", errors=(ValueError, FileNotFoundError, WorkdirMismatch))
+    run("fit")

@@ -1,61 +1,6 @@
-"""Experiments on tickets: `python scripts/study.py --config=configs/study_instability.py --workdir=runs/study`."""
+"""Run an experiment on tickets. `python scripts/study.py --help` lists configs and flags."""
 
-import time
-
-from rich.console import Console
-
-from tessera.data.download import DataUnavailable
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.config import Invocation, checked, run
-from tessera.infra.memo import Pieces
-from tessera.infra.workdir import WorkdirMismatch, prepare
-from tessera.tickets.studies import (
-    ablations,
-    distribution,
-    instability,
-    population,
-    rewinding,
-    sources,
-    sparse_training,
-    transfer,
-)
-from tessera.tickets.studies.study import write_study
-
-STUDIES = {
-    "ablations": ablations.run,
-    "distribution": distribution.run,
-    "instability": instability.run,
-    "population": population.run,
-    "rewinding": rewinding.run,
-    "sources": sources.run,
-    "sparse_training": sparse_training.run,
-    "transfer": transfer.run,
-}
-
-
-def main(invocation: Invocation) -> None:
-    """Config -> pieces on disk -> table, picture, page."""
-    config, console = invocation.config, Console()
-    name = checked("config.name", _known, config.get("name", ""))
-    workdir = prepare(invocation.workdir or f"runs/{invocation.name}", config)
-    begun = time.monotonic()
-    pieces = Pieces(workdir / "pieces", lambda piece: console.log(f"{time.monotonic() - begun:6.0f} s  {piece}"))
-    study = checked("config.study", STUDIES[name], config, pieces)
-    page = write_study(workdir, study)
-    for text in study.findings:
-        console.print(text)
-    console.print(f"{time.monotonic() - begun:.0f} s; report: {page}", soft_wrap=True)
-
-
-def _known(name: str) -> str:
-    if name not in STUDIES:
-        raise ValueError(f"{name!r} is not one of {', '.join(STUDIES)}")
-    return name
-
+from tessera.cli.main import run
 
 if __name__ == "__main__":
-    run(
-        main,
-        config_file="study_instability.py",
-        errors=(DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError),
-    )
+    run("study")

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is split among devices: a ring of keys and values, or heads exchanged for time.
+"""Context parallelism: attention over a sequence split among devices, by ring attention or DeepSpeed Ulysses.
 
 All functions run inside shard_map, on one device's part of time.
 """
@@ -11,19 +11,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
-"""Attention over some of the keys, normalised over those, and the log of the normaliser; float32."""
+"""Attention over some of the keys, normalized over them, and the log of the normalizer; float32."""
 
 
 def zigzag_positions(index: Int[Array, ""] | int, parts: int, length: int) -> Int[Array, " T"]:
-    """Positions of the tokens that part `index` of `parts` holds: chunks index and 2 parts - 1 - index.
+    """Compute the zigzag positions of part `index` of `parts`: chunks index and 2 parts - 1 - index.
 
-    Under a causal mask early tokens see few keys and late ones many; one chunk from each end gives every device the
-    same work (Brandon et al. 2023, striped attention, has the problem; the pairing is Llama 3's, section 3.3.2).
+    Under a causal mask early tokens attend to few keys and late ones to many; one chunk from each end gives every
+    device the same work (Brandon et al. 2023, striped attention, pose the problem; the pairing is Llama 3's, section
+    3.3.2).
 
     Args:
       index: part, traced or not.
       parts: number of parts.
-      length: tokens of the whole sequence, a multiple of 2 parts.
+      length: tokens of the full sequence, a multiple of 2 parts.
+
+    Example:
+      >>> import sharding
+      >>> sharding.zigzag_positions(0, 2, 8).tolist(), sharding.zigzag_positions(1, 2, 8).tolist()
+      ([0, 1, 6, 7], [2, 3, 4, 5])
     """
     chunk = length // (2 * parts)
     steps = jnp.arange(chunk, dtype=jnp.int32)
@@ -31,20 +37,26 @@ def zigzag_positions(index: Int[Array, ""] | int, parts: int, length: int) -> In
 
 
 def contiguous_positions(index: Int[Array, ""] | int, parts: int, length: int) -> Int[Array, " T"]:
-    """Positions of part `index` when time is cut in order; `length` is a multiple of `parts`."""
+    """Compute the positions of part `index` when time is split in order; `length` is a multiple of `parts`.
+
+    Example:
+      >>> import sharding
+      >>> sharding.contiguous_positions(1, 2, 8).tolist()
+      [4, 5, 6, 7]
+    """
     return (index * (length // parts) + jnp.arange(length // parts)).astype(jnp.int32)
 
 
 def ring_attention(
     q_BTHh: Float[Array, "B T H h"], k_BTKh: Float[Array, "B T K h"], v_BTKh: Float[Array, "B T K h"], axis: str
 ) -> Float[Array, "B T H h"]:
-    """Causal attention of one device's queries over everybody's keys: Liu et al. (2023), ring attention.
+    """Compute causal ring attention: one device's queries over the keys of all devices (Liu et al. 2023).
 
-    Keys and values travel once around the ring; partial results are merged by their log-sum-exp (Milakov & Gimelshein
+    Keys and values are sent once around the ring; partial results are merged by their log-sum-exp (Milakov & Gimelshein
     2018). With time laid out by `zigzag_positions` every step but the first is two unmasked chunk products on every
-    device: keys from an earlier part are seen in their low chunk by both query chunks, keys from a later part in both
-    chunks by the high query chunk. The backward pass recomputes the probabilities from the log-sum-exp and sends the
-    keys around again, so what is kept is one device's part of q, k, v, the result and one number per query.
+    device: both query chunks attend to the low chunk of keys from an earlier part, the high query chunk to both chunks
+    of keys from a later part. The backward pass recomputes the probabilities from the log-sum-exp and sends the keys
+    around again, so its residuals are one device's part of q, k, v, the result and one number per query.
 
     Args:
       q_BTHh: queries of this device, its low chunk first.
@@ -53,7 +65,20 @@ def ring_attention(
       axis: mesh axis of the ring.
 
     Returns:
-      Attention's result in q's dtype.
+      Attention output in q's dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from functools import partial
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh, time = sharding.abstract_mesh(sharding.Plan("cp=4")), P(None, "cp")
+      >>> attend = jax.shard_map(partial(sharding.ring_attention, axis="cp"), mesh=mesh, in_specs=time, out_specs=time)
+      >>> q, kv = jnp.zeros((2, 64, 8, 16)), jnp.zeros((2, 64, 2, 16))
+      >>> jax.eval_shape(attend, q, kv, kv).shape
+      (2, 64, 8, 16)
+      >>> one = sharding.analysis.count_collectives(attend, q, kv, kv)[0]
+      >>> one.kind, one.count  # 3 steps around the ring
+      ('permute', 3)
     """
     B, T, H, h = q_BTHh.shape
     K = k_BTKh.shape[2]
@@ -61,26 +86,38 @@ def ring_attention(
     return _ring(q_BTKGh, k_BTKh, v_BTKh, axis).reshape(B, T, H, h)
 
 
-def heads_attention(
+def ulysses_attention(
     q_BTHh: Float[Array, "B T H h"],
     k_BTKh: Float[Array, "B T K h"],
     v_BTKh: Float[Array, "B T K h"],
     axis: str,
     attend: Callable[..., jax.Array],
 ) -> Float[Array, "B T H h"]:
-    """Exchange heads for time, attend over the whole sequence, exchange back: Jacobs et al. (2023), section 3.
+    """Compute DeepSpeed Ulysses attention: all-to-all from time to heads, attention, and back (Jacobs et al. 2023, 3).
 
     Args:
       q_BTHh: queries; H and K must divide by the size of the axis. Time is laid out by `contiguous_positions`.
       k_BTKh: keys.
       v_BTKh: values.
       axis: mesh axis that splits time.
-      attend: causal attention (q, k, v) -> result on whole sequences.
+      attend: causal attention (q, k, v) -> result on full sequences.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from functools import partial
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh, time = sharding.abstract_mesh(sharding.Plan("cp=4")), P(None, "cp")
+      >>> inner = partial(jax.nn.dot_product_attention, is_causal=True)
+      >>> ulysses = partial(sharding.ulysses_attention, axis="cp", attend=inner)
+      >>> attend = jax.shard_map(ulysses, mesh=mesh, in_specs=time, out_specs=time)
+      >>> x = jnp.zeros((2, 64, 8, 16))
+      >>> [one.kind for one in sharding.analysis.count_collectives(attend, x, x, x)]
+      ['all-to-all', 'all-to-all', 'all-to-all', 'all-to-all']
     """
     exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
     with jax.named_scope("exchange_heads"):
-        whole = [exchange(x, split_axis=2, concat_axis=1) for x in (q_BTHh, k_BTKh, v_BTKh)]
-    result = attend(*whole)
+        sequences = [exchange(x, split_axis=2, concat_axis=1) for x in (q_BTHh, k_BTKh, v_BTKh)]
+    result = attend(*sequences)
     with jax.named_scope("exchange_time"):
         return exchange(result, split_axis=1, concat_axis=2)
 
@@ -92,7 +129,7 @@ def _scores(q_BTKGh: jax.Array, k_BSKh: jax.Array, mask_TS: jax.Array | None) ->
 
 
 def _attend(q_BTKGh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: Bool[Array, "T S"] | None) -> Partial:
-    """Attention over these keys alone. Every query sees at least one of them."""
+    """Attend over these keys alone; every query has at least one of them."""
     s_BKGTS = _scores(q_BTKGh, k_BSKh, mask_TS)
     lse_BKGT = jax.nn.logsumexp(s_BKGTS, axis=-1)
     p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None]).astype(v_BSKh.dtype)
@@ -101,7 +138,7 @@ def _attend(q_BTKGh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: B
 
 
 def _merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint sets of keys."""
+    """Merge attention over two disjoint sets of keys."""
     (a_BTKGh, a_BTKG), (b_BTKGh, b_BTKG) = a, b
     lse_BTKG = jnp.logaddexp(a_BTKG, b_BTKG)
     o_BTKGh = a_BTKGh * jnp.exp(a_BTKG - lse_BTKG)[..., None] + b_BTKGh * jnp.exp(b_BTKG - lse_BTKG)[..., None]
@@ -132,9 +169,9 @@ def _ring_forward(q_BTKGh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, axis
     result = _attend(q_BTKGh, k_BTKh, v_BTKh, jnp.tril(jnp.ones((T, T), bool)))
 
     def step(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
-        (o_low, lse_low), (o_high, lse_high), travelling = carry
-        travelling = _send(travelling, axis)
-        (k_low, k_high), (v_low, v_high) = (_halves(x) for x in travelling)
+        (o_low, lse_low), (o_high, lse_high), traveling = carry
+        traveling = _send(traveling, axis)
+        (k_low, k_high), (v_low, v_high) = (_halves(x) for x in traveling)
         earlier = distance <= index  # the keys come from part index - distance, or around the end of the ring
         high = _merge((o_high, lse_high), _attend(q_high, k_low, v_low, None))
         other = _attend(
@@ -145,7 +182,7 @@ def _ring_forward(q_BTKGh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, axis
         )
         low, merged = _merge((o_low, lse_low), other), _merge(high, other)
         pick = lambda a, b: jnp.where(earlier, a, b)  # noqa: E731
-        return (jax.tree.map(pick, low, (o_low, lse_low)), jax.tree.map(pick, high, merged), travelling), None
+        return (jax.tree.map(pick, low, (o_low, lse_low)), jax.tree.map(pick, high, merged), traveling), None
 
     halves = [_halves(x) for x in result]
     carry = ((halves[0][0], halves[1][0]), (halves[0][1], halves[1][1]), (k_BTKh, v_BTKh))
@@ -156,7 +193,7 @@ def _ring_forward(q_BTKGh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, axis
 
 
 def _attend_backward(query: tuple, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: jax.Array | None) -> tuple:
-    """Gradients (dq, dk, dv) of one partial product in float32: Dao et al. (2022), appendix B.2.
+    """Compute gradients (dq, dk, dv) of one partial product in float32: Dao et al. (2022), appendix B.2.
 
     `query` holds q, the result's gradient, the log-sum-exp over all keys and sum(result * gradient) per query.
     """
@@ -181,9 +218,9 @@ def _ring_backward(axis: str, saved: tuple, g_BTKGh: jax.Array) -> tuple[jax.Arr
     dq, dk, dv = _attend_backward(query, k_BTKh, v_BTKh, jnp.tril(jnp.ones((T, T), bool)))
 
     def step(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
-        dq_low, dq_high, travelling = carry
+        dq_low, dq_high, traveling = carry
         # The gradients of keys and values travel with them.
-        k, v, dk, dv = _send(travelling, axis)
+        k, v, dk, dv = _send(traveling, axis)
         (k_low, k_high), (v_low, v_high) = _halves(k), _halves(v)
         earlier = distance <= index
         pick = lambda a, b: jnp.where(earlier, a, b)  # noqa: E731
@@ -198,8 +235,8 @@ def _ring_backward(axis: str, saved: tuple, g_BTKGh: jax.Array) -> tuple[jax.Arr
         return (dq_low, dq_high, (k, v, dk, dv)), None
 
     carry = (*_halves(dq), (k_BTKh, v_BTKh, dk, dv))
-    (dq_low, dq_high, travelled), _ = jax.lax.scan(step, carry, jnp.arange(1, size))
-    dk, dv = _send(travelled[2:], axis)  # one more step brings them home
+    (dq_low, dq_high, traveled), _ = jax.lax.scan(step, carry, jnp.arange(1, size))
+    dk, dv = _send(traveled[2:], axis)  # one more step returns them to their devices
     dq = jnp.concatenate([dq_low, dq_high], axis=1)
     return dq.astype(q_BTKGh.dtype), dk.astype(k_BTKh.dtype), dv.astype(v_BTKh.dtype)
 

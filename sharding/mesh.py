@@ -1,4 +1,4 @@
-"""From a plan to a mesh of devices that knows which links are fast."""
+"""Device meshes of a plan, laid out along ICI (fast links) and DCN (between slices)."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,11 @@ from sharding.plan import MESH_AXES, Plan
 
 
 def make_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh of the plan's axes that are larger than 1 (a lone "dp" of size 1 where none is).
+    """Make the device mesh of a plan: its axes that are larger than 1 (a single "dp" of size 1 where none is).
 
     Within a slice `jax.experimental.mesh_utils` lays the axes along the torus, the last axes on the nearest links.
     Across slices the `dcn.` part of every axis is its outer, slow part. Devices without a slice number (GPU, CPU) are
-    grouped by process; those of a single process are cut into equal parts in order, which stands in for slices in
-    tests.
+    grouped by process; devices of a single process are cut into equal parts in order, which emulates slices in tests.
 
     All axes have type Auto: Linen modules do not work under the Explicit axes that `jax.make_mesh` makes.
 
@@ -29,6 +28,11 @@ def make_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises:
       PlanError: the sizes do not fit the devices or the slices.
+
+    Example:
+      >>> import jax, sharding
+      >>> dict(sharding.make_mesh(sharding.Plan("fsdp=-1"), jax.devices()[:1]).shape)
+      {'dp': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
     plan = plan.fill(len(devices))
@@ -44,19 +48,25 @@ def make_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def abstract_mesh(plan: Plan) -> AbstractMesh:
-    """The plan's mesh without devices: enough to trace a step and count its collectives on any machine."""
+    """Make a plan's mesh without devices: enough to trace a step and count its collectives on any machine.
+
+    Example:
+      >>> import sharding
+      >>> dict(sharding.abstract_mesh(sharding.Plan("pp=4, fsdp=8, tp=2")).shape)
+      {'pp': 4, 'fsdp': 8, 'tp': 2}
+    """
     names = axis_names(plan)
     sizes = tuple(plan.size(name) for name in names)
     return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def axis_names(plan: Plan) -> tuple[str, ...]:
-    """Mesh axes that the plan's mesh has."""
+    """List the axes of the plan's mesh."""
     return plan.present(*MESH_AXES) or ("dp",)
 
 
 def _slices(devices: list[Any], count: int, plan: Plan) -> list[list[Any]]:
-    """Devices by slice (or process, or equal part), `count` groups of one size."""
+    """Group devices by slice (or process, or equal part) into `count` groups of one size."""
     if count == 1:
         return [devices]
     groups: dict[int, list[Any]] = {}

@@ -1,4 +1,4 @@
-"""A plan: how many ways each kind of parallelism splits the work, written in one line and checked when it is made."""
+"""Parallelism plans: sizes of the mesh axes of data, ZeRO / FSDP, expert, context, tensor and pipeline parallelism."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from sharding.errors import PlanError, choice
 from sharding.rules import Rules
 
 MESH_AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
-"""Outermost first: neighbours along the last axes are the nearest devices."""
+"""Outermost first: neighbors along the last axes are the nearest devices."""
 
 DATA_AXES = ("dp", "fsdp", "ep")
 """Axes that split the batch. Experts live on part of the data copies (Lepikhin et al. 2021, section 3.3)."""
@@ -20,23 +20,31 @@ CONTEXT = ("ring", "all_to_all")
 
 @dataclass(frozen=True)
 class Plan:
-    """What splits what.
+    """A parallelism plan, written in one line and checked when it is made.
 
     Attributes:
-      axes: sizes of the mesh axes, like "dcn.dp=2, pp=4, fsdp=8, tp=4". Axes left out have size 1; "" is one device.
-        `dcn.` marks the part of an axis that crosses slices (or hosts) over the data-centre network; the whole axis is
-        the product of both parts. One axis may be -1: what is left of the devices (see `fill`).
-      schedule: order of the pipeline's work, one of `SCHEDULES`; only with pp > 1.
-      microbatches: parts of a batch that flow through the pipeline; 0 takes as many as there are stages.
-      virtual: chunks of layers per stage of the interleaved schedule.
-      sequence: split the residual stream over tp along time (Korthikanti et al. 2022, section 4.2.2).
-      zero: what fsdp splits: 1 the optimizer state alone, 3 also parameters and gradients (Rajbhandari et al. 2020).
-      context: how attention crosses cp: "ring" passes keys and values around (Liu et al. 2023), "all_to_all" exchanges
-        heads for time (Jacobs et al. 2023).
-      rules: which logical axis goes to which mesh axis.
+      axes: sizes of the mesh axes, like "dcn.dp=2, pp=4, fsdp=8, tp=4": pp pipeline, dp data, fsdp ZeRO / FSDP, ep
+        expert, cp context, tp tensor parallelism. Absent axes have size 1; "" is one device. `dcn.` marks the part of
+        an axis that crosses slices (or hosts) over the data-center network (DCN); the size of the axis is the product
+        of both parts. One axis may be -1: the remaining devices (see `fill`).
+      schedule: pipeline schedule, one of `SCHEDULES` (GPipe, 1F1B, interleaved 1F1B); only with pp > 1.
+      microbatches: of the pipeline; 0 is the number of stages.
+      virtual: chunks of layers per stage of the interleaved schedule (virtual pipeline stages).
+      sequence: sequence parallelism, the residual stream split over tp along time (Korthikanti et al. 2022, 4.2.2).
+      zero: ZeRO stage, what fsdp splits: 1 the optimizer state alone, 3 also parameters and gradients (Rajbhandari et
+        al. 2020).
+      context: attention under context parallelism: "ring" attention (Liu et al. 2023), or "all_to_all", which exchanges
+        heads for time (DeepSpeed Ulysses, Jacobs et al. 2023).
+      rules: logical axis -> mesh axes.
 
     Raises:
-      PlanError: unknown axis or choice, sizes that make no sense, fewer microbatches than stages.
+      PlanError: unknown axis or choice, impossible sizes, fewer microbatches than stages.
+
+    Example:
+      >>> import sharding
+      >>> plan = sharding.Plan("dcn.dp=2, fsdp=-1, tp=4").fill(64)
+      >>> plan.axes, plan.data
+      ('dcn.dp=2, fsdp=8, tp=4', 16)
     """
 
     axes: str = ""
@@ -72,31 +80,31 @@ class Plan:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Size of every mesh axis over both networks."""
+        """Size of every mesh axis over ICI and DCN."""
         return {axis: self.ici[axis] * self.dcn[axis] for axis in MESH_AXES}
 
     @property
     def ici(self) -> dict[str, int]:
-        """Sizes within a slice."""
+        """Sizes within a slice, over ICI."""
         return {axis: self.parts.get(("ici", axis), 1) for axis in MESH_AXES}
 
     @property
     def dcn(self) -> dict[str, int]:
-        """Sizes across slices."""
+        """Sizes across slices, over DCN."""
         return {axis: self.parts.get(("dcn", axis), 1) for axis in MESH_AXES}
 
     def size(self, axis: str) -> int:
-        """Size of one mesh axis, 1 where the plan does not name it."""
+        """Size of one mesh axis, 1 if absent."""
         return self.sizes[axis]
 
     @property
     def devices(self) -> int:
-        """Number of devices the plan takes; negative while an axis is -1."""
+        """Number of devices of the plan; negative while an axis is -1."""
         return math.prod(self.sizes.values())
 
     @property
     def data(self) -> int:
-        """Parts the batch is split into."""
+        """Number of shards of the batch."""
         return math.prod(self.sizes[axis] for axis in DATA_AXES)
 
     @property
@@ -105,11 +113,11 @@ class Plan:
         return self.microbatches or self.size("pp")
 
     def present(self, *axes: str) -> tuple[str, ...]:
-        """Those of the mesh axes that are larger than 1, in the order given."""
+        """Select the mesh axes that are larger than 1, in the given order."""
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
     def fill(self, devices: int) -> "Plan":
-        """The plan for so many devices: an axis of -1 gets what the others leave.
+        """Fit the plan to a number of devices: an axis of -1 gets the remaining ones.
 
         Raises:
           PlanError: the sizes do not multiply to `devices`.
@@ -117,13 +125,13 @@ class Plan:
         parts = dict(self.parts)
         free = [key for key, size in parts.items() if size == -1]
         if free:
-            taken = math.prod(size for size in parts.values() if size != -1)
-            if devices % taken:
+            used = math.prod(size for size in parts.values() if size != -1)
+            if devices % used:
                 raise PlanError(
-                    f"{_write(parts)}: the other axes take {taken}, which does not divide the {devices} devices; "
+                    f"{_write(parts)}: the other axes take {used}, which does not divide the {devices} devices; "
                     f"nearest valid: {_write(_nearest({**parts, free[0]: 1}, devices))}"
                 )
-            parts[free[0]] = devices // taken
+            parts[free[0]] = devices // used
         product = math.prod(parts.values())
         if product != devices:
             written = " x ".join(f"{_name(key)}={size}" for key, size in parts.items()) or "no axis"
@@ -137,7 +145,7 @@ class Plan:
 def _parse(axes: str) -> dict[tuple[str, str], int]:
     parts: dict[tuple[str, str], int] = {}
     for item in filter(None, (item.strip() for item in axes.split(","))):
-        name, equals, value = (word.strip() for word in item.partition("="))
+        name, equals, value = (part.strip() for part in item.partition("="))
         network, axis = name.split(".", 1) if "." in name else ("ici", name)
         if network not in ("ici", "dcn"):
             raise PlanError(f"plan {axes!r}: {name!r} should start with 'dcn.' (across slices) or with no prefix")
@@ -166,7 +174,7 @@ def _write(parts: Mapping[tuple[str, str], int]) -> str:
 
 
 def factorings(number: int, slots: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `number` as an ordered product of `slots` factors."""
+    """Enumerate all ways to write `number` as an ordered product of `slots` factors."""
     if slots == 1:
         yield (number,)
         return
@@ -177,7 +185,7 @@ def factorings(number: int, slots: int) -> Iterator[tuple[int, ...]]:
 
 
 def _nearest(parts: Mapping[tuple[str, str], int], devices: int) -> dict[tuple[str, str], int]:
-    """The same axes with sizes that multiply to `devices`, changed by the smallest factors.
+    """Find sizes of the same axes that multiply to `devices`, changed by the smallest factors.
 
     On a tie the fewest axes change, and the fewest become 1.
     """

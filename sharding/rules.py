@@ -1,17 +1,18 @@
-"""Where every array goes: logical axis names read off parameter paths, and rules that send names to mesh axes.
+"""Sharding rules: logical axis names from parameter paths, and tables from logical to mesh axes.
 
-Rules for parameters (how they are stored) and for computing (how activations lie) are separate tables. That makes fully
-sharded data parallelism two lines: parameters store `width` over fsdp, and computing splits `batch` over it.
+Rules for parameters (storage) and for activations (compute) are separate tables. That makes fully sharded data
+parallelism (FSDP, ZeRO-3) two lines: parameters store `width` over fsdp, and activations split `batch` over it.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError, nearest_divisor
@@ -19,8 +20,8 @@ from sharding.errors import PlanError, nearest_divisor
 MeshAxes = str | tuple[str, ...]
 Logical = tuple[str | None, ...]
 
-# First match wins, on the path with its names joined by "/". Names count from the last dimension, so that what is
-# stacked in front (layers, experts) needs no patterns of its own.
+# First match wins, on the path with its names joined by "/". Names count from the last dimension, so that stacked
+# leading dimensions (layers, experts) need no patterns.
 PATHS: tuple[tuple[str, Logical], ...] = (
     (r"(^|/)embed/table$", ("vocab", "width")),
     (r"(^|/)head/kernel$", ("width", "vocab")),
@@ -55,10 +56,19 @@ COMPUTE: tuple[tuple[str, MeshAxes], ...] = (
 
 @dataclass(frozen=True)
 class Rules:
-    """The three tables; replace one to place a model of your own.
+    """The tables of sharding rules; replace one to shard a model of your own.
 
-    `paths`: regular expression on a parameter's path -> logical axes of its last dimensions; a parameter no pattern
-    matches is split by layers at most. `params`, `compute`: logical axis -> mesh axis or axes.
+    Attributes:
+      paths: regular expression on a parameter's path -> logical axes of its last dimensions; a parameter that no
+        pattern matches is split by layers at most.
+      params: logical axis of a parameter -> mesh axis or axes.
+      compute: logical axis of an activation -> mesh axis or axes.
+
+    Example:
+      >>> import sharding
+      >>> rules = sharding.Rules(paths=((r"dense/kernel$", ("width", "ff")),))
+      >>> tuple(sharding.resolve(("width", "ff"), (64, 256), rules.params, {"fsdp": 4, "tp": 2}))
+      ('fsdp', 'tp')
     """
 
     paths: tuple[tuple[str, Logical], ...] = PATHS
@@ -66,13 +76,17 @@ class Rules:
     compute: tuple[tuple[str, MeshAxes], ...] = COMPUTE
 
 
-def path_name(path: tuple) -> str:
-    """A leaf's path as "blocks/mlp/gate/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+path_name = partial(jax.tree_util.keystr, simple=True, separator="/")
+"""Format a leaf's path as "blocks/mlp/gate/kernel"."""
+
+
+def is_spec(node: Any) -> bool:
+    """Whether a node of a tree is a PartitionSpec, which JAX might take for a branch."""
+    return isinstance(node, PartitionSpec)
 
 
 def logical_axes(path: str, ndim: int, rules: Rules = Rules()) -> Logical:
-    """Logical axes of the parameter at `path`, one per dimension, None for a dimension nothing splits."""
+    """Find the logical axes of the parameter at `path`, one per dimension, None for an unsharded dimension."""
     # "blocks" stacks layers, "blocks_3" is one of them; a second stack in front of a matrix is one of experts.
     layers = ("layers",) if re.search(r"(^|/)blocks/", path) else ()
     names = next((names for pattern, names in rules.paths if re.search(pattern, path)), None)
@@ -90,19 +104,25 @@ def resolve(
     sizes: Mapping[str, int],
     path: str = "array",
 ) -> PartitionSpec:
-    """Partition of one array.
+    """Resolve the logical axes of one array to a PartitionSpec.
 
-    Mesh axes that the mesh lacks or that have size 1 are dropped, so that one set of rules serves every plan.
+    Mesh axes that are absent or of size 1 are dropped, so that one set of rules serves every plan.
 
     Args:
       axes: logical axis of every dimension.
       shape: its global size.
       table: logical axis -> mesh axes.
       sizes: mesh axis -> size.
-      path: what the array is, for messages.
+      path: of the array, for messages.
 
     Raises:
       PlanError: a dimension that does not divide, or a mesh axis that would split two dimensions.
+
+    Example:
+      >>> import sharding
+      >>> compute = sharding.Rules().compute
+      >>> tuple(sharding.resolve(("batch", "time", "width"), (32, 128, 64), compute, {"dp": 2, "fsdp": 4, "cp": 2}))
+      (('dp', 'fsdp'), 'cp')
     """
     lookup = dict(table)
     entries: list[MeshAxes | None] = []
@@ -130,16 +150,22 @@ def resolve(
 
 
 def param_specs(params: PyTree, sizes: Mapping[str, int], rules: Rules = Rules(), *, zero: int = 3) -> PyTree:
-    """Partition of every parameter, and with zero=3 of what mirrors parameters: gradients, moments, averages, masks.
+    """Make the PartitionSpec of every parameter.
 
     Args:
       params: tree of arrays or shapes.
       sizes: mesh axis -> size, such as `Plan.sizes` or `Mesh.shape`.
       rules: the tables.
-      zero: 3 stores parameters over fsdp; 1 keeps them whole over it.
+      zero: ZeRO stage: 3 shards parameters over fsdp; 1 replicates them over it.
 
     Raises:
       PlanError: a parameter that does not divide, by its path.
+
+    Example:
+      >>> import jax.numpy as jnp, sharding
+      >>> params = {"mlp": {"up": {"kernel": jnp.zeros((64, 256))}, "gain": jnp.zeros(64)}}
+      >>> tuple(sharding.param_specs(params, {"fsdp": 4, "tp": 2})["mlp"]["up"]["kernel"])
+      ('fsdp', 'tp')
     """
     sizes = {axis: size for axis, size in sizes.items() if axis != "fsdp" or zero == 3}
 
@@ -151,18 +177,30 @@ def param_specs(params: PyTree, sizes: Mapping[str, int], rules: Rules = Rules()
 
 
 def mirrored_specs(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
-    """Partition of a tree that has copies of the parameter tree inside: optimizer states, averages, masks.
+    """Make the PartitionSpecs of a tree that contains copies of the parameter tree: optimizer states, averages, masks.
 
-    A leaf whose path ends in a parameter's path and that has its shape lies as `specs` says; any other (counters,
-    factored moments) lies whole on every device.
+    A leaf whose path ends in a parameter's path and that has its shape is sharded like it; any other (counters,
+    factored moments) is replicated.
+
+    Args:
+      tree: arrays or shapes.
+      params: the parameters, or shapes.
+      specs: of the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sharding
+      >>> params = {"mlp": {"up": {"kernel": jnp.zeros((64, 256))}}}
+      >>> specs = sharding.param_specs(params, {"fsdp": 4, "tp": 2})
+      >>> state = optax.adam(1e-3).init(params)
+      >>> tuple(sharding.mirrored_specs(state, params, specs)[0].mu["mlp"]["up"]["kernel"])
+      ('fsdp', 'tp')
     """
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     known = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec)}
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
-        words = path_name(path).split("/")
-        tails = ("/".join(words[i:]) for i in range(len(words)))
+        names = path_name(path).split("/")
+        tails = ("/".join(names[i:]) for i in range(len(names)))
         name = next((tail for tail in tails if tail in known), None)
         return known[name] if name is not None and leaf.shape == shapes[name] else PartitionSpec()
 
@@ -170,20 +208,12 @@ def mirrored_specs(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
 
 
 def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
-    """The partitions as shardings on a mesh."""
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    """Convert a tree of PartitionSpecs to NamedShardings on a mesh.
 
-
-def constrainer(mesh: Mesh | AbstractMesh, rules: Rules = Rules()) -> Callable[[jax.Array, Logical], jax.Array]:
-    """`constrain(x, logical_axes)` that tells the compiler where an activation lies (inside jit, outside shard_map).
-
-    Given to a model's block edges, it leaves the choice of collectives to the compiler: any model trains under a plan
-    this way. The decoder's own way is explicit, see `sharding.tensor_parallel`.
+    Example:
+      >>> import jax, sharding
+      >>> mesh = sharding.make_mesh(sharding.Plan(""), jax.devices()[:1])
+      >>> tuple(sharding.shardings(mesh, {"w": jax.sharding.PartitionSpec("dp")})["w"].spec)
+      ('dp',)
     """
-
-    def constrain(x: jax.Array, axes: Logical) -> jax.Array:
-        spec = resolve(axes, x.shape, rules.compute, mesh.shape, f"activation {axes}")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return constrain
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)

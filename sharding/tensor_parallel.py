@@ -1,8 +1,8 @@
-"""What crosses devices at the edges of a block, as explicit collectives inside shard_map.
+"""Tensor and sequence parallelism (Megatron-LM) as explicit collectives at the edges of a block, inside shard_map.
 
 The functions run with `check_vma=True`: JAX tracks over which mesh axes a value varies, so the transpose of every
 collective is the one Megatron-LM writes by hand (Shoeybi et al. 2019, section 3, f and g; Korthikanti et al. 2022,
-section 4.2.2). Where x is marked varying over tp, its gradient is summed over tp; an all-gather's is a
+section 4.2.2). Where x is marked varying over tp, its gradient is summed over tp; the transpose of an all-gather is a
 reduce-scatter.
 """
 
@@ -18,41 +18,97 @@ from sharding.rules import path_name
 
 FULL_PRECISION = r"(^|/)router/"  # routers choose in float32
 TIME = 1  # dimension of [B, T, D] along which the residual stream is split
-INSIDE = ("batch", "time", "width")  # what a layer's first products read
-RESIDUAL = ("batch", "sequence", "width")  # the residual stream, and what is added to it
+INSIDE = ("batch", "time", "width")  # inputs of a layer's first products
+RESIDUAL = ("batch", "sequence", "width")  # the residual stream and its updates
 
 
-def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Mark x as varying over mesh axes; no data moves forward, and its gradient is summed over the new ones."""
-    new = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
-    return jax.lax.pcast(x, new, to="varying") if new else x
+def varying(x: Any) -> tuple[str, ...]:
+    """Mesh axes along which an array or a shape inside shard_map may differ between devices, sorted."""
+    kind = jax.typeof(x) if isinstance(x, jax.Array) else x
+    return tuple(sorted(kind.manual_axis_type.varying))
 
 
-def enter(x_BTD: Float[Array, "B T D"], tp: str | None, sequence: bool) -> Float[Array, "B S D"]:
-    """Give every tensor-parallel device all tokens: gathered along time if the residual stream is split, else as is."""
+def vary(tree: PyTree, axes: Sequence[str]) -> PyTree:
+    """Mark arrays as varying over mesh axes: no data moves forward, and gradients are summed over the new axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=2"))
+      >>> def gradient(w, x):  # of a replicated w, from shards of x
+      ...     return jax.grad(lambda w: (sharding.vary(w, ("tp",)) * x).sum())(w)
+      >>> step = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("tp")), out_specs=P())
+      >>> [one.kind for one in sharding.analysis.count_collectives(step, jnp.zeros(4), jnp.zeros(8))]
+      ['all-reduce']
+    """
+
+    def mark(x: Any) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
+def all_gather_sequence(x_BTD: Float[Array, "B T D"], tp: str | None, sequence: bool) -> Float[Array, "B S D"]:
+    """Give every tensor-parallel device all tokens: Megatron's f, or under sequence parallelism an all-gather of time.
+
+    Args:
+      x_BTD: the residual stream of one device.
+      tp: mesh axis of tensor parallelism, None without.
+      sequence: sequence parallelism: the residual stream is split along time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from functools import partial
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=4"))
+      >>> gather = partial(sharding.all_gather_sequence, tp="tp", sequence=True)
+      >>> gathered = jax.shard_map(gather, mesh=mesh, in_specs=P(None, "tp"), out_specs=P("tp"))
+      >>> jax.eval_shape(gathered, jnp.zeros((1, 8, 16))).shape  # 4 devices with 8 tokens each
+      (4, 8, 16)
+    """
     if tp is None:
         return x_BTD
-    with jax.named_scope("enter"):
+    with jax.named_scope("all_gather_sequence"):
         return jax.lax.all_gather(x_BTD, tp, axis=TIME, tiled=True) if sequence else vary(x_BTD, (tp,))
 
 
-def leave(x_BTD: Float[Array, "B T D"], tp: str | None, sequence: bool) -> Float[Array, "B S D"]:
-    """Sum the tensor-parallel devices' partial results; each keeps its part of time if the residual stream is split."""
+def reduce_scatter_sequence(x_BTD: Float[Array, "B T D"], tp: str | None, sequence: bool) -> Float[Array, "B S D"]:
+    """Sum tensor-parallel partial results: Megatron's g (all-reduce), or with sequence parallelism a reduce-scatter.
+
+    Args:
+      x_BTD: partial sums of one device, all tokens.
+      tp: mesh axis of tensor parallelism, None without.
+      sequence: sequence parallelism: every device gets its tokens of the residual stream.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from functools import partial
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=4"))
+      >>> scatter = partial(sharding.reduce_scatter_sequence, tp="tp", sequence=True)
+      >>> summed = jax.shard_map(scatter, mesh=mesh, in_specs=P("tp"), out_specs=P(None, "tp"))
+      >>> jax.eval_shape(summed, jnp.zeros((4, 8, 16))).shape  # 4 devices with 8 tokens each
+      (1, 8, 16)
+    """
     if tp is None:
         return x_BTD
-    with jax.named_scope("leave"):
+    with jax.named_scope("reduce_scatter_sequence"):
         if sequence:
             return jax.lax.psum_scatter(x_BTD, tp, scatter_dimension=TIME, tiled=True)
         return jax.lax.psum(x_BTD, tp)
 
 
 def explicit(tp: str | None, sequence: bool) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """The `constrain` of a block whose kernels are one device's parts: `enter` before products, `leave` after them."""
+    """Make the `constrain` of a block whose kernels are one device's shards.
+
+    It is `all_gather_sequence` at the inputs of products and `reduce_scatter_sequence` at their outputs.
+    """
 
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         if axes == INSIDE:
-            return enter(x, tp, sequence)
-        return leave(x, tp, sequence) if axes == RESIDUAL else x
+            return all_gather_sequence(x, tp, sequence)
+        return reduce_scatter_sequence(x, tp, sequence) if axes == RESIDUAL else x
 
     return constrain
 
@@ -60,17 +116,29 @@ def explicit(tp: str | None, sequence: bool) -> Callable[[jax.Array, tuple[str |
 def gather_params(
     params: PyTree, specs: PyTree, dtype: Any, *, fsdp: str | None, vary_over: Sequence[str] = ()
 ) -> PyTree:
-    """Make one layer's parameters whole over fsdp, in the compute dtype.
+    """All-gather one layer's parameters over fsdp (FSDP, ZeRO-3), in the compute dtype (mixed precision).
 
-    Kernels are cast before they travel, so a bfloat16 model gathers half the bytes; the gradient of a gathered kernel
-    is reduce-scattered in that dtype and then summed over `vary_over` in float32, already one part's size.
+    Kernels are cast before they are sent, so a bfloat16 model gathers half the bytes; the gradient of a gathered kernel
+    is reduce-scattered in that dtype and then summed over `vary_over` in float32, already as one shard.
 
     Args:
-      params: float32 parts of one device.
-      specs: partition of every leaf, of the same rank.
-      dtype: of kernels and tables; gains and routers keep theirs, and lie whole on every device.
+      params: float32 shards of one device.
+      specs: PartitionSpec of every leaf, of the same rank.
+      dtype: of kernels and tables; gains and routers stay in float32 and are replicated.
       fsdp: the mesh axis, None if the plan has none.
       vary_over: axes over which the values computed with these parameters vary and the parameters do not.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> specs = {"kernel": P("fsdp", None)}
+      >>> def total(shards):
+      ...     return sharding.gather_params(shards, specs, jnp.bfloat16, fsdp="fsdp")["kernel"].sum()[None]
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("fsdp=4"))
+      >>> step = jax.shard_map(total, mesh=mesh, in_specs=(specs,), out_specs=P("fsdp"))
+      >>> [one] = sharding.analysis.count_collectives(step, {"kernel": jnp.zeros((64, 8))})
+      >>> one.kind, one.bytes
+      ('all-gather', 1024)
     """
 
     def gather(path: tuple, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -88,7 +156,7 @@ def gather_params(
 
 
 def keep_gathers_out(policy: Callable[..., Any], fsdp: str | None) -> Callable[..., Any]:
-    """A checkpoint policy that never saves gathered parameters: the backward pass gathers them again (ZeRO-3)."""
+    """Make a checkpoint policy that never saves gathered parameters: the backward pass gathers them again (ZeRO-3)."""
 
     def saveable(primitive: Any, *args: Any, **params: Any) -> Any:
         if fsdp is not None and primitive.name == "all_gather" and fsdp in params.get("axis_name", ()):

@@ -1,20 +1,22 @@
 """The training loop: restore, step, log, evaluate, save; and stop well, whatever stops it."""
 
+import collections
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from tessera.infra.artifacts import abstract
-from tessera.infra.checkpoint import Checkpoints
-from tessera.infra.logger import Logger
-from tessera.infra.progress import Progress
-from tessera.signals import Interrupted, Signals, Watch, metrics_row
+from tessera.infra.checkpoint import Checkpoints, abstract
+from tessera.infra.logger import Logger, Progress
 
 
 @runtime_checkable
@@ -38,8 +40,11 @@ class Batches(Protocol):
 class LoopConfig:
     """How long, and how often.
 
-    `steps` in all; `log_every` so many a row; `eval_every` so many an evaluation (0: only after the last step);
-    `tokens`, or whatever the data count in, per step over all processes, for the throughput (0: not reported).
+    Attributes:
+      steps: in all.
+      log_every: steps between two rows of the log.
+      eval_every: steps between two evaluations; 0 evaluates after the last step only.
+      tokens: per step over all processes (or whatever the data count in), for the throughput; 0 reports none.
     """
 
     steps: int
@@ -85,7 +90,7 @@ def train(
 
     Args:
       step_fn: from `make_train_step`; jitted here, the state donated.
-      init: makes the first state; its shardings hold for the whole run.
+      init: makes the first state; its shardings hold for all of the run.
       batches: the data; an "ids" entry names the rows and is not given to the step. Each process passes its own part.
       config: how long, how often.
       key: constant; `step_fn` folds in the step.
@@ -102,21 +107,21 @@ def train(
     """
     state, start, evaluation = _restore(init, batches, checkpoints, logger)
     step_jit = jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
-    watch = Watch(checkpoints, logger)
+    guard = NanGuard(checkpoints, logger)
     with Signals() as signals, Progress(config.steps, "train", start=start, active=logger.active) as progress:
         clock, timed = time.perf_counter(), start
         for step in range(start + 1, config.steps + 1):
             batch = dict(next(batches))
             ids = batch.pop("ids", None)
             state, metrics = step_jit(state, place(batch), key)
-            watch.add(step, ids, metrics)
+            guard.add(step, ids, metrics)
             progress.advance()
 
             last, stop = step == config.steps, signals.reached(step)
             save = last or stop or bool(checkpoints.config.every and step % checkpoints.config.every == 0)
             validation = None
             if step % config.log_every == 0 or last:
-                watch.drain()
+                guard.drain()
                 row = metrics_row(metrics)
                 row |= {"lr": float(schedule(step - 1))} if schedule else {}
                 logger.write(step, row)
@@ -126,11 +131,11 @@ def train(
                 logger.write(step, speed, kind="time")
                 progress.advance(0, loss=row["loss"])
             if evaluate and not last and config.eval_every and step % config.eval_every == 0:
-                watch.drain()
+                guard.drain()
                 validation = evaluation = evaluate(state)
                 logger.write(step, validation, kind="eval")
             if save:
-                watch.drain()  # nothing that is not finite is ever saved
+                guard.drain()  # nothing that is not finite is ever saved
                 if last:
                     evaluation = {}  # of this state it is not known yet: saved first, it outlives a failure to evaluate
                 extra = {"evaluation": evaluation}
@@ -162,3 +167,124 @@ def _restore(
     batches.set_state(restored.data)
     logging.info("going on from step %d", restored.step)
     return restored.state, restored.step, restored.extra["evaluation"] or checkpoints.measured(restored.step)
+
+
+def evaluate(
+    eval_fn: Callable[[PyTree, Any], Mapping[str, jax.Array]], params: PyTree, batches: Iterable[Any]
+) -> dict[str, float]:
+    """Mean over batches of the metrics of each.
+
+    Args:
+      eval_fn: (params, batch) -> metrics, scalars that are means over the batch; jit it outside.
+      params: parameters.
+      batches: equal-sized batches. The sums stay on device until the end, so batches overlap.
+
+    Raises:
+      ValueError: there was no batch.
+    """
+    total: Any = None
+    count = 0
+    for batch in batches:
+        metrics = dict(eval_fn(params, batch))
+        total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+        count += 1
+    if not count:
+        raise ValueError("no batch to evaluate on: the split is smaller than one batch, or eval.batches is 0")
+    return {name: float(value) / count for name, value in sorted(jax.device_get(total).items())}
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or its gradient was not finite.
+
+    `step` counts from 1, `ids` are the rows of its batch, `checkpoint` is the step of the last good one (or None).
+    """
+
+    def __init__(self, step: int, loss: float, ids: Any, checkpoint: int | None):
+        self.step, self.loss, self.ids, self.checkpoint = step, loss, ids, checkpoint
+        rows = "unknown (the batches carry no ids)" if ids is None else str([int(i) for i in np.ravel(ids)])
+        saved = (
+            "no checkpoint was saved before it"
+            if checkpoint is None
+            else f"the last good checkpoint is step {checkpoint}"
+        )
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step} (loss {loss}), batch ids {rows}; {saved}. "
+            "A lower learning rate, more warmup or gradient clipping usually helps"
+        )
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its state is saved at `step` and the same command goes on from there."""
+
+    def __init__(self, step: int, signum: int):
+        self.step, self.signum = step, signum
+        super().__init__(f"interrupted at step {step}; run the same command again to continue")
+
+
+def metrics_row(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Metrics of a step as floats, arrays as lists of them, in alphabetical order without the `finite` flag.
+
+    Waits for the step.
+    """
+    found = sorted(jax.device_get(dict(metrics)).items())
+    return {name: np.asarray(value, np.float64).tolist() for name, value in found if name != "finite"}
+
+
+class NanGuard:
+    """Raises `NonFiniteLoss` from the `finite` flags of past steps as they become ready; no step waits for another."""
+
+    def __init__(self, checkpoints: Checkpoints, logger: Logger):
+        self._checkpoints, self._logger = checkpoints, logger
+        self._pending: collections.deque[tuple[int, Any, dict[str, jax.Array]]] = collections.deque()
+
+    def add(self, step: int, ids: Any, metrics: dict[str, jax.Array]) -> None:
+        """Note a step that was started, and check those that are finished."""
+        self._pending.append((step, ids, metrics))
+        while self._pending and self._pending[0][2]["finite"].is_ready():  # type: ignore[attr-defined]
+            self._check(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Wait for every noted step and check it."""
+        while self._pending:
+            self._check(*self._pending.popleft())
+
+    def _check(self, step: int, ids: Any, metrics: dict[str, jax.Array]) -> None:
+        if bool(metrics["finite"]):
+            return
+        self._logger.write(
+            step, {name: float(value) for name, value in sorted(metrics.items()) if name != "finite"}, "failed"
+        )
+        self._checkpoints.wait()
+        raise NonFiniteLoss(step, float(metrics["loss"]), ids, max(self._checkpoints.steps(), default=None))
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into a question the loop asks between steps; a second signal acts at once."""
+
+    signum = 0
+
+    def __enter__(self) -> "Signals":
+        self._before: dict[int, Any] = {}
+        # With several processes JAX's own service listens to SIGTERM and makes them agree on a step. Python allows
+        # handlers in the main thread only.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after `step`; all processes get the same answer."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signum = signal.SIGTERM
+        return bool(self.signum)
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()

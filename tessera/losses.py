@@ -1,4 +1,4 @@
-"""Losses and accuracies as weighted means, computed in float32 whatever the dtype of the logits."""
+"""Losses, accuracies and distillation as weighted means, computed in float32 whatever the dtype of the logits."""
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +70,20 @@ def distillation(
     soft = jax.nn.softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     return -(soft * log_p).sum(-1).mean() * temperature**2
+
+
+def next_token_loss(
+    logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B U"], z: float = 0.0
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Next-token cross-entropy of a language model (nats per token; its exponential is the perplexity).
+
+    Args:
+      logits_BTV: logits of the tokens but the last of every row; row t predicts token t + 1.
+      tokens_BT: tokens [B, T + 1].
+      z: coefficient of the z-loss, see `cross_entropy`.
+
+    Returns:
+      The loss, and the metrics cross_entropy (nats per token, without the z-loss) and accuracy.
+    """
+    loss, metrics = cross_entropy(logits_BTV, tokens_BT[:, 1:], z=z)
+    return loss, {name: metrics[name] for name in ("cross_entropy", "accuracy")}

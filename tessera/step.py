@@ -1,7 +1,7 @@
 """One optimizer step as a pure function: gradient, update, moving average, and what to look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -12,14 +12,14 @@ from jaxtyping import Array, Key, PyTree
 
 from tessera.optim.noise_scale import noise_scale
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, PyTree]  # mostly scalars
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (mean loss [] float32, metrics: dict of scalars)."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step reads and writes. `ema` mirrors `params`, or is None where no moving average is kept."""
+    """All that a step reads and writes. `ema` mirrors `params`; None without a moving average."""
 
     step: Any  # int32 [], but a sharding or a ShapeDtypeStruct in a mapped state
     params: PyTree
@@ -29,28 +29,30 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is taken.
+    """Gradient accumulation, moving average and noise scale of the training step.
 
-    `microbatches`: parts a batch is cut into, whose gradients are averaged (memory of one part). `ema`: decay of the
-    moving average of the parameters, 0 for none. `noise_scale`: report the gradient noise scale from the parts (needs
-    >= 2).
+    Attributes:
+      grad_accum_steps: gradient accumulation: parts a batch is cut into, one after the other, whose gradients are
+        averaged (activation memory of one part).
+      ema: decay of the exponential moving average of the parameters; 0 for none.
+      noise_scale: report the gradient noise scale from the parts (McCandlish et al. 2018); needs at least 2.
     """
 
-    microbatches: int = 1
+    grad_accum_steps: int = 1
     ema: float = 0.0
     noise_scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.microbatches < 1:
-            raise ValueError(f"microbatches must be at least 1, got {self.microbatches}")
+        if self.grad_accum_steps < 1:
+            raise ValueError(f"grad_accum_steps={self.grad_accum_steps} must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay in [0, 1), got {self.ema}")
-        if self.noise_scale and self.microbatches < 2:
-            raise ValueError("noise_scale compares a batch with its parts: set microbatches to 2 or more")
+        if self.noise_scale and self.grad_accum_steps < 2:
+            raise ValueError("noise_scale compares a batch with its parts: set grad_accum_steps to 2 or more")
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, config: StepConfig = StepConfig()) -> TrainState:
-    """State before the first step; `ema` starts at the parameters."""
+    """Make the state before the first step; `ema` starts at the parameters."""
     # A copy: the state is donated to the step, and one buffer cannot be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
@@ -78,7 +80,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: PyTree, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        gradient = _make_gradient(loss_fn, batch, key, config.microbatches)
+        gradient = _make_gradient(loss_fn, batch, key, config.grad_accum_steps)
         loss, metrics, grads, parts_squared = gradient(state.params)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]
@@ -92,7 +94,7 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         if config.noise_scale:
             size = jax.tree.leaves(batch)[0].shape[0]
-            estimate = noise_scale(parts_squared, grad_norm**2, size // config.microbatches, size)
+            estimate = noise_scale(parts_squared, grad_norm**2, size // config.grad_accum_steps, size)
             metrics = metrics | {"noise_signal": estimate.signal, "noise_trace": estimate.noise}
         metrics = metrics | {
             "loss": loss,
@@ -100,7 +102,7 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return step
 
@@ -109,13 +111,13 @@ def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: i
     """`params -> (loss, metrics, gradient, mean squared norm of the parts' gradients)`."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def whole(params: PyTree) -> Any:
+    def at_once(params: PyTree) -> Any:
         (loss, metrics), grads = value_and_grad(params, batch, key)
         return loss, metrics, grads, jnp.zeros(())
 
     def split(x: Any) -> jax.Array:
         if x.shape[0] % parts:
-            raise ValueError(f"a batch of {x.shape[0]} does not divide into {parts} microbatches")
+            raise ValueError(f"a batch of {x.shape[0]} does not divide into grad_accum_steps={parts}")
         # Row i goes to part i % parts: every device keeps its own rows when the batch is sharded.
         return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])), 1, 0)
 
@@ -126,10 +128,10 @@ def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: i
             one = (loss, metrics, grads, optax.global_norm(grads) ** 2)
             return jax.tree.map(lambda a, b: a + b / parts, total, one), None
 
-        pieces = (jax.tree.map(split, batch), jnp.arange(parts))
-        first = jax.tree.map(lambda x: x[0], pieces)
+        xs = (jax.tree.map(split, batch), jnp.arange(parts))
+        first = jax.tree.map(lambda x: x[0], xs)
         (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first[0], key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
-        return jax.lax.scan(body, (*zeros, jnp.zeros(())), pieces)[0]
+        return jax.lax.scan(body, (*zeros, jnp.zeros(())), xs)[0]
 
-    return whole if parts == 1 else accumulated
+    return at_once if parts == 1 else accumulated

@@ -1,12 +1,14 @@
 """Every test sees eight CPU devices, checked shapes and types, and compiled programs kept between runs."""
 
 import gc
+import json
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 # Before any other use of JAX: the device count is read once.
@@ -41,3 +43,29 @@ def shared_data():
         return path
 
     return find
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _nested(arrays):
+    tree: dict = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """What other libraries computed on fixed inputs (`tests/golden/make.py`): a file's arrays as nested mappings."""
+
+    def read(name: str) -> dict:
+        assert f"{name}.npz" in json.loads((GOLDEN / "sources.json").read_text()), f"{name}.npz has no source"
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return _nested({path: file[path] for path in file.files})
+
+    return read

@@ -1,8 +1,15 @@
-"""The hot path: grouped matmul of routed experts and the product with block-pruned weights, one family of kernels.
+"""Grouped (ragged) matmul of routed experts and block-sparse matmul of pruned weights, with their gradients.
 
 Axis legend: T rows of x before the gather (tokens), M rows after it, K contraction, N output columns, G groups
 (experts), S steps of the metadata, B live blocks, b side of a block, Q blocks of K that share a scale.
 `docs/kernels.md` has a drawing.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe.kernels import SwiGLU, grouped_matmul
+  >>> x_TK, gate_GKN, up_GKN = jnp.ones((5, 4)), jnp.ones((2, 4, 6)), jnp.ones((2, 4, 6))
+  >>> grouped_matmul(x_TK, (gate_GKN, up_GKN), jnp.array([2, 3]), epilogue=SwiGLU()).shape
+  (5, 6)
 """
 
 from moe.kernels.block_sparse import block_sparse_matmul, to_blocks, to_dense

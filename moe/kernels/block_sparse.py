@@ -1,4 +1,4 @@
-"""The product with a block-pruned weight: forward and both gradients touch live blocks only."""
+"""Block-sparse matmul: the product with a block-pruned weight and its gradients, over live blocks only."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from moe.kernels.tiling import Tiling
 class _Call:
     block: int
     grid: tuple[int, int]
-    implementation: str
+    backend: str
     tiling: Tiling | None
 
 
@@ -28,12 +28,12 @@ def block_sparse_matmul(
     blocks: Float[Array, "B b b"],
     structure: BlockStructure,
     *,
-    implementation: str = "auto",
+    backend: str = "auto",
     tiling: Tiling | None = None,
 ) -> Float[Array, "M N"]:
-    """Multiply by a weight of which only some blocks live: x @ to_dense(blocks, structure).
+    """Multiply by a block-sparse weight: x @ to_dense(blocks, structure).
 
-    Products are taken in x's dtype and summed in float32. Differentiable in x and blocks; the gradients work on live
+    Products are in x's dtype, sums in float32. Differentiable in x and blocks; the gradients are computed on live
     blocks only. Where K or N is not a multiple of the block, the last blocks reach past the weight: entries there are
     ignored in the product and their gradient is zero.
 
@@ -41,12 +41,20 @@ def block_sparse_matmul(
       x: (M, K) bfloat16, float16 or float32.
       blocks: (B, b, b) live blocks of x's dtype, in the order of `structure.k_B`, `structure.n_B` (see `to_blocks`).
       structure: from `block_structure`.
-      implementation, tiling: as for `grouped_matmul`.
+      backend, tiling: as for `grouped_matmul`.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+      ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
       TypeError: x and blocks of different dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_sparse_matmul, block_structure, to_blocks
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> structure = block_structure(w_KN != 0, 64)
+      >>> float(block_sparse_matmul(jnp.ones((2, 128)), to_blocks(w_KN, structure), structure)[0, 0])
+      64.0
     """
     (k, n), b = structure.shape, structure.block
     if x.shape[1] != k or blocks.shape != (structure.live, b, b):
@@ -58,30 +66,45 @@ def block_sparse_matmul(
         raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")
     if structure.live == 0 or x.shape[0] == 0:
         return jnp.zeros((x.shape[0], n), x.dtype)
-    static = _Call(b, structure.grid, choose(implementation), tiling)
+    static = _Call(b, structure.grid, choose(backend), tiling)
     x = jnp.pad(x, [(0, 0), (0, -k % b)])
     steps = jax.tree.map(jnp.asarray, (structure.forward, structure.transposed, structure.contraction))
     return _block_sparse(static, *align((x, blocks, steps)))[:, :n]
 
 
 def to_blocks(w_KN: Float[Array, "K N"], structure: BlockStructure) -> Float[Array, "B b b"]:
-    """Live blocks of a dense weight, zeros where a block reaches past it."""
+    """Cut the live blocks out of a dense weight; zeros where a block reaches past it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_structure, to_blocks
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> to_blocks(w_KN, block_structure(w_KN != 0, 64)).shape
+      (1, 64, 64)
+    """
     b, (rows, cols) = structure.block, structure.grid
     w = jnp.pad(w_KN, [(0, rows * b - w_KN.shape[0]), (0, cols * b - w_KN.shape[1])])
     return w.reshape(rows, b, cols, b).swapaxes(1, 2)[structure.k_B, structure.n_B]
 
 
 def to_dense(blocks: Float[Array, "B b b"], structure: BlockStructure) -> Float[Array, "K N"]:
-    """The weight as a matrix, zeros in the dead blocks."""
+    """Expand live blocks to a dense weight with zeros in the pruned blocks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import block_structure, to_blocks, to_dense
+      >>> w_KN = jnp.zeros((128, 64)).at[:64].set(1.0)
+      >>> structure = block_structure(w_KN != 0, 64)
+      >>> bool((to_dense(to_blocks(w_KN, structure), structure) == w_KN).all())
+      True
+    """
     b, (rows, cols) = structure.block, structure.grid
     w = jnp.zeros((rows, cols, b, b), blocks.dtype).at[structure.k_B, structure.n_B].set(blocks)
     return w.swapaxes(1, 2).reshape(rows * b, cols * b)[: structure.shape[0], : structure.shape[1]]
 
 
 def _tiles(static: _Call, kernel: str, x: jax.Array, k: int, n: int) -> Tiling:
-    return static.tiling or tiling(
-        kernel, static.implementation, rows_per_group=float(x.shape[0]), k=k, n=n, dtype=x.dtype
-    )
+    return static.tiling or tiling(kernel, static.backend, rows_per_group=float(x.shape[0]), k=k, n=n, dtype=x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,7 +116,7 @@ def _product(static, x, blocks, steps, *, transpose):
     rows, cols = static.grid[::-1] if transpose else static.grid
     tiles = _tiles(static, "block", x, rows * static.block, cols * static.block)
     spec = BlockSpec(np.dtype(x.dtype), tiles, static.block, cols, transpose)
-    return call("block_matmul", static.implementation, BlockOperands(x, blocks, steps), spec)
+    return call("block_matmul", static.backend, BlockOperands(x, blocks, steps), spec)
 
 
 def _forward(static, x, blocks, steps):
@@ -105,7 +128,7 @@ def _backward(static, saved, dy):
     dx = _product(static, dy, blocks, steps[1], transpose=True)
     tiles = _tiles(static, "block_contraction", x, x.shape[1], dy.shape[1])
     spec = BlockSpec(np.dtype(blocks.dtype), tiles, static.block, blocks.shape[0])
-    dblocks = call("block_contract", static.implementation, BlockOperands(x, dy, steps[2]), spec)
+    dblocks = call("block_contract", static.backend, BlockOperands(x, dy, steps[2]), spec)
     return dx, dblocks, None
 
 

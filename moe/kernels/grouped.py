@@ -1,4 +1,4 @@
-"""Grouped matmul: every row of x times the weight of its group, with all three products of the gradient ours."""
+"""Grouped (ragged) matmul and its gradients by a custom VJP: forward, input gradient, weight gradient."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe.kernels.epilogue import swiglu_gradient
 from moe.kernels.implementations import align, call, choose, tiling
 from moe.kernels.quantize import Quantized
 from moe.kernels.spec import (
@@ -19,6 +18,7 @@ from moe.kernels.spec import (
     GroupedOperands,
     GroupedSpec,
     SwiGLU,
+    swiglu_gradient,
 )
 from moe.kernels.tiling import Tiling
 
@@ -27,12 +27,12 @@ Weight = Float[Array, "G K N"] | Quantized
 
 @dataclass(frozen=True)
 class _Call:
-    """Static side of a call: epilogue, sizes of outputs, who runs it, tiles (None: looked up), order of sums."""
+    """Static arguments of a call; a tiling of None is looked up."""
 
     epilogue: str
     num_tokens: int
     out_dtype: np.dtype
-    implementation: str
+    backend: str
     tiling: Tiling | None
     deterministic: bool
 
@@ -45,41 +45,47 @@ def grouped_matmul(
     gather: Int[Array, " M"] | None = None,
     epilogue: SwiGLU | Combine | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "auto",
+    backend: str = "auto",
     tiling: Tiling | None = None,
     deterministic: bool = True,
 ) -> Float[Array, "R N"]:
-    """Multiply consecutive groups of rows each by their own weight: out[i] = x[gather[i]] @ w[group of i].
+    """Multiply consecutive groups of rows by one weight each (grouped GEMM, ragged dot): x[gather[i]] @ w[group of i].
 
-    Products are taken in x's dtype and summed in float32. Rows past sum(group_sizes) are zeros (and take no part in a
-    Combine). Differentiable in x, w and the weights of Combine; quantised weights are for inference. Works under jit,
-    vmap (a loop over calls), scan and shard_map.
+    Products are in x's dtype, sums in float32. Rows past sum(group_sizes) are zeros (and add nothing to a Combine).
+    Differentiable in x, w and the weights of Combine; quantized weights are for inference. Works under jit, vmap (a
+    loop over calls), scan and shard_map.
 
     Args:
       x: (T, K) bfloat16, float16 or float32; T = M without `gather`.
       w: (G, K, N) of x's dtype, or `quantize(...)` of such; for SwiGLU the pair (gate, up) of them.
       group_sizes: (G,) rows of each group, in order, 0 allowed, summing to at most M.
-      gather: (M,) row of x for each row of the product, in [0, T): the load of a tile picks the rows, and no permuted
-        copy of x is made. None: row i is x[i].
+      gather: (M,) row of x for each row of the product, in [0, T), gathered while a tile is loaded, without a permuted
+        copy of x. None: row i is x[i].
       epilogue: None; SwiGLU(), out = silu(x w_gate) * (x w_up); Combine(tokens, weights, num_tokens), which adds
         weights[i] times row i to out[tokens[i]].
       out_dtype: dtype of the result, x's by default.
-      implementation: "auto" is "tpu" on TPUs and "cpu" elsewhere; "cpu" is plain JAX and runs anywhere; "tpu"; "gpu"
-        (experimental; compute capability 9.0; float32 runs as plain JAX there); "tpu_interpret" and "gpu_interpret" run
-        the kernels in Pallas's interpreters.
+      backend: a name of `moe.kernels.implementations.BACKENDS`, or "auto", see `choose` there.
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
-      deterministic: rows that meet in a Combine, or in the gradient of a gathered x, are added in the same order every
-        time. On Hopper GPUs this takes a pass over them behind the kernel; False adds them in the kernel, in any order.
-        TPUs and CPUs add in order whatever is asked. XLA's scatter on a GPU keeps no order: plain JAX uses it there,
-        and so does the gradient in x of a call with both `gather` and Combine.
+      deterministic: rows with one destination in a Combine, or in the gradient of a gathered x, are added in a fixed
+        order. For backend "gpu" this is a pass after the kernel; False uses atomic additions in the kernel. TPUs and
+        CPUs always add in order. XLA's scatter on a GPU does not: "xla" uses it there, and so does the gradient in x of
+        a call with both `gather` and Combine.
 
     Returns:
       (M, N), or (num_tokens, N) with Combine.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation, or one the compiled-for backend cannot
+      ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
-      TypeError: dtypes that do not match, or a gradient through quantised weights.
+      TypeError: dtypes that do not match, or a gradient through quantized weights.
+      ImportError: backend "tokamax" without the package.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import grouped_matmul
+      >>> x, w = jnp.ones((4, 2)), jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])
+      >>> grouped_matmul(x, w, jnp.array([1, 2]))[:, 0].tolist()
+      [1.0, 3.0, 3.0, 0.0]
     """
     pair = w if isinstance(w, tuple) and not isinstance(w, Quantized) else (w,)
     values = tuple(each.values if isinstance(each, Quantized) else each for each in pair)
@@ -91,9 +97,9 @@ def grouped_matmul(
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
     _check(operands, name)
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
-    static = _Call(name, count, dtype, choose(implementation), tiling, deterministic)
+    static = _Call(name, count, dtype, choose(backend), tiling, deterministic)
     if 0 in (*x.shape, *values[0].shape, operands.rows):
-        # Nothing to multiply: an empty sum is zero.
+        # An empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
     return _grouped(static, align(operands))
 
@@ -116,9 +122,9 @@ def _check(operands: GroupedOperands, epilogue: str) -> None:
                 f"scales of shape {scales.shape} for a weight of {each.shape}: (G, Q, N), Q dividing K, is needed"
             )
     if operands.scales and len(operands.scales) != len(w):
-        raise TypeError("one of (gate, up) is quantised and the other is not: quantise both or none")
+        raise TypeError("one of (gate, up) is quantized and the other is not: quantize both or none")
     if not operands.scales and any(each.dtype != x.dtype for each in w):
-        raise TypeError(f"x is {x.dtype} and w is {w[0].dtype}: cast one to the other, or quantise w")
+        raise TypeError(f"x is {x.dtype} and w is {w[0].dtype}: cast one to the other, or quantize w")
     for name, array in (("tokens", operands.tokens), ("weights", operands.weights)):
         if array is not None and array.shape != (operands.rows,):
             raise ValueError(
@@ -131,7 +137,7 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
     groups, k, n = operands.w[0].shape
     tiles = static.tiling or tiling(
         "grouped",
-        static.implementation,
+        static.backend,
         rows_per_group=operands.rows / groups,
         k=n if transpose else k,
         n=k if transpose else n,
@@ -145,23 +151,23 @@ def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(static: _Call, operands: GroupedOperands):
-    return call("grouped", static.implementation, operands, _spec(static, operands))
+    return call("grouped", static.backend, operands, _spec(static, operands))
 
 
 def _forward(static, operands):
     if operands.scales:
-        raise TypeError("no gradient through quantised weights: they are for inference")
+        raise TypeError("no gradient through quantized weights: they are for inference")
     if static.epilogue != "swiglu":
         return _grouped(static, operands), (operands, None)
-    out, gate, up = call("grouped", static.implementation, operands, _spec(static, operands, keep=True))
+    out, gate, up = call("grouped", static.backend, operands, _spec(static, operands, save_residuals=True))
     return out, (operands, (gate, up))
 
 
 def _backward(static, saved, dout):
-    operands, kept = saved
+    operands, activations = saved
     if static.epilogue == "swiglu":
         to_float = partial(jnp.asarray, dtype=jnp.float32)
-        dys = swiglu_gradient(to_float(kept[0]), to_float(kept[1]), to_float(dout))
+        dys = swiglu_gradient(*map(to_float, activations), to_float(dout))
         dys = tuple(dy.astype(operands.x.dtype) for dy in dys)
         dweights, dx = None, sum(_dx(static, operands, w, dy) for w, dy in zip(operands.w, dys, strict=True))
     elif static.epilogue == "combine":
@@ -177,7 +183,7 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _dx(static, operands, w, dy):
-    """Input gradient: dy w^T, read through the untransposed w; a gathered x gets its rows by a combine."""
+    """Compute the input gradient dy w^T, without a transposed copy of w; for a gathered x by a combine."""
     back = GroupedOperands(dy, (w,), (), operands.sizes, tokens=operands.gather)
     gathered = operands.gather is not None
     changes = {
@@ -186,32 +192,32 @@ def _dx(static, operands, w, dy):
         "epilogue": "combine" if gathered else "none",
         "num_tokens": operands.x.shape[0] if gathered else 0,
     }
-    return call("grouped", static.implementation, back, _spec(static, back, **changes))
+    return call("grouped", static.backend, back, _spec(static, back, **changes))
 
 
 def _dw(static, operands, w, dy):
-    """Weight gradient: the ragged contraction of x and dy."""
+    """Compute the weight gradient, the ragged contraction of x and dy."""
     tiles = static.tiling or tiling(
         "contraction",
-        static.implementation,
+        static.backend,
         rows_per_group=dy.shape[0] / w.shape[0],
         k=w.shape[1],
         n=w.shape[2],
         dtype=dy.dtype,
     )
     back = ContractionOperands(operands.x, dy, operands.sizes, operands.gather)
-    return call("contract", static.implementation, back, ContractionSpec(w.dtype, tiles))
+    return call("contract", static.backend, back, ContractionSpec(w.dtype, tiles))
 
 
 def _combine_backward(static, operands, dout):
-    """Cotangents of the rows of the product, of x and of the weights.
+    """Compute the cotangents of the rows of the product, of x and of the weights.
 
     With u = dout[tokens] w^T: dx_i = weights_i u_i, and d weights_i = <dout[tokens_i], x_i w> = <u_i, x_i>, so that the
-    rows of the forward product need not be kept.
+    rows of the forward product are no residuals.
     """
     back = GroupedOperands(dout, operands.w, (), operands.sizes, gather=operands.tokens)
     changes = {"out_dtype": operands.x.dtype, "transpose": True, "epilogue": "none", "num_tokens": 0}
-    dx_MK = call("grouped", static.implementation, back, _spec(static, back, **changes))
+    dx_MK = call("grouped", static.backend, back, _spec(static, back, **changes))
     dy_MN, dweights_M = dout[operands.tokens], None
     if operands.weights is not None:
         x_MK = operands.x if operands.gather is None else operands.x[operands.gather]

@@ -1,15 +1,16 @@
-"""Who runs a kernel: a literal table of implementations, the choice among them, and the refusal of the wrong backend.
+"""Kernel backends: the table of names, the choice behind "auto", and the refusal of platforms that cannot run one.
 
-An implementation is a module with four functions, each `(operands, spec, *, interpret)`, and default tilings by name:
+A backend is a module with four functions, each `(operands, spec, *, interpret)`, and default tile sizes by kernel:
 
     grouped(GroupedOperands, GroupedSpec)              contract(ContractionOperands, ContractionSpec)
     block_matmul(BlockOperands, BlockSpec)             block_contract(BlockOperands, BlockSpec)
     TILINGS = {"grouped": ..., "contraction": ..., "block": ..., "block_contraction": ...}
 
-A module may also choose them by shape: `default_tiling(kernel, rows_per_group, transpose)`.
+A module may also choose tile sizes by shape: `default_tiling(kernel, rows_per_group, transpose)`.
 """
 
 import importlib
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from moe.kernels.tiling import Tiling, lookup
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Backend:
     """A module of kernels, the platforms that run them (empty: all), and whether Pallas interprets them."""
 
     module: str
@@ -32,54 +33,82 @@ class Implementation:
     interpret: bool = False
 
 
-IMPLEMENTATIONS = {
-    "cpu": Implementation("moe.kernels.xla.ops"),
-    "gpu": Implementation("moe.kernels.hopper.ops", ("cuda",)),
-    "gpu_interpret": Implementation("moe.kernels.hopper.ops", interpret=True),
-    "tpu": Implementation("moe.kernels.tpu.ops", ("tpu",)),
-    "tpu_interpret": Implementation("moe.kernels.tpu.ops", interpret=True),
+BACKENDS = {
+    "xla": Backend("moe.kernels.xla.ops"),
+    "tpu": Backend("moe.kernels.tpu.ops", ("tpu",)),
+    "gpu": Backend("moe.kernels.hopper.ops", ("cuda",)),
+    "tokamax": Backend("moe.kernels.tokamax_ops"),
+    "tpu_interpret": Backend("moe.kernels.tpu.ops", interpret=True),
+    "gpu_interpret": Backend("moe.kernels.hopper.ops", interpret=True),
 }
+NAMES = ("auto", *BACKENDS)
+VARIABLE = "TESSERA_BACKEND"
 
-# Whose Mosaic GPU the kernels are written for.
+# The oldest JAX whose Mosaic GPU dialect the Hopper kernels are written in.
 OLDEST_MOSAIC_GPU = (0, 11)
 
 
-def choose(implementation: str) -> str:
-    """Resolve "auto" for the default backend; other names are checked and returned.
+def choose(backend: str) -> str:
+    """Resolve "auto" for the default platform; check and return any other name.
 
-    "auto" is "tpu" on TPUs and "cpu" (plain JAX, runs anywhere) elsewhere. The kernels for GPUs are taken by name only,
-    until they have been timed against plain JAX; the log says once what runs. Programs compiled ahead of time for
-    another platform than the default backend name it themselves.
+    | backend | kernels | platforms |
+    |---|---|---|
+    | "xla" | plain JAX loops over live tiles | all |
+    | "tpu" | Pallas Mosaic (experimental: never timed) | TPU |
+    | "gpu" | Pallas Mosaic GPU (experimental: never timed) | compute capability 9.0 |
+    | "tokamax" | `tokamax.ragged_dot`, epilogues in XLA | all; its kernels: GPUs and TPUs |
+    | "tpu_interpret", "gpu_interpret" | the Pallas kernels in the interpreter, for tests | all |
+
+    "auto" is the environment variable TESSERA_BACKEND where it is set; else "xla" on CPUs, "tpu" on TPUs, and on GPUs
+    "tokamax" where it is installed and supports the device, "xla" otherwise. What it chooses on an accelerator is
+    logged once. A program compiled ahead of time for another platform than the default one has to name its backend.
 
     Raises:
       ValueError: an unknown name.
+      ImportError: "tokamax" without the package.
     """
-    if implementation == "auto":
-        backend = jax.default_backend()
-        if backend == "tpu":
-            logging.log_first_n(
-                logging.WARNING, "implementation='auto': %s", 1, "TPU kernels (experimental, not timed)"
-            )
-            return "tpu"
-        if backend != "cpu":
-            able = hopper() and jax.__version_info__ >= OLDEST_MOSAIC_GPU
-            more = "; implementation='gpu' asks for the experimental Hopper kernels, not timed yet" if able else ""
-            message = "implementation='auto' on %s: plain JAX, right and slow%s"
-            logging.log_first_n(logging.WARNING, message, 1, jax.devices()[0].device_kind, more)
-        return "cpu"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    return implementation
+    setting = "backend"
+    if backend == "auto":
+        setting, backend = VARIABLE, os.environ.get(VARIABLE) or "auto"
+    if backend not in NAMES:
+        raise ValueError(f"{setting}={backend!r}: choose one of {', '.join(NAMES)}")
+    if backend == "auto":
+        return _auto()
+    if backend == "tokamax":
+        importlib.import_module(BACKENDS[backend].module).load()
+    return backend
+
+
+def _auto() -> str:
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "xla"
+    if platform == "tpu":
+        found, why = "tpu", "Pallas kernels (experimental, not timed)"
+    elif importlib.import_module(BACKENDS["tokamax"].module).able():
+        found, why = "tokamax", "tokamax.ragged_dot"
+    else:
+        found, why = "xla", "plain JAX, right and slow; `pip install tokamax` (Python 3.12) for kernels"
+    logging.log_first_n(logging.WARNING, "backend='auto' on %s is %r: %s", 1, jax.devices()[0].device_kind, found, why)
+    return found
+
+
+def capability() -> float:
+    """CUDA compute capability of the default device; 0 for devices that have none."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", 0))
+    except ValueError:  # AMD's names are not numbers
+        return 0.0
 
 
 def hopper() -> bool:
     """Whether the default device is an Nvidia GPU of compute capability 9.0."""
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    return capability() == 9.0
 
 
 def tiling(
     kernel: str,
-    implementation: str,
+    backend: str,
     *,
     rows_per_group: float | int,
     k: int,
@@ -87,14 +116,14 @@ def tiling(
     dtype: Any,
     transpose: bool = False,
 ) -> Tiling:
-    """Tile sizes of a kernel for a shape: measured ones if there is a table, else the implementation's own."""
-    entry = IMPLEMENTATIONS[implementation]
+    """Choose the tile sizes of a kernel for a shape: tuned ones if there is a table, else the backend's default."""
+    entry = BACKENDS[backend]
     module = importlib.import_module(entry.module)
     choose_own = getattr(module, "default_tiling", lambda kernel, *_: module.TILINGS[kernel])
     default = choose_own(kernel, rows_per_group, transpose)
-    if implementation == "cpu":
+    if backend == "xla":
         kind = "cpu"
-    elif entry.interpret or jax.default_backend() != implementation:
+    elif entry.interpret or jax.default_backend() != backend:
         return default
     else:
         kind = jax.devices()[0].device_kind
@@ -102,25 +131,25 @@ def tiling(
     return lookup(kind, kernel, rows_per_group=rows_per_group, k=k, n=n, dtype=name, default=default)
 
 
-@partial(jax.jit, static_argnames=("kernel", "implementation", "spec"))
-def call(kernel: str, implementation: str, operands: Any, spec: Any) -> Any:
-    """Run a kernel of an implementation; a leading axis added by vmap becomes a loop over kernel calls.
+@partial(jax.jit, static_argnames=("kernel", "backend", "spec"))
+def call(kernel: str, backend: str, operands: Any, spec: Any) -> Any:
+    """Run a kernel of a backend; a leading axis added by vmap becomes a loop over kernel calls.
 
     Jitted, so that a call outside jit compiles one program and not one per small operation on the metadata.
-    Lowering for a platform that cannot run the implementation raises ValueError.
+    Lowering for a platform that cannot run the backend raises ValueError.
     """
-    entry = IMPLEMENTATIONS[implementation]
+    entry = BACKENDS[backend]
     run = partial(getattr(importlib.import_module(entry.module), kernel), spec=spec, interpret=entry.interpret)
     if entry.platforms:
-        first = _require_p.bind(operands[0], implementation=implementation)
+        first = _require_p.bind(operands[0], backend=backend)
         operands = type(operands)(first, *operands[1:])
     return jax.custom_batching.sequential_vmap(lambda operands: run(operands))(operands)
 
 
 def align(tree: Any) -> Any:
-    """Inside shard_map: let every array vary over the mesh axes that any of them varies over (elsewhere: no change).
+    """Cast all arrays inside shard_map to vary over the mesh axes of any of them (elsewhere the identity).
 
-    The transpose of this cast sums cotangents, which is what a replicated weight's gradient needs.
+    The transpose of this cast sums cotangents, as the gradient of a replicated weight requires.
     """
     axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(tree)))
 
@@ -132,23 +161,23 @@ def align(tree: Any) -> Any:
 
 
 def varying(x: Any) -> frozenset[str]:
-    """Mesh axes over which `x` varies inside shard_map."""
+    """Return the mesh axes over which `x` varies inside shard_map."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def vary(x: Any, like: Any) -> jax.Array:
-    """x, which varies over no mesh axes, as varying over the same ones as `like`."""
+    """Cast x, which varies over no mesh axes, to vary over the same ones as `like`."""
     axes = tuple(sorted(varying(like)))
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.Array:
-    """Zeros that vary over the same mesh axes as `like`."""
+    """Make zeros that vary over the same mesh axes as `like`."""
     return vary(jnp.zeros(shape, dtype), like)
 
 
 def local(x: Any) -> Any:
-    """This shard's x with nothing said of mesh axes, for kernels whose inner parts know none; the inverse of `vary`."""
+    """Drop the varying mesh axes from x's type, for kernels whose body has none; the inverse of `vary`."""
     return _local_p.bind(x) if varying(x) else x
 
 
@@ -159,18 +188,18 @@ batching.defvectorized(_local_p)
 mlir.register_lowering(_local_p, lambda ctx, x: [x])
 
 _require_p = Primitive("require_platform")
-_require_p.def_impl(lambda x, *, implementation: jax.jit(partial(_require_p.bind, implementation=implementation))(x))
-_require_p.def_abstract_eval(lambda x, *, implementation: x)
+_require_p.def_impl(lambda x, *, backend: jax.jit(partial(_require_p.bind, backend=backend))(x))
+_require_p.def_abstract_eval(lambda x, *, backend: x)
 batching.defvectorized(_require_p)
 
 
-def _lower_require(ctx, x, *, implementation):
+def _lower_require(ctx, x, *, backend):
     platforms = ctx.platforms or ctx.module_context.platforms
-    wanted = IMPLEMENTATIONS[implementation].platforms
+    wanted = BACKENDS[backend].platforms
     if not set(platforms) <= set(wanted):
         raise ValueError(
-            f"implementation={implementation!r} runs on {' or '.join(wanted)}, but the program is being compiled for "
-            f"{', '.join(platforms)}: use implementation='auto' or 'cpu' (plain JAX, runs anywhere)"
+            f"backend={backend!r} runs on {' or '.join(wanted)}, but the program is being compiled for "
+            f"{', '.join(platforms)}: use backend='auto' or 'xla' (plain JAX, runs anywhere)"
         )
     return [x]
 
@@ -179,5 +208,5 @@ mlir.register_lowering(_require_p, _lower_require)
 
 
 def struct(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """Output of a pallas_call that varies over the same mesh axes as `like`."""
+    """Make the output type of a pallas_call that varies over the same mesh axes as `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

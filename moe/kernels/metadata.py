@@ -1,7 +1,7 @@
-"""Which tiles meet in which step: the one record that drives every kernel of the family.
+"""Step metadata of the grouped and block-sparse kernels (group offsets and tile schedule, as in megablox).
 
-A kernel walks the steps in order. Step s multiplies tile a[s] of A by tile b[s] of B into tile o[s] of the output;
-steps with the same o are neighbours, so an accumulator lives from the first of them to the last. What a, b and o index:
+A kernel runs the steps in order. Step s multiplies tile a[s] of A by tile b[s] of B into tile o[s] of the output; steps
+with the same o are adjacent and share an accumulator. Indices by product:
 
 | product                                | a            | b                    | o              | built             |
 |----------------------------------------|--------------|----------------------|----------------|-------------------|
@@ -10,8 +10,8 @@ steps with the same o are neighbours, so an accumulator lives from the first of 
 | block-sparse matmul (x by live blocks) | block column | live block           | output column  | on host, once     |
 | its weight gradient                    | block column | output column        | live block     | on host, once     |
 
-`begin` and `end` are the rows of the tile that the step owns, counted from the tile's start: only those are multiplied
-and written. `live` is 0 for a step that owns rows (or a column) but multiplies nothing: it writes zeros.
+`begin` and `end` are the step's rows of the tile, counted from the tile's start: only those are multiplied and written.
+`live` is 0 for a step without products, which writes zeros to its rows or column.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 
 class Steps(NamedTuple):
-    """One entry per step, int32; entries from `count` on repeat the last step and must not be run."""
+    """Step table, int32, one entry per step; entries from `count` on repeat the last step and are not run."""
 
     a: Int[Array, " S"]
     b: Int[Array, " S"]
@@ -33,16 +33,16 @@ class Steps(NamedTuple):
 
 
 def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align: int | None = None) -> Steps:
-    """Steps of a grouped matmul over `rows` rows in tiles of `tile`.
+    """Make the steps of a grouped matmul over `rows` rows in tiles of `tile`.
 
-    Every row tile is visited once by each group that has rows in it. Rows past the sum of the sizes belong to a last,
-    silent group whose steps have live 0 (b stays in range), so every row of the output is written by exactly one step.
+    Every row tile has one step for each group with rows in it. Rows past the sum of the sizes form a last group whose
+    steps have live 0 (b stays in range), so every row of the output is written by exactly one step.
 
     Args:
       group_sizes_G: rows of each group, in order; what goes past `rows` is cut off.
       rows: rows of x, at least 1.
       tile: rows of a tile; the last tile may reach past `rows`.
-      align: None: tiles lie on the grid of `tile` rows. Else the first tile of a group begins at the group's first row
+      align: None: tiles are on the grid of `tile` rows. Else the first tile of a group begins at the group's first row
         rounded down to a multiple of `align` (which divides `tile`), the others follow it, and a and o count units of
         `align` rows: fewer tiles are shared between groups.
 
@@ -50,7 +50,7 @@ def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align
       Steps of fixed length (on the grid ceil(rows / tile) + G), of which the first `count` are to be run.
     """
     groups = group_sizes_G.shape[0]
-    begins, ends = _bounds(group_sizes_G, rows)
+    begins, ends = group_bounds(group_sizes_G, rows)
     begins, ends = jnp.append(begins, ends[-1]), jnp.append(ends, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
     group, tiles, begin, end, count = _unroll(begins, ends, empty=0, **shape)
@@ -59,29 +59,30 @@ def matmul_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align
 
 
 def contraction_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, align: int | None = None) -> Steps:
-    """Steps of the ragged contraction x^T dy, group by group: o is the group.
+    """Make the steps of the ragged contraction x^T dy, group by group: o is the group.
 
-    An empty group gets one step with live 0, so that its output is written (zeros). Rows past the sum are not visited.
-    Arguments as in `matmul_steps`; the length (ceil(rows / tile) + G - 1 on the grid) has room for the empty groups.
+    An empty group has one step with live 0, which writes its zeros. Rows past the sum have no steps. Arguments as in
+    `matmul_steps`; the length is ceil(rows / tile) + G - 1 on the grid.
     """
-    begins, ends = _bounds(group_sizes_G, rows)
+    begins, ends = group_bounds(group_sizes_G, rows)
     shape = {"rows": rows, "tile": tile, "align": align or tile}
     group, tiles, begin, end, count = _unroll(begins, ends, empty=1, **shape)
     return Steps(tiles, tiles, group, begin, end, (end > begin).astype(jnp.int32), count)
 
 
-def _bounds(group_sizes_G, rows):
+def group_bounds(group_sizes_G: Int[Array, " G"], rows: int) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
+    """First row of every group, and one past its last; sizes beyond `rows` are cut off."""
     ends = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
     return jnp.append(jnp.zeros_like(ends[:1]), ends[:-1]), ends
 
 
 def _most_steps(groups: int, *, empty: int, rows: int, tile: int, align: int) -> int:
-    """Upper bound of the steps that `groups` groups take, over all sizes that sum to at most `rows`.
+    """Bound the steps of `groups` groups over all sizes that sum to at most `rows`.
 
-    On the grid there are ceil(rows / tile) tiles, and each group but the first begins in a tile that another has begun
-    or takes its one empty step. Where tiles follow the groups, n groups with rows take at most
-    (rows + n (align + tile - 2)) / tile together, as each loses up to align - 1 rows in front and tile - 1 behind; the
-    others take `empty` each. That is linear in n, so its maximum lies at the least or at the greatest n possible.
+    On the grid there are ceil(rows / tile) tiles, and each group but the first shares its first tile with another or
+    has one empty step. Where tiles follow the groups, n groups with rows have at most
+    (rows + n (align + tile - 2)) / tile steps together, as each pads up to align - 1 rows in front and tile - 1 behind;
+    the others have `empty` each. That is linear in n, so its maximum is at the smallest or the largest n.
     """
     if align == tile:
         return -(-rows // tile) + groups - 1
@@ -89,9 +90,9 @@ def _most_steps(groups: int, *, empty: int, rows: int, tile: int, align: int) ->
 
 
 def _unroll(begins, ends, *, empty, rows, tile, align):
-    """Turn groups into steps: (group, first row in units of `align`, begin and end within the tile, count).
+    """Expand groups to steps: (group, first row in units of `align`, begin and end within the tile, count).
 
-    A group without rows gets `empty` steps. `length` is an upper bound of the steps; a step beyond it would be lost.
+    A group without rows has `empty` steps.
     """
     length = _most_steps(begins.shape[0], empty=empty, rows=rows, tile=tile, align=align)
     firsts = begins // align * align
@@ -101,7 +102,7 @@ def _unroll(begins, ends, *, empty, rows, tile, align):
     step = jnp.minimum(jnp.arange(length, dtype=jnp.int32), count - 1)
     group = jnp.searchsorted(after, step, side="right").astype(jnp.int32)
     row = firsts[group] + (step - (after - visits)[group]) * tile
-    # An empty group at the very end would name a tile that does not exist.
+    # An empty group at the end would index a tile past the last.
     units = jnp.minimum(row // align, -(-rows // align) - 1).astype(jnp.int32)
     begin = jnp.clip(begins[group] - units * align, 0, tile).astype(jnp.int32)
     end = jnp.clip(ends[group] - units * align, begin, tile).astype(jnp.int32)

@@ -1,7 +1,8 @@
-"""Int8 and fp8 weights with scales, for inference."""
+"""Weight quantization to int8 and fp8 with scales by channel or block, for inference."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -13,14 +14,22 @@ DTYPES = {
 
 
 class Quantized(NamedTuple):
-    """A weight (G, K, N) as values (G, K, N) times scales (G, Q, N): scale q belongs to rows q K/Q to (q+1) K/Q."""
+    """Quantized weight: values (G, K, N) times scales (G, Q, N), scale q for rows q K/Q to (q+1) K/Q.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import Quantized, grouped_matmul
+      >>> w = Quantized(jnp.ones((1, 4, 2), jnp.int8), jnp.full((1, 1, 2), 0.5))
+      >>> grouped_matmul(jnp.ones((3, 4)), w, jnp.array([3]))[0].tolist()
+      [2.0, 2.0]
+    """
 
     values: Num[Array, "G K N"]
     scales: Float[Array, "G Q N"]
 
 
 def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | None = None) -> Quantized:
-    """Round a weight to `dtype`, with the largest magnitude of each scale's share mapped to the dtype's largest.
+    """Quantize a weight symmetrically (absmax scaling by output channel or by blocks of K).
 
     Args:
       w_GKN: weights.
@@ -29,6 +38,13 @@ def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | 
 
     Raises:
       ValueError: an unknown dtype, or a block that does not divide K.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import quantize
+      >>> quantized = quantize(jnp.array([[[1.0], [-0.5]]]))
+      >>> quantized.values.ravel().tolist(), quantized.values.dtype.name
+      ([127, -64], 'int8')
     """
     if dtype not in DTYPES:
         raise ValueError(f"quantize to {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -44,3 +60,12 @@ def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | 
     scaled = jnp.clip(w_GQRN / scales_GQN[:, :, None], -largest, largest)
     values = jnp.round(scaled) if target == jnp.int8 else scaled
     return Quantized(values.astype(target).reshape(groups, k, n), scales_GQN)
+
+
+def dequantize(
+    values: Num[Array, "G K N"], scales: Float[Array, "G Q N"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "G K N"]:
+    """Multiply the values of a quantized weight by their scales, in float32, and round to `dtype`."""
+    groups, k, n = values.shape
+    blocks = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
+    return (blocks * scales[:, :, None]).reshape(groups, k, n).astype(dtype)

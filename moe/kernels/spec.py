@@ -1,8 +1,9 @@
-"""What a kernel is asked to do: operands (arrays), spec (static), and the epilogues a caller may choose."""
+"""Arguments of the kernels: operands (arrays), specs (static), and the epilogues SwiGLU and Combine."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -12,17 +13,32 @@ from moe.kernels.tiling import Tiling
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """Epilogue of the up-projection: silu(x w_gate) * (x w_up) with w = (w_gate, w_up) (Shazeer 2020, eq. 6)."""
+    """Epilogue of the up-projection: silu(x w_gate) * (x w_up) with w = (w_gate, w_up) (Shazeer 2020, eq. 6).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import SwiGLU, grouped_matmul
+      >>> w = jnp.ones((1, 2, 3))
+      >>> grouped_matmul(jnp.zeros((4, 2)), (w, w), jnp.array([4]), epilogue=SwiGLU()).tolist()[0]
+      [0.0, 0.0, 0.0]
+    """
 
 
 class Combine(NamedTuple):
-    """Epilogue of the down-projection: row i of the product, times weights[i], is added to row tokens[i] of the output.
+    """Epilogue of the down-projection: add row i of the product, times weights[i], to row tokens[i] of the output.
 
     Fields:
       tokens: (M,) int32, destination of each row, each in [0, num_tokens); rows past the sum of the group sizes add
         nothing.
       weights: (M,) floating, or None for ones.
       num_tokens: rows of the output.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe.kernels import Combine, grouped_matmul
+      >>> combine = Combine(jnp.array([1, 0, 1]), jnp.array([1.0, 2.0, 3.0]), num_tokens=2)
+      >>> grouped_matmul(jnp.ones((3, 2)), jnp.eye(2)[None], jnp.array([3]), epilogue=combine).tolist()
+      [[2.0, 2.0], [4.0, 4.0]]
     """
 
     tokens: Int[Array, " M"]
@@ -30,13 +46,27 @@ class Combine(NamedTuple):
     num_tokens: int
 
 
+def swiglu(gate: Float[Array, "*S"], up: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Compute SwiGLU, silu(gate) * up (Shazeer 2020, eq. 6), of a tile's float32 sums."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def swiglu_gradient(
+    gate: Float[Array, "*S"], up: Float[Array, "*S"], dout: Float[Array, "*S"]
+) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    """Compute the cotangents of SwiGLU's gate and up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return dout * up * (sigmoid + silu * (1 - sigmoid)), dout * silu
+
+
 class GroupedOperands(NamedTuple):
-    """Arrays of a grouped matmul as every implementation gets them.
+    """Array arguments of a grouped matmul, for every backend.
 
     Fields:
-      x: (T, K), with T = M where nothing is gathered.
+      x: (T, K), with T = M without a gather.
       w: one (G, K, N) array, or two for SwiGLU (gate, up); (G, N, K) where `spec.transpose`.
-      scales: () or, for quantised weights, one (G, Q, N) float32 array per w, each scale for K / Q rows of w.
+      scales: () or, for quantized weights, one (G, Q, N) float32 array per w, each scale for K / Q rows of w.
       sizes: (G,) int32.
       gather: (M,) int32 rows of x, or None: x is already in the order of the groups.
       tokens: (M,) int32 destinations for "combine", or None.
@@ -59,15 +89,15 @@ class GroupedOperands(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupedSpec:
-    """Static side of a grouped matmul.
+    """Static arguments of a grouped matmul.
 
     Fields:
       epilogue: "none" -> (M, N); "swiglu" -> (M, N); "combine" -> (num_tokens, N).
-      transpose: contract over the last axis of w (the input gradient); no transposed copy may be made.
-      keep: with "swiglu", return (out, gate, up), all (M, N): the backward pass needs the last two.
+      transpose: contract over the last axis of w (the input gradient).
+      save_residuals: with "swiglu", return (out, gate, up), all (M, N), for the backward pass.
       num_tokens: rows of the output of "combine".
-      deterministic: rows of "combine" that share a destination are added in the same order every time.
-      out_dtype: of every output; sums are float32 whatever it is.
+      deterministic: rows of "combine" that share a destination are added in a fixed order.
+      out_dtype: of every output; sums are float32.
       tiling: tile sizes.
     """
 
@@ -75,16 +105,19 @@ class GroupedSpec:
     tiling: Tiling
     epilogue: str = "none"
     transpose: bool = False
-    keep: bool = False
+    save_residuals: bool = False
     num_tokens: int = 0
     deterministic: bool = True
 
 
 class ContractionOperands(NamedTuple):
-    """Arrays of the ragged contraction out[g] = sum over rows i of group g of x[gather[i]]^T dy[i].
+    """Array arguments of the ragged contraction, out[g] = sum over rows i of group g of x[gather[i]]^T dy[i].
 
     Fields:
-      x: (T, K). dy: (M, N). sizes: (G,) int32. gather: (M,) int32 or None.
+      x: (T, K).
+      dy: (M, N).
+      sizes: (G,) int32.
+      gather: (M,) int32 or None.
     """
 
     x: Array
@@ -95,7 +128,7 @@ class ContractionOperands(NamedTuple):
 
 @dataclass(frozen=True)
 class ContractionSpec:
-    """Static side of a ragged contraction, output (G, K, N): every group written, empty ones with zeros."""
+    """Static arguments of a ragged contraction with output (G, K, N), zeros for empty groups."""
 
     out_dtype: np.dtype
     tiling: Tiling
@@ -103,7 +136,7 @@ class ContractionSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Static side of a block-sparse product.
+    """Static arguments of a block-sparse product.
 
     Fields:
       block: side b of a block.
@@ -119,12 +152,12 @@ class BlockSpec:
 
 
 class BlockOperands(NamedTuple):
-    """Arrays of a block-sparse product.
+    """Array arguments of a block-sparse product.
 
     Fields:
-      x: (M, K) with K = rows x block, already padded to whole blocks; (M, N) for `transpose`.
+      x: (M, K) with K padded to a multiple of the block; (M, N) for `transpose`.
       other: blocks (B, b, b) for the matmul; dy (M, N) for the weight gradient.
-      steps: `structure.forward`, `.transposed` or `.contraction`, as int32 arrays on the device.
+      steps: `BlockStructure.forward`, `.transposed` or `.contraction`, as int32 arrays on the device.
     """
 
     x: Array

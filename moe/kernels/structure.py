@@ -1,4 +1,4 @@
-"""Which blocks of a pruned weight live: built once, on the host, from a mask, together with its transpose."""
+"""Block structure of a pruned weight, made once on the host from a mask, together with its transpose."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +18,24 @@ from moe.kernels.metadata import Steps
 )
 @dataclass(frozen=True)
 class BlockStructure:
-    """The live blocks of a (K, N) weight, ordered by output column, then by row. A pytree: pass it to jit as an
-    argument.
+    """Live blocks of a (K, N) weight by output column, then by row; a pytree, to be passed to jit as an argument.
+
+    An output column without live blocks has one step with live 0, which writes zeros.
 
     Fields:
       k_B, n_B: block row and block column of each live block.
       forward: steps of y = x W (a block column of x, b live block, o block column of y).
       transposed: steps of dx = dy W^T (a block column of dy, b live block, o block column of dx).
       contraction: steps of the weight gradient (a block column of x, b block column of dy, o live block).
-      block: side of a block. shape: (K, N) of the weight.
+      block: side of a block.
+      shape: (K, N) of the weight.
 
-    An output column without live blocks has one step with live 0, which writes zeros.
+    Example:
+      >>> import numpy as np
+      >>> from moe.kernels import BlockStructure, block_structure
+      >>> structure = block_structure(np.eye(3, dtype=bool), 64, shape=(192, 192))
+      >>> isinstance(structure, BlockStructure), structure.live, structure.grid
+      (True, 3, (3, 3))
     """
 
     k_B: Int[Array, " B"] | np.ndarray
@@ -41,7 +48,7 @@ class BlockStructure:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks along K and along N, the last ones possibly reaching past the weight."""
+        """Blocks along K and along N; the last ones may reach past the weight."""
         return -(-self.shape[0] // self.block), -(-self.shape[1] // self.block)
 
     @property
@@ -51,10 +58,10 @@ class BlockStructure:
 
 
 def block_structure(mask_KN: Any, block: int = 128, *, shape: tuple[int, int] | None = None) -> BlockStructure:
-    """Structure of a weight whose elements (or blocks) live where `mask_KN` is True.
+    """Find the live blocks of a weight from its pruning mask.
 
     Args:
-      mask_KN: concrete boolean (K, N) array; a block lives if any of its elements does. With `shape`, a boolean
+      mask_KN: concrete boolean (K, N) array; a block is live if any of its elements is True. With `shape`, a boolean
         (ceil(K / block), ceil(N / block)) array with one entry per block.
       block: 64 or 128.
       shape: (K, N) of the weight, if the mask is given by blocks.
@@ -62,6 +69,15 @@ def block_structure(mask_KN: Any, block: int = 128, *, shape: tuple[int, int] | 
     Raises:
       ValueError: a block size other than 64 or 128, or a mask of the wrong shape.
       jax.errors.TracerArrayConversionError: the mask is traced; a structure is made on the host.
+
+    Example:
+      >>> import numpy as np
+      >>> from moe.kernels import block_structure
+      >>> mask_KN = np.zeros((128, 128), bool)
+      >>> mask_KN[70, 3] = True
+      >>> structure = block_structure(mask_KN, 64)
+      >>> structure.k_B.tolist(), structure.n_B.tolist()
+      ([1], [0])
     """
     if block not in (64, 128):
         raise ValueError(f"block={block}: the kernels have blocks of 64 and 128")
@@ -89,7 +105,7 @@ def block_structure(mask_KN: Any, block: int = 128, *, shape: tuple[int, int] | 
 
 
 def _segments(a, b, o, outputs: int, block: int) -> Steps:
-    """Steps sorted by o, with a silent one for every output that has none."""
+    """Sort steps by o, and add one with live 0 for every output that has none."""
     silent = np.setdiff1d(np.arange(outputs, dtype=np.int32), o)
     none = np.zeros_like(silent)
     order = np.argsort(np.concatenate([o, silent]), kind="stable")

@@ -1,9 +1,9 @@
-"""Tile sizes: a small frozen config, looked up per device kind in tables that ship with the package.
+"""Tile sizes of the kernels and their autotuning tables, one per device kind.
 
-`tilings/<device kind>.json` holds a list of rows {"kernel", "rows_per_group", "k", "n", "dtype", "tiling": {...},
-"seconds"}, written by `scripts/benchmarks/tune_kernels.py`. A lookup takes the row of the same kernel and dtype nearest
-in shape (sum of squared log ratios). A device without a table, or without such a row, gets the safe default and a
-warning, once; so does one whose table says "not tuned" in place of seconds.
+`tilings/<device kind>.json` is a list of rows {"kernel", "rows_per_group", "k", "n", "dtype", "tiling": {...},
+"seconds"}, written by `scripts/benchmarks/tune_kernels.py`. A lookup returns the row of the same kernel and dtype
+nearest in shape (sum of squared log ratios). A device without a table, or without such a row, has the safe default and
+a warning, once; so has one whose table says "not tuned" in place of seconds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ TABLES = Path(__file__).parent / "tilings"
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Tile of one step: `rows` of x (M), `inner` of the contraction (K) and `cols` of the output (N)."""
+    """Tile sizes of one step: `rows` of x (M), `inner` of the contraction (K) and `cols` of the output (N)."""
 
     rows: int = 128
     inner: int = 512
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 def slug(device_kind: str) -> str:
-    """File name of a device kind: lower case, everything but letters and digits turned into single dashes."""
+    """Make the file name of a device kind: lower case, runs of other characters than letters and digits as dashes."""
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
 
 
 @cache
 def read_table(device_kind: str) -> tuple[dict[str, Any], ...]:
-    """Rows measured on this kind of device, in the order of the file; none if it has no table (warns, once a kind)."""
+    """Read the tuning table of a device kind; empty if there is none (warns, once a kind)."""
     path = TABLES / f"{slug(device_kind)}.json"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in TABLES.glob("*.json"))) or "none"
@@ -63,7 +63,7 @@ def read_table(device_kind: str) -> tuple[dict[str, Any], ...]:
 
 
 def lookup(device_kind: str, kernel: str, *, rows_per_group: float | int, k: int, n: int, dtype: str, default: T) -> T:
-    """Tile sizes for a shape on a device kind.
+    """Look up the tile sizes for a shape on a device kind.
 
     Args:
       device_kind: `jax.devices()[0].device_kind`.

@@ -1,7 +1,11 @@
-"""Every router, as a pure function `logits -> moe.routing.Routing`.
+"""Routers (gating functions) as pure functions `logits -> moe.routing.Routing`.
 
-from moe import route
-routing = route.top_k(x_ND @ router_DE, k=2)
+Example:
+  >>> import jax.numpy as jnp
+  >>> from moe import route
+  >>> x_ND, router_DE = jnp.ones((4, 8)), jnp.ones((8, 3))
+  >>> route.top_k(x_ND @ router_DE, k=2).experts_NK.shape
+  (4, 2)
 """
 
 from moe.route.balanced import auction, base

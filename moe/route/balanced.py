@@ -1,4 +1,4 @@
-"""BASE layers: every expert gets equally many tokens, by an auction that runs on the device."""
+"""BASE layers: balanced assignment of tokens to experts by Bertsekas's auction, on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +15,28 @@ def auction(
     epsilon: float = 1e-3,
     rounds: int = 2000,
 ) -> Int32[Array, " N"]:
-    """Assign every token to one expert, at most `capacity` tokens each, with a nearly largest sum of values.
+    """Solve the assignment of tokens to experts, at most `capacity` each, by an auction (Bertsekas & Castanon 1989).
 
-    Bertsekas's auction with similar objects (1989): every free token bids for its best expert at today's prices,
-    offering what makes it indifferent to its second best, plus epsilon; an expert keeps its `capacity` highest bids,
-    and its price is the lowest bid it holds once it is full. The sum of values is within N epsilon of the best
-    possible. Tokens still free after `rounds` rounds fill the free places in order.
+    The auction with similar objects: every unassigned token bids for its best expert at current prices, the margin over
+    its second best plus epsilon; an expert holds its `capacity` highest bids, and its price is the lowest of them once
+    it is full. The sum of values is within N epsilon of the optimum. Tokens unassigned after `rounds` rounds fill the
+    free places in order.
 
     Args:
       values_NE: value of every token to every expert.
       capacity: places per expert; E * capacity must be at least N.
-      mask_N: False for padding, which takes no place (its expert is E).
+      mask_N: False for padding, which has no place (its expert is E).
       epsilon: smallest raise of a bid: smaller is nearer the optimum and takes longer.
       rounds: bound on the rounds.
 
     Raises:
       ValueError: fewer places than tokens, or epsilon not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.auction(jnp.array([[2.0, 1.0], [2.0, 0.0], [1.0, 1.0], [3.0, 0.0]]), capacity=2).tolist()
+      [1, 0, 1, 0]
     """
     values_NE, mask_N = prepare(values_NE, mask_N)
     n, e = values_NE.shape
@@ -38,14 +44,14 @@ def auction(
         raise ValueError(f"{e} experts with {capacity} places each cannot take {n} tokens")
     if epsilon <= 0:
         raise ValueError(f"epsilon={epsilon} must be positive, or equal bidders would never finish")
-    keep = min(capacity, n)
+    held = min(capacity, n)
     hot_E = jnp.arange(e)[None]
 
     def auction_round(state):
         expert_N, bid_N, count = state
         held_NE = jnp.where(expert_N[:, None] == hot_E, bid_N[:, None], -jnp.inf)
-        lowest_E = jax.lax.top_k(held_NE.T, keep)[0][:, -1]  # -inf while there are free places
-        price_E = jnp.where(jnp.isfinite(lowest_E) & (keep == capacity), lowest_E, 0.0)
+        lowest_E = jax.lax.top_k(held_NE.T, held)[0][:, -1]  # -inf while there are free places
+        price_E = jnp.where(jnp.isfinite(lowest_E) & (held == capacity), lowest_E, 0.0)
         net_NE = values_NE - price_E[None]
         best_N = net_NE.argmax(axis=-1)
         first_N = net_NE.max(axis=-1)
@@ -54,11 +60,11 @@ def auction(
         bids_N = price_E[best_N] + raise_N
         free_N = (expert_N == e) & mask_N
         expert_N, bid_N = jnp.where(free_N, best_N, expert_N), jnp.where(free_N, bids_N, bid_N)
-        # Outbid: not among the `keep` highest of its expert. Ties go to the lower token, so ranks, not values, decide.
+        # Outbid: not among the `held` highest of its expert. Ties go to the lower token, so ranks, not values, decide.
         held_NE = jnp.where(expert_N[:, None] == hot_E, bid_N[:, None], -jnp.inf)
-        winners_EC = jax.lax.top_k(held_NE.T, keep)[1]
-        kept_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], winners_EC].set(True)
-        wins_N = (kept_EN.T & (expert_N[:, None] == hot_E)).any(axis=-1)
+        winners_EC = jax.lax.top_k(held_NE.T, held)[1]
+        holds_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], winners_EC].set(True)
+        wins_N = (holds_EN.T & (expert_N[:, None] == hot_E)).any(axis=-1)
         return jnp.where(wins_N, expert_N, e), jnp.where(wins_N, bid_N, -jnp.inf), count + 1
 
     def unfinished(state):
@@ -71,13 +77,13 @@ def auction(
 
 
 def _typed(state):
-    """The state with the dtypes the loop carries (argmax gives the platform's index type)."""
+    """Cast the state to the dtypes of the loop's carry (argmax gives the platform's index type)."""
     expert_N, bid_N, count = state
     return expert_N.astype(jnp.int32), bid_N, count
 
 
 def _fill(expert_N: Int32[Array, " N"], mask_N: Bool[Array, " N"], experts: int, capacity: int) -> Int32[Array, " N"]:
-    """Send tokens that have no expert to the free places, both in order."""
+    """Assign tokens without an expert to the free places, both in order."""
     free_N = (expert_N == experts) & mask_N
     places_E = capacity - (expert_N[:, None] == jnp.arange(experts)[None]).sum(axis=0)
     rank_N = jnp.cumsum(free_N) - 1
@@ -93,14 +99,21 @@ def base(
     epsilon: float = 1e-3,
     rounds: int = 2000,
 ) -> Routing:
-    """One expert per token, ceil(N / E) tokens per expert, weight sigmoid(logit): Lewis et al. (2021), eq. 2 and 4.
+    """Route to one expert of ceil(N / E) tokens at most, weight sigmoid(logit) (BASE: Lewis et al. 2021, eq. 2, 4).
 
     Args:
       logits_NE: token-expert affinities.
       mask_N: False for padding.
-      train: False takes each token's best expert (section 3.1, "testing"), which does not look ahead.
+      train: False chooses each token's best expert (section 3.1, "testing"), which is causal.
       epsilon: see `auction`.
       rounds: see `auction`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> logits_NE = jnp.array([[2.0, 1.0], [2.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
+      >>> sorted(route.base(logits_NE).experts_NK.ravel().tolist())
+      [0, 0, 1, 1]
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
     n, e = logits_NE.shape
@@ -109,6 +122,6 @@ def base(
         expert_N = auction(values_NE, -(-n // e), mask_N, epsilon=epsilon, rounds=rounds)
     else:
         expert_N = logits_NE.argmax(axis=-1)
-    expert_N1 = jnp.minimum(expert_N, e - 1)[:, None]  # padding has expert E here; make_routing sends it there again
+    expert_N1 = jnp.minimum(expert_N, e - 1)[:, None]  # padding has expert E here, and from make_routing again
     weights_N1 = jax.nn.sigmoid(take(logits_NE, expert_N1))
     return make_routing(expert_N1, weights_N1, jax.nn.softmax(logits_NE), logits_NE, mask_N, causal=not train)

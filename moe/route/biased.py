@@ -1,4 +1,4 @@
-"""DeepSeek's routers: selection by score + bias, experts in groups, and the bias's update outside the gradient."""
+"""DeepSeek's routers: selection by score + bias, group-limited experts, and loss-free balancing of the bias."""
 
 from typing import Literal
 
@@ -12,12 +12,22 @@ from moe.routing import Routing, check_k, make_routing, prepare, take
 def limit_groups(
     scores_NE: Float32[Array, "N E"], groups: int, top_groups: int, group_score: Literal["top2", "max"]
 ) -> Float32[Array, "N E"]:
-    """Scores with -inf outside the best `top_groups` of `groups` blocks of consecutive experts.
+    """Set scores outside the best `top_groups` of `groups` blocks of consecutive experts to -inf (DeepSeek-V2 2024).
 
-    A group counts by its best expert (DeepSeek-V2, section 2.1.2) or by the sum of its two best (V3, section 2.1.2).
+    Args:
+      scores_NE: scores of the experts.
+      groups: blocks.
+      top_groups: blocks per token.
+      group_score: a block's score is its "max" (DeepSeek-V2, section 2.1.2) or the sum of its "top2" (V3).
 
     Raises:
       ValueError: the experts do not divide into the groups, or top_groups is not in 1..groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.limit_groups(jnp.array([[1.0, 2.0, 3.0, 0.0]]), 2, 1, "max").tolist()
+      [[-inf, -inf, 3.0, 0.0]]
     """
     n, e = scores_NE.shape
     if groups < 1 or e % groups:
@@ -45,7 +55,7 @@ def sigmoid_top_k(
     scale: float = 1.0,
     score: Literal["sigmoid", "softmax"] = "sigmoid",
 ) -> Routing:
-    """The k largest score + bias; weights are the scores without bias: DeepSeek-V3 (2024), eq. 12-16.
+    """Route by the k largest score + bias; weights are the scores without bias (DeepSeek-V3 2024, eq. 12-16).
 
     Args:
       logits_NE: router logits.
@@ -54,7 +64,7 @@ def sigmoid_top_k(
       bias_E: added for the selection only, no gradient; see `update_bias`. None is zeros.
       groups: blocks of consecutive experts (those of one node).
       top_groups: blocks a token's experts may come from.
-      group_score: how a block counts, see `limit_groups`.
+      group_score: score of a block, see `limit_groups`.
       normalize: divide the chosen scores by their sum.
       scale: factor on the weights (2.5 in V3).
       score: "sigmoid" (V3) or "softmax" (V2).
@@ -64,6 +74,14 @@ def sigmoid_top_k(
 
     Raises:
       ValueError: k, groups or top_groups out of range, or fewer than k experts in the groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> bias_E = jnp.array([5.0, 0.0, 0.0])
+      >>> routing = route.sigmoid_top_k(jnp.array([[0.0, 0.0, 9.0]]), k=1, bias_E=bias_E, normalize=False)
+      >>> routing.experts_NK.tolist(), routing.weights_NK.tolist()
+      ([[0]], [[0.5]])
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
     e = logits_NE.shape[-1]
@@ -87,12 +105,20 @@ def sigmoid_top_k(
 def update_bias(
     bias_E: Float[Array, "*L E"], load_E: Float[Array, "*L E"], rate: float = 1e-3
 ) -> Float32[Array, "*L E"]:
-    """b_i + rate sign(mean load - load_i): Wang et al. (2024), algorithm 1; to be called after the optimizer's step.
+    """Update the bias of loss-free balancing, b_i + rate sign(mean load - load_i) (Wang et al. 2024, algorithm 1).
+
+    To be called after the optimizer's step.
 
     Args:
-      bias_E: biases, in front of them any layer axes.
-      load_E: counts or shares of the tokens each expert got in the last batch (over all devices).
+      bias_E: biases, with any leading layer axes.
+      load_E: counts or shares of every expert's tokens in the last batch (over all devices).
       rate: u in the paper, where 1e-3 was best.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.update_bias(jnp.zeros(3), jnp.array([4.0, 1.0, 1.0]), rate=0.5).tolist()
+      [-0.5, 0.5, 0.5]
     """
     load_E = load_E.astype(jnp.float32)
     return bias_E.astype(jnp.float32) + rate * jnp.sign(load_E.mean(axis=-1, keepdims=True) - load_E)

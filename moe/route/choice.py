@@ -1,4 +1,4 @@
-"""Routers that choose among all tokens: expert choice and Soft MoE. Both look ahead in a causal model."""
+"""Routers that choose among all tokens, expert choice and Soft MoE: not causal."""
 
 import jax
 import jax.numpy as jnp
@@ -8,40 +8,53 @@ from moe.routing import Routing, Slots, make_routing, prepare
 
 
 def expert_choice(logits_NE: Float[Array, "N E"], capacity: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
-    """Every expert takes its `capacity` most probable tokens: Zhou et al. (2022), eq. 1-2.
+    """Let every expert choose its `capacity` most probable tokens (expert choice: Zhou et al. 2022, eq. 1-2).
 
-    A token may get any number of experts, so K = E, with expert E and weight 0 where it was not chosen; `rows` is
+    A token may have any number of experts, so K = E, with expert E and weight 0 where it was not chosen; `rows` is
     E * capacity. The weights are softmax probabilities over experts and need not sum to one.
 
     Args:
       logits_NE: router logits.
       capacity: tokens per expert, k in the paper (n c / e).
-      mask_N: False for padding, which no expert takes (an expert then gets fewer than `capacity` tokens).
+      mask_N: False for padding, which no expert chooses (it then has fewer than `capacity` tokens).
 
     Raises:
       ValueError: capacity is not in 1..N.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.expert_choice(jnp.array([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), capacity=1).experts_NK.tolist()
+      [[0, 2], [2, 2], [2, 1]]
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
     n, e = logits_NE.shape
     if not 1 <= capacity <= n:
-        raise ValueError(f"every expert takes capacity={capacity} of {n} tokens: capacity must be in 1..{n}")
+        raise ValueError(f"every expert chooses capacity={capacity} of {n} tokens: capacity must be in 1..{n}")
     probs_NE = jax.nn.softmax(logits_NE)
     wanted_EN = jnp.where(mask_N[None], probs_NE.T, -1.0)
     tokens_EC = jax.lax.top_k(jax.lax.stop_gradient(wanted_EN), capacity)[1]
-    taken_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], tokens_EC].set(True)
+    chosen_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], tokens_EC].set(True)
     experts_NE = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[None], (n, e))
-    return make_routing(experts_NE, probs_NE, probs_NE, logits_NE, mask_N, taken_EN.T, rows=e * capacity, causal=False)
+    return make_routing(experts_NE, probs_NE, probs_NE, logits_NE, mask_N, chosen_EN.T, rows=e * capacity, causal=False)
 
 
 def soft(logits_NEP: Float[Array, "N E P"], mask_N: Bool[Array, " N"] | None = None) -> Routing:
-    """Every slot reads a mixture of all tokens, every token a mixture of all slots: Puigcerver et al. (2023), eq. 1-3.
+    """Mix all tokens into every slot and all slots into every token (Soft MoE: Puigcerver et al. 2023, eq. 1-3).
 
-    The record's `slots` holds both mixtures (use `dispatch.soft`). Its other fields describe experts by their slots
-    together: K = E, weights and probabilities are the slots' combine weights summed, logits their logsumexp.
+    `Routing.slots` has the dispatch and combine weights, for `dispatch.soft`. The other fields sum over an expert's
+    slots: K = E, weights and probabilities are combine weights, logits the logsumexp.
 
     Args:
       logits_NEP: X Phi for P slots per expert.
-      mask_N: False for padding, which no slot reads.
+      mask_N: False for padding, which is in no slot.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> slots = route.soft(jnp.zeros((4, 2, 3))).slots
+      >>> slots.dispatch_NEP.sum(0).tolist() == jnp.ones((2, 3)).tolist()
+      True
     """
     n, e, p = logits_NEP.shape
     flat_NS, mask_N = prepare(logits_NEP.reshape(n, e * p), mask_N)

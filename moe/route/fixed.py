@@ -1,4 +1,4 @@
-"""Routers that learn nothing: hash of the token, forced uniform and replayed choices (the last two for benchmarks)."""
+"""Routers without learned choices: hash of the token id, forced uniform load and replayed choices (for benchmarks)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from moe.routing import Routing, check_k, make_routing, prepare, take
 def hash_tokens(
     tokens_N: Int[Array, " N"], experts: int, k: int = 1, mask_N: Bool[Array, " N"] | None = None, *, seed: int = 0
 ) -> Routing:
-    """The same experts for the same token wherever it stands: Roller et al. (2021), section 3.1, random hash.
+    """Route by a random hash of the token id (Hash Layers: Roller et al. 2021, section 3.1).
 
-    Every pair (token, expert) has a pseudorandom number (the finaliser of MurmurHash3) and the k largest win, so the k
+    Every pair (token, expert) has a pseudorandom number (the finalizer of MurmurHash3) and the k largest win, so the k
     experts differ and no table over the vocabulary is needed.
 
     Args:
@@ -24,6 +24,13 @@ def hash_tokens(
 
     Raises:
       ValueError: k is not in 1..E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> experts_NK = route.hash_tokens(jnp.array([7, 3, 7]), experts=16).experts_NK
+      >>> bool(experts_NK[0] == experts_NK[2])
+      True
     """
     check_k(k, experts)
     pair_NE = (
@@ -42,17 +49,23 @@ def _mix(h: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
 
 
 def _constant(experts_NK: Int[Array, "N K"], experts: int, mask_N: Bool[Array, " N"] | None) -> Routing:
-    """Equal weights, uniform probabilities, zero logits."""
+    """Route to given experts with equal weights, uniform probabilities and zero logits."""
     n, k = experts_NK.shape
     logits_NE, mask_N = prepare(jnp.zeros((n, experts)), mask_N)
     return make_routing(experts_NK, jnp.full((n, k), 1 / k), jax.nn.softmax(logits_NE), logits_NE, mask_N)
 
 
 def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
-    """Perfect balance by force: choice j of token n goes to expert (n k + j) mod E; weights as in `replay`.
+    """Route with perfect balance: choice j of token n has expert (n k + j) mod E; weights as in `replay`.
 
     Raises:
       ValueError: k is not in 1..E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.uniform(jnp.zeros((3, 4)), k=2).experts_NK.tolist()
+      [[0, 1], [2, 3], [0, 1]]
     """
     n, e = logits_NE.shape
     check_k(k, e)
@@ -62,16 +75,23 @@ def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | 
 def replay(
     logits_NE: Float[Array, "N E"], experts_NK: Int[Array, "N K"], mask_N: Bool[Array, " N"] | None = None
 ) -> Routing:
-    """Given experts; the weights are the softmax of their logits, so gradients reach the router.
+    """Route to given experts; weights are the softmax of their logits, so gradients reach the router.
 
     Args:
       logits_NE: router logits.
-      experts_NK: experts of an earlier routing; E sends a choice nowhere.
+      experts_NK: experts of an earlier routing; E for a choice that is not routed.
       mask_N: False for padding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> earlier = route.top_k(jnp.array([[3.0, 0.0, 1.0]]), k=2)
+      >>> route.replay(jnp.zeros((1, 3)), earlier.experts_NK).experts_NK.tolist()
+      [[0, 2]]
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
-    there_NK = experts_NK < logits_NE.shape[-1]
-    chosen_NK = take(logits_NE, jnp.where(there_NK, experts_NK, 0))
+    routed_NK = experts_NK < logits_NE.shape[-1]
+    chosen_NK = take(logits_NE, jnp.where(routed_NK, experts_NK, 0))
     # A row without any choice would divide zero by zero.
-    weights_NK = jax.nn.softmax(chosen_NK, where=there_NK | ~there_NK.any(axis=-1, keepdims=True))
-    return make_routing(experts_NK, weights_NK, jax.nn.softmax(logits_NE), logits_NE, mask_N, there_NK)
+    weights_NK = jax.nn.softmax(chosen_NK, where=routed_NK | ~routed_NK.any(axis=-1, keepdims=True))
+    return make_routing(experts_NK, weights_NK, jax.nn.softmax(logits_NE), logits_NE, mask_N, routed_NK)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key
 
-from moe.routing import Routing, check_k, make_routing, prepare, taken
+from moe.routing import Routing, check_k, is_routed, make_routing, prepare
 
 # Softplus underflows for very negative inputs, and the load divides by it.
 SMALLEST_NOISE = 1e-6
@@ -15,9 +15,16 @@ SMALLEST_NOISE = 1e-6
 def smooth_load(
     clean_NE: Float32[Array, "N E"], noisy_NE: Float32[Array, "N E"], std_NE: Float32[Array, "N E"], k: int
 ) -> Float32[Array, "N E"]:
-    """Probability that expert i is among the top k if only its own noise is drawn again: appendix A, eq. 9.
+    """Compute the probability of expert i in the top k over its own noise alone (Shazeer et al. 2017, eq. 9).
 
     P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i). One where k = E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> clean_NE = jnp.array([[1.0, 1.0, -9.0]])
+      >>> route.smooth_load(clean_NE, clean_NE, jnp.ones((1, 3)), k=1).round(2).tolist()
+      [[0.5, 0.5, 0.0]]
     """
     e = clean_NE.shape[-1]
     if k == e:
@@ -38,7 +45,7 @@ def noisy_top_k(
     *,
     key: Key[Array, ""] | None = None,
 ) -> Routing:
-    """softmax(KeepTopK(logits + N(0, 1) softplus(noise))): Shazeer et al. (2017), eq. 3-5.
+    """Route by noisy top-k gating, softmax(KeepTopK(logits + N(0, 1) softplus(noise))) (Shazeer et al. 2017, eq. 3-5).
 
     Args:
       logits_NE: clean logits, x W_g.
@@ -48,10 +55,17 @@ def noisy_top_k(
       key: None switches the noise off, as in evaluation; the smooth load is then that of the clean logits.
 
     Returns:
-      A routing with `load_NE` for `losses.load`.
+      A routing with `load_NE` for `losses.load_loss`.
 
     Raises:
       ValueError: k is not in 1..E.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from moe import route
+      >>> logits_NE = jnp.array([[4.0, 2.0, 0.0]])
+      >>> route.noisy_top_k(logits_NE, 0 * logits_NE, k=2, key=jax.random.key(0)).load_NE.shape
+      (1, 3)
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
     check_k(k, logits_NE.shape[-1])
@@ -82,7 +96,7 @@ def hierarchical(
     noise_NAB: Float[Array, "N A B"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Routing:
-    """Two levels: k_primary of A groups, then k_secondary of the B experts in each: Shazeer et al. (2017), appendix B.
+    """Route at two levels, k_primary of A groups, k_secondary of B experts in each (Shazeer et al. 2017, appendix B).
 
     Expert b of group a is number a B + b; its weight is the product of both gates (eq. 12). The sum of `load_NE` over
     tokens is the paper's Load_H (eq. 14), that of the weights its Importance_H (eq. 13).
@@ -94,11 +108,18 @@ def hierarchical(
       k_secondary: experts per chosen group; the routing has K = k_primary k_secondary.
       mask_N: False for padding.
       noise_NA: x W_noise of the groups, zeros if None.
-      noise_NAB: that of the experts, zeros if None.
+      noise_NAB: x W_noise of the experts, zeros if None.
       key: None switches the noise off.
 
     Raises:
       ValueError: a number of choices out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> groups_NA, experts_NAB = jnp.array([[0.0, 1.0]]), jnp.array([[[9.0, 0.0], [0.0, 1.0]]])
+      >>> route.hierarchical(groups_NA, experts_NAB, 1, 1).experts_NK.tolist()
+      [[3]]
     """
     n, a, b = secondary_NAB.shape
     keys = (None, None) if key is None else jax.random.split(key)
@@ -109,9 +130,9 @@ def hierarchical(
     flat = (n * a, b)
     mask_NA = jnp.repeat(primary.mask_N, a)
     secondary = noisy_top_k(secondary_NAB.reshape(flat), noise_NAB.reshape(flat), k_secondary, mask_NA, key=keys[1])
-    group_NI = jnp.where(taken(primary), primary.experts_NK, 0)
+    group_NI = jnp.where(is_routed(primary), primary.experts_NK, 0)
 
-    def chosen(x):  # [N A, ...] -> [N, I, ...]: the rows of the groups taken
+    def chosen(x):  # [N A, ...] -> [N, I, ...]: the rows of the chosen groups
         x = x.reshape(n, a, *x.shape[1:])
         return jnp.take_along_axis(x, group_NI.reshape(n, -1, *(1,) * (x.ndim - 2)), axis=1)
 

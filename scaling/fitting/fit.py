@@ -1,8 +1,8 @@
-"""Approach 3: fit a law to rows from every start of its grid, and keep what the starts ended in.
+"""Approach 3 of Hoffmann et al. (2022): fit a law by the Huber loss of log loss, from every start of a grid.
 
-Two passes: a short majorising one from every start, then exact Newton from the distinct end points. What remains are
-basins: local optima of the objective, the best first. Resamples of the rows move the basins a little, so a bootstrap
-need not search again (`scaling.fitting.bootstrap`).
+Two passes: a short IRLS (majorizing) one from every start, then exact Newton from the distinct end points. The results
+are basins: local optima of the objective, the best first, as in basin-hopping. Resamples of the rows move the basins a
+little, so a bootstrap need not search again (`scaling.fitting.bootstrap`).
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,21 @@ Objective = Literal["huber", "laplace", "normal"]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a law is fitted.
+    """Options of a fit.
 
     Attributes:
-      objective: what is summed over rows, of residuals of log loss. "huber" with `delta`; "laplace", the absolute
-        value, and "normal", the square: the likelihoods with a free scale, whose best location does not depend on it.
+      objective: summed over rows, of residuals of log loss. "huber" with `delta`; "laplace", the absolute value, and
+        "normal", the square: the likelihoods with a free scale, whose best location does not depend on it.
       delta: Huber's threshold (Hoffmann et al. 2022: 1e-3).
       search_steps: steps of the first pass from every start.
       polish_steps: most steps of the second.
       tol: relative predicted decrease of the objective at which a fit has converged.
       keep: most distinct end points that are polished.
+
+    Example:
+      >>> import scaling
+      >>> scaling.FitConfig(objective="normal").tol
+      1e-11
     """
 
     objective: Objective = "huber"
@@ -45,7 +50,7 @@ class FitConfig:
 
 
 class Search(NamedTuple):
-    """What became of the starts: raw starts [P, S], and where the first pass left them."""
+    """The first pass: raw starts [P, S], and their end points."""
 
     start_PS: Float[np.ndarray, "P S"]
     ended: Solved
@@ -56,9 +61,9 @@ class Fit:
     """A fitted law.
 
     Attributes:
-      law: what was fitted.
-      rows: to what.
-      config: how.
+      law: of the fit.
+      rows: fitted.
+      config: options.
       theta: raw parameters [P], the best found.
       value: objective there, a sum over rows.
       converged: whether Newton's decrement there went below `config.tol`.
@@ -66,19 +71,28 @@ class Fit:
       basins_PK: raw parameters of the distinct converged optima, best first; column 0 is `theta`.
       basin_values: their objectives [K].
       residuals: log predicted - log observed loss [R].
-      search: what became of the starts.
+      search: the first pass.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> fitted.converged, round(fitted.parameters["alpha"], 1)
+      (True, 0.3)
     """
 
     law: Law
     rows: Rows
     config: FitConfig
-    theta: Float[np.ndarray, "P"]
+    theta: Float[np.ndarray, " P"]
     value: float
     converged: bool
     decrement: float
     basins_PK: Float[np.ndarray, "P K"]
-    basin_values: Float[np.ndarray, "K"]
-    residuals: Float[np.ndarray, "R"]
+    basin_values: Float[np.ndarray, " K"]
+    residuals: Float[np.ndarray, " R"]
     search: Search
 
     @property
@@ -105,19 +119,19 @@ class Fit:
 
 
 def thresholds(config: FitConfig) -> list[float]:
-    """Huber thresholds passed through in turn.
+    """List the Huber thresholds of the stages of a fit.
 
     The absolute value is approached from above, so that every stage starts near its optimum; a millionth of log loss is
-    under any run's noise. The square is a threshold no residual reaches.
+    under any run's noise. The square is a threshold above any residual.
     """
     return {"huber": [config.delta], "laplace": [1e-3, 1e-4, 1e-5, 1e-6], "normal": [1e3]}[config.objective]
 
 
-def make_problem(rows: Rows, law: Law, delta: float, *, centred: bool = True) -> Problem:
-    """Features, targets and the change of variables that centres them (none without `centred`)."""
+def make_problem(rows: Rows, law: Law, delta: float, *, centered: bool = True) -> Problem:
+    """Make features, targets and the change of variables that centers them (none without `centered`)."""
     features = law.gather(rows)
     mixing = np.eye(len(law.parameters))
-    means = {name: float(values.mean()) if centred else 0.0 for name, values in features.items()}
+    means = {name: float(values.mean()) if centered else 0.0 for name, values in features.items()}
     for coefficient, exponent, feature, sign in law.pairs:
         # theta_coefficient = phi_coefficient - sign exponent mean(feature)
         mixing[law.parameters.index(coefficient), law.parameters.index(exponent)] -= sign * means[feature]
@@ -133,13 +147,31 @@ def polish(
     *,
     held: tuple[int, ...] = (),
 ) -> Solved:
-    """Newton from every column of theta under its own row weights, to convergence; `held` parameters do not move."""
+    """Run Newton from every column of theta under its own row weights, to convergence.
+
+    Args:
+      theta_PS: raw parameters to start from.
+      weights_RS: of the rows, by fit or one column for all.
+      rows: to fit.
+      law: to fit.
+      config: options.
+      held: indices of parameters that do not move.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> from scaling.fitting import FitConfig, polish
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> polish(law.raw(truth)[:, None], np.ones((len(rows), 1)), rows, law, FitConfig()).converged.tolist()
+      [True]
+    """
     for delta in thresholds(config):
         solved = solve(
             theta_PS,
             weights_RS,
-            make_problem(rows, law, delta, centred=not held),
-            law.model,
+            make_problem(rows, law, delta, centered=not held),
+            law,
             newton=True,
             iterations=config.polish_steps,
             tol=config.tol,
@@ -153,7 +185,7 @@ def check_count(rows: Rows, law: Law) -> None:
     """Refuse to fit more parameters than there are rows.
 
     Raises:
-      ValueError: saying how many of both there are.
+      ValueError: with both numbers.
     """
     if len(rows) < len(law.parameters):
         raise ValueError(
@@ -163,7 +195,7 @@ def check_count(rows: Rows, law: Law) -> None:
 
 
 def distinct(theta_PS: np.ndarray, value_S: np.ndarray, predicted_RS: np.ndarray, *, tol: float, most: int) -> list:
-    """Indices of end points whose predictions differ by more than `tol` somewhere, best first, `most` at most."""
+    """Find indices of end points whose predictions differ by more than `tol` somewhere, best first, `most` at most."""
     chosen: list[int] = []
     for i in np.argsort(value_S, kind="stable"):
         if not np.isfinite(value_S[i]) or not np.isfinite(theta_PS[:, i]).all():
@@ -177,17 +209,26 @@ def distinct(theta_PS: np.ndarray, value_S: np.ndarray, predicted_RS: np.ndarray
 
 
 def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.ndarray | None = None) -> Fit:
-    """Fit a law.
+    """Fit a scaling law to runs: Hoffmann et al. (2022), approach 3, with Newton's method in float64.
 
     Args:
       rows: at least as many as the law has parameters.
-      law: what to fit.
-      config: how; the defaults are the published recipe.
+      law: to fit.
+      config: options; the defaults are the published recipe.
       starts: raw starting values [P, S]; the law's grid if None.
 
     Raises:
       ValueError: fewer rows than parameters, or no start from which the law is finite.
       scaling.rows.RowError: a column the law needs is missing or wrong.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.starts()[:, ::50])  # all 4500 starts without `starts`
+      >>> {name: round(value, 2) for name, value in fitted.parameters.items()}
+      {'A': 406.4, 'B': 410.7, 'E': 1.69, 'alpha': 0.34, 'beta': 0.28}
     """
     config = config or FitConfig()
     check_count(rows, law)
@@ -198,7 +239,7 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
         start_PS,
         one,
         problem,
-        law.model,
+        law,
         newton=False,
         iterations=config.search_steps,
         tol=1e-6,
@@ -212,9 +253,19 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
 
 
 def fit_near(fitted: Fit, rows: Rows, *, spread: float = 0.3) -> Fit:
-    """Fit the law to other rows (one more, say) from where a fit's basins are, without searching the grid again.
+    """Fit the law to other rows (one more, say) from the basins of a fit, without searching the grid again.
 
     Starts are the basins, and the best of them with every parameter moved up and down by `spread`.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> more = scaling.isoflop_design(truth, budgets=6, sizes=7, noise=0.002)
+      >>> scaling.fit_near(fitted, more).converged
+      True
     """
     moved = spread * np.concatenate([np.eye(len(fitted.theta)), -np.eye(len(fitted.theta))], 1)
     start_PS = np.concatenate([fitted.basins_PK, fitted.theta[:, None] + moved], 1)
@@ -223,12 +274,12 @@ def fit_near(fitted: Fit, rows: Rows, *, spread: float = 0.3) -> Fit:
 
 
 def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, search: Search) -> Fit:
-    """Polish candidates, keep the distinct optima, and make the record."""
+    """Polish candidates, select the distinct optima, and make the record."""
     problem = make_problem(rows, law, thresholds(config)[0])
     solved = polish(theta_PS, np.ones((len(rows), 1)), rows, law, config)
     order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
     final = law.predict(solved.theta, problem.features)
-    # Basins: optima that were reached, and in any case the best point there is.
+    # Basins: converged optima, and in any case the best point.
     candidate = np.where(solved.converged | (np.arange(len(order)) == order[0]), solved.value, np.inf)
     basins = distinct(solved.theta, candidate, final, tol=1e-5, most=config.keep)
     best = basins[0]
@@ -249,8 +300,8 @@ def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, searc
     )
 
 
-def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, "S"]:
-    """Sum of Huber losses over rows; not finite where the residual is not."""
+def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, " S"]:
+    """Sum Huber losses over rows; not finite where the residual is not."""
     size = np.abs(residual_RS)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.sum(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)), 0)

@@ -1,4 +1,4 @@
-"""Intervals: bootstrap percentiles that allow for few rows, profile likelihood, and losses of new runs."""
+"""Confidence intervals: bootstrap percentiles corrected for few rows, profile likelihood; prediction intervals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,29 +13,28 @@ from scaling.rows import Rows
 
 
 class Profile(NamedTuple):
-    """The objective along one parameter, the others refitted.
+    """The profile of the objective along one parameter, the others refitted.
 
     Attributes:
-      values: what the parameter was held at.
+      values: of the held parameter.
       objectives: the objective there.
       inside: whether the likelihood ratio there is within the threshold.
       interval: its two crossings, interpolated.
     """
 
-    values: Float[np.ndarray, "S"]
-    objectives: Float[np.ndarray, "S"]
-    inside: Bool[np.ndarray, "S"]
+    values: Float[np.ndarray, " S"]
+    objectives: Float[np.ndarray, " S"]
+    inside: Bool[np.ndarray, " S"]
     interval: tuple[float, float]
 
 
-def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
-    """Twice the log likelihood lost against the best fit, the scale of the residuals estimated.
+def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """Compute twice the loss of log likelihood against the best fit, the scale of the residuals estimated.
 
     For "normal" that is exact: n log(S / S_0), S the sum of squares. Huber's loss and the absolute value are no
-    likelihood of the noise that is there, so what is lost of them is read as a quasi-likelihood: 2 (S - S_0) times
-    mean psi' / mean psi^2, which is chi-squared as a likelihood ratio is (Ronchetti 1982). psi' is a density at zero
-    where residuals are beyond delta; it is taken over the middle half of the residuals, those that the parameters
-    interpolate left out.
+    likelihood of the actual noise, so they are used as quasi-likelihoods: 2 (S - S_0) times mean psi' / mean psi^2,
+    which is chi-squared as a likelihood ratio is (Ronchetti 1982). psi' is a density at zero where residuals are beyond
+    delta; it is estimated from the middle half of the residuals, without the interpolated ones.
     """
     lost = np.asarray(objectives) - fitted.value
     rows, parameters = len(fitted.rows), len(fitted.law.parameters)
@@ -51,7 +50,7 @@ def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, "S"]) -> Floa
 
 
 def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Profile:
-    """Hold a parameter at each natural value, refit the rest, and read the interval off the likelihood ratio.
+    """Compute a profile-likelihood interval: hold a parameter at each value, refit the others, compare likelihoods.
 
     Args:
       fitted: the fit.
@@ -59,8 +58,20 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
       values: increasing natural values around the estimate.
       level: of the interval; its ends are interpolated, and infinite where `values` do not reach far enough.
 
-    The threshold is F's quantile q for 1 and R - P degrees of freedom, for "normal" what makes it exact for a linear
-    law: R log(1 + q / (R - P)).
+    The threshold is F's quantile q for 1 and R - P degrees of freedom; for "normal" R log(1 + q / (R - P)), which is
+    exact for a linear law.
+
+    Example:
+      >>> import numpy as np
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> at = fitted.parameters["alpha"]
+      >>> low, high = scaling.profile(fitted, "alpha", at + np.linspace(-0.1, 0.1, 21)).interval
+      >>> low < at < high
+      True
     """
     law = fitted.law
     index = law.parameters.index(name)
@@ -77,7 +88,7 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
 
 
 def _crossings(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Outermost zero crossings of y around its minimum, linear in between; infinite where there is none."""
+    """Find the outermost zero crossings of y around its minimum, linear in between; infinite where there is none."""
     middle = int(np.argmin(y))
     low, high = -np.inf, np.inf
     for i in range(middle, 0, -1):
@@ -92,7 +103,7 @@ def _crossings(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def student_level(level: float, spare: int) -> float:
-    """The level whose normal quantile is Student's of `level` with `spare` degrees of freedom, for few rows.
+    """Compute the level whose normal quantile is Student's of `level` with `spare` degrees of freedom, for few rows.
 
     Percentiles transform with the quantity, so an interval of log A is that of A.
     """
@@ -100,7 +111,7 @@ def student_level(level: float, spare: int) -> float:
 
 
 def bootstrap_interval(
-    draws: Float[np.ndarray, "B"],
+    draws: Float[np.ndarray, " B"],
     units: int,
     parameters: int,
     level: float = 0.95,
@@ -108,20 +119,26 @@ def bootstrap_interval(
     *,
     estimate: float | None = None,
 ) -> Float[np.ndarray, "2"]:
-    """The percentile interval of bootstrap draws that covers the level.
+    """Compute a percentile interval of bootstrap draws that covers the level.
 
-    Least squares takes percentiles at Student's level. End points of "huber" and "laplace" lie near order statistics:
-    their draws scatter more than the estimates they stand for, to one side of the estimate in one sweep and to the
-    other in the next, and bias-corrected percentiles (Efron 1981) follow that. Both are measured in
+    Least squares uses percentiles at Student's level. End points of "huber" and "laplace" lie near order statistics:
+    their draws scatter more than the estimates themselves, to one side of the estimate in one sweep and to the other in
+    the next, which bias-corrected percentiles (Efron 1981) follow. The coverage of both is in
     docs/results/scaling_fits.md.
 
     Args:
       draws: of any quantity.
-      units: rows, or clusters, that were resampled.
+      units: number of resampled rows, or clusters.
       parameters: of the law.
       level: wanted coverage.
       objective: of the fit, see `scaling.fitting.fit.FitConfig`.
       estimate: the quantity at the full fit; without one (or where it is not finite) nothing is corrected.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> draws = np.random.default_rng(0).standard_normal(10_000)
+      >>> np.round(scaling.bootstrap_interval(draws, units=15, parameters=5), 1).tolist()
+      [-2.2, 2.2]
     """
     if objective == "normal":
         return interval(draws, student_level(level, units - parameters))
@@ -135,12 +152,23 @@ def bootstrap_interval(
 
 
 def prediction_interval(fitted: Fit, boot: Bootstrap, rows: Rows, *, level: float = 0.95) -> Float[np.ndarray, "2 R"]:
-    """Where the loss of one new run at each row's sizes will fall.
+    """Compute a prediction interval for the loss of one new run at each row's sizes.
 
-    The standard error of a new run is that of its noise and of the fitted curve together; how many of them are needed
-    is read off the fit's own residuals, in units of their root mean square, as the order statistic ceil(level (R + 1))
-    of their sizes (a conformal interval, so heavy tails widen it), or from Student's t where R is too small for one.
-    The curve's is half the distance of its draws' 16th and 84th percentiles, which outlying resamples do not move.
+    The standard error of a new run combines its noise and the fitted curve. It is multiplied by the order statistic
+    ceil(level (R + 1)) of the fit's absolute residuals in units of their root mean square (a conformal interval, so
+    heavy tails widen it), or by Student's t where R is too small for one. The curve's standard error is half the
+    distance of its draws' 16th and 84th percentiles, which outlying resamples do not move.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> new = scaling.make_rows({"params": [1e9], "tokens": [2e10], "loss": [1.0]})
+      >>> low, high = scaling.prediction_interval(fitted, scaling.bootstrap(fitted, 100), new)
+      >>> bool(0 < high[0] - low[0] < 0.1)
+      True
     """
     count, spare = len(fitted.rows), max(len(fitted.rows) - len(fitted.law.parameters), 1)
     curves = fitted.law.predict(boot.theta_PB[:, boot.converged_B], fitted.law.gather(rows))

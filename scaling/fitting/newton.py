@@ -1,19 +1,54 @@
-"""Damped Newton for many fits side by side: what a step is, what is accepted, when a fit has ended.
+"""Damped Newton iteration for many fits side by side: step, acceptance, convergence; batched Cholesky solver.
 
-Everything is written for numpy and JAX alike; `xp` is the arrays' own module. Fits lie in the minor axis.
+Everything is written for numpy and JAX; `xp` is the arrays' own module. Fits lie in the minor axis.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float
 
-from scaling.fitting.cholesky import cholesky_solve
 from scaling.fitting.derivatives import Evaluate, Point, lower
 
 
+def cholesky_solve(
+    matrix: Mapping[tuple[int, int], Float[Array | np.ndarray, " S"]],
+    right_PS: Float[Array | np.ndarray, "P S"],
+    xp: Any = jnp,
+) -> tuple[Float[Array | np.ndarray, "P S"], Bool[Array | np.ndarray, " S"]]:
+    """Solve S symmetric systems of P unknowns; `matrix[i, j]` for i >= j; `xp` is the arrays' numpy.
+
+    Returns:
+      The solutions, and whether each matrix was positive definite (if not, its solution means nothing).
+    """
+    size = right_PS.shape[0]
+    columns = [xp.stack([matrix[i, j] for i in range(j, size)]) for j in range(size)]
+    fine = xp.ones(right_PS.shape[1], bool)
+    below: list[Any] = []
+    inverse: list[Any] = []
+    half: list[Any] = []
+    rest = right_PS
+    # Column by column: few operations on several rows, where single elements would be many on one.
+    for k in range(size):
+        pivot = columns[k][:1]
+        fine &= pivot[0] > 0
+        inverse.append(1.0 / xp.sqrt(xp.where(pivot > 0, pivot, 1.0)))
+        below.append(columns[k][1:] * inverse[k])
+        half.append(rest[:1] * inverse[k])
+        rest = rest[1:] - below[k] * half[k]
+        for j in range(k + 1, size):
+            columns[j] = columns[j] - below[k][j - k - 1 :] * below[k][j - k - 1 : j - k]
+    for k in reversed(range(size)):
+        half[k] = half[k] * inverse[k]
+        for j in range(k):
+            half[j] = half[j] - below[j][k - j - 1 : k - j] * half[k]
+    return xp.concatenate(half), fine
+
+
 class State(NamedTuple):
-    """Where S fits are: phi [P, S], and [S] of damping, decrement, steps used, whether done, objective."""
+    """State of S fits: phi [P, S]; damping, decrement, steps used, done, objective [S]."""
 
     phi: Any
     damping: Any
@@ -24,9 +59,9 @@ class State(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Between steps: where the fits are, the next trial, whether there is one, and what is known where they are.
+    """Carry of the iteration: state, next trial points, whether they exist, and the evaluation at the state.
 
-    `fresh` fits have not been looked at yet: their trial is where they start.
+    `fresh` fits have not been evaluated yet: their trial is their start.
     """
 
     state: State
@@ -37,7 +72,7 @@ class Loop(NamedTuple):
 
 
 def begin(start: State, xp: Any = np) -> Loop:
-    """Before the first step."""
+    """Make the carry before the first step."""
     size, count = start.phi.shape
     nothing = xp.zeros_like(start.phi)
     curvature = xp.zeros((len(lower(size)), count), start.phi.dtype)
@@ -46,7 +81,7 @@ def begin(start: State, xp: Any = np) -> Loop:
 
 
 def propose(point: Point, damping: Any, weight: Any, held: tuple[int, ...], xp: Any) -> tuple[Any, Any, Any]:
-    """The step at a point, whether it exists, and Newton's predicted relative decrease of the objective."""
+    """Compute the damped step, whether it exists, and Newton's predicted relative decrease of the objective."""
     entries = lower(len(point.gradient))
     gradient = point.gradient
     if held:
@@ -66,7 +101,7 @@ def propose(point: Point, damping: Any, weight: Any, held: tuple[int, ...], xp: 
 
 
 def advance(loop: Loop, weights_RS: Any, evaluate: Evaluate, tol: Any, held: tuple[int, ...], xp: Any = np) -> Loop:
-    """One evaluation, one decision for every fit, and the next trial."""
+    """Run one damped-Newton iteration: evaluate the trial, accept or reject it, propose the next."""
     now, trial, tried, fresh, point = loop
     reached = evaluate(trial, weights_RS)
     better = tried & (reached.objective <= point.objective)
@@ -99,10 +134,19 @@ def run_queue(
     width: int,
     step: bool = False,
 ) -> State:
-    """All fits to their ends in numpy, `width` at a time: one that ends makes room for the next in line.
+    """Run all fits to their ends in numpy, `width` at a time: one that ends is replaced by the next of the queue.
 
-    With `step` a fit that has converged takes the step that told so. Fits take 5 to 40 steps; a batch that waited for
-    its slowest would idle through half of its evaluations.
+    Fits need 5 to 40 steps; a batch that waited for its slowest would idle through half of its evaluations.
+
+    Args:
+      start: of all fits.
+      weights_RS: of the rows, by fit or one column for all.
+      evaluate: objective and derivatives.
+      iterations: most steps of a fit.
+      tol: see `scaling.fitting.solve.solve`.
+      held: see there.
+      width: fits side by side.
+      step: whether a fit that has converged also makes its last proposed step.
     """
     total, shared = len(start.done), weights_RS.shape[1] == 1
     final = State(*(x.copy() for x in start))
@@ -116,8 +160,8 @@ def run_queue(
             over = np.flatnonzero(loop.state.done | (loop.state.used >= iterations))
             if 8 * len(over) < len(who):
                 continue
-            for whole, part in zip(final, loop.state._replace(phi=loop.trial) if step else loop.state, strict=True):
-                whole[..., who[over]] = part[..., over]
+            for every, part in zip(final, loop.state._replace(phi=loop.trial) if step else loop.state, strict=True):
+                every[..., who[over]] = part[..., over]
             new = np.arange(come, min(come + len(over), total))
             come += len(new)
             filled, stay = over[: len(new)], np.delete(np.arange(len(who)), over[len(new) :])
@@ -126,7 +170,7 @@ def run_queue(
                 mine[:, filled] = np.take(weights_RS, new, axis=1)
             _refill(loop, begin(State(*(x[..., new] for x in start))), filled)
             if len(stay) < len(who):
-                who, mine, loop = who[stay], mine if shared else np.take(mine, stay, axis=1), _keep(loop, stay)
+                who, mine, loop = who[stay], mine if shared else np.take(mine, stay, axis=1), _select(loop, stay)
     return final
 
 
@@ -135,9 +179,9 @@ def _refill(loop: Loop, new: Loop, where: np.ndarray) -> None:
         old[..., where] = fresh
 
 
-def _keep(loop: Loop, stay: np.ndarray) -> Loop:
-    kept = [np.take(x, stay, axis=-1) for x in _leaves(loop)]
-    return Loop(State(*kept[:6]), kept[6], kept[7], kept[8], Point(*kept[9:]))
+def _select(loop: Loop, which: np.ndarray) -> Loop:
+    leaves = [np.take(x, which, axis=-1) for x in _leaves(loop)]
+    return Loop(State(*leaves[:6]), leaves[6], leaves[7], leaves[8], Point(*leaves[9:]))
 
 
 def _leaves(loop: Loop) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""Where runs are carried out: processes on this machine here, SLURM and Ray in `scaling.sweeps.clusters`.
+"""Executors of sweep runs: local processes, SLURM job arrays by submitit (extra `slurm`), Ray tasks (extra `ray`).
 
-An engine takes calls (a picklable function and its arguments) and gives jobs to look at. Nothing comes back from a job
-but success or an error: what a run produces, it writes to a directory that every host sees.
+An executor starts calls (a picklable function and its arguments) as jobs. A job returns nothing but success or an
+error: what a run produces, it writes to a directory that every host sees.
 """
 
 import os
@@ -26,15 +26,20 @@ ONE_THREAD = {
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class ExecutorConfig:
     """Where runs are carried out.
 
     Attributes:
-      name: processes of this machine, SLURM arrays, Ray tasks, or submitit's two stand-ins for a cluster.
+      name: processes of this machine, SLURM arrays, Ray tasks, or submitit's local and debug executors.
       slots: runs at a time; 0, for "local" only, is one per core.
       retries: how often a failed run is started again.
       options: submitit's parameters (timeout_min, slurm_partition ...), Ray's address, or environment variables of
         local processes, as (name, value) pairs.
+
+    Example:
+      >>> from scaling.sweeps import ExecutorConfig
+      >>> ExecutorConfig("slurm", slots=8, options=(("timeout_min", 60),)).retries
+      1
     """
 
     name: Literal["local", "slurm", "ray", "submitit-local", "submitit-debug"] = "local"
@@ -45,20 +50,20 @@ class EngineConfig:
 
 @runtime_checkable
 class Job(Protocol):
-    """A call under way."""
+    """A running call."""
 
     def done(self) -> bool:
         """Whether it has ended."""
         ...
 
     def error(self) -> str:
-        """Why it failed, "" if it did not; only asked once it is done."""
+        """Why it failed, "" if it did not; valid once it is done."""
         ...
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """Carries out calls; `slots` is how many may be handed in at a time."""
+class Executor(Protocol):
+    """Runs calls; `slots` is how many may be submitted at a time."""
 
     slots: int
 
@@ -67,11 +72,11 @@ class Engine(Protocol):
         ...
 
     def wait(self, seconds: float) -> None:
-        """Pass the time until something may have happened."""
+        """Wait until the state of a job may have changed."""
         ...
 
     def stop(self, jobs: Sequence[Job]) -> None:
-        """End jobs that are not wanted any more."""
+        """Cancel jobs."""
         ...
 
 
@@ -100,7 +105,7 @@ class Process:
 class Local:
     """Processes on this machine, one call each, one thread each.
 
-    A process ends when the one that started it does, so nothing is left behind by a kill.
+    A process ends when its parent does, so a kill leaves nothing running.
 
     Args:
       slots: processes at a time; 0 for one per core.
@@ -126,7 +131,8 @@ class Local:
         payload = pickle.dumps(call)
         if b"__main__" in payload:
             raise ValueError(
-                "what a run calls is defined in the script itself, which its process cannot import: move it to a module"
+                "the training function is defined in the script itself, which other processes cannot import: "
+                "move it to a module"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         self._count += 1
@@ -160,8 +166,138 @@ class Local:
                 job.process.wait()
 
 
-def make_engine(config: EngineConfig, directory: Path | str, environment: Mapping[str, str] | None = None) -> Engine:
-    """An engine.
+@dataclass
+class Submitted:
+    """A job of submitit."""
+
+    job: Any
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return bool(self.job.done())
+
+    def error(self) -> str:
+        """What it raised."""
+        found = self.job.exception()
+        return "" if found is None else _last_line(found)
+
+
+class Submitit:
+    """SLURM job arrays by submitit, or its own local and debug executors.
+
+    Args:
+      slots: jobs at a time (for SLURM, the array's parallelism).
+      directory: submitit's own, on a file system every host sees.
+      cluster: "slurm", "local" or "debug"; None lets submitit find out.
+      parameters: for `AutoExecutor.update_parameters` (timeout_min, slurm_partition ...).
+
+    Raises:
+      ImportError: without the extra `slurm`.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        directory: Path | str,
+        cluster: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ):
+        try:
+            import submitit
+        except ImportError as error:
+            raise ImportError("runs on SLURM need the extra: pip install 'tessera-jax[slurm]'") from error
+        self.executor = submitit.AutoExecutor(folder=str(directory), cluster=cluster)
+        self.executor.update_parameters(slurm_array_parallelism=slots, cpus_per_task=1, **dict(parameters or {}))
+        # The scheduler has the queue: an array is submitted at once.
+        self.slots = slots if self.executor.cluster in ("local", "debug") else 10_000
+
+    def submit(self, calls: Sequence[Call]) -> list[Submitted]:
+        """Submit calls as one array."""
+        with self.executor.batch():
+            jobs = [self.executor.submit(function, *arguments) for function, arguments in calls]
+        return [Submitted(job) for job in jobs]
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; a scheduler is not polled more often than every few seconds."""
+        time.sleep(seconds if self.executor.cluster in ("local", "debug") else max(seconds, 5.0))
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """Cancel them."""
+        for job in jobs:
+            if isinstance(job, Submitted):
+                job.job.cancel(check=False)
+
+
+class RayJobs:
+    """Tasks on a Ray cluster.
+
+    Args:
+      slots: tasks at a time.
+      address: of the cluster; "" starts Ray on this machine.
+
+    Raises:
+      ImportError: without the extra `ray`.
+    """
+
+    def __init__(self, slots: int, address: str = ""):
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("runs on a Ray cluster need the extra: pip install 'tessera-jax[ray]'") from error
+        self.slots, self._ray = slots, ray
+        if not ray.is_initialized():
+            ray.init(address=address or None, num_cpus=None if address else slots, runtime_env={"env_vars": ONE_THREAD})
+        # The sweep retries a run and counts; Ray would do it silently.
+        self._call = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_invoke)
+
+    def submit(self, calls: Sequence[Call]) -> list["RayJob"]:
+        """Start a task for every call."""
+        return [RayJob(self._ray, self._call.remote(*call)) for call in calls]
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """Cancel them."""
+        for job in jobs:
+            if isinstance(job, RayJob):
+                self._ray.cancel(job.reference, force=True)
+
+
+@dataclass
+class RayJob:
+    """A task on a Ray cluster."""
+
+    ray: Any
+    reference: Any
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return bool(self.ray.wait([self.reference], timeout=0)[0])
+
+    def error(self) -> str:
+        """What it raised."""
+        try:
+            self.ray.get(self.reference)
+        except Exception as error:  # whatever the call raised, or Ray about it
+            return _last_line(error)
+        return ""
+
+
+def _invoke(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    function(*arguments)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def make_executor(
+    config: ExecutorConfig, directory: Path | str, environment: Mapping[str, str] | None = None
+) -> Executor:
+    """Make an executor.
 
     Args:
       config: which.
@@ -171,15 +307,17 @@ def make_engine(config: EngineConfig, directory: Path | str, environment: Mappin
     Raises:
       ValueError: no number of slots where one is needed.
       ImportError: the extra is not installed.
+
+    Example:
+      >>> from scaling.sweeps import ExecutorConfig, make_executor
+      >>> make_executor(ExecutorConfig("local", slots=2), "logs").slots
+      2
     """
     name, slots, options = config.name, config.slots, dict(config.options)
     if name == "local":
         return Local(slots, directory, {**(environment or {}), **options})
     if slots < 1:
-        raise ValueError(f"engine {name!r} needs the number of runs at a time, slots = {slots}")
-    # Here, because clusters build on this module and need packages of their own.
-    from scaling.sweeps.clusters import RayJobs, Submitit
-
+        raise ValueError(f"executor {name!r} needs the number of runs at a time: slots = {slots} must be at least 1")
     if name == "ray":
         return RayJobs(slots, **options)
     return Submitit(slots, directory, name.removeprefix("submitit-"), options)

@@ -1,15 +1,15 @@
-"""Families of models and runs: shapes by width, rules for learning rate and batch, and the table of runs they give.
+"""Plans of sweeps: model shapes by width, rules for learning rate and batch size, and the table of runs.
 
 A run is one trunk of training (warmup, then a stable learning rate) that is read out at several token counts: from the
-trunk's weights at a branch point the learning rate decays to zero, which gives the loss that a run of just that length
-would have had, while the trunk goes on (Hu et al. 2024, section 4.3; Hägele et al. 2024). So every size costs about its
-largest budget, not the sum of all.
+trunk's weights at a branch point the learning rate decays to zero (a WSD schedule), which gives the loss of a run of
+just that length, while the trunk continues (Hu et al. 2024, section 4.3; Hägele et al. 2024). So every size costs about
+its largest budget, not the sum of all.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,12 @@ class Family:
       least_layers: of any member. One layer and two differ in kind, which puts a step into a curve over sizes.
       head_dim: of every head, whatever the width; there are width / head_dim heads, rounded, at least 1.
       ff_ratio, ff_multiple: hidden width of the gated feed-forward part over the width, rounded to a multiple.
+
+    Example:
+      >>> from scaling.sweeps import Family
+      >>> shape = Family(vocab=256).shape(64)
+      >>> shape.layers, shape.heads, shape.ff
+      (2, 8, 172)
     """
 
     vocab: int = 256
@@ -43,7 +49,7 @@ class Family:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
 
     def shape(self, width: int) -> Shape:
-        """The member of this width."""
+        """Make the shape of this width."""
         return Shape(
             layers=max(self.least_layers, _rounded(width / self.aspect)),
             width=width,
@@ -57,13 +63,13 @@ class Family:
 
 
 def _rounded(value: float) -> int:
-    """To the nearest whole number (halves up), at least 1."""
+    """Round to the nearest integer (halves up), at least 1."""
     return max(1, math.floor(value + 0.5))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A power law of the number of parameters: value (params / at)^exponent, kept between `least` and `most`.
+    """A power law of the number of parameters: value (params / at)^exponent, clipped to `least` and `most`.
 
     Attributes:
       value: at `at` parameters.
@@ -71,6 +77,11 @@ class Rule:
       exponent: 0 for a constant.
       multiple: round to a multiple of this; 0 for no rounding.
       least, most: bounds.
+
+    Example:
+      >>> from scaling.sweeps import Rule
+      >>> Rule(1e-2, at=1e4, exponent=-0.5)(1e6)
+      0.001
     """
 
     value: float
@@ -99,7 +110,13 @@ class Readout:
       branch: step of the trunk at which the decay begins.
       tokens: seen after `steps`.
       flops: spent then, under the plan's convention.
-      budget: what was asked for; `flops` is the nearest whole number of steps to it.
+      budget: FLOPs of the plan; `flops` is the nearest integer number of steps to it.
+
+    Example:
+      >>> from scaling.sweeps import Readout
+      >>> readout = Readout(steps=100, branch=80, tokens=102_400, flops=6e9, budget=6e9)
+      >>> readout.steps - readout.branch  # of the decay
+      20
     """
 
     steps: int
@@ -110,15 +127,21 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training run and where it is read out.
 
     Attributes:
-      name: for people.
-      settings: everything its weights depend on, JSON values; the run's artefacts are kept under their hash.
+      name: for messages and tables.
+      settings: everything its weights depend on, JSON values; their hash names the run's directory.
       readouts: by rising step.
-      columns: what its rows say besides (params, width, learning rate ...).
+      columns: further columns of its rows (params, width, learning rate ...).
       flops_per_step: of training, for progress and cost.
+
+    Example:
+      >>> from scaling.sweeps import PlannedRun, Readout
+      >>> readouts = (Readout(100, 80, 102_400, 6e9, 6e9), Readout(200, 160, 204_800, 12e9, 12e9))
+      >>> PlannedRun("w16", {"width": 16}, readouts).steps  # the trunk to 160, decays of 20 and 40
+      220
     """
 
     name: str
@@ -134,7 +157,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps to be taken: the trunk to the last branch point, and every decay."""
+        """Steps of training: the trunk to the last branch point, and every decay."""
         return self.readouts[-1].branch + sum(r.steps - r.branch for r in self.readouts)
 
     @property
@@ -148,19 +171,24 @@ class PlanConfig:
     """A table of runs: every width x learning-rate factor x batch factor x seed, read out at all budgets.
 
     Attributes:
-      widths: of the family's members.
+      widths: of the models.
       budgets: FLOPs at which every size is read out; or else
       tokens: token counts at which every size is read out.
       lr: learning rate before the width transfer, a rule of the number of parameters.
       batch: sequences per step, likewise.
       lr_factors, batch_factors: a grid around the rules.
-      seeds: of initialisation and data order.
+      seeds: of initialization and data order.
       warmup: steps to the full learning rate.
       decay: share of a readout's steps over which the learning rate falls to zero.
       least_steps: a readout of fewer steps is left out of the plan.
       tokens_per_parameter: readouts outside this range are left out (the ends of an IsoFLOP curve cost most and say
         least).
       convention: how parameters and FLOPs are counted, a key of `scaling.flops.CONVENTIONS`.
+
+    Example:
+      >>> from scaling.sweeps import PlanConfig, Rule
+      >>> PlanConfig(widths=(16, 32), budgets=(1e12, 1e13), lr=Rule(3e-3)).convention
+      '6ND'
     """
 
     widths: tuple[int, ...]
@@ -198,7 +226,7 @@ class PlanConfig:
 
 
 def plan_readouts(config: PlanConfig, count: flops.Count, tokens_per_step: int) -> tuple[Readout, ...]:
-    """Where one size is read out, by rising step; those too short or outside the range of ratios left out."""
+    """Place the readouts of one size, by rising step, without those too short or outside the range of ratios."""
     asked = [(budget / count.flops_per_token, budget) for budget in config.budgets]
     asked += [(tokens, tokens * count.flops_per_token) for tokens in config.tokens]
     found: dict[int, Readout] = {}
@@ -213,8 +241,8 @@ def plan_readouts(config: PlanConfig, count: flops.Count, tokens_per_step: int) 
     return tuple(found[steps] for steps in sorted(found))
 
 
-def plan_runs(family: Family, config: PlanConfig, common: Mapping[str, Any]) -> list[Run]:
-    """The table of runs, cheapest first.
+def plan_runs(family: Family, config: PlanConfig, common: Mapping[str, Any]) -> list[PlannedRun]:
+    """Plan a table of runs, cheapest first.
 
     Args:
       family: the models.
@@ -223,6 +251,12 @@ def plan_runs(family: Family, config: PlanConfig, common: Mapping[str, Any]) -> 
 
     Raises:
       ValueError: no size can be read out at any budget.
+
+    Example:
+      >>> from scaling.sweeps import Family, PlanConfig, plan_runs
+      >>> plan = PlanConfig(widths=(16, 32), budgets=(1e12, 2e12))
+      >>> [(run.name, len(run.readouts)) for run in plan_runs(Family(), plan, {"data": "bytes"})]
+      [('w32', 2), ('w16', 2)]
     """
     runs = []
     for width in config.widths:
@@ -255,7 +289,7 @@ def _run(
     lr: float,
     batch: int,
     seed: int,
-) -> Run:
+) -> PlannedRun:
     model = {name: getattr(shape, name) for name in ("layers", "width", "ff", "heads", "head_dim", "vocab", "length")}
     own = {"lr": lr, "batch": batch, "seed": seed, "warmup": config.warmup}
     columns = {"width": shape.width, "layers": shape.layers, "params": int(count.params)} | own
@@ -264,9 +298,4 @@ def _run(
     parts += [f"b{batch}"] * (len(config.batch_factors) > 1)
     parts += [f"s{seed}"] * (len(config.seeds) > 1)
     settings = {"model": model, **own, **common}
-    return Run("-".join(parts), settings, readouts, columns, batch * shape.length * count.flops_per_token)
-
-
-def total_cost(runs: Sequence[Run]) -> float:
-    """FLOPs of a table of runs."""
-    return sum(run.cost for run in runs)
+    return PlannedRun("-".join(parts), settings, readouts, columns, batch * shape.length * count.flops_per_token)

@@ -1,4 +1,4 @@
-"""The artefacts of a sweep: every readout of every run a file, under the hash of the run's settings."""
+"""Artifacts of a sweep: one file per readout, in a directory named by the hash of the run's settings."""
 
 import json
 import os
@@ -8,77 +8,90 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scaling.sweeps.plan import Readout, Run
+from scaling.sweeps.plan import PlannedRun, Readout
 
-TrainFn = Callable[[Run, Path, Callable[[int], None]], Iterable[tuple[Readout, Mapping[str, Any]]]]
-"""(run with the readouts still wanted, its directory, report(steps)) -> readouts and what was measured, one by one.
+TrainFn = Callable[[PlannedRun, Path, Callable[[int], None]], Iterable[tuple[Readout, Mapping[str, Any]]]]
+"""(run with its missing readouts, its directory, report(steps)) -> pairs of readout and measured columns, one by one.
 
-It must be picklable, may be killed at any moment, and is called again for what is missing.
+It must be picklable, may be killed at any moment, and is called again for the readouts that are missing.
 """
 
 Row = dict[str, Any]
 
 
 class Store:
-    """The artefacts of a sweep."""
+    """Artifacts of a sweep.
+
+    Args:
+      directory: of all runs.
+
+    Example:
+      >>> import tempfile
+      >>> from scaling.sweeps import PlannedRun, Readout, Store
+      >>> run = PlannedRun("w16", {"width": 16}, (Readout(100, 80, 102_400, 6e9, 6e9),))
+      >>> store = Store(tempfile.mkdtemp())
+      >>> store.save(run, run.readouts[0], {"loss": 2.5})
+      >>> store.missing(run), store.rows(run)[0]["loss"]
+      ((), 2.5)
+    """
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
 
-    def path(self, run: Run) -> Path:
-        """A run's directory."""
+    def path(self, run: PlannedRun) -> Path:
+        """Path of a run's directory."""
         return self.directory / f"{run.name}-{run.key[:12]}"
 
-    def row(self, run: Run, readout: Readout) -> Row | None:
-        """The row of a readout, None if it is not there yet."""
+    def row(self, run: PlannedRun, readout: Readout) -> Row | None:
+        """Read the row of a readout, None if it does not exist yet."""
         path = self._readout(run, readout)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def rows(self, run: Run) -> list[Row]:
-        """The rows that are there, by rising step."""
+    def rows(self, run: PlannedRun) -> list[Row]:
+        """Read the existing rows, by rising step."""
         return [row for readout in run.readouts if (row := self.row(run, readout)) is not None]
 
-    def missing(self, run: Run) -> tuple[Readout, ...]:
-        """The readouts that are not there."""
+    def missing(self, run: PlannedRun) -> tuple[Readout, ...]:
+        """List the readouts without a file."""
         return tuple(readout for readout in run.readouts if not self._readout(run, readout).exists())
 
-    def save(self, run: Run, readout: Readout, measured: Mapping[str, Any]) -> None:
-        """Keep a readout: the run's columns, the readout's, and what was measured."""
+    def save(self, run: PlannedRun, readout: Readout, measured: Mapping[str, Any]) -> None:
+        """Write a readout: the run's columns, the readout's, and the measured ones."""
         own = {"budget": readout.budget, "steps": readout.steps, "tokens": readout.tokens, "flops": readout.flops}
         row = {"run": run.name, **run.columns, **own, **measured}
         write_text(self._readout(run, readout), json.dumps(row) + "\n")
 
-    def describe(self, run: Run) -> None:
-        """Write down what the hash stands for."""
+    def describe(self, run: PlannedRun) -> None:
+        """Write the settings behind the hash."""
         path = self.path(run) / "settings.json"
         if not path.exists():
             write_text(path, json.dumps(run.settings, indent=1, sort_keys=True) + "\n")
 
-    def steps_done(self, run: Run) -> int:
-        """Steps a run says it has taken since it was last started; 0 if it never said."""
+    def steps_done(self, run: PlannedRun) -> int:
+        """Steps that a run has reported since its last start; 0 without a report."""
         try:
             return int((self.path(run) / "progress").read_text())
         except (OSError, ValueError):
             return 0
 
-    def _readout(self, run: Run, readout: Readout) -> Path:
+    def _readout(self, run: PlannedRun, readout: Readout) -> Path:
         return self.path(run) / "readouts" / f"{readout.steps}.json"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step; its directory is made."""
+    """Atomically write a text file, creating its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def carry_out(train: TrainFn, run: Run, directory: Path) -> None:
-    """Train what a run still lacks and keep it, readout by readout; this is what an engine runs, anywhere.
+def carry_out(train: TrainFn, run: PlannedRun, directory: Path) -> None:
+    """Train and save a run's missing readouts, one by one; the call that executors run.
 
     Args:
       train: the training function.
-      run: the whole run.
+      run: with all its readouts.
       directory: of the store.
     """
     store = Store(directory)

@@ -1,8 +1,8 @@
-"""Carry out a table of runs: every readout an artefact, one CSV in the order of the plan, killed and gone on with.
+"""Run a sweep, resumable at any point: every readout an artifact, one CSV in the order of the plan.
 
-A run's artefacts lie under the hash of its settings (`scaling.sweeps.store`). The CSV is written from them in the order
-of the plan (a run that finishes early waits for those before it), so that the same plan gives the same bytes however
-often it was killed and in whatever order its runs ended.
+A run's artifacts are stored by the hash of its settings (`scaling.sweeps.store`). The CSV is written from them in the
+order of the plan (a run that finishes early waits for the earlier ones), so that the same plan gives the same bytes
+after any interruption and in whatever order its runs ended.
 """
 
 import csv
@@ -11,17 +11,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scaling.sweeps.executors import Engine, Job
-from scaling.sweeps.plan import Run
+from scaling.sweeps.executors import Executor, Job
+from scaling.sweeps.plan import PlannedRun
 from scaling.sweeps.store import Row, Store, TrainFn, carry_out, write_text
 
 
 class RunFailed(RuntimeError):
-    """Runs that failed every time they were tried; the message names them and the last error of each."""
+    """Runs that failed in every try; the message names them and the last error of each.
+
+    Example:
+      >>> from scaling.sweeps import RunFailed
+      >>> raise RunFailed("1 of 4 runs failed; start again to retry: w16: out of memory")
+      Traceback (most recent call last):
+        ...
+      scaling.sweeps.sweep.RunFailed: 1 of 4 runs failed; start again to retry: w16: out of memory
+    """
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as CSV text, floats as Python writes them.
+    """Format rows as CSV text, floats as Python writes them.
 
     Raises:
       ValueError: rows with different columns.
@@ -42,11 +50,16 @@ def table(rows: Iterable[Row]) -> str:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How a table of runs is carried out.
+    """Options of `run_sweep`.
 
     Attributes:
       retries: how often a failed run is started again.
-      poll: seconds between looks at the runs under way.
+      poll: seconds between polls of the running jobs.
+
+    Example:
+      >>> from scaling.sweeps import SweepConfig
+      >>> SweepConfig(retries=2).poll
+      0.2
     """
 
     retries: int = 1
@@ -55,18 +68,18 @@ class SweepConfig:
 
 @dataclass
 class Status:
-    """Where a sweep stands, for whoever watches it.
+    """Progress of a sweep, for displays.
 
     Attributes:
       runs: the plan.
       states: of every run: "waiting", "running", "done", "failed" or "not needed".
       steps: done by every run.
-      losses: last loss read off every run, None before the first.
+      losses: last loss of every run, None before the first readout.
       tries: how often every run was started.
       errors: last error of the runs that failed.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[PlannedRun]
     states: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
@@ -77,8 +90,8 @@ class Status:
         self.runs, planned = [], self.runs
         self.extend(planned)
 
-    def extend(self, runs: Sequence[Run]) -> None:
-        """More runs of the plan, all waiting."""
+    def extend(self, runs: Sequence[PlannedRun]) -> None:
+        """Add runs to the plan, all waiting."""
         self.runs = [*self.runs, *runs]
         count = len(runs)
         self.states += ["waiting"] * count
@@ -87,48 +100,67 @@ class Status:
         self.tries += [0] * count
 
 
-def sweep(
-    runs: Sequence[Run],
+def run_sweep(
+    runs: Sequence[PlannedRun],
     train: TrainFn,
     store: Store,
-    engine: Engine,
+    executor: Executor,
     path: Path | str,
     config: SweepConfig = SweepConfig(),
     *,
     enough: Callable[[list[Row]], bool] | None = None,
-    more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None = None,
+    more: Callable[[list[Row], Sequence[PlannedRun]], Sequence[PlannedRun]] | None = None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> list[Row]:
-    """Carry out a table of runs.
+    """Run a table of training runs, skipping readouts that exist.
 
     Args:
       runs: the plan; its order is the CSV's.
       train: trains one run, see `scaling.sweeps.store.TrainFn`.
-      store: where artefacts are kept; what is there is not done again.
-      engine: where runs are carried out.
+      store: of the artifacts; existing readouts are not trained again.
+      executor: where runs are carried out.
       path: of the CSV.
       config: retries and polling.
-      enough: asked about the rows so far after every run, in the order of the plan; True ends the sweep, and later runs
+      enough: called with the rows so far after every run, in the order of the plan; True ends the sweep, and later runs
         are left out of the CSV even if they are finished.
-      more: asked for further runs, given the rows and the runs so far, whenever all runs have ended; the sweep goes on
-        with them until there are none. Runs of the same settings may come again with other readouts. It must depend on
-        nothing else: a restart asks it again.
-      watch: called now and then.
+      more: called with the rows and the runs so far whenever all runs have ended, returns further runs; the sweep ends
+        when there are none. Runs of the same settings may come again with other readouts. It must be a pure function:
+        a restart calls it again.
+      watch: called with the progress after every poll.
 
     Returns:
       The rows of the CSV.
 
     Raises:
       RunFailed: after everything else is done, if runs failed more often than `config.retries`.
+
+    Example:
+      A training function in a module of its own, since processes import it:
+
+      >>> import pathlib, sys, tempfile
+      >>> from scaling.sweeps import Family, PlanConfig, ExecutorConfig, Store, make_executor, plan_runs, run_sweep
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> sys.path.insert(0, str(folder))
+      >>> _ = (folder / "my_training.py").write_text(
+      ...     "def train(run, directory, report):\\n"
+      ...     "    for readout in run.readouts:\\n"
+      ...     "        yield readout, {'loss': 1.7 + run.columns['params'] ** -0.3}\\n"
+      ... )
+      >>> import my_training
+      >>> runs = plan_runs(Family(), PlanConfig(widths=(16, 32), budgets=(1e12, 2e12)), {"data": "none"})
+      >>> executor = make_executor(ExecutorConfig(slots=2), folder / "logs")
+      >>> rows = run_sweep(runs, my_training.train, Store(folder / "runs"), executor, folder / "runs.csv")
+      >>> len(rows), sorted(rows[0])[:4]
+      (4, ['batch', 'budget', 'flops', 'layers'])
     """
-    state = _Sweep(runs, train, store, engine, Path(path), config, enough, more)
+    state = _Sweep(runs, train, store, executor, Path(path), config, enough, more)
     try:
         while state.turn():
             watch(state.status)
-            engine.wait(config.poll)
+            executor.wait(config.poll)
         watch(state.status)
     finally:
-        engine.stop([job for _, job in state.running])
+        executor.stop([job for _, job in state.running])
     if state.status.errors:
         lines = [f"  {state.runs[i].name}: {error}" for i, error in sorted(state.status.errors.items())]
         raise RunFailed(f"{len(lines)} of {len(state.runs)} runs failed; start again to retry:\n" + "\n".join(lines))
@@ -136,20 +168,20 @@ def sweep(
 
 
 class _Sweep:
-    """The state of one `sweep`."""
+    """The state of one `run_sweep`."""
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[PlannedRun],
         train: TrainFn,
         store: Store,
-        engine: Engine,
+        executor: Executor,
         path: Path,
         config: SweepConfig,
         enough: Callable[[list[Row]], bool] | None,
-        more: Callable[[list[Row], Sequence[Run]], Sequence[Run]] | None,
+        more: Callable[[list[Row], Sequence[PlannedRun]], Sequence[PlannedRun]] | None,
     ):
-        self.runs, self.train, self.store, self.engine = list(runs), train, store, engine
+        self.runs, self.train, self.store, self.executor = list(runs), train, store, executor
         self.path, self.config, self.enough, self.more = path, config, enough, more
         self.status = Status(self.runs)
         self.running: list[tuple[int, Job]] = []
@@ -160,15 +192,15 @@ class _Sweep:
         self._check(self.runs)
         self._write("")
 
-    def _check(self, runs: Sequence[Run]) -> None:
-        """No two runs of the same settings side by side: they would write the same files."""
+    def _check(self, runs: Sequence[PlannedRun]) -> None:
+        """Refuse two runs of the same settings side by side: they would write the same files."""
         keys = [run.key for run in runs]
         if len(set(keys)) < len(keys):
             twice = sorted({run.name for run in runs if keys.count(run.key) > 1})
             raise ValueError(f"runs with the same settings are planned twice: {', '.join(twice)}")
 
     def _grow(self) -> None:
-        """Ask for more runs when all there are have ended."""
+        """Call `more` when all runs have ended."""
         while self.more and not self.over and self.next == len(self.runs):
             further = list(self.more(self.rows, self.runs))
             if not further:
@@ -180,7 +212,7 @@ class _Sweep:
             self._append()
 
     def turn(self) -> bool:
-        """Look at the runs under way, write rows, start runs; whether there is more to do."""
+        """Poll jobs, write rows, start runs; return whether there is more to do."""
         self._collect()
         self._append()
         self._grow()
@@ -193,7 +225,7 @@ class _Sweep:
         return bool(self.running or self.waiting)
 
     def _collect(self) -> None:
-        """Take finished jobs in; a failed one waits again or is given up."""
+        """Collect finished jobs; a failed one is queued again or given up."""
         for i, job in list(self.running):
             run = self.runs[i]
             self._look(i)
@@ -217,7 +249,7 @@ class _Sweep:
         self.status.steps[i] = min(self.store.steps_done(self.runs[i]), self.runs[i].steps)
 
     def _append(self) -> None:
-        """Rows of the runs that are next in the plan's order; a run that failed is passed over."""
+        """Append the rows of the next runs in the plan's order; a failed run is skipped."""
         while self.next < len(self.runs) and not self.over:
             i = self.next
             if self.status.states[i] == "waiting" and not self.store.missing(self.runs[i]):
@@ -232,7 +264,7 @@ class _Sweep:
             self.over = bool(self.enough and self.status.states[i] == "done" and self.enough(self.rows))
 
     def _write(self, text: str) -> None:
-        # Appended where what is there is the beginning of what should be; else (a line cut short by a kill) replaced.
+        # Appended where the file is a prefix of the text; else (a line cut short by a kill) replaced.
         old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if self.path.exists() and text.startswith(old):
             with self.path.open("a", encoding="utf-8") as file:
@@ -241,10 +273,10 @@ class _Sweep:
             write_text(self.path, text)
 
     def _start(self) -> None:
-        """Start waiting runs while the engine has room; what is finished already is not started."""
-        room = self.engine.slots - len(self.running)
+        """Start waiting runs in free slots; runs that are complete are not started."""
+        free = self.executor.slots - len(self.running)
         chosen: list[int] = []
-        while self.waiting and len(chosen) < room:
+        while self.waiting and len(chosen) < free:
             i = self.waiting.pop(0)
             if not self.store.missing(self.runs[i]):
                 self._look(i)
@@ -253,7 +285,7 @@ class _Sweep:
             chosen.append(i)
         if chosen:
             tasks = [(carry_out, (self.train, self.runs[i], self.store.directory)) for i in chosen]
-            for i, job in zip(chosen, self.engine.submit(tasks), strict=True):
+            for i, job in zip(chosen, self.executor.submit(tasks), strict=True):
                 self.running.append((i, job))
                 self.status.states[i] = "running"
                 self.status.tries[i] += 1

@@ -1,6 +1,6 @@
 """The process of one run: `python -m scaling.sweeps.worker PARENT` carries out the pickled call on its standard input.
 
-It ends with its parent, so that a killed sweep leaves nothing running that its successor would start again.
+It ends with its parent, so that a killed sweep leaves nothing running.
 """
 
 import os

@@ -1,23 +1,96 @@
-"""Fits beside scipy's, in one run on one core: `python scripts/benchmarks/fits.py --runs=RUNS.csv --drop_highest=5`.
+"""Fits of Chinchilla's law beside scipy's, on one core.
 
 scipy's L-BFGS-B gets the same objective with its analytic gradient in numpy, from the same starts, with tolerances that
-reach the same optimum. Its time for a grid is the mean over `rival_starts` evenly chosen starts times their number.
+reach the same optimum. It is timed on evenly chosen starts; rates are fits per second.
 """
 
-import os
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 from scipy.optimize import minimize
 
-_RUNS = flags.DEFINE_string("runs", None, "CSV of runs.", required=True)
-_DROP = flags.DEFINE_integer("drop_highest", 5, "Rows with the highest losses to leave out.")
-_RESAMPLES = flags.DEFINE_integer("resamples", 4000, "Bootstrap resamples.")
-_RIVAL = flags.DEFINE_integer("rival_starts", 90, "Starts, and resamples, that scipy is timed on.")
-_OPTIONS = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000}
+from scaling.coverage import EPOCH, isoflop_design
+from scaling.fitting.bootstrap import bootstrap, resamples
+from scaling.fitting.fit import fit
+from scaling.published import CHINCHILLA
+from scaling.rows import read_csv
+from scripts.benchmarks.timing import Contest, Row
+from tessera.infra.schema import Schema
+
+OPTIONS = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000}
+
+
+@dataclass(frozen=True)
+class FitBenchmark:
+    """The replication's grid of starts and its bootstrap.
+
+    Attributes:
+      suite: the benchmark's name.
+      cores: that the process may use; 0 is all.
+      runs: CSV of runs; "" makes as many from the published law with noise.
+      drop_highest: rows with the highest losses to leave out.
+      resamples: bootstrap resamples.
+      scipy_starts: starts, and resamples, that scipy is timed on.
+      rounds: that are counted.
+    """
+
+    suite: str = "fits"
+    cores: int = 1
+    runs: str = ""
+    drop_highest: int = 5
+    resamples: int = 1000
+    scipy_starts: int = 30
+    rounds: int = 3
+
+
+SCHEMA = Schema(FitBenchmark)
+
+
+def rows(config) -> Iterator[Row]:
+    """The grid of starts, and the bootstrap, each in fits per second."""
+    table = read_csv(config.runs) if config.runs else isoflop_design(EPOCH, budgets=7, sizes=35, noise=0.005)
+    table = table.without_highest_losses(config.drop_highest)
+    starts = CHINCHILLA.starts()
+    few = config.scipy_starts
+    chosen = starts[:, np.linspace(0, starts.shape[1] - 1, few).astype(int)]
+    ours: dict[str, Any] = {"fitted": fit(table, CHINCHILLA)}
+
+    def grid():
+        ours["fitted"] = fit(table, CHINCHILLA)
+
+    def resampled():
+        ours["boot"] = bootstrap(ours["fitted"], config.resamples)
+
+    counts = resamples(few, len(table))
+    reached: dict[str, Any] = {}
+
+    def refit():
+        reached["values"] = scipy_fits(np.repeat(ours["fitted"].theta[:, None], few, 1), table, counts)
+
+    name, scipy = "tessera", "scipy L-BFGS-B"
+    cases = {
+        f"{len(table)} runs, {starts.shape[1]} starts": (
+            grid,
+            lambda: scipy_fits(chosen, table, np.ones((len(table), few))),
+        ),
+        f"{len(table)} runs, {config.resamples} resamples; scipy from the full fit's optimum": (resampled, refit),
+    }
+    work = [{name: float(starts.shape[1]), scipy: float(few)}, {name: float(config.resamples), scipy: float(few)}]
+    for (case, (mine, theirs)), units in zip(cases.items(), work, strict=True):
+        found = Contest(case, {name: mine, scipy: theirs}, scipy, units, config.rounds).rows()
+        if "values" in reached and few <= config.resamples:
+            # Equal resamples: how much worse the worst of ours ends.
+            excess = float(np.max(ours["boot"].value_B[:few] / reached["values"] - 1))
+            found = [row if row.name != name else _with(row, excess) for row in found]
+        yield from found
+
+
+def _with(row: Row, excess: float) -> Row:
+    return Row(
+        row.case, row.name, row.seconds, row.rate, row.ratio, row.baseline, {"largest excess of objective": excess}
+    )
 
 
 def objective(theta, n, d, y, counts, delta=1e-3):
@@ -34,63 +107,12 @@ def objective(theta, n, d, y, counts, delta=1e-3):
     return value, np.array([pull[0].sum(), pull[1].sum(), pull[2].sum(), -pull[0] @ n, -pull[1] @ d])
 
 
-def rival(starts, rows, counts) -> tuple[float, np.ndarray]:
-    """Seconds per fit, and objectives reached, of scipy from columns of `starts` under columns of `counts`."""
-    n, d, y = np.log(rows["params"]), np.log(rows["tokens"]), np.log(rows["loss"])
-    began = time.perf_counter()
-    found = [
-        minimize(objective, s, args=(n, d, y, c), jac=True, method="L-BFGS-B", options=_OPTIONS).fun
-        for s, c in zip(starts.T, counts.T, strict=True)
-    ]
-    return (time.perf_counter() - began) / len(found), np.array(found)
-
-
-def main(argv) -> None:
-    """Pin to one core before any array exists, time both, print."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}: give --runs=FILE")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from scaling.fitting.bootstrap import bootstrap, resamples
-    from scaling.fitting.fit import fit
-    from scaling.published import CHINCHILLA
-    from scaling.rows import read_csv
-
-    imported = time.process_time()
-    rows = read_csv(_RUNS.value).without_highest_losses(_DROP.value)
-    clock, cpu = time.perf_counter, time.process_time
-    t0, c0 = clock(), cpu()
-    fitted = fit(rows, CHINCHILLA)
-    t1 = clock()
-    boot = bootstrap(fitted, _RESAMPLES.value)
-    t2, c2 = clock(), cpu()
-    few = _RIVAL.value
-    starts = CHINCHILLA.starts()
-    chosen = starts[:, np.linspace(0, starts.shape[1] - 1, few).astype(int)]
-    per_start, _ = rival(chosen, rows, np.ones((len(rows), few)))
-    counts = resamples(few, len(rows))
-    per_refit, reached = rival(np.repeat(fitted.theta[:, None], few, 1), rows, counts)
-    worse = np.max(boot.value_B[:few] / reached - 1) if few <= _RESAMPLES.value else np.nan
-    total, refit = starts.shape[1], (t2 - t1) / _RESAMPLES.value
-    table = Table(title=f"{len(rows)} runs, {total} starts, {_RESAMPLES.value} resamples, one core")
-    for heading in ("what", "tessera", "scipy L-BFGS-B", "ratio"):
-        table.add_column(heading)
-
-    def row(what, ours, theirs):
-        table.add_row(what, f"{ours:.4g} s", f"{theirs:.4g} s", f"{theirs / ours:.1f}")
-
-    row("one start of the grid", (t1 - t0) / total, per_start)
-    row("the grid", t1 - t0, per_start * total)
-    row("one resample; scipy from the full fit's optimum alone", refit, per_refit)
-    row("one resample; scipy from every start of the grid, as equal work asks", refit, per_start * total)
-    row("grid and bootstrap; scipy from every start", t2 - t0, per_start * total * (1 + _RESAMPLES.value))
-    console = Console(width=140)
-    console.print(table)
-    console.print(f"grid and bootstrap, from the first call: {t2 - t0:.2f} s ({c2 - c0:.2f} s of processor time)")
-    console.print(f"processor time of the imports before: {imported:.2f} s")
-    console.print(f"scipy's time for many starts is its mean over {few}, times their number")
-    console.print(f"largest relative excess of a resample's objective over scipy's: {worse:.1e}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+def scipy_fits(starts, table, counts) -> np.ndarray:
+    """Objectives that scipy reaches from columns of `starts` under columns of `counts`."""
+    n, d, y = np.log(table["params"]), np.log(table["tokens"]), np.log(table["loss"])
+    return np.array(
+        [
+            minimize(objective, s, args=(n, d, y, c), jac=True, method="L-BFGS-B", options=OPTIONS).fun
+            for s, c in zip(starts.T, counts.T, strict=True)
+        ]
+    )

@@ -7,27 +7,43 @@ import dataclasses
 import importlib
 import itertools
 import json
+import sys
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 from rich.console import Console
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/bench_kernels.py:cpu", "Shapes to tune for.")
-_ROWS = flags.DEFINE_list("rows", ["32", "64", "128", "256", "512"], "Row tiles to try.")
-_INNER = flags.DEFINE_list("inner", [], "Contraction tiles to try; empty: the default only.")
-_COLS = flags.DEFINE_list("cols", [], "Column tiles to try; empty: the default only.")
-_OUT = flags.DEFINE_string("out", "", "File to write instead of the table inside the package.")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, its own package is not importable
+
+from scripts.benchmarks import kernels
+from scripts.benchmarks.kernels import ours, products, uneven_sizes
+from scripts.benchmarks.timing import take_turns
+from tessera.cli.main import Command, Flag, Invocation, run
+
+COMMAND = Command(
+    "scripts.benchmarks.tune_kernels",
+    "benchmarks/tune_kernels",
+    "Sweep tile sizes and write this device kind's table.",
+    "bench_kernels",
+    also=("benchmarks/run",),
+    flags=(
+        Flag("rows", "32,64,128,256,512", "Row tiles to try."),
+        Flag("inner", "", "Contraction tiles to try; the default only where empty."),
+        Flag("cols", "", "Column tiles to try; the default only where empty."),
+        Flag("out", "", "File to write instead of the table inside the package."),
+    ),
+)
+SCHEMA = kernels.SCHEMA
+ERRORS = ()
 
 
-def candidates(default) -> list:
-    """All combinations of the flags' values in the fields of the implementation's own tiling."""
-    values = {
-        name: [int(v) for v in flag.value] for name, flag in (("rows", _ROWS), ("inner", _INNER), ("cols", _COLS))
-    }
+def candidates(default, flags: Mapping[str, str]) -> list:
+    """All combinations of the flags' values in the fields of the backend's own tiling."""
+    values = {name: [int(v) for v in flags[name].split(",") if v] for name in ("rows", "inner", "cols")}
     values = {name: given or [getattr(default, name)] for name, given in values.items()}
     return [
         dataclasses.replace(default, **dict(zip(values, each, strict=True)))
@@ -35,24 +51,21 @@ def candidates(default) -> list:
     ]
 
 
-def main(argv) -> None:
+def main(invocation: Invocation) -> None:
     """Time every candidate for every shape, in turns, and keep the quickest of each kernel."""
-    del argv
     from moe.kernels import block_sparse_matmul, block_structure, grouped_matmul, to_blocks
-    from moe.kernels.implementations import IMPLEMENTATIONS, choose
+    from moe.kernels.implementations import BACKENDS, choose
     from moe.kernels.tiling import TABLES, slug
-    from scripts.benchmarks.kernel_rivals import ours, products, uneven_sizes
-    from scripts.benchmarks.timing import take_turns
 
     def _grouped(sizes, x, w, tiling):
-        return grouped_matmul(x, w, sizes, tiling=tiling, implementation=ours())
+        return grouped_matmul(x, w, sizes, tiling=tiling, backend=ours())
 
     def _blocks(structure, x, b, tiling):
-        return block_sparse_matmul(x, b, structure, tiling=tiling, implementation=ours())
+        return block_sparse_matmul(x, b, structure, tiling=tiling, backend=ours())
 
-    config = _CONFIG.value
+    config = invocation.config
     found: list[dict] = []
-    defaults = importlib.import_module(IMPLEMENTATIONS[choose(ours())].module).TILINGS
+    defaults = importlib.import_module(BACKENDS[choose(ours())].module).TILINGS
 
     def tune(kernel, product, call, x, w, dy, *, rows_per_group):
         row = {"kernel": kernel, "rows_per_group": rows_per_group, "k": x.shape[1], "n": dy.shape[1]}
@@ -60,7 +73,7 @@ def main(argv) -> None:
         if any(row.items() <= old.items() for old in found):
             # The table does not tell block sizes apart: the first of them is tuned.
             return
-        runs, tilings = {}, {str(tiling): tiling for tiling in candidates(defaults[kernel])}
+        runs, tilings = {}, {str(tiling): tiling for tiling in candidates(defaults[kernel], invocation.flags)}
         for name, tiling in tilings.items():
             run = products(lambda x, w, t=tiling: call(x, w, tiling=t), x, w, dy)[product]
             try:
@@ -92,11 +105,11 @@ def main(argv) -> None:
             for kernel, product in (("block", "forward"), ("block_contraction", "weight gradient")):
                 call = partial(_blocks, structure)
                 tune(kernel, product, call, x, w, dy, rows_per_group=m)
-    path = _OUT.value or TABLES / f"{slug(jax.devices()[0].device_kind)}.json"
+    path = invocation.flags["out"] or TABLES / f"{slug(jax.devices()[0].device_kind)}.json"
     with open(path, "w", encoding="utf-8") as file:
         file.write("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
     Console().print(f"wrote {len(found)} rows to {path}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(COMMAND)

@@ -30,8 +30,8 @@ case $action in
     run)
         # setsid: a closed connection does not end the run. --silence_seconds: how long a dead host may go unnoticed.
         arguments=$(printf '%q ' "$@")
-        everywhere "cd tessera && TESSERA_TPU=1 LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m sharding.multihost.xla_flags tpu)\" \
-            setsid .venv/bin/python scripts/train.py $arguments --silence_seconds=60 \
+        everywhere "cd tessera && LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m sharding.multihost.xla_flags tpu)\" \
+            setsid .venv/bin/python scripts/train.py $arguments --coordinator=auto --silence_seconds=60 \
             >>train.log 2>&1 </dev/null & sleep 20; tail -n 5 tessera/train.log"
         ;;
     stop)

@@ -17,5 +17,5 @@ xpk workload create \
     --num-slices="${SLICES:-1}" \
     --docker-image="$IMAGE" \
     --max-restarts="${RESTARTS:-10}" \
-    --command="cd /tessera && export TESSERA_TPU=1 LIBTPU_INIT_ARGS=\"\$(python -m sharding.multihost.xla_flags tpu)\" && \
-        python scripts/train.py $arguments --silence_seconds=60"
+    --command="cd /tessera && export LIBTPU_INIT_ARGS=\"\$(python -m sharding.multihost.xla_flags tpu)\" && \
+        python scripts/train.py $arguments --coordinator=auto --silence_seconds=60"

@@ -1,13 +1,13 @@
-"""Count the collectives of a program from its jaxpr: kind, group, bytes and cause, loop trips included.
+"""Count collectives (kind, group, bytes, scope) and matrix products (FLOPs, bytes) of a program from its jaxpr.
 
-What is counted is what the program asks for. The compiler may merge or rewrite it (XLA on CPU lowers a reduce-scatter
-to an all-reduce and computes bfloat16 in float32), and adds what automatic sharding needs.
+Loop trips are multiplied. What is counted is what the program asks for. The compiler may merge or rewrite it (XLA on
+CPU lowers a reduce-scatter to an all-reduce and computes bfloat16 in float32), and adds what automatic sharding needs.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -36,8 +36,13 @@ class Collective:
       axes: mesh axes of the group.
       group: devices in it.
       count: times it runs in one call, loop trips multiplied.
-      bytes: size of the whole array per run: what is reduced, exchanged or sent, or the gathered result.
-      scope: named scopes it stands in, with JAX's marks for derivatives.
+      bytes: size of the full array per run: the reduced, exchanged or sent array, or the gathered result.
+      scope: its named scopes, with JAX's marks for derivatives.
+
+    Example:
+      >>> from sharding.analysis import Collective
+      >>> Collective("all-gather", ("fsdp",), group=4, count=2, bytes=4000, scope="layer").moved
+      6000.0
     """
 
     kind: str
@@ -49,7 +54,7 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes one device sends over all runs by the ring algorithms (Thakur et al. 2005, section 4).
+        """Bytes that one device sends over all runs by the ring algorithms (Thakur et al. 2005, section 4).
 
         (n - 1) / n of the array for an all-gather, reduce-scatter or all-to-all, twice that for an all-reduce, the
         array itself for a permute.
@@ -58,18 +63,36 @@ class Collective:
         return self.count * self.bytes * share.get(self.kind, (self.group - 1) / self.group)
 
 
-def collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
-    """Collectives of one call of `function`, in program order; arguments may be shapes. Nothing is compiled or run.
+def count_collectives(function: Callable[..., Any], *args: Any) -> list[Collective]:
+    """Count the collectives of one call of `function`, in program order; nothing is compiled or run.
 
-    A loop whose number of trips is not known before it runs counts once; of a conditional the branch that moves most.
-    Groups of one device do nothing and are left out.
+    A loop of unknown length counts once, a conditional as the branch that moves most. Groups of one device are left
+    out.
+
+    Args:
+      function: to trace, usually a shard_map over an `abstract_mesh`.
+      args: arrays or shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = sharding.abstract_mesh(sharding.Plan("tp=4"))
+      >>> step = jax.shard_map(lambda x: jax.lax.psum(x, "tp"), mesh=mesh, in_specs=P("tp"), out_specs=P())
+      >>> [one] = sharding.analysis.count_collectives(step, jnp.zeros(32))
+      >>> one.kind, one.group, one.bytes
+      ('all-reduce', 4, 32)
     """
-    jaxpr = jax.make_jaxpr(function)(*args)
-    return list(_walk(jaxpr.jaxpr, {}, 1, ""))
+    return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _collectives_of, lambda one: one.moved, {}))
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """Number of runs and bytes moved by kind."""
+    """Sum collectives by kind: number of runs and bytes moved.
+
+    Example:
+      >>> from sharding.analysis import Collective, totals
+      >>> totals([Collective("all-gather", ("fsdp",), 4, 2, 4000, "")] * 3)
+      {'all-gather': (6, 18000.0)}
+    """
     total: dict[str, tuple[int, float]] = {}
     for one in found:
         count, moved = total.get(one.kind, (0, 0.0))
@@ -77,41 +100,104 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
     return total
 
 
-def _walk(jaxpr: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+class Product(NamedTuple):
+    """One matrix product of a program.
+
+    Attributes:
+      flops: of one run; a multiply-add is two.
+      bytes: operands and result of one run, each moved once.
+      runs: times it runs in one call, loop trips multiplied.
+      scope: its named scopes.
+    """
+
+    flops: int
+    bytes: int
+    runs: int
+    scope: str
+
+
+def count_products(function: Callable[..., Any], *args: Any) -> list[Product]:
+    """Count the matrix products (`dot_general`) of one call, in program order; nothing is compiled or run.
+
+    Inside shard_map these are one device's. A loop of unknown length counts once, a conditional as the branch of most
+    FLOPs. Pallas kernels are not counted.
+
+    Args:
+      function: to trace.
+      args: arrays or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.analysis import count_products
+      >>> [one] = count_products(jnp.matmul, jnp.zeros((8, 16)), jnp.zeros((16, 4)))
+      >>> one.flops, one.bytes
+      (1024, 896)
+    """
+    return list(_walk(jax.make_jaxpr(function)(*args).jaxpr, _products_of, lambda one: one.flops * one.runs, {}))
+
+
+Counted = TypeVar("Counted")
+Visit = Callable[[Any, Mapping[str, int], int, str], Iterable[Counted] | None]
+"""(equation, mesh axis sizes, trips, scope) -> its counts; None to descend into it."""
+
+
+def _walk(
+    jaxpr: Any,
+    visit: Visit[Counted],
+    weight: Callable[[Counted], float],
+    sizes: Mapping[str, int],
+    trips: int = 1,
+    scope: str = "",
+) -> Iterator[Counted]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
-        if name in KINDS:
-            yield from _one(equation, sizes, trips, here)
+        counted = visit(equation, sizes, trips, here)
+        if counted is not None:
+            yield from counted
         elif name == "cond":
-            branches = [list(_walk(branch.jaxpr, sizes, trips, here)) for branch in params["branches"]]
-            yield from max(branches, key=lambda found: sum(one.moved for one in found))
-        else:
+            branches = [list(_walk(branch.jaxpr, visit, weight, sizes, trips, here)) for branch in params["branches"]]
+            yield from max(branches, key=lambda found: sum(map(weight, found)))
+        elif name != "pallas_call":
             inside = dict(params["mesh"].shape) if name == "shard_map" else {}
             times = params["length"] if name == "scan" else 1
             for inner in inner_jaxprs(params.values()):
-                yield from _walk(inner, {**sizes, **inside}, trips * times, here)
+                yield from _walk(inner, visit, weight, {**sizes, **inside}, trips * times, here)
 
 
-def _one(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> Iterator[Collective]:
+def _collectives_of(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> list[Collective] | None:
+    if equation.primitive.name not in KINDS:
+        return None
     params = equation.params
     axes = params["axes"] if "axes" in params else params["axis_name"]
     axes = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str))
     group = math.prod(sizes[axis] for axis in axes)
     if group == 1:
-        return
+        return []
     kind = KINDS[equation.primitive.name]
     arrays = equation.outvars if kind == "all-gather" else equation.invars
     if equation.primitive.name == "ragged_all_to_all":
-        # Rows and the buffer they go to: no more than the smaller of them travels.
+        # Rows and their target buffer: at most the smaller of them is sent.
         arrays = [min(equation.invars[:2], key=lambda array: math.prod(array.aval.shape))]
-    for array in arrays:
-        size = math.prod(array.aval.shape) * np.dtype(array.aval.dtype).itemsize
-        yield Collective(kind, axes, group, trips, size, scope)
+    return [Collective(kind, axes, group, trips, _size(array.aval), scope) for array in arrays]
+
+
+def _products_of(equation: Any, sizes: Mapping[str, int], trips: int, scope: str) -> list[Product] | None:
+    if equation.primitive.name != "dot_general":
+        return None
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left, right = (var.aval for var in equation.invars)
+    result = equation.outvars[0].aval
+    flops = 2 * math.prod(result.shape) * math.prod(left.shape[i] for i in contract)
+    return [Product(flops, sum(map(_size, (left, right, result))), trips, scope)]
+
+
+def _size(array: Any) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
+    """Find the jaxprs among an equation's parameters."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value

@@ -1,12 +1,17 @@
-"""Peaks of named accelerators, each with its source, and how fast a group of devices exchanges bytes on them.
+"""Peaks of named accelerators, each with its source, and TPU topologies to compile for ahead of time.
 
-A peak is what a datasheet promises; no program reaches it. What is computed from them is a lower bound on time.
+Peaks are from datasheets; no program reaches them. Times computed from them are lower bounds.
 """
 
 import difflib
+import importlib.util
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from jax.experimental import topologies
 
 from sharding.errors import PlanError
 
@@ -24,10 +29,16 @@ class Hardware:
       memory: bytes of HBM.
       bandwidth: bytes per second between HBM and the chip.
       links: bytes per second one device sends over all its fast links together (ICI, NVLink), one direction.
-      torus: dimensions of the torus the fast links make; 0 is a switch, where any group uses all links.
-      domain: devices that the fast links join.
-      network: bytes per second one device sends beyond that, through the data-centre network.
-      sources: where the numbers come from.
+      torus: dimensions of the torus of the fast links; 0 is a switch, where any group uses all links.
+      domain: devices joined by the fast links.
+      network: bytes per second one device sends beyond that, through the data-center network (DCN).
+      sources: of the numbers.
+
+    Example:
+      >>> from sharding.analysis import find_hardware
+      >>> v5p = find_hardware("v5p")
+      >>> round(v5p.ridge), v5p.speed(group=8)
+      (166, 200000000000.0)
     """
 
     name: str
@@ -42,18 +53,18 @@ class Hardware:
 
     @property
     def platform(self) -> str:
-        """JAX's name of what programs are compiled for."""
+        """JAX's name of the platform."""
         return "tpu" if self.torus else "gpu"
 
     @property
     def ridge(self) -> float:
-        """FLOPs per byte of HBM from which on a program can be bound by arithmetic."""
+        """Ridge point of the roofline: FLOPs per byte of HBM above which a program is compute-bound."""
         return self.flops / self.bandwidth
 
     def speed(self, group: int, *, crosses: bool = False) -> float:
-        """Bytes per second that one device of a group sends in a collective, at best.
+        """Compute the peak bytes per second that one device of a group sends in a collective.
 
-        On a torus a group of neighbours spans as many dimensions as its size needs, and uses the links of those alone:
+        On a torus a group of neighbors spans as many dimensions as its size needs, and uses only their links:
         a group of n on a torus of d dimensions with N devices needs ceil(d log n / log N) of them (a group as wide as
         one side uses two of 2 d links). A group larger than the domain sends through the network.
 
@@ -124,28 +135,33 @@ HARDWARE: Mapping[str, Hardware] = {
 }
 
 
-def find(name: str) -> Hardware:
-    """The device called `name`, or the one of a topology such as "v5p:8x8x8".
+def find_hardware(name: str) -> Hardware:
+    """Find the device called `name`, or the one of a topology such as "v5p:8x8x8".
 
     Raises:
-      PlanError: no such device; names those there are.
+      PlanError: no such device; the message lists them.
+
+    Example:
+      >>> from sharding.analysis import find_hardware
+      >>> find_hardware("H100").platform
+      'gpu'
     """
-    word = name.partition(":")[0]
-    if word not in HARDWARE:
-        near = difflib.get_close_matches(word.lower(), [known.lower() for known in HARDWARE], n=1, cutoff=0.3)
+    device = name.partition(":")[0]
+    if device not in HARDWARE:
+        near = difflib.get_close_matches(device.lower(), [known.lower() for known in HARDWARE], n=1, cutoff=0.3)
         hint = next((f"did you mean {known!r}? " for known in HARDWARE if near and known.lower() == near[0]), "")
-        raise PlanError(f"no hardware {word!r}; {hint}One of {', '.join(HARDWARE)}")
-    return HARDWARE[word]
+        raise PlanError(f"no hardware {device!r}; {hint}One of {', '.join(HARDWARE)}")
+    return HARDWARE[device]
 
 
 def chips(topology: str) -> int:
-    """Devices of a topology: 512 of "v5p:8x8x8".
+    """Count the devices of a topology: 512 of "v5p:8x8x8".
 
     Raises:
       PlanError: it does not read NAME:AxB or NAME:AxBxC.
     """
     name, colon, shape = topology.partition(":")
-    find(name)
+    find_hardware(name)
     try:
         sizes = [int(size) for size in shape.split("x")]
     except ValueError:
@@ -153,3 +169,38 @@ def chips(topology: str) -> int:
     if not colon or not sizes or min(sizes) < 1:
         raise PlanError(f"topology {topology!r} should read like 'v5p:8x8x8' or 'v5e:16x16'")
     return math.prod(sizes)
+
+
+# Environment variables that libtpu reads before it describes a topology; compiling needs none of them.
+SURROUNDINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Make the devices of a TPU slice such as "v5p:8x8x8" (512 chips), to compile for ahead of time.
+
+    Sets the environment variables of `SURROUNDINGS` where they are not set: libtpu reads them when it is loaded.
+
+    Raises:
+      PlanError: the name is no topology, or libtpu knows no such slice.
+      ImportError: libtpu is not installed.
+    """
+    count = chips(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"compiling for {name} needs libtpu, which needs no TPU: pip install 'tessera-jax[tpu]' "
+            "(and JAX_PLATFORMS=cpu in the environment of every other program)"
+        )
+    for variable, value in SURROUNDINGS.items():
+        os.environ.setdefault(variable, value)
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # libtpu's own, of no public kind
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PlanError(f"topology {name!r}: libtpu refuses it ({line})") from error
+    if len(devices) != count:
+        raise PlanError(f"topology {name!r} has {len(devices)} devices, not {count}")
+    return devices

@@ -1,7 +1,7 @@
-"""Count the collectives of a compiled program from its HLO text: what the compiler made, for this backend, of a step.
+"""Count the collectives of a compiled program from its HLO text: the compiler's result on this backend.
 
-The counterpart of `sharding.analysis.collectives`, which counts what a program asks for. Automatic sharding shows up
-only here.
+The counterpart of `sharding.analysis.collectives`, which counts the collectives of the traced program. Collectives of
+automatic sharding (GSPMD) appear only here.
 """
 
 import math
@@ -30,17 +30,24 @@ LESS = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 def compiled_collectives(text: str) -> list[Collective]:
-    """Collectives of one run of a compiled program; groups are sizes only, so `axes` is empty.
+    """Count the collectives of one run of a compiled program; groups are sizes only, so `axes` is empty.
 
     Args:
       text: `jax.jit(f).lower(...).compile().as_text()`.
 
     Returns:
-      As `sharding.analysis.collectives.collectives` does; a loop of unknown length counts once, all branches of a
+      As `sharding.analysis.collectives.count_collectives` does; a loop of unknown length counts once, all branches of a
       conditional count.
 
     Raises:
-      ValueError: there is no entry computation in the text, or it names groups of devices in an unknown way.
+      ValueError: there is no entry computation in the text, or groups of devices in an unknown format.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sharding.analysis import compiled_collectives
+      >>> text = jax.jit(lambda x: x + 1).lower(jnp.zeros(4)).compile().as_text()
+      >>> compiled_collectives(text)
+      []
     """
     computations: dict[str, list[str]] = {}
     entry, lines = None, []
@@ -77,7 +84,7 @@ def _walk(computations: dict[str, list[str]], name: str, trips: int, devices: in
 
 
 def _trips(computations: dict[str, list[str]], rest: str) -> int:
-    """Trips of a loop: as noted on it (CPU, GPU), or the bound its condition compares a counter with (TPU); else 1.
+    """Find the trips of a loop: its annotation (CPU, GPU), or the bound of its condition (TPU); else 1.
 
     Counters of loops made from `lax.scan` and `lax.fori_loop` begin at 0 and go up by 1.
     """
@@ -92,7 +99,7 @@ def _trips(computations: dict[str, list[str]], rest: str) -> int:
 
 
 def _group(rest: str) -> int:
-    """Devices of a group; a permute has pairs instead, and counts as 2 if anything leaves its device."""
+    """Count the devices of a group; a permute has pairs instead, and counts as 2 if any pair crosses devices."""
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
     if pairs:
         return 2 if any(a != b for a, b in re.findall(r"\{?(\d+),(\d+)", pairs.group(1))) else 1
@@ -108,16 +115,16 @@ def _group(rest: str) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))
         return math.prod(int(part or sizes[name]) for name, part in named)
-    raise ValueError(f"groups of a collective in a form that is not known here: {rest[:200]}")
+    raise ValueError(f"unknown format of a collective's groups: {rest[:200]}")
 
 
 def _bytes(result: str, op: str, group: int) -> int:
-    """Size of the whole array, in the sense of `Collective.bytes`, from the type of the result."""
+    """Compute the size of the full array, as `Collective.bytes`, from the type of the result."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * _itemsize(dtype) for dtype, dims in ARRAY.findall(result)
     ]
     if op == "ragged-all-to-all-start":
-        sizes = [min(sizes[:2])]  # rows and the buffer they go to, then what says where
+        sizes = [min(sizes[:2])]  # rows and their target buffer, then offsets
     elif op.endswith("-start") and op != "all-reduce-start":
         sizes = [max(sizes)]  # the result is (operand, result, ...)
     return sum(sizes) * (group if op == "reduce-scatter" else 1)

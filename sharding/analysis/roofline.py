@@ -1,4 +1,4 @@
-"""What a plan does to a model, as records and tables: where each parameter lies, what moves, and how fast it can be."""
+"""Placement of parameters, communication by cause, and the roofline of a step, as records for tables."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from sharding.zero import is_spec
 
 
 class Placed(NamedTuple):
-    """One array of a sharded tree: its path, global shape, mesh axes by dimension, and bytes of one device's part."""
+    """One array of a sharded tree: its path, global shape, mesh axes by dimension, and bytes of one device's shard."""
 
     path: str
     shape: tuple[int, ...]
@@ -28,19 +28,28 @@ class Placed(NamedTuple):
     bytes: int
 
     @property
-    def words(self) -> str:
-        """How it is split: "width/fsdp"-like words by dimension number, "whole" where nothing splits it."""
+    def sharding(self) -> str:
+        """Its sharding in text, such as "64 by fsdp, 256 by tp"; "replicated" if unsharded."""
         split = [f"{size} by {'·'.join(axes)}" for size, axes in zip(self.shape, self.axes, strict=True) if axes]
-        return ", ".join(split) or "whole on every device"
+        return ", ".join(split) or "replicated"
 
 
 def placements(tree: PyTree, specs: PyTree, sizes: Mapping[str, int]) -> list[Placed]:
-    """Where every leaf lies.
+    """List the sharding of every leaf of a tree, with shapes and bytes of one device.
 
     Args:
       tree: arrays or shapes.
-      specs: their partitions, a tree of the same structure.
+      specs: their PartitionSpecs, a tree of the same structure.
       sizes: mesh axis -> size.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sharding.analysis import placements
+      >>> from jax.sharding import PartitionSpec as P
+      >>> tree = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+      >>> [one] = placements(tree, {"w": P("fsdp", "tp")}, {"fsdp": 4, "tp": 2})
+      >>> one.sharding, one.local, one.bytes
+      ('64 by fsdp, 256 by tp', (16, 128), 8192)
     """
     leaves = jax.tree.leaves_with_path(tree)
     found = []
@@ -59,7 +68,7 @@ def _by_dimension(spec: PartitionSpec, ndim: int) -> tuple[tuple[str, ...], ...]
 
 
 class Moved(NamedTuple):
-    """Collectives of one kind, group and cause, added up: runs per step and bytes one device sends."""
+    """The sum of collectives of one kind, group and cause: runs per step and bytes that one device sends."""
 
     kind: str
     axes: tuple[str, ...]
@@ -69,7 +78,7 @@ class Moved(NamedTuple):
     moved: float
 
 
-# Named scopes of the house, most telling first; what JAX marks as derived from a scope is its backward pass.
+# Named scopes of the libraries, most specific first; JAX marks derivatives, the backward pass.
 CAUSES = (
     "gather_params",
     "ring",
@@ -77,8 +86,8 @@ CAUSES = (
     "exchange_time",
     "experts",
     "route",
-    "enter",
-    "leave",
+    "all_gather_sequence",
+    "reduce_scatter_sequence",
     "embed",
     "head",
     "loss",
@@ -87,19 +96,26 @@ CAUSES = (
 
 
 def cause(scope: str) -> str:
-    """The named scopes a collective stands in, in words: "layer, gather_params, backward"."""
-    words = re.split(r"[/()\s]+", scope)
-    found = [name for name in ("layer", "embed", "head", "loss") if name in words][:1]
-    found += [name for name in CAUSES if name in words and name not in found][:1]
-    if any(word.startswith("transpose") for word in words):
+    """Format the named scopes of a collective: "layer, gather_params, backward"."""
+    scopes = re.split(r"[/()\s]+", scope)
+    found = [name for name in ("layer", "embed", "head", "loss") if name in scopes][:1]
+    found += [name for name in CAUSES if name in scopes and name not in found][:1]
+    if any(name.startswith("transpose") for name in scopes):
         found.append("backward")
-    elif any(word in ("checkpoint", "rematted_computation", "remat") for word in words):
+    elif any(name in ("checkpoint", "rematted_computation", "remat") for name in scopes):
         found.append("forward or recomputed")
     return ", ".join(found) or "step"
 
 
-def summarise(collectives: Iterable[Collective]) -> list[Moved]:
-    """Add up collectives by kind, axes, group and cause, those that move most first."""
+def summarize(collectives: Iterable[Collective]) -> list[Moved]:
+    """Sum collectives by kind, axes, group and cause, by falling bytes moved.
+
+    Example:
+      >>> from sharding.analysis import Collective, summarize
+      >>> [row] = summarize([Collective("all-gather", ("fsdp",), 4, 2, 4000, "layer/gather_params")] * 3)
+      >>> row.cause, row.runs, row.moved
+      ('layer, gather_params', 6, 18000.0)
+    """
     total: dict[tuple[str, tuple[str, ...], int, str], tuple[int, float]] = {}
     for one in collectives:
         key = (one.kind, one.axes, one.group, cause(one.scope))
@@ -111,13 +127,19 @@ def summarise(collectives: Iterable[Collective]) -> list[Moved]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Least seconds of a step on named hardware (Williams et al. 2009), by what would limit it.
+    """Roofline of a step (Williams et al. 2009): lower bounds in seconds by compute, memory and communication.
 
     Attributes:
       compute: all FLOPs at the peak.
       memory: all bytes from and to HBM at the peak bandwidth.
       communication: all bytes between devices at the peak of the links their groups span.
       bubble: idle fraction of a pipeline.
+
+    Example:
+      >>> from sharding.analysis import Roofline
+      >>> step = Roofline(compute=1.0, memory=0.5, communication=0.25)
+      >>> step.bound, step.overlapped, step.serial
+      ('compute', 1.0, 1.25)
     """
 
     compute: float
@@ -127,22 +149,22 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """Everything at once: no step can be shorter."""
+        """Seconds with full overlap: no step can be shorter."""
         return max(self.compute, self.memory, self.communication) / (1 - self.bubble)
 
     @property
     def serial(self) -> float:
-        """Communication waits for computing and computing for it, both at their peaks."""
+        """Seconds without overlap of communication and compute, both at their peaks."""
         return (max(self.compute, self.memory) + self.communication) / (1 - self.bubble)
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "communication"."""
+        """The bottleneck: "compute", "memory" or "communication"."""
         times = {name: getattr(self, name) for name in ("compute", "memory", "communication")}
         return max(times, key=times.__getitem__)
 
 
-def roofline(
+def step_roofline(
     hardware: Hardware,
     *,
     flops: float,
@@ -150,7 +172,7 @@ def roofline(
     moved: Sequence[tuple[int, bool, float]],
     bubble: float = 0.0,
 ) -> Roofline:
-    """Bound the time of a step.
+    """Compute the roofline of a step.
 
     Args:
       hardware: one device.
@@ -158,6 +180,11 @@ def roofline(
       traffic: bytes one device reads from and writes to HBM.
       moved: (devices of the group, whether it crosses slices, bytes one device sends) of the collectives.
       bubble: idle fraction of a pipeline.
+
+    Example:
+      >>> from sharding.analysis import find_hardware, step_roofline
+      >>> step_roofline(find_hardware("H100"), flops=1e15, traffic=1e12, moved=[(8, False, 9e11)]).bound
+      'communication'
     """
     seconds = sum(amount / hardware.speed(group, crosses=crosses) for group, crosses, amount in moved)
     return Roofline(flops / hardware.flops, traffic / hardware.bandwidth, seconds, bubble)

@@ -1,4 +1,4 @@
-"""Search over factorings: every way to split so many devices among the axes, judged by a cost given as a function."""
+"""Auto-parallel search: all factorings of the devices over the mesh axes, ranked by a cost function."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,14 @@ from sharding.plan import MESH_AXES, Plan, factorings
 
 
 class Judged(NamedTuple):
-    """A plan with what it would need: bytes of memory per device, and seconds of a step at best.
+    """A plan with its cost: bytes of memory per device, and lower bounds on the seconds of a step.
 
-    `seconds` has computing and communication overlap, in `serial` they wait for each other.
+    `seconds` is with overlap of compute and communication, `serial` without.
+
+    Example:
+      >>> import sharding
+      >>> sharding.analysis.Judged(sharding.Plan("fsdp=8"), memory=1e9, seconds=0.5, serial=0.7).seconds
+      0.5
     """
 
     plan: Plan
@@ -22,14 +27,19 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Outcome of a search.
+    """Result of a search.
 
     Attributes:
       fits: plans within the memory, fastest first.
-      smallest: the plan that needs least memory, None if none could be carried out.
-      tried: plans looked at.
+      smallest: the plan of least memory, None if no plan is valid.
+      tried: number of plans.
       refused: plans that do not divide the model or the batch.
-      too_large: plans that need more memory than there is.
+      too_large: plans beyond the memory.
+
+    Example:
+      >>> from sharding.analysis import Ranking
+      >>> Ranking(fits=(), smallest=None, tried=4, refused=4, too_large=0).refused
+      4
     """
 
     fits: tuple[Judged, ...]
@@ -46,16 +56,22 @@ def plans(
     allowed: Mapping[str, Collection[int]] | None = None,
     rounds: Sequence[int] = (1, 2, 4, 8),
 ) -> Iterator[Plan]:
-    """Every factoring of the devices over the axes, with the rest of `base`.
+    """Enumerate all factorings of the devices over the mesh axes, with the other options of `base`.
 
-    Where pp > 1, `rounds` times as many microbatches as stages; where tp > 1, the residual stream is split too (the
-    same bytes move and less is kept). An interleaved schedule becomes 1F1B where there is one stage.
+    Where pp > 1, with `rounds` times as many microbatches as stages; where tp > 1, with sequence parallelism (the same
+    communication and less activation memory). An interleaved schedule becomes 1F1B where there is one stage.
 
     Args:
       devices: their number.
-      base: schedule, rules and choices that are kept; its sizes are not looked at.
-      allowed: mesh axis -> sizes it may have; an axis that is not named may have any.
+      base: schedule, rules and other options; its sizes are ignored.
+      allowed: mesh axis -> allowed sizes; any size for an absent axis.
       rounds: microbatches per stage to try.
+
+    Example:
+      >>> import sharding
+      >>> small = {axis: (1,) for axis in ("pp", "ep", "cp", "dp")}
+      >>> [plan.axes for plan in sharding.analysis.plans(4, sharding.Plan(), allowed=small)]
+      ['tp=4', 'fsdp=2, tp=2', 'fsdp=4']
     """
     for sizes in factorings(devices, len(MESH_AXES)):
         chosen = dict(zip(MESH_AXES, sizes, strict=True))
@@ -75,12 +91,19 @@ def plans(
 
 
 def rank(candidates: Iterable[Plan], judge: Callable[[Plan], Judged], memory: float) -> Ranking:
-    """Judge plans and sort those that fit.
+    """Evaluate plans and rank the ones within the memory.
 
     Args:
       candidates: plans.
-      judge: what a plan would need; raises PlanError for what cannot be carried out.
+      judge: cost of a plan; raises PlanError for an invalid one.
       memory: bytes of one device.
+
+    Example:
+      >>> import sharding
+      >>> from sharding.analysis import Judged, plans, rank
+      >>> judge = lambda plan: Judged(plan, memory=64 / plan.size("fsdp"), seconds=float(plan.size("tp")), serial=1.0)
+      >>> rank(plans(8, sharding.Plan()), judge, memory=16.0).fits[0].plan.axes
+      'fsdp=8'
     """
     fits: list[Judged] = []
     smallest: Judged | None = None
@@ -98,6 +121,6 @@ def rank(candidates: Iterable[Plan], judge: Callable[[Plan], Judged], memory: fl
             fits.append(judged)
         else:
             too_large += 1
-    # Times within a percent are equal: then that which depends least on overlap, then fewer axes.
+    # Times equal to two digits: then least dependence on overlap, then fewer axes.
     fits.sort(key=lambda one: (float(f"{one.seconds:.1e}"), one.serial, len(one.plan.present(*MESH_AXES))))
     return Ranking(tuple(fits), smallest, tried, refused, too_large)

@@ -1,6 +1,6 @@
-"""Attention of new tokens over a cache and over each other, in parts that are merged by their log-sum-exp.
+"""Attention of new tokens over a KV cache and over each other, merged by log-sum-exp (as in flash decoding).
 
-The cache is only read while the layers run; the new tokens' keys join it afterwards, in one write for all layers.
+The cache is only read while the layers run; the new tokens' keys are appended afterwards, in one write for all layers.
 Axes: see `sharding.inference`.
 """
 
@@ -11,17 +11,17 @@ from jaxtyping import Array, Float, Int
 from sharding.inference.kv_cache import Past
 
 Partial = tuple[Float[Array, "N T K G h"], Float[Array, "N T K G"]]
-"""Attention over some of the keys, normalised over those, and the log of the normaliser (-inf for no key); float32."""
+"""Attention over some of the keys, normalized over them, and the log of the normalizer (-inf for no key); float32."""
 
 
 def over_past(
     q_NTKGh: Float[Array, "N T K G h"], past: Past, starts_N: Int[Array, " N"], cp: str | None = None
 ) -> Partial:
-    """Attention over the keys that a slot held before this call: positions 0..starts-1.
+    """Attend over the cached keys of a slot: positions 0..starts-1.
 
     Args:
       q_NTKGh: queries.
-      past: keys and values of this device; int8 ones are multiplied by their scales after the products.
+      past: keys and values of this device; the products with int8 ones are multiplied by their scales.
       starts_N: tokens in the cache, over all devices of cp.
       cp: mesh axis that splits positions; the result is this device's part.
     """
@@ -49,7 +49,7 @@ def over_past(
 def over_chunk(
     q_NTKGh: Float[Array, "N T K G h"], k_NTKh: Float[Array, "N T K h"], v_NTKh: Float[Array, "N T K h"]
 ) -> Partial:
-    """Causal attention of the call's tokens over each other; every query sees at least itself."""
+    """Attend causally over the call's own tokens."""
     t = q_NTKGh.shape[1]
     s_NKGTS = jnp.einsum("ntkgh,nskh->nkgts", q_NTKGh, k_NTKh, preferred_element_type=jnp.float32)
     s_NKGTS *= q_NTKGh.shape[-1] ** -0.5
@@ -61,7 +61,7 @@ def over_chunk(
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint sets of keys (Milakov & Gimelshein 2018); either may be empty."""
+    """Merge attention over two disjoint sets of keys (Milakov & Gimelshein 2018); either may be empty."""
     (a_o, a_lse), (b_o, b_lse) = a, b
     top = _finite(jnp.maximum(a_lse, b_lse))
     a_weight, b_weight = jnp.exp(a_lse - top), jnp.exp(b_lse - top)
@@ -71,7 +71,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def merge_over(part: Partial, axis: str | None) -> Partial:
-    """`merge` of the parts of all devices of a mesh axis: one maximum and one sum cross devices."""
+    """Merge the parts of all devices of a mesh axis: a max all-reduce and a sum all-reduce."""
     if axis is None:
         return part
     o, lse = part
@@ -91,7 +91,25 @@ def cached_attention(
     starts_N: Int[Array, " N"],
     cp: str | None = None,
 ) -> Float[Array, "N T H h"]:
-    """Attention over the cache and, causally, over the call's own tokens; query head i reads key head i // G."""
+    """Compute attention over the KV cache and, causally, over the call's own tokens (grouped-query attention).
+
+    Args:
+      q_NTHh: queries; head i uses key head i // G.
+      k_NTKh: keys of the call's tokens.
+      v_NTKh: values.
+      past: cached keys and values of the rows' slots, one layer.
+      starts_N: number of cached tokens.
+      cp: mesh axis that splits positions (context parallelism).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.inference import CacheConfig, cached_attention, make_cache, read_range
+      >>> cache = make_cache(CacheConfig(layers=1, slots=2, kv_heads=1, length=8, head_dim=4))
+      >>> past = read_range(0, 2)(cache, 0)
+      >>> q, kv = jnp.ones((2, 3, 2, 4)), jnp.ones((2, 3, 1, 4))
+      >>> cached_attention(q, kv, kv, past, starts_N=jnp.zeros(2, jnp.int32)).shape
+      (2, 3, 2, 4)
+    """
     N, T, H, h = q_NTHh.shape
     K = k_NTKh.shape[2]
     q_NTKGh = q_NTHh.reshape(N, T, K, H // K, h)

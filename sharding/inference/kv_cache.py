@@ -1,7 +1,7 @@
-"""Keys and values of the tokens read so far, by slot: layout, appending, reading.
+"""KV cache: keys and values of previous tokens by slot, sharded over pp, dp, tp and cp; optionally int8.
 
-Axes: see `sharding.inference`. Position p of a text lies on device p mod c of the c devices of cp, in row p div c, so
-that texts of any length are shared evenly.
+Axes: see `sharding.inference`. Position p of a sequence is on device p mod c of the c devices of cp, in row p div c, so
+that sequences of any length are balanced.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Sizes of a cache over all devices.
+    """Sizes of a KV cache over all devices.
 
     Attributes:
       layers: L.
-      slots: B, texts that are continued at the same time.
+      slots: B, sequences that are decoded at the same time.
       kv_heads: K.
-      length: most tokens of one text, prompt included.
+      length: most tokens of one sequence, prompt included.
       head_dim: h.
       dtype: "float32", "bfloat16" or "int8" (one float32 scale per position and head).
+
+    Example:
+      >>> from sharding.inference import CacheConfig
+      >>> CacheConfig(layers=12, slots=8, kv_heads=4, length=1024, head_dim=64, dtype="bfloat16").bytes
+      100663296
     """
 
     layers: int
@@ -48,7 +53,7 @@ class CacheConfig:
 
     @property
     def bytes(self) -> int:
-        """Size over all devices."""
+        """Bytes over all devices."""
         per_head = self.head_dim * jnp.dtype(DTYPES[self.dtype]).itemsize + (4 if self.dtype == "int8" else 0)
         return 2 * self.layers * self.slots * self.kv_heads * self.length * per_head
 
@@ -73,7 +78,14 @@ class CacheConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values, their scales (None unless int8), and the number of tokens read into every slot."""
+    """A KV cache: keys and values, their scales (None unless int8), and the number of tokens in every slot.
+
+    Example:
+      >>> from sharding.inference import CacheConfig, make_cache
+      >>> cache = make_cache(CacheConfig(layers=2, slots=3, kv_heads=1, length=8, head_dim=4))
+      >>> cache.k.shape, cache.lengths.tolist()
+      ((2, 3, 1, 8, 4), [0, 0, 0])
+    """
 
     k: Any
     v: Any
@@ -92,7 +104,13 @@ class Past(NamedTuple):
 
 
 def make_cache(config: CacheConfig) -> Cache:
-    """An empty cache, whole; under jit with `out_shardings` no device ever holds more than its part."""
+    """Make an empty KV cache; under jit with `out_shardings` every device allocates only its shard.
+
+    Example:
+      >>> from sharding.inference import CacheConfig, make_cache
+      >>> make_cache(CacheConfig(2, 3, 1, length=8, head_dim=4, dtype="int8")).k_scale.shape
+      (2, 3, 1, 8)
+    """
     shape = (config.layers, config.slots, config.kv_heads, config.length, config.head_dim)
 
     def scale():
@@ -104,10 +122,17 @@ def make_cache(config: CacheConfig) -> Cache:
 
 
 def cache_specs(config: CacheConfig, plan: Plan) -> Cache:
-    """Partition of every array of the cache.
+    """Make the PartitionSpec of every array of the KV cache.
 
     Raises:
       PlanError: sizes that do not divide.
+
+    Example:
+      >>> import sharding
+      >>> from sharding.inference import CacheConfig, cache_specs
+      >>> config = CacheConfig(layers=4, slots=8, kv_heads=2, length=64, head_dim=16)
+      >>> tuple(cache_specs(config, sharding.Plan("dp=2, fsdp=2, tp=2")).k)
+      (None, ('dp', 'fsdp'), 'tp', None)
     """
     config.check(plan)
     data = plan.present(*DATA_AXES) or None
@@ -117,8 +142,8 @@ def cache_specs(config: CacheConfig, plan: Plan) -> Cache:
     return Cache(values, values, scales, scales, PartitionSpec(data))
 
 
-def quantise(x: Float[Array, "*N h"]) -> tuple[Int[Array, "*N h"], Float[Array, "*N"]]:
-    """int8 values and one scale per vector: x is about values * scale, off by at most scale / 2."""
+def quantize_vectors(x: Float[Array, "*N h"]) -> tuple[Int[Array, "*N h"], Float[Array, "*N"]]:
+    """Quantize vectors to int8 with one scale each: x is values * scale within scale / 2."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
@@ -133,22 +158,31 @@ def append(
     counts_N: Int[Array, " N"],
     cp: str | None = None,
 ) -> Cache:
-    """Write the first counts tokens of every row into its slot from position `starts` on, and nothing elsewhere.
+    """Append tokens to the KV cache: the first `counts` of every row, at position `starts` of its slot.
 
     Args:
-      cache: one device's part.
+      cache: one device's shard.
       k_LNKTh: keys.
       v_LNKTh: values.
       slots_N: slot of every row among this device's; no two rows with tokens share one.
       starts_N: position of the first token.
-      counts_N: tokens of each row, 0 for a row that is not in use.
+      counts_N: tokens of each row, 0 for an unused row.
       cp: mesh axis that splits positions.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.inference import CacheConfig, append, make_cache
+      >>> cache = make_cache(CacheConfig(layers=1, slots=2, kv_heads=1, length=8, head_dim=4))
+      >>> kv, int32 = jnp.ones((1, 1, 1, 3, 4)), jnp.int32
+      >>> slots, starts, counts = jnp.array([1], int32), jnp.array([0], int32), jnp.array([3], int32)
+      >>> append(cache, kv, kv, slots, starts, counts).lengths.tolist()
+      [0, 3]
     """
     ways, index = (1, 0) if cp is None else (jax.lax.axis_size(cp), jax.lax.axis_index(cp))
     steps_T = jnp.arange(k_LNKTh.shape[3], dtype=jnp.int32)
     position_NT = starts_N[:, None] + steps_T[None]
     here_NT = (steps_T[None] < counts_N[:, None]) & (position_NT % ways == index)
-    # A place past the end is dropped by the scatter.
+    # The scatter drops rows past the end.
     row_NT = jnp.where(here_NT, position_NT // ways, cache.k.shape[3])
 
     def write(array: jax.Array, values: jax.Array) -> jax.Array:
@@ -159,17 +193,25 @@ def append(
     lengths = cache.lengths.at[used_N].set(starts_N + counts_N, mode="drop")
     if cache.k_scale is None:
         return Cache(write(cache.k, k_LNKTh), write(cache.v, v_LNKTh), None, None, lengths)
-    (k, k_scale), (v, v_scale) = quantise(k_LNKTh), quantise(v_LNKTh)
+    (k, k_scale), (v, v_scale) = quantize_vectors(k_LNKTh), quantize_vectors(v_LNKTh)
     scales = write(cache.k_scale, k_scale), write(cache.v_scale, v_scale)
     return Cache(write(cache.k, k), write(cache.v, v), *scales, lengths)
 
 
 Read = Callable[[Cache, Any], Past]
-"""(cache, layer) -> the past of the rows of a call."""
+"""(cache, layer) -> cached keys and values of the rows of a call."""
 
 
 def read_slots(slots_N: Int[Array, " N"]) -> Read:
-    """Read any slots of this device, in any order."""
+    """Make a reader of any slots of this device, in any order (a gather).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.inference import CacheConfig, make_cache, read_slots
+      >>> cache = make_cache(CacheConfig(layers=1, slots=4, kv_heads=1, length=8, head_dim=4))
+      >>> read_slots(jnp.array([2, 0], jnp.int32))(cache, 0).k.shape
+      (2, 1, 8, 4)
+    """
 
     def read(cache: Cache, layer: Any) -> Past:
         def take(array: jax.Array | None) -> Any:
@@ -181,7 +223,14 @@ def read_slots(slots_N: Int[Array, " N"]) -> Read:
 
 
 def read_range(first: Any, count: int) -> Read:
-    """Read `count` consecutive slots: a slice instead of a gather."""
+    """Make a reader of `count` consecutive slots (a slice instead of a gather).
+
+    Example:
+      >>> from sharding.inference import CacheConfig, make_cache, read_range
+      >>> cache = make_cache(CacheConfig(layers=1, slots=4, kv_heads=1, length=8, head_dim=4))
+      >>> read_range(1, 2)(cache, 0).k.shape
+      (2, 1, 8, 4)
+    """
 
     def read(cache: Cache, layer: Any) -> Past:
         def cut(array: jax.Array | None) -> Any:

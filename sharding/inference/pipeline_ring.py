@@ -1,7 +1,7 @@
-"""Which group of slots is on which pipeline stage when: decoding as work that goes around a ring of stages.
+"""Pipeline-parallel decoding: groups of slots travel around a ring of stages.
 
-p stages, g groups of slots. A group's token leaves the last stage as the input of the first, so a group can be on one
-stage at a time, and p groups keep all stages busy. Item i enters stage 0 at tick i and stage s at tick i + s; item
+p stages, g groups of slots. A group's token leaves the last stage as the input of the first, so a group is on one stage
+at a time, and p groups fill all stages. Item i enters stage 0 at tick i and stage s at tick i + s; item
 k r + j with r = max(g, p) is the k-th token of group j, and for j >= g nothing.
 """
 
@@ -16,7 +16,7 @@ from sharding.errors import PlanError, nearest_divisor
 
 
 class Item(NamedTuple):
-    """What a stage works on: group, token number, and whether there is anything to do."""
+    """Work of a stage: group, token number, and whether it is not idle."""
 
     group: Int[Array, ""]
     step: Int[Array, ""]
@@ -25,12 +25,18 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Ring:
-    """The schedule of one call.
+    """The decoding schedule of one call.
 
     Attributes:
       stages: p.
       groups: g, groups of consecutive slots of equal size.
-      steps: tokens each group advances in a call.
+      steps: tokens of each group in a call.
+
+    Example:
+      >>> from sharding.inference import Ring
+      >>> ring = Ring(stages=4, groups=4, steps=16)
+      >>> ring.ticks, ring.utilization
+      (67, 1.0)
     """
 
     stages: int = 1
@@ -48,21 +54,21 @@ class Ring:
 
     @property
     def ticks(self) -> int:
-        """Ticks of a call, the ring filling and draining included."""
+        """Ticks of a call, filling and draining included."""
         return (self.steps - 1) * self.period + self.groups + self.stages - 1
 
     @property
-    def utilisation(self) -> float:
-        """Share of a stage's time that is work, in a long call: g / p below p groups, 1 from there on."""
+    def utilization(self) -> float:
+        """Busy share of a stage's time in a long call: g / p below p groups, 1 from there on."""
         return self.groups / self.period
 
     @property
-    def call_utilisation(self) -> float:
-        """The same for this call, filling and draining included."""
+    def call_utilization(self) -> float:
+        """Busy share of a stage's time in this call, filling and draining included."""
         return self.groups * self.steps / self.ticks
 
     def item(self, tick: Int[Array, ""] | int, stage: Int[Array, ""] | int) -> Item:
-        """What a stage works on at a tick; group and step are 0 where there is nothing to do."""
+        """Find the work of a stage at a tick; group and step are 0 where it is idle."""
         number = jnp.asarray(tick - stage, jnp.int32)
         step, group = number // self.period, number % self.period
         live = (number >= 0) & (group < self.groups) & (step < self.steps)
@@ -70,7 +76,7 @@ class Ring:
 
 
 def default_groups(stages: int, slots: int) -> int:
-    """As many groups as stages, or the nearest number that divides the slots."""
+    """Choose as many groups as stages, or the nearest number that divides the slots."""
     return nearest_divisor(slots, min(stages, slots))
 
 
@@ -88,7 +94,7 @@ def check_groups(groups: int, slots: int) -> None:
 
 
 def pass_on(x: jax.Array, axis: str | None) -> jax.Array:
-    """Send to the next stage; the last one's goes to the first. Without stages x comes straight back."""
+    """Send to the next stage, from the last one to the first; without stages the identity."""
     if axis is None:
         return x
     size = jax.lax.axis_size(axis)

@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits: rounding to nearest, and two ways to round that look at what the layer reads.
+"""Weight quantization to 8 or 4 bits: round to nearest (RTN), AWQ and GPTQ, the latter two with calibration data.
 
-A kernel is a matrix [I, O] here, its inputs cut into groups of consecutive ones that share a scale per output. Values
-are symmetric: -7..7 in 4 bits, -127..127 in 8. Runs on the host in numpy: it is done once, before serving.
+A kernel is a matrix [I, O] here, its inputs split into groups of consecutive ones with one scale per output. Values are
+symmetric: -7..7 in 4 bits, -127..127 in 8. Runs on the host in numpy, once before serving.
 Axes: see `sharding.inference`.
 """
 
@@ -20,12 +20,17 @@ GRID = 20  # exponents tried by AWQ (Lin et al. 2023, section 3.2)
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How weights are rounded.
+    """Options of weight quantization.
 
     Attributes:
       bits: 8 or 4.
       method: "rtn" (to nearest), "awq" (Lin et al. 2023) or "gptq" (Frantar et al. 2022).
       group: inputs that share a scale; 0 is all of them.
+
+    Example:
+      >>> from sharding.inference import QuantConfig
+      >>> QuantConfig(bits=4, method="gptq", group=32).largest
+      7
     """
 
     bits: int = 8
@@ -49,8 +54,15 @@ class QuantConfig:
 class Quantized(NamedTuple):
     """A kernel as values * scales / channel: values int8 or int4 in the kernel's shape.
 
-    `scales` float32 of the same rank, its input axes cut by the group size; `channel` float32, one factor per input
+    `scales` float32 of the same rank, its input axes divided by the group size; `channel` float32, one factor per input
     (AWQ) with size 1 in the other axes, or None.
+
+    Example:
+      >>> import numpy as np
+      >>> from sharding.inference import QuantConfig, quantize_matrix
+      >>> kernel = quantize_matrix(np.eye(8), QuantConfig(bits=8))
+      >>> kernel.values.dtype.name, kernel.scales.shape
+      ('int8', (1, 8))
     """
 
     values: Any
@@ -59,7 +71,7 @@ class Quantized(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What a layer reads on calibration text: sum over rows of x x^T [I, I], sum of |x| [I], and the number of rows."""
+    """Statistics of a layer's inputs on calibration text: sums of x x^T [I, I] and |x| [I], number of rows."""
 
     hessian: Float64[np.ndarray, "I I"]
     magnitude: Float64[np.ndarray, " I"]
@@ -67,26 +79,41 @@ class Calibration(NamedTuple):
 
 
 def observe(x_MI: Any) -> Calibration:
-    """Statistics of calibration inputs, float64."""
+    """Compute statistics of calibration inputs, float64.
+
+    Example:
+      >>> import numpy as np
+      >>> from sharding.inference import observe
+      >>> observe(np.ones((10, 3))).magnitude.tolist()
+      [10.0, 10.0, 10.0]
+    """
     x_MI = np.asarray(x_MI, np.float64)
     return Calibration(x_MI.T @ x_MI, np.abs(x_MI).sum(0), x_MI.shape[0])
 
 
-def dequantise(kernel: Quantized, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """The kernel in a float dtype; XLA fuses this into the product that reads it where it can."""
+def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    """Dequantize a kernel to a float dtype; XLA may fuse this into the matrix product.
+
+    Example:
+      >>> import numpy as np
+      >>> from sharding.inference import QuantConfig, dequantize, quantize_matrix
+      >>> w = np.linspace(-1, 1, 32).reshape(8, 4)
+      >>> bool(np.abs(dequantize(quantize_matrix(w, QuantConfig(bits=8))) - w).max() < 0.01)
+      True
+    """
     values, scales = jnp.asarray(kernel.values), jnp.asarray(kernel.scales)
     # Every axis as (groups, members): of size (1, all) for one scale, (all, 1) for a scale each.
     split = [(s, v // s) for v, s in zip(values.shape, scales.shape, strict=True)]
-    whole = values.reshape([size for pair in split for size in pair]).astype(jnp.float32)
+    grouped = values.reshape([size for pair in split for size in pair]).astype(jnp.float32)
     spread = scales.reshape([size for s, _ in split for size in (s, 1)])
-    result = (whole * spread).reshape(values.shape)
+    result = (grouped * spread).reshape(values.shape)
     return (result if kernel.channel is None else result / kernel.channel).astype(dtype)
 
 
 def round_to_nearest(
     w_IO: Float[np.ndarray, "I O"], config: QuantConfig
 ) -> tuple[Int8[np.ndarray, "I O"], Float[np.ndarray, "J O"]]:
-    """Values and scales [I / group, O]; the scale of a group is its largest magnitude over the largest value."""
+    """Round to nearest (RTN): values, and scales [I / group, O] of each group's largest magnitude."""
     inputs, outputs = w_IO.shape
     group = config.group or inputs
     cut_JgO = np.asarray(w_IO, np.float64).reshape(inputs // group, group, outputs)
@@ -96,20 +123,20 @@ def round_to_nearest(
 
 
 def expand(scales_JO: Float[np.ndarray, "J O"], inputs: int) -> Float[np.ndarray, "I O"]:
-    """Scales of groups as scales of inputs."""
+    """Repeat scales of groups for their inputs."""
     return np.repeat(scales_JO, inputs // scales_JO.shape[0], axis=0)
 
 
 def gptq(
     w_IO: Float[np.ndarray, "I O"], seen: Calibration, config: QuantConfig
 ) -> tuple[Int8[np.ndarray, "I O"], Float[np.ndarray, "J O"]]:
-    """Round input by input and let the later ones make up for the error: Frantar et al. (2022), algorithm 1.
+    """Quantize by GPTQ: round input by input and compensate the error in the later ones (Frantar et al. 2022, alg. 1).
 
-    The inverse Hessian's Cholesky factor is taken once; a group's scales are set when its first input's turn comes.
+    The inverse Hessian's Cholesky factor is computed once; a group's scales are set at its first input.
 
     Args:
       w_IO: the kernel.
-      seen: what the layer reads; inputs that are always zero are left to rounding.
+      seen: statistics of the inputs; inputs that are always zero are rounded to nearest.
       config: bits and group.
 
     Returns:
@@ -137,13 +164,13 @@ def gptq(
 def awq(
     w_IO: Float[np.ndarray, "I O"], seen: Calibration, config: QuantConfig
 ) -> tuple[Int8[np.ndarray, "I O"], Float[np.ndarray, "J O"], Float[np.ndarray, " I"]]:
-    """Multiply inputs that are large on average before rounding, by the power of them that loses least.
+    """Quantize by AWQ: scale inputs by a power of their mean magnitude before rounding (Lin et al. 2023, eq. 4 and 5).
 
-    Lin et al. (2023), eq. 4 and 5: the factor of input i is (mean |x_i|) ** a, a from a grid over [0, 1]; a = 0 is
-    rounding to nearest, so the result never loses more on the calibration text.
+    The factor of input i is (mean |x_i|) ** a, a from a grid over [0, 1]; a = 0 is round to nearest, so the error on
+    the calibration text is never larger.
 
     Returns:
-      Values, scales [I / group, O], and the factor of every input, which divides on the way back.
+      Values, scales [I / group, O], and the factor of every input, by which dequantization divides.
     """
     mean_I = np.maximum(seen.magnitude / max(seen.rows, 1), 1e-8)
     best = None
@@ -160,21 +187,29 @@ def awq(
 
 
 def output_error(w_IO: np.ndarray, found_IO: np.ndarray, seen: Calibration) -> float:
-    """Sum over calibration rows of the squared error of the layer's outputs."""
+    """Compute the squared error of the layer's outputs, summed over calibration rows."""
     gap_IO = np.asarray(w_IO, np.float64) - found_IO
     return float(np.einsum("io,ij,jo->", gap_IO, seen.hessian, gap_IO, optimize=True))
 
 
-def quantise_matrix(w_IO: Any, config: QuantConfig, seen: Calibration | None = None) -> Quantized:
-    """One kernel [I, O] by any method.
+def quantize_matrix(w_IO: Any, config: QuantConfig, seen: Calibration | None = None) -> Quantized:
+    """Quantize one kernel [I, O] by RTN, AWQ or GPTQ.
 
     Args:
       w_IO: the kernel.
-      config: how; the group must divide I.
-      seen: for AWQ and GPTQ; a layer that read nothing (an expert no token chose) is rounded to nearest.
+      config: options; the group must divide I.
+      seen: statistics for AWQ and GPTQ; a layer without inputs (an expert that no token chose) is rounded to nearest.
 
     Raises:
       ValueError: the group does not divide the inputs.
+
+    Example:
+      >>> import numpy as np
+      >>> from sharding.inference import QuantConfig, observe, quantize_matrix
+      >>> rng = np.random.default_rng(0)
+      >>> w, inputs = rng.normal(size=(16, 4)), rng.normal(size=(64, 16))
+      >>> quantize_matrix(w, QuantConfig(4, "gptq", group=8), observe(inputs)).scales.shape
+      (2, 4)
     """
     w_IO = np.asarray(w_IO, np.float64)
     if config.group and w_IO.shape[0] % config.group:
@@ -193,11 +228,11 @@ def quantise_matrix(w_IO: Any, config: QuantConfig, seen: Calibration | None = N
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a parameter tree is a quantised kernel."""
+    """Whether a node of a parameter tree is a quantized kernel."""
     return isinstance(node, Quantized)
 
 
 def stored_bytes(params: Any) -> float:
-    """Bytes of a tree of parameters, two 4-bit values to a byte."""
+    """Count the bytes of a tree of parameters, two 4-bit values to a byte."""
     sizes = (leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize) for leaf in jax.tree.leaves(params))
     return float(sum(sizes))

@@ -1,9 +1,8 @@
-"""The next token from logits whose vocabulary is split over tp, without gathering them.
+"""Vocab-parallel sampling: temperature, top-k, top-p (nucleus), min-p and penalties on logits split over tp.
 
-What crosses devices: the largest C logits of each device (to find the thresholds of top-k and top-p), the log-sum-exp,
-and the best token of each; where C are too few, sums per row. Noise is a function of (seed, number of the token,
-vocabulary id) alone, so a request's tokens depend neither on the plan nor on what else is decoded. Axes: see
-`sharding.inference`.
+Devices exchange their largest C logits (for the thresholds of top-k and top-p), the log-sum-exp and their best token;
+where C are too few, sums per row. Noise is a function of (seed, number of the token, vocabulary id) alone, so a
+request's tokens depend neither on the plan nor on other requests. Axes: see `sharding.inference`.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +11,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sharding.inference.top_p import cutoff, log_normaliser
+from sharding.inference.top_p import cutoff, log_normalizer
 
 CANDIDATES = 128
 """Default C; a larger top-k, or a nucleus (top-p) of more tokens, is found by bisection."""
 READ, DRAWN = 1, 2
-"""What `seen` counts: 1 for a token of the prompt, 2 for every time it was drawn."""
+"""Counts in `seen`: 1 for a token of the prompt, 2 for every draw."""
 
 
 class Settings(NamedTuple):
-    """How each row samples; arrays [N].
+    """Sampling settings of each row; arrays [N].
 
-    temperature: 0 takes the most probable token. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. penalty: of tokens
-    seen before (Keskar et al. 2019, section 4.1), 1 is off. presence, frequency: taken off a logit once, and for every
-    time, that its token was drawn; 0 is off. seed: of the row's noise. index: number of the token to be drawn, from 0.
+    Attributes:
+      temperature: 0 is greedy decoding.
+      top_k: 0 is off.
+      top_p: nucleus sampling; 1 is off.
+      min_p: 0 is off.
+      penalty: repetition penalty (Keskar et al. 2019, section 4.1); 1 is off.
+      presence, frequency: subtracted from a logit once, and per draw of its token; 0 is off.
+      seed: of the row's noise.
+      index: number of the token to be drawn, from 0.
+
+    Example:
+      >>> from sharding.inference import greedy
+      >>> settings = greedy(2)._replace(temperature=[0.7, 0.7])
+      >>> settings.top_p.tolist()
+      [1.0, 1.0]
     """
 
     temperature: Any
@@ -40,14 +51,20 @@ class Settings(NamedTuple):
 
 
 def greedy(rows: int) -> Settings:
-    """Settings that take the most probable token."""
+    """Make the settings of greedy decoding.
+
+    Example:
+      >>> from sharding.inference import greedy
+      >>> greedy(3).temperature.tolist()
+      [0.0, 0.0, 0.0]
+    """
     zeros, ones = jnp.zeros(rows, jnp.float32), jnp.ones(rows, jnp.float32)
-    whole = jnp.zeros(rows, jnp.int32)
-    return Settings(zeros, whole, ones, zeros, ones, zeros, zeros, whole.astype(jnp.uint32), whole)
+    none = jnp.zeros(rows, jnp.int32)
+    return Settings(zeros, none, ones, zeros, ones, zeros, zeros, none.astype(jnp.uint32), none)
 
 
 def vocabulary_ids(columns: int, tp: str | None) -> Int[Array, " V"]:
-    """Vocabulary ids of this device's columns."""
+    """Compute the vocabulary ids of this device's columns."""
     first = 0 if tp is None else jax.lax.axis_index(tp) * columns
     return (first + jnp.arange(columns)).astype(jnp.int32)
 
@@ -60,7 +77,7 @@ def mark_seen(
     tp: str | None,
     what: int,
 ) -> Int[Array, "B V"]:
-    """Note tokens of some slots as `READ` (before any is drawn) or `DRAWN`, each on the device that has its column."""
+    """Count tokens of some slots as `READ` (before any is drawn) or `DRAWN`, each on the device of its column."""
     columns = seen_BV.shape[1]
     column_NT = tokens_NT - (0 if tp is None else jax.lax.axis_index(tp) * columns)
     here_NT = ok_NT & (column_NT >= 0) & (column_NT < columns)
@@ -68,11 +85,11 @@ def mark_seen(
     return place.set(what, mode="drop") if what == READ else place.add(what, mode="drop")
 
 
-def penalise(logits_NV: Float[Array, "N V"], seen_NV: Int[Array, "N V"], settings: Settings) -> Float[Array, "N V"]:
-    """Push down what was seen before.
+def penalize(logits_NV: Float[Array, "N V"], seen_NV: Int[Array, "N V"], settings: Settings) -> Float[Array, "N V"]:
+    """Apply repetition, presence and frequency penalties.
 
     Positive logits of seen tokens are divided and negative ones multiplied by `penalty` (Keskar et al. 2019, section
-    4.1); then `presence` is taken off the logits of drawn tokens, and `frequency` times the number of draws.
+    4.1); then `presence` is subtracted from the logits of drawn tokens, and `frequency` times the number of draws.
     """
     penalty_N1, presence_N1, frequency_N1 = (x[:, None] for x in settings[4:7])
     drawn_NV = (seen_NV // DRAWN).astype(jnp.float32)
@@ -82,7 +99,7 @@ def penalise(logits_NV: Float[Array, "N V"], seen_NV: Int[Array, "N V"], setting
 
 
 def largest(logits_NV: Float[Array, "N V"], count: int, tp: str | None) -> Float[Array, "N C"]:
-    """The `count` largest logits of the whole vocabulary, descending: each device's own, merged."""
+    """Find the `count` largest logits of the full vocabulary, descending, merged over devices."""
     top_NC = jax.lax.top_k(logits_NV, min(count, logits_NV.shape[1]))[0]
     if tp is None:
         return top_NC
@@ -93,27 +110,27 @@ def largest(logits_NV: Float[Array, "N V"], count: int, tp: str | None) -> Float
 def threshold(
     scaled_NV: Float[Array, "N V"], settings: Settings, tp: str | None, candidates: int
 ) -> Float[Array, " N"]:
-    """Smallest scaled logit that may be drawn, after top-k, top-p and min-p; -inf where all are off.
+    """Compute the smallest scaled logit allowed by top-k, top-p and min-p; -inf where all are off.
 
     Top-p keeps the smallest set of most probable tokens whose mass reaches p (Holtzman et al. 2020, section 3.1), among
-    those top-k left; min-p those of at least that share of the largest probability (Nguyen et al. 2024). Equal logits
-    stay or go together. The thresholds are read off the largest C logits where these suffice.
+    the ones of top-k; min-p the tokens of at least that share of the largest probability (Nguyen et al. 2024). Equal
+    logits are treated alike. The thresholds are found among the largest C logits where these suffice.
     """
     top_NC = largest(scaled_NV, candidates, tp)
-    c, whole = top_NC.shape[1], scaled_NV.shape[1] * (1 if tp is None else jax.lax.axis_size(tp))
-    k_N = jnp.minimum(settings.top_k, whole)
+    c, total = top_NC.shape[1], scaled_NV.shape[1] * (1 if tp is None else jax.lax.axis_size(tp))
+    k_N = jnp.minimum(settings.top_k, total)
     floor_N = jnp.take_along_axis(top_NC, jnp.clip(k_N - 1, 0, c - 1)[:, None], axis=1)[:, 0]
-    if c < whole:
+    if c < total:
         floor_N = cutoff(scaled_NV, jnp.ones_like(scaled_NV), k_N.astype(jnp.float32), floor_N, k_N > c, tp)
     floor_N = jnp.where(k_N > 0, floor_N, -jnp.inf)
-    # What top-p measures against: the mass top-k left.
-    total_N = log_normaliser(jnp.where(scaled_NV >= floor_N[:, None], scaled_NV, -jnp.inf), tp)
+    # Top-p is relative to the mass of top-k.
+    total_N = log_normalizer(jnp.where(scaled_NV >= floor_N[:, None], scaled_NV, -jnp.inf), tp)
     mass_NC = jnp.where(top_NC >= floor_N[:, None], jnp.exp(top_NC - total_N[:, None]), 0.0)
     through_NC = jnp.cumsum(mass_NC, axis=1)
     inside_NC = (mass_NC > 0) & (through_NC - mass_NC < settings.top_p[:, None])
     limit_N = jnp.take_along_axis(top_NC, jnp.maximum(inside_NC.sum(1) - 1, 0)[:, None], axis=1)[:, 0]
     nucleus_N = settings.top_p < 1
-    if c < whole:
+    if c < total:
         mass_NV = jnp.exp(scaled_NV - total_N[:, None])
         short_N = nucleus_N & (through_NC[:, -1] < settings.top_p) & (top_NC[:, -1] > floor_N)
         limit_N = cutoff(scaled_NV, mass_NV, settings.top_p, limit_N, short_N, tp)
@@ -124,9 +141,9 @@ def threshold(
 def warp(
     logits_NV: Float[Array, "N V"], settings: Settings, tp: str | None, candidates: int = CANDIDATES
 ) -> Float[Array, "N V"]:
-    """Logits over temperature, -inf where top-k, top-p or min-p forbid; rows of temperature 0 stay as they are.
+    """Divide logits by the temperature and set them to -inf beyond top-k, top-p or min-p; not in greedy rows.
 
-    The thresholds are looked for only if some row has any.
+    The thresholds are computed only if some row has any.
     """
     warm_N = settings.temperature > 0
     scaled_NV = logits_NV / jnp.where(warm_N, settings.temperature, 1.0)[:, None]
@@ -136,23 +153,23 @@ def warp(
         limit_N = jnp.where(limited_N, threshold(scaled_NV, settings, tp, candidates), -jnp.inf)
         return jnp.where(scaled_NV >= limit_N[:, None], scaled_NV, -jnp.inf)
 
-    # The devices of tp hold the same settings and take the same branch.
+    # The devices of tp have the same settings and the same branch.
     return jax.lax.cond(limited_N.any(), limited, lambda: scaled_NV)
 
 
 def uniform(seed_N: Array, index_N: Int[Array, " N"], ids_V: Int[Array, " V"]) -> Float[Array, "N V"]:
-    """Numbers in (0, 1), each a hash of (seed, index, id) and of nothing else."""
+    """Draw uniform numbers in (0, 1), each a hash of (seed, index, id) alone."""
 
     def one(seed: Array, index: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), index)
-        words_V2 = jax.vmap(lambda word: jax.random.key_data(jax.random.fold_in(key, word)))(ids_V)
-        return ((words_V2[:, 0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+        bits_V2 = jax.vmap(lambda token: jax.random.key_data(jax.random.fold_in(key, token)))(ids_V)
+        return ((bits_V2[:, 0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
     return jax.vmap(one)(seed_N, index_N)
 
 
 def best(scores_NV: Float[Array, "N V"], tp: str | None) -> Int[Array, " N"]:
-    """Vocabulary id of the largest score, the smallest id of equal ones."""
+    """Find the vocabulary id of the largest score (vocab-parallel argmax), the smallest id of equal ones."""
     local_N = scores_NV.argmax(-1)
     ids_N = vocabulary_ids(scores_NV.shape[1], tp)[local_N]
     if tp is None:
@@ -163,9 +180,9 @@ def best(scores_NV: Float[Array, "N V"], tp: str | None) -> Int[Array, " N"]:
 
 
 def draw(warped_NV: Float[Array, "N V"], settings: Settings, tp: str | None) -> Int[Array, " N"]:
-    """One token a row from softmax(warped), by Gumbel-max (Maddison et al. 2014); rows of temperature 0: the best.
+    """Draw one token a row from softmax(warped) by the Gumbel-max trick (Maddison et al. 2014); argmax in greedy rows.
 
-    The noise is computed only if some row asks for it.
+    The noise is computed only if some row needs it.
     """
     cold_N = settings.temperature <= 0
 
@@ -173,35 +190,43 @@ def draw(warped_NV: Float[Array, "N V"], settings: Settings, tp: str | None) -> 
         noise_NV = -jnp.log(-jnp.log(uniform(settings.seed, settings.index, vocabulary_ids(warped_NV.shape[1], tp))))
         return warped_NV + jnp.where(cold_N[:, None], 0.0, noise_NV)
 
-    # Nothing crosses devices inside the branches: devices of dp may take different ones.
+    # No collectives inside the branches: devices of dp may have different ones.
     return best(jax.lax.cond(cold_N.all(), lambda: warped_NV, noisy), tp)
 
 
-def sample(
+def sample_tokens(
     logits_NV: Float[Array, "N V"],
     seen_NV: Int[Array, "N V"],
     settings: Settings,
     tp: str | None = None,
     candidates: int = CANDIDATES,
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Next token of every row and its log-probability under the model itself (temperature 1, nothing forbidden).
+    """Sample the next token of every row, with its log-probability under the model (temperature 1, no thresholds).
 
     Args:
       logits_NV: float32, this device's columns.
-      seen_NV: how often each token was seen, see `READ`.
+      seen_NV: counts of previous tokens, see `READ`.
       settings: of each row.
       tp: mesh axis that splits the vocabulary.
       candidates: C, see `CANDIDATES`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.inference import greedy, sample_tokens
+      >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+      >>> token, logprob = sample_tokens(logits, jnp.zeros((1, 3), jnp.int32), greedy(1))
+      >>> token.tolist(), round(float(jnp.exp(logprob[0])), 3)
+      ([2], 0.7)
     """
     with jax.named_scope("sample"):
-        warped_NV = warp(penalise(logits_NV, seen_NV, settings), settings, tp, candidates)
+        warped_NV = warp(penalize(logits_NV, seen_NV, settings), settings, tp, candidates)
         tokens_N = draw(warped_NV, settings, tp)
         return tokens_N, logprob(logits_NV, tokens_N, tp)
 
 
 def logprob(logits_NV: Float[Array, "N V"], tokens_N: Int[Array, " N"], tp: str | None) -> Float[Array, " N"]:
-    """Log-probability of one token a row under the model itself."""
+    """Compute the log-probability of one token a row under the model (temperature 1)."""
     mine_NV = vocabulary_ids(logits_NV.shape[1], tp)[None] == tokens_N[:, None]
     logit_N = jnp.where(mine_NV, logits_NV, 0.0).sum(-1)
     logit_N = logit_N if tp is None else jax.lax.psum(logit_N, tp)
-    return logit_N - log_normaliser(logits_NV, tp)
+    return logit_N - log_normalizer(logits_NV, tp)

@@ -1,7 +1,7 @@
-"""Speculative decoding: a small model drafts, the large one checks, and the result is distributed as the large one's.
+"""Speculative decoding: a small model drafts tokens and the large one verifies them, exactly in distribution.
 
-Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2. Both models' logits go through the same
-penalties, temperature and thresholds, so that what is exact is the distribution a request asked for. Axes: N rows, T
+Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2. Both models' logits have the same penalties,
+temperature and thresholds, so the result has exactly the requested distribution of the large model. Axes: N rows, T
 drafted tokens, U = T + 1, V vocabulary, split over tp as in `sharding.inference.sample`.
 """
 
@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding.inference.sample import CANDIDATES, DRAWN, Settings, best, penalise, uniform, vocabulary_ids, warp
-from sharding.inference.top_p import log_normaliser
+from sharding.inference.sample import CANDIDATES, DRAWN, Settings, best, penalize, uniform, vocabulary_ids, warp
+from sharding.inference.top_p import log_normalizer
 
 AGAIN = 1 << 30  # added to a token's index: noise that the draft has not used
-COIN = -1  # in place of a vocabulary id: the number that decides whether a drafted token stays
+COIN = -1  # in place of a vocabulary id: the uniform number that accepts or rejects a drafted token
 
 
 def distribution(
     logits_NV: Float[Array, "N V"], settings: Settings, tp: str | None = None, candidates: int = CANDIDATES
 ) -> Float[Array, "N V"]:
-    """Log-probabilities that `sample.draw` draws from; all mass on the best token where the temperature is 0."""
+    """Compute the log-probabilities of `sample.draw`; all mass is on the best token where the temperature is 0."""
     warped_NV = warp(logits_NV, settings, tp, candidates)
-    warped_NV -= log_normaliser(warped_NV, tp)[:, None]
+    warped_NV -= log_normalizer(warped_NV, tp)[:, None]
     only_NV = vocabulary_ids(logits_NV.shape[1], tp)[None] == best(logits_NV, tp)[:, None]
     return jnp.where((settings.temperature <= 0)[:, None], jnp.where(only_NV, 0.0, -jnp.inf), warped_NV)
 
@@ -35,22 +35,31 @@ def accept(
     tp: str | None = None,
     candidates: int = CANDIDATES,
 ) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
-    """Which drafted tokens stay, and the token after them.
+    """Accept or reject drafted tokens, and sample the next token.
 
-    Token t stays if all before it do and a uniform number is below p(x) / q(x). After the first that goes the next
-    token is drawn from max(0, p - q), normalised; if all stay, from p.
+    Token t is accepted if all before it are and a uniform number is below p(x) / q(x). After the first rejection the
+    next token is drawn from max(0, p - q), normalized; if all are accepted, from p.
 
     Args:
       target_NUV: logits of the large model after each prefix of the draft, the empty one too.
-      draft_NTV: logits the drafted tokens were drawn from by `sample.sample` with the same settings.
+      draft_NTV: logits of the draft, whose tokens `sample.sample_tokens` drew with the same settings.
       drafted_NT: the tokens.
-      seen_NV: what the penalties look at, before the draft; see `sample.READ`.
+      seen_NV: counts for the penalties, before the draft; see `sample.READ`.
       settings: `index` is that of the first drafted token.
       tp: mesh axis that splits the vocabulary.
       candidates: see `sharding.inference.sample`.
 
     Returns:
-      The number of tokens that stay, 0..T, and the next token.
+      The number of accepted tokens, 0..T, and the next token.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sharding.inference import accept, greedy
+      >>> likes = lambda *tokens: 9 * jax.nn.one_hot(jnp.array([tokens]), 4)  # logits of these tokens
+      >>> target, draft = likes(1, 2, 3), likes(1, 0)  # the draft is wrong at the second token
+      >>> count, following = accept(target, draft, jnp.array([[1, 0]]), jnp.zeros((1, 4), jnp.int32), greedy(1))
+      >>> count.tolist(), following.tolist()
+      ([1], [2])
     """
     n, t = drafted_NT.shape
     ids_V = vocabulary_ids(seen_NV.shape[1], tp)
@@ -62,7 +71,7 @@ def accept(
     def over_time(logits_NXV: Array) -> Array:
         length, columns = logits_NXV.shape[1:]
         rows = Settings(*(jnp.repeat(x, length) for x in settings))
-        flat = penalise(logits_NXV.reshape(-1, columns), seen_NUV[:, :length].reshape(-1, columns), rows)
+        flat = penalize(logits_NXV.reshape(-1, columns), seen_NUV[:, :length].reshape(-1, columns), rows)
         return distribution(flat, rows, tp, candidates).reshape(logits_NXV.shape)
 
     def at(log_NTV: Array) -> Array:
@@ -76,11 +85,11 @@ def accept(
         stays_NT = jnp.log(coins_NT) < at(p_NUV[:, :t]) - at(q_NTV)
         count_N = jnp.cumprod(stays_NT.astype(jnp.int32), axis=1).sum(1)
         p_NV = jnp.take_along_axis(p_NUV, count_N[:, None, None], axis=1)[:, 0]
-        # Past the draft there is nothing to subtract.
+        # Past the draft nothing is subtracted.
         q_NUV = jnp.concatenate([q_NTV, jnp.full_like(p_NUV[:, :1], -jnp.inf)], axis=1)
         q_NV = jnp.take_along_axis(q_NUV, count_N[:, None, None], axis=1)[:, 0]
         rest_NV = jnp.maximum(jnp.exp(p_NV) - jnp.exp(q_NV), 0.0)
-        # p and q equal to the last bit leave nothing, but then nothing is rejected either; rounding is caught anyway.
+        # Equal p and q leave no mass, but then nothing is rejected either; this guards against rounding.
         total_N = rest_NV.sum(-1)
         total_N = total_N if tp is None else jax.lax.psum(total_N, tp)
         rest_NV = jnp.where(total_N[:, None] > 0, rest_NV, jnp.exp(p_NV))

@@ -1,4 +1,4 @@
-"""Thresholds over a vocabulary split over tp, exact and without sorting: bisection over the bits of a float32.
+"""Vocab-parallel top-k and top-p (nucleus) thresholds, exact without sorting: bisection over the bits of a float32.
 
 Axes: see `sharding.inference`.
 """
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 
-def log_normaliser(logits_NV: Float[Array, "N V"], tp: str | None) -> Float[Array, " N"]:
-    """Log-sum-exp over the whole vocabulary."""
+def log_normalizer(logits_NV: Float[Array, "N V"], tp: str | None) -> Float[Array, " N"]:
+    """Compute the log-sum-exp over the full vocabulary."""
     if tp is None:
         return jax.nn.logsumexp(logits_NV, axis=-1)
     top_N = jax.lax.pmax(logits_NV.max(-1), tp)
@@ -24,7 +24,7 @@ def cutoff(
     asked_N: Bool[Array, " N"],
     tp: str | None,
 ) -> Float[Array, " N"]:
-    """The largest t of which the weights of all x >= t add up to `need`; the smallest x where all of them do not.
+    """Find the largest t with weights of all x >= t adding up to `need`; the smallest x where all do not.
 
     Weights of one give a top-k threshold, probabilities a top-p one. At most 32 rounds, each with one sum over devices,
     and none if no row asks.
@@ -34,7 +34,7 @@ def cutoff(
       weight_NV: of each, not negative.
       need_N: above 0.
       known_N: the result of rows that do not ask.
-      asked_N: rows to look at; equal on all devices of tp.
+      asked_N: rows to compute; equal on all devices of tp.
       tp: mesh axis that splits the vocabulary.
     """
     least_N, most_N = x_NV.min(-1), x_NV.max(-1)
@@ -60,12 +60,12 @@ def cutoff(
 
 
 def ordered(x: Float[Array, "*N"]) -> UInt32[Array, "*N"]:
-    """The bits of float32 numbers as integers of the same order."""
+    """Map float32 numbers to integers of the same order, by their bits."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def number(key: UInt32[Array, "*N"]) -> Float[Array, "*N"]:
-    """The inverse of `ordered`."""
+    """Invert `ordered`."""
     bits = jnp.where(key >> 31 == 1, key & jnp.uint32((1 << 31) - 1), ~key)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

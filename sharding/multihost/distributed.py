@@ -1,51 +1,53 @@
-"""Many hosts, one program: who the processes of a run are, and joining them once, in bounded time.
+"""Join the processes of a run on several hosts by `jax.distributed`, in bounded time and with errors of one line.
 
-Every launcher says it in its own way. `detect` reads them all from a process's flags and environment; `initialize`
-hands what it found to `jax.distributed`, which also notices hosts that die later.
+JAX itself detects the coordinator and this process's number under SLURM, Open MPI, Cloud TPU, GKE and Kubernetes (with
+the package `kubernetes`), and ends a process when another one sends no heartbeat any more. Added here: flags for
+launchers that JAX does not know, single processes that join nobody, and a deadline that raises an exception where JAX
+would abort the process.
 """
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 
-from sharding.multihost.rendezvous import roll_call
-
 PORT = 8482
-"""Of the coordinator where the launcher names none; any port that is free on the first host will do."""
+"""Of a coordinator given without one; any port that is free on the first host will do."""
+AUTO = "auto"
+"""As the coordinator: JAX detects everything, also where no environment variable tells of several processes."""
+GRACE = 60
+"""Seconds between our error and JAX's own timeout, which aborts the process from C++."""
 
 
 class DistributedError(RuntimeError):
-    """Processes that do not find each other; says who waited for whom, and how long."""
+    """Processes that do not find each other; the message has the address, the deadline and what to check.
 
-
-@dataclass(frozen=True)
-class Cluster:
-    """One process's place among all.
-
-    Attributes:
-      kind: the launcher: "flags", "slurm", "mpi", "kubernetes" or "tpu".
-      coordinator: host:port of the first process. None (Cloud TPU alone): JAX asks the machine's metadata.
-      processes: their number.
-      index: of this process.
-      local: device of this process on its host, where the launcher starts a process for every device; else None.
+    Example:
+      >>> from sharding.multihost import DistributedError, initialize
+      >>> try:
+      ...     initialize(coordinator="localhost", processes=2, index=2)
+      ... except DistributedError as error:
+      ...     print(error)
+      process 2 of 2 cannot be; processes count from 0 to 1
     """
-
-    kind: str
-    coordinator: str | None = None
-    processes: int | None = None
-    index: int | None = None
-    local: int | None = None
 
 
 @dataclass(frozen=True)
 class Limits:
     """Seconds after which a process gives up.
 
-    `join`: for all processes to appear. `silence`: without a sign of life from a process before the others end with an
-    error. `leave`: for all processes to reach the end.
+    Attributes:
+      join: for all processes to appear.
+      silence: heartbeat timeout: a process that sends no heartbeat for so long counts as dead, and the others end.
+      leave: for all processes to reach the end.
+
+    Example:
+      >>> from sharding.multihost import Limits
+      >>> Limits(join=600).silence
+      100
     """
 
     join: int = 300
@@ -58,187 +60,121 @@ class Limits:
                 raise ValueError(f"{name}={getattr(self, name)} seconds must be at least 1")
 
 
-def detect(
-    environment: Mapping[str, str],
-    *,
-    coordinator: str = "",
-    processes: int = 0,
-    index: int = -1,
-) -> Cluster | None:
-    """This process's cluster, or None if it is alone.
-
-    Looked for in this order; the first that is there counts:
-
-    1. flags: `coordinator`, `processes`, `index`, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-    2. Kubernetes: an indexed Job or a JobSet with TESSERA_COORDINATOR, TESSERA_PROCESSES and the pod's index (see
-       scripts/launch/jobset.yaml);
-    3. Cloud TPU and GKE TPU: TPU_WORKER_HOSTNAMES of more than one host, or MEGASCALE_COORDINATOR_ADDRESS;
-    4. SLURM: SLURM_NTASKS > 1 inside `srun`;
-    5. MPI: the ranks of Open MPI (`mpirun`) or of PMI (MPICH, Intel MPI); the coordinator is given by
-       JAX_COORDINATOR_ADDRESS where the launcher does not name its host.
-
-    Args:
-      environment: of the process.
-      coordinator: host:port (or host) of the first process.
-      processes: their number.
-      index: of this process.
-
-    Raises:
-      DistributedError: something is named and the rest is missing, or cannot be.
-    """
-    found = _flags(environment, coordinator, processes, index)
-    for read in (_kubernetes, _tpu, _slurm, _mpi):
-        found = read(environment) if found is None else found
-    return None if found is None else _checked(found)
-
-
-def initialize(
-    limits: Limits = Limits(), *, coordinator: str = "", processes: int = 0, index: int = -1
-) -> Cluster | None:
-    """Join the processes of a run, if there are several; call it once, before anything else of JAX.
+def initialize(limits: Limits = Limits(), *, coordinator: str = "", processes: int = 0, index: int = -1) -> bool:
+    """Join the processes of a run by `jax.distributed.initialize`; call it once, before anything else of JAX.
 
     Args:
       limits: how long to wait.
-      coordinator: see `detect`.
-      processes: see `detect`.
-      index: see `detect`.
+      coordinator: host:port (or host) of the first process; "auto" lets JAX detect everything. "" is "auto" where the
+        environment tells of several processes (SLURM's `srun`, MPI, TPU hosts), and else a single process.
+      processes: their number; 0 lets JAX detect it.
+      index: of this process, from 0; -1 lets JAX detect it.
 
     Returns:
-      What was detected; None for a process that is alone.
+      Whether this process joined others; False for one that is alone.
 
     Raises:
-      DistributedError: not all processes appeared in time, or the launcher's words do not make sense. A process that
-        dies later ends the others: within seconds where a collective notices, after `limits.silence` at most.
+      DistributedError: not all processes appeared in time, or flags that do not fit. A process that dies later ends the
+        others: within seconds where a collective notices, after `limits.silence` at most.
+
+    Example:
+      >>> from sharding.multihost import initialize
+      >>> initialize()  # alone; on several hosts: srun, mpirun, or coordinator="host", processes=4, index=0
+      False
     """
-    cluster = detect(os.environ, coordinator=coordinator, processes=processes, index=index)
-    if cluster is None:
-        return None
-    try:
-        if cluster.coordinator is not None and cluster.processes is not None and cluster.index is not None:
-            roll_call(cluster.coordinator, cluster.processes, cluster.index, limits.join)
-        jax.distributed.initialize(
-            coordinator_address=cluster.coordinator,
-            num_processes=cluster.processes,
-            process_id=cluster.index,
-            local_device_ids=cluster.local,
-            cluster_detection_method=None if cluster.coordinator is None else "deactivate",
-            initialization_timeout=limits.join,
-            heartbeat_timeout_seconds=limits.silence,
-            shutdown_timeout_seconds=limits.leave,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        who = "this process" if cluster.index is None else f"process {cluster.index} of {cluster.processes}"
-        raise DistributedError(
-            f"{who} ({cluster.kind}) did not meet the others at {cluster.coordinator or 'the first TPU host'} within "
-            f"{limits.join} s: {line}. Start every process, with the same coordinator and number of processes"
-        ) from error
-    return cluster
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    _check_flags(coordinator, processes, index)
+    if not coordinator and not launched(os.environ):
+        return False
+    address = coordinator if coordinator != AUTO else ""
+    if address and not re.search(r":\d+$", address):
+        address = f"{address}:{PORT}"
+    method = None
+    if processes:
+        method = "deactivate"
+    elif "PMI_SIZE" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        method = "mpi4py"  # MPICH and Intel MPI
+    failures: list[Exception] = []
 
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise DistributedError(f"{name}={text!r} in the environment should be a whole number") from None
-
-
-def _address(host: str, port: int = PORT) -> str:
-    return host if re.search(r":\d+$", host) else f"{host}:{port}"
-
-
-def _checked(cluster: Cluster) -> Cluster:
-    """Refuse a cluster whose numbers do not fit."""
-    if cluster.coordinator is None:
-        return cluster
-    missing = [name for name in ("processes", "index") if getattr(cluster, name) is None]
-    if missing:
-        raise DistributedError(
-            f"{cluster.kind}: the coordinator is {cluster.coordinator}, and the {' and '.join(missing)} of this "
-            "process is not said: give --processes and --process (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
-        )
-    count, index = cluster.processes, cluster.index
-    if count < 1 or not 0 <= index < count:  # type: ignore[operator]
-        raise DistributedError(
-            f"{cluster.kind}: process {index} of {count} cannot be; processes count from 0 to {max(0, count - 1)}"  # type: ignore[operator]
-        )
-    return cluster
-
-
-def _flags(environment: Mapping[str, str], coordinator: str, processes: int, index: int) -> Cluster | None:
-    coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
-    if not coordinator:
-        if processes > 1 or index >= 0:
-            raise DistributedError(
-                f"process {index} of {processes} without a coordinator: give --coordinator=host:port"
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator_address=address or None,
+                num_processes=processes or None,
+                process_id=index if index >= 0 else None,
+                cluster_detection_method=method,
+                initialization_timeout=limits.join + GRACE,
+                heartbeat_timeout_seconds=limits.silence,
+                shutdown_timeout_seconds=limits.leave,
             )
-        return None
-    if not processes and index < 0:
-        # An address alone leaves the rest to the launcher.
-        for read in (_slurm, _mpi):
-            found = read(dict(environment) | {"JAX_COORDINATOR_ADDRESS": coordinator})
-            if found is not None:
-                return found
-    count = processes or _number(environment, "JAX_NUM_PROCESSES")
-    mine = index if index >= 0 else _number(environment, "JAX_PROCESS_ID")
-    return Cluster("flags", _address(coordinator), count, mine)
+        except Exception as error:
+            failures.append(error)
+
+    # JAX aborts the process from C++ when others are missing. Waiting for a thread can raise instead.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(limits.join)
+    if thread.is_alive() or failures:
+        raise _error(address, processes, index, limits, failures)
+    if method is None and _one_process_per_host(os.environ):
+        # Under SLURM and Open MPI JAX shows a process the one GPU of its number on the host.
+        for platform in ("cuda", "rocm"):
+            jax.config.update(f"jax_{platform}_visible_devices", "all")
+    return True
 
 
-def _kubernetes(environment: Mapping[str, str]) -> Cluster | None:
-    coordinator = environment.get("TESSERA_COORDINATOR")
-    if coordinator is None:
-        return None
-    # JOB_COMPLETION_INDEX is the pod's place in its Job; a JobSet of several Jobs also says which Job.
-    inside = _number(environment, "JOB_COMPLETION_INDEX")
-    job, pods = _number(environment, "TESSERA_JOB_INDEX") or 0, _number(environment, "TESSERA_PODS_PER_JOB") or 0
-    index = None if inside is None else job * pods + inside
-    return Cluster("kubernetes", _address(coordinator), _number(environment, "TESSERA_PROCESSES"), index)
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether environment variables tell that this process is one of several.
 
-
-def _tpu(environment: Mapping[str, str]) -> Cluster | None:
-    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    if len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS") or environment.get("TESSERA_TPU"):
-        return Cluster("tpu")
-    return None
-
-
-def _slurm(environment: Mapping[str, str]) -> Cluster | None:
-    count, index = _number(environment, "SLURM_NTASKS"), _number(environment, "SLURM_PROCID")
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    if count is None or count < 2 or index is None or not nodes:
-        return None
-    # node[007-009,012],other -> node007. A port that two jobs on a host do not share: JAX's own rule.
-    head = re.match(r"([^\[,]+)(?:\[([^,\-\]]+))?", nodes)
-    host = "".join(filter(None, head.groups())) if head else nodes
-    port = 65536 - 4096 + (_number(environment, "SLURM_JOB_ID") or 0) % 4096
-    coordinator = environment.get("JAX_COORDINATOR_ADDRESS") or host
-    several = (_number(environment, "SLURM_NTASKS_PER_NODE") or 1) > 1
-    return Cluster(
-        "slurm",
-        _address(coordinator, port),
-        count,
-        index,
-        _number(environment, "SLURM_LOCALID") if several else None,
+    Raises:
+      DistributedError: a number of processes that is not one.
+    """
+    tasks = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(("SLURM_NTASKS",) if "SLURM_STEP_NODELIST" in environment else ()))
+    for name in tasks:
+        if not environment.get(name, "1").isdecimal():
+            raise DistributedError(f"{name}={environment[name]!r} in the environment should be an integer")
+    return (
+        any(int(environment.get(name, "1")) > 1 for name in tasks)
+        or any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+        or bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
     )
 
 
-def _mpi(environment: Mapping[str, str]) -> Cluster | None:
-    for size, rank, local in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    ):
-        count, index = _number(environment, size), _number(environment, rank)
-        if count is None or count < 2 or index is None:
-            continue
-        launcher = re.search(r"tcp6?://\[?([^,:\]]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
-        coordinator = environment.get("JAX_COORDINATOR_ADDRESS") or (launcher[1] if launcher else "")
-        if not coordinator:
-            raise DistributedError(
-                f"mpi: rank {index} of {count} does not know rank 0's host; export JAX_COORDINATOR_ADDRESS=host:port"
-            )
-        several = (_number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
-        return Cluster("mpi", _address(coordinator), count, index, _number(environment, local) if several else None)
-    return None
+def _check_flags(coordinator: str, processes: int, index: int) -> None:
+    if not processes and index < 0:
+        return
+    if coordinator in ("", AUTO):
+        raise DistributedError(f"process {index} of {processes} without a coordinator: give --coordinator=host:port")
+    if not processes or index < 0:
+        missing = "--process" if processes else "--processes"
+        raise DistributedError(
+            f"coordinator {coordinator}: give --processes and --process, or neither; {missing} is missing"
+        )
+    if not 0 <= index < processes:
+        raise DistributedError(f"process {index} of {processes} cannot be; processes count from 0 to {processes - 1}")
+
+
+def _error(address: str, processes: int, index: int, limits: Limits, failures: list[Exception]) -> DistributedError:
+    who = f"process {index} of {processes}" if processes else "this process"
+    where = address or "the coordinator that JAX detected"
+    if failures:
+        line = next(iter(str(failures[0]).strip().splitlines()), type(failures[0]).__name__)
+        error = DistributedError(
+            f"{who} cannot join the others at {where}: {line.rstrip('.')}. Without detection: "
+            "--coordinator=host:port --processes=N --process=0 (and 1, 2, ...)"
+        )
+        error.__cause__ = failures[0]
+        return error
+    others = "some of the others did not come" if index == 0 else "process 0 does not answer, or others are missing"
+    return DistributedError(
+        f"{who} did not meet the others at {where} within {limits.join} s: {others}. Start every process with the same "
+        "coordinator and number of processes, and check that every host reaches this address"
+    )
+
+
+def _one_process_per_host(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher started one process on every host, which then takes all of its devices."""
+    if environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return False
+    slurm = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return bool(slurm) or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"

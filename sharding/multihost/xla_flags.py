@@ -1,8 +1,8 @@
-"""Compiler flags that let collectives run beside products, by backend.
+"""XLA flags that overlap collectives with matrix products, by backend.
 
-`python -m sharding.multihost.xla_flags tpu` prints them.
-They are read from the environment when a backend starts, so they belong into a launch file, not into a program; a run
-notes what it was started with in its run.json. What they gain was not measured here.
+`python -m sharding.multihost.xla_flags tpu` prints them. They are read from the environment when a backend starts, so
+they belong into a launch file, not into a program; a run records its flags in run.json. Their effect was not measured
+here.
 """
 
 import sys
@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from sharding.errors import PlanError, choice
 
 VARIABLES: Mapping[str, str] = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
-"""Where a backend looks for its flags."""
+"""Environment variable of each backend's flags."""
 
 FLAGS: Mapping[str, tuple[str, ...]] = {
     "tpu": (
-        # A collective becomes steps that are fused with the products around them.
+        # Splits a collective into steps that are fused with the products around it.
         "--xla_tpu_enable_async_collective_fusion=true",
         "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
         "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
@@ -23,7 +23,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
         "--xla_enable_async_all_gather=true",
     ),
     "gpu": (
-        # Starts a collective as early and waits for it as late as it can; the rest does so across steps of a scan.
+        # Starts a collective as early and waits for it as late as possible; the others do so across steps of a scan.
         "--xla_gpu_enable_latency_hiding_scheduler=true",
         "--xla_gpu_enable_pipelined_all_gather=true",
         "--xla_gpu_enable_pipelined_reduce_scatter=true",
@@ -33,7 +33,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
 
 
 def flags(backend: str) -> str:
-    """The flags of a backend as one string for the variable `VARIABLES[backend]`.
+    """Join the flags of a backend to one string for the variable `VARIABLES[backend]`.
 
     Raises:
       PlanError: no flags are known for it.

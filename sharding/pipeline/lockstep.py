@@ -1,16 +1,15 @@
-"""Schedules that one SPMD program can run: all stages keep step, and what a stage sends is used in the very next tick.
+"""Lockstep pipeline schedules (GPipe, 1F1B, interleaved 1F1B) for one SPMD program: messages are used in the next tick.
 
 A compiled program is the same on every device, so a tick of the program is one F of some stages, or one B, or first F
 then B; a stage without work in it idles. In the table (`sharding.pipeline.schedules.Schedule`) the rows of such a
-program hold
-one kind of work each: an F row, or a B row, or an F row and the B row behind it.
+program hold one kind of work each: an F row, or a B row, or an F row followed by a B row.
 
 With p stages, v chunks and m microbatches, F of chunk c of microbatch i = g p + r runs on stage s in F row
 g p v + c p + r + s (v = 1: row i + s) and B in B row g p v + (v-1-c) p + r + p-1-s (v = 1: row i + p-1-s). In 1F1B
 the first B row follows F row v p - 1, so that the last chunk on the last stage runs F and B of a microbatch in one
 tick; for v = 1, B of i runs in tick i + 2 (p-1) - s. Stage s then holds the inputs of 2 (p-s) - 1 microbatches at
-most, where the timeline of the paper, in which stages need not keep step, holds p - s; the bubble is the same. GPipe
-runs all F rows, then all B rows, the last microbatch first.
+most, where the asynchronous timeline of the paper holds p - s; the bubble is the same. GPipe runs all F rows, then all
+B rows, the last microbatch first.
 """
 
 from typing import NamedTuple
@@ -23,12 +22,18 @@ from sharding.pipeline.schedules import Row, Schedule, Work, check, require_size
 RUNNABLE = ("gpipe", "1f1b", "interleaved")
 
 
-def lockstep(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """The table of the SPMD program called `name`: "gpipe", "1f1b" or "interleaved" (1F1B over several chunks).
+def lockstep_schedule(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Make the lockstep schedule called `name`: "gpipe", "1f1b" or "interleaved" (1F1B over several chunks).
 
     Raises:
-      PlanError: another name, sizes that cannot be run (`sharding.pipeline.schedules.require_sizes`), or chunks other
-        than 1 for what is not interleaved.
+      PlanError: another name, impossible sizes (`sharding.pipeline.schedules.require_sizes`), or several chunks for a
+        schedule that is not interleaved.
+
+    Example:
+      >>> from sharding.pipeline import draw, lockstep_schedule
+      >>> print(draw(lockstep_schedule("gpipe", stages=2, microbatches=2), note=False))
+      stage 0 | F0 F1 .  .  B1 B0
+      stage 1 | .  F0 F1 B1 B0 .
     """
     if name not in RUNNABLE:
         raise PlanError(f"schedule {name!r} is not one that runs; choose one of {', '.join(RUNNABLE)}")
@@ -54,11 +59,10 @@ def lockstep(name: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 
 
 def require_lockstep(schedule: Schedule) -> None:
-    """Refuse a table that an SPMD program with a single message in flight cannot run.
+    """Refuse a table that an SPMD program with a single message per direction cannot run.
 
     Raises:
-      ValueError: a row holds two kinds of work, there is W, or something received is not used in the next row of its
-        kind.
+      ValueError: a row holds two kinds of work, there is W, or a message is not used in the next row of its kind.
     """
     check(schedule)
     place: dict[tuple[int, Work], int] = {}
@@ -86,13 +90,13 @@ def require_lockstep(schedule: Schedule) -> None:
 
 
 class Phase(NamedTuple):
-    """Consecutive ticks that do the same kinds of work, as arrays a scan can run over.
+    """Consecutive ticks with the same kinds of work, as arrays to scan over.
 
     Attributes:
       kinds: "F", "B" or "FB" (F, then B).
-      forward: int32 [ticks, p, 4], what each stage does in each tick's F: active (0 or 1), microbatch, chunk, and the
-        slot where it keeps the input for its backward pass; zeros where idle. No ticks' worth for kind "B".
-      backward: the same of B, with the slot the input was kept in.
+      forward: int32 [ticks, p, 4], each stage's F in each tick: active (0 or 1), microbatch, chunk, and the slot where
+        its input is saved for the backward pass; zeros where idle. Empty for kind "B".
+      backward: the same of B, with the slot of the saved input.
     """
 
     kinds: str
@@ -101,36 +105,36 @@ class Phase(NamedTuple):
 
 
 def slots(schedule: Schedule) -> tuple[int, list[dict[tuple[int, int], int]]]:
-    """Number of stage inputs to make room for, and for every stage which slot (microbatch, chunk) is kept in.
+    """Allocate slots for saved stage inputs: their number, and for every stage the slot of each (microbatch, chunk).
 
-    A slot is taken by F and free again after B. The number is the peak of live activations over all stages: 2 p - 1 for
-    1F1B whatever the number of microbatches, m for GPipe.
+    A slot is used from F to B. The number is the peak of live activations over all stages: 2 p - 1 for 1F1B whatever
+    the number of microbatches, m for GPipe.
     """
     number = 0
     found = []
     for spans in schedule.spans():
-        taken: dict[tuple[int, int], int] = {}
+        slot_of: dict[tuple[int, int], int] = {}
         free_from: list[int] = []  # first row in which a slot is free again
         for work, span in sorted(spans.items(), key=lambda item: item[1].start):
             if work.kind == "F":
                 slot = next((k for k, row in enumerate(free_from) if row <= span.start), len(free_from))
                 free_from += [0] if slot == len(free_from) else []
                 free_from[slot] = spans[work._replace(kind="B")].end
-                taken[work.microbatch, work.chunk] = slot
+                slot_of[work.microbatch, work.chunk] = slot
         number = max(number, len(free_from))
-        found.append(taken)
+        found.append(slot_of)
     return number, found
 
 
 def phases(schedule: Schedule) -> list[Phase]:
-    """Cut a lockstep table into its scans: three for 1F1B (F; F and B; B), two for GPipe.
+    """Split a lockstep table into its scans: three for 1F1B (F; F and B; B), two for GPipe.
 
     Raises:
       ValueError: the table is not lockstep.
     """
     require_lockstep(schedule)
     kinds = "".join(next(work.kind for work in row if work) for row in schedule.rows)
-    # Pairs first, but a lone pair (where GPipe turns round) is cheaper as the end of one scan and the start of the
+    # Pairs first, but a single pair (the turn of GPipe) is cheaper as the end of one scan and the start of the
     # next.
     ticks: list[str] = []
     while kinds:

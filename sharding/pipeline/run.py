@@ -1,11 +1,10 @@
-"""Pipeline parallelism: the loss and its gradient over stages that pass microbatches on, as one SPMD program.
+"""Pipeline parallelism (GPipe, 1F1B, interleaved 1F1B): the loss and its gradient as one SPMD program.
 
 The program is a lockstep table (`sharding.pipeline.lockstep`) run inside shard_map: each of its phases is one
 `lax.scan` over ticks, and a tick is F of one microbatch, B of another, or both, on every stage
-(`sharding.pipeline.ticks`). F keeps only the stage's input; B computes the stage again and pulls the gradient back with
-`jax.vjp`. What a stage has to keep is
-therefore known from the table: the inputs of 2 p - 1 microbatches for 1F1B whatever m is (Narayanan et al. 2021), of m
-for GPipe (Huang et al. 2019).
+(`sharding.pipeline.ticks`). F saves only the stage's input; B recomputes the stage and back-propagates with `jax.vjp`.
+The activation memory of a stage follows from the table: the inputs of 2 p - 1 microbatches for 1F1B whatever m is
+(Narayanan et al. 2021), of m for GPipe (Huang et al. 2019).
 
 The embedding is computed on the first stage alone and the loss on the last alone; idle stages compute nothing.
 Gradients are summed over microbatches in float32, and over devices once, after the last tick.
@@ -26,39 +25,46 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError
-from sharding.pipeline.lockstep import Phase, lockstep, phases, slots
+from sharding.pipeline.lockstep import Phase, lockstep_schedule, phases, slots
 from sharding.pipeline.schedules import Schedule
 from sharding.pipeline.stages import StageLayout, stack_stages, unstack_stages
 from sharding.pipeline.ticks import Carry, Messages, Stage, StageFns, vary, zeros_like
-from sharding.zero import Stored, is_spec, spread
+from sharding.zero import ShardedParams, broadcast_specs, is_spec
 
 P = PartitionSpec
 Metrics = dict[str, jax.Array]
-WHOLE = P()
+REPLICATED = P()
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How a batch goes through the stages.
+    """Configuration of a pipeline.
 
     Attributes:
       schedule: "gpipe", "1f1b", or "interleaved" (1F1B over `layout.chunks` chunks per stage).
       microbatches: m.
-      layout: which layer lives where.
+      layout: layers of each stage.
       stage_axis: mesh axis of the stages; its size must be `layout.stages`.
       batch_axes: mesh axes the batch's rows are split over.
       sum_axes: further mesh axes over which the functions' losses and gradients are parts of a sum, such as "cp" where
         each device has some of the tokens.
       other_axes: further mesh axes that the functions use themselves and that their results do not vary over
         (`lax.psum` over "tp"). Axes named nowhere are left to the compiler.
-      gather_axes: along which of the stage, batch and sum axes the pipeline gathers parameters that are stored in
-        parts, once per step; along the rest the functions do, layer by layer (ZeRO-3). None is all of them.
+      gather_axes: along which of the stage, batch and sum axes the pipeline all-gathers sharded parameters, once per
+        step; along the others the functions do, layer by layer (ZeRO-3). None is all of them.
       arranged: layers come arranged by stage (`sharding.pipeline.stages.stack_stages`), and so do their gradients.
         Otherwise they come in the model's order; unless the layout is `in_place`, each step then moves them to their
         stages and back.
       skip_idle: idle stages and padding branch round the layers. Must be off where a layer uses `lax.ppermute` (ring
-        attention): all devices of the mesh take part in it at once, and XLA would wait for those that branched off.
-        They then compute something and drop it, which costs no time, as the other stages are busy, but energy.
+        attention): all devices of the mesh participate in it at once, and XLA would wait for the ones that branched
+        off. They then compute and drop the result, which costs no time, as the other stages are busy, but energy.
+
+    Example:
+      >>> from sharding.pipeline import PipelineConfig, draw, split_layers
+      >>> config = PipelineConfig("1f1b", microbatches=4, layout=split_layers(layers=6, stages=2))
+      >>> print(draw(config.table(), note=False))
+      stage 0 | F0 F1 .  F2 B0 F3 B1 .  B2 B3
+      stage 1 | .  F0 B0 F1 B1 F2 B2 F3 B3 .
     """
 
     schedule: str
@@ -83,20 +89,20 @@ class PipelineConfig:
         return (*self.varying_axes, *self.other_axes)
 
     def table(self) -> Schedule:
-        """The schedule as a table; raises PlanError for sizes that cannot be run."""
-        return lockstep(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
+        """Make the schedule as a table; raises PlanError for impossible sizes."""
+        return lockstep_schedule(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
 
 
 def make_value_and_grad(
     fns: StageFns,
     mesh: Mesh | AbstractMesh,
     config: PipelineConfig,
-    shared_specs: PyTree = WHOLE,
-    layer_specs: PyTree = WHOLE,
+    shared_specs: PyTree = REPLICATED,
+    layer_specs: PyTree = REPLICATED,
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[tuple[jax.Array, Metrics], tuple[PyTree, PyTree]]]:
-    """Make `f(shared, layers, batch) -> ((loss, metrics), (shared gradients, layer gradients))`, to be jitted.
+    """Make the pipelined value_and_grad: `f(shared, layers, batch) -> ((loss, metrics), (shared and layer gradients))`.
 
-    `shared` are the parameters of embedding and head (one tree, so a table that both read is tied by being in it once),
+    `shared` are the parameters of embedding and head (one tree, so a tied table is in it once),
     `layers` have leaves [L, ...] (or arranged by stage, see the config), and the gradients are like them. `batch` has
     leaves [B, ...], B a multiple of (product of the batch axes) * m. loss and metrics are float32 scalars: sums over
     the batch divided by the sum of the weights, and "weight" is that sum.
@@ -105,13 +111,28 @@ def make_value_and_grad(
       fns: the model.
       mesh: with the config's axes.
       config: schedule and layout.
-      shared_specs: PartitionSpec (or tree of them) of the shared parameters. Along a batch axis or the stage axis they
-        are only stored in parts: gathered before the first tick, gradients scattered after the last.
+      shared_specs: PartitionSpec (or tree of them) of the shared parameters. Along a batch axis or the stage axis it is
+        storage only (FSDP): all-gather before the first tick, reduce-scatter of gradients after the last.
       layer_specs: the same for one layer, without the leading axis, which is always split over the stages.
 
     Raises:
       PlanError: (here) the mesh lacks an axis or its stages differ from the layout's, or the schedule cannot be run;
         (when called) the batch does not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from sharding.pipeline import PipelineConfig, StageFns, make_value_and_grad, split_layers
+      >>> fns = StageFns(
+      ...     embed=lambda shared, micro: micro["x"] @ shared["in"],
+      ...     layer=lambda layer, x, micro: x + jnp.tanh(x @ layer["w"]),
+      ...     head_loss=lambda shared, x, micro: (((x @ shared["out"]) ** 2).sum(), jnp.float32(x.shape[0]), {}),
+      ... )
+      >>> config = PipelineConfig("1f1b", microbatches=4, layout=split_layers(layers=6, stages=2))
+      >>> step = make_value_and_grad(fns, sharding.abstract_mesh(sharding.Plan("pp=2, dp=2")), config)
+      >>> shared = {"in": jnp.zeros((3, 5)), "out": jnp.zeros((5, 1))}
+      >>> (loss, metrics), grads = jax.eval_shape(step, shared, {"w": jnp.zeros((6, 5, 5))}, {"x": jnp.zeros((8, 3))})
+      >>> grads[1]["w"].shape
+      (6, 5, 5)
     """
     table = config.table()
     return _over_devices(fns, mesh, config, phases(table), slots(table)[0], (shared_specs, layer_specs))
@@ -121,12 +142,26 @@ def make_loss(
     fns: StageFns,
     mesh: Mesh | AbstractMesh,
     config: PipelineConfig,
-    shared_specs: PyTree = WHOLE,
-    layer_specs: PyTree = WHOLE,
+    shared_specs: PyTree = REPLICATED,
+    layer_specs: PyTree = REPLICATED,
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, Metrics]]:
-    """Make `f(shared, layers, batch) -> (loss, metrics)`, forward passes only; see `make_value_and_grad`.
+    """Make the pipelined loss `f(shared, layers, batch) -> (loss, metrics)`, forward only; see `make_value_and_grad`.
 
-    Not for differentiating: its gradient would keep the activations of every tick.
+    Not for differentiation: its gradient would save the activations of every tick.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sharding
+      >>> from sharding.pipeline import PipelineConfig, StageFns, make_loss, split_layers
+      >>> fns = StageFns(
+      ...     embed=lambda shared, micro: micro["x"] @ shared["in"],
+      ...     layer=lambda layer, x, micro: x + jnp.tanh(x @ layer["w"]),
+      ...     head_loss=lambda shared, x, micro: (((x @ shared["out"]) ** 2).sum(), jnp.float32(x.shape[0]), {}),
+      ... )
+      >>> config = PipelineConfig("gpipe", microbatches=2, layout=split_layers(layers=6, stages=2))
+      >>> loss = make_loss(fns, sharding.abstract_mesh(sharding.Plan("pp=2, dp=2")), config)
+      >>> shared = {"in": jnp.zeros((3, 5)), "out": jnp.zeros((5, 1))}
+      >>> jax.eval_shape(loss, shared, {"w": jnp.zeros((6, 5, 5))}, {"x": jnp.zeros((8, 3))})[0].shape
+      ()
     """
     rows = [phase.forward for phase in phases(config.table()) if "F" in phase.kinds]
     forward = Phase("F", np.concatenate(rows), np.zeros((0, config.layout.stages, 4), np.int32))
@@ -139,13 +174,13 @@ def _over_devices(
     mesh: Mesh | AbstractMesh,
     config: PipelineConfig,
     plan: list[Phase],
-    kept: int,
+    slots_count: int,
     specs: tuple[PyTree, PyTree],
 ) -> Callable[[PyTree, PyTree, PyTree], Any]:
-    """shard_map of `_one_device` with the table's rows of every stage sent to that stage."""
+    """Make the shard_map of `_one_device`, with the table's rows of every stage on that stage."""
     require_mesh(mesh, config)
     layout, axis = config.layout, config.stage_axis
-    train = kept > 0
+    train = slots_count > 0
     ends = np.zeros((layout.stages, 2), bool)
     ends[0, 0] = ends[-1, 1] = True
     constants = {
@@ -157,20 +192,20 @@ def _over_devices(
     def call(shared: PyTree, layers: PyTree, batch: PyTree) -> Any:
         require_divides(batch, mesh, config)
         stacked = layers if config.arranged else stack_stages(layers, layout)
-        shared_specs = spread(specs[0], shared)
-        layer_specs = jax.tree.map(lambda spec: P(axis, *spec), spread(specs[1], layers), is_leaf=is_spec)
+        shared_specs = broadcast_specs(specs[0], shared)
+        layer_specs = jax.tree.map(lambda spec: P(axis, *spec), broadcast_specs(specs[1], layers), is_leaf=is_spec)
 
         def one_device(shared: PyTree, layers: PyTree, batch: PyTree, constants: Any) -> Any:
             constants = jax.tree.map(lambda x: x[0], constants)
             kinds = [phase.kinds for phase in plan]
-            whole = config.varying_axes
-            gather = whole if config.gather_axes is None else config.gather_axes
+            axes = config.varying_axes
+            gather = axes if config.gather_axes is None else config.gather_axes
             own = (
-                Stored(shared, shared_specs, whole, gather),
+                ShardedParams(shared, shared_specs, axes, gather),
                 # A stage's layers are its own.
-                Stored(layers, layer_specs, whole[1:], tuple(name for name in gather if name != axis)),
+                ShardedParams(layers, layer_specs, axes[1:], tuple(name for name in gather if name != axis)),
             )
-            return _one_device(fns, config, own, batch, kinds, constants, kept)
+            return _one_device(fns, config, own, batch, kinds, constants, slots_count)
 
         gradients = (shared_specs, layer_specs) if train else None
         run = jax.shard_map(
@@ -191,16 +226,16 @@ def _over_devices(
 def _one_device(
     fns: StageFns,
     config: PipelineConfig,
-    stores: tuple[Stored, Stored],
+    stores: tuple[ShardedParams, ShardedParams],
     batch: PyTree,
     kinds: list[str],
     constants: Any,
-    kept: int,
+    slots_count: int,
 ) -> Any:
-    """The whole step on one device: put parameters together, run the phases, sum over devices."""
+    """Run the step on one device: all-gather parameters, run the phases, sum over devices."""
     axes = config.varying_axes
     m = config.microbatches
-    shared, layers = (vary(store.gather(), axes) for store in stores)
+    shared, layers = (vary(store.all_gather(), axes) for store in stores)
     batch = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), batch)
     stage = Stage(
         fns=fns,
@@ -219,21 +254,23 @@ def _one_device(
     x = jax.eval_shape(lambda: vary(fns.embed(shared, micro), axes))
     sums = jax.eval_shape(lambda: vary(fns.head_loss(shared, zeros_like(x, axes), micro), axes))
     carry = Carry(
-        inbox=Messages(zeros_like(x, axes), zeros_like(x, axes) if kept else None),
-        kept=zeros_like(x, axes, lead=(kept,)) if kept else None,
-        shared=zeros_like(shared, axes, jnp.float32) if kept else None,
-        layers=zeros_like(layers, axes, jnp.float32) if kept else None,
+        inbox=Messages(zeros_like(x, axes), zeros_like(x, axes) if slots_count else None),
+        saved=zeros_like(x, axes, lead=(slots_count,)) if slots_count else None,
+        shared=zeros_like(shared, axes, jnp.float32) if slots_count else None,
+        layers=zeros_like(layers, axes, jnp.float32) if slots_count else None,
         sums=zeros_like(sums, axes),
     )
     for kind, rows in zip(kinds, constants["rows"], strict=True):
-        carry = stage.scan(carry, kind, rows, keep=kept > 0)
+        carry = stage.scan(carry, kind, rows, save=slots_count > 0)
     total, weight, metrics = lax.psum(carry.sums, axes)
-    # As a mean over nothing is zero elsewhere in the house.
+    # A mean over nothing is zero.
     scale = 1 / jnp.where(weight == 0, 1.0, weight)
     value = total * scale, {name: each * scale for name, each in metrics.items()} | {"weight": weight}
-    if not kept:
+    if not slots_count:
         return value, None
-    grads = (store.scatter(total, scale) for store, total in zip(stores, (carry.shared, carry.layers), strict=True))
+    grads = (
+        store.reduce_scatter(total, scale) for store, total in zip(stores, (carry.shared, carry.layers), strict=True)
+    )
     return value, tuple(grads)
 
 

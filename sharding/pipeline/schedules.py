@@ -1,11 +1,10 @@
-"""Pipeline schedules as data: a table of ticks x stages whose cells say what a stage does in a tick.
+"""Pipeline schedules as tables of ticks x stages: validity, bubble, peak of live activations, drawing.
 
-A model is cut into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage k % stages, so
-that chunks > 1 goes round the stages several times. A batch is cut into microbatches. The work of one stage on one
-chunk of one microbatch is a forward pass F, a backward pass B and, where a schedule splits it off, the gradient of
-the weights W (B is then the gradient of the input alone). This module has the table, what can be read off it, and
-what must hold in it; `sharding.pipeline.timelines` makes the tables of the known schedules and
-`sharding.pipeline.lockstep` those that one SPMD program can run.
+A model is split into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage k % stages, so
+that chunks > 1 goes round the stages several times. A batch is split into microbatches. The work of one stage on one
+chunk of one microbatch is a forward pass F, a backward pass B and, in schedules that split it (zero bubble), the
+gradient of the weights W (B is then the gradient of the input alone). `sharding.pipeline.timelines` makes the tables of
+the published schedules and `sharding.pipeline.lockstep` the ones for one SPMD program.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,13 @@ KINDS = ("F", "B", "W")
 
 
 class Work(NamedTuple):
-    """What a cell holds: kind "F", "B" or "W", the microbatch, and the stage's chunk (0 unless interleaved)."""
+    """The work of a cell: kind "F", "B" or "W", the microbatch, and the stage's chunk (0 unless interleaved).
+
+    Example:
+      >>> from sharding.pipeline import Work
+      >>> Work("F", microbatch=3).chunk
+      0
+    """
 
     kind: str
     microbatch: int
@@ -26,7 +31,7 @@ class Work(NamedTuple):
 
 
 class Span(NamedTuple):
-    """When a work runs: the ticks start, start + 1, ..., end - 1."""
+    """The ticks of a work: start, start + 1, ..., end - 1."""
 
     start: int
     end: int
@@ -40,12 +45,18 @@ class Schedule:
     """A timeline of one training step.
 
     Attributes:
-      name: what to call it.
+      name: of the schedule.
       stages: p.
       microbatches: m.
       chunks: v, parts of the model on one stage.
-      rows: one tuple per tick with a cell per stage; None is an idle stage. Work that takes several ticks fills
-        several consecutive cells.
+      rows: one tuple per tick with a cell per stage; None is an idle stage. Work of several ticks fills several
+        consecutive cells.
+
+    Example:
+      >>> from sharding.pipeline import timeline
+      >>> schedule = timeline("1f1b", stages=4, microbatches=8)
+      >>> schedule.ticks, schedule.rows[0]
+      (22, (Work(kind='F', microbatch=0, chunk=0), None, None, None))
     """
 
     name: str
@@ -66,7 +77,7 @@ class Schedule:
         return tuple(kind for kind in KINDS if kind in found)
 
     def spans(self) -> list[dict[Work, Span]]:
-        """For every stage, when each work runs.
+        """Find, for every stage, the span of each work.
 
         Raises:
           ValueError: a work's cells are not consecutive, so it runs twice or is interrupted.
@@ -140,12 +151,16 @@ def check(schedule: Schedule) -> None:
 
 
 def bubble(schedule: Schedule) -> float:
-    """Idle fraction of a step: 1 - work / (stages x time), in [0, 1).
+    """Compute the pipeline bubble, the idle fraction of a step: 1 - work / (stages x time), in [0, 1).
 
-    As in Qi et al. (2023), section 5.3, the time is that of the stage that is longest at it, from its first work to its
-    last: what a stage waits before it starts, the next step can fill unless something synchronises the stages. For
-      GPipe,
-    1F1B and interleaved 1F1B stage 0 begins and ends the step, so this is the whole table.
+    As in Qi et al. (2023), section 5.3, the time is the longest of a stage's from its first work to its last: the wait
+    of a stage before it starts can be filled by the next step unless the stages are synchronized. For GPipe, 1F1B and
+    interleaved 1F1B stage 0 begins and ends the step, so this is the full table.
+
+    Example:
+      >>> from sharding.pipeline import bubble, timeline
+      >>> round(bubble(timeline("1f1b", stages=4, microbatches=8)), 4)
+      0.2727
     """
     spans = schedule.spans()
     busy = sum(span.end - span.start for found in spans for span in found.values())
@@ -154,7 +169,7 @@ def bubble(schedule: Schedule) -> float:
 
 
 def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The bubble the papers promise, as a fraction of the step, where F, B and W take equal time.
+    """Compute the bubble by the papers' formulas, as a fraction of the step, for F, B and W of equal time.
 
     (p-1)/(m+p-1) for "gpipe" (Huang et al. 2019, section 2.3) and "1f1b"; (p-1)/(v m+p-1) for "interleaved" (Narayanan
     et al. 2021, section 2.2, who divide by the work alone: (p-1)/(v m)); (p-1)/(3 m+p-1) for "zb-h1" and 0 for
@@ -162,6 +177,11 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
 
     Raises:
       ValueError: no formula for `name`, or too few microbatches for it.
+
+    Example:
+      >>> from sharding.pipeline import bubble_formula
+      >>> bubble_formula("interleaved", stages=4, microbatches=8, chunks=3) == 3 / 27
+      True
     """
     p, m = stages, microbatches
     formulas = {"gpipe": m, "1f1b": m, "interleaved": chunks * m, "zb-h1": 3 * m}
@@ -175,10 +195,10 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
 
 
 def live(schedule: Schedule) -> list[list[int]]:
-    """Activations held by each stage in each tick, in units of one chunk of one microbatch: [stage][tick].
+    """Count live activations of each stage in each tick, in units of one chunk of one microbatch: [stage][tick].
 
     A microbatch's activations are held from the tick its F starts until its B ends, or its W where B and W are split
-    (what a matrix product's weight gradient needs is its input).
+    (the weight gradient of a matrix product needs its input).
     """
     last = "W" if "W" in schedule.kinds else "B"
     result = []
@@ -193,16 +213,27 @@ def live(schedule: Schedule) -> list[list[int]]:
 
 
 def peak_live(schedule: Schedule) -> list[int]:
-    """The most activations each stage ever holds, in units of one chunk of one microbatch (1 / v of a stage's
-    layers)."""
+    """Compute each stage's peak of live activations, in units of one chunk (1 / v of its layers) of one microbatch.
+
+    Example:
+      >>> from sharding.pipeline import peak_live, timeline
+      >>> peak_live(timeline("1f1b", stages=4, microbatches=8)), peak_live(timeline("gpipe", 4, 8))
+      ([4, 3, 2, 1], [8, 8, 8, 8])
+    """
     return [max(held) for held in live(schedule)]
 
 
 def draw(schedule: Schedule, note: bool = True) -> str:
-    """The table as text: a line per stage, a column per tick.
+    """Draw a schedule as text: a line per stage, a column per tick.
 
     F3 is the forward pass of microbatch 3, B3 and W3 its backward passes, F3.1 that of chunk 1, a dot an idle tick.
     With `note` a last line has the bubble and the peak of live activations.
+
+    Example:
+      >>> from sharding.pipeline import draw, timeline
+      >>> print(draw(timeline("1f1b", stages=2, microbatches=2), note=False))
+      stage 0 | F0 F1 .  B0 .  B1
+      stage 1 | .  F0 B0 F1 B1 .
     """
 
     def cell(work: Work | None) -> str:
@@ -222,7 +253,7 @@ def draw(schedule: Schedule, note: bool = True) -> str:
 
 
 def summary(schedule: Schedule) -> str:
-    """One line: name, sizes, ticks, bubble and peak of live activations of every stage."""
+    """Summarize a schedule in one line: name, sizes, ticks, bubble and peak of live activations of every stage."""
     chunks = f", {schedule.chunks} chunks" if schedule.chunks > 1 else ""
     return (
         f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches{chunks}; "
@@ -231,7 +262,7 @@ def summary(schedule: Schedule) -> str:
 
 
 def require_sizes(name: str, stages: int, microbatches: int, chunks: int = 1) -> None:
-    """Refuse sizes no pipeline can have.
+    """Refuse impossible sizes.
 
     Raises:
       PlanError: a size below 1, fewer microbatches than stages, or an interleaved pipeline whose microbatches are

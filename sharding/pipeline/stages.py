@@ -1,4 +1,4 @@
-"""Which layer lives on which pipeline stage, and the layers' parameters arranged by stage.
+"""Layouts of layers on pipeline stages, and parameters arranged by stage.
 
 The model's layers are cut into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage
 k % stages. Parts may differ in size: each is padded to the largest, and the padding is never computed.
@@ -24,6 +24,11 @@ class StageLayout:
       counts: layers of parts 0, 1, ...; each at least 1, there are stages * chunks of them.
       stages: p.
       chunks: v, parts on one stage (1 unless the schedule is interleaved).
+
+    Example:
+      >>> from sharding.pipeline import StageLayout
+      >>> StageLayout((3, 2), stages=2).index.tolist()  # layers by stage and slot, -1 is padding
+      [0, 1, 2, 3, 4, -1]
     """
 
     counts: tuple[int, ...]
@@ -48,7 +53,7 @@ class StageLayout:
 
     @property
     def slots(self) -> int:
-        """n, layers there is room for in every part: the largest count."""
+        """n, slots for layers in every part: the largest count."""
         return max(self.counts)
 
     @property
@@ -58,7 +63,7 @@ class StageLayout:
 
     @property
     def in_place(self) -> bool:
-        """Whether arranging by stage leaves the model's order as it is: `stack` and `unstack` then do nothing."""
+        """Whether the order by stage is the model's order: `stack_stages` and `unstack_stages` are then identities."""
         return self.even and self.chunks == 1
 
     @cached_property
@@ -72,10 +77,15 @@ class StageLayout:
 
 
 def split_layers(layers: int, stages: int, chunks: int = 1) -> StageLayout:
-    """Cut `layers` into parts as equal as they can be; where they differ, the last parts (before the head) are smaller.
+    """Split layers into parts as equal as possible; where they differ, the last parts (before the head) are smaller.
 
     Raises:
       PlanError: fewer layers than parts.
+
+    Example:
+      >>> from sharding.pipeline import split_layers
+      >>> split_layers(layers=7, stages=3).counts
+      (3, 2, 2)
     """
     parts = stages * chunks
     if layers < parts:
@@ -93,6 +103,12 @@ def stack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
 
     Raises:
       PlanError: a leaf's first dimension is not the layout's number of layers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.pipeline import split_layers, stack_stages
+      >>> stack_stages({"w": jnp.arange(1, 6)}, split_layers(layers=5, stages=2))["w"].tolist()
+      [1, 2, 3, 4, 5, 0]
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
         if not leaf.ndim or leaf.shape[0] != layout.layers:
@@ -110,7 +126,14 @@ def stack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
 
 
 def unstack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
-    """Undo `stack_stages`: leaves [p * v * n, ...] by stage to [L, ...] in the model's order."""
+    """Undo `stack_stages`: leaves [p * v * n, ...] by stage to [L, ...] in the model's order.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.pipeline import split_layers, unstack_stages
+      >>> unstack_stages({"w": jnp.array([1, 2, 3, 4, 5, 0])}, split_layers(layers=5, stages=2))["w"].tolist()
+      [1, 2, 3, 4, 5]
+    """
     if layout.in_place:
         return layers
     places = np.argsort(np.where(layout.index < 0, layout.layers, layout.index), kind="stable")[: layout.layers]

@@ -1,7 +1,7 @@
-"""One stage's part of a pipelined step: what it does in a tick, and the scans over ticks.
+"""One pipeline stage's part of a step: forward and backward work of a tick, and the scans over ticks.
 
-Runs inside shard_map, where every array is this device's part. Which microbatch a stage works on comes from the rows
-of a lockstep table (`sharding.pipeline.lockstep.Phase`): (active, microbatch, chunk, slot).
+Runs inside shard_map, where every array is this device's part. The rows of a lockstep table
+(`sharding.pipeline.lockstep.Phase`) give a stage's work: (active, microbatch, chunk, slot).
 
 Axes: p stages, m microbatches, v chunks, n layers of a chunk, b rows of a microbatch on a device.
 """
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
+from sharding.tensor_parallel import vary, varying
+
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
 
 class StageFns(NamedTuple):
-    """The model as pure functions; an activation is any pytree of arrays whose structure and shapes all layers keep.
+    """The model as pure functions; an activation is a pytree of arrays of the same structure and shapes in all layers.
 
     Inside these functions arrays are one device's part, and `micro` is the batch's pytree with b rows.
 
@@ -27,8 +29,19 @@ class StageFns(NamedTuple):
       embed: (shared, micro) -> activation.
       layer: (one layer's parameters, activation, micro) -> activation.
       head_loss: (shared, activation, micro) -> (sum of the losses [], sum of their weights [], {name: sum []}). The
-        gradient is that of (sum of losses) / (sum of weights) over the whole batch, so weights must not depend on
-        parameters; an auxiliary loss rides in the activation and is added here, times the weight.
+        gradient is that of (sum of losses) / (sum of weights) over the full batch, so weights must not depend on
+        parameters; an auxiliary loss is part of the activation and is added here, times the weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.pipeline import StageFns
+      >>> fns = StageFns(
+      ...     embed=lambda shared, micro: micro["x"] @ shared["in"],
+      ...     layer=lambda layer, x, micro: x + jnp.tanh(x @ layer["w"]),
+      ...     head_loss=lambda shared, x, micro: (((x @ shared["out"]) ** 2).sum(), jnp.float32(x.shape[0]), {}),
+      ... )
+      >>> fns.embed({"in": jnp.ones((2, 3))}, {"x": jnp.ones((1, 2))}).tolist()
+      [[2.0, 2.0, 2.0]]
     """
 
     embed: Callable[[PyTree, PyTree], PyTree]
@@ -37,48 +50,32 @@ class StageFns(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """What goes round: activations to the next stage, their gradients to the one before."""
+    """Messages between stages: activations to the next one, their gradients to the previous one."""
 
     forward: PyTree
     backward: PyTree
 
 
 class Carry(NamedTuple):
-    """What a stage takes from tick to tick.
+    """Carry of a stage's scan over ticks.
 
     Attributes:
-      inbox: what arrived in the tick before.
-      kept: inputs of this stage that wait for their backward pass, leaves [slots, b, ...].
+      inbox: received in the previous tick.
+      saved: inputs of this stage that wait for their backward pass, leaves [slots, b, ...].
       shared: sum of the gradients of the shared parameters so far, float32.
       layers: sum of the gradients of this stage's layers so far, leaves [v * n, ...] float32.
       sums: sum of losses, weights and metrics so far.
     """
 
     inbox: Messages
-    kept: PyTree
+    saved: PyTree
     shared: PyTree
     layers: PyTree
     sums: Sums
 
 
-def varying(x: Any) -> tuple[str, ...]:
-    """Mesh axes along which an array or a shape inside shard_map may differ between devices, sorted."""
-    kind = jax.typeof(x) if isinstance(x, jax.Array) else x
-    return tuple(sorted(kind.manual_axis_type.varying))
-
-
-def vary(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Mark arrays as different on every device along `axes`, so that nothing sums their gradients over them."""
-
-    def mark(x: Any) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in varying(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)
-
-
 def zeros_like(tree: PyTree, axes: tuple[str, ...], dtype: Any = None, lead: tuple[int, ...] = ()) -> PyTree:
-    """Zeros of the shapes of `tree` with `lead` in front, that vary over `axes` and what the leaves vary over."""
+    """Make zeros of the shapes of `tree` with `lead` in front, varying over `axes` and the leaves' own axes."""
 
     def zeros(x: Any) -> jax.Array:
         return vary(jnp.zeros(lead + x.shape, dtype or x.dtype), tuple(dict.fromkeys((*axes, *varying(x)))))
@@ -92,7 +89,7 @@ class Stage:
 
     Attributes:
       fns: the model.
-      shared: parameters the embedding and the head read, whole.
+      shared: parameters of embedding and head, unsharded.
       layers: this stage's layers, leaves [v * n, ...].
       batch: leaves [m, b, ...].
       present: bool [v * n], False where a layer is padding; None if none is.
@@ -101,7 +98,7 @@ class Stage:
       stage_axis: mesh axis of the stages.
       stages: p.
       axes: mesh axes that activations vary over: the stages' and the batch's.
-      skip_idle: run no layers where there is nothing to do (a branch), else run them and drop the result (a select).
+      skip_idle: idle ticks skip the layers (a branch), else run them and drop the result (a select).
     """
 
     fns: StageFns
@@ -117,11 +114,11 @@ class Stage:
     skip_idle: bool = True
 
     def micro(self, i: Int[Array, ""]) -> PyTree:
-        """Microbatch i, leaves [b, ...]."""
+        """Select microbatch i, leaves [b, ...]."""
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), self.batch)
 
     def chunk(self, tree: PyTree, chunk: Int[Array, ""]) -> PyTree:
-        """Leaves [n, ...] of one chunk of leaves [v * n, ...]."""
+        """Select one chunk, leaves [n, ...] of [v * n, ...]."""
         if self.chunks == 1:
             return tree
 
@@ -144,7 +141,7 @@ class Stage:
         return jax.tree.map(put, total, part)
 
     def run_layers(self, layers: PyTree, present: Bool[Array, " n"] | None, x: PyTree, micro: PyTree) -> PyTree:
-        """One chunk's layers [n, ...], one after the other; padding passes the activation on."""
+        """Run one chunk's layers [n, ...] in sequence; padding is the identity."""
 
         def body(x: PyTree, layer: Any) -> tuple[PyTree, None]:
             if present is None:
@@ -155,7 +152,7 @@ class Stage:
         return lax.scan(body, x, layers if present is None else (layers, present))[0]
 
     def when(self, needed: jax.Array, run: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
-        """`run()` where needed, else `otherwise`; `skip_idle` says if the work is skipped or its result dropped."""
+        """Return `run()` where needed, else `otherwise`; see `skip_idle`."""
         if self.skip_idle:
             return lax.cond(needed, run, lambda: otherwise)
         return jax.tree.map(lambda new, old: jnp.where(needed, new, old), run(), otherwise)
@@ -164,11 +161,11 @@ class Stage:
         """Whether this chunk is the first part of the model, and whether it is the last."""
         return self.ends[0] & (chunk == 0), self.ends[1] & (chunk == self.chunks - 1)
 
-    def forward(self, carry: Carry, row: Int[Array, "4"], keep: bool) -> tuple[Carry, PyTree]:
-        """F of a tick. Returns the carry and what the next stage gets.
+    def forward(self, carry: Carry, row: Int[Array, "4"], save: bool) -> tuple[Carry, PyTree]:
+        """Run F of a tick; return the carry and the message to the next stage.
 
-        With `keep` the input is kept for B, which computes the last part of the model by itself; without, the last part
-        computes the loss here.
+        With `save` the input is saved for B, which computes the last part of the model by itself; without, the last
+        part computes the loss here.
         """
         active, i, chunk, slot = row
         active = active > 0
@@ -187,20 +184,20 @@ class Stage:
             return jax.tree.map(jnp.add, carry.sums, loss)
 
         x = lax.cond(active & first, embed, lambda: carry.inbox.forward)
-        y = self.when(active & ~last if keep else active, run, x)
-        if not keep:
+        y = self.when(active & ~last if save else active, run, x)
+        if not save:
             return carry._replace(sums=lax.cond(active & last, add_loss, lambda: carry.sums)), y
 
-        def store(all_kept: jax.Array, new: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(all_kept, slot, keepdims=False)
-            return lax.dynamic_update_index_in_dim(all_kept, jnp.where(active, new, old), slot, 0)
+        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
+            old = lax.dynamic_index_in_dim(slots, slot, keepdims=False)
+            return lax.dynamic_update_index_in_dim(slots, jnp.where(active, new, old), slot, 0)
 
-        return carry._replace(kept=jax.tree.map(store, carry.kept, x)), y
+        return carry._replace(saved=jax.tree.map(store, carry.saved, x)), y
 
     def backward(self, carry: Carry, row: Int[Array, "4"]) -> tuple[Carry, PyTree]:
-        """B of a tick: compute the part again from its kept input and pull the gradient back.
+        """Run B of a tick: recompute the part from its saved input (rematerialization) and back-propagate.
 
-        Returns the carry and what the stage before gets.
+        Returns the carry and the message to the previous stage.
         """
         active, i, chunk, slot = row
         active = active > 0
@@ -208,7 +205,7 @@ class Stage:
         micro = self.micro(i)
 
         def run() -> tuple[PyTree, PyTree, PyTree, Sums]:
-            x = jax.tree.map(lambda kept: lax.dynamic_index_in_dim(kept, slot, keepdims=False), carry.kept)
+            x = jax.tree.map(lambda saved: lax.dynamic_index_in_dim(saved, slot, keepdims=False), carry.saved)
             present = None if self.present is None else self.chunk(self.present, chunk)
             layers = self.chunk(self.layers, chunk)
             y, pull = jax.vjp(lambda layers, x: self.run_layers(layers, present, x, micro), layers, x)
@@ -225,7 +222,7 @@ class Stage:
 
             received = (carry.inbox.backward, carry.shared, carry.sums)
             d_y, shared, sums = lax.cond(active & last, head, lambda: received)
-            if not self.skip_idle:  # what an idle stage computes must come to nothing
+            if not self.skip_idle:  # the result of an idle stage must be zero
                 d_y = jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros((), x.dtype)), d_y)
             d_layers, d_x = pull(d_y)
 
@@ -243,20 +240,20 @@ class Stage:
         return carry._replace(shared=shared, layers=layers, sums=sums), d_x
 
     def send(self, tree: PyTree, step: int) -> PyTree:
-        """Pass arrays on to the next stage (step 1) or back (step -1); with several chunks the stages are a ring."""
+        """Send arrays to the next stage (step 1) or the previous one (-1); several chunks make the stages a ring."""
         if self.stages == 1:
             return tree
         pairs = [(s, (s + step) % self.stages) for s in range(self.stages)]
         pairs = [pair for pair in pairs if self.chunks > 1 or pair[1] - pair[0] == step]
         return jax.tree.map(lambda x: lax.ppermute(x, self.stage_axis, pairs), tree)
 
-    def scan(self, carry: Carry, kinds: str, rows: tuple[jax.Array, jax.Array], keep: bool = True) -> Carry:
+    def scan(self, carry: Carry, kinds: str, rows: tuple[jax.Array, jax.Array], save: bool = True) -> Carry:
         """Run the ticks of one phase; `rows` are int32 [ticks, 4] of F and of B, empty where there are none."""
 
         def tick(carry: Carry, row: Any) -> tuple[Carry, None]:
             inbox = carry.inbox
             if "F" in kinds:
-                carry, y = self.forward(carry, row[0], keep)
+                carry, y = self.forward(carry, row[0], save)
                 inbox = inbox._replace(forward=self.send(y, 1))
             if "B" in kinds:
                 carry, d_x = self.backward(carry, row[1])

@@ -1,7 +1,7 @@
-"""The known pipeline schedules, made by simulating stages that work through a list: tables to read and draw.
+"""Published pipeline schedules (GPipe, 1F1B, interleaved 1F1B, zero bubble) as simulated timelines, to read and draw.
 
-Every stage starts a work as soon as what it needs has ended. These are the timelines of the papers' figures, in which
-stages need not keep step; `sharding.pipeline.lockstep` has those that run as one SPMD program.
+Every stage starts a work as soon as its inputs are ready. These are the timelines of the papers' figures, in which
+stages are asynchronous; `sharding.pipeline.lockstep` has the schedules that run as one SPMD program.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from sharding.pipeline.schedules import Row, Schedule, Work, needs, require_size
 
 @dataclass(frozen=True)
 class Ticks:
-    """How many ticks each kind of work takes; W is only used by schedules that split the backward pass."""
+    """Ticks of each kind of work; W is only used by schedules that split the backward pass."""
 
     F: int = 1
     B: int = 1
@@ -24,12 +24,12 @@ class Ticks:
 
 
 def simulate(chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks()) -> tuple[Row, ...]:
-    """Let every stage work through its list, waiting where the next work is not ready, and return the table.
+    """Simulate stages that run lists of works in order, waiting where the next one is not ready; return the table.
 
     Args:
       chunks: v.
       orders: the works of every stage, in the order it runs them.
-      ticks: how long each kind takes.
+      ticks: of each kind of work.
 
     Raises:
       ValueError: all stages wait and none runs anything: the orders deadlock.
@@ -61,7 +61,7 @@ def simulate(chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks
 
 
 def gpipe(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
-    """All forward passes, then all backward passes, the last microbatch first: Huang et al. (2019), figure 2(c)."""
+    """Make GPipe: all forward, then all backward passes, the last microbatch first (Huang et al. 2019, figure 2(c))."""
     require_sizes("gpipe", stages, microbatches)
     order = [Work("F", i) for i in range(microbatches)] + [Work("B", i) for i in reversed(range(microbatches))]
     rows = simulate(1, [order] * stages, ticks)
@@ -69,7 +69,7 @@ def gpipe(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
 
 
 def _alternate(forward: list[Work], backward: list[Work], warmup: int) -> list[Work]:
-    """`warmup` forwards, then forward and backward in turns, then the backwards left."""
+    """Order `warmup` forwards, then forward and backward in turns, then the remaining backwards."""
     order = forward[:warmup]
     for i, work in enumerate(forward[warmup:]):
         order += [work, backward[i]]
@@ -77,7 +77,7 @@ def _alternate(forward: list[Work], backward: list[Work], warmup: int) -> list[W
 
 
 def one_f_one_b(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
-    """1F1B with a flush (PipeDream-Flush): Narayanan et al. (2021), figure 4 top; at most p - s microbatches live."""
+    """Make 1F1B (PipeDream-Flush): Narayanan et al. (2021), figure 4 top; at most p - s live microbatches."""
     require_sizes("1f1b", stages, microbatches)
     forward = [Work("F", i) for i in range(microbatches)]
     backward = [Work("B", i) for i in range(microbatches)]
@@ -86,7 +86,7 @@ def one_f_one_b(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Sched
 
 
 def interleaved(stages: int, microbatches: int, chunks: int = 2, ticks: Ticks = Ticks()) -> Schedule:
-    """Interleaved 1F1B: Narayanan et al. (2021), section 2.2 and figure 4 bottom; a tick is 1 / v of a stage's layers.
+    """Make interleaved 1F1B: Narayanan et al. (2021), section 2.2, figure 4 bottom; a tick is 1 / v of a stage.
 
     Microbatches go round in groups of p; stage s runs 2 (p - s - 1) + (v - 1) p forward passes before its first
     backward.
@@ -106,19 +106,24 @@ def interleaved(stages: int, microbatches: int, chunks: int = 2, ticks: Ticks = 
 
 
 def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Ticks = Ticks()) -> Schedule:
-    """Split the backward pass and fill bubbles with weight gradients: Qi et al. (2023), sections 2.1 and 2.2.
+    """Make a zero-bubble schedule: backward passes split, weight gradients in the bubbles (Qi et al. 2023, 2.1, 2.2).
 
-    After its first forward passes a stage repeats B, W, F; later stages, which begin later, put off more of their W, so
-    that the B that earlier stages wait for come sooner and W is left to fill the end.
+    After its first forward passes a stage repeats B, W, F; later stages, which begin later, delay more of their W, so
+    that the B of earlier stages come sooner and W fills the end.
 
     Args:
       stages: p.
       microbatches: m; "zb-h2" reaches no bubble from m = 2 p - 1 on.
       kind: "zb-h1" holds at most p live microbatches, the peak of 1F1B; "zb-h2" 2 p - 1.
-      ticks: how long each kind takes.
+      ticks: of each kind of work.
 
     Raises:
       ValueError: an unknown kind, or too few microbatches.
+
+    Example:
+      >>> from sharding.pipeline import bubble, zero_bubble
+      >>> round(bubble(zero_bubble(4, 8, "zb-h1")), 3), bubble(zero_bubble(4, 8, "zb-h2"))
+      (0.111, 0.0)
     """
     if kind not in ("zb-h1", "zb-h2"):
         raise ValueError(f"kind={kind!r}: choose zb-h1 or zb-h2")
@@ -137,10 +142,16 @@ def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Tick
 
 
 def timeline(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """The schedule called `name`, with every work one tick long.
+    """Make the published schedule called `name`, with every work one tick long.
 
     Raises:
-      ValueError: no schedule of this name, sizes it cannot have, or chunks for a schedule that has none.
+      ValueError: no schedule of this name, impossible sizes, or several chunks for a schedule that is not interleaved.
+
+    Example:
+      >>> from sharding.pipeline import draw, timeline
+      >>> print(draw(timeline("interleaved", stages=2, microbatches=2, chunks=2), note=False))
+      stage 0 | F0.0 F1.0 F0.1 F1.1 .    B0.1 .    B1.1 B0.0 B1.0
+      stage 1 | .    F0.0 F1.0 F0.1 B0.1 F1.1 B1.1 B0.0 B1.0 .
     """
     known = (*PLAIN, "interleaved")
     if name not in known:

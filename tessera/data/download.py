@@ -1,10 +1,12 @@
 """Find the files of a data set on disk, or download them once with their checksums verified."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pooch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
@@ -29,9 +31,15 @@ class DataUnavailable(FileNotFoundError):
     """Files of a data set are neither on disk nor downloadable; the message lists them and says where to put them."""
 
 
+def cache_dir() -> Path:
+    """The user's cache directory for Tessera: in $XDG_CACHE_HOME, or ~/.cache, on macOS ~/Library/Caches."""
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or default).expanduser() / "tessera"
+
+
 def home(directory: str, name: str) -> Path:
     """Directory where data set `name` is kept under `directory`; "" means the user's cache directory."""
-    root = Path(directory).expanduser() if directory else Path(pooch.os_cache("tessera"))
+    root = Path(directory).expanduser() if directory else cache_dir()
     return root if root.name == name else root / name
 
 
@@ -51,6 +59,7 @@ def fetch(remotes: Sequence[Remote], directory: str, *, name: str) -> list[Path]
 
     Raises:
       DataUnavailable: at the first file that no URL yields, naming every file that is still missing.
+      ImportError: a file is missing, and so is the extra `data` that downloads it.
     """
     paths = {remote: find(remote.filename, directory, name=name) for remote in remotes}
     missing = [remote for remote, path in paths.items() if path is None]
@@ -79,6 +88,7 @@ def _explain(missing: Sequence[Remote], failures: Sequence[str], directory: str,
 
 
 def _download(url: str, remote: Remote, directory: Path) -> Path:
+    pooch = _pooch(remote.filename, directory)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
         path = pooch.retrieve(
@@ -89,6 +99,16 @@ def _download(url: str, remote: Remote, directory: Path) -> Path:
             downloader=pooch.HTTPDownloader(progressbar=_Bar(progress, remote.filename), chunk_size=1 << 16),
         )
     return Path(path)
+
+
+def _pooch(filename: str, directory: Path) -> Any:
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError(
+            f"{filename} is not in {directory}, and downloads need the extra `data`: pip install 'tessera-jax[data]'"
+        ) from error
+    return pooch
 
 
 class _Bar:

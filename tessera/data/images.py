@@ -50,7 +50,7 @@ class Images(NamedTuple):
     """Images in [0, 1], channels last, and their classes."""
 
     images: Float32[np.ndarray, "N H W C"]
-    labels: Int32[np.ndarray, "N"]
+    labels: Int32[np.ndarray, " N"]
 
 
 class ImageSplits(NamedTuple):
@@ -66,9 +66,9 @@ class Raw(NamedTuple):
     """A set as stored: uint8 images [N, H, W, C] whose brightest value is `white`, uint8 labels [N]."""
 
     train_images: UInt8[np.ndarray, "N H W C"]
-    train_labels: UInt8[np.ndarray, "N"]
+    train_labels: UInt8[np.ndarray, " N"]
     test_images: UInt8[np.ndarray, "M H W C"]
-    test_labels: UInt8[np.ndarray, "M"]
+    test_labels: UInt8[np.ndarray, " M"]
     white: int
     validation: int
 
@@ -175,8 +175,10 @@ def _check(images: np.ndarray, labels: np.ndarray, what: str) -> None:
 
 def load_digits(config: ImageConfig) -> Raw:
     """The 1797 real handwritten digits that come with scikit-learn, pixels 0 to 16; 300 fixed ones are the test set."""
-    from sklearn import datasets
-
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError("data set 'digits' needs the extra `data`: pip install 'tessera-jax[data]'") from error
     bunch = datasets.load_digits()
     images, labels = bunch.images.astype(np.uint8)[..., None], bunch.target.astype(np.uint8)
     # The set has no split of its own. The seed is fixed: results of different runs are about the same test images.

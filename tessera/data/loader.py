@@ -38,7 +38,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def token_batches(
-    tokens: Integer[np.ndarray, "N"],
+    tokens: Integer[np.ndarray, " N"],
     *,
     batch_size: int,
     length: int,

@@ -3,25 +3,128 @@
 import difflib
 import glob
 import hashlib
+import json
 import os
 import sysconfig
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import pooch
 from jaxtyping import Integer
 
-from tessera.data.download import Remote, fetch
-from tessera.data.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.data.download import Remote, cache_dir, fetch
 
 TINYSHAKESPEARE = Remote(
     "tinyshakespeare.txt",
     ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
     "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to tokens and back. `decode(encode(text)) == text` for every text."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens [N] of `text`: uint16, or int32 if the vocabulary is larger than that holds."""
+        ...
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of tokens [N]; bytes that are not UTF-8 become replacement characters."""
+        ...
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything `load` needs to one file."""
+        ...
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read back what `save` wrote."""
+        ...
+
+
+class ByteTokenizer:
+    """Every byte of the UTF-8 encoding is a token."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens [N] uint16."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of tokens [N]; bytes that are not UTF-8 become replacement characters."""
+        return np.asarray(tokens).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a one-line marker: there is nothing to remember."""
+        Path(path).write_text(json.dumps({"tessera_tokenizer": "bytes"}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ByteTokenizer":
+        """Check the marker; ValueError if the file holds another tokenizer."""
+        if json.loads(Path(path).read_text(encoding="utf-8")).get("tessera_tokenizer") != "bytes":
+            raise ValueError(f"{path} does not hold a byte tokenizer")
+        return cls()
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; on bytes as in GPT-2, Radford et al. 2019, section 2.2)."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner  # a tokenizers.Tokenizer
+        self.vocab_size: int = inner.get_vocab_size()
+
+    @classmethod
+    def train(cls, documents: Sequence[str], vocab_size: int) -> "BPETokenizer":
+        """Learn at most `vocab_size` tokens (fewer if the text is too small to have that many); deterministic."""
+        tokenizers = _import_tokenizers()
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(documents, trainer)
+        return cls(inner)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens [N], uint16 or, past 65536 tokens, int32."""
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        return np.asarray(self._inner.encode(text).ids, dtype)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of tokens [N]; bytes that are not UTF-8 become replacement characters."""
+        return self._inner.decode(np.asarray(tokens).tolist())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON format of the `tokenizers` package, in one step."""
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        self._inner.save(str(temporary))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "BPETokenizer":
+        """Read a byte-level BPE tokenizer in the JSON format of the `tokenizers` package."""
+        return cls(_import_tokenizers().Tokenizer.from_file(str(path)))
+
+
+TOKENIZERS = {"bytes": ByteTokenizer, "bpe": BPETokenizer}
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("tokenizer 'bpe' needs the extra `data`: pip install 'tessera-jax[data]'") from error
+    return tokenizers
 
 
 @dataclass(frozen=True)
@@ -33,7 +136,7 @@ class TextConfig:
         "tinyshakespeare", a path, or a glob ("books/**/*.txt") of UTF-8 files.
       dir: directory that a relative path or glob starts from, or that holds tinyshakespeare.txt ("": working directory
         and the user's cache directory).
-      tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `text`).
+      tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `data`).
       vocab_size: 256 for bytes; tokens to learn for bpe, from 256 up.
       max_bytes: at most so much text over all splits, each keeping its share; 0 is all.
       validation: share of the files (of the text, if it is a single file) held out for validation.
@@ -68,9 +171,9 @@ class TextSplits(NamedTuple):
     hash saw the same text.
     """
 
-    train: Integer[np.ndarray, "train"]
-    validation: Integer[np.ndarray, "validation"]
-    test: Integer[np.ndarray, "test"]
+    train: Integer[np.ndarray, " train"]
+    validation: Integer[np.ndarray, " validation"]
+    test: Integer[np.ndarray, " test"]
     vocab_size: int
     content_hash: str
     tokenizer: Tokenizer
@@ -86,7 +189,7 @@ def load_text(config: TextConfig) -> TextSplits:
     Raises:
       ValueError: a name that matches no file, a file that is not UTF-8, or a split without text.
       DataUnavailable: tinyshakespeare, if it is neither on disk nor downloadable.
-      ImportError: tokenizer "bpe" without the extra `text`.
+      ImportError: tokenizer "bpe" without the extra `data`.
     """
     splits = _split(_documents(config), config)
     for name, documents in splits.items():
@@ -123,7 +226,7 @@ def _tokens(tokenizer: Tokenizer, documents: Sequence[bytes]) -> np.ndarray:
 
 
 def _trained_bpe(documents: Sequence[bytes], content_hash: str, vocab_size: int) -> BPETokenizer:
-    path = Path(pooch.os_cache("tessera")) / "tokenizers" / f"bpe-{vocab_size}-{content_hash[:32]}.json"
+    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{content_hash[:32]}.json"
     if path.exists():
         return BPETokenizer.load(path)
     tokenizer = BPETokenizer.train([document.decode() for document in documents], vocab_size)

@@ -1,11 +1,8 @@
-"""Pytrees as directories that are whole or absent, with checksums that are compared when they are read.
+"""Pytrees by name on disk: each a directory that is whole or absent, checked when it is read.
 
-Orbax writes the arrays. What it does not notice is a file that changed after it was written (a flipped byte restores as
-another number), so a description with checksums of the arrays, computed on device, lies beside them.
+The format, checksums included, is that of `tessera.infra.checkpoint`.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,26 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from absl import logging
 from jaxtyping import PyTree
 
-from tessera.infra.checksums import checksums, name_of, signature
-
-ENTRIES = {"state", "meta", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a saved directory
-
-
-class CheckpointDamaged(RuntimeError):
-    """A checkpoint that is truncated, altered or unreadable."""
-
-
-class CheckpointMismatch(ValueError):
-    """A sound checkpoint of another model or optimizer."""
-
-
-class NotOurs(FileExistsError):
-    """Something that would be removed or replaced and was not written by this code."""
+from tessera.infra.checkpoint import (
+    CheckpointDamaged,
+    abstract,
+    barrier,
+    open_item,
+    read_meta,
+    read_state,
+    refuse_foreign,
+    save_args,
+)
 
 
 def save_tree(path: Path | str, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
@@ -72,20 +63,6 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise NotOurs if something stands at `path` that is not, judged by its entries, a directory of this module."""
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_dir():
-        raise NotOurs(f"{path} is not a directory that a run saved; move it away, or use another directory")
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ENTRIES)
-    if foreign:
-        raise NotOurs(
-            f"{path} stands where a run saves and holds what no run wrote: {', '.join(foreign[:10])}; move it away, "
-            "or use another directory"
-        )
-
-
 def load_tree(path: Path | str, like: PyTree) -> PyTree:
     """Read what `save_tree` wrote, into the structure, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
 
@@ -111,89 +88,46 @@ def _reader(path: Path | str) -> Callable[[Any], Any]:
     return partial(open_item, path)
 
 
-def open_item(path: Path, args: Any) -> Any:
-    """Read items of a directory that Orbax wrote, and leave the directory as it is."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args=args)
+class ArtifactStore:
+    """States of one thing under way, each an artifact `<prefix><step>` of `save_tree` in one directory.
 
-
-def abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of a pytree without its arrays (NumPy arrays stay, and restore as NumPy)."""
-
-    def leaf(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
-
-    return jax.tree.map(leaf, tree)
-
-
-def barrier(name: str) -> None:
-    """Wait until every process is here, if there are several; `name` must be the same on all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def agreed(value: int | bool, *, all_of: bool = False) -> int:
-    """One value for all processes: the first one's, or with `all_of` whether it is true on every one."""
-    if jax.process_count() == 1:
-        return int(value)
-    if all_of:
-        return int(np.all(multihost_utils.process_allgather(np.int32(value))))
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:
-    """What Orbax is to write: the arrays of `state`, and `meta` with their checksums, itself under a checksum."""
-    text = json.dumps(meta | {"arrays": checksums(state)})
-    sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
-
-
-def read_meta(read: Any, name: str) -> dict[str, Any]:
-    """What `save_args` wrote as meta; `read` restores items, `name` is for messages. Raises CheckpointDamaged."""
-    try:
-        sealed = read(ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        text = sealed["text"]
-        sound = hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"]
-    except Exception as error:  # Orbax raises many kinds for files it cannot read
-        raise CheckpointDamaged(f"{name} is damaged: its description cannot be read ({short(error)})") from error
-    if not sound:
-        raise CheckpointDamaged(f"{name} is damaged: the checksum of its description differs")
-    return json.loads(text)
-
-
-def read_state(read: Any, like: PyTree, meta: dict[str, Any], name: str) -> PyTree:
-    """The arrays, checked against their description; `like` None takes them as they come.
-
-    Raises:
-      CheckpointDamaged: they cannot be read or are not those of the description.
-      CheckpointMismatch: `like` has other paths, shapes or dtypes.
+    A run that was killed goes on from `latest`, which passes over a damaged save.
     """
-    wanted = (
-        None if like is None else {name_of(path): signature(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
-    )
-    saved = {path: (dtype, shape) for path, (dtype, shape, _, _) in meta["arrays"].items()}
-    if wanted is not None and wanted != saved:
-        paths = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
-        shown = "; ".join(
-            f"{path}: saved {_show(saved.get(path))}, wanted {_show(wanted.get(path))}" for path in paths[:5]
-        )
-        raise CheckpointMismatch(f"{name} holds other arrays than this run ({len(paths)} differ): {shown}")
-    try:
-        state = read(ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-    except Exception as error:
-        raise CheckpointDamaged(f"{name} is damaged: its arrays cannot be read ({short(error)})") from error
-    found = checksums(state)
-    wrong = [path for path in found | meta["arrays"] if found.get(path) != meta["arrays"].get(path)]
-    if wrong:
-        raise CheckpointDamaged(f"{name} is damaged: checksums differ for {', '.join(wrong[:5])}")
-    return state
 
+    def __init__(self, directory: Path | str, prefix: str = ""):
+        self.directory, self.prefix = Path(directory), prefix
 
-def _show(signature: tuple[str, list[int]] | None) -> str:
-    return "nothing" if signature is None else f"{signature[0]}{signature[1]}"
+    def steps(self) -> list[int]:
+        """Steps of the states saved, ascending."""
+        names = (path.name.removeprefix(self.prefix) for path in self.directory.glob(self.prefix + "*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
+    def path(self, step: int) -> Path:
+        """The directory of the state after `step`."""
+        return self.directory / f"{self.prefix}{step}"
 
-def short(error: Exception) -> str:
-    """Kind and first line of an error."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line[:160]}"
+    def save(self, step: int, tree: PyTree, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the state after `step` and JSON-able values beside it."""
+        save_tree(self.path(step), tree, extra)
+
+    def latest(self, like: PyTree, before: int | None = None) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """(step, tree, extra) of the newest sound state, at or before a step; None if there is none.
+
+        Damaged states are reported in the log.
+
+        Raises:
+          CheckpointMismatch: it holds other arrays than `like`.
+        """
+        for step in reversed(self.steps()):
+            if before is None or step <= before:
+                try:
+                    return step, load_tree(self.path(step), like), load_extra(self.path(step))
+                except CheckpointDamaged as error:
+                    logging.warning("%s; it is not used", error)
+        return None
+
+    def clear(self, before: int | None = None) -> None:
+        """Remove the states of steps below `before` (all, if None); NotOurs as of `remove_tree`."""
+        for step in self.steps():
+            if before is None or step < before:
+                remove_tree(self.path(step))

@@ -8,6 +8,7 @@ these two modules import Orbax.
 through `CheckpointReader`, which leaves the directory as it is, so that a run may be read while it trains.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,38 +19,46 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from tessera.infra.artifacts import (
-    CheckpointDamaged,
-    CheckpointMismatch,
-    abstract,
-    agreed,
-    barrier,
-    open_item,
-    read_meta,
-    read_state,
-    refuse_foreign,
-    save_args,
-    short,
-)
+from sharding.rules import path_name
 from tessera.infra.logger import write_text
 
 BEST = "loss"  # the validation metric that ranks checkpoints; lower is better
 TRIES = 10  # how often a checkpoint may be replaced by a newer one while it is read
 
 
+ENTRIES = {"state", "meta", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a saved directory
+
+
+class CheckpointDamaged(RuntimeError):
+    """A checkpoint that is truncated, altered or unreadable."""
+
+
+class CheckpointMismatch(ValueError):
+    """A sound checkpoint of another model or optimizer."""
+
+
+class NotOurs(FileExistsError):
+    """Something that would be removed or replaced and was not written by this code."""
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save and what to keep.
 
-    `every` steps (0: only at the end and on SIGTERM); the `keep` newest and, besides, the `best` of lowest validation
-    loss.
+    Attributes:
+      every: steps between saves; 0 saves at the end and on SIGTERM only.
+      keep: newest checkpoints that stay.
+      best: checkpoints of lowest validation loss that stay besides.
+      asynchronous: write in the background while training goes on.
     """
 
     every: int = 0
@@ -138,7 +147,7 @@ class CheckpointReader:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          CheckpointDamaged: the newest one cannot be read, or newer ones kept coming faster than they could be read.
+          CheckpointDamaged: the newest one cannot be read, or newer ones came faster than they could be read.
         """
         for _ in range(TRIES):
             step = agreed(max(self.steps(), default=-1))  # processes that look at different moments read the same one
@@ -202,7 +211,7 @@ class Checkpoints(CheckpointReader):
                 try:
                     float(json.loads(path.read_text(encoding="utf-8"))[BEST])
                 except (ValueError, TypeError, LookupError) as error:
-                    logging.warning("the validation loss kept in %s is unreadable (%s)", path, short(error))
+                    logging.warning("the validation loss in %s is unreadable (%s)", path, short(error))
                     write_text(path, json.dumps({BEST: math.inf}))
         barrier("tessera:mend_ranks")
 
@@ -210,7 +219,7 @@ class Checkpoints(CheckpointReader):
         return self._manager.restore(step, args=args)
 
     def best_step(self) -> int | None:
-        """Step of the kept checkpoint with the lowest validation loss; None if none was saved with one."""
+        """Step of the checkpoint with the lowest validation loss; None if none was saved with one."""
         ranks = self._ranks()
         return min(ranks, key=ranks.__getitem__, default=None)
 
@@ -288,7 +297,7 @@ class Checkpoints(CheckpointReader):
     def rank(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the validation metrics of a checkpoint that was saved before they were known, and what they change.
 
-        A checkpoint that was kept as the best one so far and no longer is goes.
+        A checkpoint that was the best one so far and no longer is goes.
 
         Args:
           step: one of `steps()`.
@@ -301,9 +310,9 @@ class Checkpoints(CheckpointReader):
         self._write_metrics(step, values)
         steps = self.steps()
         ranks = self._ranks()
-        kept = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
+        retained = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
         for at in steps:
-            if at not in kept:
+            if at not in retained:
                 self._manager.delete(at)
 
     def _write_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -342,3 +351,180 @@ class Checkpoints(CheckpointReader):
 
 def _rank(metrics: Mapping[str, float]) -> float:
     return metrics[BEST]
+
+
+# The format of a saved directory, which artifacts share.
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise NotOurs if something stands at `path` that is not, judged by its entries, a directory of this module."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise NotOurs(f"{path} is not a directory that a run saved; move it away, or use another directory")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ENTRIES)
+    if foreign:
+        raise NotOurs(
+            f"{path} stands where a run saves and holds what no run wrote: {', '.join(foreign[:10])}; move it away, "
+            "or use another directory"
+        )
+
+
+def open_item(path: Path, args: Any) -> Any:
+    """Read items of a directory that Orbax wrote, and leave the directory as it is."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=args)
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and shardings of a pytree without its arrays (NumPy arrays stay, and restore as NumPy)."""
+
+    def leaf(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here, if there are several; `name` must be the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: int | bool, *, all_of: bool = False) -> int:
+    """One value for all processes: the first one's, or with `all_of` whether it is true on every one."""
+    if jax.process_count() == 1:
+        return int(value)
+    if all_of:
+        return int(np.all(multihost_utils.process_allgather(np.int32(value))))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:
+    """What Orbax is to write: the arrays of `state`, and `meta` with their checksums, itself under a checksum."""
+    text = json.dumps(meta | {"arrays": checksums(state)})
+    sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
+
+
+def read_meta(read: Any, name: str) -> dict[str, Any]:
+    """What `save_args` wrote as meta; `read` restores items, `name` is for messages. Raises CheckpointDamaged."""
+    try:
+        sealed = read(ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        text = sealed["text"]
+        sound = hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"]
+    except Exception as error:  # Orbax raises many kinds for files it cannot read
+        raise CheckpointDamaged(f"{name} is damaged: its description cannot be read ({short(error)})") from error
+    if not sound:
+        raise CheckpointDamaged(f"{name} is damaged: the checksum of its description differs")
+    return json.loads(text)
+
+
+def read_state(read: Any, like: PyTree, meta: dict[str, Any], name: str) -> PyTree:
+    """The arrays, checked against their description; `like` None takes them as they come.
+
+    Raises:
+      CheckpointDamaged: they cannot be read or are not those of the description.
+      CheckpointMismatch: `like` has other paths, shapes or dtypes.
+    """
+    wanted = (
+        None
+        if like is None
+        else {path_name(path): signature(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
+    )
+    saved = {path: (dtype, shape) for path, (dtype, shape, _, _) in meta["arrays"].items()}
+    if wanted is not None and wanted != saved:
+        paths = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
+        shown = "; ".join(
+            f"{path}: saved {_show(saved.get(path))}, wanted {_show(wanted.get(path))}" for path in paths[:5]
+        )
+        raise CheckpointMismatch(f"{name} holds other arrays than this run ({len(paths)} differ): {shown}")
+    try:
+        state = read(ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+    except Exception as error:
+        raise CheckpointDamaged(f"{name} is damaged: its arrays cannot be read ({short(error)})") from error
+    found = checksums(state)
+    wrong = [path for path in found | meta["arrays"] if found.get(path) != meta["arrays"].get(path)]
+    if wrong:
+        raise CheckpointDamaged(f"{name} is damaged: checksums differ for {', '.join(wrong[:5])}")
+    return state
+
+
+def _show(signature: tuple[str, list[int]] | None) -> str:
+    return "nothing" if signature is None else f"{signature[0]}{signature[1]}"
+
+
+def short(error: Exception) -> str:
+    """Kind and first line of an error."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line[:160]}"
+
+
+def checksums(tree: PyTree) -> dict[str, list]:
+    """Dtype, shape and two 32-bit checksums of each leaf, by path.
+
+    The checksums are integer sums modulo 2^32 of the array's units of up to 32 bits, plain and weighted by position, so
+    they are equal under every sharding and device, and any single altered unit changes the first. They are computed on
+    the array's devices.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {path_name(path): leaf for path, leaf in leaves}
+    on_device = {name: leaf for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
+    sums = jax.device_get(_device_sums(on_device))
+    sums |= {name: _sums(_units_numpy(np.asarray(leaf)), np) for name, leaf in arrays.items() if name not in on_device}
+    return {name: [*signature(leaf), int(sums[name][0]), int(sums[name][1])] for name, leaf in arrays.items()}
+
+
+def signature(leaf: Any) -> tuple[str, list[int]]:
+    """Dtype and shape of an array, a scalar or a `jax.ShapeDtypeStruct`, as JSON values."""
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return str(leaf.dtype), list(leaf.shape)
+
+
+@jax.jit
+def _device_sums(arrays: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {name: _sums(_units_jax(array), jnp) for name, array in arrays.items()}
+
+
+def _sums(units: Any, xp: Any) -> tuple[Any, Any]:
+    weights = xp.ones((1,) * units.ndim, np.uint32)
+    for axis, size in enumerate(units.shape):
+        shape = [1] * units.ndim
+        shape[axis] = size
+        # Even multipliers far apart: neighbours on any axis get different weights, and every weight is odd.
+        multiplier = np.uint32((0x9E3779B2 + 0x3C6EF372 * axis) & 0xFFFFFFFE)
+        weights = weights + xp.arange(size, dtype=np.uint32).reshape(shape) * multiplier
+    units = units.astype(np.uint32)
+    return xp.sum(units, dtype=np.uint32), xp.sum(units * weights, dtype=np.uint32)
+
+
+def _units_numpy(x: np.ndarray) -> np.ndarray:
+    if x.dtype == bool:
+        return x.astype(np.uint8)[..., None]
+    if _bits(x.dtype) < 8:
+        return x.astype(np.int32).astype(np.uint32)[..., None]
+    x = np.ascontiguousarray(x).reshape(x.shape)
+    return x[..., None].view(f"u{min(x.dtype.itemsize, 4)}")
+
+
+def _units_jax(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == bool:
+        return x.astype(np.uint8)[..., None]
+    if jnp.issubdtype(x.dtype, np.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+        units = jax.lax.bitcast_convert_type(x, np.uint32)
+        return units.reshape(*x.shape[:-1], -1)
+    bits = _bits(x.dtype)
+    if bits < 8:
+        return x.astype(np.int32).astype(np.uint32)[..., None]
+    units = jax.lax.bitcast_convert_type(x, {8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+    return units if bits > 32 else units[..., None]
+
+
+def _bits(dtype: Any) -> int:
+    """Width of an element: 4 for int4, which NumPy stores in a byte."""
+    if jnp.issubdtype(dtype, np.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, np.floating) else np.dtype(dtype).itemsize * 8

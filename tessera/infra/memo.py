@@ -1,4 +1,4 @@
-"""An experiment in pieces: each is computed once, kept on disk, and loaded when the experiment is started again."""
+"""Memoization on disk: parts of an experiment are computed once and loaded when it is started again."""
 
 import json
 from collections.abc import Callable
@@ -13,31 +13,31 @@ from tessera.infra.artifacts import load_tree, save_tree
 from tessera.infra.logger import write_text
 
 
-class Pieces:
-    """Rows (JSON) and trees (checkpoints) by name under `directory`; `make` functions run only for what is missing.
+class Memo:
+    """Rows (JSON) and trees (artifacts) by name under `directory`; `make` functions run only for what is missing.
 
-    A piece must be a function of the experiment's config and of other pieces, so that a run that was killed and started
-    again ends with what one run gives.
+    A result must be a function of the experiment's config and of other results, so that a run that was killed and
+    started again ends with what one run gives.
     """
 
     def __init__(self, directory: Path | str, say: Callable[[str], None] = lambda name: None):
         self.directory, self.say = Path(directory), say
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def rows(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The rows of a piece, read from `name`.json or made and written there."""
+    def rows(self, name: str, make: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
+        """The rows called `name`, read from `name`.json or made by make(*arguments) and written there."""
         path = self.directory / f"{name}.json"
         if not path.exists():
             self.say(name)
-            write_text(path, json.dumps(make()))
+            write_text(path, json.dumps(make(*arguments)))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def tree(self, name: str, like: PyTree, make: Callable[[], PyTree]) -> PyTree:
-        """The arrays of a piece, loaded from the folder `name` (into the shapes of `like`) or made and saved there."""
+    def tree(self, name: str, like: PyTree, make: Callable[..., PyTree], *arguments: Any) -> PyTree:
+        """The arrays called `name`, loaded from that folder (into the shapes of `like`) or made and saved there."""
         path = self.directory / name
         if not path.is_dir():
             self.say(name)
-            tree = make()
+            tree = make(*arguments)
             save_tree(path, tree)
             return tree
         return jax.tree.map(jnp.asarray, load_tree(path, like))

@@ -33,15 +33,23 @@ PACKAGES = (
 )
 
 
+# Of the files of a workdir; 0.1 wrote none.
+FORMAT = 2
 # What may lie in a directory before a run makes it its own: records of a start that was killed, and a job's log.
 HARMLESS = re.compile(r"\..*|versions\.json|run\.json|.*\.(log|out|err|txt)")
 
 
 class WorkdirMismatch(ValueError):
-    """A directory made by a run with another config, or by no run at all."""
+    """A directory made by a run with another config, by no run at all, or by a version that wrote other files."""
 
 
-def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name: str = "run") -> Path:
+def prepare(
+    workdir: Path | str,
+    config: Mapping[str, Any] | ConfigDict,
+    *,
+    name: str = "run",
+    defaults: Mapping[str, Any] | None = None,
+) -> Path:
     """Make or check the directory of a run.
 
     Writes `config.json` (every setting, resolved), `versions.json` (Python and packages) and `run.json` (seed, git
@@ -49,16 +57,19 @@ def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name
     the same. A directory without one must hold nothing that the run could overwrite or remove.
 
     Args:
-      workdir: the directory; "" stands for `runs/<name>-<first 8 hex digits of the config's SHA-256>`.
+      workdir: the directory; "" stands for `runs/<name>-<first 8 hex digits of a SHA-256>` of the settings that differ
+        from their defaults.
       config: the resolved settings.
       name: the config's name, for the default directory.
+      defaults: default of every setting that has one, by dotted path. A setting that a directory does not have, since
+        it was added later, means its default.
 
     Raises:
       WorkdirMismatch: the directory was made with other settings, each is named with both values; or it has no
         config.json and holds other files.
     """
-    settings = resolve(config)
-    path = Path(workdir) if str(workdir) else Path("runs") / f"{name}-{config_hash(settings)[:8]}"
+    settings, known = resolve(config), resolve(defaults or {})
+    path = locate(workdir, settings, name=name, defaults=known)
     found = path / "config.json"
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in names if not HARMLESS.fullmatch(name)]
@@ -68,15 +79,26 @@ def prepare(workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name
             "--workdir"
         )
     if found.exists():
-        check_same(json.loads(found.read_text(encoding="utf-8")), settings, path)
+        check_same(read_settings(path), settings, path, known)
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
         if not found.exists():
             seed = settings.get("seed")
             _write_json(path / "versions.json", versions())
-            _write_json(path / "run.json", {"name": name, "seed": seed, **revision(), **_surroundings()})
+            _write_json(
+                path / "run.json", {"format": FORMAT, "name": name, "seed": seed, **revision(), **_surroundings()}
+            )
             _write_json(found, settings)  # last: a directory with a config is a complete one
     return path
+
+
+def locate(
+    workdir: Path | str, config: Mapping[str, Any] | ConfigDict, *, name: str, defaults: Mapping[str, Any] | None = None
+) -> Path:
+    """The directory that `prepare` makes or checks; same arguments."""
+    if str(workdir):
+        return Path(workdir)
+    return Path("runs") / f"{name}-{config_hash(differing(resolve(config), resolve(defaults or {})))[:8]}"
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -90,9 +112,44 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Raise `WorkdirMismatch` unless both settings are equal."""
+def read_settings(workdir: Path | str) -> dict[str, Any]:
+    """The settings of a run, from its `config.json`.
+
+    Raises:
+      FileNotFoundError: no run is there.
+      WorkdirMismatch: it was made by a version that wrote other files, or a file of it is damaged.
+    """
+    path = Path(workdir)
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        run = path / "run.json"
+        made = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no run in {path}: config.json is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WorkdirMismatch(f"{path}: config.json or run.json is damaged ({error})") from error
+    if not isinstance(settings, dict) or not isinstance(made, dict):
+        raise WorkdirMismatch(f"{path}: config.json and run.json must each hold one JSON object")
+    if made.get("format") != FORMAT:
+        raise WorkdirMismatch(
+            f"{path} was made by another version of Tessera (files of format {made.get('format', 1)}, not {FORMAT}): "
+            "use another --workdir, or that version"
+        )
+    return settings
+
+
+def differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by dotted path, that are not their default."""
+    return {key: value for key, value in flatten(settings).items() if key not in defaults or defaults[key] != value}
+
+
+def check_same(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `WorkdirMismatch` unless both settings are equal, a missing one being its default."""
+    defaults = defaults or {}
     before, now = flatten(old), flatten(new)
+    before = {key: value for key, value in defaults.items() if key in now and key not in before} | before
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
         for key in sorted(before | now)

@@ -105,7 +105,7 @@ def drop_experts(
     """Cut experts that a mask has removed, and their columns of the router, out of the decoder.
 
     Returns:
-      The smaller parameters and their model. It computes what the whole one does with a router that never chooses the
+      The smaller parameters and their model. It computes what the larger one does with a router that never chooses the
       experts cut out.
 
     Raises:

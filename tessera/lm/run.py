@@ -1,136 +1,127 @@
-"""A language model's training run, made from the config of `scripts/train.py`: its parts and what they do."""
+"""A language model's training run: its settings, and its parts made from the config of `scripts/train.py`."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
+from rich.table import Table
 
+from sharding.errors import PlanError
+from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.loader import token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.evaluation import evaluate
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
-from tessera.loop import LoopConfig
-from tessera.models.lm_loss import make_adjust
+from tessera.loop import LoopConfig, evaluate
+from tessera.models.lm_loss import lm_loss, make_adjust, make_eval
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_eval
 from tessera.optim.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
-from tessera.parallel.placement import Placement
-from tessera.planning.compile import Run
-from tessera.step import LossFn, StepConfig, TrainState, make_train_step
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding, state_shardings
+from tessera.parallel.pipelined_decoder import make_loss
+from tessera.step import LossFn, StepConfig, TrainState, init_state, make_train_step
 
 
 @dataclass(frozen=True)
-class TextRun:
-    """The parts of a run; made by `make_text_run`.
+class RunConfig:
+    """What one training step depends on.
 
     Attributes:
-      config: the settings, resolved.
-      run: model, plan, optimizer and step.
-      splits: tokens [N] of training, validation and test text.
-      loop: how long and how often.
-      start: another run whose weights this one begins with.
-      loss_fn, placement: the loss under the plan, and where state and batches lie.
+      model, plan, optimizer, step: the parts.
+      batch_size: sequences per step over all devices.
+      length: tokens per sequence.
+      z_loss: see `tessera.losses.cross_entropy`.
     """
 
-    config: ConfigDict
-    run: Run
-    splits: TextSplits
-    loop: LoopConfig
-    start: StartConfig
-    loss_fn: LossFn
-    placement: Placement
+    model: TransformerConfig
+    plan: Plan
+    optimizer: OptimizerConfig
+    step: StepConfig
+    batch_size: int
+    length: int
+    z_loss: float = 0.0
 
-    @property
-    def model(self) -> Decoder:
-        """The decoder."""
-        return Decoder(self.run.model)
 
-    def settings(self) -> dict[str, Any]:
-        """What makes this run this run.
+class Placement(NamedTuple):
+    """Shardings of the state (one for all of it, or a tree like it) and of a batch's leading axis."""
 
-        The text itself belongs to it: another text in the same files is another run. The plan does not: a run may go on
-        under another one.
+    state: PyTree
+    batch: NamedSharding
+
+    def place(self, batch: PyTree) -> PyTree:
+        """This process's rows of a batch (NumPy arrays [b, ...]) as part of the global device arrays [B, ...]."""
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self.batch, rows), batch)
+
+    def share(self) -> tuple[int, int]:
+        """(index, count): which of how many parts of every batch this process feeds to its devices.
+
+        Under a plan whose tensor-parallel devices (say) span processes, these processes feed the same part.
+
+        Raises:
+          ValueError: the processes' parts overlap without being the same.
         """
-        settings = {name: value for name, value in resolve(self.config).items() if name not in ("plan", "sharding")}
-        return settings | {"data_sha256": self.splits.content_hash}
-
-    def make_step(self) -> Callable[..., Any]:
-        """The training step, see `tessera.step.make_train_step`."""
-        tx = make_optimizer(self.run.optimizer)
-        return make_train_step(self.loss_fn, tx, self.run.step, adjust=make_adjust(self.run.model))
-
-    def begin(self, resumed: bool) -> TrainState:
-        """The first state, where the plan puts it; a run that is `resumed` needs its shapes alone."""
-        init_key, _ = self.keys
-
-        def first(params: PyTree | None = None) -> TrainState:
-            return self.run.init(init_key) if params is None else self.run.state(params)
-
-        make = jax.jit(first, out_shardings=self.placement.state)
-        if not self.start.workdir or resumed:
-            return make()
-        return make(checked("config.start", starting_params, self.start, self.run.model, key=init_key))
-
-    @property
-    def keys(self) -> tuple[jax.Array, jax.Array]:
-        """Keys of the initial weights and of the steps, from the seed."""
-        init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
-        return init_key, step_key
-
-    def batches(self, tokens: np.ndarray, **options: Any) -> grain.DatasetIterator:
-        """This process's part of the batches of a split; `options` as for `tessera.data.loader.token_batches`."""
-        index, count = self.placement.share()
-        sizes = {"batch_size": self.run.batch_size, "length": self.run.length, "seed": self.config.seed}
-        return token_batches(tokens, **sizes, process_index=index, process_count=count, **options)
-
-    def some(self, tokens: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """The first `config.eval.batches` batches of a split, in its order."""
-        return itertools.islice(self.batches(tokens, shuffle=False, repeat=False), self.config.eval.batches)
-
-    def held_out(self, state: TrainState, tokens: np.ndarray) -> dict[str, float]:
-        """Metrics on `some` of a split with averaged weights, where the optimizer or the step keeps any."""
-        params = eval_params(self.run.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-        return evaluate(self._eval, params, (self.placement.place({"tokens": b["tokens"]}) for b in self.some(tokens)))
-
-    @cached_property
-    def _eval(self) -> Any:
-        return make_eval(self.loss_fn)
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return learning_rate(self.run.optimizer)(step // self.run.optimizer.accumulate)
+        axes = self.batch.spec[0] if len(self.batch.spec) else ()
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = int(np.prod([self.batch.mesh.shape[name] for name in names], dtype=int))
+        owned: dict[int, set[int]] = {}
+        blocks: Mapping[Any, Any] = self.batch.devices_indices_map((parts,))
+        for device, (rows,) in blocks.items():
+            owned.setdefault(device.process_index, set()).add(rows.start or 0)
+        return batch_share(owned, jax.process_index())
 
 
-def make_run(c: ConfigDict, vocab_size: int) -> Run:
-    """What a training step depends on, from the config of `scripts/train.py`; nothing is read or placed.
+class Run(NamedTuple):
+    """The parts of a training run, from `build_run`.
 
-    Raises:
-      ConfigError: a setting that is wrong, by its path.
+    Attributes:
+      settings: what makes this run this run, JSON values. The text itself belongs to it: another text in the same files
+        is another run. The plan does not: a run may go on under another one.
+      config: model, plan, optimizer and step.
+      loop: how long and how often.
+      placement: where state and batches lie on the devices.
+      key: constant key of the steps.
+      step_fn: (state, batch, key) -> (state, metrics), see `tessera.step.make_train_step`.
+      init_fn: resumed -> the first state, placed; one that is `resumed` is needed for its shapes alone.
+      loader: split -> this process's part of its batches, shuffled, for ever; see `tessera.data.loader.token_batches`.
+      held_out: split -> the first `config.eval.batches` batches of it, in its order.
+      eval_fn: (state, split) -> loss and accuracy on `held_out`, with averaged weights where there are any.
+      schedule: step -> learning rate.
     """
-    steps = max(c.steps // max(c.optimizer.accumulate, 1), 1)
-    opt = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=steps)
-    step = build(StepConfig, c.step, "config.step", ema=opt.ema)
-    checked("config.optimizer", make_optimizer, opt)
-    model = build(TransformerConfig, c.model, "config.model", vocab_size=vocab_size)
-    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
-    return Run(model, plan, opt, step, c.batch_size, c.length, c.z_loss)
+
+    settings: dict[str, Any]
+    config: RunConfig
+    loop: LoopConfig
+    placement: Placement
+    key: Key[Array, ""]
+    step_fn: Callable[..., Any]
+    init_fn: Callable[[bool], TrainState]
+    loader: Callable[[str], grain.DatasetIterator]
+    held_out: Callable[[str], Iterator[dict[str, np.ndarray]]]
+    eval_fn: Callable[[TrainState, str], dict[str, float]]
+    schedule: optax.Schedule
 
 
-def make_text_run(c: ConfigDict) -> TextRun:
-    """Build and check every part of a run and read its text; nothing is written.
+def build_run(c: ConfigDict) -> Run:
+    """Check every setting, read the text, and make the parts of a run; nothing is written.
+
+    Args:
+      c: the settings of `tessera.lm.schema`, complete (the command line gives them so; see
+        `tessera.infra.schema.completed`).
 
     Raises:
-      ConfigError: a setting that is wrong, by its path.
+      ConfigError: a setting that is wrong, by its path, or a text that is too small.
       DataUnavailable: the text is neither there nor to be had.
     """
     for name, value, least in (
@@ -143,21 +134,142 @@ def make_text_run(c: ConfigDict) -> TextRun:
             raise ConfigError(f"config.{name}={value}: at least {least} is needed")
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
     start = build(StartConfig, c.start, "config.start")
-    run = make_run(c, vocab_size=1)  # every other setting is checked before the text is read, or even fetched
-    splits = checked("config.data", load_text, build(TextConfig, c.data, "config.data"))
+    text = build(TextConfig, c.data, "config.data")
+    config = run_config(c, text.vocab_size)  # all settings are checked before the text is read, or even fetched
+    splits = checked("config.data", load_text, text)
     check_splits(c, splits)
-    run = replace(run, model=replace(run.model, vocab_size=splits.vocab_size))
-    loss_fn, placement = checked("config.plan", run.under_plan)
-    _, count = checked("config.plan", placement.share)
+    if splits.vocab_size != text.vocab_size:  # a small text has fewer byte pairs than were asked for
+        config = run_config(c, splits.vocab_size)
+    loss_fn, placement = checked("config.plan", under_plan, config)
+    index, count = checked("config.plan", placement.share)
     if c.batch_size % count:
         raise ConfigError(f"config.batch_size={c.batch_size}: {count} processes share a batch; a multiple is needed")
-    return TextRun(c, run, splits, loop, start, loss_fn, placement)
+    init_key, step_key = jax.random.split(jax.random.key(c.seed))
+    step_fn = make_train_step(loss_fn, make_optimizer(config.optimizer), config.step, adjust=make_adjust(config.model))
+    eval_step = make_eval(loss_fn)
+
+    def init_fn(resumed: bool) -> TrainState:
+        params = None
+        if start.workdir and not resumed:
+            params = checked("config.start", starting_params, start, config.model, key=init_key)
+        first = jax.jit(lambda params: first_state(config, params, init_key), out_shardings=placement.state)
+        return first(params)
+
+    def loader(split: str, **options: bool) -> grain.DatasetIterator:
+        sizes = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
+        return token_batches(getattr(splits, split), **sizes, process_index=index, process_count=count, **options)
+
+    def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
+        return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
+
+    def eval_fn(state: TrainState, split: str) -> dict[str, float]:
+        params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
+        batches = (placement.place({"tokens": batch["tokens"]}) for batch in held_out(split))
+        return evaluate(eval_step, params, batches)
+
+    settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
+    settings |= {"data_sha256": splits.content_hash}
+    schedule = learning_rate(config.optimizer)
+    return Run(settings, config, loop, placement, step_key, step_fn, init_fn, loader, held_out, eval_fn, schedule)
+
+
+def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
+    """What a training step depends on, from the config of `scripts/train.py`; nothing is read or placed.
+
+    Raises:
+      ConfigError: a setting that is wrong, by its path.
+    """
+    optimizer = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=max(c.steps, 1))
+    checked("config.optimizer", make_optimizer, optimizer)
+    step = build(StepConfig, c.step, "config.step", ema=optimizer.ema)
+    settings = {name: c.model[name] for name in c.model if name != "moe" or c.model.mlp == "routed"}
+    model = build(TransformerConfig, settings, "config.model", vocab_size=vocab_size)
+    plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
+    return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss)
+
+
+def first_state(config: RunConfig, params: PyTree = None, key: Key[Array, ""] | None = None) -> TrainState:
+    """The state before the first step, with these parameters or random ones.
+
+    Call it under `jax.eval_shape` to have its shapes alone.
+    """
+    if params is None:
+        tokens = jnp.zeros((1, config.length), jnp.int32)
+        params = Decoder(config.model).init(jax.random.key(0) if key is None else key, tokens)["params"]
+    return init_state(params, make_optimizer(config.optimizer), config.step)
+
+
+def under_plan(
+    config: RunConfig, init: Callable[[], TrainState] | None = None, devices: Sequence[Any] | None = None
+) -> tuple[LossFn, Placement]:
+    """Loss and placement under the plan; an empty one is data parallelism over the devices that divide the batch.
+
+    Args:
+      config: its plan is for all devices there are, see `Plan.fill`. Every part of gradient accumulation goes through
+        the plan by itself.
+      init: makes the first state, of which only the shapes are looked at; default `first_state(config)`.
+      devices: default all; those of a topology to compile for it ahead of time.
+
+    Raises:
+      PlanError: the plan does not fit the devices, the model or the batch.
+      ValueError: several processes and a batch that does not divide by their devices.
+    """
+    if not config.plan.axes:
+        return lm_loss(Decoder(config.model), config.z_loss), data_parallel(config.batch_size)
+    devices = list(jax.devices() if devices is None else devices)
+    plan = config.plan.fill(len(devices))
+    decoder = ShardedDecoder(config.model, plan, config.z_loss, devices[0].platform)
+    decoder.check(accumulated_batch(config), config.length)
+    mesh = make_mesh(plan, devices)
+    state = state_shardings(decoder, mesh, jax.eval_shape(init or partial(first_state, config)))
+    return make_loss(decoder, mesh), Placement(state, batch_sharding(decoder, mesh))
+
+
+def accumulated_batch(config: RunConfig) -> int:
+    """Sequences that go through the model at once: a part of gradient accumulation.
+
+    Raises:
+      PlanError: a batch that does not divide into the parts.
+    """
+    parts = config.step.grad_accum_steps
+    if config.batch_size % parts:
+        raise PlanError(f"batch_size={config.batch_size} does not divide into grad_accum_steps={parts}")
+    return config.batch_size // parts
+
+
+def data_parallel(batch_size: int) -> Placement:
+    """The state on every device and the batch split over them; a single process takes as many as divide the batch.
+
+    Raises:
+      ValueError: several processes and a batch that does not divide by their devices.
+    """
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    if jax.process_count() > 1 and count != len(devices):
+        raise ValueError(f"batch_size={batch_size} does not divide by the {len(devices)} devices of all processes")
+    mesh = Mesh(np.array(devices[:count]), ("data",))
+    return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
+
+
+def batch_share(owned: Mapping[int, set[int]], process: int) -> tuple[int, int]:
+    """Index of a process's part among the distinct parts, and their number; `owned` are the row blocks by process.
+
+    Raises:
+      ValueError: two processes have some blocks in common and not all.
+    """
+    parts = sorted({tuple(sorted(blocks)) for blocks in owned.values()})
+    if sum(len(part) for part in parts) != len(set().union(*parts)):
+        raise ValueError(
+            f"rows of the batch by process are {dict(owned)}: two processes must feed the same rows or none in common; "
+            "make the product of the axes that do not split the batch a multiple or a divisor of a process's devices"
+        )
+    return parts.index(tuple(sorted(owned[process]))), len(parts)
 
 
 def check_splits(c: ConfigDict, splits: TextSplits) -> None:
     """Check that training and both evaluations get their batches, before the first step.
 
-    Training goes over its text again and again, so a window is enough; validation and test take whole batches from one
+    Training goes over its text again and again, so a window is enough; validation and test need full batches from one
     pass.
 
     Raises:
@@ -184,3 +296,12 @@ def check_splits(c: ConfigDict, splits: TextSplits) -> None:
         )
     if lines:
         raise ConfigError("config.data: " + "\n  ".join(lines))
+
+
+def results_table(title: str, results: Mapping[str, Mapping[str, float]]) -> Table:
+    """A table of losses and accuracies by split, for the terminal."""
+    table = Table("", "nats per token", "bits per token", "accuracy", title=title, title_justify="left")
+    for name, found in results.items():
+        loss, accuracy = found["loss"], found["accuracy"]
+        table.add_row(name, f"{loss:.4f}", f"{loss / math.log(2):.4f}", f"{accuracy:.4f}")
+    return table

@@ -5,7 +5,6 @@ a dense layer becomes experts (sparse upcycling), experts become a dense layer (
 has more experts than are wanted, those it used least are cut out first (`tessera.lm.expert_pruning`).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
 from tessera.infra.checkpoint import CheckpointReader
 from tessera.infra.config import build
-from tessera.infra.logger import METRICS, read_rows
+from tessera.infra.logger import METRICS, load_history, read_rows
+from tessera.infra.workdir import read_settings
 from tessera.lm.expert_pruning import drop_experts, prune_experts
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.reports.router import load_history
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class StartConfig:
     """Which weights a run starts from; the optimizer starts afresh.
 
     Attributes:
-      workdir: a run of `scripts/train.py`, whose newest checkpoint is taken; "" starts from random weights. Of a
+      workdir: a run of `scripts/train.py`, whose newest checkpoint is read; "" starts from random weights. Of a
         run with more experts than this one the busiest of every layer stay.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
@@ -87,9 +86,7 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
       CheckpointDamaged: the checkpoint cannot be read.
     """
     path = Path(workdir)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"no run in {path}: config.json is missing")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(path)
     params = jax.tree.map(np.asarray, CheckpointReader(path / "checkpoints").restore_newest().state["params"])
     vocabulary = params["embed"]["table"].shape[0]
     return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)

@@ -1,4 +1,4 @@
-"""Training a decoder with routed experts: its loss, what its routers did, and biases moved outside the gradient."""
+"""The loss of a decoder: next-token cross-entropy, auxiliary losses and metrics of routers, and their bias updates."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, PyTree
 
 from moe.route import update_bias
-from moe.specialisation import joint_counts
-from tessera.losses import cross_entropy
+from moe.specialization import joint_counts
+from tessera.losses import next_token_loss
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_loss
 from tessera.step import LossFn, Metrics
 
 
@@ -42,31 +41,48 @@ def per_layer(sown: Mapping[str, Any], name: str, config: TransformerConfig) -> 
 
 
 def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
-    """The next-token loss of a decoder, with routed layers or without.
+    """Make `loss(params, batch, key)`, the next-token loss of a decoder, for batches {"tokens": int32 [B, T + 1]}.
 
-    With them, the auxiliary losses of all layers are added, a key (given in training) switches noise, capacity and
-    expert dropout on, and the metrics have aux_loss and, for L routed layers, router/load [L, E] (shares of the
-    choices), router/max_violation, router/entropy, router/load_entropy, router/confidence and router/drop_fraction [L].
+    The metrics are cross_entropy (nats per token) and accuracy. With routed layers the auxiliary losses of all layers
+    are added, a key (given in training) switches noise, capacity and expert dropout on, and the metrics have aux_loss
+    and, for L routed layers, router/load [L, E] (shares of the choices), router/max_violation, router/entropy,
+    router/load_entropy, router/confidence and router/drop_fraction [L].
 
     Args:
       model: the decoder.
-      z_loss: see `tessera.losses.cross_entropy`.
+      z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
     """
-    if not router_paths(model.config):
-        return make_loss(lambda params, tokens: model.apply({"params": params}, tokens), z_loss)
+    config = model.config
+    if not router_paths(config):
 
-    def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
-        tokens_BT = batch["tokens"]
-        rngs = {} if key is None else {"router": key}
+        def dense_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
+            del key
+            logits_BTV: Any = model.apply({"params": params}, batch["tokens"][:, :-1])
+            return next_token_loss(logits_BTV, batch["tokens"], z_loss)
+
+        return dense_loss
+
+    def routed_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
+        tokens_BT, rngs = batch["tokens"], {} if key is None else {"router": key}
         logits_BTV, state = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs, mutable=["intermediates"])
-        sown = state["intermediates"]
-        loss, metrics = cross_entropy(logits_BTV, tokens_BT[:, 1:], z=z_loss)
-        auxiliary = per_layer(sown, "aux_loss", model.config).sum()
-        found = {f"router/{name}": value for name, value in per_layer(sown, "routing", model.config).items()}
-        found |= {name: metrics[name] for name in ("cross_entropy", "accuracy")}
-        return loss + auxiliary, found | {"aux_loss": auxiliary}
+        loss, metrics = next_token_loss(logits_BTV, tokens_BT, z_loss)
+        auxiliary = per_layer(state["intermediates"], "aux_loss", config).sum()
+        routing = per_layer(state["intermediates"], "routing", config)
+        metrics |= {f"router/{name}": value for name, value in routing.items()}
+        return loss + auxiliary, metrics | {"aux_loss": auxiliary}
 
-    return loss_fn
+    return routed_loss
+
+
+def make_eval(loss_fn: LossFn) -> Callable[[PyTree, Mapping[str, Any]], dict[str, jax.Array]]:
+    """Make the jitted `eval(params, batch) -> {"loss", "accuracy"}`; its loss is the cross-entropy without z-loss."""
+
+    @jax.jit
+    def eval_fn(params: PyTree, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        metrics = loss_fn(params, batch, None)[1]
+        return {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}
+
+    return eval_fn
 
 
 def make_adjust(config: TransformerConfig) -> Callable[[PyTree, Metrics], PyTree] | None:

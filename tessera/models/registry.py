@@ -11,11 +11,10 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from tessera.infra.config import ConfigError, build, unknown
-from tessera.models.lenet import LeNet, MLPConfig
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.models.vision import ConvConfig, ConvNet, ResNet, ResNetConfig, ViT, ViTConfig
+from tessera.models.vision import ConvConfig, ConvNet, LeNet, MLPConfig, ResNet, ResNetConfig, ViT, ViTConfig
 
-# Where running means and variances of batch normalization are kept in the tree of parameters.
+# Name of the running means and variances of batch normalization in the tree of parameters.
 STATISTICS = "batch_stats"
 
 

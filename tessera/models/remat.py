@@ -1,4 +1,4 @@
-"""What a backward pass recomputes, keeps or fetches from the host, by name and by group of layers.
+"""Activation checkpointing (rematerialization) and offload, by name and by group of layers.
 
 A setting is one text, so that it can be a flag:
 
@@ -85,18 +85,18 @@ def parse_remat(text: str, layers: int) -> tuple[Remat, ...]:
     return tuple(groups)
 
 
-def _group(layers: int, text: str, whole: str) -> Remat:
+def _group(layers: int, text: str, setting: str) -> Remat:
     if text in _POLICY:
         return Remat(layers, text)
     names: dict[str, tuple[str, ...]] = {"save": (), "offload": ()}
     if not re.fullmatch(r"((save|offload)\([^()]+\)\s*)+", text):
-        raise ValueError(f"remat={whole!r}: choose {_GRAMMAR}")
+        raise ValueError(f"remat={setting!r}: choose {_GRAMMAR}")
     for kind, inside in re.findall(r"(save|offload)\(([^()]+)\)", text):
         names[kind] += tuple(name.strip() for name in inside.split("+"))
     unknown = [name for name in names["save"] + names["offload"] if name not in NAMES]
     if unknown:
-        raise ValueError(f"remat={whole!r}: no activation is called {unknown[0]!r}; choose among {', '.join(NAMES)}")
+        raise ValueError(f"remat={setting!r}: no activation is called {unknown[0]!r}; choose among {', '.join(NAMES)}")
     both = set(names["save"]) & set(names["offload"])
     if both:
-        raise ValueError(f"remat={whole!r}: {both.pop()!r} is to be saved and offloaded; choose one")
+        raise ValueError(f"remat={setting!r}: {both.pop()!r} is to be saved and offloaded; choose one")
     return Remat(layers, "names", names["save"], names["offload"])

@@ -1,6 +1,6 @@
 """A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
-The modules here only declare parameters and call `tessera.models.layers`. Parameters are plain nested dicts of float32
+The modules only declare parameters and call pure functions. Parameters are plain nested dicts of float32
 arrays; with `scan` (the default) those of all blocks are stacked along a leading layer axis L, so that the program does
 not grow with the depth:
 
@@ -13,21 +13,21 @@ Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack t
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from moe.layer import MoE, MoEConfig
+from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.layers import attention, from_heads, rms_norm, rope, swiglu, to_heads
 from tessera.models.remat import Remat, parse_remat
-from tessera.models.stack import run_stack
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class TransformerConfig:
       rope_theta: base of the rotary wavelengths.
       norm_eps: epsilon of RMSNorm.
       tied: the output layer reads the transposed embedding table.
-      dtype: "float32" or "bfloat16", for activations; parameters, softmax, statistics and logits are float32.
+      dtype: "float32" or "bfloat16" (mixed precision), for activations; parameters, softmax, statistics and logits
+        are float32.
       remat: what a backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products), names
         to keep or to offload, or several of these by group of layers; see `tessera.models.remat`.
       scan: run the blocks as one `lax.scan` over stacked parameters.
@@ -114,8 +115,8 @@ class TransformerConfig:
 
     @property
     def remat_groups(self) -> tuple[Remat, ...]:
-        """What consecutive layers keep for the backward pass."""
-        return parse_remat(self.remat, self.layers)
+        """Activation checkpointing of consecutive layers."""
+        return (Remat(self.layers, "none"),) if self.remat == "none" else parse_remat(self.remat, self.layers)
 
     @property
     def kv_size(self) -> int:
@@ -149,6 +150,110 @@ def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Leave x where it is."""
     del axes
     return x
+
+
+# Pure functions. B batch, T and S query and key times, D width, H query heads, K key/value heads (K divides H), h head
+# dimension, F feed-forward width. They compute in the dtype of `x` and take parameters of any float dtype; statistics
+# (means, softmax, angles) are float32. Kernels are never fused, so that no sharded axis is ever sliced.
+
+
+def rms_norm(x: Float[Array, "*N D"], gain: Float[Array, " D"], eps: float = 1e-6) -> Float[Array, "*N D"]:
+    """Divide by the root mean square over the last axis and scale: Zhang & Sennrich (2019), eq. 4.
+
+    Args:
+      x: activations of any float dtype.
+      gain: one factor per channel.
+      eps: added to the mean square, so that a zero vector stays zero.
+
+    Returns:
+      An array of x's shape and dtype; the statistics are float32.
+    """
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    # Spelled out because the tests forbid implicit rank promotion.
+    gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * scale * gain).astype(x.dtype)
+
+
+def rope(
+    x_BTHh: Float[Array, "B T H h"], positions_BT: Int[Array, "B T"], theta: float = 1e4
+) -> Float[Array, "B T H h"]:
+    """Rotate pairs of channels by an angle that grows with the position: RoFormer (Su et al. 2021), eq. 34.
+
+    Channel i is paired with i + h/2 (the GPT-NeoX and Llama layout, not the interleaved one of the paper; the two
+    differ by a fixed permutation of channels). Pair i turns by `position * theta ** (-2 i / h)` radians.
+
+    Args:
+      x_BTHh: queries or keys; h must be even.
+      positions_BT: integer position of every token; they need not be contiguous.
+      theta: base of the wavelengths.
+
+    Raises:
+      ValueError: h is odd.
+    """
+    h = x_BTHh.shape[-1]
+    if h % 2:
+        raise ValueError(f"rope pairs channels, so the head dimension must be even, not {h}")
+    frequency_f = theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
+    angle_BTf = positions_BT[..., None].astype(jnp.float32) * frequency_f[None, None, :]
+    cos, sin = jnp.cos(angle_BTf)[:, :, None, :], jnp.sin(angle_BTf)[:, :, None, :]
+    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHh.dtype)
+
+
+def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
+    """Project activations to one vector per head; computes in x's dtype."""
+    return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHh.astype(x_BTD.dtype))
+
+
+def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"]) -> Float[Array, "B T D"]:
+    """Project the heads' outputs back to the residual stream; computes in x's dtype."""
+    return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
+
+
+def attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKh: Float[Array, "B S K h"],
+    *,
+    causal: bool = True,
+    mask: Bool[Array, "#B #H #T S"] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> Float[Array, "B T H h"]:
+    """Softmax of q·k / sqrt(h) applied to v: Vaswani et al. (2017), eq. 1, with grouped keys (Ainslie et al. 2023).
+
+    Query head i reads key/value head i // (H / K). The softmax is float32.
+
+    Args:
+      q_BTHh: queries.
+      k_BSKh: keys; K must divide H.
+      v_BSKh: values.
+      causal: query t sees keys 0..t only.
+      mask: True where a query may look; combined with `causal`.
+      implementation: passed to `jax.nn.dot_product_attention`; None lets JAX choose.
+
+    Raises:
+      ValueError: K does not divide H.
+    """
+    heads, kv_heads = q_BTHh.shape[2], k_BSKh.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
+    return jax.nn.dot_product_attention(
+        q_BTHh, k_BSKh, v_BSKh, mask=mask, is_causal=causal, implementation=implementation
+    )
+
+
+def swiglu(
+    x: Float[Array, "*N D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"]
+) -> Float[Array, "*N D"]:
+    """Gated feed-forward layer (silu(x gate) * (x up)) down without biases: Shazeer (2020), eq. 6."""
+    gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    gated, raised = checkpoint_name(x @ gate, "gate_up"), checkpoint_name(x @ up, "gate_up")
+    return (jax.nn.silu(gated) * raised) @ down
+
+
+# Modules: they declare parameters and call the functions.
 
 
 class Weight(nn.Module):
@@ -228,10 +333,10 @@ class SwiGLU(nn.Module):
         return swiglu(x_BTD, gate_DF, up_DF, down_FD)
 
 
-def routed(config: TransformerConfig, name: str) -> nn.Module:
-    """Routed experts in place of the dense feed-forward layer."""
+def routed(config: TransformerConfig, name: str, axes: ExpertAxes = ONE_DEVICE) -> nn.Module:
+    """Routed experts in place of the dense feed-forward layer; `axes` are the mesh axes that split them."""
     c, width = config, config.moe.width_of(config.ff_size)
-    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, name=name)
+    return MoE(c.moe, c.width, width, c.init_scale, c.residual_scale, causal=True, axes=axes, name=name)
 
 
 # A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
@@ -241,24 +346,19 @@ MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def feed_forward(config: TransformerConfig, mlp: str, name: str) -> nn.Module:
-    """The feed-forward layer `MLPS[mlp]`, whole."""
-    return MLPS[mlp](config, name=name)
-
-
 class Block(nn.Module):
     """One pre-norm block; returns (activations, None) as a scan over layers wants it.
 
     `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
     under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
-    residual stream is split along time. `feed` makes the feed-forward layer from (config, key of `MLPS`, name).
+    residual stream is split along time. `expert_axes` are the mesh axes that split routed experts.
     """
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
     attend: Attend = attention
     mlp: str = ""
-    feed: Callable[[TransformerConfig, str, str], nn.Module] = feed_forward
+    expert_axes: ExpertAxes = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -275,8 +375,11 @@ class Block(nn.Module):
         x_BSD += checkpoint_name(added_BSD, "attention")
         y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
         mlp = self.mlp or c.mlp
-        ids = {} if tokens_BT is None or mlp != "routed" else {"tokens_BT": tokens_BT}
-        x_BSD += checkpoint_name(constrain(self.feed(c, mlp, "mlp")(y_BTD, **ids), RESIDUAL), "mlp")
+        if mlp == "routed":
+            added_BSD = routed(c, "mlp", self.expert_axes)(y_BTD, tokens_BT=tokens_BT)
+        else:
+            added_BSD = MLPS[mlp](c, name="mlp")(y_BTD)
+        x_BSD += checkpoint_name(constrain(added_BSD, RESIDUAL), "mlp")
         return x_BSD, None
 
 
@@ -331,12 +434,78 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
-        x_BTD = run_stack(self, c, (Block, Unit), (c, self.constrain, self.attend), (x_BTD, positions_BT, tokens_BT))
+        x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T
         else:
             head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
-        # Products in the compute dtype, sums in float32: the logits feed a softmax over the whole vocabulary.
+        # Products in the compute dtype, sums in float32: the logits feed a softmax over the vocabulary.
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         return self.constrain(logits_BTV, ("batch", "time", "vocab"))
+
+
+@functools.lru_cache(maxsize=16)  # a plan is checked many times, its shapes made once
+def param_shapes(config: TransformerConfig) -> PyTree:
+    """Shapes of a decoder's parameters; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def run_blocks(
+    decoder: Decoder, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], tokens_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Run all blocks with activation checkpointing (`TransformerConfig.remat`), inside the decoder's compact method.
+
+    One block after the other, or one `lax.scan` for every group of layers with the same policy.
+
+    Raises:
+      ValueError: groups of scanned layers with routed experts, whose metrics would be stacked apart.
+    """
+    c, groups, period = decoder.config, decoder.config.remat_groups, len(decoder.config.pattern)
+    options = (c, decoder.constrain, decoder.attend)
+    if not c.scan:
+        for i, group in enumerate([one for one in groups for _ in range(one.layers)]):
+            block = checkpointed(Block, group, scanned=False)
+            x_BTD, _ = block(*options, c.pattern[i % period], name=f"blocks_{i}")(x_BTD, positions_BT, tokens_BT)
+        return x_BTD
+
+    def scan(group: Remat, x_BTD: jax.Array) -> jax.Array:
+        stack = nn.scan(
+            checkpointed(Unit if period > 1 else Block, group, scanned=True),
+            variable_axes={"params": 0, "intermediates": 0, "routings": 0},
+            split_rngs={"params": True, "router": True},
+            in_axes=nn.broadcast,
+            length=group.layers // period,
+        )
+        return stack(*options, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
+
+    if len(groups) == 1 or decoder.is_initializing():
+        return scan(replace(groups[0], layers=c.layers), x_BTD)
+    if "routed" in c.pattern:
+        raise ValueError(f"remat={c.remat!r}: groups of layers with routed experts need a plan, or scan=False")
+    start = 0
+    for group in groups:
+        x_BTD = nn.map_variables(
+            lambda _, x, group=group: scan(group, x), "params", trans_in_fn=_layers(start, start + group.layers)
+        )(decoder, x_BTD)
+        start += group.layers
+    return x_BTD
+
+
+def checkpointed(block: Callable[..., nn.Module], group: Remat, scanned: bool) -> Callable[..., nn.Module]:
+    """The module `block` with activation checkpointing (rematerialization) by a group's policy."""
+    if group.base == "none":
+        return block
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
+    return nn.remat(block, policy=group.policy, prevent_cse=not scanned)
+
+
+def _layers(start: int, end: int) -> Callable[[dict], dict]:
+    """A function that cuts layers start..end - 1 out of the variables of a stack."""
+
+    def cut(variables: dict) -> dict:
+        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"]["blocks"])
+        return {"params": {**variables["params"], "blocks": blocks}}
+
+    return cut

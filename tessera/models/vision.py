@@ -1,6 +1,6 @@
-"""Image classifiers for ticket searches: Conv-2/4/6, VGG-16/19, ResNet-20 and a vision transformer.
+"""Image classifiers for ticket searches: LeNet-300-100, Conv-2/4/6, VGG-16/19, ResNet-20 and a vision transformer.
 
-The modules only declare parameters and call `tessera.models.convolution` and `tessera.models.layers`. Kernels of
+The modules only declare parameters and call `tessera.models.convolution` and `tessera.models.transformer`. Kernels of
 convolutions are [h, w, I, O]; running statistics of batch normalization are in the collection "batch_stats" (mean, var
 [C]).
 """
@@ -22,10 +22,27 @@ from tessera.models.convolution import (
     max_pool,
     normalise,
 )
-from tessera.models.layers import attention, from_heads, to_heads
+from tessera.models.transformer import attention, from_heads, to_heads
 
 NORMS = ("none", "batch", "group")
 MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of a `LeNet`.
+
+    Attributes:
+      hidden: units of the hidden layers, first to last.
+      classes: number of logits.
+    """
+
+    hidden: tuple[int, ...] = (300, 100)
+    classes: int = 10
+
+    def __post_init__(self):
+        if any(size < 1 for size in self.hidden) or self.classes < 1:
+            raise ValueError(f"hidden={self.hidden} and classes={self.classes} must all be at least 1")
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,11 @@ class ViTConfig:
     """A small vision transformer (Dosovitskiy et al. 2021), pre-norm, mean over patches instead of a class token.
 
     Attributes:
-      patch: side of a patch, which must divide the image's. layers, width, heads, ff: as in the decoder.
+      patch: side of a patch, which must divide the image's.
+      layers: blocks.
+      width: channels of a token.
+      heads: of attention.
+      ff: hidden units of the feed-forward layers.
       classes: number of logits.
     """
 
@@ -120,6 +141,26 @@ def _check(config: ConvConfig | ResNetConfig, channels: Sequence[int]) -> None:
     sums = [sum(left[1:]) if left else size for left, size in zip(config.left, channels, strict=False)]
     if config.left and (config.norm != "group" or len(config.left) != len(channels) or sums != list(channels)):
         raise ValueError(f"left={config.left} with norm={config.norm!r} does not fit channels {tuple(channels)}")
+
+
+class LeNet(nn.Module):
+    """A ReLU network on flattened images (LeCun et al. 1998; Frankle & Carbin 2019, section 2 and appendix G).
+
+    Kernels are Gaussian Glorot: normal, not truncated, with variance 2 / (fan_in + fan_out). Biases start at zero.
+    Parameters: dense0/{kernel [X, hidden0], bias}, dense1/..., output/{kernel, bias}, all float32.
+    """
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B ..."]) -> Float[Array, "B C"]:
+        """Map images [B, H, W, C] or features [B, X] to logits [B, classes] in float32."""
+        # Not `glorot_normal`, which is truncated.
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+        x = x.reshape(x.shape[0], -1)
+        for i, size in enumerate(self.config.hidden):
+            x = nn.relu(nn.Dense(size, kernel_init=init, name=f"dense{i}")(x))
+        return nn.Dense(self.config.classes, kernel_init=init, name="output")(x)
 
 
 class Conv(nn.Module):

@@ -1,7 +1,8 @@
-"""Optimizers by name, all of them optax's, and what a run may put around one: decay, clipping, accumulation, SAM."""
+"""Optimizers and learning-rate schedules by name, all of them optax's, with decay masks, clipping and SAM."""
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,18 +14,19 @@ import optax
 from jaxtyping import PyTree
 from optax import contrib
 
-from tessera.optim.param_axes import clip_units, decayed, matrix_axes
-from tessera.optim.schedules import make_schedule
+from sharding.rules import path_name
+from tessera.optim.param_axes import clip_units, matrix_axes
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer and its schedule. Steps are parameter updates: with `accumulate`, one every so many batches.
+    """An optimizer and its learning-rate schedule; steps are parameter updates.
 
     Attributes:
       name: a key of `OPTIMIZERS`, "sam" or "schedule_free" (of AdamW, or "schedule_free_sgd").
       lr: peak learning rate. dadapt_adamw, prodigy, dog, dowg, cocob and momo find their own step size: use 1.
-      schedule, steps, warmup, final, decay, milestones, factor: see `tessera.optim.schedules.make_schedule`.
+      schedule, steps, final, decay, milestones, factor: see `make_schedule`.
+      warmup: steps over which the rate rises from 0; below 1 a share of `steps`, so that shorter runs warm up shorter.
       weight_decay: taken by the optimizer itself where it has decay (decoupled and times lr, as in AdamW; an L2 term
         for lars, dog, dowg, madgrad and novograd; a fraction per step for adafactor), else added to the gradient as an
         L2 term (sgd, adam).
@@ -33,7 +35,6 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm; 0 is off.
       agc: adaptive clipping of each unit's gradient to this fraction of its weights' norm (Brock et al. 2021, eq. 3);
         the last layer is left out (section 4.1); 0 is off.
-      accumulate: batches whose gradients are averaged for one update (optax.MultiSteps).
       ema: decay of the exponential moving average of parameters that the training step keeps; 0 keeps none.
       options: further keyword arguments of the optax function, as (name, value) pairs. For sam also "base" (the
         optimizer, default momentum), "rho" (radius, default 0.05) and "sync_period" (2); the rest goes to the base.
@@ -43,7 +44,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     schedule: str = "constant"
     steps: int = 0
-    warmup: int = 0
+    warmup: int | float = 0
     final: float = 0.0
     decay: float = 0.2
     milestones: tuple[int, ...] = ()
@@ -52,7 +53,6 @@ class OptimizerConfig:
     decay_mask: str = "matrices"
     clip_norm: float = 0.0
     agc: float = 0.0
-    accumulate: int = 1
     ema: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -62,10 +62,10 @@ class OptimizerConfig:
         for name in ("lr", "weight_decay", "clip_norm", "agc"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate} must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup={self.warmup} must be whole steps, or below 1 a share of them")
 
 
 def hutchinson(seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -170,13 +170,22 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
+def decayed(params: PyTree) -> PyTree:
+    """Tree of bools: True for kernels and tables, False for gains and biases, whatever is stacked in front of them."""
+
+    def is_matrix(path, leaf):
+        return leaf.ndim >= 2 and path_name(path).split("/")[-1] not in ("gain", "bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """The schedule of `config` as a function from parameter updates made to learning rate."""
     return make_schedule(
         config.schedule,
         config.lr,
         steps=config.steps,
-        warmup=config.warmup,
+        warmup=round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup),
         final=config.final,
         decay=config.decay,
         milestones=config.milestones,
@@ -185,7 +194,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Build the whole transformation: clip, decay, optimizer (within SAM), accumulation.
+    """Build the whole transformation: clip, decay, optimizer (within SAM).
 
     `update(grads, state, params, grad_fn=, value=)` takes two extra arguments that every optimizer here either uses or
     ignores: `grad_fn(params, i) -> grads` on the same batch (sam, sophia) and the loss `value` (momo). With scanned
@@ -194,19 +203,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     Raises:
       ValueError: an unknown name or option (with the nearest known one), or parts that cannot be put together.
     """
-    if config.name == "sam":
-        tx = _sam(config)
-    else:
-        tx = _chain(config)
-    if config.accumulate > 1:
-        if config.name in ("sam", "sophia"):
-            raise ValueError(
-                f"{config.name} asks for gradients itself and, with accumulate={config.accumulate}, would get those of "
-                "the last batch: use the training step's microbatches"
-            )
-        steps = optax.MultiSteps(tx, config.accumulate)
-        # MultiSteps.gradient_transformation() hides that extra arguments are accepted.
-        tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)  # type: ignore[arg-type]
+    tx = _sam(config) if config.name == "sam" else _chain(config)
     return optax.with_extra_args_support(tx)
 
 
@@ -284,3 +281,127 @@ def _entry(name: str) -> Entry:
 def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def parse_steps(text: int | str, *, steps_per_epoch: int) -> int:
+    """Turn a duration into optimizer steps.
+
+    Args:
+      text: an integer (steps), "500it" (iterations, that is steps) or "160ep" (epochs, may be fractional: "0.5ep").
+      steps_per_epoch: optimizer steps in one pass over the training set.
+
+    Returns:
+      Steps, epochs rounded to the nearest step (halves up).
+
+    Raises:
+      ValueError: the text has another form, or epochs are asked for and `steps_per_epoch` is not positive.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        amount, unit = str(text), "it"
+    else:
+        match = re.fullmatch(r"(\d+|\d*\.\d+)(ep|it)?", str(text).strip())
+        if not match:
+            raise ValueError(f"cannot read {text!r} as a number of steps: write 500, '500it' or '160ep'")
+        amount, unit = match[1], match[2] or "it"
+    if unit == "it":
+        if "." in amount or int(amount) < 0:
+            raise ValueError(f"{text!r} is not a whole, positive number of iterations")
+        return int(amount)
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"{text!r} counts epochs, but an epoch has {steps_per_epoch} steps here: write iterations ('500it')"
+        )
+    return int(float(amount) * steps_per_epoch + 0.5)
+
+
+def make_schedule(
+    name: str,
+    lr: float,
+    *,
+    steps: int = 0,
+    warmup: int = 0,
+    final: float = 0.0,
+    decay: float = 0.2,
+    milestones: tuple[int, ...] = (),
+    factor: float = 0.1,
+) -> optax.Schedule:
+    """Build the function from step (0 before the first update) to learning rate.
+
+    With `warmup` w, the rate rises linearly from 0 at step 0 to `lr` at step w; then, for w <= t <= steps (and its last
+    value after that):
+
+    - "constant": lr
+    - "linear": straight from lr to final * lr at `steps`
+    - "cosine": half a cosine from lr to final * lr at `steps` (Loshchilov & Hutter 2017, eq. 5, no restarts)
+    - "wsd": lr, then over the last `decay` fraction of `steps` straight to final * lr (Hu et al. 2024, section 4.2)
+    - "rsqrt": lr * sqrt(w / t), with max(w, 1) for w and t counted from 1 if w is 0 (Vaswani et al. 2017, section 5.3)
+    - "step": lr times `factor` every milestones[0] steps after the warmup
+    - "multistep": lr times `factor` at every milestone, an absolute step
+
+    Args:
+      name: one of the above.
+      lr: peak learning rate.
+      steps: length of training, needed by linear, cosine and wsd.
+      warmup: steps of warmup.
+      final: last learning rate as a fraction of `lr`.
+      decay: fraction of `steps` that wsd decays over.
+      milestones: see step and multistep.
+      factor: see step and multistep.
+
+    Raises:
+      ValueError: an unknown name, or numbers the schedule cannot be made of.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    if warmup < 0 or steps < 0:
+        raise ValueError(f"warmup={warmup} and steps={steps} must not be negative")
+    if name in NEED_STEPS and warmup >= steps:
+        raise ValueError(f"schedule {name!r} needs steps > warmup, got steps={steps} and warmup={warmup}")
+    main = SCHEDULES[name](
+        lr, steps=steps, warmup=warmup, final=final, decay=decay, milestones=milestones, factor=factor
+    )
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), main], [warmup])
+
+
+def _wsd(lr: float, *, steps: int, warmup: int, final: float, decay: float, **_) -> optax.Schedule:
+    length = round(decay * steps)
+    if not 0 < length <= steps - warmup:
+        raise ValueError(
+            f"schedule 'wsd' decays over decay={decay} of steps={steps}, that is {length} steps, and has "
+            f"{steps - warmup} left after the warmup"
+        )
+    return optax.linear_schedule(lr, final * lr, length, transition_begin=steps - warmup - length)
+
+
+def _step(lr: float, *, milestones: tuple[int, ...], factor: float, **_) -> optax.Schedule:
+    if len(milestones) != 1 or milestones[0] < 1:
+        raise ValueError(f"schedule 'step' takes one milestone, the steps between two decays, not {milestones}")
+    return optax.exponential_decay(lr, milestones[0], factor, staircase=True)
+
+
+def _multistep(lr: float, *, milestones: tuple[int, ...], factor: float, warmup: int, **_) -> optax.Schedule:
+    if not milestones or list(milestones) != sorted(set(milestones)) or milestones[0] <= warmup:
+        raise ValueError(
+            f"schedule 'multistep' takes rising milestones after the warmup ({warmup} steps), not {milestones}"
+        )
+    return optax.piecewise_constant_schedule(lr, {milestone - warmup: factor for milestone in milestones})
+
+
+def _rsqrt(lr: float, *, warmup: int, **_) -> optax.Schedule:
+    offset = max(warmup, 1)
+    return lambda t: lr * jnp.sqrt(offset / (offset + jnp.asarray(t, jnp.float32)))
+
+
+# Every maker gets the same keywords and returns a schedule whose step 0 is the end of the warmup.
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "constant": lambda lr, **_: optax.constant_schedule(lr),
+    "linear": lambda lr, *, steps, warmup, final, **_: optax.linear_schedule(lr, final * lr, steps - warmup),
+    "cosine": lambda lr, *, steps, warmup, final, **_: optax.cosine_decay_schedule(lr, steps - warmup, alpha=final),
+    "wsd": _wsd,
+    "rsqrt": _rsqrt,
+    "step": _step,
+    "multistep": _multistep,
+}
+NEED_STEPS = ("linear", "cosine", "wsd")

@@ -12,6 +12,8 @@ import optax
 from jaxtyping import PyTree
 from optax import contrib
 
+from sharding.rules import path_name
+
 
 class Axes(NamedTuple):
     """Axes of one kernel, counted from the end so that leading stacks (layers, experts) stay batch axes."""
@@ -30,23 +32,9 @@ KERNEL_AXES = (
 FIRST_AND_LAST = r"^(params/)?(embed|head|output)/"
 
 
-def path_name(path: tuple) -> str:
-    """A leaf's path as "blocks/mlp/gate/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def kernel_axes(path: tuple) -> Axes | None:
     """Input and output axes of the leaf at `path`, None for what is no kernel (tables, gains, biases)."""
     return next((axes for pattern, axes in KERNEL_AXES if re.search(pattern, path_name(path))), None)
-
-
-def decayed(params: PyTree) -> PyTree:
-    """Tree of bools: True for kernels and tables, False for gains and biases, whatever is stacked in front of them."""
-
-    def is_matrix(path, leaf):
-        return leaf.ndim >= 2 and path_name(path).split("/")[-1] not in ("gain", "bias", "scale")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def matrix_axes(params: PyTree) -> PyTree:

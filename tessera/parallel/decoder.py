@@ -1,48 +1,79 @@
-"""The decoder under a plan: the same numbers as on one device, every collective written out.
+"""The decoder under a plan: one device's part of it, every collective written out, for training and for serving.
 
-The model is three functions of one device's part of the parameters and the batch (`DecoderParts`), to be called inside
-shard_map: embed, layer and head_loss. `make_loss` runs them one after the other; a pipeline runs them by stage. A layer
-is the ordinary `tessera.models.transformer.Block` with one device's number of heads and feed-forward channels.
+`ShardedDecoder` holds pure functions of one device's parameters and activations, to be called inside `jax.shard_map`
+over the plan's mesh. They run the ordinary `tessera.models.transformer.Block` with one device's number of heads,
+feed-forward channels and experts, and give the numbers of one device. Training and serving differ in the attention they
+hand to the block: full, ring or Ulysses attention over the batch, or attention over a KV cache.
+
+Axes: B rows (N of a serving call), T tokens of a row, S this device's tokens of the residual stream, D width, V
+vocabulary, L layers, K key/value heads, h head dimension, E experts; one device's sizes.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from sharding.context_parallel import contiguous_positions, heads_attention, ring_attention, zigzag_positions
+from moe.layer import ExpertAxes, MoEConfig
+from moe.metrics import entropy, max_violation
+from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
+from sharding.inference.attention import cached_attention
+from sharding.inference.kv_cache import Cache, Read
+from sharding.inference.quantize import dequantize, is_quantized
 from sharding.pipeline.stages import split_layers
 from sharding.plan import DATA_AXES, Plan
 from sharding.rules import mirrored_specs, param_specs, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
-from tessera.models.layers import attention, rms_norm
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Block, Decoder, TransformerConfig, feed_forward
-from tessera.parallel.moe import SplitMoE, check_experts
+from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, attention, param_shapes, rms_norm
 from tessera.step import LossFn
 
 Micro = Mapping[str, Any]
-Stream = PyTree
-"""The residual stream [B, T, D], or (residual stream, auxiliary losses so far []) of a model with routed layers."""
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+
+ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups")
+"""Routers that choose for every token by itself and without noise, so that splitting the batch changes nothing."""
+
+ROUTER_MEANS = ("load", "entropy", "confidence", "drop_fraction")
+"""Metrics of `moe.metrics.summary` that are means over tokens."""
+
+
+class Stream(NamedTuple):
+    """What goes from layer to layer in training.
+
+    Attributes:
+      x: residual stream [B, S, D].
+      aux_loss: sum of the auxiliary losses so far, float32 []; None without routed layers.
+      router: `ROUTER_MEANS` summed over this device's tokens, [L, E] or [L], those of the layers so far at the end.
+    """
+
+    x: Any
+    aux_loss: Any = None
+    router: Any = None
+
+
+class DecodeInputs(NamedTuple):
+    """Tokens of a serving call [N, T], position [N] of each row's first, how its KV cache is read (None: empty)."""
+
+    tokens: Any
+    starts: Any
+    read: Read | None
 
 
 @dataclass(frozen=True)
-class DecoderParts:
-    """A decoder as functions of one device's arrays, called inside shard_map over the plan's mesh.
+class ShardedDecoder:
+    """One device's part of a decoder, as functions called inside `jax.shard_map` over the plan's mesh.
 
     Attributes:
-      config: the whole model.
+      config: the model.
       plan: how it is split.
       z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
       platform: what is compiled for, "tpu" for example; "" is the default backend's.
@@ -53,24 +84,43 @@ class DecoderParts:
     z_loss: float = 0.0
     platform: str = ""
 
+    def axis(self, name: str) -> str | None:
+        """The mesh axis of that name, None if the plan does not split along it."""
+        return next(iter(self.plan.present(name)), None)
+
     @property
     def tp(self) -> str | None:
-        """The tensor-parallel axis, None if the plan has none."""
-        return next(iter(self.plan.present("tp")), None)
+        """Axis of tensor parallelism."""
+        return self.axis("tp")
+
+    @property
+    def cp(self) -> str | None:
+        """Axis of context parallelism."""
+        return self.axis("cp")
+
+    @property
+    def pp(self) -> str | None:
+        """Axis of pipeline stages."""
+        return self.axis("pp")
 
     @property
     def routed(self) -> bool:
-        """Whether layers have routed experts: the residual stream then comes with the sum of their auxiliary losses."""
+        """Whether some layers have routed experts."""
         return "routed" in self.config.pattern
 
     @property
+    def units(self) -> int:
+        """Steps of the scan over layers: layers, or with `moe.every` n > 1 units of n blocks."""
+        return self.config.layers // len(self.config.pattern)
+
+    @property
     def batch_axes(self) -> tuple[str, ...]:
-        """Axes that split the batch's rows."""
+        """Axes that split the rows of a batch, or the slots of a KV cache."""
         return self.plan.present(*DATA_AXES)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
-        """Axes that split the tokens."""
+        """Axes that split the tokens of a batch."""
         return self.batch_axes + self.plan.present("cp")
 
     @property
@@ -80,23 +130,215 @@ class DecoderParts:
 
     @cached_property
     def specs(self) -> PyTree:
-        """Partition of every parameter."""
-        return param_specs(parameter_shapes(self.config), self.plan.sizes, self.plan.rules, zero=self.plan.zero)
+        """Partition of every parameter; PlanError where one does not divide."""
+        return param_specs(param_shapes(self.config), self.plan.sizes, self.plan.rules, zero=self.plan.zero)
 
     @cached_property
     def layer_specs(self) -> PyTree:
         """Partition of one layer's parameters, without the layer axis."""
-        specs = self.specs
         if not self.config.scan:
-            return specs["blocks_0"]
+            return self.specs["blocks_0"]
         is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-        return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["blocks"], is_leaf=is_spec)
+        return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), self.specs["blocks"], is_leaf=is_spec)
 
     @property
     def local(self) -> TransformerConfig:
-        """The config of one device's part of a block."""
+        """The config of one device's part of a block; routed experts are cut by `expert_axes`."""
         c, tp = self.config, self.plan.size("tp")
-        return replace(c, heads=c.heads // tp, kv_heads=c.kv_size // tp, head_dim=c.head_size, ff=c.ff_size // tp)
+        moe = c.moe
+        if self.routed:
+            moe = replace(moe, ff=moe.width_of(c.ff_size))
+            if self.platform == "tpu" and moe.mixture.backend == "auto":  # also compiled on a machine without a TPU
+                moe = replace(moe, mixture=replace(moe.mixture, backend="tpu"))
+        sizes: Any = {"heads": c.heads // tp, "kv_heads": c.kv_size // tp, "ff": c.ff_size // tp}
+        return replace(c, **sizes, head_dim=c.head_size, moe=moe)
+
+    @property
+    def expert_axes(self) -> ExpertAxes:
+        """Mesh axes that split routed experts and their tokens."""
+        exchange: Any = {"tpu": "ragged", "gpu": "ragged", "cpu": "padded"}.get(self.platform, "auto")
+        return ExpertAxes(self.axis("ep"), self.tp, self.token_axes, exchange)
+
+    def gather(self, params: PyTree, specs: PyTree) -> PyTree:
+        """All-gather parameters over fsdp (ZeRO-3), in the compute dtype: `sharding.tensor_parallel.gather_params`."""
+        dtype = DTYPES[self.config.dtype]
+        return gather_params(params, specs, dtype, fsdp=self.axis("fsdp"), vary_over=self.residual_axes)
+
+    # The model: embedding, blocks, head.
+
+    def embed(self, params: PyTree, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B S D"]:
+        """Look tokens up in the vocabulary-parallel embedding table, embed/table of `params`."""
+        table_VD = self.gather(params["embed"], self.specs["embed"])["table"]
+        with jax.named_scope("embed"):
+            return explicit(self.tp, self.plan.sequence)(lookup(tokens_BT, table_VD, self.tp), RESIDUAL)
+
+    def unit(
+        self,
+        layer: PyTree,
+        x_BSD: Float[Array, "B S D"],
+        positions_BT: Int[Array, "B T"],
+        tokens_BT: Int[Array, "B T"] | None,
+        attend: Callable[[int], Attend],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Run the blocks of one step of the scan: one, or with `moe.every` n > 1 the n blocks of its pattern.
+
+        Args:
+          layer: this device's part of their parameters.
+          x_BSD: residual stream.
+          positions_BT: rotary positions.
+          tokens_BT: token ids, for the hash router.
+          attend: index of a block in the pattern -> its attention.
+          train: also return what the routed block sowed into "intermediates" (None without one).
+        """
+        c, params, sown = self.config, self.gather(layer, self.layer_specs), None
+        for i, mlp in enumerate(c.pattern):
+            block = Block(self.local, explicit(self.tp, self.plan.sequence), attend(i), mlp, self.expert_axes)
+            one = params if len(c.pattern) == 1 else params[f"layer_{i}"]
+            mutable = ["intermediates"] if train else []
+            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, mutable=mutable)
+            sown = state["intermediates"]["mlp"] if train and mlp == "routed" else sown
+        return x_BSD, sown
+
+    def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
+        """float32 logits of this device's part of the vocabulary; reads final_norm and head (embed where tied)."""
+        name = "embed" if self.config.tied else "head"
+        gain = self.gather(params["final_norm"], self.specs["final_norm"])["gain"]
+        x_BTD = explicit(self.tp, self.plan.sequence)(rms_norm(x_BSD, gain, self.config.norm_eps), INSIDE)
+        head = self.gather(params[name], self.specs[name])
+        head_DV = head["table"].T if self.config.tied else head["kernel"]
+        return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)
+
+    # Training.
+
+    def positions(self, length: int) -> Int[Array, " T"]:
+        """Positions of the tokens this device holds of a sequence of `length`."""
+        if not self.cp:
+            return jnp.arange(length, dtype=jnp.int32)
+        cut = zigzag_positions if self.plan.context == "ring" else contiguous_positions
+        return cut(jax.lax.axis_index("cp"), self.plan.size("cp"), length)
+
+    def begin(self, shared: PyTree, micro: Micro) -> Stream:
+        """Tokens int32 [B, T + 1] to the stream before the first layer."""
+        tokens_BT = micro["tokens"]
+        tokens_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1), axis=1)
+        x_BSD = vary(self.embed(shared, tokens_BT), self.residual_axes)
+        if not self.routed:
+            return Stream(x_BSD)
+        shapes = dict.fromkeys(ROUTER_MEANS, (self.units,)) | {"load": (self.units, self.config.moe.router.experts)}
+        axes = self.token_axes + self.plan.present("tp")
+        return Stream(x_BSD, jnp.float32(0), {name: vary(jnp.zeros(shape), axes) for name, shape in shapes.items()})
+
+    def layer(self, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
+        """One step of the scan over layers (see `unit`) on the stream."""
+        tokens_BT = micro["tokens"]
+        positions_T = self.positions(tokens_BT.shape[1] - 1)
+        positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
+        with jax.named_scope("layer"):
+            x_BSD, sown = self.unit(layer, stream.x, positions_BT, None, lambda _: self._attend(), train=True)
+        if not self.routed:
+            return Stream(x_BSD)
+        found = jax.lax.stop_gradient(sown["routing"][0])
+        # Layers come in order of depth, whichever stage runs them: what is new goes to the end.
+        router = {}
+        for name, sums in stream.router.items():
+            new = vary(found[name] * positions_BT.size, sorted(jax.typeof(sums).mat.varying))
+            router[name] = jnp.concatenate([sums[1:], new[None]])
+        return Stream(x_BSD, stream.aux_loss + sown["aux_loss"][0], router)
+
+    def head_loss(self, shared: PyTree, stream: Stream, micro: Micro) -> Sums:
+        """Sums over this device's tokens: of the loss, of their number, and of the metrics.
+
+        The sums are equal on all devices of tp.
+        """
+        tokens_BT = micro["tokens"]
+        labels_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1) + 1, axis=1)
+        with jax.named_scope("head"):
+            nll_BT, lse_BT, right_BT = token_losses(self.logits(shared, stream.x), labels_BT, self.tp)
+        weight = jnp.float32(labels_BT.size)
+        metrics = {"cross_entropy": nll_BT.sum(), "accuracy": right_BT.sum()}
+        loss = metrics["cross_entropy"] + self.z_loss * jnp.square(lse_BT).sum()
+        if self.routed:
+            metrics["aux_loss"] = stream.aux_loss * weight
+            loss += metrics["aux_loss"]
+            for name, sums in stream.router.items():
+                metrics[f"router/{name}"] = jax.lax.pmean(sums, self.tp) if self.tp else sums
+        return loss, weight, metrics
+
+    def layers(self, params: PyTree, stream: Stream, micro: Micro) -> Stream:
+        """All blocks, with activation checkpointing by the config's `remat`; gathered parameters are never saved."""
+        groups, period, start = self.config.remat_groups, len(self.config.pattern), 0
+        if not self.config.scan:
+            for i, group in enumerate([one for one in groups for _ in range(one.layers)]):
+                stream = self.checkpointed(group)(params[f"blocks_{i}"], stream, micro)
+            return stream
+        for group in groups:
+            layer, end = self.checkpointed(group), start + group.layers // period
+            blocks = params["blocks"]
+            if len(groups) > 1:
+                blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
+
+            def step(stream: Stream, one: PyTree, layer: Any = layer) -> tuple[Stream, None]:
+                return layer(one, stream, micro), None
+
+            stream, _ = jax.lax.scan(step, stream, blocks)
+            start = end
+        return stream
+
+    def checkpointed(self, group: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
+        """`layer` with activation checkpointing by a group's policy, which never saves gathered parameters."""
+        fsdp = self.axis("fsdp")
+        if group.base == "none" and not (fsdp and self.plan.zero == 3):
+            return self.layer
+        policy = keep_gathers_out(group.policy or jax.checkpoint_policies.everything_saveable, fsdp)
+        return jax.checkpoint(self.layer, policy=policy, prevent_cse=not self.config.scan)
+
+    def _attend(self) -> Attend:
+        if not self.cp:
+            return attention
+        if self.plan.context == "ring":
+            return partial(ring_attention, axis="cp")
+        return partial(ulysses_attention, axis="cp", attend=attention)
+
+    # Serving: prefill and decode with a KV cache.
+
+    def cached_layers(
+        self, params: PyTree, x_NTD: Float[Array, "N T D"], cache: Cache, inputs: DecodeInputs
+    ) -> tuple[Float[Array, "N T D"], Float[Array, "L N K T h"], Float[Array, "L N K T h"]]:
+        """This stage's blocks over a KV cache; also the keys and values of the call's tokens, for `cache.append`.
+
+        The cache is only read. Of its L layers, block i of the pattern in step u of the scan is layer u * period + i.
+        """
+        period = len(self.config.pattern)
+        steps_T = jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
+        positions_NT = inputs.starts[:, None] + steps_T[None]
+
+        def step(x_NTD: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
+            number, layer = one
+            made: list[tuple[jax.Array, jax.Array]] = []
+
+            def attend(i: int) -> Attend:
+                def over_cache(q_NTHh: jax.Array, k_NTKh: jax.Array, v_NTKh: jax.Array) -> jax.Array:
+                    made.append((k_NTKh.transpose(0, 2, 1, 3), v_NTKh.transpose(0, 2, 1, 3)))
+                    if inputs.read is None:
+                        return attention(q_NTHh, k_NTKh, v_NTKh)
+                    past = inputs.read(cache, number * period + i)
+                    return cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp)
+
+                return over_cache
+
+            layer = dequantize_layer(layer, self.config.dtype)
+            x_NTD, _ = self.unit(layer, x_NTD, positions_NT, inputs.tokens, attend, train=False)
+            return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+
+        units = jax.tree.leaves(params["blocks"])[0].shape[0]
+        with jax.named_scope("layers"):
+            x_NTD, pair = jax.lax.scan(step, x_NTD, (jnp.arange(units), params["blocks"]))
+        k, v = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair)
+        return x_NTD, k, v
+
+    # What a plan cannot do.
 
     def check(self, batch_size: int, length: int) -> None:
         """Refuse a model or a batch that does not divide.
@@ -104,7 +346,7 @@ class DecoderParts:
         Raises:
           PlanError: parameters (see `sharding.rules.param_specs`), rows over the data axes and into microbatches,
             tokens over cp (twice for the ring's load balance) and tp, layers over stages, or experts (see
-            `tessera.parallel.moe.check_experts`).
+            `check_experts`).
         """
         plan, sizes = self.plan, self.plan.sizes
         _ = self.specs
@@ -144,7 +386,7 @@ class DecoderParts:
                 f"plan {self.plan.axes!r}: all stages run one program, so their layers are recomputed alike; "
                 f"remat={self.config.remat!r} has groups: choose one policy"
             )
-        split_layers(self.config.layers // len(self.config.pattern), stages, self.plan.virtual)
+        split_layers(self.units, stages, self.plan.virtual)
         if rows % parts:
             valid = [n for n in range(stages, rows + 1) if rows % n == 0]
             near = min(valid, key=lambda n: abs(n - parts), default=None)
@@ -154,134 +396,65 @@ class DecoderParts:
                 f"rows, which do not divide into microbatches={parts} of {stages} stages; nearest valid: {choose}"
             )
 
-    def positions(self, length: int) -> Int[Array, " T"]:
-        """Positions of the tokens this device holds of a sequence of `length`."""
-        if not self.plan.present("cp"):
-            return jnp.arange(length, dtype=jnp.int32)
-        cut = zigzag_positions if self.plan.context == "ring" else contiguous_positions
-        return cut(jax.lax.axis_index("cp"), self.plan.size("cp"), length)
 
-    def embed(self, shared: PyTree, micro: Micro) -> Stream:
-        """Tokens int32 [B, T + 1] to the residual stream; reads embed/table of `shared`."""
-        tokens_BT = micro["tokens"]
-        tokens_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1), axis=1)
-        table_VD = self._gather(shared["embed"], self.specs["embed"])["table"]
-        with jax.named_scope("embed"):
-            x_BTD = explicit(self.tp, self.plan.sequence)(lookup(tokens_BT, table_VD, self.tp), RESIDUAL)
-        x_BTD = vary(x_BTD, self.residual_axes)
-        return (x_BTD, jnp.float32(0)) if self.routed else x_BTD
+def check_experts(config: MoEConfig, plan: Plan) -> None:
+    """Refuse routed experts whose numbers under the plan would differ from those of one device.
 
-    def layer(self, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
-        """One block on the residual stream, or with `moe.every` n > 1 the n blocks of one step of the scan."""
-        tokens_BT, pattern = micro["tokens"], self.config.pattern
-        positions_T = self.positions(tokens_BT.shape[1] - 1)
-        positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
-        x_BTD, auxiliary = stream if self.routed else (stream, None)
-        with jax.named_scope("layer"):
-            params = self._gather(layer, self.layer_specs)
-            for i, mlp in enumerate(pattern):
-                block = Block(self.local, explicit(self.tp, self.plan.sequence), self._attend(), mlp, self._feed)
-                one = params if len(pattern) == 1 else params[f"layer_{i}"]
-                (x_BTD, _), sown = block.apply({"params": one}, x_BTD, positions_BT, mutable=["intermediates"])
-                if mlp == "routed":
-                    auxiliary += sown["intermediates"]["mlp"]["aux_loss"][0]
-        return (x_BTD, auxiliary) if self.routed else x_BTD
-
-    def head_loss(self, shared: PyTree, stream: Stream, micro: Micro) -> Sums:
-        """Sums over this device's tokens: of the loss, of their number, and of the metrics.
-
-        Reads final_norm and head (embed where tied) of `shared`. The sums are equal on all devices of tp.
-        """
-        tokens_BT = micro["tokens"]
-        x_BTD, auxiliary = stream if self.routed else (stream, None)
-        labels_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1) + 1, axis=1)
-        gain = self._gather(shared["final_norm"], self.specs["final_norm"])["gain"]
-        with jax.named_scope("head"):
-            x_BTD = explicit(self.tp, self.plan.sequence)(rms_norm(x_BTD, gain, self.config.norm_eps), INSIDE)
-            if self.config.tied:
-                head_DV = self._gather(shared["embed"], self.specs["embed"])["table"].T
-            else:
-                head_DV = self._gather(shared["head"], self.specs["head"])["kernel"]
-            logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)
-            nll_BT, lse_BT, right_BT = token_losses(logits_BTV, labels_BT, self.tp)
-        weight = jnp.float32(labels_BT.size)
-        metrics = {"cross_entropy": nll_BT.sum(), "accuracy": right_BT.sum()}
-        loss = metrics["cross_entropy"] + self.z_loss * jnp.square(lse_BT).sum()
-        if self.routed:
-            metrics["aux_loss"] = auxiliary * weight
-            loss += metrics["aux_loss"]
-        return loss, weight, metrics
-
-    def layers(self, params: PyTree, stream: Stream, micro: Micro) -> Stream:
-        """All blocks; the backward pass recomputes what the config's `remat` says, and gathered parameters always."""
-        groups, period, start = self.config.remat_groups, len(self.config.pattern), 0
-        if not self.config.scan:
-            for i, way in enumerate(group for group in groups for _ in range(group.layers)):
-                stream = self.recomputed(way)(params[f"blocks_{i}"], stream, micro)
-            return stream
-        for way in groups:
-            layer, end = self.recomputed(way), start + way.layers // period
-            blocks = params["blocks"]
-            if len(groups) > 1:
-                blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
-            stream, _ = jax.lax.scan(partial(_scanned, layer, micro), stream, blocks)
-            start = end
-        return stream
-
-    def recomputed(self, way: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
-        """`layer`, keeping for the backward pass what `way` says and never gathered parameters."""
-        fsdp = next(iter(self.plan.present("fsdp")), None)
-        if way.base == "none" and not (fsdp and self.plan.zero == 3):
-            return self.layer
-        policy = keep_gathers_out(way.policy or jax.checkpoint_policies.everything_saveable, fsdp)
-        return jax.checkpoint(self.layer, policy=policy, prevent_cse=not self.config.scan)
-
-    def _gather(self, params: PyTree, specs: PyTree) -> PyTree:
-        fsdp = next(iter(self.plan.present("fsdp")), None)
-        return gather_params(params, specs, DTYPES[self.config.dtype], fsdp=fsdp, vary_over=self.residual_axes)
-
-    def _feed(self, config: TransformerConfig, mlp: str, name: str) -> nn.Module:
-        if mlp != "routed":
-            return feed_forward(config, mlp, name)
-        ff = config.moe.width_of(self.config.ff_size)
-        return SplitMoE(config.moe, self.plan, config.width, ff, self.token_axes, self.platform, name=name)
-
-    def _attend(self) -> Callable[..., jax.Array]:
-        if not self.plan.present("cp"):
-            return attention
-        if self.plan.context == "ring":
-            return partial(ring_attention, axis="cp")
-        return partial(heads_attention, axis="cp", attend=attention)
+    Raises:
+      PlanError: a router that looks at other tokens or draws noise, a capacity, expert dropout, auxiliary losses that
+        are no means over tokens, biases of experts under tensor parallelism.
+    """
+    split_rows = plan.size("pp") > 1 and config.balance and config.balance_scope == "batch"
+    split_time = plan.size("cp") > 1 and config.balance and config.balance_scope == "sequence"
+    wrong = {
+        f"router.name={config.router.name!r} (choose one of {', '.join(ROUTERS)})": config.router.name not in ROUTERS,
+        f"router.jitter={config.router.jitter}": config.router.jitter,
+        "mixture.dispatch='capacity' (choose 'dropless')": config.mixture.dispatch == "capacity",
+        f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
+        f"importance={config.importance}": config.importance,
+        f"load={config.load}": config.load,
+        "balance_scope='sequence' with cp > 1 (choose 'batch')": split_time,
+        "balance_scope='batch' with pp > 1, where a batch is cut into microbatches (choose 'sequence')": split_rows,
+        "biases with tp > 1": config.biases and plan.size("tp") > 1,
+    }
+    for setting, refused in wrong.items():
+        if refused:
+            raise PlanError(f"plan {plan.axes!r} and moe.{setting}: not the same numbers as on one device")
 
 
-def _scanned(layer: Callable[..., Stream], micro: Micro, stream: Stream, one: PyTree) -> tuple[Stream, None]:
-    return layer(one, stream, micro), None
-
-
-def make_loss(parts: DecoderParts, mesh: Mesh | AbstractMesh) -> LossFn:
-    """`loss(params, batch, key)` as `tessera.next_token.make_loss` gives it, under a plan without pipeline stages.
+def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
+    """`loss(params, batch, key)` as `tessera.models.lm_loss.lm_loss` gives it, under a plan without pipeline stages.
 
     Args:
-      parts: model and plan.
+      decoder: model and plan.
       mesh: from `sharding.mesh`.
     """
-    axes = parts.token_axes
+    axes = decoder.token_axes
 
     def local_loss(params: PyTree, batch: Micro) -> tuple[jax.Array, dict[str, jax.Array]]:
-        stream = parts.layers(params, parts.embed(params, batch), batch)
-        loss, weight, metrics = parts.head_loss(params, stream, batch)
+        stream = decoder.layers(params, decoder.begin(params, batch), batch)
+        loss, weight, metrics = decoder.head_loss(params, stream, batch)
         with jax.named_scope("loss"):
             loss, weight, metrics = jax.lax.psum(vary_all((loss, weight, metrics), axes), axes)
         return jax.tree.map(lambda total: total / weight, (loss, metrics))
 
-    specs = (parts.specs, {"tokens": PartitionSpec(parts.batch_axes or None)})
+    specs = (decoder.specs, {"tokens": PartitionSpec(decoder.batch_axes or None)})
     sharded = jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
 
     def loss_fn(params: PyTree, batch: Micro, key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
-        return sharded(params, {"tokens": batch["tokens"]})
+        loss, metrics = sharded(params, {"tokens": batch["tokens"]})
+        return loss, router_metrics(metrics)
 
     return loss_fn
+
+
+def router_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics with those of `moe.metrics.summary` that follow from the load of all tokens, if there are routers."""
+    if "router/load" not in metrics:
+        return metrics
+    load_LE = metrics["router/load"]
+    return metrics | {"router/max_violation": jax.vmap(max_violation)(load_LE), "router/load_entropy": entropy(load_LE)}
 
 
 def vary_all(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
@@ -289,27 +462,25 @@ def vary_all(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), tree)
 
 
-def state_shardings(parts: DecoderParts, mesh: Mesh, state: PyTree) -> PyTree:
+def state_shardings(decoder: ShardedDecoder, mesh: Mesh, state: PyTree) -> PyTree:
     """Shardings of a train state: parameters by the plan; moments and averages over fsdp whatever `zero` is.
 
     Args:
-      parts: model and plan.
+      decoder: model and plan.
       mesh: from `sharding.mesh.make_mesh`.
       state: `tessera.step.TrainState` of arrays or shapes.
     """
-    shapes = parameter_shapes(parts.config)
-    whole = param_specs(shapes, parts.plan.sizes, parts.plan.rules)
-    specs = mirrored_specs(state, shapes, whole)
-    return shardings(mesh, specs.replace(params=parts.specs))
+    plan, shapes = decoder.plan, param_shapes(decoder.config)
+    specs = mirrored_specs(state, shapes, param_specs(shapes, plan.sizes, plan.rules))
+    return shardings(mesh, specs.replace(params=decoder.specs))
 
 
-def batch_sharding(parts: DecoderParts, mesh: Mesh) -> NamedSharding:
+def batch_sharding(decoder: ShardedDecoder, mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(parts.batch_axes or None))
+    return NamedSharding(mesh, PartitionSpec(decoder.batch_axes or None))
 
 
-@functools.lru_cache(maxsize=16)  # a plan is checked many times, its shapes made once
-def parameter_shapes(config: TransformerConfig) -> PyTree:
-    """Shapes of a decoder's parameters; nothing is allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+def dequantize_layer(layer: PyTree, dtype: str) -> PyTree:
+    """A block's parameters with float kernels in place of quantized ones."""
+    convert = partial(dequantize, dtype=DTYPES[dtype])
+    return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)

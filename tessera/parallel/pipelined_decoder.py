@@ -1,4 +1,4 @@
-"""The decoder under a plan with pipeline stages: `DecoderParts` run by `sharding.pipeline.run`.
+"""The loss of a `ShardedDecoder` under any plan, with pipeline stages through `sharding.pipeline.run`.
 
 Parameters are the decoder's own tree. In the model's order (blocks [L, ...]) a plan whose layers divide evenly needs no
 rearranging. Where they do not, or where the schedule is interleaved, `arrange` puts them by stage once, so that no step
@@ -18,21 +18,17 @@ from sharding.pipeline.run import PipelineConfig, make_value_and_grad
 from sharding.pipeline.run import make_loss as make_forward
 from sharding.pipeline.stages import StageLayout, split_layers, stack_stages, unstack_stages
 from sharding.pipeline.ticks import StageFns
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel import decoder as unpipelined
+from tessera.parallel.decoder import ROUTER_MEANS, ShardedDecoder, router_metrics
 from tessera.step import LossFn
 
 
-def stage_layout(parts: DecoderParts) -> StageLayout:
+def stage_layout(decoder: ShardedDecoder) -> StageLayout:
     """The plan's layout: layers as even as they can be over pp stages and `virtual` chunks; see `split_layers`.
 
     With `moe.every` n > 1 what is laid out are units of n blocks, of which the last is routed.
     """
-    return split_layers(units(parts), parts.plan.size("pp"), parts.plan.virtual)
-
-
-def units(parts: DecoderParts) -> int:
-    """Length of the stack of blocks: layers, or units of several."""
-    return parts.config.layers // len(parts.config.pattern)
+    return split_layers(decoder.units, decoder.plan.size("pp"), decoder.plan.virtual)
 
 
 def arrange(params: PyTree, layout: StageLayout) -> PyTree:
@@ -45,52 +41,54 @@ def restore(params: PyTree, layout: StageLayout) -> PyTree:
     return {**params, "blocks": unstack_stages(params["blocks"], layout)}
 
 
-def arranged_parts(parts: DecoderParts, layout: StageLayout) -> DecoderParts:
-    """The same parts for arranged parameters: their `specs` and `tessera.parallel.decoder.state_shardings` are those of
+def arranged_decoder(decoder: ShardedDecoder, layout: StageLayout) -> ShardedDecoder:
+    """The same decoder for arranged parameters: its `specs` and `tessera.parallel.decoder.state_shardings` are those of
     blocks [p * v * n, ...], whose first axis always divides by the stages."""
-    return replace(parts, config=replace(parts.config, layers=len(layout.index) * len(parts.config.pattern)))
+    return replace(decoder, config=replace(decoder.config, layers=len(layout.index) * len(decoder.config.pattern)))
 
 
 def make_loss(
-    parts: DecoderParts, mesh: Mesh | AbstractMesh, layout: StageLayout | None = None, *, arranged: bool = False
+    decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageLayout | None = None, *, arranged: bool = False
 ) -> LossFn:
-    """`loss(params, batch, key)` as `tessera.next_token.make_loss` gives it, through the plan's pipeline.
+    """`loss(params, batch, key)` as `tessera.models.lm_loss.lm_loss` gives it, under any plan.
 
-    Differentiating it runs the plan's schedule, which computes the gradient along with the loss; calling it runs
-    forward passes only. Metrics have no gradient.
+    With pipeline stages, differentiating it runs the plan's schedule, which computes the gradient along with the loss;
+    calling it runs forward passes only. Metrics have no gradient.
 
     Args:
-      parts: model and plan; any of the plan's axes may be larger than 1.
+      decoder: model and plan; any of the plan's axes may be larger than 1.
       mesh: from `sharding.mesh`.
-      layout: which layer lives on which stage, default `stage_layout(parts)`.
+      layout: which layer lives on which stage, default `stage_layout(decoder)`.
       arranged: parameters come from `arrange`, and so do gradients.
 
     Raises:
       PlanError: blocks that are not stacked (`scan` is off), a layout of another number of layers or stages, sizes the
         schedule cannot have, or (when called) a batch that does not divide.
     """
-    layout = layout or stage_layout(parts)
-    if not parts.config.scan:
+    if decoder.plan.size("pp") == 1:
+        return unpipelined.make_loss(decoder, mesh)
+    layout = layout or stage_layout(decoder)
+    if not decoder.config.scan:
         raise PlanError("a pipeline needs the blocks' parameters stacked along a layer axis: set scan=True")
-    if layout.layers != units(parts):
-        raise PlanError(f"the layout has {layout.layers} layers, the model {units(parts)}; they must be equal")
-    parts = arranged_parts(parts, layout)
+    if layout.layers != decoder.units:
+        raise PlanError(f"the layout has {layout.layers} layers, the model {decoder.units}; they must be equal")
+    decoder = arranged_decoder(decoder, layout)
     config = PipelineConfig(
-        parts.plan.schedule,
-        parts.plan.microbatch_count,
+        decoder.plan.schedule,
+        decoder.plan.microbatch_count,
         layout,
-        batch_axes=parts.batch_axes,
-        sum_axes=parts.plan.present("cp"),
-        other_axes=parts.plan.present("tp"),
+        batch_axes=decoder.batch_axes,
+        sum_axes=decoder.plan.present("cp"),
+        other_axes=decoder.plan.present("tp"),
         # The decoder's functions gather over fsdp themselves, layer by layer.
         gather_axes=("pp",),
         arranged=arranged,
-        skip_idle=not (parts.plan.present("cp") and parts.plan.context == "ring"),
+        skip_idle=not (decoder.plan.present("cp") and decoder.plan.context == "ring"),
     )
-    fns = stage_fns(parts)
-    shared_specs = {name: spec for name, spec in parts.specs.items() if name != "blocks"}
-    gradient = make_value_and_grad(fns, mesh, config, shared_specs, parts.layer_specs)
-    forward = make_forward(fns, mesh, config, shared_specs, parts.layer_specs)
+    fns = stage_fns(decoder)
+    shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
+    gradient = make_value_and_grad(fns, mesh, config, shared_specs, decoder.layer_specs)
+    forward = make_forward(fns, mesh, config, shared_specs, decoder.layer_specs)
 
     def split(params: PyTree) -> tuple[PyTree, PyTree]:
         return {name: leaf for name, leaf in params.items() if name != "blocks"}, params["blocks"]
@@ -111,13 +109,16 @@ def make_loss(
     def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
         value, metrics = loss(params, {"tokens": batch["tokens"]})
-        return value, {name: metric for name, metric in metrics.items() if name != "weight"}
+        del metrics["weight"]
+        for name in ROUTER_MEANS if decoder.routed else ():
+            metrics[f"router/{name}"] = metrics[f"router/{name}"][-layout.layers :]  # zeros of padding come first
+        return value, router_metrics(metrics)
 
     return loss_fn
 
 
-def stage_fns(parts: DecoderParts) -> StageFns:
-    """The parts as a pipeline wants them; a layer recomputes what the config's `remat` says."""
-    (way,) = parts.config.remat_groups
-    layer = parts.layer if way.base == "none" else parts.recomputed(way)
-    return StageFns(parts.embed, layer, parts.head_loss)
+def stage_fns(decoder: ShardedDecoder) -> StageFns:
+    """The decoder as a pipeline wants them; a layer recomputes what the config's `remat` says."""
+    (group,) = decoder.config.remat_groups
+    layer = decoder.layer if group.base == "none" else decoder.checkpointed(group)
+    return StageFns(decoder.begin, layer, decoder.head_loss)

@@ -2,58 +2,19 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Key, PyTree
 
 from sharding.analysis.collectives import Collective
 from sharding.analysis.hlo import compiled_collectives
-from sharding.plan import Plan
+from tessera.lm.run import RunConfig, first_state, under_plan
 from tessera.models.lm_loss import make_adjust
-from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.parallel.build import plan_decoder
-from tessera.parallel.placement import Placement
-from tessera.step import LossFn, StepConfig, TrainState, init_state, make_train_step
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one training step depends on; the fields are those of the training script's config.
-
-    Attributes:
-      model, plan, optimizer, step: the parts.
-      batch_size: sequences per step over all devices.
-      length: tokens per sequence.
-      z_loss: see `tessera.losses.cross_entropy`.
-    """
-
-    model: TransformerConfig
-    plan: Plan
-    optimizer: OptimizerConfig
-    step: StepConfig
-    batch_size: int
-    length: int
-    z_loss: float = 0.0
-
-    def init(self, key: Key[Array, ""] | None = None) -> TrainState:
-        """The state before the first step; call it under `jax.eval_shape` to have its shapes alone."""
-        tokens = jnp.zeros((1, self.length), jnp.int32)
-        return self.state(Decoder(self.model).init(jax.random.key(0) if key is None else key, tokens)["params"])
-
-    def state(self, params: PyTree) -> TrainState:
-        """The state before the first step with these parameters."""
-        return init_state(params, make_optimizer(self.optimizer), self.step)
-
-    def under_plan(self, devices: Sequence[Any] | None = None) -> tuple[LossFn, Placement]:
-        """Loss and placement, see `tessera.parallel.build.plan_decoder`."""
-        sizes = {"batch_size": self.batch_size, "length": self.length, "microbatches": self.step.microbatches}
-        return plan_decoder(self.model, self.plan, self.init, **sizes, z_loss=self.z_loss, devices=devices)
+from tessera.optim.optimizer import make_optimizer
+from tessera.step import make_train_step
 
 
 class Compiled(NamedTuple):
@@ -78,28 +39,28 @@ class Compiled(NamedTuple):
         return self.arguments + self.temporary + self.results + self.code
 
 
-def compile_step(run: Run, devices: Sequence[Any]) -> Compiled:
+def compile_step(run: RunConfig, devices: Sequence[Any]) -> Compiled:
     """Compile the step that `scripts/train.py` runs; only shapes exist.
 
     Args:
       run: what is trained.
-      devices: JAX devices or those of `sharding.analysis.topology`.
+      devices: JAX devices or those of `sharding.analysis.hardware.topology_devices`.
 
     Raises:
       PlanError: the plan does not fit the devices, the model or the batch.
       jax.errors.JaxRuntimeError: the compiler refuses the program, for want of memory for example.
     """
-    loss_fn, placement = run.under_plan(devices)
+    loss_fn, placement = under_plan(run, devices=devices)
     step = make_train_step(loss_fn, make_optimizer(run.optimizer), run.step, adjust=make_adjust(run.model))
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(run.init),
+        jax.eval_shape(lambda: first_state(run)),
         placement.state,
     )
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32, sharding=placement.batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    whole = NamedSharding(placement.batch.mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    replicated = NamedSharding(placement.batch.mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(placement.state, None)).lower(
         state, {"tokens": tokens}, key

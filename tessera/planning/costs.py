@@ -1,6 +1,6 @@
 """How much a training step of the decoder computes and moves under a plan, by formulas: to rank thousands of plans.
 
-The plan that is explained is counted from its program (`sharding.analysis.collectives`, `sharding.analysis.products`);
+The plan that is explained is counted from its program (`sharding.analysis.collectives`);
 tests hold the formulas against those counts.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sharding.pipeline.schedules import bubble_formula
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.memory import F32, Sizes, StateParts, local_sizes
 
 
@@ -40,12 +40,14 @@ class Costs:
     bubble: float
 
 
-def estimate_costs(parts: DecoderParts, placed: StateParts, batch_size: int, length: int, accumulate: int = 1) -> Costs:
+def estimate_costs(
+    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, grad_accum_steps: int = 1
+) -> Costs:
     """Costs of one step; arguments as for `tessera.planning.memory.estimate_memory`."""
-    config, plan = parts.config, parts.plan
-    z = local_sizes(config, plan, batch_size, length, accumulate)
+    config, plan = decoder.config, decoder.plan
+    z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     stages = plan.size("pp")
-    rounds = accumulate * (plan.microbatch_count if stages > 1 else 1)
+    rounds = grad_accum_steps * (plan.microbatch_count if stages > 1 else 1)
     passes = _mean(config, PASSES) + (stages > 1)  # a stage computes its layers again
     forward = _layer_flops(config, z, length)
     head = 2.0 * z.b * z.t * z.D * z.V
@@ -57,7 +59,7 @@ def estimate_costs(parts: DecoderParts, placed: StateParts, batch_size: int, len
     traffic = 8 * local + rounds * passes * local * plan.size("fsdp") * z.item / F32
     traffic += rounds * passes * _layer_traffic(z) + rounds * 3 * z.b * z.t * z.V * F32
     bubble = bubble_formula(plan.schedule, stages, plan.microbatch_count, plan.virtual) if stages > 1 else 0.0
-    return Costs(flops, traffic, tuple(_moved(parts, z, bytes_of, rounds)), bubble)
+    return Costs(flops, traffic, tuple(_moved(decoder, z, bytes_of, rounds)), bubble)
 
 
 # How often a layer's products run: forward, and twice for the backward pass; again where they are computed again.
@@ -99,10 +101,10 @@ def _layer_traffic(z: Sizes) -> float:
     return float(z.layers * attention + (z.layers - z.routed) * dense + z.routed * experts)
 
 
-def _moved(parts: DecoderParts, z: Sizes, bytes_of: dict[str, float], rounds: int) -> list[Axis]:
+def _moved(decoder: ShardedDecoder, z: Sizes, bytes_of: dict[str, float], rounds: int) -> list[Axis]:
     """Bytes one device sends over every axis of the plan, by the ring algorithms."""
-    plan = parts.plan
-    again = forward_passes(parts.config, plan)
+    plan = decoder.plan
+    again = forward_passes(decoder.config, plan)
     stream, found = float(z.b * z.t * z.D * z.item), []
     experts = sum(size for path, size in bytes_of.items() if "/experts/" in path)
     others = sum(bytes_of.values()) - experts
@@ -115,14 +117,14 @@ def _moved(parts: DecoderParts, z: Sizes, bytes_of: dict[str, float], rounds: in
         ring = (n - 1) / n
         if axis == "fsdp" and plan.zero == 3:
             # Gathered forward and backward, and once more by a stage; gradients scattered: in the compute dtype.
-            times = 3 + (plan.size("pp") > 1 and parts.config.remat != "none")
+            times = 3 + (plan.size("pp") > 1 and decoder.config.remat != "none")
             add(axis, rounds * times * ring * (experts + others) * n * z.item / F32)
         elif axis in ("dp", "fsdp"):
-            add(axis, _times(parts, rounds) * 2 * ring * (experts + others))
+            add(axis, _times(decoder, rounds) * 2 * ring * (experts + others))
         elif axis == "ep":
-            tokens = z.routed * z.b * z.t * parts.config.moe.router.k * z.D * z.item
-            sent = ring * tokens if parts.platform in ("tpu", "gpu") else (n - 1) * tokens
-            add(axis, _times(parts, rounds) * 2 * ring * others + rounds * (2 * again + 2) * sent)
+            tokens = z.routed * z.b * z.t * decoder.config.moe.router.k * z.D * z.item
+            sent = ring * tokens if decoder.platform in ("tpu", "gpu") else (n - 1) * tokens
+            add(axis, _times(decoder, rounds) * 2 * ring * others + rounds * (2 * again + 2) * sent)
         elif axis == "cp":
             add(axis, rounds * z.layers * _context(plan, z, n, again) + 2 * ring * (experts + others))
         elif axis == "tp":
@@ -133,9 +135,9 @@ def _moved(parts: DecoderParts, z: Sizes, bytes_of: dict[str, float], rounds: in
     return found
 
 
-def _times(parts: DecoderParts, rounds: int) -> int:
+def _times(decoder: ShardedDecoder, rounds: int) -> int:
     """How often gradients are summed: a pipeline does it once, after its last tick."""
-    return rounds if parts.plan.size("pp") == 1 else max(1, rounds // parts.plan.microbatch_count)
+    return rounds if decoder.plan.size("pp") == 1 else max(1, rounds // decoder.plan.microbatch_count)
 
 
 def _context(plan: Plan, z: Sizes, n: int, again: float) -> float:

@@ -1,22 +1,27 @@
 """How much memory, arithmetic and traffic a training step of the decoder needs under a plan, from sizes alone.
 
-Formulas, not traces: fast enough to judge every factoring of a pod. What they leave out (fragmentation, the compiler's
-own copies) is measured against compiled programs in docs/results/pods.md.
+Formulas, and one block traced for the activations it saves: fast enough to judge every factoring of a pod. What they
+leave out (fragmentation, the compiler's own copies) is measured against compiled programs in docs/results/pods.md.
 
 Sizes of one device: b rows, t tokens of a row inside a layer, s in the residual stream, S keys, D width, H query and
 K key/value heads of size h, F feed-forward channels, V vocabulary.
 """
 
+import functools
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from sharding.analysis.roofline import Placed, placements
-from sharding.pipeline.lockstep import lockstep, slots
+from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs, param_specs
-from tessera.models.transformer import TransformerConfig
-from tessera.parallel.decoder import DecoderParts
-from tessera.planning.kept import kept_per_row
+from sharding.tensor_parallel import INSIDE, RESIDUAL
+from tessera.models.remat import Remat
+from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
 StateParts = dict[str, list[Placed]]
@@ -33,11 +38,11 @@ class Memory:
     Attributes:
       params: float32 master weights, and their moving average if there is one.
       optimizer: moments and counters.
-      gradients: float32, in parts as the parameters are.
+      gradients: float32, split as the parameters are.
       saved: activations that wait for the backward pass, as the remat policy says.
       attention: of one layer, forward and backward.
       feed_forward: of one layer, dense or experts, forward and backward.
-      gathered: parameters made whole over fsdp for one layer, and their gradients.
+      gathered: parameters of one layer gathered over fsdp, and their gradients.
       logits: of the head, and their gradient.
       host: offloaded activations in the host's memory, per device; no part of the total.
     """
@@ -93,10 +98,12 @@ class Sizes(NamedTuple):
     item: int
 
 
-def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: int, accumulate: int = 1) -> Sizes:
+def local_sizes(
+    config: TransformerConfig, plan: Plan, batch_size: int, length: int, grad_accum_steps: int = 1
+) -> Sizes:
     """Sizes of what goes through one device's layers at once: a part of the batch, or a microbatch of it."""
     tp, cp, ep = (plan.size(axis) for axis in ("tp", "cp", "ep"))
-    rows = max(1, batch_size // accumulate // plan.data)
+    rows = max(1, batch_size // grad_accum_steps // plan.data)
     if plan.size("pp") > 1:
         rows = max(1, rows // plan.microbatch_count)
     t, moe = length // cp, config.moe
@@ -113,7 +120,7 @@ def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: 
         h=config.head_size,
         F=config.ff_size // tp,
         V=config.vocab_size // tp,
-        # Nothing is dropped, so there is room for every device's tokens on every device (`moe.parallel.all_to_all`).
+        # Nothing is dropped, so every device has buffers for the tokens of all devices (`moe.parallel.all_to_all`).
         M=rows * t * moe.router.k * ep if routed else 0,
         W=moe.width_of(config.ff_size) // tp if routed else 0,
         E=moe.router.experts // ep if routed else 0,
@@ -124,23 +131,23 @@ def local_sizes(config: TransformerConfig, plan: Plan, batch_size: int, length: 
 
 
 def estimate_memory(
-    parts: DecoderParts, placed: StateParts, batch_size: int, length: int, accumulate: int = 1
+    decoder: ShardedDecoder, placed: StateParts, batch_size: int, length: int, grad_accum_steps: int = 1
 ) -> Memory:
     """Memory of one device during a training step.
 
     Args:
-      parts: model and plan.
+      decoder: model and plan.
       placed: the train state's arrays, from `state_placements`.
       batch_size: sequences per step over all devices.
       length: tokens per sequence.
-      accumulate: parts whose gradients the step adds up.
+      grad_accum_steps: parts whose gradients the step adds up.
     """
-    config, plan = parts.config, parts.plan
-    z = local_sizes(config, plan, batch_size, length, accumulate)
+    config, plan = decoder.config, decoder.plan
+    z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     params = sum(one.bytes for one in placed["params"])
-    gradients = params * (2 if accumulate > 1 or plan.size("pp") > 1 else 1)
+    gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
-    layer = _layer_bytes(parts, placed["params"]) * z.item // F32
+    layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
     logits = z.b * z.t * z.V * F32
     return Memory(
         params=float(params + sum(one.bytes for one in placed["ema"])),
@@ -155,13 +162,13 @@ def estimate_memory(
     )
 
 
-def state_placements(parts: DecoderParts, state: TrainState) -> StateParts:
+def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
     """Where everything of a train state (or of its shapes) lies under a plan."""
-    sizes, shapes = parts.plan.sizes, state.params
-    whole = param_specs(shapes, sizes, parts.plan.rules)
-    found = {"params": placements(shapes, parts.specs, sizes)}
+    sizes, shapes = decoder.plan.sizes, state.params
+    full_specs = param_specs(shapes, sizes, decoder.plan.rules)
+    found = {"params": placements(shapes, decoder.specs, sizes)}
     for name, tree in (("optimizer", state.opt_state), ("ema", state.ema)):
-        found[name] = placements(tree, mirrored_specs(tree, shapes, whole), sizes)
+        found[name] = placements(tree, mirrored_specs(tree, shapes, full_specs), sizes)
     return found
 
 
@@ -178,13 +185,13 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
     if plan.size("pp") > 1:
         # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again.
         (way,) = config.remat_groups
-        one = kept_per_row(dense, plan, length, way)
-        table = lockstep(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        one = saved_per_row(dense, plan, length, way)
+        table = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
         return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
     device = host = 0.0
     for way in config.remat_groups:
-        one = kept_per_row(dense, plan, length, way)
+        one = saved_per_row(dense, plan, length, way)
         device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
         if z.routed and way.base in ("none", "dots"):
             extra = z.M * (2 * z.D + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
@@ -208,15 +215,15 @@ def _feed_forward(z: Sizes) -> float:
 
 
 def _streams(z: Sizes) -> float:
-    """What the two layers of a block read and add to the residual stream, whole along time."""
+    """What the two layers of a block read and add to the residual stream, all of time."""
     return 4.0 * z.b * z.t * z.D * z.item
 
 
-def _layer_bytes(parts: DecoderParts, params: list[Placed]) -> float:
-    """Float32 bytes of one layer's parameters on a device when they are whole over fsdp."""
-    fsdp = parts.plan.size("fsdp") if parts.plan.zero == 3 else 1
+def _layer_bytes(decoder: ShardedDecoder, params: list[Placed]) -> float:
+    """Float32 bytes of one layer's parameters on a device when they are gathered over fsdp."""
+    fsdp = decoder.plan.size("fsdp") if decoder.plan.zero == 3 else 1
     blocks = sum(one.bytes * (fsdp if any("fsdp" in axes for axes in one.axes) else 1) for one in params if _block(one))
-    return blocks / max(1, -(-parts.config.layers // parts.plan.size("pp")) // (len(parts.config.pattern)))
+    return blocks / max(1, -(-decoder.config.layers // decoder.plan.size("pp")) // (len(decoder.config.pattern)))
 
 
 def _block(one: Placed) -> bool:
@@ -226,3 +233,79 @@ def _block(one: Placed) -> bool:
 def replace_routed(config: TransformerConfig) -> TransformerConfig:
     """The model with dense layers only."""
     return replace(config, mlp="swiglu")
+
+
+class Saved(NamedTuple):
+    """Bytes of saved activations in the device's memory and (offloaded) in the host's."""
+
+    device: int
+    host: int
+
+
+def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Remat) -> Saved:
+    """Activations that one block with a dense feed-forward layer saves for the backward pass, per row of the batch.
+
+    Read off JAX's own residuals.
+
+    The block is traced with one device's sizes and without a mesh: where a collective would change a shape, copies and
+    slices stand in. Parameters are not counted.
+
+    Args:
+      config: the model.
+      plan: how it is split; only tp, cp, `sequence` and `context` matter.
+      length: tokens of a sequence.
+      group: its remat policy; the block's input is counted under every one.
+    """
+    tp, cp = plan.size("tp"), plan.size("cp")
+    if group.base == "full":  # the input alone
+        tokens = length // cp // (tp if plan.sequence else 1)
+        return Saved(tokens * config.width * DTYPES[config.dtype].dtype.itemsize, 0)
+    local = replace(
+        config,
+        heads=config.heads // tp,
+        kv_heads=config.kv_size // tp,
+        head_dim=config.head_size,
+        ff=config.ff_size // tp,
+        mlp="swiglu",
+        layers=1,
+        vocab_size=1,
+        remat="none",
+    )
+    context = plan.context if cp > 1 else "full"
+    return _saved_per_row(local, tp if plan.sequence else 1, length // cp, context, cp, replace(group, layers=1))
+
+
+@functools.lru_cache(maxsize=512)
+def _saved_per_row(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat) -> Saved:
+    one, two = (_residuals(config, split, t, context, cp, group, rows) for rows in (1, 2))
+    return Saved(two.device - one.device, two.host - one.host)
+
+
+def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat, rows: int) -> Saved:
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        if split > 1 and axes == INSIDE:
+            return jnp.concatenate([x] * split, axis=1)
+        return x[:, : x.shape[1] // split] if split > 1 and axes == RESIDUAL else x
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if context == "ring":  # keeps queries, keys, values and the result, and computes the rest again
+            return jax.checkpoint(attention)(q, k, v)
+        if context == "all_to_all":
+            q, k, v = (x.reshape(rows, t * cp, x.shape[2] // cp, x.shape[3]) for x in (q, k, v))
+            return attention(q, k, v).reshape(rows, t, -1, config.head_size)
+        return attention(q, k, v)
+
+    block = Block(config, constrain, attend, "swiglu")
+    x = jax.ShapeDtypeStruct((rows, t // split, config.width), DTYPES[config.dtype])
+    positions = jnp.zeros((rows, t), jnp.int32)
+    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, positions), x)
+
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        return block.apply(params, x, positions)[0]
+
+    saved = run if group.base == "none" else jax.checkpoint(run, policy=group.policy)
+    pull = jax.make_jaxpr(lambda params, x: jax.tree.leaves(jax.vjp(saved, params, x)[1]))(params, x)
+    total = {False: 0, True: 0}
+    for aval in pull.out_avals:
+        total[aval.memory_space == jax.memory.Space.Host] += aval.size * aval.dtype.itemsize
+    return Saved(total[False], total[True])

@@ -1,36 +1,34 @@
-"""A plan on paper: pictures and tables of `tessera.planning.explain`, for the terminal and for pages."""
+"""The report of a plan: figures and tables of `tessera.planning.explain`, for the terminal and for pages."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 from rich.console import Group
-from rich.table import Table as Text
 
 from sharding.analysis.hardware import HARDWARE
-from sharding.analysis.roofline import Placed, placements
+from sharding.analysis.roofline import placements
 from sharding.analysis.search import Ranking
 from sharding.mesh import axis_names
-from sharding.pipeline.lockstep import lockstep
-from sharding.pipeline.schedules import Schedule, summary
+from sharding.pipeline.lockstep import lockstep_schedule
+from sharding.pipeline.schedules import summary
 from sharding.plan import Plan
-from tessera.models.transformer import TransformerConfig
-from tessera.parallel.decoder import DecoderParts, parameter_shapes
+from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.compile import Compiled
 from tessera.planning.explain import HEADROOM, Explained, crosses
-from tessera.reports.html import Section, Table, paragraphs
-from tessera.reports.mesh_figure import placement_figure
-from tessera.reports.run_report import write_report
-from tessera.reports.schedule_figure import schedule_figure
+from tessera.reports.html import Section, Table, paragraphs, terminal_table, write_report
+from tessera.reports.sharding import placement_figure, schedule_figure
 
 PAGE = "explain"
-DRAWN = 12  # microbatches per stage up to which a schedule is drawn whole
+DRAWN = 12  # microbatches per stage up to which all of a schedule is drawn
 
 Rows = list[tuple[str, ...]]
 
 
 def size(count: float | int) -> str:
-    """Bytes in words: "1.52 GB"."""
+    """Bytes as text: "1.52 GB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -38,42 +36,35 @@ def size(count: float | int) -> str:
 
 
 def time(seconds: float | int) -> str:
-    """A duration in words: "31 ms"."""
+    """A duration as text: "31 ms"."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def plan_words(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
     """The plan in a line, with what differs from the defaults."""
-    words = [plan.axes or "one device"]
+    text = [plan.axes or "one device"]
     if plan.size("pp") > 1:
         chunks = f" x {plan.virtual}" if plan.virtual > 1 else ""
-        words.append(f"{plan.schedule}{chunks}, {plan.microbatch_count} microbatches")
-    words += ["sequence"] * (plan.sequence and plan.size("tp") > 1)
-    words += ["zero 1"] * (plan.zero == 1 and plan.size("fsdp") > 1)
-    words += [plan.context] * (plan.size("cp") > 1)
-    return "; ".join(words)
+        text.append(f"{plan.schedule}{chunks}, {plan.microbatch_count} microbatches")
+    text += ["sequence"] * (plan.sequence and plan.size("tp") > 1)
+    text += ["zero 1"] * (plan.zero == 1 and plan.size("fsdp") > 1)
+    text += [plan.context] * (plan.size("cp") > 1)
+    return "; ".join(text)
 
 
-def placement_rows(params: Sequence[Placed]) -> Rows:
-    """A row for every parameter."""
-    rows: Rows = []
-    for one in params:
-        shape, local = (" x ".join(map(str, sizes)) for sizes in (one.shape, one.local))
-        rows.append((one.path, shape, one.words, local, size(one.bytes)))
-    return rows
+def _sizes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def memory_rows(explained: Explained, compiled: Compiled | None) -> Rows:
     """The estimate by what it is for, and beside its sum the compiler's figure."""
     memory, limit = explained.memory, explained.hardware.memory
-    rows: Rows = [(name, size(amount), f"{100 * amount / limit:.2f}%") for name, amount in memory.rows()]
-    rows.append(("most at once", size(memory.total), f"{100 * memory.total / limit:.2f}%"))
-    if memory.host:
-        rows.append(("offloaded to the host", size(memory.host), "none of it"))
+    amounts = [*memory.rows(), ("most at once", memory.total)]
+    rows: Rows = [(name, size(amount), f"{100 * amount / limit:.2f}%") for name, amount in amounts]
+    rows += [("offloaded to the host", size(memory.host), "none of it")] * bool(memory.host)
     if compiled:
-        error = memory.total / compiled.total - 1
         rows.append(("the compiler's", size(compiled.total), f"{100 * compiled.total / limit:.2f}%"))
-        rows.append(("estimate against it", f"{100 * error:+.1f}%", ""))
+        rows.append(("estimate against it", f"{100 * (memory.total / compiled.total - 1):+.1f}%", ""))
     return rows
 
 
@@ -84,48 +75,37 @@ def collective_rows(explained: Explained) -> Rows:
         network = " (network)" if crosses(one, explained.run.plan) else ""
         group = f"{' x '.join(one.axes)} ({one.group}){network}"
         rows.append((one.kind, group, one.cause, f"{one.runs:,}", size(one.moved)))
-    total = sum(one.moved for one in explained.moved)
-    return [*rows, ("all", "", "", f"{sum(one.runs for one in explained.moved):,}", size(total))]
+    runs, moved = (sum(getattr(one, name) for one in explained.moved) for name in ("runs", "moved"))
+    return [*rows, ("all", "", "", f"{runs:,}", size(moved))]
 
 
 def time_rows(explained: Explained) -> Rows:
-    """What bounds the step."""
+    """Lower bounds of a step's time by the roofline, and which one binds."""
     at, hardware = explained.time, explained.hardware
-    rows: Rows = [
+    ridge = f"FLOP per byte; {hardware.name} is bound by arithmetic from {hardware.ridge:.0f} on"
+    bubble = [("pipeline bubble", f"{100 * at.bubble:.1f}%", "of the step idle")]
+    return [
         ("computing", time(at.compute), f"{explained.flops:.3g} FLOP at {hardware.flops / 1e12:.4g} TFLOP/s"),
         ("memory", time(at.memory), f"{size(explained.traffic)} at {size(hardware.bandwidth)}/s"),
         ("communication", time(at.communication), f"{size(sum(one.moved for one in explained.moved))} sent"),
-    ]
-    if explained.schedule:
-        rows.append(("pipeline bubble", f"{100 * at.bubble:.1f}%", "of the step idle"))
-    rows += [
+        *(bubble if explained.schedule else []),
         ("step, all at once", time(at.overlapped), f"{explained.tokens_per_second:,.0f} tokens per second"),
         ("step, one after the other", time(at.serial), f"bound by {at.bound}"),
-        (
-            "arithmetic intensity",
-            f"{explained.intensity:.0f}",
-            f"FLOP per byte; {hardware.name} is bound by arithmetic from {hardware.ridge:.0f} on",
-        ),
+        ("arithmetic intensity", f"{explained.intensity:.0f}", ridge),
     ]
-    return rows
 
 
-def search_rows(ranking: Ranking, count: int = 8) -> Rows:
-    """The best plans that fit."""
-    return [(plan_words(one.plan), size(one.memory), time(one.seconds)) for one in ranking.fits[:count]]
-
-
-def search_words(ranking: Ranking, explained: Explained) -> str:
-    """What the search looked at, in a sentence or two."""
+def describe_search(ranking: Ranking, explained: Explained) -> str:
+    """The plans of the search by outcome, in a sentence or two."""
     hardware = explained.hardware
-    words = (
+    text = (
         f"{ranking.tried:,} plans for {explained.run.plan.devices} devices were looked at: {ranking.refused:,} do not "
         f"divide the model or the batch, {ranking.too_large:,} need more than {100 * HEADROOM:.0f}% of the "
         f"{size(hardware.memory)} of a {hardware.name}, {len(ranking.fits):,} fit."
     )
     if not ranking.fits and ranking.smallest:
-        words += f" The smallest is {plan_words(ranking.smallest.plan)}: {size(ranking.smallest.memory)}."
-    return words + " Times are at best, with everything overlapped, by formulas."
+        text += f" The smallest is {describe_plan(ranking.smallest.plan)}: {size(ranking.smallest.memory)}."
+    return text + " Times are at best, with everything overlapped, by formulas."
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -137,83 +117,72 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def tables(explained: Explained, compiled: Compiled | None, ranking: Ranking | None) -> dict[str, Rows]:
-    """All tables, by the titles of `TABLES`."""
-    found = {
-        "Parameters": placement_rows(explained.params),
+def tables(explained: Explained, compiled: Compiled | None, ranking: Ranking | None, best: int = 8) -> dict[str, Rows]:
+    """All tables, by the titles of `TABLES`; of the plans that fit the `best`."""
+    found: dict[str, Rows] = {
+        "Parameters": [(p.path, _sizes(p.shape), p.sharding, _sizes(p.local), size(p.bytes)) for p in explained.params],
         "Memory of one device": memory_rows(explained, compiled),
         "Collectives of a step": collective_rows(explained),
         "Time at best": time_rows(explained),
     }
-    return found | ({"Best plans": search_rows(ranking)} if ranking else {})
+    if ranking:
+        fits = ranking.fits[:best]
+        found["Best plans"] = [(describe_plan(one.plan), size(one.memory), time(one.seconds)) for one in fits]
+    return found
 
 
 def terminal(explained: Explained, compiled: Compiled | None, ranking: Ranking | None) -> Group:
     """The tables for a terminal."""
-    parts = []
-    for title, rows in tables(explained, compiled, ranking).items():
-        table = Text(*TABLES[title], title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        parts.append(table)
-    texts = [verdict(explained, compiled)] + ([search_words(ranking, explained)] if ranking else [])
-    return Group(*parts, *texts)
+    found = tables(explained, compiled, ranking)
+    texts = [verdict(explained, compiled)] + ([describe_search(ranking, explained)] if ranking else [])
+    return Group(*(terminal_table(Table(TABLES[title], rows), title) for title, rows in found.items()), *texts)
 
 
 def verdict(explained: Explained, compiled: Compiled | None) -> str:
     """Whether it fits and how long a step takes, in two sentences."""
     run, hardware = explained.run, explained.hardware
-    needed = compiled.total if compiled else explained.memory.total
+    needed, source = (compiled or explained.memory).total, "by the compiler" if compiled else "by the estimate"
     fits = needed <= hardware.memory if compiled else explained.fits
-    source = "by the compiler" if compiled else "by the estimate"
-    words = (
-        f"On {run.plan.devices} x {hardware.name} under {plan_words(run.plan)}, a step of {run.batch_size} x "
+    text = (
+        f"On {run.plan.devices} x {hardware.name} under {describe_plan(run.plan)}, a step of {run.batch_size} x "
         f"{run.length} tokens {'fits' if fits else 'does not fit'}: {size(needed)} of {size(hardware.memory)} per "
         f"device {source}. It takes at least {time(explained.time.overlapped)}, bound by {explained.time.bound}."
     )
     if compiled:
-        words += f" Compiling took {time(compiled.compile_seconds)} after {time(compiled.lower_seconds)} of tracing."
-    return words
+        text += f" Compiling took {time(compiled.compile_seconds)} after {time(compiled.lower_seconds)} of tracing."
+    return text
 
 
-def picture_sections(parts: DecoderParts) -> list[Section]:
+def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     """Pictures of a plan: the mesh with the largest parameter on it, and the pipeline's schedule if there is one."""
-    plan = parts.plan
-    placed = placements(parameter_shapes(parts.config), parts.specs, plan.sizes)
+    plan, stages = decoder.plan, decoder.plan.size("pp")
+    placed = placements(param_shapes(decoder.config), decoder.specs, plan.sizes)
     largest = max(placed, key=lambda one: (sum(map(bool, one.axes)), one.bytes))
     sizes = {name: plan.size(name) for name in axis_names(plan)}
-    sections = [
-        Section(
-            "Mesh and placement",
-            placement_figure(sizes, largest),
-            "Left: a parameter cut into parts. Right: the devices of the mesh in the colour of the part they store.",
-        )
-    ]
-    if plan.size("pp") > 1:
-        stages = plan.size("pp")
+    caption = "Left: a parameter cut into parts. Right: the devices of the mesh in the color of the part they store."
+    sections = [Section("Mesh and placement", partial(placement_figure, sizes, largest), caption)]
+    if stages > 1:
         drawn = min(plan.microbatch_count, max(stages, DRAWN))
-        if plan.virtual > 1:
-            drawn -= drawn % stages
-        caption = f"The table the step runs. {schedule_of(plan, plan.microbatch_count)}"
+        drawn -= drawn % stages if plan.virtual > 1 else 0
+        table, full = (
+            lockstep_schedule(plan.schedule, stages, m, plan.virtual) for m in (drawn, plan.microbatch_count)
+        )
+        text = summary(full).split(", live")[0]
+        caption = f"The table the step runs. {text[0].upper() + text[1:]}."
         if drawn < plan.microbatch_count:
             caption += f" Drawn: the same schedule with {drawn} microbatches."
-        table = lockstep(plan.schedule, stages, drawn, plan.virtual)
-        sections.append(Section("Pipeline schedule", schedule_figure([table]), caption))
+        sections.append(Section("Pipeline schedule", partial(schedule_figure, [table]), caption))
     return sections
-
-
-def schedule_of(plan: Plan, microbatches: int) -> str:
-    """The schedule's summary as a sentence."""
-    table: Schedule = lockstep(plan.schedule, plan.size("pp"), microbatches, plan.virtual)
-    words = summary(table).split(", live")[0]
-    return words[0].upper() + words[1:] + "."
 
 
 def write_page(
     workdir: Path | str, name: str, explained: Explained, compiled: Compiled | None, ranking: Ranking | None
 ) -> Path:
-    """Write `explain.html` in `workdir`; returns its path."""
-    found = tables(explained, compiled, ranking)
+    """Write `explain.html` in `workdir`; returns its path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed.
+    """
     run, hardware = explained.run, explained.hardware
     captions = {
         "Memory of one device": "Estimated from sizes. The most at once is the state, what is saved, and the larger of "
@@ -221,38 +190,34 @@ def write_page(
         "Collectives of a step": "Counted in the program, trips of loops included. What one device sends is by the "
         "ring algorithms: (n - 1) / n of an array, twice that for an all-reduce.",
         "Time at best": f"No program reaches a datasheet's peaks. {hardware.name}: {'; '.join(hardware.sources)}.",
-        "Best plans": search_words(ranking, explained) if ranking else "",
+        "Best plans": describe_search(ranking, explained) if ranking else "",
     }
-    shown = [Section("", paragraphs(verdict(explained, compiled)))]
-    shown += picture_sections(DecoderParts(run.model, run.plan, run.z_loss))
-    for title, rows in found.items():
-        shown.append(Section(title, Table(TABLES[title], rows), captions.get(title, "")))
-    shown.append(hardware_section(explained))
-    return write_report(workdir, f"Plan of {name}", shown, subtitle=plan_words(run.plan), name=PAGE)
+    found = tables(explained, compiled, ranking)
+    sections = [
+        Section("", paragraphs(verdict(explained, compiled))),
+        *picture_sections(ShardedDecoder(run.model, run.plan, run.z_loss)),
+        *(Section(title, Table(TABLES[title], rows), captions.get(title, "")) for title, rows in found.items()),
+        hardware_section(),
+    ]
+    return write_report(workdir, f"Plan of {name}", sections, subtitle=describe_plan(run.plan), name=PAGE)
 
 
-def hardware_section(explained: Explained) -> Section:
+def hardware_section() -> Section:
     """The peaks of every known device."""
+    scales = {"bf16 TFLOP/s": ("flops", 1e12), "HBM GiB": ("memory", 2**30), "HBM GB/s": ("bandwidth", 1e9)}
+    scales |= {"links GB/s": ("links", 1e9), "network GB/s": ("network", 1e9)}
     rows = [
-        (
-            one.name,
-            f"{one.flops / 1e12:.4g}",
-            f"{one.memory / 2**30:.4g}",
-            f"{one.bandwidth / 1e9:.4g}",
-            f"{one.links / 1e9:.4g}",
-            f"{one.network / 1e9:.4g}",
-            "; ".join(one.sources),
-        )
+        (one.name, *(f"{getattr(one, name) / scale:.4g}" for name, scale in scales.values()), "; ".join(one.sources))
         for one in HARDWARE.values()
     ]
-    columns = ("device", "bf16 TFLOP/s", "HBM GiB", "HBM GB/s", "links GB/s", "network GB/s", "source")
     caption = "Links and network: what one device can send, in one direction."
-    return Section("Hardware", Table(columns, rows), caption, fold="Peaks of the devices that are known, with sources")
+    fold = "Peaks of the devices that are known, with sources"
+    return Section("Hardware", Table(("device", *scales, "source"), rows), caption, fold)
 
 
 def run_sections(config: TransformerConfig, plan: Plan, workdir: Path) -> tuple[list[Section], str]:
     """For a run's own report: pictures of its plan, and a link to the page of `scripts/explain.py` if there is one."""
     page = workdir / f"{PAGE}.html"
     link = f'<p><a href="{page.name}">What this plan costs: memory, collectives, time at best</a></p>'
-    pictures = picture_sections(DecoderParts(config, plan.fill(jax.device_count()))) if plan.axes else []
+    pictures = picture_sections(ShardedDecoder(config, plan.fill(jax.device_count()))) if plan.axes else []
     return pictures, link if page.exists() else ""

@@ -1,27 +1,30 @@
 """Several arms trained over the same seeds: what their runs wrote, as tables, figures and sections of a report.
 
 A run is a directory of `scripts/train.py`. Arms are compared by the validation loss after the last step, paired by
-seed; of routed arms also the balance of the load, and whether seeds agree on which expert serves which byte.
+seed; of routed arms also the balance of the load, and whether seeds agree on which expert each byte is routed to.
 """
 
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lottery.summary import interval
-from moe.specialisation import agreement, mutual_information
+from moe.specialization import agreement, mutual_information
 from scaling.flops import Shape, exact_matmuls, parameters
-from tessera.infra.logger import METRICS, TIMING, read_rows
-from tessera.reports import comparison_figures
-from tessera.reports.html import Section, Table, paragraphs
-from tessera.reports.router import SPECIALISATION, load_history
+from tessera.infra.logger import METRICS, TIMING, Rows, load_history, read_rows
+from tessera.reports import style
+from tessera.reports.curves import column
+from tessera.reports.html import Section, paragraphs, table_of
+from tessera.reports.router import SPECIALIZATION, load_maps
+from tessera.reports.style import Axes, Figure, titles
 
-# Bytes seen less often than this say little about who serves them.
+# Bytes seen less often than this say little about which expert they are routed to.
 LEAST_SEEN = 200
 
 
@@ -39,13 +42,16 @@ class Run:
     arm: str
     seed: int
     config: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
     table_LVE: np.ndarray | None
 
     @property
     def loss(self) -> float:
         """Validation loss after the last step, nats per token."""
         return [row for row in self.rows if row["kind"] == "eval"][-1]["loss"]
+
+
+ByArm = Mapping[str, Sequence[Run]]
 
 
 def finished(workdir: Path) -> bool:
@@ -56,7 +62,7 @@ def finished(workdir: Path) -> bool:
 def read_run(workdir: Path, arm: str, seed: int) -> Run:
     """Read what a finished run wrote."""
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    path = workdir / SPECIALISATION
+    path = workdir / SPECIALIZATION
     table = np.array(json.loads(path.read_text(encoding="utf-8"))["bytes"], float) if path.exists() else None
     return Run(arm, seed, config, [*read_rows(workdir / METRICS), *read_rows(workdir / TIMING)], table)
 
@@ -64,6 +70,11 @@ def read_run(workdir: Path, arm: str, seed: int) -> Run:
 def arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of every arm, in order of appearance."""
     return {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
+
+
+def routed_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of every arm that has experts."""
+    return {arm: members for arm, members in arms(runs).items() if any(run.table_LVE is not None for run in members)}
 
 
 def shape(config: Mapping[str, Any]) -> Shape:
@@ -95,11 +106,11 @@ def shape(config: Mapping[str, Any]) -> Shape:
 
 def summary(run: Run) -> dict[str, Any]:
     """One line of a table of all runs."""
-    speed = [row["tokens_per_second"] for row in run.rows if row["kind"] == "time" and "tokens_per_second" in row]
+    speed = column(run.rows, "tokens_per_second", "time")[1]
     return {"arm": run.arm, "seed": run.seed, "validation_loss": run.loss} | {
         "parameters": parameters(shape(run.config)).total,
         "flops_per_token": exact_matmuls(shape(run.config)) / run.config["length"],
-        "tokens_per_second": float(np.median(speed)) if speed else None,
+        "tokens_per_second": float(np.median(speed)) if len(speed) else None,
     }
 
 
@@ -107,11 +118,11 @@ def loss_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per arm: weights, training FLOPs per token, mean validation loss, its 95% interval, its lowest and highest."""
     table = []
     for arm, members in arms(runs).items():
-        mean, half, n = interval(run.loss for run in members)
-        one = summary(members[0])
-        table.append({"arm": arm, "weights": one["parameters"], "kFLOPs per token": one["flops_per_token"] / 1e3})
-        table[-1] |= {"mean": mean, "± (95%)": half, "lowest": min(run.loss for run in members)}
-        table[-1] |= {"highest": max(run.loss for run in members), "seeds": n}
+        one, losses = summary(members[0]), [run.loss for run in members]
+        mean, half, n = interval(losses)
+        cost = {"weights": one["parameters"], "kFLOPs per token": one["flops_per_token"] / 1e3}
+        spread = {"mean": mean, "± (95%)": half, "lowest": min(losses), "highest": max(losses), "seeds": n}
+        table.append({"arm": arm} | cost | spread)
     return table
 
 
@@ -133,21 +144,29 @@ def late_load(run: Run) -> np.ndarray:
     return load_SLE[-max(1, len(load_SLE) // 10) :].mean(0)
 
 
+def in_use(load: np.ndarray) -> np.ndarray:
+    """exp(entropy) along the last axis of shares."""
+    logs = np.log(load, where=load > 0, out=np.zeros_like(load))
+    return np.exp(-(load * logs).sum(-1))
+
+
 def balance_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per routed arm, over seeds and layers: busiest and idlest expert, experts in use, share that hardly works.
 
     Loads are over the balanced load. Experts in use are exp(entropy of the load): E at perfect balance.
     """
     table = []
-    for arm, members in arms(runs).items():
-        if all(run.table_LVE is None for run in members):
-            continue
+    for arm, members in routed_arms(runs).items():
         load_SLE = np.stack([late_load(run) for run in members])
         experts = load_SLE.shape[2]
-        table.append({"arm": arm, "busiest": float(load_SLE.max(2).mean() * experts)})
-        table[-1] |= {"idlest": float(load_SLE.min(2).mean() * experts)}
-        table[-1] |= {"experts in use": float(comparison_figures.in_use(load_SLE).mean()), "of": experts}
-        table[-1] |= {"below a tenth of its share": float((load_SLE * experts < 0.1).mean())}
+        values = {
+            "busiest": load_SLE.max(2).mean() * experts,
+            "idlest": load_SLE.min(2).mean() * experts,
+            "experts in use": in_use(load_SLE).mean(),
+            "of": experts,
+            "below a tenth of its share": (load_SLE * experts < 0.1).mean(),
+        }
+        table.append({"arm": arm} | {name: np.asarray(value).item() for name, value in values.items()})
     return table
 
 
@@ -155,7 +174,7 @@ def stability_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per routed arm and layer: information of the byte about the expert, and how alike the seeds' experts are.
 
     `agreement` is the mean over pairs of seeds of the matched correlation, `chance` that of shuffled bytes; see
-    `moe.specialisation.agreement`.
+    `moe.specialization.agreement`.
     """
     table = []
     for arm, members in arms(runs).items():
@@ -165,31 +184,89 @@ def stability_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             seen = np.min([one.sum(1) for one in counts], axis=0) >= LEAST_SEEN
             pairs = [agreement(a[seen], b[seen]) for a, b in itertools.combinations(counts, 2)]
             matched, half, _ = interval(pair.matched for pair in pairs)
-            information = float(np.mean([mutual_information(one).normalised for one in counts]))
-            table.append({"arm": arm, "layer": layer + 1, "information": information, "agreement": matched})
-            table[-1] |= {"± (95%)": half, "chance": float(np.mean([pair.chance for pair in pairs]))}
+            information = float(np.mean([mutual_information(one).normalized for one in counts]))
+            row = {"arm": arm, "layer": layer + 1, "information": information, "agreement": matched}
+            table.append(row | {"± (95%)": half, "chance": float(np.mean([pair.chance for pair in pairs]))})
     return table
 
 
-def sections(runs: Sequence[Run], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Section]:
-    """The report: losses, load, specialisation, and the tables by their titles."""
-    by_arm = arms(runs)
-    routed = {arm: members for arm, members in by_arm.items() if members[0].table_LVE is not None}
-    first = next(iter(runs)).config
+def draw_arms(ax: Axes, lines: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], order: Sequence[str]) -> None:
+    """Draw (steps, values) of every seed thin and their mean thick; an arm looks the same wherever it is in `order`."""
+    for arm, pairs in lines.items():
+        how = style.look(order.index(arm)) | ({"marker": ""} if len(pairs[0][0]) > 30 else {})
+        for step, value in pairs:
+            ax.plot(step, value, color=how["color"], linewidth=0.7, alpha=0.45)
+        mean = np.mean([value for _, value in pairs], axis=0)
+        style.line_with_band(ax, pairs[0][0], mean, label=arm, **how)
+    style.steps_axis(ax)
+
+
+def loss_figure(by_arm: ByArm) -> Figure:
+    """Validation loss against step: the whole run, and its second half."""
+    lines = {arm: [column(run.rows, "loss", "eval") for run in members] for arm, members in by_arm.items()}
+    figure, axes = style.canvas(2, height=3.9)
+    for ax, title in zip(axes, ("Whole run", "Second half"), strict=True):
+        draw_arms(ax, lines, list(by_arm))
+        titles(ax, title, x="training step", y="validation loss (nats per token)")
+    last = max(step[-1] for pairs in lines.values() for step, _ in pairs)
+    axes[1].set_xlim(last / 2, last * 1.01)
+    style.zoom(axes[1], axes[1].get_lines(), last / 2)
+    style.label_lines(axes[1])
+    return figure
+
+
+def balance_figure(by_arm: ByArm, order: Sequence[str]) -> Figure:
+    """Busiest expert and experts in use against step; `order` holds all arms of the comparison, for their colors."""
+    figure, axes = style.canvas(2)
+    history = {arm: [load_history(run.rows) for run in members] for arm, members in by_arm.items()}
+    experts = next(iter(history.values()))[0][1].shape[2]
+    panels = (
+        ("Busiest expert", "load over balanced load", lambda load: load.max(2).mean(1) * experts),
+        ("Experts in use", f"of {experts}, exp(entropy of the load)", lambda load: in_use(load).mean(1)),
+    )
+    for ax, (title, unit, value) in zip(axes, panels, strict=True):
+        draw_arms(ax, {arm: [(s, value(load)) for s, load in pairs] for arm, pairs in history.items()}, order)
+        ax.set_ylim(0, None if ax is axes[0] else experts * 1.05)
+        titles(ax, title, x="training step", y=unit)
+    style.label_lines(axes[1])
+    return figure
+
+
+def load_figure(by_arm: ByArm) -> Figure:
+    """Load over steps of the first seed of every arm, for its least balanced layer."""
+    loads = {}
+    for arm, (first, *_) in by_arm.items():
+        late_LE = late_load(first)
+        layer = int(in_use(late_LE).argmin())
+        steps, load_SLE = load_history(first.rows)
+        loads[f"{arm}, layer {layer + 1}"] = load_SLE[:, layer, np.argsort(late_LE[layer])]
+    return load_maps(steps, loads, 0.6 + 1.7 * len(loads), quantile=0.995)
+
+
+def sections(runs: Sequence[Run], tables: Mapping[str, Rows]) -> list[Section]:
+    """The report: losses, load, specialization, and the tables by their titles."""
+    by_arm, with_experts = arms(runs), routed_arms(runs)
+    first = runs[0].config
     tokens = first["steps"] * first["batch_size"] * first["length"]
     lead = (
         f"{len(by_arm)} arms ({', '.join(by_arm)}) with {len(runs) // len(by_arm)} seeds each, "
         f"{first['steps']:,} steps of {first['batch_size']} x {first['length']} tokens ({tokens:,} tokens) of "
         f"{first['data']['name']}. Runs of a seed see the same tokens in the same order."
     )
-    parts = [
-        Section("", paragraphs(lead)),
-        Section("Validation loss", comparison_figures.losses(by_arm), comparison_figures.LOSSES),
-    ]
-    if routed:
-        parts.append(Section("Balance", comparison_figures.balance(routed, list(by_arm)), comparison_figures.BALANCE))
-        parts.append(Section("Load maps", comparison_figures.load_maps(routed), comparison_figures.LOAD_MAPS))
-    for title, rows in tables.items():
-        if rows:
-            parts.append(Section(title, Table(tuple(rows[0]), [tuple(row.values()) for row in rows])))
-    return parts
+    losses = (
+        "Held-out text, the same for all runs. Thick: mean over seeds; thin: every seed. Right: the second half "
+        "enlarged."
+    )
+    balance = (
+        "Every logged batch, mean over layers. Thick: mean over seeds; thin: every seed. Experts in use are "
+        "exp(entropy of the load): as many as there are at perfect balance, one when all tokens go to one."
+    )
+    maps = (
+        "Share of the choices each expert got over the share at perfect balance, the first seed, the layer that ends "
+        "furthest from balance. Experts upwards, in order of their load at the end."
+    )
+    parts = [Section("", paragraphs(lead)), Section("Validation loss", partial(loss_figure, by_arm), losses)]
+    if with_experts:
+        parts.append(Section("Balance", partial(balance_figure, with_experts, list(by_arm)), balance))
+        parts.append(Section("Load maps", partial(load_figure, with_experts), maps))
+    return parts + [Section(title, table_of(rows)) for title, rows in tables.items() if rows]

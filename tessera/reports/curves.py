@@ -1,22 +1,15 @@
-"""Curves of one training run: rows of `metrics.jsonl` and `timing.jsonl` in, matplotlib Figures out."""
-
-from collections.abc import Mapping, Sequence
-from typing import Any
+"""Training curves: rows of `metrics.jsonl` and `timing.jsonl` as figures of loss, gradient norm, throughput."""
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from tessera.reports.lottery_figures import log_values
-from tessera.reports.style import INK, MUTED, PALETTE, canvas, label_lines, titles
+from tessera.infra.logger import Rows
+from tessera.reports import style
+from tessera.reports.style import INK, PALETTE, Axes, Figure, line_with_band, steps_axis, titles
 
-Rows = Sequence[Mapping[str, Any]]
-
-# Panels of a training run: (key, title, unit, log scale, file). One is drawn when some row of the kind has the key.
+# Panels of a training run: (key, title, unit, log scale). One is drawn when some row has the key.
 PANELS = (
     ("grad_norm", "Gradient norm", "L2 norm before clipping, log scale", True),
-    ("lr", "Learning rate", "", False),
+    ("lr", "Learning rate", " ", False),
     ("tokens_per_second", "Throughput", "tokens per second", False),
     ("steps_per_second", "Throughput", "steps per second", False),
 )
@@ -36,7 +29,7 @@ def training_loss(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving mean of `window` (odd) values; fewer at the ends; values that are not finite do not count."""
+    """Centered moving mean of `window` (odd) values; fewer at the ends; values that are not finite do not count."""
     finite = np.isfinite(values)
     middle = slice(window // 2, window // 2 + len(values))
     total = np.convolve(np.where(finite, values, 0.0), np.ones(window))[middle]
@@ -44,79 +37,55 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def loss_figure(rows: Rows) -> Figure:
-    """Training and validation loss against step: the whole run, and what comes after its first tenth enlarged."""
-    figure, axes = canvas(2, width=9.6, height=3.9)
-    train, evaluated = training_loss(rows), column(rows, "loss", "eval")
-    window = window_of(len(train[0]))
-    lines = [
-        (name, step, smooth(loss, window) if name == "training" else loss, colour)
-        for name, (step, loss), colour in (("training", train, PALETTE[0]), ("validation", evaluated, PALETTE[1]))
-        if len(step)
-    ]
-    last = max(row["step"] for row in rows)
-    for ax, title in zip(axes, ("Whole run", "After the first tenth"), strict=True):
-        if window > 1:
-            ax.plot(*train, color=PALETTE[0], linewidth=0.7, alpha=0.35)
-        for name, step, loss, colour in lines:
-            mark: dict[str, Any] = (
-                {"marker": "o", "markersize": 4, "markeredgewidth": 0} if name == "validation" else {}
-            )
-            ax.plot(step, loss, color=colour, linewidth=1.7, **mark)
-        _steps_axis(ax, rows)
-        titles(ax, title, x="training step", y="loss (nats per token)")
-    late = [loss[(step >= last / 10) & np.isfinite(loss)] for _, step, loss, _ in lines]
-    late_values = np.concatenate([*late, np.array([])])
-    if len(late_values) > 1 and late_values.max() > late_values.min():
-        room = 0.08 * (late_values.max() - late_values.min())
-        axes[1].set_ylim(late_values.min() - room, late_values.max() + room)
-    label_lines(axes[1], [(float(step[-1]), float(loss[-1]), name, colour) for name, step, loss, colour in lines])
-    return figure
-
-
 def window_of(count: int) -> int:
     """How many logged rows are averaged into the thick line of a curve of `count` rows (odd; 1 for short runs)."""
     return max(1, count // 40) | 1 if count >= 80 else 1
 
 
-def _steps_axis(ax: Axes, rows: Rows) -> None:
-    ax.set_xlim(0, max(row["step"] for row in rows) or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+def draw_smooth(ax: Axes, step: np.ndarray, value: np.ndarray, color: str, window: int, label: str = "") -> None:
+    """Draw the moving mean of a curve, and thin the values as they were logged if that is something else."""
+    if window > 1:
+        ax.plot(step, value, color=color, linewidth=0.7, alpha=0.35)
+    if len(step):
+        line_with_band(ax, step, smooth(value, window), color=color, linewidth=1.6, label=label)
+
+
+def loss_figure(rows: Rows) -> Figure:
+    """Training and validation loss against step: the whole run, and what comes after its first tenth enlarged."""
+    figure, axes = style.canvas(2, height=3.9)
+    train, evaluated = training_loss(rows), column(rows, "loss", "eval")
+    last = max(row["step"] for row in rows) or 1
+    for ax, title in zip(axes, ("Whole run", "After the first tenth"), strict=True):
+        draw_smooth(ax, *train, PALETTE[0], window_of(len(train[0])), "training")
+        line_with_band(ax, *evaluated, color=PALETTE[1], marker="o", label="validation")
+        ax.set_xlim(0, last)
+        steps_axis(ax, 6)
+        titles(ax, title, x="training step", y="loss (nats per token)")
+    style.zoom(axes[1], style.named_lines(axes[1]), last / 10)
+    style.label_lines(axes[1])
+    return figure
 
 
 def run_figure(rows: Rows) -> Figure | None:
     """Gradient norm, learning rate and throughput against step, those that were recorded; None if none was."""
-    shown: list[tuple[str, str, str, bool, str]] = []
+    shown: dict[str, tuple] = {}
     for key, title, unit, log in PANELS:
-        kind = next((k for k in ("train", "time") if len(column(rows, key, k)[0])), None)
-        if kind and title not in [panel[1] for panel in shown]:
-            shown.append((key, title, unit, log, kind))
+        found = [curve for kind in ("train", "time") if len((curve := column(rows, key, kind))[0])]
+        if found:
+            shown.setdefault(title, (key, unit, log, *found[0]))
     if not shown:
         return None
-    figure, axes = canvas(len(shown), width=9.6 if len(shown) > 1 else 5.0, height=2.9)
-    for ax, (key, title, unit, log, kind) in zip(axes, shown, strict=True):
-        step, value = column(rows, key, kind)
-        window = window_of(len(step)) if key != "lr" else 1
-        if window > 1:
-            ax.plot(step, value, color=MUTED, linewidth=0.6, alpha=0.5)
-        ax.plot(step, smooth(value, window) if window > 1 else value, color=INK, linewidth=1.5)
+    figure, axes = style.canvas(len(shown), width=9.6 if len(shown) > 1 else 5.0, height=2.9)
+    for ax, (title, (key, unit, log, step, value)) in zip(axes, shown.items(), strict=True):
+        draw_smooth(ax, step, value, INK, 1 if key == "lr" else window_of(len(step)))
         finite = value[np.isfinite(value)]
         if log and len(finite) and finite.min() > 0:
-            log_values(ax, finite.tolist())
+            style.log_values(ax, values=finite)
         else:
             ax.set_ylim(0, 1.08 * max(finite, default=1.0) or 1.0)
-            ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            ax.yaxis.set_major_formatter(FuncFormatter(_short))
-        _steps_axis(ax, rows)
-        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
-        titles(ax, title, x="training step", y=unit or " ")
+            ax.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
+            ax.yaxis.set_major_formatter("{x:,g}")
+        ax.set_xlim(0, max(row["step"] for row in rows) or 1)
+        steps_axis(ax, 3)
+        titles(ax, title, x="training step", y=unit)
     return figure
-
-
-def _short(value: float, _: Any = None) -> str:
-    """An axis number: 120k, 2.5M, 0.003."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"

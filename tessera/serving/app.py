@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 from tessera.serving import metrics
 from tessera.serving.protocol import (
     Asked,
@@ -27,7 +27,7 @@ from tessera.serving.protocol import (
     token_logprobs,
     usage,
 )
-from tessera.serving.requests import LARGEST, OutOfRange, PromptTooLong, QueueFull, Text, check_whole, is_number
+from tessera.serving.requests import LARGEST, OutOfRange, PromptTooLong, QueueFull, Request, check_whole, is_number
 from tessera.serving.service import DEAD, Draining, EngineDead, Service
 from tessera.serving.text import TextStream
 
@@ -45,7 +45,7 @@ class AppConfig:
       api_key: that requests must bring; "" asks for none.
       timeout: seconds a request may take, waiting included.
       max_tokens: tokens drawn where a request does not say.
-      max_choices: texts of one request at most.
+      max_choices: choices (prompts times n) of one HTTP request at most.
       max_body: bytes of a request at most.
       patience: seconds that running requests get at shutdown.
     """
@@ -131,7 +131,7 @@ class Pages:
         engine, counts = self.service.engine, self.service.engine.counts
         ends = {f'reason="{name}"': counts[f"finished_{name}"] for name in ("stop", "length", "cancelled", "error")}
         lines = [
-            *metrics.counter("requests", "Texts taken.", counts["requests"]),
+            *metrics.counter("requests", "Requests accepted.", counts["requests"]),
             *metrics.counter("requests_refused", "Requests refused for a full queue.", self.service.refused),
             *metrics.counter("requests_finished", "Texts ended, by reason.", dict(ends)),
             *metrics.counter("prompt_tokens", "Tokens read.", counts["prompt_tokens"]),
@@ -160,7 +160,7 @@ class Pages:
             )
             if asked.model != c.model:
                 return self._unknown_model(asked.model)
-            texts, events = self.service.submit(asked.prompts, asked.samplings)
+            requests, events = self.service.submit(asked.prompts, asked.samplings)
         except BadRequest as error:
             return self._error(400, str(error), invalid, error.parameter, error.code)
         except PromptTooLong as error:
@@ -180,44 +180,44 @@ class Pages:
         except ValueError as error:  # also a body that is no JSON
             return self._error(400, str(error), invalid)
         if asked.stream:
-            pieces = self._stream(request, asked, texts, events)
-            return self.starlette.StreamingResponse(pieces, media_type="text/event-stream")
-        return await self._whole(request, asked, texts, events)
+            stream = self._stream(request, asked, requests, events)
+            return self.starlette.StreamingResponse(stream, media_type="text/event-stream")
+        return await self._whole(request, asked, requests, events)
 
-    async def _whole(self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]) -> Any:
+    async def _whole(self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]) -> Any:
         try:
-            pieces = [""] * len(texts)
-            ends: list[str] = [""] * len(texts)
-            async for index, piece, finish, _ in self._follow(request, asked, texts, events):
-                pieces[index] += piece
+            texts = [""] * len(requests)
+            ends: list[str] = [""] * len(requests)
+            async for index, text, finish, _ in self._follow(request, asked, requests, events):
+                texts[index] += text
                 ends[index] = finish or ends[index]
         except TimeoutError:
             return self._error(504, f"not done within {self.config.timeout} s", "server_error", code="timeout")
         except EngineDead as error:
             return self._error(503, str(error), "server_error", code="engine_dead")
-        if any(text.finish == "error" for text in texts):
+        if any(one.finish == "error" for one in requests):
             return self._error(500, FAILED, "server_error")
-        if any(text.finish == "cancelled" for text in texts) and "cancelled" in ends:
+        if any(one.finish == "cancelled" for one in requests) and "cancelled" in ends:
             return self._error(503, "the request was let go of", "server_error", code="shutting_down")
         choices = []
-        for index, (piece, finish) in enumerate(zip(pieces, ends, strict=True)):
-            logprobs = token_logprobs(texts[index], 0, self.tokenizer) if asked.logprobs else None
-            choices.append(choice(asked, index, piece, finish, logprobs, delta=False))
+        for index, (text, finish) in enumerate(zip(texts, ends, strict=True)):
+            logprobs = token_logprobs(requests[index], 0, self.tokenizer) if asked.logprobs else None
+            choices.append(choice(asked, index, text, finish, logprobs, delta=False))
         answer = response(asked, _identity(), choices, self.config.model, delta=False)
-        return self.starlette.JSONResponse(answer | {"usage": usage(texts)})
+        return self.starlette.JSONResponse(answer | {"usage": usage(requests)})
 
     async def _stream(
-        self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]
+        self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]
     ) -> AsyncIterator[str]:
         identity = _identity()
         try:
-            async for index, piece, finish, start in self._follow(request, asked, texts, events):
-                if texts[index].finish == "error":
+            async for index, text, finish, start in self._follow(request, asked, requests, events):
+                if requests[index].finish == "error":
                     yield _event(error_body(FAILED, "server_error"))
                     return
-                logprobs = token_logprobs(texts[index], start, self.tokenizer) if asked.logprobs else None
-                if piece or finish or logprobs:
-                    entry = choice(asked, index, piece, finish or None, logprobs, delta=True)
+                logprobs = token_logprobs(requests[index], start, self.tokenizer) if asked.logprobs else None
+                if text or finish or logprobs:
+                    entry = choice(asked, index, text, finish or None, logprobs, delta=True)
                     yield _event(response(asked, identity, [entry], self.config.model, delta=True))
         except TimeoutError:
             yield _event(error_body(f"not done within {self.config.timeout} s", "server_error", code="timeout"))
@@ -226,20 +226,20 @@ class Pages:
             yield _event(error_body(str(error), "server_error", code="engine_dead"))
             return
         if asked.usage:
-            yield _event(response(asked, identity, [], self.config.model, delta=True) | {"usage": usage(texts)})
+            yield _event(response(asked, identity, [], self.config.model, delta=True) | {"usage": usage(requests)})
         yield "data: [DONE]\n\n"
 
     async def _follow(
-        self, request: Any, asked: Asked, texts: list[Text], events: asyncio.Queue[int]
+        self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]
     ) -> AsyncIterator[tuple[int, str, str, int]]:
-        """(index, new text, reason it ended or "", tokens given before); lets go of texts when the client has left.
+        """(index, new text, reason it ended or "", tokens given before); lets go of requests when the client has left.
 
         Raises:
           TimeoutError: it took too long.
           EngineDead: nothing will come any more.
         """
-        streams = [TextStream(self.tokenizer, asked.stop) for _ in texts]
-        given, done = [0] * len(texts), [False] * len(texts)
+        streams = [TextStream(self.tokenizer, asked.stop) for _ in requests]
+        given, done = [0] * len(requests), [False] * len(requests)
         until = time.monotonic() + self.config.timeout
         try:
             while not all(done):
@@ -251,21 +251,21 @@ class Pages:
                     return
                 if time.monotonic() > until:
                     raise TimeoutError
-                if self.service.dead and (index < 0 or texts[index].finish == "error"):
+                if self.service.dead and (index < 0 or requests[index].finish == "error"):
                     raise EngineDead(DEAD)
                 if index < 0 or done[index]:
                     continue
-                text, stream = texts[index], streams[index]
-                finish, start = text.finish, given[index]  # read before the tokens: they may still grow
-                given[index] = len(text.tokens)
-                piece = stream.feed(text.tokens[: given[index]], final=bool(finish))
+                one, stream = requests[index], streams[index]
+                finish, start = one.finish, given[index]  # read before the tokens: they may still grow
+                given[index] = len(one.tokens)
+                text = stream.feed(one.tokens[: given[index]], final=bool(finish))
                 finish = "stop" if stream.stopped else finish
                 done[index] = bool(finish)
                 if stream.stopped:
-                    self.service.release([text])
-                yield index, piece, finish, start
+                    self.service.release([one])
+                yield index, text, finish, start
         finally:
-            self.service.release(texts)
+            self.service.release(requests)
 
     async def _body(self, request: Any) -> bytes | None:
         parts, size = [], 0

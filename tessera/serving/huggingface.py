@@ -20,8 +20,7 @@ from jaxtyping import PyTree
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.logger import write_text
-from tessera.models.transformer import TransformerConfig
-from tessera.serving.served import shapes
+from tessera.models.transformer import TransformerConfig, param_shapes
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -54,7 +53,7 @@ BLOCK = {
 
 
 class NotConvertible(ValueError):
-    """A model that the other side has no words for."""
+    """A model that Hugging Face's format cannot describe."""
 
 
 class ForeignFiles(FileExistsError):
@@ -115,7 +114,7 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     moe, router = config.moe, config.moe.router
     plain = moe.every == 1 and not moe.shared and not moe.biases and moe.mixture.activation == "swiglu"
     weights = router.name == "top_k" and router.softmax == "after" and router.scale == 1
-    if routed and not (plain and weights and moe.mixture.implementation != "capacity"):
+    if routed and not (plain and weights and moe.mixture.dispatch != "capacity"):
         raise NotConvertible(
             "Mixtral has SwiGLU experts in every layer, weighted by a softmax over the chosen ones, without shared "
             "experts, biases or capacity; this model's moe differs"
@@ -157,7 +156,7 @@ def load_directory(
     Raises:
       FileNotFoundError: no config or no safetensors.
       NotConvertible: another architecture, or tensors missing or of other shapes.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     config = read_config(directory)
     read = _reader(Path(directory))
@@ -193,7 +192,7 @@ def save_directory(
     Raises:
       ForeignFiles: the directory holds anything else; nothing in it is touched.
       NotConvertible: a model that is neither Llama nor Mixtral.
-      ImportError: the extra `export` is not installed.
+      ImportError: the extra `hf` is not installed.
     """
     save_file = _safetensors().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
@@ -297,7 +296,7 @@ def _clear_staging(folder: Path) -> None:
 
 
 def _leaves(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for path, leaf in jax.tree.leaves_with_path(shapes(config)):
+    for path, leaf in jax.tree.leaves_with_path(param_shapes(config)):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape
 
 
@@ -367,9 +366,7 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(
-            "Hugging Face directories need the extra `export`: pip install 'tessera-jax[export]'"
-        ) from error
+        raise ImportError("Hugging Face directories need the extra `hf`: pip install 'tessera-jax[hf]'") from error
     return safetensors
 
 

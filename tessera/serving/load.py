@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 from jaxtyping import PyTree
 
 from lottery import export
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
-from tessera.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.data.download import cache_dir
+from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.lm.warm_start import read_model
-from tessera.models.transformer import TransformerConfig
+from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.engine import Engine
 from tessera.serving.huggingface import is_directory, load_directory
 from tessera.serving.programs import Programs, ServeConfig, make_programs
 from tessera.serving.quantized import quantise_decoder
-from tessera.serving.served import serve, shapes
+from tessera.serving.served import serve
 from tessera.serving.speculative import Speculating
 
 
@@ -28,7 +28,7 @@ class SourceConfig:
     """Where a model comes from.
 
     Attributes:
-      dir: a run of `scripts/train.py`, whose newest checkpoint is taken, or a Hugging Face directory.
+      dir: a run of `scripts/train.py`, whose newest checkpoint is read, or a Hugging Face directory.
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
       dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
@@ -111,7 +111,7 @@ def read_ticket(path: Path | str, config: TransformerConfig) -> PyTree:
     flat, masks, _ = export.load(path)
     params = export.unflatten({name: np.where(masks[name], leaf, 0).astype(np.float32) for name, leaf in flat.items()})
     params = params.get("params", params)
-    wanted = {name: leaf.shape for name, leaf in _flat(shapes(config)).items()}
+    wanted = {name: leaf.shape for name, leaf in _flat(param_shapes(config)).items()}
     found = {name: leaf.shape for name, leaf in _flat(params).items()}
     wrong = [name for name in wanted | found if wanted.get(name) != found.get(name)]
     if wrong:
@@ -135,7 +135,7 @@ def read_calibration(path: Path | str, tokenizer: Tokenizer, rows: int = 32, len
 
 
 def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
-    """The tokenizer of a run (bytes, or the BPE it trained, kept in the cache directory) or of a directory.
+    """The tokenizer of a run (bytes, or the BPE it trained, in the cache directory) or of a directory.
 
     Raises:
       FileNotFoundError: the BPE is not where the run left it, or a directory has no tokenizer.json.
@@ -146,10 +146,10 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     data: dict[str, Any] = settings.get("data") or {}
     if data.get("tokenizer") == "bpe":
         name = f"bpe-{data['vocab_size']}-{settings['data_sha256'][:32]}.json"
-        kept = Path(pooch.os_cache("tessera")) / "tokenizers" / name
-        if not kept.exists():
-            raise FileNotFoundError(f"the run's tokenizer {kept} is gone; give its file as tokenizer")
-        return BPETokenizer.load(kept)
+        saved = cache_dir() / "tokenizers" / name
+        if not saved.exists():
+            raise FileNotFoundError(f"the run's tokenizer {saved} is gone; give its file as tokenizer")
+        return BPETokenizer.load(saved)
     if data or config.vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
     raise FileNotFoundError(f"{path} has no tokenizer.json; give one as tokenizer")
@@ -158,7 +158,7 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
 def make_engine(
     source: SourceConfig, plan: Plan, sizes: ServeConfig, queue: int = 64, draft: DraftConfig = DraftConfig()
 ) -> tuple[Engine, Loaded]:
-    """A model from where it is kept to an engine that serves it, and what was loaded (its weights let go of).
+    """Load a model and make the engine that serves it; also returns what was loaded, without its weights.
 
     Raises:
       PlanError: the plan does not fit the model, the sizes or the devices; a draft that does not fit the model.

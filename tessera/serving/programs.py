@@ -1,6 +1,6 @@
-"""Prefill and decode as jitted programs of static shapes with a donated cache, under any plan.
+"""Prefill and decode as jitted programs of static shapes with a donated KV cache, under any plan.
 
-Axes: B slots, N rows of a call, T tokens of a row, V vocabulary, D width. Arguments and results are whole arrays;
+Axes: B slots, N rows of a call, T tokens of a row, V vocabulary, D width. Arguments and results are global arrays;
 inside `jax.shard_map` the functions here see one device's part. A row belongs to the data-parallel part its place in
 the call says (row r of N to part r // (N / parts)), and its slot is counted within that part.
 """
@@ -22,7 +22,8 @@ from sharding.inference.sample import CANDIDATES, Settings, greedy
 from sharding.mesh import make_mesh
 from sharding.plan import DATA_AXES
 from sharding.rules import shardings
-from tessera.serving.served import Served
+from tessera.parallel.decoder import ShardedDecoder
+from tessera.serving.quantized import quantized_specs
 from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program
 
 
@@ -31,13 +32,13 @@ class ServeConfig:
     """Sizes that programs are compiled for.
 
     Attributes:
-      slots: B, texts decoded at the same time over all devices.
+      slots: B, requests decoded at the same time over all devices.
       length: most tokens of a text, prompt included.
       cache_dtype: "float32", "bfloat16" or "int8"; "" is the model's.
       groups: groups of a device's slots that go around the ring of pipeline stages; 0 takes as many as stages.
       steps: tokens decoded per call (fewer calls to the host, later reaction to a finished text).
-      chunk: most tokens of one piece of a prompt.
-      rows: pieces of prompts read in one call by each data-parallel part.
+      chunk: chunked prefill: most tokens of a prompt read in one call.
+      rows: chunks of prompts read in one call by each data-parallel part.
       candidates: see `sharding.inference.sample.CANDIDATES`.
     """
 
@@ -56,7 +57,7 @@ class ServeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def buckets(self) -> tuple[int, ...]:
-        """Lengths that pieces of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
+        """Lengths that chunks of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
         sizes = []
         size = min(16, self.chunk)
         while size < self.chunk:
@@ -69,7 +70,7 @@ class ServeConfig:
 class Programs:
     """Jitted functions of one model, plan and `ServeConfig`; each compiles once per shape of its arguments."""
 
-    served: Served
+    decoder: ShardedDecoder
     config: ServeConfig
     mesh: Mesh
     _made: dict = field(default_factory=dict, compare=False, repr=False)
@@ -77,17 +78,25 @@ class Programs:
     @property
     def parts(self) -> int:
         """Data-parallel parts the slots are split into."""
-        return self.served.plan.data
+        return self.decoder.plan.data
 
     @functools.cached_property
     def cache_config(self) -> CacheConfig:
-        """Sizes of the cache."""
-        return self.served.cache(self.config.slots, self.config.length, self.config.cache_dtype)
+        """Sizes of the KV cache; its dtype is the model's unless the config says another."""
+        model = self.decoder.config
+        return CacheConfig(
+            model.layers,
+            self.config.slots,
+            model.kv_size,
+            self.config.length,
+            model.head_size,
+            self.config.cache_dtype or model.dtype,
+        )
 
     @functools.cached_property
     def groups(self) -> int:
         """g, groups of a device's slots."""
-        local, stages = self.config.slots // self.parts, self.served.plan.size("pp")
+        local, stages = self.config.slots // self.parts, self.decoder.plan.size("pp")
         groups = self.config.groups or default_groups(stages, local)
         check_groups(groups, local)
         return groups
@@ -95,20 +104,20 @@ class Programs:
     @property
     def data(self) -> Any:
         """Mesh axes of slots and rows in a partition."""
-        return self.served.plan.present(*DATA_AXES) or None
+        return self.decoder.plan.present(*DATA_AXES) or None
 
     @functools.cached_property
     def state_specs(self) -> State:
         """Partition of the state."""
-        return State(cache_specs(self.cache_config, self.served.plan), PartitionSpec(self.data, self.served.tp))
+        return State(cache_specs(self.cache_config, self.decoder.plan), PartitionSpec(self.data, self.decoder.tp))
 
     def place(self, params: PyTree) -> PyTree:
         """Parameters from `serve` on their devices."""
-        return jax.device_put(params, shardings(self.mesh, self.served.specs_for(params)))
+        return jax.device_put(params, shardings(self.mesh, quantized_specs(params, self.decoder)))
 
     def start(self) -> State:
         """An empty state."""
-        vocabulary = self.served.config.vocab_size
+        vocabulary = self.decoder.config.vocab_size
 
         def make() -> State:
             return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
@@ -132,9 +141,9 @@ class Programs:
         slots = np.tile(np.arange(self.config.slots // self.parts, dtype=np.int32), self.parts)
         state, logits = self.start(), None
         for first in range(0, tokens.shape[1], self.config.chunk):
-            piece = tokens[:, first : first + self.config.chunk]
-            counts = np.clip(lengths - first, 0, piece.shape[1])
-            rows = Rows(piece, slots, np.where(counts > 0, first, 0), counts)
+            chunk = tokens[:, first : first + self.config.chunk]
+            counts = np.clip(lengths - first, 0, chunk.shape[1])
+            rows = Rows(chunk, slots, np.where(counts > 0, first, 0), counts)
             state, drawn = self.extend(params, state, rows, logits=True, fresh=first == 0)
             keep = (counts > 0)[:, None]
             logits = drawn.logits if logits is None else jnp.where(keep, drawn.logits, logits)
@@ -169,12 +178,12 @@ class Programs:
         every: bool = False,
         fresh: bool = False,
     ) -> tuple[State, Drawn]:
-        """Read the next piece of some texts and draw the token that follows each.
+        """Prefill the next chunk of some prompts and draw the token that follows each.
 
         Args:
           params: from `place`.
           state: donated.
-          rows: the pieces; a row that starts at 0 forgets what its slot held.
+          rows: the chunks; a row that starts at 0 forgets what its slot held.
           settings: of each row; None is greedy.
           logits: also give the logits of each row's last token, or with `every` of all its tokens [N, T, V].
           every: see `logits`.
@@ -211,7 +220,7 @@ class Programs:
           steps: 0 takes the config's.
           logits: also give the logits [steps, B, V].
         """
-        ring = Ring(self.served.plan.size("pp"), self.groups, steps or self.config.steps)
+        ring = Ring(self.decoder.plan.size("pp"), self.groups, steps or self.config.steps)
         key = ("generate", ring, logits)
         if key not in self._made:
             self._made[key] = generate_program(self, ring, logits=logits)
@@ -219,13 +228,13 @@ class Programs:
         return self._made[key](params, state, tokens, budget, settings)
 
 
-def make_programs(served: Served, config: ServeConfig, devices: Any = None) -> Programs:
+def make_programs(decoder: ShardedDecoder, config: ServeConfig, devices: Any = None) -> Programs:
     """Programs for a model from `serve`, on the first of the devices that its plan takes.
 
     Raises:
       PlanError: cache, slots or groups that do not divide.
     """
-    found = list(jax.devices() if devices is None else devices)[: served.plan.devices]
-    programs = Programs(served, config, make_mesh(served.plan, found))
+    found = list(jax.devices() if devices is None else devices)[: decoder.plan.devices]
+    programs = Programs(decoder, config, make_mesh(decoder.plan, found))
     _ = programs.state_specs, programs.groups
     return programs

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 from tessera.serving.requests import (
     LARGEST,
     MAX_STOP_TOKENS,
     OutOfRange,
+    Request,
     Sampling,
-    Text,
     check_number,
     check_whole,
     show,
@@ -67,7 +67,7 @@ def read_body(body: Any, tokenizer: Tokenizer, *, chat: bool, limit: int, max_ch
       tokenizer: of the model.
       chat: messages instead of a prompt.
       limit: tokens to draw where the body does not say.
-      max_choices: most texts of one request.
+      max_choices: most choices (prompts times n) of one request.
 
     Raises:
       BadRequest: anything unknown, of the wrong type or out of range.
@@ -157,10 +157,10 @@ def _logprobs(body: Mapping, *, chat: bool) -> bool:
 
 def _stop(body: Mapping) -> tuple[str, ...]:
     stop = body.get("stop")
-    words = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
+    strings = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(word, str) for word in strings):
         raise BadRequest(f"stop={show(stop)} must be a string or a list of up to four strings", "stop")
-    return tuple(words)
+    return tuple(strings)
 
 
 def _tokens(value: Any, name: str, most: int = LARGEST) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def _prompts(body: Mapping, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 
 
 def _chat_prompt(body: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Messages as plain text, "role: content" line by line: the house's models have learned no format of their own."""
+    """Messages as plain text, "role: content" line by line: models trained here have learned no chat format."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of {role, content}", "messages")
@@ -215,25 +215,25 @@ def _chat_prompt(body: Mapping, tokenizer: Tokenizer) -> tuple[int, ...]:
     return _encode("".join(lines) + "assistant:", tokenizer, "messages")
 
 
-def choice(asked: Asked, index: int, piece: str, finish: str | None, logprobs: Mapping | None, *, delta: bool) -> dict:
-    """One entry of "choices": a whole text, or with `delta` a piece of it."""
+def choice(asked: Asked, index: int, text: str, finish: str | None, logprobs: Mapping | None, *, delta: bool) -> dict:
+    """One entry of "choices": the text, or with `delta` the part that is new."""
     if asked.chat:
-        content = {"role": "assistant", "content": piece}
+        content = {"role": "assistant", "content": text}
         return {"index": index, "delta" if delta else "message": content, "finish_reason": finish, "logprobs": None}
-    return {"index": index, "text": piece, "finish_reason": finish, "logprobs": logprobs}
+    return {"index": index, "text": text, "finish_reason": finish, "logprobs": logprobs}
 
 
-def token_logprobs(text: Text, start: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def token_logprobs(request: Request, start: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """The log-probabilities of tokens from `start` on, as the completions endpoint writes them."""
-    words = [tokenizer.decode(np.asarray([token], np.int32)) for token in text.tokens[start:]]
-    values = text.logprobs[start:]
-    alternatives = [{word: value} for word, value in zip(words, values, strict=True)]
-    return {"tokens": words, "token_logprobs": values, "top_logprobs": alternatives, "text_offset": []}
+    strings = [tokenizer.decode(np.asarray([token], np.int32)) for token in request.tokens[start:]]
+    values = request.logprobs[start:]
+    alternatives = [{string: value} for string, value in zip(strings, values, strict=True)]
+    return {"tokens": strings, "token_logprobs": values, "top_logprobs": alternatives, "text_offset": []}
 
 
-def usage(texts: Sequence[Text]) -> dict[str, int]:
+def usage(requests: Sequence[Request]) -> dict[str, int]:
     """Tokens read and drawn."""
-    read, drawn = sum(len(text.prompt) for text in texts), sum(len(text.tokens) for text in texts)
+    read, drawn = sum(len(one.prompt) for one in requests), sum(len(one.tokens) for one in requests)
     return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
 
 

@@ -7,7 +7,6 @@ width, E experts, I and O inputs and outputs of a kernel.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,15 +21,14 @@ from sharding.inference.quantize import (
     Calibration,
     QuantConfig,
     Quantized,
-    dequantise,
     is_quantized,
     observe,
-    quantise_matrix,
+    quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.layers import attention, rms_norm, rope, to_heads
-from tessera.models.transformer import DTYPES, Block, TransformerConfig
+from tessera.models.transformer import Block, TransformerConfig, attention, rms_norm, rope, to_heads
 from tessera.optim.param_axes import kernel_axes
+from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
 
 def quantise_decoder(
@@ -55,17 +53,17 @@ def quantise_decoder(
     if how.method != "rtn" and calibration_NT is None:
         raise ValueError(f"method={how.method!r} needs calibration text")
     blocks = split_blocks(params, config)
-    whole = replace(config, dtype="float32", remat="none")
+    plain_config = replace(config, dtype="float32", remat="none")
     x_NTD = None if calibration_NT is None else jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)]
     made = []
     for i, block in enumerate(blocks):
         mlp = config.pattern[i % len(config.pattern)]
-        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, whole, mlp)
+        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, plain_config, mlp)
         small = _quantise_block(block, how, seen)
         made.append(small)
         if seen:
-            plain = dequantise_layer(small, "float32")
-            x_NTD = _run(whole, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
+            plain = dequantize_layer(small, "float32")
+            x_NTD = _run(plain_config, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
     return join_blocks(params, made, config)
 
 
@@ -144,20 +142,14 @@ def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Cali
     if how.group and into[-1] % how.group:
         raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")
     flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
-    found = quantise_matrix(flat, how, seen)
+    found = quantize_matrix(flat, how, seen)
     groups = (*into[:-1], into[-1] // how.group) if how.group else (1,) * count
     channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
     return Quantized(found.values.reshape(shape), found.scales.reshape(*groups, *out), channel)
 
 
-def dequantise_layer(layer: PyTree, dtype: str) -> PyTree:
-    """A block's parameters with float kernels in place of quantised ones."""
-    convert = partial(dequantise, dtype=DTYPES[dtype])
-    return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)
-
-
-def quantised_specs(params: PyTree, specs: PyTree, sizes: Mapping[str, int]) -> PyTree:
-    """Partition of every array: a quantised kernel's values, scales and factors lie like the kernel.
+def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
+    """Partition of every array of served parameters: a quantized kernel's values, scales and factors like the kernel.
 
     Raises:
       PlanError: groups that do not divide by the mesh axes that split the kernel's inputs.
@@ -174,11 +166,11 @@ def quantised_specs(params: PyTree, specs: PyTree, sizes: Mapping[str, int]) -> 
             for size, entry in zip(array.shape, entries, strict=False):
                 ways = 1
                 for axis in (entry,) if isinstance(entry, str) else entry or ():
-                    ways *= sizes[axis]
+                    ways *= decoder.plan.size(axis)
                 if size % ways:
                     raise PlanError(f"scales {array.shape} of a quantised kernel do not divide by {entry}={ways}")
             return PartitionSpec(*entries)
 
         return Quantized(cut(node.values), cut(node.scales), cut(node.channel))
 
-    return jax.tree.map(one, params, specs, is_leaf=is_quantized)
+    return jax.tree.map(one, params, decoder.specs, is_leaf=is_quantized)

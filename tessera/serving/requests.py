@@ -11,7 +11,7 @@ MAX_STOP_TOKENS = 1024
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as the queue has room for."""
+    """The queue of waiting requests is full."""
 
 
 class OutOfRange(ValueError):
@@ -23,7 +23,7 @@ class OutOfRange(ValueError):
 
 
 class PromptTooLong(ValueError):
-    """A prompt that leaves no room for a token, or an empty one."""
+    """A prompt that fills the context length, or an empty one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sampling:
       top_p: 1 is off.
       min_p: 0 is off.
       repetition_penalty: of tokens in the prompt or drawn before; 1 is off, 0.01..100.
-      presence_penalty: taken off the logits of tokens drawn before; 0 is off.
+      presence_penalty: subtracted from the logits of tokens drawn before; 0 is off.
       frequency_penalty: the same for every time a token was drawn.
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
       max_tokens: tokens to draw at most.
@@ -70,7 +70,7 @@ class Sampling:
 
 
 SMALLEST = 1e-10  # a logit over a smaller temperature may not be a float32
-NUMBERS = {  # lowest, highest, and the range in words
+NUMBERS = {  # lowest, highest, and the range as text
     "temperature": (SMALLEST, 100, f"in {SMALLEST}..100, or 0"),
     "top_p": (math.ulp(0.0), 1, "in (0, 1]"),
     "min_p": (0, 1, "in 0..1"),
@@ -114,17 +114,17 @@ def show(value: Any, most: int = 60) -> str:
 
 
 @dataclass(eq=False)
-class Text:
+class Request:
     """One request on its way.
 
     Attributes:
       prompt: its tokens.
       sampling: how it goes on.
-      notify: called with the text after tokens came, and once more when it ends; must return quickly.
+      notify: called with the request after tokens came, and once more when it ends; must return quickly.
       tokens: drawn so far.
       logprobs: of each of them under the model.
-      finish: "" while it runs, then "stop" (a stop token), "length" (max_tokens, or no room), "cancelled" or "error"
-        (its own, or of a step that all texts share).
+      finish: "" while it runs, then "stop" (a stop token), "length" (max_tokens, or the end of the context),
+        "cancelled" or "error" (its own, or of a step that all requests share).
       read: tokens of the prompt in the cache.
       slot: where it is decoded; -1 while it waits and when it is done.
       number: order of arrival at its engine.
@@ -132,7 +132,7 @@ class Text:
 
     prompt: tuple[int, ...]
     sampling: Sampling
-    notify: Callable[["Text"], None] = lambda text: None
+    notify: Callable[["Request"], None] = lambda request: None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""

@@ -1,4 +1,4 @@
-"""An engine in a thread of its own, and texts as asynchronous streams for a server's event loop."""
+"""An engine in a thread of its own, and requests as asynchronous streams for a server's event loop."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from absl import logging
 
 from tessera.serving.engine import Engine
 from tessera.serving.metrics import Histogram
-from tessera.serving.requests import QueueFull, Sampling, Text
+from tessera.serving.requests import QueueFull, Request, Sampling
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -57,7 +57,7 @@ class Service:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has ended other than by `stop`: no text will ever go on."""
+        """Whether the engine has ended other than by `stop`: no request will ever go on."""
         return self._died or (self._thread.ident is not None and not self.alive and not self._stop)
 
     def stop(self, patience: float = 0.0) -> None:
@@ -73,12 +73,12 @@ class Service:
 
     def submit(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
-    ) -> tuple[list[Text], asyncio.Queue[int]]:
-        """Queue texts that belong together, all or none.
+    ) -> tuple[list[Request], asyncio.Queue[int]]:
+        """Queue requests that belong together, all or none.
 
         Returns:
-          The texts, and a queue that gets the index of a text whenever it went on, and once more when it ended. Who
-          stops listening calls `release`.
+          The requests, and a queue that gets the index of a request whenever it went on, and once more when it ended.
+          Who stops listening calls `release`.
 
         Raises:
           Draining: at shutdown.
@@ -90,37 +90,37 @@ class Service:
         if self.dead:
             raise EngineDead(DEAD)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[int]()
-        started, texts = time.monotonic(), list[Text]()
+        started, requests = time.monotonic(), list[Request]()
         first = set[int]()
 
         def listener(index: int):
-            def notify(text: Text) -> None:  # in the engine's thread
-                if text.tokens and index not in first:
+            def notify(request: Request) -> None:  # in the engine's thread
+                if request.tokens and index not in first:
                     first.add(index)
                     self.first_token.add(time.monotonic() - started)
-                if text.finish:
+                if request.finish:
                     self.duration.add(time.monotonic() - started)
                 try:
                     loop.call_soon_threadsafe(events.put_nowait, index)
-                except RuntimeError:  # the loop closed while the text ran
-                    self.engine.cancel(text)
+                except RuntimeError:  # the loop closed while the request ran
+                    self.engine.cancel(request)
 
             return notify
 
         try:
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                texts.append(self.engine.submit(prompt, sampling, listener(index)))
+                requests.append(self.engine.submit(prompt, sampling, listener(index)))
         except BaseException as error:
             self.refused += isinstance(error, QueueFull)
-            self.release(texts)
+            self.release(requests)
             raise
         self._wake.set()
-        return texts, events
+        return requests, events
 
-    def release(self, texts: Sequence[Text]) -> None:
-        """Let go of texts that nobody waits for."""
-        for text in texts:
-            self.engine.cancel(text)
+    def release(self, requests: Sequence[Request]) -> None:
+        """Let go of requests that nobody waits for."""
+        for request in requests:
+            self.engine.cancel(request)
         self._wake.set()
 
     def _loop(self) -> None:
@@ -129,11 +129,11 @@ class Service:
         except BaseException:
             logging.exception("the engine is dead: every request ends, and new ones are refused")
         finally:
-            self._died = not self._stop  # before the texts end: who waits for them asks
+            self._died = not self._stop  # before the requests end: who waits for them asks
             try:
                 self.engine.fail("cancelled" if self._stop else "error", restart=False)
             except BaseException:
-                logging.exception("the engine could not end its texts")
+                logging.exception("the engine could not end its requests")
 
     def _steps(self) -> None:
         failures = 0

@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 from sharding.errors import PlanError
 from sharding.inference.sample import Settings
 from sharding.rules import shardings
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.serving.programs import Programs, ServeConfig
-from tessera.serving.served import Served
 from tessera.serving.steps import Drawn, Rows, State, verify_program
 
 
@@ -54,7 +54,7 @@ class Speculating:
             ("slots", large.config.slots, small.config.slots),
             ("length", large.config.length, small.config.length),
             ("chunk", large.config.chunk, small.config.chunk),
-            ("vocabulary", large.served.config.vocab_size, small.served.config.vocab_size),
+            ("vocabulary", large.decoder.config.vocab_size, small.decoder.config.vocab_size),
             ("data-parallel parts", large.parts, small.parts),
         )
         for name, one, other in names:
@@ -67,9 +67,9 @@ class Speculating:
         return self.target.config
 
     @property
-    def served(self) -> Served:
+    def decoder(self) -> ShardedDecoder:
         """The large model."""
-        return self.target.served
+        return self.target.decoder
 
     @property
     def parts(self) -> int:
@@ -87,7 +87,7 @@ class Speculating:
     def extend(
         self, params: Both, state: Both, rows: Rows, settings: Settings, *, fresh: bool = False
     ) -> tuple[Both, Drawn]:
-        """Both read the next piece of some texts; what is drawn is the large model's. See `Programs.extend`."""
+        """Both prefill the next chunk of some prompts; what is drawn is the large model's. See `Programs.extend`."""
         draft, _ = self.draft.extend(params.draft, state.draft, rows, fresh=fresh)
         target, drawn = self.target.extend(params.target, state.target, rows, settings, fresh=fresh)
         return Both(target, draft), drawn
@@ -124,6 +124,6 @@ class Speculating:
 
     def _move(self, made: Drawn) -> tuple[jax.Array, jax.Array]:
         """The draft's tokens and logits on the large model's devices."""
-        data, tp = self.target.data, self.target.served.tp
+        data, tp = self.target.data, self.target.decoder.tp
         where = shardings(self.target.mesh, (PartitionSpec(None, data), PartitionSpec(None, data, tp)))
         return jax.device_put((made.tokens, made.logits), where)

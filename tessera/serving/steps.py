@@ -13,9 +13,10 @@ from jaxtyping import PyTree
 
 from sharding.inference.kv_cache import Cache, Read, append, read_range, read_slots
 from sharding.inference.pipeline_ring import Ring, pass_on
-from sharding.inference.sample import DRAWN, READ, Settings, logprob, mark_seen, sample
+from sharding.inference.sample import DRAWN, READ, Settings, logprob, mark_seen, sample_tokens
 from sharding.inference.speculative import accept
-from tessera.serving.served import Served, Work
+from tessera.parallel.decoder import DecodeInputs, ShardedDecoder
+from tessera.serving.quantized import quantized_specs
 
 
 class State(NamedTuple):
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Pieces of texts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N]."""
+    """Chunks of prompts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N]."""
 
     tokens: Any
     slots: Any
@@ -51,7 +52,7 @@ def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tupl
 
     def call(params: PyTree, state: State, *rest: Any) -> Any:
         if "program" not in made:
-            specs = (programs.served.specs_for(params), programs.state_specs, *in_specs)
+            specs = (quantized_specs(params, programs.decoder), programs.state_specs, *in_specs)
             mapped = jax.shard_map(function, mesh=programs.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
             made["program"] = jax.jit(mapped, donate_argnums=1)
         return made["program"](params, state, *rest)
@@ -61,23 +62,23 @@ def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tupl
 
 def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool) -> Callable:
     """`Programs.extend` of these options, compiled once per shape; `programs` is a `Programs`."""
-    served, config, data = programs.served, programs.config, programs.data
+    decoder, config, data = programs.decoder, programs.config, programs.data
 
     def local(params: PyTree, state: State, rows: Rows, settings: Settings) -> tuple[State, Drawn]:
-        x_NTD, cache = _read(served, params, state.cache, rows, None if fresh else read_slots(rows.slots))
+        x_NTD, cache = _read(decoder, params, state.cache, rows, None if fresh else read_slots(rows.slots))
         if not every:
             last_N = jnp.maximum(rows.counts - 1, 0)
             x_NTD = jnp.take_along_axis(x_NTD, last_N[:, None, None], axis=1)
-        x_NTD = _from_first(x_NTD, served.pp)
-        logits_NTV = served.logits(params, x_NTD)
-        seen = _see(state.seen, rows, served.tp)
+        x_NTD = _from_first(x_NTD, decoder.pp)
+        logits_NTV = decoder.logits(params, x_NTD)
+        seen = _see(state.seen, rows, decoder.tp)
         last_NV = logits_NTV[:, -1]
-        drawn = sample(last_NV, seen[rows.slots], settings, served.tp, config.candidates)
+        drawn = sample_tokens(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates)
         shown = (logits_NTV if every else last_NV) if logits else None
         return State(cache, seen), Drawn(*drawn, shown)
 
     row = PartitionSpec(data)
-    shown = PartitionSpec(data, None, served.tp) if every else PartitionSpec(data, served.tp)
+    shown = PartitionSpec(data, None, decoder.tp) if every else PartitionSpec(data, decoder.tp)
     out = (programs.state_specs, Drawn(row, row, shown if logits else None))
     return _compile(programs, local, (Rows(row, row, row, row), _settings_specs(row)), out)
 
@@ -86,21 +87,23 @@ def _settings_specs(row: PartitionSpec) -> Settings:
     return Settings(*[row] * len(Settings._fields))
 
 
-def _read(served: Served, params: PyTree, cache: Cache, rows: Rows, read: Read | None) -> tuple[jax.Array, Cache]:
+def _read(
+    decoder: ShardedDecoder, params: PyTree, cache: Cache, rows: Rows, read: Read | None
+) -> tuple[jax.Array, Cache]:
     """Rows through all stages; the result [N, T, D] is that of the first stage's devices."""
-    stage = 0 if served.pp is None else jax.lax.axis_index(served.pp)
-    work = Work(rows.tokens, rows.starts, read)
+    stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
+    inputs = DecodeInputs(rows.tokens, rows.starts, read)
 
     def tick(carry: tuple, number: jax.Array) -> tuple:
         x_NTD, cache = carry
-        y_NTD, k, v = served.layers(params, x_NTD, cache, work)
+        y_NTD, k, v = decoder.cached_layers(params, x_NTD, cache, inputs)
         counts = jnp.where(number == stage, rows.counts, 0)  # a stage writes once, when its turn comes
-        cache = append(cache, k, v, rows.slots, rows.starts, counts, served.cp)
-        return (pass_on(y_NTD, served.pp), cache), None
+        cache = append(cache, k, v, rows.slots, rows.starts, counts, decoder.cp)
+        return (pass_on(y_NTD, decoder.pp), cache), None
 
-    ticks = jnp.arange(served.plan.size("pp"))
+    ticks = jnp.arange(decoder.plan.size("pp"))
     # After the last tick the result has come around to stage 0.
-    return jax.lax.scan(tick, (served.embed(params, rows.tokens), cache), ticks)[0]
+    return jax.lax.scan(tick, (decoder.embed(params, rows.tokens), cache), ticks)[0]
 
 
 def _from_first(x: jax.Array, pp: str | None) -> jax.Array:
@@ -118,20 +121,20 @@ def _see(seen_BV: jax.Array, rows: Rows, tp: str | None) -> jax.Array:
 
 def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
     """`Programs.generate` with this schedule, compiled; `programs` is a `Programs`."""
-    served, config, data = programs.served, programs.config, programs.data
+    decoder, config, data = programs.decoder, programs.config, programs.data
     count = config.slots // programs.parts // ring.groups
 
     def local(params: PyTree, state: State, tokens: Any, budget: Any, settings: Settings) -> tuple[State, Drawn]:
-        stage = 0 if served.pp is None else jax.lax.axis_index(served.pp)
+        stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
         groups_n = jnp.arange(ring.groups * count, dtype=jnp.int32).reshape(ring.groups, count)
         shape = (ring.steps, *tokens.shape)
-        kept = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None)
+        output = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None)
         if logits:
-            width = served.config.vocab_size // served.plan.size("tp")
-            kept = kept._replace(logits=jnp.zeros((*shape, width), jnp.float32))
+            width = decoder.config.vocab_size // decoder.plan.size("tp")
+            output = output._replace(logits=jnp.zeros((*shape, width), jnp.float32))
 
         def tick(carry: tuple, number: jax.Array) -> tuple:
-            x_N1D, tokens_N, state, tokens, kept = carry
+            x_N1D, tokens_N, state, tokens, output = carry
             item = ring.item(number, stage)
             slots_N = groups_n[item.group]
             entering_N, budget_N, settings_N = jax.tree.map(lambda leaf: leaf[slots_N], (tokens, budget, settings))
@@ -139,33 +142,33 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             tokens_N = jnp.where(stage == 0, entering_N, tokens_N)
             live_N = item.live & (item.step < budget_N)
             starts_N = state.cache.lengths[slots_N]
-            entering_N1D = served.embed(params, tokens_N[:, None])
+            entering_N1D = decoder.embed(params, tokens_N[:, None])
             x_N1D = jnp.where(stage == 0, entering_N1D, x_N1D)
-            work = Work(tokens_N[:, None], starts_N, read_range(slots_N[0], count))
-            y_N1D, k, v = served.layers(params, x_N1D, state.cache, work)
-            cache = append(state.cache, k, v, slots_N, starts_N, live_N.astype(jnp.int32), served.cp)
-            seen = mark_seen(state.seen, slots_N, tokens_N[:, None], live_N[:, None], served.tp, DRAWN)
-            logits_NV = served.logits(params, y_N1D)[:, 0]
+            inputs = DecodeInputs(tokens_N[:, None], starts_N, read_range(slots_N[0], count))
+            y_N1D, k, v = decoder.cached_layers(params, x_N1D, state.cache, inputs)
+            cache = append(state.cache, k, v, slots_N, starts_N, live_N.astype(jnp.int32), decoder.cp)
+            seen = mark_seen(state.seen, slots_N, tokens_N[:, None], live_N[:, None], decoder.tp, DRAWN)
+            logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)
-            next_N, logprob_N = sample(logits_NV, seen[slots_N], settings_N, served.tp, config.candidates)
-            kept = _keep(kept, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
+            next_N, logprob_N = sample_tokens(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
+            output = _record(output, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
             moved = (y_N1D, tokens_N, next_N, slots_N, live_N)
-            x_N1D, tokens_N, next_N, slots_N, live_N = (pass_on(x, served.pp) for x in moved)
+            x_N1D, tokens_N, next_N, slots_N, live_N = (pass_on(x, decoder.pp) for x in moved)
             # What the last stage drew is the input of the first; other stages get what no stage before the first reads.
             place_N = jnp.where(live_N & (stage == 0), slots_N, tokens.shape[0])
             tokens = tokens.at[place_N].set(next_N, mode="drop")
-            return (x_N1D, tokens_N, State(cache, seen), tokens, kept), None
+            return (x_N1D, tokens_N, State(cache, seen), tokens, output), None
 
-        x_N1D = served.embed(params, tokens[:count, None]) * 0
-        carry, _ = jax.lax.scan(tick, (x_N1D, tokens[:count], state, tokens, kept), jnp.arange(ring.ticks))
-        _, _, state, _, kept = carry
-        if served.pp is not None:  # only the last stage drew from finished activations
-            final = stage == served.plan.size("pp") - 1
-            kept = jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(final, leaf, 0), served.pp), kept)
-        return state, kept
+        x_N1D = decoder.embed(params, tokens[:count, None]) * 0
+        carry, _ = jax.lax.scan(tick, (x_N1D, tokens[:count], state, tokens, output), jnp.arange(ring.ticks))
+        _, _, state, _, output = carry
+        if decoder.pp is not None:  # only the last stage drew from finished activations
+            final = stage == decoder.plan.size("pp") - 1
+            output = jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(final, leaf, 0), decoder.pp), output)
+        return state, output
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
-    out = (programs.state_specs, Drawn(drawn, drawn, PartitionSpec(None, data, served.tp) if logits else None))
+    out = (programs.state_specs, Drawn(drawn, drawn, PartitionSpec(None, data, decoder.tp) if logits else None))
     return _compile(programs, local, (row, row, _settings_specs(row)), out)
 
 
@@ -176,7 +179,7 @@ def verify_program(programs: Any) -> Callable:
     the tokens that were drawn [U, B], and copies of its lengths and `seen` for the draft. Of the U = T + 1 steps of the
     draft the last only read.
     """
-    served, config, data = programs.served, programs.config, programs.data
+    decoder, config, data = programs.decoder, programs.config, programs.data
 
     def local(
         params: PyTree, state: State, tokens: Any, drafted: Any, logits: Any, budget: Any, settings: Settings
@@ -185,16 +188,16 @@ def verify_program(programs: Any) -> Callable:
         slots_B, live_B, starts_B = jnp.arange(b, dtype=jnp.int32), budget > 0, state.cache.lengths
         drafted_BT = drafted[:-1].T
         rows = Rows(jnp.concatenate([tokens[:, None], drafted_BT], 1), slots_B, starts_B, jnp.where(live_B, u, 0))
-        x_BUD, cache = _read(served, params, state.cache, rows, read_range(0, b))
-        logits_BUV = served.logits(params, _from_first(x_BUD, served.pp))
-        seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], served.tp, DRAWN)
+        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b))
+        logits_BUV = decoder.logits(params, _from_first(x_BUD, decoder.pp))
+        seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], decoder.tp, DRAWN)
         draft_BTV = logits[:-1].transpose(1, 0, 2)
-        stayed_B, next_B = accept(logits_BUV, draft_BTV, drafted_BT, seen, settings, served.tp, config.candidates)
+        stayed_B, next_B = accept(logits_BUV, draft_BTV, drafted_BT, seen, settings, decoder.tp, config.candidates)
         step_U, stayed_B1 = jnp.arange(u)[None], stayed_B[:, None]
         drawn_BU = jnp.where(step_U < stayed_B1, drafted.T, jnp.where(step_U == stayed_B1, next_B[:, None], -1))
-        logprob_N = logprob(logits_BUV.reshape(b * u, -1), drawn_BU.reshape(-1), served.tp)
+        logprob_N = logprob(logits_BUV.reshape(b * u, -1), drawn_BU.reshape(-1), decoder.tp)
         stays_BT = live_B[:, None] & (step_U[:, :-1] < stayed_B1)
-        seen = mark_seen(seen, slots_B, drafted_BT, stays_BT, served.tp, DRAWN)
+        seen = mark_seen(seen, slots_B, drafted_BT, stays_BT, decoder.tp, DRAWN)
         # Nothing past a slot's length is ever looked at: this forgets what did not stay.
         lengths = jnp.where(live_B, starts_B + 1 + stayed_B, starts_B)
         drawn = Drawn(drawn_BU.T, logprob_N.reshape(b, u).T, None)
@@ -202,14 +205,16 @@ def verify_program(programs: Any) -> Callable:
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
     state = programs.state_specs
-    given = (row, drawn, PartitionSpec(None, data, served.tp), row, _settings_specs(row))
+    given = (row, drawn, PartitionSpec(None, data, decoder.tp), row, _settings_specs(row))
     return _compile(programs, local, given, (state, Drawn(drawn, drawn, None), state.cache.lengths, state.seen))
 
 
-def _keep(kept: Drawn, step: Any, slots_N: Any, live_N: Any, tokens_N: Any, logprobs_N: Any, logits_NV: Any) -> Drawn:
+def _record(
+    output: Drawn, step: Any, slots_N: Any, live_N: Any, tokens_N: Any, logprobs_N: Any, logits_NV: Any
+) -> Drawn:
     """Note what was drawn where the rows are live."""
-    place_N = jnp.where(live_N, slots_N, kept.tokens.shape[1])
-    tokens = kept.tokens.at[step, place_N].set(tokens_N, mode="drop")
-    logprobs = kept.logprobs.at[step, place_N].set(logprobs_N, mode="drop")
-    shown = None if kept.logits is None else kept.logits.at[step, place_N].set(logits_NV, mode="drop")
+    place_N = jnp.where(live_N, slots_N, output.tokens.shape[1])
+    tokens = output.tokens.at[step, place_N].set(tokens_N, mode="drop")
+    logprobs = output.logprobs.at[step, place_N].set(logprobs_N, mode="drop")
+    shown = None if output.logits is None else output.logits.at[step, place_N].set(logits_NV, mode="drop")
     return Drawn(tokens, logprobs, shown)

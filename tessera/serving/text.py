@@ -1,16 +1,16 @@
-"""Tokens as they come, as pieces of text: what is not a whole character yet, or may begin a stop string, waits."""
+"""Incremental detokenization: an incomplete character, or what may begin a stop string, is held back."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from tessera.data.tokenizer import Tokenizer
+from tessera.data.text import Tokenizer
 
 UNDECODED = "�"  # what a tokenizer shows for bytes that are not UTF-8 (yet)
 
 
 class TextStream:
-    """Decodes one text step by step; the pieces given out join to the text that ends before the first stop string.
+    """Decodes one text step by step; what is given out joins to the text that ends before the first stop string.
 
     Args:
       tokenizer: of the model.
@@ -23,7 +23,7 @@ class TextStream:
         self._given = 0
 
     def feed(self, tokens: Sequence[int], *, final: bool = False) -> str:
-        """The text's next piece.
+        """The text that is new.
 
         Args:
           tokens: all tokens so far.
@@ -39,9 +39,9 @@ class TextStream:
             end = len(text)
         else:
             end = len(text.rstrip(UNDECODED)) - self._held(text.rstrip(UNDECODED))
-        piece = text[self._given : max(end, self._given)]
+        new = text[self._given : max(end, self._given)]
         self._given = max(end, self._given)
-        return piece
+        return new
 
     def _held(self, text: str) -> int:
         """Characters at the end that may be the beginning of a stop string."""

@@ -1,1 +1,1 @@
-"""tessera.sweeps."""
+"""Sweeps over model sizes: the runs, their table, IsoFLOP fits and reports."""

@@ -1,13 +1,12 @@
-"""What a sweep says: IsoFLOP minima and their power law, a parametric fit, gradient noise, and the page about it."""
+"""The report of a sweep: IsoFLOP minima and their power law, a parametric fit, learning rates, gradient noise."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from scaling import isoflop
 from scaling.batch import Surface, critical_batch, fit_rule, fit_surface
@@ -15,12 +14,18 @@ from scaling.isoflop import Minimum
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, read_csv
 from scaling.sweeps import adaptive
-from tessera.infra.logger import write_text
-from tessera.reports import scaling_figures, sweep_figures
-from tessera.reports.html import Cell, Section, Table, paragraphs
-from tessera.reports.run_report import config_section, write_report
-from tessera.sweeps.fit_report import finite, run_isoflop, run_parametric
-from tessera.sweeps.fit_summary import ScalingConfig, span
+from tessera.reports import scaling as figures
+from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
+from tessera.reports.style import short
+from tessera.sweeps.fit_report import (
+    FitPage,
+    ScalingConfig,
+    number_sections,
+    run_isoflop,
+    run_parametric,
+    span,
+    write_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ def target_of(rows: Rows, config: ReportConfig) -> float:
 
 
 def enough(found: Sequence[dict[str, Any]], config: ReportConfig) -> bool:
-    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks; see `purchases.tight`."""
+    """Whether the planner's interval of log N*(target) is as narrow as `stop_at` asks."""
     target = config.target or 10 * max(row["flops"] for row in found)
-    return adaptive.tight(found, target=target, level=config.level, wanted=config.stop_at)
+    return adaptive.interval_reached(found, target=target, level=config.level, wanted=config.stop_at)
 
 
 def best_rows(rows: Rows) -> Rows:
@@ -66,13 +71,15 @@ def best_rows(rows: Rows) -> Rows:
     return rows.take(np.sort(order[first]))
 
 
+def split(rows: Rows, name: str) -> list[tuple[Any, Rows]]:
+    """The rows of every value of a column."""
+    return [(value, rows.take(rows[name] == value)) for value in np.unique(rows[name])]
+
+
 def lr_minima(rows: Rows) -> list[Minimum]:
     """The best learning rate of every width: the minimum of a parabola in log learning rate, at the most tokens."""
-    found = []
-    for width in np.unique(rows["width"]):
-        mine = rows.take((rows["width"] == width) & (rows["tokens"] == rows["tokens"].max()))
-        found.append(isoflop.minimum(mine["lr"], mine["loss"], float(width)))
-    return found
+    last = rows.take(rows["tokens"] == rows["tokens"].max())
+    return [isoflop.minimum(mine["lr"], mine["loss"], float(width)) for width, mine in split(last, "width")]
 
 
 def lr_section(rows: Rows) -> Section:
@@ -81,16 +88,15 @@ def lr_section(rows: Rows) -> Section:
     minima = lr_minima(last)
     body = [(f"{m.budget:g}", m.runs, m.params, m.loss, m.refused or "used") for m in minima]
     table = Table(("width", "runs", "best learning rate", "loss there", "verdict"), body)
-    good = [m for m in minima if not m.refused]
+    widths, rates = [m.budget for m in minima if not m.refused], [m.params for m in minima if not m.refused]
     texts = []
-    if len(good) > 1:
-        law = isoflop.power_fit([m.budget for m in good], [m.params for m in good])
-        spread = max(m.params for m in good) / min(m.params for m in good)
+    if len(rates) > 1:
+        law = isoflop.power_fit(widths, rates)
         texts.append(
-            f"Between widths {good[0].budget:g} and {good[-1].budget:g} the best learning rate moves by a factor of "
-            f"{spread:.2f}; it goes as width^{law.exponent:.2f}. Exponent 0 would be a perfect transfer."
+            f"Between widths {widths[0]:g} and {widths[-1]:g} the best learning rate moves by a factor of "
+            f"{max(rates) / min(rates):.2f}; it goes as width^{law.exponent:.2f}. Exponent 0 would be perfect transfer."
         )
-    return Section("Learning rate", [paragraphs(*texts), sweep_figures.lr_figure(last, minima), table])
+    return Section("Learning rate", [paragraphs(*texts), partial(figures.lr_figure, last, minima), table])
 
 
 NEAR = 0.3  # nats above the best run within which a quadratic is asked to hold
@@ -98,50 +104,47 @@ NEAR = 0.3  # nats above the best run within which a quadratic is asked to hold
 
 def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
     """The surface over learning rate and batch of every size at its last token count: numbers, and a section."""
-    body: list[tuple[Cell, ...]] = []
-    found: list[dict[str, Any]] = []
+    body: list[dict[str, Any]] = []
     shown: list[tuple[Rows, Surface]] = []
-    for params in np.unique(rows["params"]):
-        mine = rows.take(rows["params"] == params)
+    names = ("lr", "batch", "loss", "ridge", "scatter", "refused")
+    for params, mine in split(rows, "params"):
         mine = mine.take(mine["budget"] == mine["budget"].max())
+        row: dict[str, Any] = {"params": float(params), "tokens": float(mine["tokens"].max()), "runs": len(mine)}
         try:
             surface = fit_surface(mine["lr"], mine["batch"], mine["loss"], within=NEAR)
         except ValueError as error:
-            body.append((f"{params:g}", len(mine), None, None, None, None, str(error)))
+            body.append(row | {"verdict": str(error)})
             continue
-        values = {name: getattr(surface, name) for name in ("lr", "batch", "loss", "ridge", "scatter", "refused")}
-        found.append({"params": float(params), "tokens": float(mine["tokens"].max()), **values})
-        body.append((f"{params:g}", len(mine), *list(values.values())[:4], surface.refused or "used"))
+        body.append(row | {name: getattr(surface, name) for name in names} | {"verdict": surface.refused or "used"})
         shown.append((mine, surface))
-    head = ("parameters", "runs", "best learning rate", "best batch", "loss", "lr ~ batch^", "verdict")
+    found = [{key: row[key] for key in ("params", "tokens", *names)} for row in body if "lr" in row]
+    good = [row for row in found if not row["refused"]]
     texts = []
-    good = [one for one in found if not one["refused"]]
-    if len(good) > 1:
-        for name in ("lr", "batch"):
-            rule = fit_rule([one["params"] for one in good], [one[name] for one in good])
-            texts.append(f"Best {name}: {rule.value:.3g} (parameters / {rule.at:.3g})^{rule.exponent:.2f}.")
+    for name in ("lr", "batch") if len(good) > 1 else ():
+        rule = fit_rule([row["params"] for row in good], [row[name] for row in good])
+        texts.append(f"Best {name}: {rule.value:.3g} (parameters / {rule.at:.3g})^{rule.exponent:.2f}.")
     caption = (
         "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares to the runs "
         f"within {NEAR} nats of the best."
     )
-    content: list[str | Figure | Table] = [paragraphs(*texts), Table(head, body)]
-    if shown:
-        content.insert(1, sweep_figures.surface_figure(shown))
-    return found, Section("Learning rate and batch", content, caption)
+    columns: dict[str, Any] = {"parameters": lambda row: f"{row['params']:g}", "runs": "runs"}
+    columns |= {"best learning rate": "lr", "best batch": "batch", "loss": "loss", "lr ~ batch^": "ridge"}
+    pictures = [partial(figures.batch_figure, shown)] * bool(shown)
+    table = table_of(body, columns | {"verdict": "verdict"})
+    return found, Section("Learning rate and batch", [paragraphs(*texts), *pictures, table], caption)
 
 
 def noise_section(rows: Rows, length: int) -> Section:
     """The gradient noise scale: its figure, and the critical batch by budget at the best size."""
     body: list[tuple[Cell, ...]] = []
-    for budget in np.unique(rows["budget"]):
-        mine = rows.take(rows["budget"] == budget)
+    for budget, mine in split(rows, "budget"):
         try:
             found = critical_batch(mine["gradient_signal"], mine["gradient_noise"])
         except ValueError as error:
-            body.append((scaling_figures.short(budget), len(mine), None, str(error)))
+            body.append((short(budget), len(mine), None, str(error)))
             continue
         low_high = [length * found.low, length * found.high] if np.isfinite(found.low) else None
-        body.append((scaling_figures.short(budget), found.measurements, length * found.examples, span(low_high)))
+        body.append((short(budget), found.measurements, length * found.examples, span(low_high)))
     table = Table(("budget (FLOPs)", "runs", "critical batch (tokens)", "95% interval over runs"), body)
     caption = (
         "tr(Sigma) / |G|^2 (McCandlish et al. 2018, B_simple) at the branch points, before the decay. Batches far "
@@ -149,116 +152,112 @@ def noise_section(rows: Rows, length: int) -> Section:
     )
     # A curve along the budgets says something where a size has several.
     several = len(np.unique(rows["budget"])) > len(np.unique(rows["width"]))
-    shown = [sweep_figures.noise_figure(rows, length)] if several else []
-    return Section("Gradient noise", [*shown, table], caption)
+    return Section("Gradient noise", [*[partial(figures.noise_figure, rows, length)] * several, table], caption)
 
 
 def runs_section(rows: Rows) -> Section:
     """Every row."""
-    names = [
-        n for n in ("run", "params", "lr", "batch", "budget", "steps", "tokens", "epochs", "loss") if n in rows.columns
-    ]
+    whole = ("params", "steps", "tokens", "batch")
+    names = ("run", "params", "lr", "batch", "budget", "steps", "tokens", "epochs", "loss")
 
-    def cell(name: str, value: Any) -> Any:
-        if name in ("params", "steps", "tokens", "batch"):
-            return f"{int(value):,}"
-        return scaling_figures.short(value) if name == "budget" else value if isinstance(value, str) else float(value)
+    def shown(name: str, value: Any) -> Any:
+        return f"{int(value):,}" if name in whole else short(value) if name == "budget" else value
 
-    body = [[cell(name, rows[name][i]) for name in names] for i in range(len(rows))]
-    return Section("Rows", Table(names, body), fold=f"All {len(rows)} readouts")
+    columns = {name: [shown(name, v) for v in rows[name].tolist()] for name in names if name in rows.columns}
+    table = Table(list(columns), list(zip(*columns.values(), strict=True)))
+    return Section("Rows", table, fold=f"All {len(rows)} readouts")
 
 
-def isoflop_part(rows: Rows, config: ReportConfig, path: Path) -> tuple[dict[str, Any], list[Section], list[str]]:
-    """Approach 2 on the sweep: numbers, sections, and what to say first."""
+def settings_of(rows: Rows, config: ReportConfig, path: Path, **changes: Any) -> ScalingConfig:
+    """The settings of a fit to the sweep's rows, which lie in `path`."""
     budgets = tuple(float(b) for b in np.unique(rows["budget"]))
-    settings = ScalingConfig(
-        runs=str(path),
-        approach=2,
-        resamples=config.resamples,
-        level=config.level,
-        seed=config.seed,
-        budgets=(max(budgets), target_of(rows, config)),
-        isoflops=budgets,
-    )
+    targets = (float(rows["flops"].max()), target_of(rows, config))
+    shared = {name: getattr(config, name) for name in ("resamples", "level", "seed")}
+    return ScalingConfig(runs=str(path), **{"budgets": targets, "isoflops": budgets} | shared | changes)
+
+
+def isoflop_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
+    """Approach 2 on the sweep: numbers, sentences to begin with, and sections."""
+    budgets = np.unique(rows["budget"]).tolist()
+    settings = settings_of(rows, config, path, approach=2, budgets=(max(budgets), target_of(rows, config)))
     try:
-        result, sections = run_isoflop(rows, settings, rows)
+        result, _, own = run_isoflop(rows, settings, rows)
     except ValueError as error:  # fewer than two budgets have a minimum
         groups = isoflop.nearest_budgets(rows["flops"], budgets)
         found = isoflop.minima(rows, groups)
-        body = [(scaling_figures.short(m.budget), m.runs, m.refused or "has a minimum") for m in found]
-        shown: list[str | Figure | Table] = [
-            scaling_figures.isoflop_figure(rows, groups, budgets, minima=found),
-            Table(("budget (FLOPs)", "runs", "verdict"), body),
-        ]
-        return {"refused": str(error)}, [Section("IsoFLOP curves", shown)], [f"No power law: {error}."]
+        body = [(short(m.budget), m.runs, m.refused or "has a minimum") for m in found]
+        curves = partial(figures.isoflop_figure, rows, groups, budgets, minima=found)
+        section = Section("IsoFLOP curves", [curves, Table(("budget (FLOPs)", "runs", "verdict"), body)])
+        return FitPage({"refused": str(error)}, [f"No power law: {error}."], [section])
     refused = [m for m in result["minima"] if m["refused"]]
     a = result["exponents"]["a"]
-    texts = [
+    lead = [
         f"{len(result['minima']) - len(refused)} of {len(result['minima'])} budgets have a minimum inside their sizes. "
         f"Optimal parameters grow as C^{a['value']:.3f} ({config.level:.0%} interval {span(a['interval'])})."
     ]
     for m in refused:
         asked = budgets[int(np.argmin(np.abs(np.log(np.array(budgets) / m["budget"]))))]
-        texts.append(f"Refused at {scaling_figures.short(asked)} FLOPs: {m['refused']}.")
-    order = {"IsoFLOP curves": 0, "Minima": 1, "What to train": 2}
-    return result, sorted((s for s in sections if s.title), key=lambda s: order.get(s.title, 3)), texts
+        lead.append(f"Refused at {short(asked)} FLOPs: {m['refused']}.")
+    return FitPage(result, lead, [*own, *number_sections(result)])
 
 
-def parametric_part(rows: Rows, config: ReportConfig, path: Path) -> tuple[dict[str, Any], list[Section], list[str]]:
-    """Approach 3 on the sweep: numbers, sections, and what to say first."""
-    target = (float(rows["flops"].max()), target_of(rows, config))
-    settings = ScalingConfig(
-        runs=str(path),
-        resamples=config.resamples,
-        level=config.level,
-        seed=config.seed,
-        budgets=target,
-        isoflops=tuple(float(b) for b in np.unique(rows["budget"])),
-        cluster="run",
-    )
-    result, sections = run_parametric(rows, settings, rows)
+def parametric_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
+    """Approach 3 on the sweep: numbers, sentences to begin with, and sections."""
+    result, _, own = run_parametric(rows, settings_of(rows, config, path, cluster="run"), rows)
     a = result["exponents"]["a"]
     text = (
         f"The parametric fit ({result['formula']}) gives C^{a['value']:.3f} ({config.level:.0%} interval "
         f"{span(a.get('interval'))}, whole runs resampled) and "
         f"{'converged' if result['converged'] else 'did not converge'}."
     )
-    own = [Section(f"Parametric fit: {s.title.lower()}", s.content, s.caption, s.fold) for s in sections if s.title]
-    return result, own, [text]
+    sections = [replace(s, title=f"Parametric fit: {s.title.lower()}") for s in [*number_sections(result), *own]]
+    return FitPage(result, [text], sections)
 
 
-def sweep_report(workdir: Path, config: ReportConfig, *, length: int) -> tuple[list[str], Path]:
-    """Fit the rows of `runs.csv`, write `fit.json` and the page; returns what was found in sentences, and its path.
+def fit_sweep(workdir: Path, config: ReportConfig, *, length: int) -> FitPage:
+    """Fit the rows of `runs.csv` and write `fit.json`; the page is another step, `sweep_page`.
 
     Args:
       workdir: of the sweep.
       config: what to make of it.
       length: tokens of a sequence.
+
+    Returns:
+      The numbers, what was found in sentences, and the sections of the page.
     """
     path = workdir / "runs.csv"
     rows = read_csv(path)
-    sizes, budgets = len(np.unique(rows["params"])), np.unique(rows["budget"])
+    best, budgets = best_rows(rows), np.unique(rows["budget"])
+    runs, sizes, rates, batches = (len(np.unique(rows[name])) for name in ("run", "params", "lr", "batch"))
     lead = [
-        f"{len(np.unique(rows['run']))} runs of {sizes} sizes, {len(rows)} readouts at {len(budgets)} budgets from "
-        f"{scaling_figures.short(budgets.min())} to {scaling_figures.short(budgets.max())} FLOPs."
+        f"{runs} runs of {sizes} sizes, {len(rows)} readouts at {len(budgets)} budgets from {short(budgets.min())} to "
+        f"{short(budgets.max())} FLOPs."
     ]
-    results: dict[str, Any] = {}
-    sections: list[Section] = []
-    best = best_rows(rows)
+    parts: dict[str, FitPage] = {}
     if sizes >= 4:
-        results["isoflop"], more, texts = isoflop_part(best, config, path)
-        sections, lead = [*sections, *more], [*lead, *texts]
-        if len(best) >= 2 * len(LAW.parameters):
-            results["parametric"], more, texts = parametric_part(best, config, path)
-            sections, lead = [*sections, *more], [*lead, *texts]
-    grid = len(np.unique(rows["batch"])) > 2 and len(np.unique(rows["lr"])) > 2
+        parts["isoflop"] = isoflop_part(best, config, path)
+    if sizes >= 4 and len(best) >= 2 * len(LAW.parameters):
+        parts["parametric"] = parametric_part(best, config, path)
+    results: dict[str, Any] = {name: part.result for name, part in parts.items()}
+    sections = [section for part in parts.values() for section in part.own]
+    grid = batches > 2 and rates > 2
     if grid:
         results["surfaces"], section = surface_part(rows)
         sections.append(section)
-    elif len(np.unique(rows["lr"])) > 3:
+    elif rates > 3:
         sections.append(lr_section(rows))
     if "gradient_signal" in rows.columns:
         sections.append(noise_section(rows if grid else best, length))
-    write_text(workdir / "fit.json", json.dumps(finite(results), indent=1) + "\n")
-    sections = [Section("", paragraphs(*lead)), *sections, runs_section(rows), config_section(workdir)]
-    return lead, write_report(workdir, f"Sweep of {len(rows)} readouts", sections, subtitle=workdir.resolve().name)
+    write_numbers(workdir, results)
+    lead += [text for part in parts.values() for text in part.lead]
+    return FitPage(results, lead, [*sections, runs_section(rows)])
+
+
+def sweep_page(workdir: Path, found: FitPage) -> Path:
+    """Write the report of a sweep; returns its path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed.
+    """
+    sections = [Section("", paragraphs(*found.lead)), *found.own, config_section(workdir)]
+    return write_report(workdir, "Scaling sweep", sections)

@@ -5,22 +5,22 @@ now and then in between; a killed run goes on from the last save, and a readout 
 it.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array
 
-from scaling.sweeps.plan import Readout, Run
+from scaling.sweeps.plan import PlannedRun, Readout
 from tessera.data.loader import index_block
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.infra.artifacts import CheckpointDamaged, load_tree, remove_tree, save_tree
+from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
-from tessera.sweeps.programs import Course, Programs, State, Trial, TrialConfig, compile_programs
+from tessera.scan_steps import run_blocks
+from tessera.step import TrainState
+from tessera.sweeps.programs import Programs, Schedule, Trial, TrialConfig, compile_programs
 
 EVAL_BATCH = 64  # windows
 
@@ -81,80 +81,70 @@ def check_texts(splits: TextSplits, length: int, eval_tokens: int) -> int:
     return min(eval_tokens // length, (len(splits.validation) - 1) // length) // EVAL_BATCH * EVAL_BATCH
 
 
-class Trunk:
-    """The saves of a run's trunk: `branch-1200` are kept, of those in between (`1234`) only the newest."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def saves(self) -> list[tuple[int, Path]]:
-        """Steps and places, ascending."""
-        found = [(path.name.removeprefix("branch-"), path) for path in self.directory.glob("*")]
-        return sorted((int(step), path) for step, path in found if step.isdigit())
-
-    def save(self, state: State, *, branch: bool) -> None:
-        """Keep this state; what was saved between branch points before goes."""
-        step = int(state.step)
-        path = self.directory / (f"branch-{step}" if branch else str(step))
-        if not path.exists():
-            save_tree(path, state)
-        for old, other in self.saves():
-            if other.name.isdigit() and old <= step and other != path:
-                remove_tree(other)
-
-    def load(self, before: int, like: State) -> State | None:
-        """The newest sound save at or before a step."""
-        for step, path in reversed(self.saves()):
-            if step <= before:
-                try:
-                    return load_tree(path, like)
-                except CheckpointDamaged as error:
-                    logging.warning("%s; it is not used", error)
-        return None
-
-
 class Trainer:
     """One run under way: its programs, its text, and where it saves."""
 
-    def __init__(self, run: Run, directory: Path, texts: Texts, config: TrialConfig, report: Callable[[int], None]):
+    def __init__(
+        self, run: PlannedRun, directory: Path, texts: Texts, config: TrialConfig, report: Callable[[int], None]
+    ):
         self.run, self.texts, self.config, self.report = run, texts, config, report
         self.programs: Programs = compile_programs(Trial(run.settings["model"], run.settings["seed"], config))
-        self.trunk = Trunk(directory / "trunk")
-        self._saved = time.monotonic()
+        # States of the trunk: at every branch point, which stay, and in between, of which the newest does.
+        self.branches = ArtifactStore(directory / "trunk", "branch-")
+        self.between = ArtifactStore(directory / "trunk", "step-")
 
     def index(self, start: int, steps: int) -> np.ndarray:
         """Windows of the steps that follow `start`, the same for a trunk and its decays."""
         s = self.run.settings
         return index_block(seed=s["seed"], start=start, steps=steps, batch_size=s["batch"], size=self.texts.size)
 
-    def advance(self, state: State, until: int, course: Course, *, save: bool) -> State:
+    def load(self, before: int, like: TrainState) -> TrainState | None:
+        """The newest sound state of the trunk at or before a step."""
+        found = [saved for store in (self.branches, self.between) if (saved := store.latest(like, before))]
+        return max(found, key=lambda saved: saved[0])[1] if found else None
+
+    def branch(self, state: TrainState) -> None:
+        """Save the trunk at a branch point; the states in between before it are no longer needed."""
+        step = int(state.step)
+        if step not in self.branches.steps():
+            self.branches.save(step, state)
+        self.between.clear(before=step + 1)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.between.save(step, state)
+        self.between.clear(before=step)
+
+    def advance(self, state: TrainState, until: int, schedule: Schedule, *, save: bool) -> TrainState:
         """Train to a step.
 
         Raises:
           FloatingPointError: the loss is no longer finite.
         """
-        while (step := int(state.step)) < until:
-            count = min(self.config.chunk, until - step)
-            block = self.index(step, self.config.chunk)
-            state, loss = self.programs.advance(state, self.texts.train, block, np.int32(count), course)
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"{self.run.name}: the loss is {float(loss)} near step {step + count}; a lower learning rate helps"
-                )
-            self.report(count)
-            if save and time.monotonic() - self._saved >= self.config.save_seconds:
-                self.trunk.save(state, branch=False)
-                self._saved = time.monotonic()
-        return state
+        start, chunk = int(state.step), self.config.chunk
+        begun = start
 
-    def read_out(self, state: State, readout: Readout, course: Course) -> dict[str, Any]:
+        def advance(state: TrainState, start: int, stop: int) -> tuple[TrainState, dict[str, Array]]:
+            block, count = self.index(start, chunk), np.int32(stop - start)
+            state, loss = self.programs.advance(state, self.texts.train, block, count, schedule)
+            return state, {"loss": loss}
+
+        def after(step: int, state: TrainState, row: dict[str, Any]) -> None:
+            nonlocal begun
+            self.report(step - begun)
+            begun = step
+
+        marks = [*range(start + chunk, until, chunk), until] if until > start else []
+        saving: dict[str, Any] = {"save": self._save if save else None, "save_seconds": self.config.save_seconds}
+        return run_blocks(advance, state, marks, start=start, names=[self.run.name], after=after, **saving)[1]
+
+    def read_out(self, state: TrainState, readout: Readout, schedule: Schedule) -> dict[str, Any]:
         """Decay from a branch point and measure."""
         measured: dict[str, Any] = {}
         if self.config.noise_batches:
             index = self.index(readout.branch, self.config.noise_batches)
             signal, noise = self.programs.noise(state.params, self.texts.train, index)
             measured = {"gradient_signal": float(signal), "gradient_noise": float(noise)}
-        decay = course._replace(branch=readout.branch, end=readout.steps)
+        decay = schedule._replace(branch=readout.branch, end=readout.steps)
         final = self.advance(state, readout.steps, decay, save=False)
         loss = float(self.programs.evaluate(final.params, self.texts.validation))
         epochs = readout.tokens / (self.texts.size * self.run.settings["model"]["length"])
@@ -162,7 +152,7 @@ class Trainer:
 
 
 def train_run(
-    run: Run, directory: Path, report: Callable[[int], None], *, text: TextConfig, config: TrialConfig
+    run: PlannedRun, directory: Path, report: Callable[[int], None], *, text: TextConfig, config: TrialConfig
 ) -> Iterator[tuple[Readout, dict[str, Any]]]:
     """Train a run and yield its readouts one by one; the training function of a sweep, see
     `scaling.sweeps.store.TrainFn`.
@@ -183,11 +173,11 @@ def train_run(
     """
     texts = load_texts(text, run.settings["model"]["length"], config.eval_tokens)
     trainer = Trainer(run, directory, texts, config, report)
-    course = Course(run.settings["lr"], run.settings["warmup"])
+    schedule = Schedule(run.settings["lr"], run.settings["warmup"])
     state = trainer.programs.init()
-    state = trainer.trunk.load(run.readouts[0].branch, state) or state
+    state = trainer.load(run.readouts[0].branch, state) or state
     report(int(state.step))
     for readout in run.readouts:
-        state = trainer.advance(state, readout.branch, course, save=True)
-        trainer.trunk.save(state, branch=True)
-        yield readout, trainer.read_out(state, readout, course)
+        state = trainer.advance(state, readout.branch, schedule, save=True)
+        trainer.branch(state)
+        yield readout, trainer.read_out(state, readout, schedule)

@@ -1,25 +1,25 @@
-"""What the units of a decoder say on given tokens, by the permutations of `lottery.align.decoder_spec`."""
+"""Activations of a decoder's units, for activation matching by the permutations of `lottery.align.decoder_spec`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from tessera.models.layers import to_heads
-from tessera.models.transformer import Decoder, Norm, TransformerConfig
+from tessera.models.transformer import Decoder, Norm, TransformerConfig, to_heads
 
 
 def decoder_activations(
     params: PyTree, tokens_BT: Int[Array, "B T"], config: TransformerConfig
 ) -> dict[str, np.ndarray]:
-    """Activations [samples, units] by permutation name, for `lottery.align.match_activations`.
+    """Compute activations [samples, units] by permutation name, for `lottery.align.match_activations`.
 
-    "residual": the normalised residual stream before every feed-forward layer, samples over layers and tokens. "ff_i":
+    "residual": the normalized residual stream before every feed-forward layer, samples over layers and tokens. "ff_i":
     the neurons of layer i, over tokens. "heads_i": its key/value heads by their values, over tokens and the channels of
     a head, which stay in their order.
 
     Args:
-      params: of a decoder with scanned SwiGLU blocks (not opened). tokens_BT: what it reads. config: the model.
+      params: of a decoder with scanned SwiGLU blocks (not opened). tokens_BT: inputs.
+      config: the model.
 
     Raises:
       ValueError: blocks that are not scanned or not dense.
@@ -31,17 +31,17 @@ def decoder_activations(
 
     @jax.jit
     def norms(params: PyTree, tokens_BT: Array) -> PyTree:
-        _, kept = Decoder(config).apply(
+        _, captured = Decoder(config).apply(
             {"params": params},
             tokens_BT,
             capture_intermediates=lambda module, _: isinstance(module, Norm),
             mutable=["intermediates"],
         )
-        return kept["intermediates"]["blocks"]
+        return captured["intermediates"]["blocks"]
 
     params = jax.tree.map(jnp.asarray, params)
-    kept = norms(params, tokens_BT)
-    before_LBTD, mlp_LBTD = (kept[f"{name}_norm"]["__call__"][0] for name in ("attention", "mlp"))
+    captured = norms(params, tokens_BT)
+    before_LBTD, mlp_LBTD = (captured[f"{name}_norm"]["__call__"][0] for name in ("attention", "mlp"))
     blocks = params["blocks"]
     result = {"residual": np.asarray(mlp_LBTD).reshape(-1, config.width)}
     for i in range(config.layers):

@@ -11,11 +11,11 @@ from jaxtyping import PyTree
 from lottery import masks as masks_lib
 from lottery import summary, transfer
 from lottery.connectivity import STABLE
-from tessera.infra.memo import Pieces
-from tessera.reports.html import Section, Table, paragraphs
-from tessera.reports.lottery_figures import arm_name
-from tessera.reports.run_report import config_section, write_report
-from tessera.reports.style import DASHES, MARKERS, MUTED, PALETTE, canvas, label_lines, ramp, titles, weights_axis
+from tessera.infra.memo import Memo
+from tessera.reports import style
+from tessera.reports.html import Section, Table, config_section, paragraphs, write_report
+from tessera.reports.lottery import arm_name
+from tessera.reports.style import MUTED, Axes, canvas, label_lines, line_with_band, titles
 from tessera.tickets.probes import AnalysisConfig, overlap_rows, path_rows, sharpness_rows
 from tessera.tickets.setup import Finished, starts_of
 from tessera.tickets.studies.study import with_interval
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 OTHER_ORDER = 500_000
 
 
-def analyse(search: Finished, pieces: Pieces, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
+def analyze(search: Finished, memo: Memo, config: AnalysisConfig, levels: Sequence[int]) -> dict[str, Rows]:
     """Rows of all three parts for the given levels of a search, computed once.
 
     connectivity: every ticket (and dense network) is trained a second time from its starting point in another order of
@@ -35,12 +35,12 @@ def analyse(search: Finished, pieces: Pieces, config: AnalysisConfig, levels: Se
     found: dict[str, Rows] = {"connectivity": [], "overlap": [], "sharpness": []}
     for level in levels:
         for arm in dict.fromkeys(row["arm"] for row in search.level(level)[1]):
-            for name, rows in _one_arm(search, pieces, config, level, arm).items():
+            for name, rows in _one_arm(search, memo, config, level, arm).items():
                 found[name] += rows
     return found
 
 
-def _one_arm(search: Finished, pieces: Pieces, config: AnalysisConfig, level: int, arm: str) -> dict[str, Rows]:
+def _one_arm(search: Finished, memo: Memo, config: AnalysisConfig, level: int, arm: str) -> dict[str, Rows]:
     tree, rows = search.level(level)
     mine = [row for row in rows if row["arm"] == arm]
     seeds = [int(row["seed"]) for row in mine]
@@ -54,9 +54,9 @@ def _one_arm(search: Finished, pieces: Pieces, config: AnalysisConfig, level: in
         return _with(about, _second_runs(search, params, masks, seeds, config))
 
     name = f"level{level}_{arm}"
-    found = {"sharpness": pieces.rows(f"{name}_sharpness", sharp)}
+    found = {"sharpness": memo.rows(f"{name}_sharpness", sharp)}
     if arm in ("dense", "ticket"):
-        found["connectivity"] = pieces.rows(f"{name}_connectivity", connected)
+        found["connectivity"] = memo.rows(f"{name}_connectivity", connected)
     if arm != "dense" and len(seeds) > 1:
         which = masks_lib.prunable(jax.tree.map(lambda m: m[0], masks), search.setup.search.rules)
         found["overlap"] = [about[0] | row for row in overlap_rows(masks, seeds, which)]
@@ -79,17 +79,18 @@ def _second_runs(search: Finished, params: PyTree, masks: PyTree, seeds: list[in
 
 
 def analysis_report(workdir: Path | str, search: Finished, found: dict[str, Rows], config: AnalysisConfig) -> Path:
-    """Write report.html, figures and CSV files of the three parts in `workdir`; returns the page's path."""
-    workdir = Path(workdir)
-    for name, rows in found.items():
-        if rows:
-            summary.write_csv(rows, workdir / f"{name}.csv")
-    sections = [Section("", paragraphs(*_words(found)))]
-    sections += [_connectivity(found["connectivity"], config)] if found["connectivity"] else []
-    sections += [_overlap(found["overlap"])] if found["overlap"] else []
-    sections += [_sharpness(found["sharpness"], config)] if found["sharpness"] else []
-    title = f"What the tickets of {search.store.directory.parent.name} are like"
-    return write_report(workdir, title, [*sections, config_section(workdir)], subtitle=workdir.resolve().name)
+    """Write report.html, figures and CSV files of the three parts in `workdir`; returns the page's path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed; the CSV files are written.
+    """
+    workdir, parts = Path(workdir), {"connectivity": _connectivity, "overlap": _overlap, "sharpness": _sharpness}
+    shown = [name for name in parts if found[name]]
+    for name in shown:
+        summary.write_csv(found[name], workdir / f"{name}.csv")
+    sections = [Section("", paragraphs(*_findings(found))), *(parts[name](found[name], config) for name in shown)]
+    title = f"Connectivity, overlap and sharpness of the tickets of {search.store.directory.parent.name}"
+    return write_report(workdir, title, [*sections, config_section(workdir)])
 
 
 def _by(rows: Rows, *names: str) -> dict[tuple, Rows]:
@@ -99,46 +100,45 @@ def _by(rows: Rows, *names: str) -> dict[tuple, Rows]:
     return cells
 
 
-def _words(found: dict[str, Rows]) -> list[str]:
+def _column(rows: Rows, name: str) -> list[Any]:
+    return [row[name] for row in rows]
+
+
+def _findings(found: dict[str, Rows]) -> list[str]:
     texts = []
     for (level, arm), rows in _by(found["connectivity"], "level", "arm").items():
-        rises = [row["instability"] for row in rows]
+        rises = _column(rows, "instability")
         stable = "stable" if np.mean(rises) < STABLE else "not stable"
         name = "The dense networks" if arm == "dense" else f"At {rows[0]['density']:.1%} the tickets"
         texts.append(
             f"{name} (level {level}) are {stable} against the order of the data: the error rises by "
             f"{with_interval(rises)} points on the line between two runs (below 2 counts as stable)."
         )
-    last = _by([row for row in found["overlap"] if row["path"] == "*"], "arm", "level")
-    for arm in dict.fromkeys(arm for arm, _ in last):
-        level = max(n for a, n in last if a == arm)
-        ratios = [row["ratio"] for row in last[arm, level]]
+    whole = _by([row for row in found["overlap"] if row["path"] == "*"], "arm", "level")
+    deepest = {arm: max(n for a, n in whole if a == arm) for arm, _ in whole}
+    for arm, level in deepest.items():
         texts.append(
-            f"At level {level} masks of different seeds ({arm_name(arm)}) share {with_interval(ratios, 1)} times "
-            "as many weights as random masks of the same counts would."
+            f"At level {level} masks of different seeds ({arm_name(arm)}) share "
+            f"{with_interval(_column(whole[arm, level], 'ratio'), 1)} times as many weights as random masks of the "
+            "same counts would."
         )
     return texts or ["Nothing could be compared: the search has one seed and no pruned level."]
 
 
 def _connectivity(rows: Rows, config: AnalysisConfig) -> Section:
-    figure, (left, right) = canvas(2, width=9.6, height=3.6)
-    cells = _by(rows, "level", "arm")
-    ends, body = [], []
-    for (level, arm), colour in zip(cells, ramp(len(cells)), strict=True):
-        mine = cells[level, arm]
-        alpha = np.asarray(mine[0]["alpha"])
-        for ax, name, scale in ((left, "error", 100), (right, "loss", 1)):
-            ax.plot(alpha, scale * np.mean([row[name] for row in mine], axis=0), color=colour)
+    figure, axes = canvas(2, height=3.6)
+    cells, body = _by(rows, "level", "arm"), []
+    for ((level, arm), mine), color in zip(cells.items(), style.ramp(len(cells)), strict=True):
         label = "dense" if arm == "dense" else f"{mine[0]['density']:.1%}"
-        ends.append((alpha[-1], float(np.mean([row["loss"][-1] for row in mine])), label, colour))
-        stable = f"{sum(row['stable'] for row in mine)} of {len(mine)}"
-        rises = [with_interval([row[name] for row in mine]) for name in ("instability", "barrier")]
-        body.append([label, level, *rises, with_interval([row["loss_barrier"] for row in mine], 1, 4), stable])
-    for ax in (left, right):
-        ax.set_xlabel("place on the line between two runs", fontsize=9, color=MUTED)
-    titles(left, "Test error", y="%")
-    titles(right, "Test loss", y="nats")
-    label_lines(right, ends)
+        for ax, name, scale in zip(axes, ("error", "loss"), (100, 1), strict=True):
+            mean = scale * np.mean(_column(mine, name), axis=0)
+            line_with_band(ax, mine[0]["alpha"], mean, color=color, linewidth=1.5, label=label)
+        rises = [with_interval(_column(mine, name)) for name in ("instability", "barrier")]
+        stable = f"{sum(_column(mine, 'stable'))} of {len(mine)}"
+        body.append([label, level, *rises, with_interval(_column(mine, "loss_barrier"), 1, 4), stable])
+    titles(axes[0], "Test error", x="place on the line between two runs", y="%")
+    titles(axes[1], "Test loss", x="place on the line between two runs", y="nats")
+    label_lines(axes[1])
     head = ["weights", "level", "error rise (points)", "error barrier (points)", "loss barrier (nats)", "stable"]
     caption = (
         "Each network was trained twice from the same starting point in different orders of the data; mean over seeds "
@@ -149,27 +149,25 @@ def _connectivity(rows: Rows, config: AnalysisConfig) -> Section:
     return Section("Connectivity", [figure, Table(head, body)], caption)
 
 
-def _overlap(rows: Rows) -> Section:
-    figure, (ax,) = canvas(1, width=6.6, height=3.6)
-    whole = [row for row in rows if row["path"] == "*"]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    ends = []
-    for i, arm in enumerate(arms):
-        cells = _by([row for row in whole if row["arm"] == arm], "density")
-        at = [100 * density for (density,) in cells]
-        mean = [float(np.mean([row["ratio"] for row in part])) for part in cells.values()]
-        look = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7], "linestyle": DASHES[i % 7], "markersize": 4}
-        ax.plot(at, mean, **look)
-        ends.append((at[-1], mean[-1], arm_name(arm), PALETTE[i % 7]))
-    weights_axis(ax, [row["density"] for row in whole])
-    ax.axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    titles(ax, "Weights shared by masks of two seeds", y="times what chance has")
-    label_lines(ax, ends)
-    body = [
-        [arm_name(arm), level, path, part[0]["distance"], with_interval([row["ratio"] for row in part], 1)]
-        + [with_interval([row["z"] for row in part], 1, 1)]
-        for (arm, level, path), part in _by(rows, "arm", "level", "path").items()
-    ]
+def _draw_arms(ax: Axes, rows: Rows, name: str) -> None:
+    """Draw the mean of a value against weights remaining, a line per arm that begins at the dense network."""
+    for i, arm in enumerate(arm for arm in dict.fromkeys(_column(rows, "arm")) if arm != "dense"):
+        cells = _by([row for row in rows if row["arm"] in ("dense", arm)], "density")
+        mean = [np.mean(_column(part, name)) for part in cells.values()]
+        line_with_band(ax, [100 * density for (density,) in cells], mean, label=arm_name(arm), **style.look(i))
+    style.weights_axis(ax, _column(rows, "density"))
+
+
+def _overlap(rows: Rows, config: AnalysisConfig) -> Section:
+    figure, (ax,) = canvas(width=6.6, height=3.6)
+    _draw_arms(ax, [row for row in rows if row["path"] == "*"], "ratio")
+    style.reference(ax, 1, color=MUTED)
+    titles(ax, "Weights shared by masks of two seeds", y="over the number expected by chance")
+    label_lines(ax)
+    body = []
+    for (arm, level, path), part in _by(rows, "arm", "level", "path").items():
+        shared = [with_interval(_column(part, "ratio"), 1), with_interval(_column(part, "z"), 1, 1)]
+        body.append([arm_name(arm), level, path, part[0]["distance"], *shared])
     head = ["arm", "level", "layer", "distance", "shared / chance", "standard deviations"]
     caption = (
         "Over all pairs of seeds; the pairs share seeds, so intervals are a little too narrow. Chance: independent "
@@ -180,26 +178,16 @@ def _overlap(rows: Rows) -> Section:
 
 
 def _sharpness(rows: Rows, config: AnalysisConfig) -> Section:
-    figure, (left, right) = canvas(2, width=9.6, height=3.6)
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "dense"]
-    cells, body = _by(rows, "arm", "level"), []
-    for ax, name, title in ((left, "eigenvalue", "Top Hessian eigenvalue"), (right, "sharpness", "SAM sharpness")):
-        ends = []
-        for i, arm in enumerate(arms):
-            mine = {part[0]["density"]: part for (a, _), part in cells.items() if a in (arm, "dense")}
-            at = [100 * density for density in mine]
-            mean = [float(np.mean([row[name] for row in part])) for part in mine.values()]
-            ax.plot(at, mean, color=PALETTE[i % 7], marker=MARKERS[i % 7], linestyle=DASHES[i % 7], markersize=4)
-            ends.append((at[-1], mean[-1], arm_name(arm), PALETTE[i % 7]))
-        weights_axis(ax, [row["density"] for row in rows])
-        titles(ax, title, y="of the training loss" if name == "eigenvalue" else f"rise in nats at radius {config.rho}")
-        if ax is right or not arms:
-            label_lines(ax, ends)
-    for (arm, level), part in cells.items():
-        values = [
-            with_interval([row[name] for row in part], 1, 4) for name in ("train_loss", "eigenvalue", "sharpness")
-        ]
-        body.append([arm_name(arm), level, *values, max(row["residual"] for row in part)])
+    figure, axes = canvas(2, height=3.6)
+    for ax, name in zip(axes, ("eigenvalue", "sharpness"), strict=True):
+        _draw_arms(ax, rows, name)
+    titles(axes[0], "Top Hessian eigenvalue", y="of the training loss")
+    titles(axes[1], "SAM sharpness", y=f"rise in nats at radius {config.rho}")
+    label_lines(axes[1])
+    body = []
+    for (arm, level), part in _by(rows, "arm", "level").items():
+        values = [with_interval(_column(part, name), 1, 4) for name in ("train_loss", "eigenvalue", "sharpness")]
+        body.append([arm_name(arm), level, *values, max(_column(part, "residual"))])
     head = ["arm", "level", "training loss", "top eigenvalue", "sharpness", "largest residual"]
     caption = (
         f"At the end of training, over {config.examples} training examples, in the space of the weights alive. "

@@ -1,4 +1,4 @@
-"""What trained tickets are like: error along paths between them, sharpness of their minima, overlap of their masks."""
+"""Probes of trained tickets: linear mode connectivity, sharpness (top Hessian eigenvalue, SAM), overlap of masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,19 @@ from jaxtyping import Array, PyTree
 from lottery import connectivity, controls, sharpness
 from lottery import masks as masks_lib
 from tessera.models.registry import STATISTICS, Network
-from tessera.tickets.programs import batched, evaluate
 from tessera.tickets.setup import Setup
+from tessera.tickets.train import batched, evaluate
 
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """How closely to look.
+    """How closely to look at the networks of a search.
 
-    points: on every path between two networks. examples: training examples for curvature and for batch statistics.
-    lanczos: Hessian products for the top eigenvalue. rho: SAM's radius.
+    Attributes:
+      points: interpolation coefficients on every path between two networks (linear mode connectivity).
+      examples: training examples for curvature and for batch statistics.
+      lanczos: Hessian products for the top eigenvalue.
+      rho: radius of sharpness as in SAM.
     """
 
     points: int = 11
@@ -35,10 +38,10 @@ class AnalysisConfig:
 
 
 def path_rows(setup: Setup, a: PyTree, b: PyTree, config: AnalysisConfig, part: str = "test") -> list[dict[str, Any]]:
-    """Loss and error along the straight lines between the networks of two stacks [S, ...], one row per pair.
+    """Measure linear mode connectivity: loss and error on the lines between two stacks [S, ...], one row per pair.
 
-    Batch statistics are those of the networks between: taken anew on training examples at every point (Jordan et al.
-    2023, arXiv:2211.08403, section 3.1), since the mean of two networks' statistics fits neither.
+    Batch statistics are estimated again on training examples at every point (REPAIR's reset, Jordan et al. 2023,
+    arXiv:2211.08403, section 3.1), since the mean of two networks' statistics fits neither.
 
     Returns:
       Rows {alpha, loss, error (lists over the path), instability and barrier of the error, loss_barrier, ends, stable
@@ -70,13 +73,13 @@ def path_rows(setup: Setup, a: PyTree, b: PyTree, config: AnalysisConfig, part: 
 
 
 def refreshed(network: Network, params: PyTree, examples: tuple[Array, Array]) -> PyTree:
-    """A network whose batch statistics are those of these examples [n, b, ...]; unchanged if it has none."""
+    """Estimate a network's batch statistics again on examples [n, b, ...]; unchanged if it has none."""
     if STATISTICS not in params:
         return params
 
     def step(total: PyTree, x: Array) -> tuple[PyTree, None]:
         before = jax.tree.map(jnp.zeros_like, params[STATISTICS])
-        # From zero, one update gives (1 - momentum) times the batch's statistics: the mean's share is taken out below.
+        # From zero, one update gives (1 - momentum) times the batch's statistics: that share is divided out below.
         _, after = network.train({**params, STATISTICS: before}, x)
         return jax.tree.map(jnp.add, total, after[STATISTICS]), None
 
@@ -84,16 +87,16 @@ def refreshed(network: Network, params: PyTree, examples: tuple[Array, Array]) -
     ones = jax.tree.map(jnp.ones_like, params[STATISTICS])
     x = examples[0]
     total, _ = jax.lax.scan(step, zero, x)
-    # What one update leaves of ones, over what it adds: tells the share without knowing the momentum.
-    kept = network.train({**params, STATISTICS: ones}, x[0])[1][STATISTICS]
+    # One update of ones minus one of zeros tells the momentum, which the network does not give.
+    left = network.train({**params, STATISTICS: ones}, x[0])[1][STATISTICS]
     added = network.train({**params, STATISTICS: zero}, x[0])[1][STATISTICS]
-    share = jax.tree.map(lambda k, a: 1 - jnp.mean(k - a), kept, added)
+    share = jax.tree.map(lambda k, a: 1 - jnp.mean(k - a), left, added)
     statistics = jax.tree.map(lambda t, s: t / (len(x) * s), total, share)
     return {**params, STATISTICS: statistics}
 
 
 def sharpness_rows(setup: Setup, params: PyTree, masks: PyTree, config: AnalysisConfig) -> list[dict[str, Any]]:
-    """Top Hessian eigenvalue (with the residual that bounds its error) and SAM sharpness of every network of a stack.
+    """Measure sharpness: top Hessian eigenvalue (with the residual that bounds its error) and SAM's, per network.
 
     Of the mean training loss over the first `config.examples` examples of a fixed order, in the space of the weights
     that are alive; batch statistics are those of evaluation, held fixed.
@@ -120,7 +123,7 @@ def sharpness_rows(setup: Setup, params: PyTree, masks: PyTree, config: Analysis
 
 
 def overlap_rows(masks: PyTree, seeds: Sequence[int], which: PyTree) -> list[dict[str, Any]]:
-    """Overlap of the masks of every two networks of a stack with chance, by path and for all together ("*")."""
+    """Compare the overlap of every two masks of a stack with chance, by path and for all together ("*")."""
     rows = []
     for i in range(len(seeds)):
         for j in range(i + 1, len(seeds)):

@@ -1,6 +1,7 @@
-"""The report of a lottery search: what was found in words, tables with intervals, figures, the settings."""
+"""The report of a lottery search: findings, tables with intervals, figures, the settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,17 @@ from jaxtyping import PyTree
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from lottery.levels import Row, Store
+from lottery.imp import Row, Store
 from lottery.masks import flatten
 from lottery.summary import DENSE
-from tessera.reports import lottery_curves, lottery_figures
-from tessera.reports.html import Section, Table, paragraphs
-from tessera.reports.lottery_figures import arm_name, arms, main_arm, series
-from tessera.reports.lottery_findings import ROUNDING, caveats, describe, findings
-from tessera.reports.mask_figures import pixels_figure, units_figure
-from tessera.reports.run_report import config_section, read_json, write_report
+from tessera.infra.logger import Rows
+from tessera.reports import lottery as figures
+from tessera.reports.html import Section, Table, config_section, paragraphs, read_json, terminal_table, write_report
+from tessera.reports.lottery import Point, arm_name, arms, main_arm, paired_points, series
+from tessera.reports.style import plus_minus
 
-Rows = Sequence[Mapping[str, Any]]
-EARLY, FINAL = "early_stop_test_accuracy", "final_test_accuracy"
+EARLY, FINAL, STOP = "early_stop_test_accuracy", "final_test_accuracy", "early_stop_step"
+ROUNDING = 1e-9  # equal accuracies summed in another order may differ by this much
 
 
 class FirstLayer:
@@ -57,10 +57,7 @@ class FirstLayer:
 
 
 def lottery_report(
-    workdir: Path | str,
-    rows: Rows,
-    masks: Mapping[int, np.ndarray] | None = None,
-    mean_image: np.ndarray | None = None,
+    workdir: Path | str, rows: Rows, masks: Mapping[int, np.ndarray] | None = None, mean_image: np.ndarray | None = None
 ) -> Path:
     """Write `report.html` and `figures/*.png` of a search in `workdir`; settings are read from its `config.json`.
 
@@ -72,95 +69,65 @@ def lottery_report(
 
     Raises:
       ValueError: no rows.
+      MissingMatplotlib: matplotlib is not installed; nothing is written.
     """
     if not rows:
         raise ValueError("a report needs at least the rows of level 0, got none")
     config = read_json(Path(workdir) / "config.json")
-    opening = Section("", paragraphs(describe(rows, config), findings(rows)), caveats(rows))
-    sections = [opening]
-    if arms(rows):  # with the dense network alone there is nothing to compare yet
-        sections += [*accuracy_sections(rows), speed_section(rows)]
-    sections.append(curves_section(rows))
-    if arms(rows):
-        sections.append(layers_section(rows))
+    sections = [Section("", paragraphs(describe(rows, config), findings(rows)), caveats(rows)), *figure_sections(rows)]
     if arms(rows) and masks and mean_image is not None:
         sections.append(first_layer_section(rows, masks, np.asarray(mean_image)))
     sections += [*number_sections(rows), config_section(workdir)]
     name = config.get("data", {}).get("name", "")
-    return write_report(
-        workdir, f"Lottery tickets{' on ' + name if name else ''}", sections, subtitle=Path(workdir).resolve().name
-    )
+    title = f"Lottery tickets{' on ' + name if name else ''}"
+    return write_report(workdir, title, sections)
 
 
-def accuracy_sections(rows: Rows) -> list[Section]:
-    """Accuracy at early stopping and at the end, and what separates the arms seed by seed."""
-    name = arm_name(main_arm(rows))
+CAPTIONS = {
+    "Accuracy at early stopping": "Test accuracy of the weights with the lowest validation loss. Each line begins at "
+    "the dense network (100%, dotted line) and gets sparser to the right. {bands}",
+    "Differences, seed by seed": "Mean of the differences between networks of the same seed; above zero the {name} is "
+    "more accurate. Pairing takes out what the seeds have in common. The left panel is cut where accuracy collapses. "
+    "{bands}",
+    "Accuracy at the end of training": "As the first figure, for the weights after the last step. {bands}",
+    "Speed and fit": "Left: a lower line learns faster. Right: the validation loss at that step.",
+    "Learning curves": "Means over seeds; each line is labeled with its weights remaining, the dense network is "
+    "dashed. The climb from chance at the start is cut off in the upper panels.",
+    "Layers": "Mask of the {name}. Layers pruned at the same rate lie on top of each other.",
+}
+
+
+def figure_sections(rows: Rows) -> list[Section]:
+    """Accuracy, differences, speed, learning curves and layers; with the dense network alone its learning curves."""
+    main = main_arm(rows)
     bands = "Bands are 95% intervals of the mean over seeds." if several_seeds(rows) else "One seed, so no intervals."
+    drawn = (
+        partial(figures.accuracy_figure, rows, EARLY),
+        partial(figures.difference_figure, rows, EARLY, main),
+        partial(figures.accuracy_figure, rows, FINAL),
+        partial(figures.speed_figure, rows),
+        partial(figures.curves_figure, rows),
+        partial(figures.layer_figure, rows, main),
+    )
     sections = [
-        Section(
-            "Accuracy at early stopping",
-            lottery_figures.accuracy_figure(rows, EARLY),
-            "Test accuracy of the weights with the lowest validation loss. Each line begins at the dense network "
-            f"(100%, dotted line) and gets sparser to the right. {bands}",
-        )
+        Section(title, figure, caption.format(name=arm_name(main), bands=bands))
+        for (title, caption), figure in zip(CAPTIONS.items(), drawn, strict=True)
     ]
-    sections += [
-        Section(
-            "Differences, seed by seed",
-            lottery_figures.difference_figure(rows, EARLY, main_arm(rows)),
-            f"Mean of the differences between networks of the same seed; above zero the {name} is more accurate. "
-            f"Pairing takes out what the seeds have in common. The left panel is cut where accuracy collapses. {bands}",
-        ),
-        Section(
-            "Accuracy at the end of training",
-            lottery_figures.accuracy_figure(rows, FINAL),
-            f"As the first figure, for the weights after the last step. {bands}",
-        ),
-    ]
-    return sections
-
-
-def speed_section(rows: Rows) -> Section:
-    """Early-stopping step and loss."""
-    return Section(
-        "Speed and fit",
-        lottery_figures.speed_figure(rows),
-        "Left: a lower line learns faster. Right: the validation loss at that step.",
-    )
-
-
-def curves_section(rows: Rows) -> Section:
-    """Learning curves at a few levels."""
-    return Section(
-        "Learning curves",
-        lottery_curves.curves_figure(rows),
-        "Means over seeds; each line is labelled with its weights remaining, the dense network is dashed. The climb "
-        "from chance at the start is cut off in the upper panels.",
-    )
-
-
-def layers_section(rows: Rows) -> Section:
-    """What is left of each layer."""
-    return Section(
-        "Layers",
-        lottery_figures.layer_figure(rows, main_arm(rows)),
-        f"Mask of the {arm_name(main_arm(rows))}. Layers pruned at the same rate lie on top of each other.",
-    )
+    return sections if arms(rows) else [section for section in sections if section.title == "Learning curves"]
 
 
 def first_layer_section(rows: Rows, masks: Mapping[int, np.ndarray], mean_image: np.ndarray) -> Section:
     """The first layer's mask over the input pixels."""
     densities = {row["level"]: row["density"] for row in rows}
-    shape = mean_image.shape
-    seeds = next(iter(masks.values())).shape[0]
-    parts: list[Any] = [pixels_figure(masks, densities, shape, mean_image)]
+    shape, seeds = mean_image.shape, len(next(iter(masks.values())))
+    parts: list[Any] = [partial(figures.pixels_figure, masks, densities, shape, mean_image)]
     caption = (
         f"Above: how many first-layer weights of the {arm_name(main_arm(rows))} survive at each input pixel, relative "
-        f"to the average pixel, over {seeds} seed{'s' * (seeds != 1)}; first the mean training image. Percentages are "
-        "weights remaining in the whole network."
+        f"to the average pixel, over {_count(seeds, 'seed')}; first the mean training image. Percentages are weights "
+        "remaining in the whole network."
     )
     if max(masks) > 0:
-        parts.append(units_figure(masks, densities, shape))
+        parts.append(partial(figures.units_figure, masks, densities, shape))
         caption += (
             " Below: single hidden units of the first seed, a row per level; a filled pixel is a weight that survives. "
             "The units are those with the most weights left at the bottom."
@@ -172,14 +139,11 @@ def number_sections(rows: Rows) -> list[Section]:
     """Tables of means and intervals: accuracy at early stopping; folded away, at the end, and early-stopping steps."""
     how = "Mean over seeds ± half-width of the 95% interval." if several_seeds(rows) else "One seed: no intervals."
     marked = " Highlighted: on average at least as accurate as the dense network." if arms(rows) else ""
+    early: list[Any] = ["<h3>Test accuracy at early stopping (%)</h3>", level_table(rows, EARLY)]
     more: list[Any] = ["<h3>Test accuracy at the end of training (%)</h3>", level_table(rows, FINAL)]
-    more += ["<h3>Step of the lowest validation loss</h3>", level_table(rows, "early_stop_step", 1)]
+    more += ["<h3>Step of the lowest validation loss</h3>", level_table(rows, STOP, 1)]
     return [
-        Section(
-            "Numbers",
-            ["<h3>Test accuracy at early stopping (%)</h3>", level_table(rows, EARLY)],
-            f"{how}{marked} Every network by itself is in tickets.csv.",
-        ),
+        Section("Numbers", early, f"{how}{marked} Every network by itself is in tickets.csv."),
         Section("More numbers", more, how, fold="Accuracy at the end of training, early-stopping step"),
     ]
 
@@ -191,13 +155,14 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
     columns = arms(rows) or [DENSE]
     first = {row["level"]: row for row in reversed(rows)}
     most = max(point.seeds for points in lines.values() for point in points)
-    body, marked = [], set()
+    body, marked, digits = [], set(), 2 if scale == 100 else 0
     for index, level in enumerate(sorted(first)):
         cells: list[str | None] = []
         for place, arm in enumerate(columns):
             point = next((p for p in lines.get(arm, []) if p.level == level), None)
-            cells.append(point and cell_text(point, scale, most))
-            if point and level and dense and value != "early_stop_step" and point.mean >= dense[0].mean - ROUNDING:
+            other = f" (n={point.seeds})" if point and point.seeds != most else ""
+            cells.append(plus_minus(point.mean, point.half, scale, digits) + other if point else None)
+            if point and level and dense and value != STOP and point.mean >= dense[0].mean - ROUNDING:
                 marked.add((index, 3 + place))
         alive = first[level]
         name = "0 (dense)" if level == 0 else str(level)
@@ -206,28 +171,169 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
     return Table(head, body, frozenset(marked))
 
 
-def cell_text(point: lottery_figures.Point, scale: int, most: int) -> str:
-    """Mean and half-width in the table's units; the number of seeds where it is not the usual one."""
-    digits = 2 if scale == 100 else 0
-    text = f"{scale * point.mean:.{digits}f}"
-    text += f" ± {scale * point.half:.{digits}f}" if np.isfinite(point.half) else ""
-    return text + (f" (n={point.seeds})" if point.seeds != most else "")
-
-
 def several_seeds(rows: Rows) -> bool:
-    """Whether there is anything to take an interval over."""
+    """Whether there are two seeds at least, so that intervals exist."""
     return len({row["seed"] for row in rows}) > 1
 
 
 def summary_table(rows: Rows) -> RichTable:
     """Test accuracy at early stopping per level and arm, for the terminal, with the findings underneath."""
-    table = level_table(rows, EARLY)
-    rich = RichTable(box=SIMPLE_HEAD, title="Test accuracy at early stopping (%)", caption=findings(rows))
-    rich.caption_justify = "left"
-    shown = [i for i, name in enumerate(table.columns) if name != "weights"]
-    for i in shown:
-        rich.add_column(table.columns[i], justify="right")
-    for line, row in enumerate(table.rows):
-        cells = [f"[bold]{row[i]}[/]" if (line, i) in table.marked else str(row[i] or "–") for i in shown]
-        rich.add_row(*cells)
-    return rich
+    title = "Test accuracy at early stopping (%)"
+    table = terminal_table(level_table(rows, EARLY), title, box=SIMPLE_HEAD, caption=findings(rows))
+    table.caption_justify = "left"
+    return table
+
+
+def describe(rows: Rows, config: Mapping[str, Any]) -> str:
+    """What was run, in a few sentences; `config` holds the settings of the script, any of which may be missing."""
+    search, train, model, optimizer = (config.get(name, {}) for name in ("search", "train", "model", "optimizer"))
+    seeds, levels = _count(len({row["seed"] for row in rows}), "seed"), max(row["level"] for row in rows)
+    last = min(rows, key=lambda row: row["density"])
+    hidden = "-".join(str(size) for size in model.get("hidden", ()))
+    kind = f"fully connected {hidden} network" if hidden else f"{model.get('name', '')} network".strip()
+    text = f"A {kind} of {last['prunable']:,} prunable weights was trained"
+    text += f" for {_steps(train['steps'])}" if train.get("steps") else ""
+    if optimizer.get("name"):
+        batches = f", batches of {train['batch_size']}" if train.get("batch_size") else ""
+        text += f" with {optimizer['name']} (learning rate {config.get('lr', '?')}{batches})"
+    if not levels:
+        return f"{text}, with {seeds}. Nothing has been pruned yet."
+    text += f", then pruned in {_count(levels, 'round')} down to {percent(last['density'])} ({last['alive']:,} weights)"
+    text += f", with {seeds}.{_describe_pruning(search, last.get('start_step', 0))}"
+    controls = [arm_name(arm) for arm in arms(rows) if arm != main_arm(rows)]
+    return text + (f" Compared with it: {', '.join(controls)}." if controls else "")
+
+
+def _describe_pruning(search: Mapping[str, Any], start: int) -> str:
+    """Describe a round of pruning: criterion, structure, scope, rate, rewinding."""
+    back = f"their values at step {start:,}" if start else "their initial values"
+    resets = f", sets the ticket's surviving weights back to {back} and trains again."
+    unit, scope = search.get("structure", "unstructured"), str(search.get("scope"))
+    schedule, rate, output = search.get("schedule", "geometric"), search.get("rate"), search.get("output_rate", -1)
+    by = f" by {search['score']}" if search.get("score") else ""
+    by += f" in units of {unit}" if unit != "unstructured" else ""
+    if scope in ("uniform", "erk") or search.get("density") or schedule != "geometric":
+        names = {"uniform": "every layer alike", "erk": "densities by ERK", "layer": "layer by layer"}
+        how = names.get(scope, "over the whole network")
+        return f" Every round prunes{by}, {how}, on a {schedule} schedule{resets}"
+    if not rate:
+        return ""
+    where = "the network"
+    if scope == "layer":
+        other = [f"{own:.0%} where {pattern!r} matches" for pattern, own in search.get("rates", ())]
+        if search.get("output", "^output/"):
+            other.append(f"{rate / 2 if output < 0 else output:.0%} of the output layer")
+        where = "each layer" + (f" ({', '.join(other)})" if other else "")
+    return f" Every round removes the lowest {rate:.0%}{by} of {where}{resets}"
+
+
+def matching(rows: Rows, value: str = EARLY) -> Point | None:
+    """The sparsest level at which the main arm's mean is at least the dense network's: the paired difference there.
+
+    None if there is no such level. The level is chosen by looking at the results, so its interval is that of a level
+    picked among many.
+    """
+    found = [point for point in paired_points(rows, value, main_arm(rows), DENSE) if point.mean >= -ROUNDING]
+    return found[-1] if found else None
+
+
+def findings(rows: Rows) -> str:
+    """Where the ticket matches the dense network, its lead over the controls, and its speed, in a few sentences."""
+    arm, lines = main_arm(rows), series(rows, EARLY)
+    if DENSE not in lines:
+        return "The dense network has no test accuracy, so nothing can be compared with it."
+    dense, name = lines[DENSE][0], arm_name(arm)
+    base = accuracy(dense)
+    differences = paired_points(rows, EARLY, arm, DENSE)
+    if not differences:
+        return f"The dense network reaches a test accuracy of {base} at early stopping."
+    point = matching(rows)
+    if point is None:
+        near = max(differences, key=lambda p: p.mean)
+        return (
+            f"At no level is the {name} on average as accurate as the dense network ({base} at early stopping); it "
+            f"comes nearest at {percent(near.density)} of the weights, {points(near)}."
+        )
+
+    def there(value: str, other: str) -> list[Point]:
+        return [p for p in paired_points(rows, value, arm, other) if p.level == point.level]
+
+    own = next(p for p in lines[arm] if p.level == point.level)
+    texts = [
+        f"Down to {percent(point.density)} of the weights the {name} is on average at least as accurate as the dense "
+        f"network: {accuracy(own)} against {base} at early stopping, a difference of "
+        f"{points(point)}."
+    ]
+    short = [p for p in differences if p.density > point.density and p.mean < -ROUNDING]
+    if len(short) > 4:
+        worst = -100 * min(p.mean for p in short)
+        texts.append(f"On the way it falls short at {len(short)} levels, by at most {worst:.2f} points.")
+    elif short:
+        where = ", ".join(f"{percent(p.density)} ({signed(100 * p.mean)} points)" for p in short)
+        texts.append(f"It falls short on the way at {where}.")
+    leads = [f"{points(p)} over {arm_name(other)}" for other in arms(rows) for p in there(EARLY, other)]
+    if leads:
+        texts.append(f"Its lead there: {', '.join(leads)}.")
+    for p in there(STOP, DENSE):
+        when = "earlier than" if p.mean < 0 else "later than" if p.mean > 0 else "apart from"
+        known = f" (95% interval of the change {signed(p.low, 0)} to {signed(p.high, 0)})" * bool(np.isfinite(p.half))
+        texts.append(f"Its validation loss is lowest {abs(p.mean):,.0f} steps {when} the dense network's{known}.")
+    return " ".join(texts)
+
+
+def caveats(rows: Rows) -> str:
+    """How far the findings can be trusted: the intervals over all levels, and how they were made."""
+    dense = series(rows, EARLY).get(DENSE, [])
+    texts = []
+    differences = [p for p in paired_points(rows, EARLY, main_arm(rows), DENSE) if np.isfinite(p.half)]
+    if differences:
+        better, worse = [p for p in differences if p.low > 0], [p for p in differences if p.high < 0]
+        sparsest = f" (sparsest: {percent(better[-1].density)})" if better else ""
+        densest = f" (densest: {percent(worse[0].density)})" if worse else ""
+        texts.append(
+            f"Level by level, the 95% interval of {arm_name(main_arm(rows))} minus dense is above zero at "
+            f"{len(better)}{sparsest}, below zero at {len(worse)}{densest} and around zero at "
+            f"{len(differences) - len(better) - len(worse)} of {_count(len(differences), 'level')}."
+        )
+    if dense and dense[0].seeds < 2:
+        texts.append("One seed: there are no intervals, and differences of this size may be chance.")
+    elif dense and arms(rows):
+        texts.append(
+            f"Intervals are 95% Student-t over {dense[0].seeds} seeds, differences are paired by seed; the level named "
+            "above was picked after seeing all of them, so judge it together with its neighbors."
+        )
+    return " ".join(texts)
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage; accuracies and large shares with one decimal, small shares with three digits."""
+    value = 100 * fraction
+    return f"{value:.0f}%" if np.isclose(value, 100) else f"{value:.1f}%" if value >= 10 else f"{value:#.3g}%"
+
+
+def accuracy(point: Point) -> str:
+    """An accuracy as a percentage, with the half-width of its interval in points."""
+    return percent(point.mean) + (f" ± {100 * point.half:.1f}" if np.isfinite(point.half) else "")
+
+
+def points(point: Point) -> str:
+    """A difference of fractions in percentage points with its interval."""
+    interval = f" (95% interval {signed(100 * point.low)} to {signed(100 * point.high)})"
+    return f"{signed(100 * point.mean)} points{interval * bool(np.isfinite(point.half))}"
+
+
+def signed(value: float, digits: int | None = None) -> str:
+    """A number with its sign; by default two decimals below ten and one above."""
+    digits = digits if digits is not None else 2 if abs(value) < 10 else 1
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _steps(value: Any) -> str:
+    text = str(value)
+    number = text.removesuffix("it").removesuffix("ep")
+    unit = "epoch" if text.endswith("ep") else "step"
+    return f"{int(number):,} {unit}s" if number.isdigit() else f"{text} steps"

@@ -1,6 +1,5 @@
-"""Everything a ticket search needs, made from its config: data, network, optimizer, compiled programs."""
+"""A ticket search from its config: data, network, optimizer, compiled programs, and its levels on disk."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +13,63 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from lottery import criteria, imp, transfer
-from lottery.levels import level_like
+from lottery.imp import Row, level_like
 from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
+from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree, save_tree
 from tessera.infra.config import ConfigError, build, checked, unknown
+from tessera.infra.workdir import read_settings
 from tessera.models.registry import Network, make_network
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.optim.schedules import parse_steps
-from tessera.tickets.programs import Programs, Splits, make_programs
-from tessera.tickets.store import FinishedLevels
-from tessera.tickets.train import TicketConfig, Unfinished, train_stack
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
+from tessera.tickets.schema import ScoreInputsConfig
+from tessera.tickets.train import Programs, Splits, TicketConfig, make_loss, make_programs, train_stack
 
 # config.data.kind -> (dataclass of the other settings, loader).
 DATA: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "images": (ImageConfig, load_images),
     "text": (WindowConfig, load_windows),
 }
+
+
+class FinishedLevels:
+    """The finished levels `00/`, `01/`, ... of a search, which may be running: its directory is left as it is."""
+
+    def __init__(self, directory: Path | str):
+        self.directory = Path(directory)
+
+    def path(self, level: int) -> Path:
+        """The directory of a finished level."""
+        return self.directory / f"{level:02d}"
+
+    def has(self, level: int) -> bool:
+        """Whether the level is finished."""
+        return self.path(level).is_dir()
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """The tree and rows of a finished level. Raises CheckpointDamaged if its files were altered."""
+        return load_tree(self.path(level), like), load_extra(self.path(level))["rows"]
+
+
+class LevelStore(FinishedLevels):
+    """The levels of the search that this process runs; to look at another one use `FinishedLevels`.
+
+    Under `directory`, `00/`, `01/`, ... are finished and `03.step1200/` is level 3 as it was after step 1200. Satisfies
+    `lottery.imp.Store`. Every save is atomic, and a damaged artifact is reported with its path.
+    """
+
+    def load(self, level: int, like: PyTree) -> tuple[PyTree, list[Row]]:
+        """As `FinishedLevels.load`; the states of a search killed while it finished the level are removed."""
+        self.unfinished(level).clear()
+        return super().load(level, like)
+
+    def save(self, level: int, tree: PyTree, rows: list[Row]) -> None:
+        """Write a finished level and remove the states saved while it was under way."""
+        save_tree(self.path(level), tree, {"rows": rows})
+        self.unfinished(level).clear()
+
+    def unfinished(self, level: int) -> ArtifactStore:
+        """The states of a level under way."""
+        return ArtifactStore(self.directory, f"{level:02d}.step")
 
 
 @dataclass(frozen=True)
@@ -42,14 +82,14 @@ class Setup:
     search: imp.SearchConfig
     optimizer: optax.GradientTransformationExtraArgs
     programs: Programs
-    evidence: criteria.Evidence
+    score_inputs: criteria.ScoreInputs
     size: int
     classes: int
 
     def train(
         self,
         starts: imp.Starts,
-        unfinished: Unfinished | None = None,
+        unfinished: ArtifactStore | None = None,
         report: Callable[[int, dict], None] = lambda steps, row: None,
     ) -> imp.Trained:
         """Train a stack with the setup's schedule."""
@@ -59,7 +99,13 @@ class Setup:
 
     def loss(self, params: PyTree, batch: tuple[Array, Array]) -> Array:
         """Mean training cross-entropy of (inputs, labels), float32 []."""
-        return _loss(self.network, params, batch)
+        return make_loss(self.network)(params, batch)[0]
+
+    def programs_for(
+        self, optimizer: optax.GradientTransformation | None = None, network: Network | None = None, **options: Any
+    ) -> Programs:
+        """Compiled programs with another optimizer or network; `options` as of `make_programs`."""
+        return make_programs(self.splits, network or self.network, optimizer or self.optimizer, self.ticket, **options)
 
 
 def load_data(settings: Mapping[str, Any] | ConfigDict, path: str = "config.data") -> Any:
@@ -76,8 +122,8 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     """Build all parts from a `ConfigDict` as in `configs/lottery_digits.py`.
 
     Args:
-      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.schedules.parse_steps`
-        reads them. Evidence for criteria that look at data: `config.evidence` {batches, batch_size}, default 5 of 100.
+      config: groups data, model, optimizer, train, search; seeds, lr; steps as `tessera.optim.optimizer.parse_steps`
+        reads them; score_inputs, the examples that criteria like SNIP look at.
       splits: the data, if it has been loaded already.
 
     Raises:
@@ -102,35 +148,18 @@ def make_setup(config: Any, splits: Any = None) -> Setup:
     optimizer = checked("config.optimizer", make_optimizer, settings)
     if search.score == "movement":
         optimizer = optax.with_extra_args_support(optax.chain(criteria.track_movement(), optimizer))
-    programs = make_programs(splits, apply=network.apply, optimizer=optimizer, config=ticket, train=network.train)
-    evidence = _evidence(network, splits, build(EvidenceConfig, config.get("evidence", {}), "config.evidence"))
-    return Setup(splits, network, ticket, search, optimizer, programs, evidence, size, splits.num_classes)
+    programs = make_programs(splits, network, optimizer, ticket)
+    score_inputs = _score_inputs(network, splits, build(ScoreInputsConfig, config.score_inputs, "config.score_inputs"))
+    return Setup(splits, network, ticket, search, optimizer, programs, score_inputs, size, splits.num_classes)
 
 
-@dataclass(frozen=True)
-class EvidenceConfig:
-    """Training examples that scores like SNIP look at: `batches` of `batch_size`, the first of a fixed random order."""
-
-    batches: int = 5
-    batch_size: int = 100
-
-    def __post_init__(self):
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
-
-
-def _loss(network: Network, params: PyTree, batch: tuple[Array, Array]) -> Array:
-    x, y = batch
-    return optax.softmax_cross_entropy_with_integer_labels(network.train(params, x)[0], y).mean()
-
-
-def _evidence(network: Network, splits: Any, config: EvidenceConfig) -> criteria.Evidence:
+def _score_inputs(network: Network, splits: Any, config: ScoreInputsConfig) -> criteria.ScoreInputs:
     data = splits.train
     batch = min(config.batch_size, len(data.labels))
     count = min(config.batches, len(data.labels) // batch)
     index = np.random.default_rng(0).permutation(len(data.labels))[: count * batch].reshape(count, batch)
-    return criteria.Evidence(
-        loss_fn=lambda params, pair: _loss(network, params, pair),
+    return criteria.ScoreInputs(
+        loss_fn=lambda params, pair: make_loss(network)(params, pair)[0],
         batches=(jnp.asarray(data.images[index]), jnp.asarray(data.labels[index])),
         apply_fn=network.apply,
         inputs=jnp.asarray(data.images[:1]),
@@ -151,10 +180,8 @@ def with_steps(setup: Setup, config: Any, **changes: Any) -> Setup:
     ticket = replace(setup.ticket, **changes)
     settings = build(OptimizerConfig, config.optimizer, "config.optimizer", lr=config.lr, steps=ticket.steps)
     optimizer = make_optimizer(settings)
-    programs = make_programs(
-        setup.splits, apply=setup.network.apply, optimizer=optimizer, config=ticket, train=setup.network.train
-    )
-    return replace(setup, ticket=ticket, optimizer=optimizer, programs=programs)
+    setup = replace(setup, ticket=ticket, optimizer=optimizer)
+    return replace(setup, programs=setup.programs_for())
 
 
 def init_stack(setup: Setup, seeds: Sequence[int], salt: int = 0) -> PyTree:
@@ -163,7 +190,7 @@ def init_stack(setup: Setup, seeds: Sequence[int], salt: int = 0) -> PyTree:
     return jax.jit(jax.vmap(setup.network.init))(jnp.stack(keys))
 
 
-def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained], config: Any) -> list[imp.Row]:
+def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained], config: Any) -> list[Row]:
     """Run the setup's search, with masks from another search where the arm "transfer" asks for them.
 
     Args:
@@ -178,7 +205,7 @@ def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained
         store,
         setup.search,
         opt_init=jax.jit(setup.optimizer.init),
-        evidence=setup.evidence,
+        score_inputs=setup.score_inputs,
         given=given,
     )
 
@@ -205,7 +232,7 @@ class Finished(NamedTuple):
     config: ConfigDict
     store: FinishedLevels
 
-    def level(self, level: int) -> tuple[PyTree, list[imp.Row]]:
+    def level(self, level: int) -> tuple[PyTree, list[Row]]:
         """The tree and rows of a level.
 
         Raises:
@@ -225,8 +252,7 @@ def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> 
     Raises:
       ConfigError: there is no search in it.
     """
-    settings = Path(workdir) / "config.json"
-    if not settings.is_file():
+    if not (Path(workdir) / "config.json").is_file():
         raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
-    config = ConfigDict(json.loads(settings.read_text(encoding="utf-8")))
+    config = ConfigDict(read_settings(workdir))
     return Finished(make_setup(config, splits), config, FinishedLevels(Path(workdir) / "levels"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lottery import align, masks
-from tessera.models.lenet import LeNet, MLPConfig
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.vision import LeNet, MLPConfig
 
 LAYERS = ("dense0", "dense1", "output")
 SPEC = align.chain_spec(LAYERS)

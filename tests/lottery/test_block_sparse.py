@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from lottery import block_sparse, masks, prune, scores, transform
-from tessera.models.layers import swiglu
-from tessera.models.lenet import LeNet, MLPConfig
-from tessera.models.transformer import Decoder, TransformerConfig
+from lottery import block_sparse, criteria, masks, prune, transform
+from tessera.models.transformer import Decoder, TransformerConfig, swiglu
+from tessera.models.vision import LeNet, MLPConfig
 
 LAYERS = ("dense0", "dense1", "output")
 
@@ -21,7 +20,7 @@ def ticket(structure="64x64", keep=0.4):
     which = masks.prunable(params, (("output/kernel", False),))
     units = prune.units(params, which, structure)
     counts = {path: max(round(keep * n), 1) for path, n in units.items()}
-    mask = prune.keep(scores.magnitude(params), masks.ones(params), which, counts, structure)
+    mask = prune.keep(criteria.magnitude(params), masks.ones(params), which, counts, structure)
     return model, masks.apply(params, mask), mask, x
 
 
@@ -67,7 +66,7 @@ def test_the_decoders_feed_forward_layer_runs_on_its_block_ticket():
     mlp = {name: leaf["kernel"] for name, leaf in params["blocks"]["mlp"].items()}
     which = masks.prunable(params, (("attention/", False),))
     counts = {path: round(0.5 * n) for path, n in prune.units(params, which, "64x64").items()}
-    mask = prune.keep(scores.magnitude(params), masks.ones(params), which, counts, "64x64")["blocks"]["mlp"]
+    mask = prune.keep(criteria.magnitude(params), masks.ones(params), which, counts, "64x64")["blocks"]["mlp"]
     x = jax.random.normal(jax.random.key(1), (2, 5, 64))
     for layer in range(2):
         packed = {name: block_sparse.pack(kernel[layer], mask[name]["kernel"][layer]) for name, kernel in mlp.items()}

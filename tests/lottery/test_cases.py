@@ -58,7 +58,7 @@ SCHEDULES = {
 def scored(criterion):
     opt = criteria.track_movement()
     _, state = opt.update(jax.grad(loss_fn)(PARAMS, BATCHES[0]), opt.init(PARAMS), PARAMS)
-    evidence = criteria.Evidence(
+    score_inputs = criteria.ScoreInputs(
         key=jax.random.key(3),
         initial=INITIAL,
         loss_fn=loss_fn,
@@ -67,7 +67,7 @@ def scored(criterion):
         inputs=BATCHES[0],
         opt_state=state,
     )
-    return jax.jit(lambda p: criteria.score(criterion, p, evidence))(PARAMS)
+    return jax.jit(lambda p: criteria.score(criterion, p, score_inputs))(PARAMS)
 
 
 @functools.cache
@@ -243,7 +243,7 @@ def test_at_its_density_every_group_holds_exactly_n_of_m_the_largest():
             r"'\^b' matches no parameter",
         ),
         (lambda: criteria.score("size", PARAMS), "'size' is not one of magnitude"),
-        (lambda: criteria.score("snip", PARAMS), r"needs Evidence\(loss_fn, batches\)"),
+        (lambda: criteria.score("snip", PARAMS), r"needs ScoreInputs\(loss_fn, batches\)"),
     ],
 )
 def test_impossible_requests_name_what_and_where(call, message):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import compact, coupled, masks, prune, scores
-from tessera.models.lenet import LeNet, MLPConfig
+from lottery import compact, coupled, criteria, masks, prune
+from moe import dispatch, experts, route
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.vision import LeNet, MLPConfig
 
 LAYERS = ("dense0", "dense1", "output")
 
@@ -33,7 +34,7 @@ def test_coupled_neurons_of_lenet_are_cut_out():
     which, groups = masks.prunable(params), coupled.mlp_neurons(LAYERS)
     assert coupled.unit_counts(params, groups) == {"dense0": 20, "dense1": 12}
     counts = {"dense0": 7, "dense1": 5}
-    keep = jax.jit(lambda p: coupled.keep_units(scores.magnitude(p), masks.ones(p), which, groups, counts))
+    keep = jax.jit(lambda p: coupled.keep_units(criteria.magnitude(p), masks.ones(p), which, groups, counts))
     mask = keep(params)
     mean = np.abs(params["dense0"]["kernel"]).sum(0) + np.abs(params["dense1"]["kernel"]).sum(1)
     best = set(np.argsort(-mean)[:7])
@@ -45,15 +46,15 @@ def test_coupled_neurons_of_lenet_are_cut_out():
     same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
 
 
-@pytest.mark.parametrize("quota", [1, 6, 12])
-def test_neurons_that_read_nothing_become_part_of_the_next_bias(quota):
+@pytest.mark.parametrize("count", [1, 6, 12])
+def test_neurons_that_read_nothing_become_part_of_the_next_bias(count):
     params = lenet()
     which = masks.prunable(params)
-    quotas = {"dense0/kernel": quota, "dense1/kernel": min(quota, 11)}
-    mask = prune.remove(scores.magnitude(params), masks.ones(params), which, quotas, "neuron")
+    removals = {"dense0/kernel": count, "dense1/kernel": min(count, 11)}
+    mask = prune.remove(criteria.magnitude(params), masks.ones(params), which, removals, "neuron")
     ticket = masks.apply(params, mask)
     small, hidden = compact.compact_mlp(ticket, LAYERS)
-    assert hidden == (20 - quota, 12 - min(quota, 11))
+    assert hidden == (20 - count, 12 - min(count, 11))
     same(MLPConfig((20, 12)), ticket, MLPConfig(hidden), small, jax.random.normal(jax.random.key(2), (50, 30)))
 
 
@@ -74,7 +75,7 @@ def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     assert coupled.unit_counts(params, groups) == {"blocks/mlp": 24, "blocks/attention": 2 * kv_heads}
     counts = {"blocks/mlp": 11, "blocks/attention": kv_heads}
     # Layer 1's heads are worth more, so that the layers keep different numbers and one is padded.
-    score = scores.magnitude(params)
+    score = criteria.magnitude(params)
     score["blocks"]["attention"] = jax.tree.map(lambda s: s.at[1].mul(1.2), score["blocks"]["attention"])
     mask = coupled.keep_units(score, masks.ones(params), which, groups, counts)
     ticket = masks.apply(params, mask)
@@ -128,3 +129,32 @@ def test_groups_that_do_not_fit_name_the_path():
     ]:
         with pytest.raises(ValueError, match=message):
             coupled.keep_units(params, masks.ones(params), which, groups, {"g": 1})
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_dead_experts_leave_and_the_layer_says_the_same(keep):
+    params = experts.initialize(8, 12, 6, key=jax.random.key(0))
+    tree = {"experts": {name: {"kernel": kernel} for name, kernel in params.items()}}
+    which = masks.prunable(tree)
+    members = tuple(coupled.Member(f"experts/{name}/kernel", (0,)) for name in params)
+    mask = coupled.keep_units(
+        criteria.magnitude(tree), masks.ones(tree), which, {"experts": members}, {"experts": keep}
+    )
+    ticket = masks.apply(tree, mask)["experts"]
+    small, numbers = compact.compact_experts(ticket)
+    assert small["up"]["kernel"].shape == (keep, 8, 12) and sorted(numbers)[-1] == keep
+    x = jax.random.normal(jax.random.key(1), (20, 8))
+    routing = route.top_k(jax.random.normal(jax.random.key(2), (20, 6)), k=2)
+    full = {name: leaf["kernel"] for name, leaf in ticket.items()}
+    want = dispatch.dropless(x, routing, lambda rows, sizes: experts.expert_ffn(full, rows, sizes))
+    ids, weights = compact.renumber(routing.experts_NK, routing.weights_NK, numbers, keep)
+    first = {name: getattr(routing, name)[:, :keep] for name in ("probs_NE", "logits_NE")}
+    fewer = dataclasses.replace(routing, experts_NK=ids, weights_NK=weights, **first)
+    part = {name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}
+    got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.expert_ffn(part, rows, sizes))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_kernels_of_different_numbers_of_experts_are_refused():
+    with pytest.raises(ValueError, match=r"\[2, 3\] experts"):
+        compact.compact_experts({"up": np.ones((2, 3, 4)), "down": np.ones((3, 4, 3))})

@@ -1,4 +1,4 @@
-"""Convolutional, residual and expert tickets, cut out: the same outputs from fewer numbers."""
+"""Convolutional and residual tickets, cut out: the same outputs from fewer numbers."""
 
 import dataclasses
 
@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import compact_channels, compact_experts, coupled, masks, prune, scores
-from moe import dispatch, experts, route
+from lottery import compact_channels, coupled, criteria, masks, prune
 from tessera.models.registry import STATISTICS, conv_net, resnet
 from tessera.models.vision import ConvConfig, ResNetConfig
 
@@ -33,20 +32,20 @@ CONV = ConvConfig(blocks=((6, 8), (10,)), dense=(), classes=4)
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("dense", [(), (12,)], ids=["average", "flat"])
-@pytest.mark.parametrize("quota", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_channels_of_a_chain_are_cut_out(norm, dense, quota):
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_channels_of_a_chain_are_cut_out(norm, dense, count):
     config = dataclasses.replace(CONV, norm=norm, dense=dense)
     network = conv_net(config, X)
     tree = shaken(network.init(jax.random.key(0)))
     which = masks.prunable(tree, (("dense|output", False),))
-    quotas = {f"conv{i}/kernel": quota for i in range(3)}
-    mask = prune.remove(scores.magnitude(tree), masks.ones(tree), which, quotas, "channel")
+    removals = {f"conv{i}/kernel": count for i in range(3)}
+    mask = prune.remove(criteria.magnitude(tree), masks.ones(tree), which, removals, "channel")
     ticket = masks.apply(tree, mask)
     links = compact_channels.chain(3, "dense0" if dense else "output", norm == "batch")
     small, left = compact_channels.compact_channels(ticket, links)
     # One channel of ones may stand for all that were cut.
     for name, size in zip(("conv0", "conv1", "conv2"), (6, 8, 10), strict=True):
-        assert size - quota <= left[name] <= size - quota + 1
+        assert size - count <= left[name] <= size - count + 1
     sizes = dataclasses.replace(config, blocks=((left["conv0"], left["conv1"]), (left["conv2"],)))
     close(network, ticket, conv_net(sizes, X), small)
     if norm == "batch":
@@ -61,12 +60,14 @@ def test_coupled_channels_of_a_residual_network_are_cut_out():
     groups = compact_channels.channel_groups(links)
     which = masks.prunable(tree)
     counts = {"stage0_0_first_conv": 2, "stage1_0_first_conv": 5}
-    mask = coupled.keep_units(scores.magnitude(tree), masks.ones(tree), which, groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(tree), masks.ones(tree), which, groups, counts)
     ticket = masks.apply(tree, mask)
     small, left = compact_channels.compact_channels(ticket, links)
     assert left == counts
     close(network, ticket, resnet(dataclasses.replace(config, inner=tuple(left.values())), X), small)
-    alone = prune.remove(scores.magnitude(tree), masks.ones(tree), which, {"stage0_0_first_conv/kernel": 3}, "channel")
+    alone = prune.remove(
+        criteria.magnitude(tree), masks.ones(tree), which, {"stage0_0_first_conv/kernel": 3}, "channel"
+    )
     ticket = masks.apply(tree, alone)
     small, left = compact_channels.compact_channels(ticket, links)
     # What three dead channels leave behind, if anything, fits into one.
@@ -87,7 +88,7 @@ def test_channels_behind_group_normalization_go_where_nobody_writes_and_nobody_r
     network = make(config, X)
     tree = shaken(network.init(jax.random.key(0)))
     groups = compact_channels.channel_groups(links)
-    mask = coupled.keep_units(scores.magnitude(tree), masks.ones(tree), masks.prunable(tree), groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(tree), masks.ones(tree), masks.prunable(tree), groups, counts)
     ticket = masks.apply(tree, mask)
     small, left = compact_channels.compact_channels(ticket, links)
     parts = compact_channels.group_sizes(ticket, links)
@@ -99,7 +100,7 @@ def test_channels_behind_group_normalization_go_where_nobody_writes_and_nobody_r
     close(network, ticket, make(sizes, X), small)
     # A filter of zeros that somebody reads is not a constant here, and stays.
     alone = prune.remove(
-        scores.magnitude(tree), masks.ones(tree), masks.prunable(tree), {f"{links[0].writer}/kernel": 3}, "channel"
+        criteria.magnitude(tree), masks.ones(tree), masks.prunable(tree), {f"{links[0].writer}/kernel": 3}, "channel"
     )
     assert compact_channels.compact_channels(masks.apply(tree, alone), links)[1][links[0].writer] == 6
     with pytest.raises(ValueError, match="does not fit channels"):
@@ -116,30 +117,3 @@ def test_layers_that_do_not_chain_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             compact_channels.compact_channels(tree, links)
-
-
-@pytest.mark.parametrize("keep", [1, 3])
-def test_dead_experts_leave_and_the_layer_says_the_same(keep):
-    params = experts.initialise(8, 12, 6, key=jax.random.key(0))
-    tree = {"experts": {name: {"kernel": kernel} for name, kernel in params.items()}}
-    which = masks.prunable(tree)
-    members = tuple(coupled.Member(f"experts/{name}/kernel", (0,)) for name in params)
-    mask = coupled.keep_units(scores.magnitude(tree), masks.ones(tree), which, {"experts": members}, {"experts": keep})
-    ticket = masks.apply(tree, mask)["experts"]
-    small, numbers = compact_experts.compact_experts(ticket)
-    assert small["up"]["kernel"].shape == (keep, 8, 12) and sorted(numbers)[-1] == keep
-    x = jax.random.normal(jax.random.key(1), (20, 8))
-    routing = route.top_k(jax.random.normal(jax.random.key(2), (20, 6)), k=2)
-    full = {name: leaf["kernel"] for name, leaf in ticket.items()}
-    want = dispatch.dropless(x, routing, lambda rows, sizes: experts.swiglu(full, rows, sizes))
-    ids, weights = compact_experts.renumber(routing.experts_NK, routing.weights_NK, numbers, keep)
-    first = {name: getattr(routing, name)[:, :keep] for name in ("probs_NE", "logits_NE")}
-    fewer = dataclasses.replace(routing, experts_NK=ids, weights_NK=weights, **first)
-    part = {name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}
-    got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.swiglu(part, rows, sizes))
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-
-
-def test_kernels_of_different_numbers_of_experts_are_refused():
-    with pytest.raises(ValueError, match=r"\[2, 3\] experts"):
-        compact_experts.compact_experts({"up": np.ones((2, 3, 4)), "down": np.ones((3, 4, 3))})

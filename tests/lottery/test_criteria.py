@@ -1,5 +1,6 @@
 """Criteria against their definitions: masks' derivatives, dense Hessians, sums over paths."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,36 @@ def test_synflow_prunes_a_hundred_layers_without_collapse_where_snip_in_one_shot
     # What flows: with absolute weights, SynFlow's network still connects inputs and outputs.
     through = lambda m: float(deep(jax.tree.map(jnp.abs, masks.apply(params, m)), jnp.ones((1, WIDTH))).sum())  # noqa: E731
     assert through(kept) > 0 and through(snip) == 0
+
+
+TREE = {"a": {"kernel": jnp.array([[-2.0, 0.5], [0.0, -0.0]], jnp.bfloat16)}, "b": jnp.array([3.0, -3.0])}
+
+
+def test_magnitude():
+    out = criteria.magnitude(TREE)
+    np.testing.assert_array_equal(out["a"]["kernel"], [[2, 0.5], [0, 0]])
+    np.testing.assert_array_equal(out["b"], [3, 3])
+    assert not np.any(np.signbit(out["a"]["kernel"]))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random"])
+def test_every_score_is_a_float32_tree_like_the_parameters_under_jit_and_vmap(name):
+    score = lambda params, key: criteria.score(name, params, criteria.ScoreInputs(key=key))  # noqa: E731
+    out = score(TREE, key=jax.random.key(0))
+    chex.assert_trees_all_equal_shapes(out, TREE)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(out))
+    chex.assert_trees_all_equal(out, score(TREE, key=jax.random.key(0)))
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), TREE)
+    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
+    both = jax.jit(jax.vmap(lambda p, k: score(p, k)))(stack, keys)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0], both), out)
+
+
+def test_random_scores_do_not_depend_on_the_weights_or_on_other_leaves():
+    key = jax.random.key(3)
+    out = criteria.random(TREE, key=key)
+    chex.assert_trees_all_equal(out, criteria.random(jax.tree.map(jnp.zeros_like, TREE), key=key))
+    chex.assert_trees_all_equal(out["b"], criteria.random({"b": TREE["b"]}, key=key)["b"])
+    big = criteria.random({"x": jnp.zeros(10_000), "y": jnp.zeros(10_000)}, key=key)
+    assert float(jnp.mean(big["x"])) == pytest.approx(0.5, abs=0.02)
+    assert abs(np.corrcoef(big["x"], big["y"])[0, 1]) < 0.05

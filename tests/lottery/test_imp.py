@@ -270,3 +270,20 @@ def test_the_random_score_prunes_at_random_but_repeats():
     magnitude = run(imp.SearchConfig(levels=1, arms=("ticket",)))
     a, b = (r[1].load(1, None)[0]["masks"]["dense0"]["kernel"] for r in (first, magnitude))
     assert np.any(np.asarray(a) != np.asarray(b)) and np.sum(a) == np.sum(b)
+
+
+def test_stacks_are_ordered_by_arm_then_seed():
+    config = imp.SearchConfig(seeds=(4, 2), arms=("ticket", "reinit"))
+    assert imp.level_names(config, 0) == (("dense", 4), ("dense", 2))
+    for level in (1, 5):
+        assert imp.level_names(config, level) == (("ticket", 4), ("ticket", 2), ("reinit", 4), ("reinit", 2))
+
+
+def test_memory_is_a_store_and_keeps_what_it_is_given():
+    store = imp.Memory()
+    assert isinstance(store, imp.Store)
+    assert not store.has(0)
+    tree, rows = {"params": 1}, [{"a": 2}]
+    store.save(0, tree, rows)
+    assert store.has(0) and not store.has(1)
+    assert store.load(0, None) == (tree, rows)

@@ -15,15 +15,15 @@ LEAVES = ("one/kernel", "two/kernel")
 
 
 def reference(scores, alive, groups):
-    """groups: (paths, quota). Sort the alive weights of a group by (score, leaf, flat index) and drop the first."""
+    """groups: (paths, count). Sort the alive weights of a group by (score, leaf, flat index) and drop the first."""
     new = {path: alive[path].copy() for path in alive}
-    for paths, quota in groups:
+    for paths, count in groups:
         units = [
             (bool(np.isnan(x := scores[path].flat[i])), np.nan_to_num(x, nan=0.0, posinf=np.inf), paths.index(path), i)
             for path in paths
             for i in np.flatnonzero(alive[path])
         ]
-        for *_, leaf, i in sorted(units)[: max(quota, 0)]:
+        for *_, leaf, i in sorted(units)[: max(count, 0)]:
             new[paths[leaf]].flat[i] = False
     return new
 
@@ -51,7 +51,7 @@ def trees(scores, alive):
     return build(scores, jnp.zeros(3)), build(alive, jnp.ones(3, bool))
 
 
-JITTED = jax.jit(lambda scores, masks, quotas: prune.remove(scores, masks, WHICH, quotas))
+JITTED = jax.jit(lambda scores, masks, removals: prune.remove(scores, masks, WHICH, removals))
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,41 +60,41 @@ def test_layerwise_removes_exactly_the_quota_ties_by_index(problem, one, two):
     scores, alive = trees(*problem)
     out = JITTED(scores, alive, {"one/kernel": one, "two/kernel": two})
     expected = reference(*problem, [(("one/kernel",), one), (("two/kernel",), two)])
-    for path, quota in zip(LEAVES, (one, two), strict=True):
+    for path, count in zip(LEAVES, (one, two), strict=True):
         got = np.asarray(masks.flatten(out)[path])
         before = problem[1][path].sum()
-        assert got.sum() == before - min(max(quota, 0), before)
+        assert got.sum() == before - min(max(count, 0), before)
         np.testing.assert_array_equal(got, expected[path])
     assert bool(jnp.all(out["bias"]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(), quota=st.integers(-2, 25))
-def test_global_removes_exactly_the_quota_over_all_leaves(problem, quota):
+@given(problem=problems(), count=st.integers(-2, 25))
+def test_global_removes_exactly_the_quota_over_all_leaves(problem, count):
     scores, alive = problem
-    out = masks.flatten(JITTED(*trees(scores, alive), {prune.EVERYTHING: quota}))
-    for path, expected in reference(scores, alive, [(LEAVES, quota)]).items():
+    out = masks.flatten(JITTED(*trees(scores, alive), {prune.EVERYTHING: count}))
+    for path, expected in reference(scores, alive, [(LEAVES, count)]).items():
         np.testing.assert_array_equal(np.asarray(out[path]), expected)
 
 
 def test_scores_that_are_not_numbers_go_last_but_before_anything_dead():
     scores = jnp.array([jnp.nan, jnp.inf, 1.0, 0.0])
     alive = jnp.array([True, True, True, False])
-    for quota, expected in [(1, [1, 1, 0, 0]), (2, [1, 0, 0, 0]), (3, [0, 0, 0, 0])]:
-        np.testing.assert_array_equal(prune.keep_highest(scores, alive, quota), np.array(expected, bool))
+    for count, expected in [(1, [1, 1, 0, 0]), (2, [1, 0, 0, 0]), (3, [0, 0, 0, 0])]:
+        np.testing.assert_array_equal(prune.drop_lowest(scores, alive, count), np.array(expected, bool))
 
 
 def test_a_stack_is_pruned_like_its_members_with_one_quota_or_one_each():
     key = jax.random.key(0)
     scores = jax.tree.map(lambda p: jax.random.uniform(key, (4, *p.shape)), PARAMS)
     alive = jax.tree.map(lambda s: s > 0.3, scores) | {"bias": jnp.ones((4, 3), bool)}
-    quotas = {"one/kernel": jnp.arange(4), "two/kernel": jnp.arange(4) + 1}
-    stacked = jax.jit(jax.vmap(lambda s, m, q: prune.remove(s, m, WHICH, q)))(scores, alive, quotas)
+    removals = {"one/kernel": jnp.arange(4), "two/kernel": jnp.arange(4) + 1}
+    stacked = jax.jit(jax.vmap(lambda s, m, q: prune.remove(s, m, WHICH, q)))(scores, alive, removals)
     shared = jax.jit(jax.vmap(lambda s, m: prune.remove(s, m, WHICH, {"one/kernel": 2})))(scores, alive)
     for i in range(4):
         at = lambda tree: jax.tree.map(lambda x: x[i], tree)  # noqa: E731, B023
         for got, want in [
-            (at(stacked), prune.remove(at(scores), at(alive), WHICH, at(quotas))),
+            (at(stacked), prune.remove(at(scores), at(alive), WHICH, at(removals))),
             (at(shared), prune.remove(at(scores), at(alive), WHICH, {"one/kernel": 2})),
         ]:
             for path in LEAVES:
@@ -116,21 +116,24 @@ def test_a_stack_is_pruned_like_its_members_with_one_quota_or_one_each():
         (prune.Layerwise(0.2), {"a": 10**12 + 3}, {"a": 200000000001}),
     ],
 )
-def test_quotas(scope, alive, expected):
-    assert prune.quotas(alive, scope) == expected
+def test_removal_counts(scope, alive, expected):
+    assert prune.removal_counts(alive, scope) == expected
 
 
 @settings(deadline=None)
 @given(rate=st.floats(0, 1), alive=st.integers(0, 10**9))
-def test_quotas_round_as_numpy_and_never_exceed_the_alive(rate, alive):
-    quota = prune.quotas({"a": alive}, prune.Layerwise(rate))["a"]
-    assert quota == int(np.round(rate * alive)) and 0 <= quota <= alive
+def test_removal_counts_round_as_numpy_and_never_exceed_the_alive(rate, alive):
+    count = prune.removal_counts({"a": alive}, prune.Layerwise(rate))["a"]
+    assert count == int(np.round(rate * alive)) and 0 <= count <= alive
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prune.quotas({"a": 1}, prune.Layerwise(0.2, (("^head", 0.1),))), r"'\^head' matches no parameter.*a"),
+        (
+            lambda: prune.removal_counts({"a": 1}, prune.Layerwise(0.2, (("^head", 0.1),))),
+            r"'\^head' matches no parameter.*a",
+        ),
         (lambda: prune.Layerwise(1.2), r"Layerwise.rate is 1.2"),
         (lambda: prune.Global(-0.1), r"Global.rate is -0.1"),
         (lambda: prune.Layerwise(0.2, (("x", 2.0),)), "overrides 'x' is 2.0"),

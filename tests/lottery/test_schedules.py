@@ -20,15 +20,6 @@ def test_one_shot_and_cubic_end_where_they_should(density):
 
 
 @pytest.mark.parametrize(
-    ("density", "rate", "levels"), [(0.512, 0.2, 3), (0.5119, 0.2, 4), (0.5, 0.5, 1), (0.01, 0.2, 21)]
-)
-def test_levels_to(density, rate, levels):
-    assert schedules.levels_to(density, rate) == levels
-    alive = [1.0, *schedules.densities(schedules.geometric(rate, levels))]
-    assert alive[-1] <= density * (1 + 1e-9) and alive[-2] > density
-
-
-@pytest.mark.parametrize(
     "call",
     [
         lambda: schedules.geometric(0.0, 3),
@@ -36,7 +27,6 @@ def test_levels_to(density, rate, levels):
         lambda: schedules.geometric(0.2, -1),
         lambda: schedules.one_shot(1.5),
         lambda: schedules.cubic(0.0, 3),
-        lambda: schedules.levels_to(0.5, 1.0),
     ],
 )
 def test_impossible_fractions_are_refused(call):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import allocation, criteria, imp, masks, prune, schedules, scores, transfer
-from lottery.levels import level_counts
+from lottery import allocation, criteria, imp, masks, prune, schedules, transfer
+from lottery.search_config import level_counts
 
 
 def init_fn(key):
@@ -28,7 +28,7 @@ def loss_fn(params, batch):
 
 
 BATCHES = jax.random.normal(jax.random.key(5), (2, 6, 8))
-EVIDENCE = criteria.Evidence(loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0])
+SCORE_INPUTS = criteria.ScoreInputs(loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0])
 SHAPES = jax.eval_shape(init_fn, jax.random.key(0))
 WHICH = masks.prunable(SHAPES)
 STRUCTURES = ("unstructured", "2:4", "4x2", "neuron")
@@ -54,7 +54,7 @@ class Trainer:
 def search(trainer=None, store=None, given=None, **settings):
     config = imp.SearchConfig(seeds=(0, 7), levels=settings.pop("levels", 2), **settings)
     trainer, store = trainer or Trainer(), store or imp.Memory()
-    rows = imp.search(init_fn, trainer, store, config, evidence=EVIDENCE, given=given)
+    rows = imp.search(init_fn, trainer, store, config, score_inputs=SCORE_INPUTS, given=given)
     return config, rows, store, trainer
 
 
@@ -120,10 +120,12 @@ def test_criteria_score_the_trained_weights_of_the_level_before(score):
     for level, i in itertools.product((1, 2), (0, 1)):
         tree, rows = store.load(level - 1, None)
         initial = one(imp.initial_weights(init_fn, config), i)
-        evidence = {"key": imp.search_keys(config, level, "ticket")[i], "initial": initial}
+        score_inputs = {"key": imp.search_keys(config, level, "ticket")[i], "initial": initial}
         if score == "movement":
-            evidence["opt_state"] = criteria.MovementState(one(tree["movement"], i))
-        full = criteria.Evidence(loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0], **evidence)
+            score_inputs["opt_state"] = criteria.MovementState(one(tree["movement"], i))
+        full = criteria.ScoreInputs(
+            loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0], **score_inputs
+        )
         got = criteria.score(score, one(tree["params"], i), full)
         want = prune.keep(got, one(tree["masks"], i), WHICH, counts[level - 1])
         assert_same(one(arm(store, config, level, "ticket"), i), want)
@@ -152,7 +154,9 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
         for i in range(2):
             counts = masks.count(one(mask["ticket"], i), WHICH)
             full = masks.ones(one(initial, i))
-            assert_same(one(mask["large_init"], i), prune.keep(scores.magnitude(one(initial, i)), full, WHICH, counts))
+            assert_same(
+                one(mask["large_init"], i), prune.keep(criteria.magnitude(one(initial, i)), full, WHICH, counts)
+            )
             final = level_counts(config, prune.sizes(SHAPES, WHICH), {})[level - 1]
             assert {path: int(n) for path, n in masks.count(one(mask["at_init"], i), WHICH).items()} == final
         late = dict(zip(starts.names, starts.late, strict=True))
@@ -211,7 +215,7 @@ def test_searches_that_cannot_be_run_say_why(settings, message):
 
 
 def test_missing_evidence_and_masks_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"score 'snip' needs evidence: Evidence\(loss_fn, batches\)"):
+    with pytest.raises(ValueError, match=r"score 'snip' needs score_inputs: ScoreInputs\(loss_fn, batches\)"):
         imp.search(init_fn, Trainer(), imp.Memory(), imp.SearchConfig(score="snip"))
     wrong = jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape[:-1], 9), bool), SHAPES)
     with pytest.raises(ValueError, match="given masks of level 1: masks: dense0/bias has shape"):

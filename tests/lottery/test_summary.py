@@ -30,7 +30,7 @@ def values(rows, arm, level):
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 def test_intervals_agree_with_scipy(confidence):
     rows = make_rows()
-    table = summary.summarise(rows, "accuracy", confidence)
+    table = summary.summarize(rows, "accuracy", confidence)
     assert [(row["arm"], row["level"]) for row in table] == [
         ("dense", 0), ("ticket", 1), ("ticket", 2), ("reinit", 1), ("reinit", 2),
     ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_missing_values_are_left_out_and_counted():
     for row in rows:
         if row["arm"] == "ticket" and row["seed"] in (1, 3):
             row["accuracy"] = None
-    table = {(row["arm"], row["level"]): row for row in summary.summarise(rows, "accuracy")}
+    table = {(row["arm"], row["level"]): row for row in summary.summarize(rows, "accuracy")}
     assert table["ticket", 1]["n"] == 3 and table["reinit", 1]["n"] == 5
     assert [row["n"] for row in summary.differences(rows, "accuracy", "ticket", "reinit")] == [3, 3]
 
@@ -101,6 +101,41 @@ def test_csv_gives_every_number_back(tmp_path):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'speed'.*accuracy"):
-        summary.summarise(make_rows(), "speed")
+        summary.summarize(make_rows(), "speed")
     with pytest.raises(ValueError, match="'ticketing'.*dense, ticket, reinit"):
         summary.differences(make_rows(), "accuracy", "ticketing", "reinit")
+
+
+# The tail index against distributions whose index is known.
+
+KNOWN = [
+    (stats.pareto(2.0), 0.5),
+    (stats.pareto(5.0), 0.2),
+    (stats.expon(), 0.0),
+    (stats.uniform(1, 1), -1.0),
+    (stats.beta(1, 2, loc=1), -0.5),
+]
+
+
+@pytest.mark.parametrize(("law", "index"), KNOWN, ids=[str(index) for _, index in KNOWN])
+def test_known_laws(law, index):
+    sample = law.rvs(size=20_000, random_state=np.random.default_rng(0))
+    assert summary.moment_index(sample, 400) == pytest.approx(index, abs=0.15)
+
+
+def test_the_interval_covers_a_known_index_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(60):
+        sample = stats.pareto(3.0).rvs(size=300, random_state=np.random.default_rng(seed))
+        found = summary.tail_index(sample, 60, resamples=200)
+        assert found.low <= found.high
+        covered += found.low <= 1 / 3 <= found.high
+    assert covered >= 48
+
+
+def test_impossible_requests():
+    with pytest.raises(ValueError, match="k=5 of 5"):
+        summary.moment_index(np.arange(1.0, 6.0), 5)
+    with pytest.raises(ValueError, match="must be positive"):
+        summary.moment_index(np.asarray([-1.0, -2.0, 3.0, 4.0]), 3)
+    assert np.isnan(summary.moment_index(np.ones(5), 3))

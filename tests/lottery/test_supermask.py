@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from lottery import allocation, masks, prune, supermask
-from tessera.models.lenet import LeNet, MLPConfig
+from tessera.models.vision import LeNet, MLPConfig
 
 PARAMS = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 6)), "bias": jnp.ones(6)}}
 WHICH = masks.prunable(PARAMS)
@@ -102,7 +102,7 @@ def test_treatments(one, zero, keep_sign):
     fresh = {"kernel": jax.random.normal(jax.random.key(4), (40, 30)), "bias": jnp.zeros(30)}
     mask = {"kernel": jax.random.bernoulli(jax.random.key(5), 0.3, (40, 30)), "bias": jnp.ones(30, bool)}
     which = {"kernel": True, "bias": False}
-    out = supermask.treat(initial, mask, which, one, keep_sign, zero, key=key, fresh=fresh)
+    out = supermask.ablate_weights(initial, mask, which, one, keep_sign, zero, key=key, fresh=fresh)
     got, before, kept = (np.asarray(tree["kernel"]) for tree in (out, initial, mask))
     np.testing.assert_array_equal(out["bias"], initial["bias"])
     np.testing.assert_array_equal(got[~kept], before[~kept] if zero == "initial" else 0)
@@ -127,4 +127,4 @@ def test_signed_constant_and_errors():
     np.testing.assert_array_equal(out["a"]["bias"], PARAMS["a"]["bias"])
     for options, message in [({"one": "keep"}, "'keep'.*rewind, reinit"), ({"one": "reinit"}, "needs fresh")]:
         with pytest.raises(ValueError, match=message):
-            supermask.treat(PARAMS, masks.ones(PARAMS), WHICH, **options, key=jax.random.key(0))
+            supermask.ablate_weights(PARAMS, masks.ones(PARAMS), WHICH, **options, key=jax.random.key(0))

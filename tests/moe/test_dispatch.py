@@ -15,7 +15,7 @@ from moe import dispatch, experts, metrics, route
 from moe.routing import make_routing, prepare
 
 N, D, F, E = 24, 6, 10, 4
-PARAMS = {name: experts.initialise(D, F, E, name, biases=True, key=jax.random.key(2)) for name in experts.ACTIVATIONS}
+PARAMS = {name: experts.initialize(D, F, E, name, biases=True, key=jax.random.key(2)) for name in experts.ACTIVATIONS}
 # Biases that are not zero.
 PARAMS = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), PARAMS)
 X = jax.random.normal(jax.random.key(3), (N, D))
@@ -61,27 +61,27 @@ def by_hand(params, x, routing, activation="swiglu"):
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("way", ["auto", "oracle", "gather", "einsum", "unfused"])
+@pytest.mark.parametrize("way", ["dropless", "dense", "gather", "einsum", "unfused"])
 def test_every_way_computes_what_the_plain_loop_does(name, way):
     activation = {"unfused": "gelu"}.get(way, "swiglu")
     params = PARAMS[activation] if way == "unfused" else without_biases(PARAMS[activation])
     routing = jax.jit(ROUTINGS[name])(LOGITS)
     if way in ("gather", "einsum"):  # as many places as tokens: nothing drops
-        config = experts.MixtureConfig(implementation="capacity", capacity_factor=float(E), movement=way, groups=3)
+        config = experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E), movement=way, groups=3)
     else:
-        config = experts.MixtureConfig(activation, "auto" if way == "unfused" else way)
-    out, kept = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
+        config = experts.MixtureConfig(activation, "dropless" if way == "unfused" else way)
+    out, placed = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
     np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
-    if kept is not None:
-        np.testing.assert_array_equal(kept, np.asarray(routing.experts_NK) < E)
+    if placed is not None:
+        np.testing.assert_array_equal(placed, np.asarray(routing.experts_NK) < E)
 
 
 @pytest.mark.parametrize("activation", experts.ACTIVATIONS)
-@pytest.mark.parametrize("implementation", ["tiles", "oracle", "batched"])
-def test_activations_and_biases(activation, implementation):
+@pytest.mark.parametrize("way", experts.DISPATCHES)
+def test_activations_and_biases(activation, way):
     params = PARAMS[activation]
-    routing = route.uniform(LOGITS, 2)  # equal sizes, as "batched" needs
-    run = partial(experts.apply, params, activation=activation, implementation=implementation)
+    routing = route.uniform(LOGITS, 2)  # equal sizes, as "capacity" needs
+    run = partial(experts.expert_ffn, params, activation=activation, dispatch=way)
     out = jax.jit(lambda x: dispatch.dropless(x, routing, run))(X)
     np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
     one = {name: leaf[1] for name, leaf in params.items()}
@@ -90,35 +90,35 @@ def test_activations_and_biases(activation, implementation):
 
 
 @pytest.mark.parametrize("name", ["top_k", "padded", "expert_choice"])
-@pytest.mark.parametrize("way", ["auto", "gather", "einsum", "unfused"])
-def test_gradients_are_the_oracles(name, way):
+@pytest.mark.parametrize("way", ["dropless", "gather", "einsum", "unfused"])
+def test_gradients_are_those_of_dense_dispatch(name, way):
     params, c = without_biases(PARAMS["swiglu"]), jnp.cos(jnp.arange(N * D).reshape(N, D))
 
     def loss(args, config):
         params, x, logits = args
         routing = ROUTINGS[name](logits)
         if config == "unfused":
-            return (dispatch.dropless(x, routing, partial(experts.swiglu, params)) * c).sum()
+            return (dispatch.dropless(x, routing, partial(experts.expert_ffn, params)) * c).sum()
         return (experts.mixture(params, x, routing, config)[0] * c).sum()
 
-    config = "unfused" if way == "unfused" else experts.MixtureConfig(implementation="auto")
+    config = "unfused" if way == "unfused" else experts.MixtureConfig()
     if way in ("gather", "einsum"):
-        config = experts.MixtureConfig(implementation="capacity", capacity_factor=float(E), movement=way)
+        config = experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E), movement=way)
     ours = jax.jit(jax.grad(partial(loss, config=config)))((params, X, LOGITS))
-    oracle = experts.MixtureConfig(implementation="oracle")
-    theirs = jax.jit(jax.grad(partial(loss, config=oracle)))((params, X, LOGITS))
+    dense = experts.MixtureConfig(dispatch="dense")
+    theirs = jax.jit(jax.grad(partial(loss, config=dense)))((params, X, LOGITS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
 def few_rows(e, k, n, ff=5, collapsed=False):
     """Parameters, tokens, cotangent and a routing with more experts than rows, or with one expert for all of them."""
-    params = experts.initialise(D, ff, e, key=jax.random.key(0))
+    params = experts.initialize(D, ff, e, key=jax.random.key(0))
     x, c = jax.random.normal(jax.random.key(1), (n, D)), jax.random.normal(jax.random.key(2), (n, D))
     logits = jax.random.normal(jax.random.key(3), (n, e)) + 30.0 * collapsed * (jnp.arange(e) == e // 3)[None]
     return params, x, c, route.top_k(logits, k)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["mixture", "apply"])
+@pytest.mark.parametrize("fused", [True, False], ids=["mixture", "expert_ffn"])
 @pytest.mark.parametrize(
     ("e", "k", "n", "collapsed"),
     [(8, 2, 1, False), (64, 1, 16, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)],
@@ -133,7 +133,7 @@ def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapse
         r = replace(routing, weights_NK=weights)
         if fused:
             return (experts.mixture(params, x, r, experts.MixtureConfig())[0] * c).sum()
-        return (dispatch.dropless(x, r, lambda rows, sizes: experts.apply(params, rows, sizes)) * c).sum()
+        return (dispatch.dropless(x, r, lambda rows, sizes: experts.expert_ffn(params, rows, sizes)) * c).sum()
 
     args = (params, x, routing.weights_NK)
     with jax.enable_x64(True):
@@ -156,8 +156,8 @@ def random_routing(seed, n, e, k):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(e)[:k] for _ in range(n)]).astype(np.int32)
     logits, mask = prepare(jnp.zeros((n, e)), jnp.asarray(rng.random(n) < 0.8))
-    taken = jnp.asarray(rng.random((n, k)) < 0.8)
-    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, taken)
+    routed = jnp.asarray(rng.random((n, k)) < 0.8)
+    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, routed)
 
 
 @settings(max_examples=30, deadline=None)
@@ -180,7 +180,7 @@ def test_a_plan_is_a_stable_sort_and_its_inverse(seed, shape):
 def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_probability):
     routing = random_routing(seed, *shape)
     drop = "probability" if by_probability else "position"
-    place, kept = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
+    place, placed = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
     n, e, k = shape
     ids, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
     served = np.argsort(-weights.max(1), kind="stable") if by_probability else np.arange(n)
@@ -188,26 +188,26 @@ def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_prob
     for j in range(k):
         for t in served:
             if ids[t, j] < e:
-                assert place[t, j] == used[ids[t, j]] and kept[t, j] == (place[t, j] < capacity)
+                assert place[t, j] == used[ids[t, j]] and placed[t, j] == (place[t, j] < capacity)
                 used[ids[t, j]] += 1
             else:
-                assert not kept[t, j]
+                assert not placed[t, j]
 
 
 @pytest.mark.parametrize("movement", ["gather", "einsum"])
 @pytest.mark.parametrize("drop", ["position", "probability"])
 def test_dropped_choices_add_nothing(movement, drop):
-    config = experts.MixtureConfig(implementation="capacity", capacity_factor=0.5, drop=drop, movement=movement)
+    config = experts.MixtureConfig(dispatch="capacity", capacity_factor=0.5, drop=drop, movement=movement)
     routing, params = ROUTINGS["padded"](LOGITS), without_biases(PARAMS["swiglu"])
-    out, kept = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
+    out, placed = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
     left = make_routing(
-        routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, kept
+        routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, placed
     )
     np.testing.assert_allclose(out, by_hand(params, X, left), rtol=1e-5, atol=1e-5)
     capacity = dispatch.capacity_of(N, routing, 0.5)
-    assert metrics.load(routing, kept).max() == capacity == 6
-    lost = 1 - np.asarray(kept).sum() / (2 * np.asarray(MASK).sum())
-    assert metrics.drop_fraction(routing, kept) == pytest.approx(lost) and lost > 0
+    assert metrics.load(routing, placed).max() == capacity == 6
+    lost = 1 - np.asarray(placed).sum() / (2 * np.asarray(MASK).sum())
+    assert metrics.drop_fraction(routing, placed) == pytest.approx(lost) and lost > 0
 
 
 def test_capacity_by_probability_keeps_the_surest_tokens():
@@ -238,7 +238,7 @@ def test_soft_moe_is_the_papers_formula():
 def test_bfloat16_stays_bfloat16_and_near():
     params, routing = without_biases(PARAMS["swiglu"]), ROUTINGS["top_k"](LOGITS)
     exact = by_hand(params, X, routing)
-    for config in (experts.MixtureConfig(), experts.MixtureConfig(implementation="capacity", capacity_factor=float(E))):
+    for config in (experts.MixtureConfig(), experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E))):
         out, _ = experts.mixture(params, X.astype(jnp.bfloat16), routing, config)
         assert out.dtype == jnp.bfloat16
         assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03 * np.abs(exact).max()
@@ -254,26 +254,19 @@ def test_expert_dropout_drops_hidden_units_and_keeps_the_mean():
     np.testing.assert_allclose(many.mean(0), plain, atol=5 * float(many.std(0).max()) / np.sqrt(600))
 
 
-def test_asking_for_kernels_where_there_are_none_is_logged(monkeypatch):
-    said = []
-    monkeypatch.setattr(experts.logging, "log_first_n", lambda level, message, n, *args: said.append(message % args))
-    assert experts.kernel("kernels") == experts.kernel("auto") == experts.kernel("tiles") == "cpu"
-    assert said == ["no expert kernels for the backend cpu: a loop over tiles runs"]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: experts.MixtureConfig(dropout=1.0), "dropout=1.0 in"),
         (lambda: dispatch.places(ROUTINGS["top_k"](LOGITS), 0), "capacity=0 places"),
-        (lambda: dispatch.soft(X, ROUTINGS["top_k"](LOGITS), experts.swiglu), "only route.soft"),
+        (lambda: dispatch.soft(X, ROUTINGS["top_k"](LOGITS), experts.expert_ffn), "only route.soft"),
         (
             lambda: experts.mixture(
-                {}, X, ROUTINGS["top_k"](LOGITS), experts.MixtureConfig(implementation="capacity", groups=5)
+                {}, X, ROUTINGS["top_k"](LOGITS), experts.MixtureConfig(dispatch="capacity", groups=5)
             ),
             "24 tokens do not divide into 5",
         ),
-        (lambda: experts.apply(PARAMS["swiglu"], X[:5], jnp.zeros(E, jnp.int32), implementation="batched"), "5 rows"),
+        (lambda: experts.expert_ffn(PARAMS["swiglu"], X[:5], jnp.zeros(E, jnp.int32), dispatch="capacity"), "5 rows"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.experts import MixtureConfig
-from moe.gate import ROUTERS, RouterConfig
+from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.layer import MoE, MoEConfig
 
 B, T, D, F, E = 2, 6, 8, 12, 4
@@ -60,6 +60,16 @@ def test_every_router_in_a_layer(router):
         assert (jnp.abs(leaf).max() > 0) == (name != "router/bias"), name
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_declares_what_it_uses(name):
+    """Each in the table runs with the parameters it declares, and says whether it looks ahead in decoding."""
+    c = RouterConfig(name, E, 1 if name in ("switch", "base") else 2, groups=2)
+    params = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in parameter_shapes(c, D).items()}
+    routing = jax.eval_shape(lambda p: gate(p, X[0], c, tokens_N=TOKENS[0]), params)
+    assert routing.experts_NK.shape[0] == T and routing.num_experts == E
+    assert routing.causal == c.causal == ROUTERS[name].causal
+
+
 def test_experts_start_like_so_many_dense_layers():
     model = MoE(MoEConfig(router=RouterConfig("top_k", 8, 2), biases=True), 64, 96, 0.5, 0.25)
     params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2, 64)))["params"]["experts"]
@@ -75,7 +85,7 @@ def test_experts_start_like_so_many_dense_layers():
 )
 def test_a_token_decoded_alone_is_the_one_in_the_whole_text(router):
     """Even where training has a capacity that drops half of the choices."""
-    small = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    small = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
     model, params = make(config(router, mixture=small), causal=True)
     forward = jax.jit(lambda x, tokens: model.apply({"params": params}, x, None, tokens))
     whole = forward(X, TOKENS)
@@ -105,33 +115,10 @@ def test_padding_comes_out_as_zeros():
     np.testing.assert_allclose(y[0, :4], apply({"params": params}, X)[0, :4], rtol=1e-5, atol=1e-6)
 
 
-def test_top_k_equals_mixtrals_block_in_hugging_face_transformers():
-    torch = pytest.importorskip("torch")
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    theirs_config = mixtral.MixtralConfig(
-        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2, router_jitter_noise=0.0
-    )
-    block = mixtral.MixtralSparseMoeBlock(theirs_config).eval()
-    with torch.no_grad():
-        for i, parameter in enumerate(block.parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.5)
-        theirs = block(torch.tensor(np.array(X)))
-        theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).numpy()
-    experts = from_mixtral({name: leaf.detach().numpy() for name, leaf in block.named_parameters()})
-    model = MoE(config(), D, F)
-    ours = jax.jit(model.apply)({"params": experts}, X)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def from_mixtral(theirs):
-    """Parameters of `MoE` from the block's, which are stored in one of two ways by version (outputs first in both)."""
-    if "experts.gate_up_proj" in theirs:
-        gate, up = np.split(theirs["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=-1)
-        down = theirs["experts.down_proj"].swapaxes(1, 2)
-    else:
-        gate, down, up = (np.stack([theirs[f"experts.{e}.{w}.weight"].T for e in range(E)]) for w in ("w1", "w2", "w3"))
-    experts = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": down}}
-    return {"router": {"kernel": theirs["gate.weight"].T}, "experts": experts}
+def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):
+    case = jax.tree.map(jnp.asarray, golden("mixtral"))
+    ours = jax.jit(MoE(config(), D, F).apply)({"params": case["params"]}, case["x"])
+    np.testing.assert_allclose(ours, case["out"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +134,7 @@ def from_mixtral(theirs):
         (lambda: RouterConfig(experts=6, groups=4), "groups must divide"),
         (lambda: RouterConfig(slots=0), "slots=0"),
         (lambda: RouterConfig(softmax="middle"), "softmax='middle'"),
+        (lambda: gate({}, X[0], RouterConfig("hash", E, 1)), "pass tokens_N= to moe.gate.gate, or tokens_BT to MoE"),
     ],
 )
 def test_what_cannot_be_is_refused(make_config, message):

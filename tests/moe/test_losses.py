@@ -79,7 +79,7 @@ def test_gshards_gate():
     routing = route.gshard(jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2]])))
     np.testing.assert_array_equal(routing.experts_NK, [[0, 2], [1, 0]])
     np.testing.assert_allclose(routing.weights_NK, [[5 / 9, 4 / 9], [0.75, 0.25]], rtol=1e-6)
-    # The second expert is taken with probability 2 g2 (here 8/9 and 1/2), and g1 stays g1.
+    # The second expert is drawn with probability 2 g2 (here 8/9 and 1/2), and g1 stays g1.
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2]]))
     keys = jax.random.split(jax.random.key(0), 4000)
     many = jax.jit(jax.vmap(lambda key: route.gshard(logits, key=key)))(keys)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from moe import dispatch, experts, parallel, route
 
 N, D, F, E = 32, 6, 8, 8
-PARAMS = experts.initialise(D, F, E, key=jax.random.key(2))
+PARAMS = experts.initialize(D, F, E, key=jax.random.key(2))
 X = jax.random.normal(jax.random.key(3), (N, D))
 LOGITS = 2 * jax.random.normal(jax.random.key(4), (N, E))
 MASK = jnp.arange(N) % 7 != 5
@@ -46,7 +46,7 @@ def on_mesh(shape, way, exchange, name):
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(SPECS, tokens, tokens, tokens), out_specs=tokens)
     def forward(params, x, logits, mask):
-        run = parallel.tensor_parallel(partial(experts.swiglu, params), "tp")
+        run = parallel.tensor_parallel(partial(experts.expert_ffn, params), "tp")
         return send(x, ROUTINGS[name](logits, mask), run, "ep")
 
     return lambda p, x, logits: (forward(p, x, logits, MASK) * COTANGENT).sum(), forward

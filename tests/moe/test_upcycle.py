@@ -9,7 +9,7 @@ from moe.layer import MoE, MoEConfig
 from moe.upcycle import dare, merge, slerp, ties, upcycle
 
 D, F, E = 6, 10, 4
-DENSE = {name: {"kernel": leaf} for name, leaf in experts.initialise(D, F, 0, key=jax.random.key(0)).items()}
+DENSE = {name: {"kernel": leaf} for name, leaf in experts.initialize(D, F, 0, key=jax.random.key(0)).items()}
 X = jax.random.normal(jax.random.key(1), (2, 5, D))
 
 
@@ -56,9 +56,15 @@ def test_slerp_of_two_vectors_is_the_closed_form():
 
 
 def test_ties_by_hand():
-    # Half of the entries kept: (-3, 0, 0, 4), (2, -3, 0, 0), (0, -1, 0, 2). Sums (-1, -4, 0, 6) elect (-, -, 0, +).
+    # Half of the entries remain: (-3, 0, 0, 4), (2, -3, 0, 0), (0, -1, 0, 2). Sums (-1, -4, 0, 6) elect (-, -, 0, +).
     deltas = jnp.array([[-3.0, 1.0, 0.5, 4.0], [2.0, -3.0, 0.5, 1.0], [0.5, -1.0, 0.5, 2.0]])[:, None]
     np.testing.assert_allclose(ties(deltas, 0.5), [[-3.0, -2.0, 0.0, 3.0]])
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_ties_is_pefts(density, golden):
+    case = golden("merging")["ties"][f"{density:g}"]
+    np.testing.assert_allclose(ties(jnp.asarray(case["deltas"]), density), case["merged"], rtol=1e-5, atol=1e-6)
 
 
 def test_dare_keeps_a_share_and_the_mean():

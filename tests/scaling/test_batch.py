@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scaling.batch import critical_batch, fit_rule, fit_surface, fit_trade
+from scaling.batch import critical_batch, fit_rule, fit_surface
 
 
 def test_the_noise_scale_averages_before_it_divides():
@@ -30,21 +30,6 @@ def test_a_single_measurement_has_no_interval():
         critical_batch(np.array([-1.0]), np.array([30.0]))
     with pytest.raises(ValueError, match="0 measurements"):
         critical_batch(np.zeros(0), np.zeros(0))
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_the_trade_of_steps_for_examples_is_recovered(noise):
-    batch = 2.0 ** np.arange(3, 13)
-    steps = 400 * (1 + 250 / batch) * np.exp(noise * np.random.default_rng(0).standard_normal(10))
-    found = fit_trade(batch, steps)
-    assert found.steps == pytest.approx(400, rel=1e-6 + 2 * noise) and found.batch == pytest.approx(
-        250, rel=1e-6 + 4 * noise
-    )
-    # Equation 2.11 itself.
-    s, e = found.steps_at(100.0), 100.0 * found.steps_at(100.0)
-    assert (s / found.steps - 1) * (e / found.examples - 1) == pytest.approx(1)
-    with pytest.raises(ValueError, match="two different batch sizes"):
-        fit_trade(np.array([8.0, 8.0]), np.array([10.0, 11.0]))
 
 
 def grid(lr=3e-3, batch=40.0, noise=0.0, lrs=7, batches=6, seed=0):

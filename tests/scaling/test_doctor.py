@@ -4,15 +4,18 @@ import pytest
 from scaling import doctor
 from scaling.fitting.bootstrap import bootstrap
 from scaling.fitting.fit import FitConfig, fit
+from scaling.isoflop import Curves, Minimum, PowerLaw, envelope
 from scaling.published import CHINCHILLA, JOINT
 from scaling.rows import make_rows, read_csv
 
 
 def test_the_traps_of_the_published_rows(shared_data):
-    whole = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
-    rows = whole.without_highest_losses(5)
+    full = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
+    rows = full.without_highest_losses(5)
     fitted = fit(rows, CHINCHILLA)
-    found = {finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), whole=whole)}
+    found = {
+        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), all_rows=full)
+    }
     assert found["convergence"].verdict == "fine"
     starts = found["unconverged starts"].numbers
     assert starts["starts"] == 4500 and starts["near_best"] < 1000
@@ -30,8 +33,8 @@ def test_the_traps_of_the_published_rows(shared_data):
     assert found["loose tolerance"].numbers["ratio"] < found["mean reduction"].numbers["ratio"]
     assert abs(found["rounded parameters"].numbers["log_shift"]) < 0.1
     # Keeping all 245 is a warning: a handful of rows moves the optimum by more than its standard error.
-    kept = fit(whole, CHINCHILLA, starts=fitted.theta[:, None])
-    outliers = doctor.outliers(kept, bootstrap(kept, 200), 5.88e23)
+    refitted = fit(full, CHINCHILLA, starts=fitted.theta[:, None])
+    outliers = doctor.outliers(refitted, bootstrap(refitted, 200), 5.88e23)
     assert outliers.verdict == "warning"
     assert outliers.numbers["standard_errors"] > 1
 
@@ -56,3 +59,47 @@ def test_an_unconverged_fit_a_free_parameter_and_a_vanished_term_are_found():
     free = fit(rows, JOINT, FitConfig(search_steps=2, polish_steps=2), starts=truth[:, None])
     conditioning = doctor.conditioning(free)
     assert conditioning.verdict == "warning" and "chi" in conditioning.text
+
+
+def minimum(budget, refused="", scatter=0.01, depth=0.1):
+    return Minimum(budget, np.nan if refused else 1e6, 3.0, refused, 7, depth, scatter)
+
+
+def named(findings):
+    return {finding.name: finding for finding in findings}
+
+
+NO_DRAWS = np.zeros((2, 0))
+
+
+def test_sound_minima_are_fine():
+    minima = [minimum(b) for b in (1e18, 1e19, 1e20, 1e21)]
+    found = doctor.examine_minima(PowerLaw(0.5, 0.0, 4, 0.01), minima, np.zeros((2, 10)), 2e21)
+    assert {finding.verdict for finding in found} == {"fine"}
+
+
+@pytest.mark.parametrize(
+    "name, minima, law, draws, budget",
+    [
+        ("edge minima", [minimum(1e18), minimum(1e19, "larger sizes")], PowerLaw(0.5, 0, 4, 0), NO_DRAWS, 1e19),
+        ("scatter", [minimum(1e18, scatter=0.08)], PowerLaw(0.5, 0, 4, 0), NO_DRAWS, 1e19),
+        ("few budgets", [minimum(1e18)], PowerLaw(0.5, 0, 2, 0), NO_DRAWS, 1e19),
+        ("lost resamples", [minimum(1e18)], PowerLaw(0.5, 0, 4, 0), np.array([[1, np.nan], [1, np.nan]]), 1e19),
+        ("extrapolation", [minimum(1e18), minimum(1e22, "edge")], PowerLaw(0.5, 0, 4, 0), NO_DRAWS, 1e20),
+    ],
+)
+def test_each_trap_is_warned_of(name, minima, law, draws, budget):
+    found = named(doctor.examine_minima(law, minima, draws, budget))
+    assert found[name].verdict == "warning"
+
+
+def test_an_envelope_of_edge_sizes_is_warned_of():
+    flops = np.geomspace(1e15, 1e18, 50)
+    # Four sizes, of which the largest is the lowest from early on.
+    losses = np.stack([3 + 0.1 * np.abs(np.log(flops / c)) for c in (1e15, 2e15, 4e15, 8e15)])
+    curves = Curves(flops, np.array([1.0, 2.0, 3.0, 4.0]), losses)
+    law, found = envelope(curves)
+    findings = named(doctor.examine_envelope(found, curves, NO_DRAWS, 1e17, named=False))
+    assert findings["edge minima"].verdict == "warning" and findings["edge minima"].numbers["share"] < 0.5
+    assert findings["runs"].verdict == "note"
+    assert findings["extrapolation"].verdict == "warning"

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from scaling import isoflop
-from scaling.fitting.variable_projection import fit_projected
 from scaling.optimum import chinchilla_optimum
 from scaling.rows import make_rows
 
@@ -91,11 +90,3 @@ def test_resampled_minima():
     draws = isoflop.bootstrap_exponent(rows, isoflop.group_budgets(rows["flops"]), counts)
     assert 0 < np.nanstd(draws[0]) < 0.05
     assert np.nanmean(draws[0]) == pytest.approx(0.4516, abs=0.03)
-
-
-def test_variable_projection_recovers_the_truth():
-    rows = sweep(reach=8.0)
-    found = fit_projected(rows)
-    assert found.parameters == pytest.approx(T, rel=1e-3)
-    with pytest.raises(ValueError, match="4 rows cannot determine the 5 parameters"):
-        fit_projected(rows.take(np.arange(4)))

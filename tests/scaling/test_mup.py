@@ -1,10 +1,10 @@
 import pytest
 
-from scaling.mup import PARAMETRISATIONS, ROLES, factors
+from scaling.mup import PARAMETERIZATIONS, ROLES, factors
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("name", PARAMETRISATIONS)
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_the_base_width_is_left_as_it_is(role, name):
     assert factors(role, 1.0, name) == (1.0, 1.0)
 

@@ -12,7 +12,7 @@ THETA = CHINCHILLA.raw(T)
 def test_the_search_agrees_with_the_closed_form():
     budgets = [1e18, 5.76e23]
     theta = np.stack([THETA, CHINCHILLA.raw({**T, "alpha": 0.5})], 1)
-    found = optimum.optimum(CHINCHILLA, theta, budgets)
+    found = optimum.compute_optimal(CHINCHILLA, theta, budgets)
     values = dict(zip(CHINCHILLA.parameters, CHINCHILLA.natural(theta), strict=True))
     exact = optimum.chinchilla_optimum(values, budgets)
     np.testing.assert_allclose(found.params, exact.params, rtol=1e-5)
@@ -27,19 +27,19 @@ def test_published_parameters_give_the_published_sizes():
 
 
 def test_off_the_optimum():
-    best = optimum.optimum(CHINCHILLA, THETA[:, None], [1e21])
+    best = optimum.compute_optimal(CHINCHILLA, THETA[:, None], [1e21])
     table = optimum.off_optimum(CHINCHILLA, THETA, 1e21, (0.5, 1.0, 2.0))
     assert table[1]["excess"] == pytest.approx(0, abs=1e-9)
     assert table[0]["excess"] > 0 < table[2]["excess"]
     for row in table:
         assert 6 * row["params"] * row["tokens"] == pytest.approx(1e21)
-        needed = optimum.optimum(CHINCHILLA, THETA[:, None], [1e21 * (1 - row["wasted"])])
+        needed = optimum.compute_optimal(CHINCHILLA, THETA[:, None], [1e21 * (1 - row["wasted"])])
         assert needed.loss[0, 0] == pytest.approx(row["loss"], rel=1e-6)
     assert best.ratio[0, 0] == pytest.approx(best.tokens[0, 0] / best.params[0, 0])
 
 
 def test_inference_moves_the_optimum_to_smaller_models_trained_longer():
-    loss = float(optimum.optimum(CHINCHILLA, THETA[:, None], [1e21]).loss[0, 0])
+    loss = float(optimum.compute_optimal(CHINCHILLA, THETA[:, None], [1e21]).loss[0, 0])
     none = optimum.inference_optimum(CHINCHILLA, THETA, loss, 0.0)
     # Without inference it is the training optimum.
     assert none.training_flops == pytest.approx(1e21, rel=1e-4)
@@ -61,17 +61,17 @@ def test_inference_moves_the_optimum_to_smaller_models_trained_longer():
 def test_other_columns_are_held():
     t = {"a_S": 16.8, "c_S": 45.8, "B": 400.0, "c": 0.651, "b_S": 0.722, "b_N": 0.245, "b_D": 0.25}
     dense, sparse = (
-        optimum.optimum(SPARSITY, SPARSITY.raw(t)[:, None], [1e20], at={"sparsity": s}) for s in (0.0, 0.75)
+        optimum.compute_optimal(SPARSITY, SPARSITY.raw(t)[:, None], [1e20], at={"sparsity": s}) for s in (0.0, 0.75)
     )
     assert sparse.loss < dense.loss
     at_three_quarters = CHINCHILLA.raw(
         {"A": 16.8 * 0.25**0.722 + 45.8, "B": 400.0, "E": 0.651, "alpha": 0.245, "beta": 0.25}
     )
-    same = optimum.optimum(CHINCHILLA, at_three_quarters[:, None], [1e20])
+    same = optimum.compute_optimal(CHINCHILLA, at_three_quarters[:, None], [1e20])
     np.testing.assert_allclose(sparse.params, same.params, rtol=1e-9)
 
 
 def test_no_minimum_inside_is_nan():
     only_size = restrict(CHINCHILLA, B=0.0, beta=1.0)
     theta = only_size.raw({"A": 406.4, "E": 1.69, "alpha": 0.34})
-    assert np.isnan(optimum.optimum(only_size, theta[:, None], [1e20]).params).all()
+    assert np.isnan(optimum.compute_optimal(only_size, theta[:, None], [1e20]).params).all()

@@ -5,9 +5,9 @@ from scaling import planner
 from scaling.coverage import isoflop_design
 from scaling.fitting.fit import fit
 from scaling.optimum import chinchilla_optimum
+from scaling.planner_benchmark import benchmark_planner, candidate_runs, simulate_losses
 from scaling.published import CHINCHILLA
 from scaling.rows import Rows, make_rows
-from scaling.surfaces import measured, race, shop
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
 TARGET, NOISE = 1e21, 0.005
@@ -47,58 +47,63 @@ def test_the_promised_gain_is_the_gain():
         assert choice.after[i] == pytest.approx(after, rel=1e-6)
 
 
-def check_races(races):
+def check_benchmarks(found):
     """The planner reaches the grid's interval, and its N* is as near the truth as an interval of that width says."""
-    assert all(r.reached for r in races)
-    share = np.array([r.share for r in races])
+    assert all(r.reached for r in found)
+    share = np.array([r.share for r in found])
     assert np.median(share) <= 0.5
-    return share, np.array([abs(r.error) <= r.width for r in races])
+    return share, np.array([abs(r.error) <= r.width for r in found])
 
 
 def test_the_planner_needs_half_of_the_grids_flops():
-    check_races([race(1)])
+    check_benchmarks([benchmark_planner(1)])
 
 
 @pytest.mark.slow
 def test_the_planner_needs_half_of_the_grids_flops_on_a_hundred_surfaces():
-    share, held = check_races([race(seed) for seed in range(100)])
+    share, held = check_benchmarks([benchmark_planner(seed) for seed in range(100)])
     assert np.mean(share <= 0.5) >= 0.95
     # Intervals that end a search when they are narrow are chosen for being narrow: they hold less than 95%.
     assert held.mean() >= 0.85
 
 
-def test_buying_never_looks_ahead_and_stops():
+def test_acquiring_never_looks_ahead_and_stops():
     truth = dict(T)
     rng = np.random.default_rng(0)
     rows = isoflop_design(truth, budgets=3, sizes=5, lowest=1e17, highest=1e18)
-    first, goods = measured(rows, truth, NOISE, rng), measured(shop(rows, budgets=3, sizes=7), truth, NOISE, rng)
+    first, others = (
+        simulate_losses(rows, truth, NOISE, rng),
+        simulate_losses(candidate_runs(rows, budgets=3, sizes=7), truth, NOISE, rng),
+    )
     starts = CHINCHILLA.raw(truth)[:, None]
-    found = planner.buy(first, CHINCHILLA, goods, budget=TARGET, wanted=0.0, most=3, starts=starts)
+    found = planner.acquire_runs(first, CHINCHILLA, others, budget=TARGET, wanted=0.0, most=3, starts=starts)
     assert len(found.rows) == len(first) + 3 and len(found.widths) == 4
-    # Losses of runs that were not bought change nothing.
-    bought = {tuple(r) for r in np.stack([found.rows[n] for n in ("params", "tokens")], 1)[len(first) :]}
-    unseen = [tuple(r) not in bought for r in np.stack([goods["params"], goods["tokens"]], 1)]
-    other = Rows({**goods.columns, "loss": np.where(unseen, 99.0, goods["loss"])}, "goods")
-    again = planner.buy(first, CHINCHILLA, other, budget=TARGET, wanted=0.0, most=3, starts=starts)
+    # Losses of runs that were not acquired change nothing.
+    acquired = {tuple(r) for r in np.stack([found.rows[n] for n in ("params", "tokens")], 1)[len(first) :]}
+    unseen = [tuple(r) not in acquired for r in np.stack([others["params"], others["tokens"]], 1)]
+    other = Rows({**others.columns, "loss": np.where(unseen, 99.0, others["loss"])}, "others")
+    again = planner.acquire_runs(first, CHINCHILLA, other, budget=TARGET, wanted=0.0, most=3, starts=starts)
     np.testing.assert_array_equal(again.rows["params"], found.rows["params"])
     assert found.flops == pytest.approx(found.rows["flops"].sum())
-    # An interval that is narrow enough buys nothing.
-    assert len(planner.buy(first, CHINCHILLA, goods, budget=TARGET, wanted=1e9, starts=starts).rows) == len(first)
+    # An interval that is narrow enough acquires nothing.
+    assert len(planner.acquire_runs(first, CHINCHILLA, others, budget=TARGET, wanted=1e9, starts=starts).rows) == len(
+        first
+    )
 
 
-def test_without_an_optimum_the_farthest_run_is_bought():
+def test_without_an_optimum_the_farthest_run_is_chosen():
     rows = make_rows({"params": [1e6] * 6, "tokens": np.geomspace(1e8, 2e8, 6), "loss": np.linspace(3, 2.9, 6)})
     fitted = fit(rows, CHINCHILLA, starts=CHINCHILLA.raw(T)[:, None])
-    goods = make_rows({"params": [1.1e6, 1e9], "tokens": [1e8, 1e8], "loss": [1.0, 1.0]})
+    others = make_rows({"params": [1.1e6, 1e9], "tokens": [1e8, 1e8], "loss": [1.0, 1.0]})
     assert planner.half_width(fitted, TARGET) == np.inf
-    assert planner.next_run(fitted, goods, budget=TARGET) == 1
+    assert planner.next_run(fitted, others, budget=TARGET) == 1
     with pytest.raises(ValueError, match="no candidate costs 1 FLOPs or less"):
-        planner.next_run(fitted, goods, budget=TARGET, affordable=1.0)
+        planner.next_run(fitted, others, budget=TARGET, affordable=1.0)
 
 
 def test_suggestions_shrink_the_error_more_the_more_they_cost():
     rng = np.random.default_rng(1)
-    rows = measured(isoflop_design(T, budgets=4, sizes=6, lowest=1e17, highest=1e19), T, NOISE, rng)
+    rows = simulate_losses(isoflop_design(T, budgets=4, sizes=6, lowest=1e17, highest=1e19), T, NOISE, rng)
     fitted = fit(rows, CHINCHILLA, starts=CHINCHILLA.raw(T)[:, None])
     found = planner.suggest(fitted, TARGET)
     assert all(0 < row["after"] < row["before"] for row in found)
@@ -115,4 +120,3 @@ def test_what_cannot_be_planned_is_said():
         )
     with pytest.raises(ValueError, match="3 runs do not determine 5 parameters"):
         planner.covariance(planner.slopes(CHINCHILLA, theta, made[0][:3], made[1][:3]), NOISE)
-    assert not planner.tight_enough([], 1.0) and planner.tight_enough([2.0, 0.5], 1.0)

@@ -11,9 +11,9 @@ GOOD = {"params": [1e6, 2e6], "tokens": [1e8, 3e8], "loss": [3.0, 2.5]}
 @pytest.mark.parametrize("left_out", ["params", "tokens", "flops"])
 def test_the_third_size_follows_from_the_other_two(left_out):
     params, tokens = np.array([1e6, 2e6]), np.array([1e8, 3e8])
-    whole = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
-    rows = make_rows({**{k: v for k, v in whole.items() if k != left_out}, "loss": [3.0, 2.5]})
-    for name, values in whole.items():
+    full = {"params": params, "tokens": tokens, "flops": 6 * params * tokens}
+    rows = make_rows({**{k: v for k, v in full.items() if k != left_out}, "loss": [3.0, 2.5]})
+    for name, values in full.items():
         np.testing.assert_allclose(rows[name], values, rtol=1e-14)
 
 

@@ -10,11 +10,51 @@ from pathlib import Path
 from scaling.sweeps.executors import Local
 from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store
-from scaling.sweeps.sweep import SweepConfig, sweep
+from scaling.sweeps.sweep import SweepConfig, run_sweep
 
 PLAN = PlanConfig(
     widths=(8, 16, 24, 32), budgets=(1e9, 3e9, 9e9), batch=Rule(4.0, multiple=1), warmup=0, least_steps=10
 )
+
+
+FAST = SweepConfig(poll=0.01)
+
+
+class Inside:
+    """Carries calls out in this process, in any order."""
+
+    slots = 2
+
+    def __init__(self, backwards=False):
+        self.backwards, self.calls = backwards, 0
+
+    def submit(self, calls):
+        self.calls += len(calls)
+        jobs = []
+        for function, arguments in reversed(calls) if self.backwards else calls:
+            try:
+                function(*arguments)
+                jobs.append(Ended(""))
+            except Exception as error:
+                jobs.append(Ended(str(error)))
+        return list(reversed(jobs)) if self.backwards else jobs
+
+    def wait(self, seconds):
+        pass
+
+    def stop(self, jobs):
+        pass
+
+
+class Ended:
+    def __init__(self, message):
+        self.message = message
+
+    def done(self):
+        return True
+
+    def error(self):
+        return self.message
 
 
 def runs(**changes):
@@ -26,7 +66,7 @@ def loss_of(run, readout):
 
 
 def train(run, directory, report, *, seconds=0.01):
-    """Goes on from a saved trunk as real training does; its losses depend on the trunk's whole course."""
+    """Goes on from a saved trunk as real training does; its losses depend on the trunk's full course."""
     saved = directory / "trunk.json"
     trunk = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "sum": 0}
     if trunk["step"] > run.readouts[0].branch:
@@ -80,5 +120,5 @@ if __name__ == "__main__":
 
     if "--main" in sys.argv:
         imported = train
-    sweep(runs(), imported, Store(directory / "runs"), engine, directory / "runs.csv", SweepConfig(poll=0.02))
+    run_sweep(runs(), imported, Store(directory / "runs"), engine, directory / "runs.csv", SweepConfig(poll=0.02))
     (directory / "finished").touch()

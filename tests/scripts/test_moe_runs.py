@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from sharding.rules import path_name
 from tessera.infra.checkpoint import Checkpoints
-from tessera.infra.checksums import name_of
 from tessera.infra.logger import METRICS, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def train(workdir, text, config, *flags):
 def arrays(workdir, step=None):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         tree = checkpoints.restore(max(checkpoints.steps()) if step is None else step).state
-    return {name_of(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def test_a_killed_run_goes_on_with_the_same_router_biases(tmp_path, text):

@@ -40,19 +40,19 @@ def script(name, *arguments):
         "ablations:tiny",
     ],
 )
-def test_a_study_writes_its_page_and_goes_on_from_its_pieces(name, tmp_path):
+def test_a_study_writes_its_page_and_goes_on_from_its_memo(name, tmp_path):
     command = ("study", f"--config=configs/study_{name.replace(':', '.py:')}", f"--workdir={tmp_path / 'run'}")
     first = script(*command)
     assert first.returncode == 0, first.stderr
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.count("|") > 20 and (tmp_path / "run" / "figures" / "picture.png").stat().st_size < 300_000
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
-    pieces = sorted((tmp_path / "run" / "pieces").rglob("*.json"))
-    stamps = [path.stat().st_mtime_ns for path in pieces]
+    memo = sorted((tmp_path / "run" / "memo").rglob("*.json"))
+    stamps = [path.stat().st_mtime_ns for path in memo]
     again = script(*command)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "table.md").read_text() == table
-    assert [path.stat().st_mtime_ns for path in pieces] == stamps, "nothing is computed twice"
+    assert [path.stat().st_mtime_ns for path in memo] == stamps, "nothing is computed twice"
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_finished_search_is_analysed(tmp_path):
     page = (out / "report.html").read_text()
     for part in ("Connectivity", "Overlap over seeds", "Sharpness"):
         assert f"<h2>{part}</h2>" in page
-    rows = json.loads((out / "pieces" / "level2_ticket_sharpness.json").read_text())
+    rows = json.loads((out / "memo" / "level2_ticket_sharpness.json").read_text())
     assert {row["seed"] for row in rows} == {0, 3} and all(row["residual"] >= 0 for row in rows)
     header = (out / "overlap.csv").read_text().splitlines()[0]
     assert "expected" in header and "ratio" in header

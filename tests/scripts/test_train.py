@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from sharding.rules import path_name
 from tessera.infra.checkpoint import Checkpoints
-from tessera.infra.checksums import name_of
 from tessera.infra.logger import METRICS, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def arrays(workdir):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = max(checkpoints.steps())
         tree = checkpoints.restore(step).state
-    return {name_of(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} | {"at": step}
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} | {"at": step}
 
 
 def assert_same_run(workdir, reference):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from sharding.analysis.collectives import collectives, totals
-from sharding.context_parallel import contiguous_positions, heads_attention, ring_attention, zigzag_positions
+from sharding.analysis.collectives import count_collectives, totals
+from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
-from tessera.models.layers import attention
+from tessera.models.transformer import attention
 
 
 def reference(q, k, v):
@@ -44,7 +44,7 @@ def test_zigzag_gives_every_part_the_same_work(parts, chunk):
 
 METHODS = {
     "ring": (partial(ring_attention, axis="cp"), zigzag_positions, 4),
-    "all_to_all": (partial(heads_attention, axis="cp", attend=attention), contiguous_positions, 4),
+    "all_to_all": (partial(ulysses_attention, axis="cp", attend=attention), contiguous_positions, 4),
     "ring, one key head": (partial(ring_attention, axis="cp"), zigzag_positions, 1),
 }
 
@@ -57,14 +57,14 @@ def test_attention_over_a_split_sequence_and_its_gradient(method):
     q = rng.normal(size=(2, length, 4, 6)).astype(np.float32) * 2
     k, v = (rng.normal(size=(2, length, kv_heads, 6)).astype(np.float32) * 2 for _ in range(2))
     weight = rng.normal(size=q.shape).astype(np.float32)
-    mixed, whole = order(cut, parts, length), np.arange(length)
+    mixed, full = order(cut, parts, length), np.arange(length)
     back = np.argsort(mixed)
     mesh = make_mesh(Plan("dp=2, cp=4"))
     split = jax.shard_map(function, mesh=mesh, in_specs=(P("dp", "cp"),) * 3, out_specs=P("dp", "cp"))
 
     def run(attend, at):
         def loss(q, k, v):
-            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else whole]
+            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else full]
             return (result * weight).sum(), result
 
         (_, result), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -72,7 +72,7 @@ def test_attention_over_a_split_sequence_and_its_gradient(method):
 
     result, grads = run(split, mixed)
     np.testing.assert_allclose(result, reference(q, k, v), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, run(attention, whole)[1], strict=True):
+    for ours, theirs in zip(grads, run(attention, full)[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
@@ -83,8 +83,8 @@ def test_keys_and_values_travel_once_forward_and_with_their_gradients_back():
     )
     shapes = [jax.ShapeDtypeStruct((1, 32, heads, 4), jnp.float32) for heads in (4, 2, 2)]
     part = 4 * 2 * 4 * 4  # bytes of one device's keys
-    forward = totals(collectives(shard, *shapes))
+    forward = totals(count_collectives(shard, *shapes))
     assert forward == {"permute": (2 * 7, 2 * 7 * part)}
-    both = totals(collectives(jax.grad(lambda q, k, v: shard(q, k, v).sum(), (0, 1, 2)), *shapes))
+    both = totals(count_collectives(jax.grad(lambda q, k, v: shard(q, k, v).sum(), (0, 1, 2)), *shapes))
     # Back: k, v and both gradients 7 times, the gradients once more to be home.
     assert both == {"permute": (2 * 7 + 4 * 7 + 2, (2 * 7 + 4 * 7 + 2) * part)}

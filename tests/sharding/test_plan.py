@@ -18,7 +18,7 @@ def test_a_plan_reads_as_it_is_written():
 
 
 @pytest.mark.parametrize(
-    "axes, options, words",
+    "axes, options, texts",
     [
         ("tq=4", {}, ["'tq'", "did you mean 'tp'?", ", ".join(MESH_AXES)]),
         ("icy.tp=4", {}, ["icy.tp", "dcn."]),
@@ -34,15 +34,15 @@ def test_a_plan_reads_as_it_is_written():
         ("cp=2", {"context": "rings"}, ["did you mean 'ring'?"]),
     ],
 )
-def test_a_bad_plan_is_refused_with_the_numbers(axes, options, words):
+def test_a_bad_plan_is_refused_with_the_numbers(axes, options, texts):
     with pytest.raises(PlanError) as error:
         Plan(axes, **options)
-    for word in words:
-        assert word in str(error.value)
+    for text in texts:
+        assert text in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "axes, devices, words",
+    "axes, devices, texts",
     [
         ("tp=4, fsdp=4", 8, ["tp=4 x fsdp=4", "16 devices", "there are 8", "nearest valid:"]),
         ("tp=3", 8, ["nearest valid: tp=8"]),
@@ -51,11 +51,11 @@ def test_a_bad_plan_is_refused_with_the_numbers(axes, options, words):
         ("tp=3, fsdp=-1", 8, ["take 3", "nearest valid: tp="]),
     ],
 )
-def test_axes_that_do_not_multiply_to_the_devices(axes, devices, words):
+def test_axes_that_do_not_multiply_to_the_devices(axes, devices, texts):
     with pytest.raises(PlanError) as error:
         Plan(axes).fill(devices)
-    for word in words:
-        assert word in str(error.value)
+    for text in texts:
+        assert text in str(error.value)
 
 
 def test_one_axis_takes_what_is_left():

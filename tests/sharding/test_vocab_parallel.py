@@ -9,7 +9,7 @@ from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
 from sharding.vocab_parallel import lookup, token_losses
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.decoder import DecoderParts, make_loss
+from tessera.parallel.decoder import ShardedDecoder, make_loss
 
 PLAN = Plan("tp=8")
 
@@ -66,7 +66,7 @@ def test_no_device_ever_has_logits_of_the_whole_vocabulary(tied, sequence):
     plan = Plan("tp=8", sequence=sequence)
     tokens = jax.ShapeDtypeStruct((2, 17), jnp.int32)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-    step = jax.value_and_grad(make_loss(DecoderParts(config, plan), abstract_mesh(plan)), has_aux=True)
+    step = jax.value_and_grad(make_loss(ShardedDecoder(config, plan), abstract_mesh(plan)), has_aux=True)
     shapes = set(shapes_inside(jax.make_jaxpr(step)(params, {"tokens": tokens}).jaxpr))
     assert any(37 in shape for shape in shapes)
     assert not [shape for shape in shapes if vocabulary in shape]

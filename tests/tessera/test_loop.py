@@ -10,11 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from tessera.evaluation import evaluate
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
-from tessera.loop import LoopConfig, train
-from tessera.signals import Interrupted, NonFiniteLoss
+from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, evaluate, train
 from tessera.step import StepConfig, init_state, make_train_step
 
 ROWS = 6

@@ -6,15 +6,16 @@ import numpy as np
 import optax
 import pytest
 
+from lottery import criteria, prune, transform
 from lottery import masks as masks_lib
-from lottery import prune, scores, transform
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.plan import Plan
 from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
+from tessera.lm.run import RunConfig, under_plan
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.build import plan_decoder
-from tessera.step import init_state, make_train_step
+from tessera.optim.optimizer import OptimizerConfig
+from tessera.step import StepConfig, init_state, make_train_step
 
 SIZES = {"vocab_size": 32, "layers": 2, "width": 16, "heads": 4, "ff": 32}
 EXPERTS = {"mlp": "routed", "moe": MoEConfig(router=RouterConfig("top_k", 4, 2))}
@@ -28,13 +29,18 @@ def first_params(config):
 def ticket(params):
     """Half of every kernel, the smallest weights gone."""
     which = masks_lib.prunable(params)
-    quotas = prune.quotas(prune.sizes(params, which), prune.Layerwise(0.5))
-    return prune.remove(scores.magnitude(params), masks_lib.ones(params), which, quotas)
+    removals = prune.removal_counts(prune.sizes(params, which), prune.Layerwise(0.5))
+    return prune.remove(criteria.magnitude(params), masks_lib.ones(params), which, removals)
+
+
+def planned(config, axes, init):
+    """Loss and placement of a run under a plan."""
+    return under_plan(RunConfig(config, Plan(axes), OptimizerConfig(), StepConfig(), batch_size=8, length=8), init)
 
 
 def train(config, axes, params, tx, steps=2):
     """The state after some steps under a plan, on the host."""
-    loss, placement = plan_decoder(config, Plan(axes), lambda: init_state(params, tx), batch_size=8, length=8)
+    loss, placement = planned(config, axes, lambda: init_state(params, tx))
     state = jax.device_put(init_state(params, tx), placement.state)
     step = jax.jit(make_train_step(loss, tx), out_shardings=(placement.state, None))
     for _ in range(steps):
@@ -87,7 +93,7 @@ def test_a_shard_is_written_once(tmp_path, axes):
     config = TransformerConfig(**SIZES | {"width": 64, "ff": 256})
     params = first_params(config)
     tx = optax.sgd(1e-2)
-    _, placement = plan_decoder(config, Plan(axes), lambda: init_state(params, tx), batch_size=8, length=8)
+    _, placement = planned(config, axes, lambda: init_state(params, tx))
     state = jax.device_put(init_state(params, tx), placement.state)
     with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True)) as checkpoints:
         checkpoints.save(1, state, data={})

@@ -1,4 +1,4 @@
-"""One step against optax by hand, microbatches against the whole batch, SAM's gradient, the moving average."""
+"""One step against optax by hand, gradient accumulation against the whole batch, SAM's gradient, the moving average."""
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +48,15 @@ def test_a_step_is_what_optax_does_by_hand(tx):
     assert_close(metrics["error"] ** 2, metrics["loss"])
 
 
-@pytest.mark.parametrize("parts", [2, 3, 12])
-def test_microbatches_give_the_gradient_of_the_whole(parts):
+@pytest.mark.parametrize(
+    ("parts", "tx"),
+    [(2, optax.sgd(0.1)), (3, optax.sgd(0.1)), (12, optax.sgd(0.1))]
+    + [(2, optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.02)))],
+)
+def test_gradient_accumulation_gives_the_update_of_the_whole_batch(parts, tx):
     params, batch = problem()
-    tx = optax.sgd(0.1)
     whole, one = make_train_step(loss_fn, tx)(init_state(params, tx), batch, KEY)
-    parted, two = jax.jit(make_train_step(loss_fn, tx, StepConfig(microbatches=parts)))(
+    parted, two = jax.jit(make_train_step(loss_fn, tx, StepConfig(grad_accum_steps=parts)))(
         init_state(params, tx), batch, KEY
     )
     assert_close(whole.params, parted.params)
@@ -62,8 +65,8 @@ def test_microbatches_give_the_gradient_of_the_whole(parts):
 
 def test_a_batch_that_does_not_divide():
     params, batch = problem()
-    with pytest.raises(ValueError, match="12 does not divide into 5"):
-        make_train_step(loss_fn, optax.sgd(0.1), StepConfig(microbatches=5))(
+    with pytest.raises(ValueError, match="12 does not divide into grad_accum_steps=5"):
+        make_train_step(loss_fn, optax.sgd(0.1), StepConfig(grad_accum_steps=5))(
             init_state(params, optax.sgd(0.1)), batch, KEY
         )
 
@@ -83,7 +86,7 @@ def test_sam_sees_the_gradient_at_the_disturbed_parameters(parts):
     params, batch = problem()
     rho, lr = 0.1, 0.05
     tx = make_optimizer(OptimizerConfig("sam", lr=lr, options=(("base", "sgd"), ("rho", rho))))
-    step = jax.jit(make_train_step(loss_fn, tx, StepConfig(microbatches=parts)))
+    step = jax.jit(make_train_step(loss_fn, tx, StepConfig(grad_accum_steps=parts)))
     state, _ = step(init_state(params, tx), batch, KEY)
 
     def gradient(params):
@@ -110,7 +113,7 @@ def test_moving_average():
 def test_noise_scale_metrics_follow_numpy():
     params, batch = problem()
     tx = optax.sgd(0.1)
-    step = make_train_step(loss_fn, tx, StepConfig(microbatches=4, noise_scale=True))
+    step = make_train_step(loss_fn, tx, StepConfig(grad_accum_steps=4, noise_scale=True))
     _, metrics = step(init_state(params, tx), batch, KEY)
 
     def squared(rows):
@@ -130,7 +133,11 @@ def test_finite_flag(value):
     assert not bool(metrics["finite"])
 
 
-BAD = [({"microbatches": 0}, "microbatches"), ({"ema": 1.0}, "ema"), ({"noise_scale": True}, "microbatches to 2")]
+BAD = [
+    ({"grad_accum_steps": 0}, "grad_accum_steps"),
+    ({"ema": 1.0}, "ema"),
+    ({"noise_scale": True}, "grad_accum_steps to 2"),
+]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD)

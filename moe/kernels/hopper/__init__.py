@@ -1,1 +1,1 @@
-"""moe.kernels.hopper."""
+"""Mosaic GPU kernels for Hopper (wgmma, TMA, persistent, warp-specialized); experimental, not timed."""

@@ -1,7 +1,7 @@
-"""Products with block-pruned weights on Hopper: the same two bodies, their steps made on the host (`structure.py`).
+"""Block-sparse matmul and its gradients on Hopper, with steps made on the host (`moe.kernels.structure`).
 
-Forward and input gradient: a row tile of x by an output column, the column's live blocks going round the ring, shared
-by a pair of row tiles. Weight gradient: a live block, the rows going round.
+Forward and input gradient: an output tile is a row tile by a block column; its live blocks are the pipeline's steps,
+shared by a pair of row tiles. Weight gradient: an output tile is a live block, and row tiles are the steps.
 """
 
 from functools import partial
@@ -13,8 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels.hopper import ring as gpu_ring
-from moe.kernels.hopper import store
+from moe.kernels.hopper import ring, store
 from moe.kernels.hopper.ring import Ring, Tile
 from moe.kernels.spec import BlockOperands, BlockSpec
 
@@ -26,10 +25,10 @@ STEP = 64
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -> jax.Array:
-    """(M, outputs x b). Rows are a multiple of 8."""
+    """Block-sparse matmul: (M, outputs x b); the rows are a multiple of 8."""
     x, steps, b = operands.x, operands.steps, spec.block
     tile, step = spec.tiling.rows, min(spec.tiling.inner, b)
-    # Steps of one output are neighbours; an output without live blocks has one that multiplies nothing.
+    # Steps of one output are adjacent; an output without live blocks has one with live 0.
     bounds = jnp.searchsorted(steps.o, jnp.arange(spec.outputs + 1, dtype=jnp.int32)).astype(jnp.int32)
     columns = jnp.stack([bounds[:-1], (bounds[1:] - bounds[:-1]) * steps.live[bounds[:-1]]])
     tiles = [Tile((tile, step), x.dtype), Tile((b, step) if spec.transpose else (step, b), x.dtype)]
@@ -38,18 +37,18 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -
     out = jax.ShapeDtypeStruct((x.shape[0], spec.outputs * b), spec.out_dtype)
     name = f"block_matmul{'_transposed' if spec.transpose else ''}"
     options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": name}
-    call = gpu_ring.launch(body, [out], memory, **options)
+    call = ring.launch(body, [out], memory, **options)
     return call(columns, jnp.stack([steps.a, steps.b]), x, operands.other)[0]
 
 
-def _matmul(spec, tile, columns, steps, x, blocks, out, *, ring, stage):
+def _matmul(spec, tile, columns, steps, x, blocks, out, *, slots, stage):
     (rows, step), b = tile, spec.block
     wg, mine, parts = lax.axis_index("wg"), rows // CONSUMERS, b // step
     row_pairs = -(-x.shape[0] // (2 * rows))
 
     def plan(t):
         i, column = plgpu.planar_snake(t, (row_pairs, spec.outputs), 1, min(SWATH, spec.outputs))
-        row = (2 * i + lax.axis_index(gpu_ring.PAIR)) * rows
+        row = (2 * i + lax.axis_index(ring.PAIR)) * rows
         return (row, column, columns[0, column]), columns[1, column] * parts
 
     def load(where, i, slot, barrier):
@@ -59,7 +58,7 @@ def _matmul(spec, tile, columns, steps, x, blocks, out, *, ring, stage):
         plgpu.copy_gmem_to_smem(x.at[pl.ds(row, rows), pl.ds(steps[0, s] * b + at, step)], slot[0], barrier)
         inner, across = pl.ds(at, step), pl.ds(0, b)
         block = blocks.at[steps[1, s], across, inner] if spec.transpose else blocks.at[steps[1, s], inner, across]
-        plgpu.copy_gmem_to_smem(block, slot[1], barrier, collective_axes=gpu_ring.PAIR)
+        plgpu.copy_gmem_to_smem(block, slot[1], barrier, collective_axes=ring.PAIR)
 
     def multiply(totals, where, i, slot):
         del where, i
@@ -75,11 +74,11 @@ def _matmul(spec, tile, columns, steps, x, blocks, out, *, ring, stage):
         store.write(stage, sums, [place], list, dtype=spec.out_dtype)
 
     work = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
-    gpu_ring.run(Ring(*ring), jnp.int32(row_pairs * spec.outputs), consumers=CONSUMERS, sums=[(mine, b)], **work)
+    ring.run(Ring(*slots), jnp.int32(row_pairs * spec.outputs), consumers=CONSUMERS, sums=[(mine, b)], **work)
 
 
 def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool) -> jax.Array:
-    """Weight gradient of the live blocks: (outputs, b, b). Rows are a multiple of 8."""
+    """Weight gradient of the live blocks: (outputs, b, b); the rows are a multiple of 8."""
     x, dy, steps, b = operands.x, operands.other, operands.steps, spec.block
     # Each warpgroup has 64 rows of the block.
     consumers = b // 64
@@ -92,11 +91,11 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
         "interpret": interpret,
         "name": "block_contraction",
     }
-    call = gpu_ring.launch(body, [out], memory, **options)
+    call = ring.launch(body, [out], memory, **options)
     return call(jnp.stack([steps.a, steps.b, steps.o]), x, dy)[0]
 
 
-def _contract(spec, consumers, steps, x, dy, out, *, ring, stage):
+def _contract(spec, consumers, steps, x, dy, out, *, slots, stage):
     b, wg = spec.block, lax.axis_index("wg")
 
     def plan(t):
@@ -118,12 +117,12 @@ def _contract(spec, consumers, steps, x, dy, out, *, ring, stage):
         store.write(stage, sums, [place], list, dtype=spec.out_dtype)
 
     work = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
-    gpu_ring.run(Ring(*ring), jnp.int32(spec.outputs), consumers=consumers, sums=[(64, b)], **work)
+    ring.run(Ring(*slots), jnp.int32(spec.outputs), consumers=consumers, sums=[(64, b)], **work)
 
 
 def _memory(tiles, rows, out_dtype, *, consumers, pairs):
-    slots = gpu_ring.stages(tiles, other=store.size(rows, consumers=consumers))
+    count = ring.stages(tiles, other=store.size(rows, consumers=consumers))
     return {
-        "ring": gpu_ring.scratch(tiles, slots=slots, consumers=consumers, pairs=pairs),
+        "slots": ring.scratch(tiles, slots=count, consumers=consumers, pairs=pairs),
         "stage": store.scratch(rows, out_dtype, consumers=consumers),
     }

@@ -1,9 +1,8 @@
-"""The weighted sum of each token's rows on Hopper: in the kernel by TMA reductions, or behind it in a fixed order.
+"""Weighted combine in the Hopper kernel by TMA reductions (atomic additions in L2): fast, not deterministic.
 
-In the kernel a row of the product leaves shared memory as an addition to its token's row: one copy of 128 bytes for 32
-float32 columns, which L2 carries out. The order in which a token's rows arrive differs from run to run, and with it
-the last bits of the sum. Behind the kernel the rows are gathered and summed in the order they have: the same sum every
-time, for a second pass over them.
+A row of the product is added to its token's row by copies of 128 bytes, 32 float32 columns, from SMEM. The order of a
+token's rows differs from run to run, and with it the last bits of the sum. The deterministic combine is a pass after
+the kernel (`moe.kernels.xla.ops.combine`).
 """
 
 from typing import Any
@@ -17,39 +16,38 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe.kernels.hopper.gather import spread
 from moe.kernels.hopper.ring import chunk
 from moe.kernels.hopper.store import SLOTS
-from moe.kernels.implementations import zeros
 from moe.kernels.spec import GroupedOperands, GroupedSpec
 
-# Row numbers that a warpgroup reads at a time: one for each of its threads, at least.
+# Destinations that a warpgroup loads at a time: at least one for each of its threads.
 NUMBERS = 128
 
 
 def scratch(rows: int, *, consumers: int) -> Any:
-    """Where each warpgroup keeps the destinations of its rows: (consumers, rows or more) int32."""
+    """Return the SMEM allocation of the destinations of each warpgroup's rows: (consumers, rows or more) int32."""
     return plgpu.SMEM((consumers, max(rows, NUMBERS)), jnp.int32)
 
 
 def size(rows: int, *, consumers: int) -> int:
-    """Bytes that `scratch` takes."""
+    """Return the bytes of `scratch`."""
     return 4 * consumers * max(rows, NUMBERS)
 
 
 def inputs(operands: GroupedOperands, tile: int) -> tuple[jax.Array, ...]:
-    """Destinations and, if there are any, weights, with a tile behind them: the last tile reads past the end."""
-    arrays = [operands.tokens.astype(jnp.int32)]  # type: ignore[union-attr]  # a combine has them
+    """Return destinations and, if any, weights, padded by a tile, which the last tile may read."""
+    arrays = [operands.tokens.astype(jnp.int32)]  # type: ignore[union-attr]
     if operands.weights is not None:
         arrays.append(operands.weights.astype(jnp.float32))
     return tuple(jnp.pad(array, (0, tile + NUMBERS)) for array in arrays)
 
 
 def start(spec: GroupedSpec, columns: int) -> Any:
-    """The output that a kernel adds to: zeros, (num_tokens, columns) float32."""
+    """Return the output ref of zeros that a kernel adds to, (num_tokens, columns) float32."""
     return jax.new_ref(jnp.zeros((spec.num_tokens, columns), jnp.float32))
 
 
 def add(
     stage: Any,
-    kept: Any,
+    destinations: Any,
     total: Any,
     out: Any,
     tokens: Any,
@@ -60,74 +58,41 @@ def add(
     begin: Any,
     end: Any,
 ) -> None:
-    """Add one warpgroup's rows to the rows of the output that they belong to.
+    """Add one warpgroup's rows to their destination rows.
 
     Args:
-      stage: this kernel's shared memory for results, of float32.
-      kept: as made by `scratch`.
-      total: (rows, cols) float32 sums.
-      out: (num_tokens, N) float32 in device memory; what lies outside is dropped.
-      tokens, weights: as made by `inputs`, in device memory.
+      stage: the float32 staging buffer made by `store.scratch`.
+      destinations: the SMEM buffer made by `scratch`.
+      total: (rows, cols) float32 accumulators.
+      out: (num_tokens, N) float32 in GMEM; additions outside of it are dropped.
+      tokens, weights: as made by `inputs`, in GMEM.
       first: number of the first row among all rows, a multiple of 8.
       col: first column.
-      begin, end: rows that count.
+      begin, end: rows to add.
     """
     (rows, cols), wg, width = total.shape, lax.axis_index("wg"), chunk(jnp.float32)
-    numbers = kept.at[wg]
+    numbers = destinations.at[wg]
     row = lax.broadcasted_iota(jnp.int32, numbers.shape, 0)
     mine = jnp.logical_and(row >= begin, row < end)
-    # Rows of others go where there is nothing.
+    # Rows of other groups get a destination out of bounds.
     numbers[...] = jnp.where(mine, tokens[pl.ds(first, numbers.shape[0])], out.shape[0])
     if weights is not None:
         part, layout = weights.at[pl.ds(first, rows)], plgpu.Layout.WGMMA.reduce(1)
         scale = plgpu.load(part, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.11
     for turn, at in enumerate(range(0, cols, width)):
         buffer = stage.at[wg, turn % SLOTS]
-        piece = total[:, at : at + width]
-        buffer[...] = piece if weights is None else piece * lax.broadcast_in_dim(scale, piece.shape, (0,))
+        values = total[:, at : at + width]
+        buffer[...] = values if weights is None else values * lax.broadcast_in_dim(scale, values.shape, (0,))
         plgpu.commit_smem()
 
         def send(at_row, number, buffer=buffer, at=at):
             target = out.at[pl.ds(number, 1), pl.ds(col + at, width)]
             plgpu.copy_smem_to_gmem(buffer.at[pl.ds(at_row, 1)], target, commit_group=False, reduction_op="add")
 
-        spread(numbers, rows, send, last=_sent)
+        spread(numbers, rows, send, last=_commit)
 
 
-def _sent():
-    """Each warp, for the copies that it began: the slot of the chunk to come, the one before this, has been read."""
+def _commit():
+    """Commit this warp's bulk copies, and wait until the previous stage's SMEM slot can be reused."""
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-
-
-def behind(rows_MN: jax.Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
-    """Sums of each token's weighted rows, in the order of the rows; rows past the sum of the sizes are zero already.
-
-    No atomic additions, as a scatter would make them. Where every token has the same number of rows, as in dropless
-    routing, they are gathered and summed; else the tokens' first rows are added, then their second, and so on.
-    """
-    m, t = rows_MN.shape[0], spec.num_tokens
-    order_M = jnp.argsort(tokens_M, stable=True)
-    starts_T = jnp.searchsorted(tokens_M[order_M], jnp.arange(t)).astype(jnp.int32)
-    counts_T = jnp.diff(starts_T, append=m)
-
-    def picked(row):
-        weights = 1.0 if weights_M is None else weights_M[row][..., None]
-        return rows_MN[row].astype(jnp.float32) * weights
-
-    def one_by_one():
-        def add(rank, out_TN):
-            row_T = order_M[jnp.minimum(starts_T + rank, m - 1)]
-            return out_TN + jnp.where((rank < counts_T)[:, None], picked(row_T), 0)
-
-        out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
-        return lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
-
-    each, rest = divmod(m, t)
-    if rest or not each:
-        return one_by_one().astype(spec.out_dtype)
-
-    def at_once():
-        return jnp.sum(picked(order_M.reshape(t, each)), axis=1)
-
-    return lax.cond(jnp.all(counts_T == each), at_once, one_by_one).astype(spec.out_dtype)

@@ -1,9 +1,9 @@
-"""Ragged contraction on Hopper: body two of the family, the weight gradient x^T dy of each group, rows in the ring.
+"""Ragged contraction on Hopper: the weight gradient x^T dy of each group, with rows as the pipeline's steps.
 
-The tile of x is transposed by the descriptor that wgmma reads it with; no transposed copy is made. The first rows of a
-group's first step and the last of its last may be another group's: they are set to zero in shared memory, on both
-sides, because they may be NaN. Blocks work as pairs on neighbouring columns of x and share the tile of dy. Gathered
-rows of x are fetched one by one and transposed on their way into registers (`gpu_gather`).
+The tile of x is transposed by its wgmma descriptor, without a transposed copy. Rows of another group in a group's first
+and last step are set to zero in SMEM, in both operands, because they may be NaN. Thread blocks are pairs on neighboring
+columns of x that share the tile of dy. Gathered rows of x are loaded one by one and transposed on their way into
+registers (`moe.kernels.hopper.gather`).
 """
 
 from functools import partial
@@ -15,9 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels.hopper import gather as gpu_gather
-from moe.kernels.hopper import ring as gpu_ring
-from moe.kernels.hopper import store
+from moe.kernels.hopper import gather, ring, store
 from moe.kernels.hopper.ring import ALIGN, Ring, Tile
 from moe.kernels.metadata import contraction_steps
 from moe.kernels.spec import ContractionOperands, ContractionSpec
@@ -27,41 +25,44 @@ CONSUMERS = 2
 STEP, HIGH = 64, 64 * CONSUMERS
 # Column tiles of dy that run side by side.
 SWATH = 8
-# Steps whose row numbers are read at a time, where rows are gathered.
+# Steps whose row numbers are loaded at a time, for gathered rows.
 AHEAD = 8
 # Rows of the table of groups.
 A, BEGIN, END = range(3)
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool) -> jax.Array:
-    """(G, K, N), zeros for empty groups. Rows are a multiple of 8 (those of x unless gathered), K and N of 64."""
+    """Ragged contraction: (G, K, N), zeros for empty groups.
+
+    The rows are a multiple of 8 (those of x unless gathered), K and N of 64.
+    """
     x, dy, groups = operands.x, operands.dy, operands.sizes.shape[0]
     k, n = x.shape[1], dy.shape[1]
     cols = min(spec.tiling.cols, n)
-    # A tile as long as the array: each group is one step of the metadata, and the ring cuts it up.
+    # A tile as long as the array: each group is one step of the metadata, split into steps of the pipeline.
     steps = contraction_steps(operands.sizes, rows=dy.shape[0], tile=dy.shape[0], align=ALIGN)
     table = jnp.stack([steps.a, steps.begin, steps.end])[:, :groups]
-    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, STEP * (AHEAD + 1)),)
-    gathered: dict[str, Any] = {"copies": STEP, "layout": gpu_gather.layout(x.dtype)} if gather else {}
+    numbers = () if operands.gather is None else (gather.pad(operands.gather, STEP * (AHEAD + 1)),)
+    gathered: dict[str, Any] = {"copies": STEP, "layout": gather.layout(x.dtype)} if numbers else {}
     tiles = [Tile((STEP, HIGH), x.dtype, **gathered), Tile((STEP, cols), x.dtype)]
-    other = store.size(HIGH // CONSUMERS, consumers=CONSUMERS) + 4 * STEP * AHEAD * bool(gather)
-    slots = gpu_ring.stages(tiles, other=other)
+    other = store.size(HIGH // CONSUMERS, consumers=CONSUMERS) + 4 * STEP * AHEAD * bool(numbers)
+    count = ring.stages(tiles, other=other)
     memory = {
-        "ring": gpu_ring.scratch(tiles, slots=slots, consumers=CONSUMERS, pairs=True),
+        "slots": ring.scratch(tiles, slots=count, consumers=CONSUMERS, pairs=True),
         "stage": store.scratch(HIGH // CONSUMERS, spec.out_dtype, consumers=CONSUMERS),
         "masked": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
-    if gather:
-        memory["picked"] = gpu_gather.scratch(STEP * AHEAD)
+    if numbers:
+        memory["picked"] = gather.scratch(STEP * AHEAD)
     body = partial(_kernel, cols, (groups, k, n), spec.out_dtype, interpret)
     out = jax.ShapeDtypeStruct((groups, k, n), spec.out_dtype)
-    name = "contraction_gathered" if gather else "contraction"
+    name = "contraction_gathered" if numbers else "contraction"
     options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": name}
-    call = gpu_ring.launch(body, [out], memory, **options)
-    return call(table, x, dy, *gather)[0]
+    call = ring.launch(body, [out], memory, **options)
+    return call(table, x, dy, *numbers)[0]
 
 
-def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, masked, picked=None):
+def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, slots, stage, masked, picked=None):
     (groups, k, n), out = sizes, refs[-1]
     wg, mine = lax.axis_index("wg"), HIGH // CONSUMERS
     row_pairs, column_tiles = -(-k // (2 * HIGH)), -(-n // cols)
@@ -71,9 +72,9 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, mas
         inside = t - group * (row_pairs * column_tiles)
         i, j = plgpu.planar_snake(inside, (row_pairs, column_tiles), 1, min(SWATH, column_tiles))
         first, begin, end = (table[field, group] for field in (A, BEGIN, END))
-        # An empty group has no steps: it ends where it begins.
+        # An empty group has no steps.
         count = jnp.where(end > begin, lax.div(end + STEP - 1, jnp.int32(STEP)), 0)
-        return (group, first * ALIGN, begin, end, (2 * i + lax.axis_index(gpu_ring.PAIR)) * HIGH, j * cols), count
+        return (group, first * ALIGN, begin, end, (2 * i + lax.axis_index(ring.PAIR)) * HIGH, j * cols), count
 
     def load(where, i, slot, barrier):
         _, first, _, _, row, col = where
@@ -82,9 +83,9 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, mas
             plgpu.copy_gmem_to_smem(x.at[at, across], slot[0], barrier)
         else:
             step = lax.rem(i, jnp.int32(AHEAD))
-            pl.when(step == 0)(partial(gpu_gather.begin, picked, refs[0], first + i * STEP))
-            gpu_gather.load(x, picked, across, slot[0], barrier, skip=step * STEP)
-        plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(col, cols)], slot[1], barrier, collective_axes=gpu_ring.PAIR)
+            pl.when(step == 0)(partial(gather.begin, picked, refs[0], first + i * STEP))
+            gather.load(x, picked, across, slot[0], barrier, skip=step * STEP)
+        plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(col, cols)], slot[1], barrier, collective_axes=ring.PAIR)
 
     def multiply(totals, where, i, slot):
         begin, end = (bound - i * STEP for bound in where[2:4])
@@ -92,13 +93,13 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, mas
         @pl.when(jnp.logical_or(begin > 0, end < STEP))
         def _mask():
             for turn, buffer in enumerate(slot):
-                # One operand each; both are read by both.
-                pl.when(wg == turn)(partial(_keep, buffer, begin, end))
-            gpu_ring.meet(masked)
+                # Each warpgroup masks one operand; both are read by both.
+                pl.when(wg == turn)(partial(_zero_outside, buffer, begin, end))
+            ring.meet(masked)
 
         left = slot[0].at[:, pl.ds(wg * mine, mine)].transpose((1, 0))
-        if picked is not None and not (interpret and "registers" in gpu_ring.LACKING):
-            left = gpu_gather.read(left)
+        if picked is not None and not (interpret and "registers" in ring.LACKING):
+            left = gather.read(left)
         plgpu.wgmma(totals[0], left, slot[1])
 
     def finish(where, sums):
@@ -111,12 +112,12 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, ring, stage, mas
 
     work: dict[str, Any] = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
     work |= {"consumers": CONSUMERS, "sums": [(mine, cols)], "registers": picked is not None}
-    gpu_ring.run(Ring(*ring), jnp.int32(groups * row_pairs * column_tiles), **work)
+    ring.run(Ring(*slots), jnp.int32(groups * row_pairs * column_tiles), **work)
 
 
-def _keep(ref, begin, end):
-    """Zeros in the rows outside [begin, end). A chunk of columns at a time: the sums leave few registers."""
-    shape = ref.shape[0], gpu_ring.chunk(ref.dtype)
+def _zero_outside(ref, begin, end):
+    """Zero the rows outside [begin, end), a chunk of columns at a time: the accumulators leave few registers."""
+    shape = ref.shape[0], ring.chunk(ref.dtype)
     row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), plgpu.Layout.WGMMA)
     inside = jnp.logical_and(row >= begin, row < end)
     for col in range(0, ref.shape[1], shape[1]):

@@ -1,8 +1,8 @@
-"""Rows picked by `gather`, fetched as a step needs them: no permuted copy of the tokens.
+"""Gathered rows of x, loaded by TMA as a step needs them, without a permuted copy.
 
-Hopper's TMA moves boxes, so every row of a step is a copy of its own, 128 bytes for 64 columns, shared out among the
-four warps of the loading warpgroup. A row may land at any place of a slot only if slots are tiles of one row, which
-wgmma does not read: the multiplying warpgroups take rows through registers.
+Hopper's TMA copies boxes, so every row of a step is a copy of its own, 128 bytes for 64 columns, issued by the four
+warps of the producer warpgroup. A row may be written anywhere in a slot only if SMEM tiles have one row, which wgmma
+does not read: the consumer warpgroups load rows into registers.
 """
 
 from collections.abc import Callable
@@ -17,32 +17,32 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe.kernels.hopper.ring import ROW_BYTES, chunk
 
 WARPS = 4
-# Rows that a warp fetches at a time.
+# Rows that a warp loads at a time.
 EACH = 8
 
 
 def layout(dtype: Any) -> tuple[Any, ...]:
-    """Layout of a slot: rows one by one, swizzled as wgmma's tiles are: registers reach it without conflicts."""
+    """Return the SMEM layout of a slot: tiles of one row, swizzled like wgmma's against bank conflicts."""
     return plgpu.TilingTransform((1, chunk(dtype))), plgpu.SwizzleTransform(ROW_BYTES)
 
 
 def scratch(rows: int) -> Any:
-    """Where a tile's row numbers lie while its steps are loaded: (rows,) int32."""
+    """Return the SMEM allocation of a tile's row numbers: (rows,) int32."""
     return plgpu.SMEM((rows,), jnp.int32)
 
 
 def pad(gather_M: jax.Array, tile: int) -> jax.Array:
-    """Row numbers with a tile of zeros behind them: the last tile reads past the end."""
+    """Pad row numbers by a tile of zeros, which the last tile may read."""
     return jnp.pad(gather_M.astype(jnp.int32), (0, tile))
 
 
 def begin(picked: Any, gather: Any, first: Any) -> None:
-    """Read the row numbers of the steps that follow, from row `first` on; called by the loading warpgroup."""
+    """Load the row numbers of the following steps, from row `first` on; called by the producer warpgroup."""
     picked[...] = gather[pl.ds(first, picked.shape[0])]
 
 
 def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any, skip: Any = 0) -> None:
-    """Fetch as many picked rows as the slot has, from number `skip` on; the barrier counts one arrival a row."""
+    """Load the gathered rows of a slot, from number `skip` on; the barrier counts one arrival a row."""
 
     def fetch(row, number):
         plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), columns], slot.at[pl.ds(row, 1)], barrier)
@@ -51,9 +51,9 @@ def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any, skip: Any =
 
 
 def read(rows: Any) -> jax.Array:
-    """A part of a slot, in registers as wgmma takes its left operand; a transposed part is turned on the way."""
+    """Load a part of a slot into registers in wgmma's layout of the left operand; a transposed part by LDSM.T."""
     values = plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)  # type: ignore[call-arg]  # JAX 0.11
-    # TMA, which fills the slot next, is ordered behind reads by threads only by a fence.
+    # A fence orders the next TMA write to the slot behind these reads.
     plgpu.commit_smem()
     return values
 
@@ -61,11 +61,11 @@ def read(rows: Any) -> jax.Array:
 def spread(
     numbers: Any, rows: int, copy: Callable[[Any, Any], None], skip: Any = 0, last: Callable[[], None] | None = None
 ) -> None:
-    """Share out copies of single rows among the warps of a warpgroup.
+    """Distribute copies of single rows over the warps of a warpgroup.
 
     Args:
-      numbers: (skip + rows or more,) int32 in shared memory.
-      rows: how many, a multiple of 32.
+      numbers: (skip + rows or more,) int32 in SMEM.
+      rows: rows to copy, a multiple of 32.
       copy: (row, its number) -> None; called for rows 0 to rows - 1 with numbers from `skip` on, by one warp each.
       skip: numbers to pass over.
       last: called by each warp after its copies. With it the copies are not in a loop.
@@ -73,7 +73,7 @@ def spread(
 
     def some(i, _, last=None):
         first = i * WARPS * EACH
-        # A warp on its own reads no memory: the numbers are read by all, and each warp chooses its own.
+        # No loads inside warp_map: all warps read all numbers, and each selects its own.
         read = [[numbers[skip + first + warp * EACH + j] for warp in range(WARPS)] for j in range(EACH)]
 
         def each(warp):

@@ -1,9 +1,9 @@
-"""Grouped matmul on Hopper: body one of the family, a row tile of a group by a column tile, K going round the ring.
+"""Grouped matmul on Hopper: an output tile is a row tile of a group by a column tile, with K as the pipeline's steps.
 
-A tile begins where its group does, rounded down to 8 rows (`metadata.matmul_steps(..., align=8)`), which is as fine as
-TMA can start a swizzled tile. So only the first and the last tile of a group have rows of another, and only those are
-written in parts. Blocks work as pairs on neighbouring column tiles and share the tile of x, unless its rows are
-gathered (`gpu_gather`). Quantised weights are widened in the slots of the ring (`gpu_widen`).
+A group's first tile begins at its first row rounded down to 8 (`metadata.matmul_steps(..., align=8)`), the alignment of
+a swizzled TMA tile. So only the first and the last tile of a group have rows of another, and only those are written in
+parts. Thread blocks are pairs on neighboring column tiles that share the tile of x, unless its rows are gathered
+(`moe.kernels.hopper.gather`). Quantized weights are dequantized in SMEM (`moe.kernels.hopper.widen`).
 """
 
 from functools import partial
@@ -15,35 +15,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.kernels.epilogue import swiglu
-from moe.kernels.hopper import combine as gpu_combine
-from moe.kernels.hopper import gather as gpu_gather
-from moe.kernels.hopper import ring as gpu_ring
-from moe.kernels.hopper import store, widen
+from moe.kernels.hopper import combine, gather, ring, store, widen
 from moe.kernels.hopper.ring import ALIGN, Ring, Tile
 from moe.kernels.implementations import vary
 from moe.kernels.metadata import matmul_steps
-from moe.kernels.spec import GroupedOperands, GroupedSpec
+from moe.kernels.spec import GroupedOperands, GroupedSpec, swiglu
 
 CONSUMERS = 2
 # Pairs of column tiles that run side by side, so that their row tiles of x are read from L2.
 SWATH = 4
-# Columns of all weights of a step where they are quantised: four slots fit.
-QUANTISED_COLS = 128
+# Columns of all weights of a step where they are quantized: four slots fit.
+QUANTIZED_COLS = 128
 # Rows of the step table.
 A, B, BEGIN, END, LIVE = range(5)
 
 
-class Way(NamedTuple):
-    """What a kernel is made for.
+class KernelSpec(NamedTuple):
+    """Static parameters of one kernel.
 
     Fields:
-      spec: what is asked.
+      spec: of the product.
       tile: rows, columns and step of the contraction.
       k, n: sizes of the contraction and the columns.
-      weights: one, or gate and up.
-      gathered: rows of x are picked.
-      quantised: weights have scales.
+      weights: 1, or 2 for gate and up.
+      gathered: rows of x are gathered.
+      quantized: weights have scales.
       weighted: rows of a combine have weights.
       interpret: run by the interpreter.
     """
@@ -54,124 +50,124 @@ class Way(NamedTuple):
     n: int
     weights: int
     gathered: bool
-    quantised: bool
+    quantized: bool
     weighted: bool
     interpret: bool
 
     @property
     def added(self) -> bool:
-        """Whether rows are added to those of the output."""
+        """Whether rows are added to the output (combine)."""
         return self.spec.epilogue == "combine"
 
     @property
     def out_dtype(self) -> Any:
-        """What the kernel writes."""
+        """Dtype that the kernel writes."""
         return jnp.float32 if self.added else self.spec.out_dtype
 
     @property
     def parts(self) -> int:
-        """Buffers of a slot that belong to one weight."""
-        return 3 if self.quantised else 1
+        """Buffers of a slot for one weight."""
+        return 3 if self.quantized else 1
 
     @property
     def name(self) -> str:
-        """Of the kernel, as profilers show it."""
-        said = {"transposed": self.spec.transpose, "gathered": self.gathered, "quantised": self.quantised}
-        return "_".join(["grouped", self.spec.epilogue, *(word for word, so in said.items() if so)])
+        """Name of the kernel in profiles."""
+        suffixes = {"transposed": self.spec.transpose, "gathered": self.gathered, "quantized": self.quantized}
+        return "_".join(["grouped", self.spec.epilogue, *(suffix for suffix, given in suffixes.items() if given)])
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool) -> tuple[jax.Array, ...]:
-    """The product: (out,) or (out, gate, up), (M', N) each with M' >= M, or for "combine" (num_tokens, N) float32.
+    """Grouped matmul: (out,) or (out, gate, up), (M', N) each with M' >= M, or for "combine" (num_tokens, N) float32.
 
-    Rows of x are a multiple of 8 unless they are gathered, K and N of 64.
+    The rows of x are a multiple of 8 unless they are gathered, K and N of 64.
     """
     x, weights, rows = operands.x, len(operands.w), operands.rows
     k, n = operands.w[0].shape[:0:-1] if spec.transpose else operands.w[0].shape[1:]
-    most = min(spec.tiling.cols, QUANTISED_COLS) if operands.scales else spec.tiling.cols
-    # The sums of all weights share the registers; columns come in swizzled tiles of 64, and there are two of a pair.
+    most = min(spec.tiling.cols, QUANTIZED_COLS) if operands.scales else spec.tiling.cols
+    # All accumulators share the registers; columns are swizzled tiles of 64, divided between the two of a pair.
     cols = min(max(most // weights // 64, 1), -(-n // 128)) * 64
     tile, step = spec.tiling.rows, spec.tiling.inner
-    said = {"gathered": operands.gather is not None, "quantised": bool(operands.scales)}
-    said |= {"weighted": operands.weights is not None, "interpret": interpret}
-    way = Way(spec, (tile, cols, step), k, n, weights, **said)
+    flags = {"gathered": operands.gather is not None, "quantized": bool(operands.scales)}
+    flags |= {"weighted": operands.weights is not None, "interpret": interpret}
+    kernel = KernelSpec(spec, (tile, cols, step), k, n, weights, **flags)
     steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=ALIGN)
     table = jnp.stack([steps.a, steps.b, steps.begin, steps.end, steps.live])
-    gather = () if operands.gather is None else (gpu_gather.pad(operands.gather, tile),)
-    inputs = (table, steps.count[None], x, *operands.w, *operands.scales, *gather)
-    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": way.name}
-    launch = partial(gpu_ring.launch, partial(_kernel, way), memory=_memory(way, operands), **options)
-    if way.added:
-        sums = gpu_combine.start(spec, n)
-        launch(out=[])(*inputs, *gpu_combine.inputs(operands, tile), sums)
+    numbers = () if operands.gather is None else (gather.pad(operands.gather, tile),)
+    inputs = (table, steps.count[None], x, *operands.w, *operands.scales, *numbers)
+    options: dict[str, Any] = {"consumers": CONSUMERS, "pairs": True, "interpret": interpret, "name": kernel.name}
+    launch = partial(ring.launch, partial(_kernel, kernel), memory=_memory(kernel, operands), **options)
+    if kernel.added:
+        sums = combine.start(spec, n)
+        launch(out=[])(*inputs, *combine.inputs(operands, tile), sums)
         return (vary(jax.freeze(sums), table),)
     shape = jax.ShapeDtypeStruct((-(-rows // ALIGN) * ALIGN, n), spec.out_dtype)
-    return tuple(launch(out=[shape] * (3 if spec.keep else 1))(*inputs))
+    return tuple(launch(out=[shape] * (3 if spec.save_residuals else 1))(*inputs))
 
 
-def _memory(way, operands):
-    (tile, cols, step), dtype = way.tile, operands.x.dtype
-    if way.gathered:
-        left = Tile((tile, step), dtype, copies=tile, layout=gpu_gather.layout(dtype))
+def _memory(kernel, operands):
+    (tile, cols, step), dtype = kernel.tile, operands.x.dtype
+    if kernel.gathered:
+        left = Tile((tile, step), dtype, copies=tile, layout=gather.layout(dtype))
     else:
         left = Tile((tile, step), dtype)
-    if way.quantised:
+    if kernel.quantized:
         right = widen.tiles(step, cols, operands.w[0].dtype, dtype)
     else:
-        right = [Tile((cols, step) if way.spec.transpose else (step, cols), dtype)]
-    tiles = [left, *right * way.weights]
+        right = [Tile((cols, step) if kernel.spec.transpose else (step, cols), dtype)]
+    tiles = [left, *right * kernel.weights]
     mine = tile // CONSUMERS
-    other = store.size(mine, consumers=CONSUMERS) + 4 * tile * way.gathered
-    other += gpu_combine.size(mine, consumers=CONSUMERS) * way.added
+    other = store.size(mine, consumers=CONSUMERS) + 4 * tile * kernel.gathered
+    other += combine.size(mine, consumers=CONSUMERS) * kernel.added
     memory = {
-        "ring": gpu_ring.scratch(tiles, slots=gpu_ring.stages(tiles, other=other), consumers=CONSUMERS, pairs=True),
-        "stage": store.scratch(mine, way.out_dtype, consumers=CONSUMERS),
+        "slots": ring.scratch(tiles, slots=ring.stages(tiles, other=other), consumers=CONSUMERS, pairs=True),
+        "stage": store.scratch(mine, kernel.out_dtype, consumers=CONSUMERS),
     }
-    if way.added:
-        memory["kept"] = gpu_combine.scratch(mine, consumers=CONSUMERS)
-    if way.gathered:
-        memory["picked"] = gpu_gather.scratch(tile)
-    if way.quantised:
+    if kernel.added:
+        memory["destinations"] = combine.scratch(mine, consumers=CONSUMERS)
+    if kernel.gathered:
+        memory["picked"] = gather.scratch(tile)
+    if kernel.quantized:
         memory["made"] = plgpu.Barrier(num_arrivals=CONSUMERS)
     return memory
 
 
-def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, kept=None):
-    refs, spec = list(refs), way.spec
-    w, scales = _take(refs, way.weights), _take(refs, way.weights * way.quantised)
-    gather, combine, outs = _take(refs, way.gathered), _take(refs, way.added * (1 + way.weighted)), refs
-    rows, cols, step = way.tile
+def _kernel(kernel, table, count, x, *refs, slots, stage, picked=None, made=None, destinations=None):
+    refs, spec = list(refs), kernel.spec
+    w, scales = _pop(refs, kernel.weights), _pop(refs, kernel.weights * kernel.quantized)
+    numbers, tokens, outs = _pop(refs, kernel.gathered), _pop(refs, kernel.added * (1 + kernel.weighted)), refs
+    rows, cols, step = kernel.tile
     wg, mine = lax.axis_index("wg"), rows // CONSUMERS
-    # The second of a pair may have a tile past the end: it is multiplied (by zeros) and never written.
-    column_pairs = -(-way.n // (2 * cols))
+    # The second of a pair may have a tile past the end: it multiplies zeros and is not written.
+    column_pairs = -(-kernel.n // (2 * cols))
 
     def plan(t):
         s, column = plgpu.planar_snake(t, (count[0], column_pairs), 1, min(SWATH, column_pairs))
-        column = 2 * column + lax.axis_index(gpu_ring.PAIR)
-        # A silent step multiplies nothing and writes zeros.
-        return (s, table[A, s] * ALIGN, table[B, s], column * cols), table[LIVE, s] * -(-way.k // step)
+        column = 2 * column + lax.axis_index(ring.PAIR)
+        # A step with live 0 has no products and writes zeros.
+        return (s, table[A, s] * ALIGN, table[B, s], column * cols), table[LIVE, s] * -(-kernel.k // step)
 
     def load(where, i, slot, barrier):
         _, first, group, col = where
         inner = pl.ds(i * step, step)
-        if way.gathered:
-            gpu_gather.load(x, picked, inner, slot[0], barrier)
+        if kernel.gathered:
+            gather.load(x, picked, inner, slot[0], barrier)
         else:
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=gpu_ring.PAIR)
-        _load_weights(way, w, scales, (group, i * step, col), slot[1:], barrier)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=ring.PAIR)
+        _load_weights(kernel, w, scales, (group, i * step, col), slot[1:], barrier)
 
     def multiply(totals, where, i, slot):
         del where, i
         left, right = slot[0].at[pl.ds(wg * mine, mine)], slot[1:]
-        if way.quantised:
-            right = widen.widen([right[j * way.parts :][: way.parts] for j in range(way.weights)], CONSUMERS)
-            gpu_ring.meet(made)
-        if way.gathered and not (way.interpret and "registers" in gpu_ring.LACKING):
-            left = gpu_gather.read(left)
+        if kernel.quantized:
+            right = widen.widen([right[j * kernel.parts :][: kernel.parts] for j in range(kernel.weights)], CONSUMERS)
+            ring.meet(made)
+        if kernel.gathered and not (kernel.interpret and "registers" in ring.LACKING):
+            left = gather.read(left)
         for total, buffer in zip(totals, right, strict=True):
             plgpu.wgmma(total, left, buffer.transpose((1, 0)) if spec.transpose else buffer)
 
     def bounds(s):
-        """Rows of this warpgroup's half of the tile that the step owns."""
+        """Return the range of rows of this warpgroup's half of the tile that the step owns."""
         return [jnp.clip(table[field, s] - wg * mine, 0, mine) for field in (BEGIN, END)]
 
     def busy(where):
@@ -182,9 +178,9 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
         s, first, _, col = where
         first = first + wg * mine
         begin, end = bounds(s)
-        if way.added:
+        if kernel.added:
             bounds_of = {"first": first, "col": col, "begin": begin, "end": end * table[LIVE, s]}
-            return gpu_combine.add(stage, kept, sums[0], outs[0], *combine, **bounds_of)
+            return combine.add(stage, destinations, sums[0], outs[0], *tokens, **bounds_of)
 
         def place(out):
             return lambda r, c, height, width: out.at[pl.ds(first + r, height), pl.ds(col + c, width)]
@@ -193,34 +189,34 @@ def _kernel(way, table, count, x, *refs, ring, stage, picked=None, made=None, ke
         store.write(stage, sums, targets, partial(_epilogue, spec), dtype=spec.out_dtype, begin=begin, end=end)
 
     work: dict[str, Any] = {"plan": plan, "load": load, "multiply": multiply, "finish": finish}
-    if way.gathered:
-        work |= {"begin": lambda where: gpu_gather.begin(picked, gather[0], where[1]), "registers": True}
-    if not way.quantised:  # a warpgroup without rows has weights to widen
+    if kernel.gathered:
+        work |= {"begin": lambda where: gather.begin(picked, numbers[0], where[1]), "registers": True}
+    if not kernel.quantized:  # a warpgroup without rows still dequantizes weights
         work["busy"] = busy
-    total, sums = count[0] * column_pairs, [(mine, cols)] * way.weights
-    gpu_ring.run(Ring(*ring), total, consumers=CONSUMERS, sums=sums, **work)
+    total, sums = count[0] * column_pairs, [(mine, cols)] * kernel.weights
+    ring.run(Ring(*slots), total, consumers=CONSUMERS, sums=sums, **work)
 
 
-def _load_weights(way, w, scales, at, slot, barrier):
-    """One weight, or gate and up, of a step: `at` is the group, the first of K and the first column."""
-    _, cols, step = way.tile
+def _load_weights(kernel, w, scales, at, slot, barrier):
+    """Load one weight, or gate and up, of a step; `at` is the group, the first of K and the first column."""
+    _, cols, step = kernel.tile
     group, inner, across = at[0], pl.ds(at[1], step), pl.ds(at[2], cols)
     for j, each in enumerate(w):
-        parts = slot[j * way.parts :][: way.parts]
-        if way.quantised:
+        parts = slot[j * kernel.parts :][: kernel.parts]
+        if kernel.quantized:
             widen.load(each, scales[j], at, step, parts, barrier)
         else:
-            source = each.at[group, across, inner] if way.spec.transpose else each.at[group, inner, across]
+            source = each.at[group, across, inner] if kernel.spec.transpose else each.at[group, inner, across]
             plgpu.copy_gmem_to_smem(source, parts[0], barrier)
 
 
-def _take(refs: list[Any], count: int) -> list[Any]:
-    """The next `count`, which go."""
-    taken, refs[:] = refs[:count], refs[count:]
-    return taken
+def _pop(refs: list[Any], count: int) -> list[Any]:
+    """Remove the first `count` from a list and return them."""
+    first, refs[:] = refs[:count], refs[count:]
+    return first
 
 
 def _epilogue(spec, sums):
     if spec.epilogue != "swiglu":
         return sums
-    return [swiglu(*sums), *sums] if spec.keep else [swiglu(*sums)]
+    return [swiglu(*sums), *sums] if spec.save_residuals else [swiglu(*sums)]

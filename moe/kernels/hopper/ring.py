@@ -1,12 +1,12 @@
-"""The pipeline under every Hopper kernel: one warpgroup loads, one or two multiply, and nothing stops between tiles.
+"""Persistent, warp-specialized software pipeline of all Hopper kernels, over a ring buffer in shared memory (SMEM).
 
-A block stays on its multiprocessor and walks over output tiles (persistent). Operand tiles go round a ring of shared
-memory slots: the loading warpgroup fills slots by TMA and runs ahead, over the ends of tiles too; the others wait for a
-full slot, multiply it by wgmma and hand it back one step later, when its product is sure to be done. A kernel says
-where a tile's operands lie (`plan`, `load`), how a slot is multiplied, and what becomes of the sums (`finish`).
+A thread block walks over output tiles (persistent kernel). The producer warpgroup fills slots of the ring buffer by TMA
+and runs ahead, past the ends of tiles too; one or two consumer warpgroups wait for a full slot, multiply it by wgmma
+and release it one step later, when that wgmma has completed. A kernel defines the tile schedule (`plan`), the TMA
+copies (`load`), the product (`multiply`) and the epilogue (`finish`).
 
-Two blocks may work as a pair (a cluster) on neighbouring tiles that have an operand in common: each fetches half of it
-for both (`load` with collective_axes=PAIR), and a slot is filled again when both have handed it back.
+Two thread blocks may form a cluster, a pair, on neighboring tiles that share an operand: each loads half of it for both
+by TMA multicast (`load` with collective_axes=PAIR), and a slot is filled again when both have released it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,45 +28,45 @@ ALIGN = 8
 ROW_BYTES = 128
 # Shared memory that a block may have on compute capability 9.0, less what barriers and alignment take.
 SHARED = 227 * 1024 - 2048
-# What Pallas' interpreter (JAX 0.12) does not know and is done otherwise there: TMA copies that add, and wgmma whose
-# left operand is in registers. Tests teach it both.
+# Not supported by Pallas' interpreter (JAX 0.12), where the kernels do without: TMA reductions ("additions"), and wgmma
+# with its left operand in registers. The tests add both to it.
 LACKING = frozenset({"additions", "registers"})
-# Name of the axis along which blocks work as a pair.
+# Name of the cluster axis.
 PAIR = "pair"
-# Registers of a thread that loads; the rest of the file is shared out among the threads that multiply.
-LOADING_REGISTERS = 40
+# Registers of a producer thread; the consumer threads divide the rest of the file.
+PRODUCER_REGISTERS = 40
 
 
 class Ring(NamedTuple):
-    """Slots and barriers as refs of a kernel: buffers (stages, ...) each, ready and consumed one barrier a slot."""
+    """SMEM ring buffer as kernel refs: operand buffers (slots, ...), and per slot the barriers ready and consumed."""
 
     buffers: tuple[Any, ...]
     ready: Any
     consumed: Any
 
     def slot(self, step: Any) -> Any:
-        """Slot of a step."""
+        """Return the slot of a step."""
         return lax.rem(step, jnp.int32(self.buffers[0].shape[0]))
 
 
 def chunk(dtype: Any) -> int:
-    """Columns that fill a row of a swizzled tile."""
+    """Return the columns of a 128-byte row of a swizzled tile."""
     return ROW_BYTES // jnp.dtype(dtype).itemsize
 
 
 def swizzled(dtype: Any) -> tuple[Any, ...]:
-    """Layout of shared memory that both TMA and wgmma read without bank conflicts."""
+    """Return the SMEM layout (8 rows of 128 bytes, swizzled) that TMA and wgmma access without bank conflicts."""
     return plgpu.TilingTransform((ALIGN, chunk(dtype))), plgpu.SwizzleTransform(ROW_BYTES)
 
 
 class Tile(NamedTuple):
-    """An operand's part of a slot.
+    """One operand's tile in a slot.
 
     Fields:
-      shape: of the part.
+      shape: of the tile.
       dtype: of its elements.
-      copies: TMA copies that fill it; 0 where the multiplying warpgroups do.
-      layout: of shared memory; None: `swizzled(dtype)`.
+      copies: TMA copies that fill it; 0 if the consumer warpgroups do.
+      layout: in SMEM; None: `swizzled(dtype)`.
     """
 
     shape: tuple[int, ...]
@@ -76,17 +76,17 @@ class Tile(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Size."""
+        """Size in bytes."""
         return prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def buffer(self, slots: int) -> Any:
-        """What a kernel allocates: this part of every slot."""
+        """Return the SMEM allocation of this tile for all slots."""
         layout = swizzled(self.dtype) if self.layout is None else self.layout
         return plgpu.SMEM((slots, *self.shape), self.dtype, transforms=layout)
 
 
 def stages(tiles: Sequence[Tile], *, other: int, most: int = 6) -> int:
-    """Slots that fit in shared memory next to `other` bytes.
+    """Count the slots that fit in SMEM next to `other` bytes.
 
     Raises:
       ValueError: fewer than two fit.
@@ -102,7 +102,7 @@ def stages(tiles: Sequence[Tile], *, other: int, most: int = 6) -> int:
 
 
 def scratch(tiles: Sequence[Tile], *, slots: int, consumers: int, pairs: bool) -> Ring:
-    """What a kernel allocates for its ring."""
+    """Return the SMEM and barrier allocations of a ring buffer."""
     count: dict[str, Any] = {"num_arrivals": consumers, "num_barriers": slots}
     return Ring(
         tuple(tile.buffer(slots) for tile in tiles),
@@ -125,44 +125,44 @@ def run(
     begin: Callable[[Any], None] | None = None,
     registers: bool = False,
 ) -> None:
-    """The body of a kernel.
+    """Run the body of a kernel: one producer and `consumers` consumer warpgroups.
 
     Args:
       ring: as allocated by `scratch`.
       total: number of output tiles.
-      consumers: multiplying warpgroups, numbered from 0; the loading one is the last.
+      consumers: consumer warpgroups, numbered from 0; the producer is the last.
       plan: tile number -> (where, number of steps); called by every warpgroup.
       load: (where, step of the tile, buffers of the slot, barrier) -> None; one TMA copy into each buffer.
       multiply: (accumulators, where, step of the tile, buffers of the slot) -> None; one wgmma per accumulator.
       finish: (where, sums) -> None; the sums are float32 values in registers.
       sums: shape of each accumulator of one warpgroup.
-      busy: where -> whether this warpgroup has anything to write there; None: always. Warpgroups share the tensor
-        cores, so that what one leaves out makes the other faster.
-      begin: where -> None; called by the loading warpgroup before a tile's first step.
-      registers: whether `multiply` gives wgmma operands in registers. They may not change before the product is done,
-        so each step waits for its own.
+      busy: where -> whether this warpgroup has rows to write there; None: always. Warpgroups share the tensor cores, so
+        a product that one omits speeds up the other.
+      begin: where -> None; called by the producer before a tile's first step.
+      registers: whether `multiply` passes wgmma an operand in registers. It may not change before the product has
+        completed, so each step waits for its own.
     """
-    loading = lax.axis_index("wg") == consumers
+    producer = lax.axis_index("wg") == consumers
 
-    @pl.when(loading)
+    @pl.when(producer)
     def _load():
-        plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         _produce(ring, total, plan, load, begin)
 
-    @pl.when(jnp.logical_not(loading))
+    @pl.when(jnp.logical_not(producer))
     def _multiply():
-        plgpu.set_max_registers(min(256, (512 - LOADING_REGISTERS) // consumers // 8 * 8), action="increase")
+        plgpu.set_max_registers(min(256, (512 - PRODUCER_REGISTERS) // consumers // 8 * 8), action="increase")
         _consume(ring, total, plan, multiply, finish, sums, busy, registers)
 
 
 def meet(barrier: Any) -> None:
-    """Wait until every multiplying warpgroup is here; the barrier counts one arrival of each."""
+    """Synchronize the consumer warpgroups at a barrier that counts one arrival of each."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def _walk(total, visit, carry):
-    """Visit this block's share of the tiles, in order."""
+    """Loop over this thread block's tiles (grid-stride loop)."""
     first, size = lax.axis_index("sm"), lax.axis_size("sm")
     mine = lax.div(total - first + size - 1, jnp.int32(size))
     return lax.fori_loop(0, mine, lambda i, carry: visit(first + i * size, carry), carry)
@@ -190,7 +190,7 @@ def _produce(ring, total, plan, load, begin):
 
     steps = _walk(total, tile, jnp.int32(0))
 
-    # A barrier that is left half way would be wrong for the next user of this shared memory.
+    # A barrier in mid-phase would be wrong for the next kernel in this shared memory.
     def drain(step, _):
         plgpu.barrier_wait(ring.consumed.at[ring.slot(step)])
 
@@ -198,7 +198,7 @@ def _produce(ring, total, plan, load, begin):
 
 
 def _consume(ring, total, plan, multiply, finish, sums, busy, registers):
-    late = 0 if registers else 1  # steps by which a slot is handed back after its product was begun
+    late = 0 if registers else 1  # steps between the issue of a wgmma and the release of its slot
 
     def work(where, count, step):
         def accumulate(*totals):
@@ -206,7 +206,7 @@ def _consume(ring, total, plan, multiply, finish, sums, busy, registers):
                 slot = ring.slot(step)
                 plgpu.barrier_wait(ring.ready.at[slot])
                 multiply(totals, where, i, [buffer.at[slot] for buffer in ring.buffers])
-                # Left under way: the products of this step. Those before are done, and their slot can be filled again.
+                # Products of this step stay in flight; those before have completed, and their slot is released.
                 plgpu.wgmma_wait(late * len(sums))
 
                 @pl.when(i >= late)
@@ -249,11 +249,11 @@ def _consume(ring, total, plan, multiply, finish, sums, busy, registers):
 
 
 def cores(interpret: bool) -> int:
-    """Blocks to launch: one a multiprocessor of the device that is compiled for; two are enough to interpret."""
+    """Count the thread blocks to launch: one per SM of the device compiled for, two in the interpreter."""
     if interpret:
         return 2
     device = jax.sharding.get_abstract_mesh().abstract_device
-    # Without a GPU at hand: an H200 has 132, and fewer or more only wait.
+    # Without a GPU: an H200 has 132 SMs; another number is correct and slower.
     return device.num_cores if device is not None else getattr(jax.devices()[0], "core_count", 132)
 
 
@@ -267,10 +267,10 @@ def launch(
     interpret: bool,
     name: str,
 ) -> Callable[..., list[jax.Array]]:
-    """The kernel: a function of its operands, whose `body` gets operands, outputs and what `memory` asks for.
+    """Make a kernel: a function of its operands, whose `body` gets operands, outputs and the allocations in `memory`.
 
-    Inside shard_map, arrays and refs of the kernel are those of one shard, and `out` is too: a map over warps takes
-    nothing that varies over mesh axes.
+    Inside shard_map, arrays and refs of the kernel and `out` are those of one shard, without mesh axes: `warp_map`
+    accepts no varying values.
     """
     options: dict[str, Any] = {}
     if interpret:
@@ -290,7 +290,7 @@ def launch(
     )
 
     def call(*operands):
-        # The first is the list of steps, which varies wherever anything does.
+        # The first operand is the step table, which varies over all mesh axes that any operand does.
         return [vary(each, operands[0]) for each in kernel(*map(local, operands))]
 
     return call

@@ -1,4 +1,4 @@
-"""From the sums in registers to the output: through shared memory, by TMA, a chunk of 128 bytes a row at a time."""
+"""Epilogue store of the Hopper kernels: accumulators -> SMEM -> device memory (GMEM) by TMA, 128 bytes a row."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.kernels.hopper.ring import ROW_BYTES, chunk
 
-# Chunks on their way out at a time.
+# Stores in flight.
 SLOTS = 2
 
 
 def scratch(rows: int, dtype: Any, *, consumers: int) -> Any:
-    """What a kernel allocates for results of `rows` rows a warpgroup: (consumers, SLOTS, rows, chunk).
+    """Return the SMEM staging buffer for `rows` rows a warpgroup: (consumers, SLOTS, rows, chunk).
 
-    Tiles of one row, so that a copy may start at any of them; swizzled, so that registers reach it without conflicts.
+    Tiles of one row, so that a copy may start at any row; swizzled against bank conflicts.
     """
     transforms = plgpu.TilingTransform((1, chunk(dtype))), plgpu.SwizzleTransform(ROW_BYTES)
     return plgpu.SMEM((consumers, SLOTS, rows, chunk(dtype)), dtype, transforms=transforms)
 
 
 def size(rows: int, *, consumers: int) -> int:
-    """Bytes that `scratch` takes."""
+    """Return the bytes of `scratch`."""
     return consumers * SLOTS * rows * ROW_BYTES
 
 
@@ -37,27 +37,27 @@ def write(
     begin: Any = 0,
     end: Any = None,
 ) -> None:
-    """Write one warpgroup's sums.
+    """Store one warpgroup's accumulators.
 
     Args:
-      stage: this kernel's shared memory for results.
+      stage: the staging buffer made by `scratch`.
       sums: (rows, cols) float32 each.
       outs: for each output, a function of (first row, first column, rows, columns), counted within the sums, to the
-        part of the output in device memory.
+        part of the output in GMEM.
       epilogue: chunks of the sums -> chunks of the outputs.
       dtype: of the outputs.
-      begin, end: rows to write, all of them by default; a part of them takes up to one copy for each bit of its length.
+      begin, end: rows to write, all by default; a range is one copy for each set bit of its length.
     """
     (rows, cols), wg, width = sums[0].shape, lax.axis_index("wg"), chunk(dtype)
     turn = 0
-    # The first slot may be the last one of the tile before.
+    # The first slot may still be read by a copy of the previous tile.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for col in range(0, cols, width):
-        pieces = epilogue([total[:, col : col + width] for total in sums])
-        for out, piece in zip(outs, pieces, strict=True):
+        chunks = epilogue([total[:, col : col + width] for total in sums])
+        for out, values in zip(outs, chunks, strict=True):
             buffer = stage.at[wg, turn % SLOTS]
             plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-            buffer[...] = piece.astype(dtype)
+            buffer[...] = values.astype(dtype)
             plgpu.commit_smem()
             if end is None:
                 plgpu.copy_smem_to_gmem(buffer, out(0, col, rows, width))
@@ -67,16 +67,16 @@ def write(
 
 
 def _copy_rows(buffer, out, col, begin, end):
-    """A copy's rows are fixed when the kernel is compiled: a length that is not is made up of powers of two."""
+    """Copy rows [begin, end): a copy's size is static, so a dynamic length is split into powers of two."""
     rows, width = buffer.shape
     length, row, bit = end - begin, begin, 1 << rows.bit_length() - 1
     while bit:
-        taken = length & bit
+        size = length & bit
 
-        @pl.when(taken != 0)
+        @pl.when(size != 0)
         def _copy(row=row, bit=bit):
             part = buffer.at[pl.ds(row, bit)]
             plgpu.copy_smem_to_gmem(part, out(row, col, bit, width), commit_group=False)
 
-        row, bit = row + taken, bit // 2
+        row, bit = row + size, bit // 2
     plgpu.commit_smem_to_gmem_group()

@@ -1,9 +1,8 @@
-"""Int8 and fp8 weights on Hopper, widened a step at a time: device memory is read at a byte an element.
+"""Dequantization of int8 and fp8 weights in the Hopper kernel, a step at a time in SMEM.
 
-wgmma multiplies operands of one dtype only. So the loading warpgroup fetches a step of the quantised weight and its
-scales, the multiplying warpgroups each widen a part of it into a second buffer of the slot, meet, and multiply from
-there.
-The slot protects that buffer too: nobody writes to it before the ring says that all have done with it.
+wgmma multiplies operands of one dtype only. So the producer loads a step of the quantized weight and its scales; the
+consumer warpgroups each dequantize a part of it into a second buffer of the slot, synchronize, and multiply from there.
+The slot's barriers protect that buffer too.
 """
 
 from collections.abc import Sequence
@@ -16,19 +15,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.kernels.hopper.ring import ALIGN, Tile
 
-# Columns of a weight come in tiles of 64, also where an element is a byte.
+# Columns of an SMEM tile, also of elements of one byte.
 COLUMNS = 64
-# What registers widen. float8_e5m2 is widened before the kernel.
+# Dtypes with a register conversion; float8_e5m2 is dequantized before the kernel.
 DTYPES = ("int8", "float8_e4m3fn")
 
 
 def supported(dtype: Any, k: int, shares: int, step: int) -> bool:
-    """Whether the kernel takes such a weight: a step of K may not meet two shares of it, each with its own scale."""
+    """Whether the kernel dequantizes such a weight: a step of K must lie within one block of scales."""
     return jnp.dtype(dtype).name in DTYPES and (shares == 1 or k // shares % step == 0)
 
 
 def tiles(step: int, cols: int, dtype: Any, wide: Any) -> list[Tile]:
-    """Parts of a slot: the weight as it comes, its scales, and the weight as it is multiplied."""
+    """Return the tiles of a slot: the quantized weight, its scales, and the dequantized weight."""
     narrow = plgpu.TilingTransform((ALIGN, COLUMNS)), plgpu.SwizzleTransform(COLUMNS)
     return [
         Tile((step, cols), dtype, layout=narrow),
@@ -38,10 +37,10 @@ def tiles(step: int, cols: int, dtype: Any, wide: Any) -> list[Tile]:
 
 
 def load(w: Any, scales: Any, at: tuple, step: int, parts: Any, barrier: Any) -> None:
-    """Fetch a step of a weight and the scales it has.
+    """Load a step of a weight and its scales.
 
     Args:
-      w: (G, K, N) quantised.
+      w: (G, K, N) quantized.
       scales: (G, Q, N) float32.
       at: group, first of K, first of N.
       step: rows of K.
@@ -56,16 +55,16 @@ def load(w: Any, scales: Any, at: tuple, step: int, parts: Any, barrier: Any) ->
 
 
 def widen(weights: Sequence[Any], consumers: int) -> list[Any]:
-    """Scale the weights of a step and round them to the dtype that is multiplied.
+    """Dequantize the weights of a step into the dtype of the product.
 
-    The multiplying warpgroups take turns, 64 columns each (registers are dealt out to 64 rows or more).
+    The consumer warpgroups alternate, 64 columns each (register layouts have 64 rows or more).
 
     Args:
       weights: parts of the slot of each, as `tiles` has them.
-      consumers: multiplying warpgroups.
+      consumers: consumer warpgroups.
 
     Returns:
-      The wide buffer of each, complete once all warpgroups have met.
+      The dequantized buffer of each, complete after a barrier of all consumers.
     """
     turn = 0
     for narrow, scales, wide in weights:

@@ -1,1 +1,1 @@
-"""moe.kernels.tpu.ops."""
+"""Mosaic kernels for TPUs (scalar-prefetched steps); experimental, not timed."""

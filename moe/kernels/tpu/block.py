@@ -1,4 +1,4 @@
-"""Block-sparse products on TPUs: body one over live blocks, and their weight gradient."""
+"""Block-sparse matmul on TPUs and its weight gradient, over live blocks."""
 
 from functools import partial
 
@@ -77,9 +77,9 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool)
 
 
 def _place(blocks, steps: Steps, transpose: bool) -> tuple[jax.Array, Steps]:
-    """Blocks of 64 in blocks of 128 of zeros, one per step, and the steps on the coarser grid.
+    """Embed blocks of 64 in zero blocks of 128, one per step, with the steps on the coarser grid.
 
-    The matrix unit is 128 wide: a block of 64 takes it as long as one of 128. Steps with the same o stay neighbours.
+    The MXU is 128 wide: a block of 64 costs as much as one of 128. Steps with the same o stay adjacent.
     """
     side = blocks.shape[1]
     k, n = (steps.o % 2, steps.a % 2) if transpose else (steps.a % 2, steps.o % 2)

@@ -1,4 +1,4 @@
-"""Ragged contraction on TPUs (weight gradients): body two of the family, with the steps innermost."""
+"""Ragged contraction on TPUs (weight gradients), over a grid with the steps innermost."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moe.kernels.implementations import struct
 from moe.kernels.metadata import contraction_steps
 from moe.kernels.spec import ContractionOperands, ContractionSpec
-from moe.kernels.tpu import gather as tpu_gather
+from moe.kernels.tpu import gather
 from moe.kernels.tpu.grouped import BEGIN, END, LIVE, NEXT, OUT, A, precision, step_table
 from moe.kernels.tpu.tiles import LANES, LARGE, SUBLANES, Tiles, fit, round_up, split
 
@@ -20,38 +20,38 @@ from moe.kernels.tpu.tiles import LANES, LARGE, SUBLANES, Tiles, fit, round_up, 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool):
     """Ragged contraction: (G, K, N), zeros for empty groups.
 
-    Where rows of x are gathered, a step fetches whole ones and multiplies all of K: tiles are cut along N only, so that
-    a row is fetched once for each of those. What does not fit (`tpu_gather.fits`) is permuted first.
+    For gathered rows of x a step loads full rows and multiplies all of K: tiles split N only, so that a row is loaded
+    once for each column tile. Rows that do not fit in VMEM (`gather.fits`) are permuted before the kernel.
     """
-    x, gather = operands.x, operands.gather
-    tiles = None if gather is None else _whole_rows(operands, spec)
+    x, rows_M = operands.x, operands.gather
+    tiles = None if rows_M is None else _full_row_tiles(operands, spec)
     if tiles is None:
-        x, gather = x if gather is None else x[gather], None
+        x, rows_M = x if rows_M is None else x[rows_M], None
         tiles = _tiles(x, operands.dy, spec)
-    return _launch(x, operands.dy, gather, operands.sizes, spec, tiles, interpret)
+    return _launch(x, operands.dy, rows_M, operands.sizes, spec, tiles, interpret)
 
 
 def _tiles(x, dy, spec):
     (rows, k), n = x.shape, dy.shape[1]
-    # The sums are (k, n) here, so the roles of `fit` are turned: the rows are what is contracted.
+    # The accumulators are (k, n), so the roles in `fit` are exchanged: rows are the contraction.
     m = round_up(min(spec.tiling.rows, rows), SUBLANES)
     tiles = Tiles(m, split(k, spec.tiling.inner), split(n, spec.tiling.cols), rows, k, n)
     return fit(tiles, x_bytes=x.dtype.itemsize, w_bytes=spec.out_dtype.itemsize + 2, out_bytes=2, weights=1, outs=1)
 
 
-def _whole_rows(operands, spec):
-    """Tiles with all of K in a step, as many columns as VMEM takes; None: it takes not even one tile of 128."""
+def _full_row_tiles(operands, spec):
+    """Choose tiles with all of K in a step and as many columns as fit in VMEM; None if 128 do not."""
     (rows, n), k = operands.dy.shape, operands.x.shape[1]
     m = round_up(min(spec.tiling.rows, rows), SUBLANES)
     inner = min(round_up(spec.tiling.inner, 2 * LANES), round_up(k, 2 * LANES))
-    tiles = tpu_gather.shorten(operands.x, Tiles(m, inner, split(n, spec.tiling.cols), rows, k, n))
-    if not tpu_gather.fits(operands.x, tiles):
+    tiles = gather.shorten(operands.x, Tiles(m, inner, split(n, spec.tiling.cols), rows, k, n))
+    if not gather.fits(operands.x, tiles):
         return None
     while True:
         cols, height = round_up(tiles.n, LANES), tiles.grid[1] * tiles.k
         sums = height * cols * (4 + 2 * spec.out_dtype.itemsize)
         need = sums + 2 * tiles.m * (height * operands.x.dtype.itemsize + cols * operands.dy.dtype.itemsize)
-        # What is left is for the values at hand.
+        # The rest is for temporaries.
         if need <= LARGE * 2 // 3:
             return tiles
         if cols == LANES:
@@ -59,19 +59,19 @@ def _whole_rows(operands, spec):
         tiles = replace(tiles, n=split(n, max(tiles.n // 2, LANES)))
 
 
-def _launch(x, dy, gather, sizes, spec, tiles, interpret):
+def _launch(x, dy, rows_M, sizes, spec, tiles, interpret):
     (rows, n), k, groups = dy.shape, x.shape[1], sizes.shape[0]
     steps = contraction_steps(sizes, rows=rows, tile=tiles.m)
-    gathered = gather is not None
+    gathered = rows_M is not None
     height = tiles.grid[1] * tiles.k if gathered else tiles.k
     x_spec = pl.BlockSpec((tiles.m, tiles.k), lambda k, n, s, t, *_: (t[A, s], k))
     scratch: list[Any] = [pltpu.VMEM((height, tiles.n), jnp.float32)]
     numbers, number_specs = [], []
     if gathered:
-        x, x_spec = tpu_gather.pack(x, tiles.k), pl.BlockSpec(memory_space=pl.ANY)
-        numbers = [tpu_gather.numbers(gather, tiles, below=x.shape[0])] * 2
-        number_specs = [tpu_gather.numbers_spec(tiles, 2, field) for field in (A, NEXT)]
-        scratch += tpu_gather.scratch(x, tiles)
+        x, x_spec = gather.pack(x, tiles.k), pl.BlockSpec(memory_space=pl.ANY)
+        numbers = [gather.numbers(rows_M, tiles, below=x.shape[0])] * 2
+        number_specs = [gather.numbers_spec(tiles, 2, field) for field in (A, NEXT)]
+        scratch += gather.scratch(x, tiles)
     return pl.pallas_call(
         partial(_kernel, tiles, gathered),
         out_shape=struct((groups, k, n), spec.out_dtype, x),
@@ -105,7 +105,7 @@ def _kernel(tiles, gathered, steps, *refs):
     group = steps[OUT, s]
     picked, (x, dy, out, total, *buffers) = refs[: 2 * gathered], refs[2 * gathered :]
     if gathered:
-        tpu_gather.advance(x, picked, steps, buffers, s, count)
+        gather.advance(x, picked, steps, buffers, s, count)
 
     @pl.when((s == 0) | (steps[OUT, jnp.maximum(s - 1, 0)] != group))
     def _begin():
@@ -118,10 +118,10 @@ def _kernel(tiles, gathered, steps, *refs):
             inside = (row >= steps[BEGIN, s]) & (row < steps[END, s])
             return jnp.where(inside, tile.astype(jnp.float32), 0).astype(tile.dtype)
 
-        # Both sides: a row that is not ours may hold NaN in either, and NaN times zero is NaN.
+        # In both operands: rows of other groups may be NaN, and NaN times zero is NaN.
         right = mine(dy[...])
         for part in range(total.shape[0] // tiles.k):
-            left = tpu_gather.read(buffers, tiles, dy.dtype, s, part) if gathered else x[...]
+            left = gather.read(buffers, tiles, dy.dtype, s, part) if gathered else x[...]
             total[part * tiles.k : (part + 1) * tiles.k, :] += jax.lax.dot_general(
                 mine(left),
                 right,

@@ -1,4 +1,4 @@
-"""Grouped matmul on TPUs: body one of the family, walked over (column tiles, steps, contraction tiles)."""
+"""Grouped matmul on TPUs, over a grid of (column tiles, steps, contraction tiles)."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe.kernels.epilogue import swiglu
 from moe.kernels.implementations import struct
 from moe.kernels.metadata import matmul_steps
-from moe.kernels.spec import GroupedOperands, GroupedSpec
+from moe.kernels.quantize import dequantize
+from moe.kernels.spec import GroupedOperands, GroupedSpec, swiglu
 from moe.kernels.tpu import gather
 from moe.kernels.tpu.tiles import LANES, LARGE, SUBLANES, Tiles, fit, round_up, split
 
@@ -20,23 +20,23 @@ A, B, OUT, BEGIN, END, LIVE, NEXT = range(7)
 
 
 def precision(dtype) -> jax.lax.Precision | None:
-    """Float32 operands keep their bits; the matrix unit's own types need nothing said."""
+    """Return HIGHEST for float32 operands, which the MXU would round to bfloat16, else None."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def step_table(steps) -> jax.Array:
-    """The steps as one (7, S) int32 array for scalar memory; its last row is `a` of the step after."""
+    """Stack the steps into one (7, S) int32 array for scalar prefetch; its last row is `a` of the following step."""
     after = jnp.append(steps.a[1:], steps.a[-1:])
     return jnp.stack([steps.a, steps.b, steps.o, steps.begin, steps.end, steps.live, after])
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
-    """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
+    """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`."""
     tiles = _tiles(operands, spec)
     shares = operands.scales[0].shape[1] if operands.scales else 1
     if operands.scales and (tiles.inner // shares) % tiles.k and shares > 1:
-        # Shares of K narrower than the lanes: no tile of x fits one, so the weight is widened first.
-        w = tuple(_widen(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
+        # Scales of blocks narrower than a tile of x: the weight is dequantized first.
+        w = tuple(dequantize(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
         return grouped(operands._replace(w=w, scales=()), spec, interpret=interpret)
     if operands.gather is not None and not gather.fits(operands.x, tiles):
         operands = operands._replace(x=operands.x[operands.gather], gather=None)
@@ -49,24 +49,24 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
         )
         return _combine_rows(rows, operands, spec)
     outs = _launch(operands, spec, tiles, shares, interpret)
-    return outs if spec.keep else outs[0][: spec.num_tokens or None].astype(spec.out_dtype)
+    return outs if spec.save_residuals else outs[0][: spec.num_tokens or None].astype(spec.out_dtype)
 
 
 def _tiles(operands, spec):
-    """The spec's tiles, cut to the shape and to VMEM; quantised shares of K hold whole tiles where they can."""
+    """Fit the spec's tiles to the shape and to VMEM; a block of K with one scale has full tiles if possible."""
     k, n = operands.w[0].shape[:0:-1] if spec.transpose else operands.w[0].shape[1:]
     share = k // operands.scales[0].shape[1] if operands.scales else k
     m = round_up(min(spec.tiling.rows, operands.rows), SUBLANES)
     tiles = Tiles(m, split(share, spec.tiling.inner), split(n, spec.tiling.cols), operands.rows, k, n)
     sizes = {"x_bytes": operands.x.dtype.itemsize, "w_bytes": operands.w[0].dtype.itemsize}
     sizes["out_bytes"] = spec.out_dtype.itemsize
-    tiles = fit(replace(tiles, inner=share), **sizes, weights=len(operands.w), outs=3 if spec.keep else 1)
+    tiles = fit(replace(tiles, inner=share), **sizes, weights=len(operands.w), outs=3 if spec.save_residuals else 1)
     tiles = replace(tiles, inner=k)
     if operands.gather is not None:
         tiles = replace(tiles, k=min(round_up(tiles.k, 2 * LANES), round_up(k, 2 * LANES)))
         tiles = gather.shorten(operands.x, tiles)
     if spec.epilogue == "combine":
-        # All destinations of a column tile stay in VMEM while the steps go by.
+        # All destinations of a column tile stay in VMEM over its steps.
         while not _combine_fits(spec, tiles) and tiles.n > LANES:
             tiles = replace(tiles, n=split(n, max(tiles.n // 2, LANES)))
     return tiles
@@ -77,14 +77,8 @@ def _combine_fits(spec, tiles):
     return 8 * spec.num_tokens * round_up(tiles.n, LANES) <= LARGE // 2
 
 
-def _widen(values, scales, dtype):
-    groups, k, n = values.shape
-    shares = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
-    return (shares * scales[:, :, None]).reshape(groups, k, n).astype(dtype)
-
-
 def _combine_rows(rows_MN, operands, spec):
-    """The unfused combine: rows past the sum are zero already."""
+    """Combine after the kernel by a scatter-add; rows past the sum of the sizes are zero."""
     values = rows_MN.astype(jnp.float32)
     if operands.weights is not None:
         values = values * operands.weights[:, None]
@@ -93,7 +87,7 @@ def _combine_rows(rows_MN, operands, spec):
 
 
 def _launch(operands, spec, tiles, shares, interpret):
-    """Lay out scalars, blocks and scratch, and call the kernel: (out,) or (out, gate, up)."""
+    """Build block specs and scratch, and call the kernel: (out,) or (out, gate, up)."""
     x, count_w, combine = operands.x, len(operands.w), spec.epilogue == "combine"
     steps = matmul_steps(operands.sizes, rows=tiles.rows, tile=tiles.m)
     by_row = {}
@@ -125,7 +119,7 @@ def _launch(operands, spec, tiles, shares, interpret):
     if operands.gather is not None:
         scratch += gather.scratch(x, tiles)
     number_specs = [gather.numbers_spec(tiles, 1, field) for _, field in by_row.values()]
-    outs = 3 if spec.keep else 1
+    outs = 3 if spec.save_residuals else 1
     large = combine or operands.gather is not None
     call = pl.pallas_call(
         partial(_kernel, tuple(by_row), spec, tiles, count_w, bool(scales), operands.x.dtype),
@@ -164,10 +158,10 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
     by_row, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     x, w, refs = refs[0], refs[1 : 1 + count_w], refs[1 + count_w :]
     scales, refs = (refs[:count_w], refs[count_w:]) if scaled else ((), refs)
-    count_out = 3 if spec.keep else 1
+    count_out = 3 if spec.save_residuals else 1
     outs, sums, buffers = refs[:count_out], refs[count_out : count_out + count_w], refs[count_out + count_w :]
     s, k = pl.program_id(1), pl.program_id(2)
-    # Read here: the interpreter knows program ids outside branches only.
+    # Outside of branches: the interpreter has no program ids inside.
     count = pl.num_programs(1)
 
     @pl.when(k == 0)
@@ -205,12 +199,12 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
         row = jax.lax.broadcasted_iota(jnp.int32, outs[0].shape, 0)
         mine = (row >= steps[BEGIN, s]) & (row < steps[END, s])
         for out, value in zip(outs, values, strict=False):
-            # Selected in float32: the mask's layout is that of 32-bit values.
+            # Selected in float32, whose layout the mask has.
             out[...] = jnp.where(mine, value, out[...].astype(jnp.float32)).astype(out.dtype)
 
 
 def _mask(tile, axis, tiles, k):
-    """Zeros past the end of the contraction, where a tile reaches over memory that is not ours."""
+    """Zero the columns past the end of the contraction, where a tile reads out of bounds."""
     if tiles.inner % tiles.k == 0:
         return tile
     index = jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis) + k * tiles.k
@@ -218,7 +212,7 @@ def _mask(tile, axis, tiles, k):
 
 
 def _add_rows(by_row, steps, out, total, s):
-    """Add the step's rows to their destinations, one at a time: neighbours may share one."""
+    """Add the step's rows to their destinations, one at a time: adjacent rows may share one."""
 
     @pl.when(s == 0)
     def _zero():
@@ -243,5 +237,5 @@ def _add_rows(by_row, steps, out, total, s):
             out[pl.ds(by_row["tokens"][0, r], 1), :] += value
         return 0
 
-    # Silent steps own rows that add nothing.
+    # Steps with live 0 add no rows.
     jax.lax.fori_loop(*gather.runs(steps, s), some, 0)

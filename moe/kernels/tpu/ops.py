@@ -1,4 +1,4 @@
-"""The TPU path: Mosaic kernels over scalar-prefetched steps. Float16, which TPUs lack, is computed in float32."""
+"""tpu backend: Mosaic kernels over scalar-prefetched steps; float16, which TPUs lack, is computed in float32."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,10 +28,10 @@ TILINGS = {
 
 
 def default_tiling(kernel: str, rows_per_group: float | int, transpose: bool) -> Tiling:
-    """Tile sizes where none are measured, from bytes and from the compiler's listings (docs/kernels.md).
+    """Choose tile sizes where none are measured, by bytes and the compiler's listings (docs/kernels.md).
 
-    A weight's tile is read, and where it is transposed turned round, in every step: the more rows share it the better.
-    But every group also multiplies up to a tile of rows that are not its own, which may be a quarter of its own.
+    A weight's tile is read (and transposed, for the input gradient) in every step, so taller row tiles share it better;
+    but every group also multiplies up to a tile of other rows, at most a quarter of its own here.
     """
     tiling = TILINGS[kernel]
     if kernel != "grouped":
@@ -43,7 +43,7 @@ def default_tiling(kernel: str, rows_per_group: float | int, transpose: bool) ->
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
-    """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
+    """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`."""
     return _run(tpu_grouped.grouped, operands, spec, interpret)
 
 

@@ -1,1 +1,1 @@
-"""moe.kernels.xla."""
+"""Plain JAX kernels: loops over live tiles on any platform."""

@@ -1,8 +1,7 @@
-"""A mixture of SwiGLU experts on CPUs in one loop: gather, three products, weighted sum, and all their gradients.
+"""A mixture of SwiGLU experts in one loop for CPUs: gather, three products, combine, and all their gradients fused.
 
-What the grouped kernels pass to each other through memory (hidden activations and their cotangents, [M, F] each) stays
-in the cache here, a tile at a time. The forward pass of a gradient keeps gate and up activations, the backward one
-makes everything else again.
+Hidden activations and their cotangents, [M, F] each, stay in the cache, a tile at a time, where separate kernels pass
+them through memory. Residuals are the gate and up activations; the backward pass recomputes everything else.
 
 Axes: T tokens, M rows sorted by group, G groups (experts), D width, F feed-forward width, R rows of a tile.
 """
@@ -14,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe.kernels.epilogue import swiglu, swiglu_gradient
 from moe.kernels.implementations import align, tiling, zeros
 from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
+from moe.kernels.spec import swiglu, swiglu_gradient
 from moe.kernels.xla.ops import _by_height, _rows, _slice, _working, _write
 
 
 class Mixture(NamedTuple):
-    """x (T, D); gate, up (G, D, F) and down (G, F, D) of x's dtype; sizes (G,); tokens and weights (M,) of rows."""
+    """Operands: x (T, D); gate, up (G, D, F) and down (G, F, D) of x's dtype; sizes (G,); tokens and weights (M,)."""
 
     x: Array
     gate: Array
@@ -42,33 +41,33 @@ def mixture(
     weights_M: Float[Array, " M"],
     tile: int = 0,
 ) -> Float[Array, "T D"]:
-    """Sum over a token's rows of weight times silu(x gate) * (x up) down, by the row's group.
+    """Compute dropless SwiGLU experts: sum weight times silu(x gate) * (x up) down over every token's rows.
 
-    Products are taken in x's dtype and summed in float32. Differentiable in x, the kernels and the weights. Works under
+    Products are in x's dtype, sums in float32. Differentiable in x, the kernels and the weights. Works under
     jit, vmap (a loop over calls), scan and shard_map.
 
     Args:
       x_TD: tokens.
       gate_GDF, up_GDF, down_GFD: kernels, of x's dtype.
-      sizes_G: rows of each group, in order; rows past their sum are not looked at.
+      sizes_G: rows of each group, in order; rows past their sum are not read.
       tokens_M: token of every row.
       weights_M: factor of every row.
       tile: rows of a tile; 0 looks up a measured number.
     """
     groups, d, f = gate_GDF.shape
     rows = tokens_M.shape[0]
-    found = tiling("grouped", "cpu", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)
+    found = tiling("grouped", "xla", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)
     operands = Mixture(x_TD, gate_GDF, up_GDF, down_GFD, sizes_G, tokens_M, weights_M)
     return _mixture(min(tile or found.rows, rows), align(operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixture(tile, operands):
-    return _looped(partial(_forward, tile=tile, keep=False))(operands)[0]
+    return _looped(partial(_forward, tile=tile, save_residuals=False))(operands)[0]
 
 
 def _mixture_fwd(tile, operands):
-    out, gate_MF, up_MF = _looped(partial(_forward, tile=tile, keep=True))(operands)
+    out, gate_MF, up_MF = _looped(partial(_forward, tile=tile, save_residuals=True))(operands)
     return out, (operands, gate_MF, up_MF)
 
 
@@ -95,14 +94,14 @@ def _pad(value: Array, tile: int) -> Array:
     return jnp.pad(value, ((0, tile - value.shape[0]), *((0, 0),) * (value.ndim - 1)))
 
 
-def _forward(o: Mixture, *, tile: int, keep: bool) -> tuple[Array, ...]:
-    """The output, and with `keep` gate and up activations (M, F)."""
+def _forward(o: Mixture, *, tile: int, save_residuals: bool) -> tuple[Array, ...]:
+    """Compute the output, and with `save_residuals` the gate and up activations (M, F)."""
     rows, dtype = o.tokens.shape[0], o.x.dtype
     steps = matmul_steps(o.sizes, rows=rows, tile=tile, align=1)
-    kept = (zeros((rows, o.gate.shape[2]), dtype, o.x),) * (2 if keep else 0)
+    residuals = (zeros((rows, o.gate.shape[2]), dtype, o.x),) * (2 if save_residuals else 0)
 
     def step(s: Array, carry):
-        out_TD, kept = carry
+        out_TD, residuals = carry
         start, end, mine_R = _rows(steps, s, tile, rows)
         tokens_R, group = _slice(o.tokens, start, tile), steps.b[s]
         x_RD = o.x.at[tokens_R].get(mode="clip")
@@ -110,21 +109,21 @@ def _forward(o: Mixture, *, tile: int, keep: bool) -> tuple[Array, ...]:
         def products(height):
             gate_RF, up_RF = (_dot(x_RD[:height], w[group], (1, 0)) for w in (o.gate, o.up))
             y_RD = _dot(swiglu(gate_RF, up_RF).astype(dtype), o.down[group], (1, 0))
-            more = (gate_RF.astype(dtype), up_RF.astype(dtype)) if keep else ()
+            more = (gate_RF.astype(dtype), up_RF.astype(dtype)) if save_residuals else ()
             return tuple(_pad(each, tile) for each in (y_RD, *more))
 
         y_RD, *more = _by_height(end, tile, products)
         weights_R1 = _slice(o.weights, start, tile)[:, None]
         out_TD = out_TD.at[tokens_R].add(jnp.where(mine_R[:, None], y_RD * weights_R1, 0))
-        return out_TD, tuple(_write(a, start, mine_R, b) for a, b in zip(kept, more, strict=True))
+        return out_TD, tuple(_write(a, start, mine_R, b) for a, b in zip(residuals, more, strict=True))
 
-    start = (zeros(o.x.shape, jnp.float32, o.x), kept)
-    out_TD, kept = jax.lax.fori_loop(0, _working(steps), step, start)
-    return out_TD.astype(dtype), *kept
+    start = (zeros(o.x.shape, jnp.float32, o.x), residuals)
+    out_TD, residuals = jax.lax.fori_loop(0, _working(steps), step, start)
+    return out_TD.astype(dtype), *residuals
 
 
 def _backward(o: Mixture, gate_MF: Array, up_MF: Array, dout_TD: Array, *, tile: int) -> tuple[Array, ...]:
-    """Cotangents of x, gate, up, down and weights."""
+    """Compute the cotangents of x, gate, up, down and weights."""
     rows = o.tokens.shape[0]
     steps = contraction_steps(o.sizes, rows=rows, tile=tile, align=1)
     groups = o.sizes.shape[0]
@@ -133,7 +132,7 @@ def _backward(o: Mixture, gate_MF: Array, up_MF: Array, dout_TD: Array, *, tile:
 
     def group(g, carry):
         dx_TD, dweights_M, kernels = carry
-        # The dead tail repeats the last step: it must not be counted as the last group's.
+        # Entries from `count` on repeat the last step and are not the last group's.
         begin, end = first_G[g], jnp.minimum(first_G[g + 1], steps.count)
 
         def more(s, carry):
@@ -152,11 +151,11 @@ def _backward(o: Mixture, gate_MF: Array, up_MF: Array, dout_TD: Array, *, tile:
 
 
 def _tile_backward(o: Mixture, gate_MF, up_MF, dout_TD, steps: Steps, tile: int, s, group, dx_TD, dweights_M):
-    """Cotangents of x and weights with a tile's added, and the tile's part of those of gate, up and down (float32)."""
+    """Add a tile's cotangents of x and weights, and compute its part of those of gate, up and down (float32)."""
     dtype = o.x.dtype
     start, end, mine_R = _rows(steps, s, tile, o.tokens.shape[0])
     mine_R1, tokens_R = mine_R[:, None], _slice(o.tokens, start, tile)
-    # Rows that are not ours: nothing goes on from them, and no NaN either.
+    # Rows of other groups may be NaN.
     x_RD, dout_RD = (jnp.where(mine_R1, a.at[tokens_R].get(mode="clip"), 0) for a in (o.x, dout_TD))
     gate_RF, up_RF = (_slice(a, start, tile) for a in (gate_MF, up_MF))
     weights_R1 = jnp.where(mine_R, _slice(o.weights, start, tile), 0)[:, None]

@@ -1,8 +1,8 @@
-"""The plain JAX path: a loop over live tiles, driven by the same metadata as the Pallas kernels. Runs on any backend.
+"""xla backend: plain JAX loops over live tiles, driven by the same metadata as the Pallas kernels, on any platform.
 
-A tile begins where its group does, so that none is multiplied for two groups, and a group's last one is multiplied in
-as few rows as cover it. Loops are `fori_loop`s over the steps that have work; they are never differentiated (the
-callers have custom_vjp).
+A group's first tile begins at its first row, so that no tile is multiplied for two groups, and its last is multiplied
+in the fewest rows that cover it. Loops are `fori_loop`s over the steps with live 1, without autodiff (the callers have
+custom_vjp).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe.kernels.epilogue import swiglu
 from moe.kernels.implementations import zeros
 from moe.kernels.metadata import contraction_steps, matmul_steps
 from moe.kernels.spec import (
@@ -23,10 +22,11 @@ from moe.kernels.spec import (
     ContractionSpec,
     GroupedOperands,
     GroupedSpec,
+    swiglu,
 )
 from moe.kernels.tiling import Tiling
 
-# A step works on whole rows of x and w, so `inner` and `cols` are not used here.
+# A step multiplies full rows of x and w, so `inner` and `cols` are not used.
 TILINGS = {
     "grouped": Tiling(rows=64),
     "contraction": Tiling(rows=64),
@@ -34,18 +34,18 @@ TILINGS = {
     "block_contraction": Tiling(rows=256),
 }
 
-# Below this a product of fewer rows is hardly quicker, since its weight has to be read all the same.
+# A product of fewer rows is hardly faster, since its weight is read all the same.
 SHORTEST = 16
 
 
 def _heights(tile: int) -> tuple[int, ...]:
-    """Numbers of rows a tile may be multiplied as: most groups end in one that they do not fill."""
+    """Return the heights at which a tile may be multiplied: most groups end in a partly filled one."""
     shares = (tile // 8, tile // 4, tile // 2, 3 * tile // 4)
     return (*(height for height in shares if height >= SHORTEST), tile)
 
 
 def _by_height(end: Array, tile: int, product: Callable[[int], Any]) -> Any:
-    """`product(height)` for the least height that covers the rows before `end`."""
+    """Compute `product(height)` for the smallest height that covers the rows before `end`."""
     heights = _heights(tile)
     if len(heights) == 1:
         return product(tile)
@@ -54,7 +54,7 @@ def _by_height(end: Array, tile: int, product: Callable[[int], Any]) -> Any:
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
-    """See `spec.GroupedOperands` and `spec.GroupedSpec` for what goes in and comes out."""
+    """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`."""
     del interpret
     x_TK, rows = operands.x, operands.rows
     tile = min(spec.tiling.rows, rows)
@@ -62,18 +62,18 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
     columns = operands.w[0].shape[1 if spec.transpose else 2]
     combine = spec.epilogue == "combine"
     dtype = jnp.float32 if combine else spec.out_dtype
-    outs = (zeros((spec.num_tokens if combine else rows, columns), dtype, x_TK),) * (3 if spec.keep else 1)
+    outs = (zeros((spec.num_tokens if combine else rows, columns), dtype, x_TK),) * (3 if spec.save_residuals else 1)
     scales = operands.scales or (None,) * len(operands.w)
 
     def products(x_RK, group, height):
-        """Products of the tile's first rows, zeros below; with SwiGLU its result first."""
+        """Multiply the tile's first rows, zeros below; with SwiGLU its result first."""
         found = [
             _product(x_RK[:height], w[group], None if scale is None else scale[group], spec.transpose)
             for w, scale in zip(operands.w, scales, strict=True)
         ]
         if spec.epilogue == "swiglu":
             found = [swiglu(*found), *found]
-        # Without `keep` there is one output, and gate and up end here.
+        # Without residuals there is one output.
         return tuple(jnp.pad(each.astype(dtype), ((0, tile - height), (0, 0))) for each in found[: len(outs)])
 
     def step(s, outs):
@@ -86,9 +86,9 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
             return (outs[0].at[_slice(operands.tokens, start, tile)].add(values_RN),)
         return tuple(_write(out, start, mine_R, value) for out, value in zip(outs, found, strict=True))
 
-    # Silent steps come last and would write the zeros that are there already.
+    # Steps with live 0 come last and would write zeros over zeros.
     outs = jax.lax.fori_loop(0, _working(steps), step, outs)
-    return outs if spec.keep else outs[0].astype(spec.out_dtype)
+    return outs if spec.save_residuals else outs[0].astype(spec.out_dtype)
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
@@ -103,7 +103,7 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
 
     def product(s):
         start, end, mine_R = _rows(steps, s, tile, rows)
-        # Both sides: what lies in rows that are not ours may be NaN, and NaN times zero is NaN.
+        # In both operands: rows of other groups may be NaN, and NaN times zero is NaN.
         x_RK = jnp.where(mine_R[:, None], _take(operands.x, operands.gather, start, tile), 0)
         dy_RN = jnp.where(mine_R[:, None], _slice(operands.dy, start, tile), 0)
 
@@ -114,12 +114,51 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
         return _by_height(end, tile, first)
 
     def group(g, out_GKN):
-        # The dead tail repeats the last step: it must not be counted as the last group's.
+        # Entries from `count` on repeat the last step and are not the last group's.
         begin, end = first_G[g], jnp.minimum(first_G[g + 1], steps.count)
         sum_KN = jax.lax.fori_loop(begin + 1, end, lambda s, sum_KN: sum_KN + product(s), product(begin))
         return out_GKN.at[g].set(sum_KN.astype(spec.out_dtype))
 
     return jax.lax.fori_loop(0, shape[0], group, zeros(shape, spec.out_dtype, operands.x))
+
+
+def combine(rows_MN: Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
+    """Combine after a kernel, deterministically: sum each token's weighted rows in the order of the rows.
+
+    No atomic additions, as XLA's scatter has on GPUs. Where every token has the same number of rows, as in dropless
+    routing, they are gathered and summed; else the tokens' first rows are added, then their second, and so on.
+
+    Args:
+      rows_MN: rows of the product, zeros past the sum of the group sizes.
+      tokens_M: destination of each row.
+      weights_M: factor of each row, or None.
+      spec: for num_tokens and out_dtype.
+    """
+    m, t = rows_MN.shape[0], spec.num_tokens
+    order_M = jnp.argsort(tokens_M, stable=True)
+    starts_T = jnp.searchsorted(tokens_M[order_M], jnp.arange(t)).astype(jnp.int32)
+    counts_T = jnp.diff(starts_T, append=m)
+
+    def weighted(row):
+        weights = 1.0 if weights_M is None else weights_M[row][..., None]
+        return rows_MN[row].astype(jnp.float32) * weights
+
+    def by_rank():
+        def add(rank, out_TN):
+            row_T = order_M[jnp.minimum(starts_T + rank, m - 1)]
+            return out_TN + jnp.where((rank < counts_T)[:, None], weighted(row_T), 0)
+
+        out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
+        return jax.lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
+
+    each, rest = divmod(m, t)
+    if rest or not each:
+        return by_rank().astype(spec.out_dtype)
+
+    def at_once():
+        return jnp.sum(weighted(order_M.reshape(t, each)), axis=1)
+
+    return jax.lax.cond(jnp.all(counts_T == each), at_once, by_rank).astype(spec.out_dtype)
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
@@ -141,7 +180,7 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = 
             )
             same = (s > 0) & (steps.o[s] == steps.o[jnp.maximum(s - 1, 0)])
             sum_Rb = jnp.where(same, sum_Rb, 0) + jnp.where(steps.live[s] > 0, product_Rb, 0)
-            # Every partial sum is written: the last of its column stays, also where row tiles overlap.
+            # Every partial sum is written; the last of its column remains, also where row tiles overlap.
             place = (start, steps.o[s] * b)
             return jax.lax.dynamic_update_slice(out_MN, sum_Rb.astype(spec.out_dtype), place), sum_Rb
 
@@ -174,13 +213,13 @@ def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool 
 
 
 def _working(steps):
-    """Steps to run: the first `count`, less the silent ones at their end."""
+    """Count the steps to run: the first `count`, without those of live 0 at their end."""
     return jnp.sum(jnp.where(jnp.arange(steps.live.shape[0]) < steps.count, steps.live, 0))
 
 
 def _rows(steps, s, tile, rows):
-    """First row to load for step s, the end of those the step owns, and which of `tile` rows from there it owns."""
-    # The last tile is moved back rather than padded, so its rows are counted from elsewhere.
+    """Return the first row to load for step s, the end of its rows, and a mask of its rows among `tile` from there."""
+    # The last tile is moved back rather than padded, so its rows are shifted.
     start = jnp.minimum(steps.a[s], rows - tile)
     shift = steps.a[s] - start
     begin, end, row_R = shift + steps.begin[s], shift + steps.end[s], jnp.arange(tile)
@@ -204,7 +243,7 @@ def _write(out_MN, start, mine_R, value_RN):
 
 
 def _product(x_RK, w, scale_QN, transpose):
-    """x times one group's weight in float32; a quantised weight's scales multiply the sums over their shares of K."""
+    """Multiply x by one group's weight in float32; scales of a quantized weight multiply the sums of their blocks."""
     if scale_QN is None:
         dims = (((1,), (1 if transpose else 0,)), ((), ()))
         return jax.lax.dot_general(x_RK, w, dims, preferred_element_type=jnp.float32)

@@ -1,1 +1,1 @@
-"""Experiments on tickets, one module each: `run(config, pieces) -> Study`. `scripts/study.py` picks one by name."""
+"""Experiments on tickets, one module each: `run(config, memo) -> Study`. `scripts/study.py` picks one by name."""

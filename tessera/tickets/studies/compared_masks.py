@@ -1,20 +1,16 @@
-"""Several masks on the weights of every seed: train them all, and put their accuracies side by side."""
+"""Several masks on the weights of every seed: train them all, and compare their accuracies."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
-from matplotlib.figure import Figure
 
 from lottery import controls
 from lottery import masks as masks_lib
-from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
 from tessera.tickets.setup import Setup, starts_of
-from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.studies.study import Comparison, Rows, Study, column, same, with_interval
 
 # The seed's own ticket and random masks, in every comparison.
 OWN, RANDOM = "own", "random"
@@ -26,8 +22,11 @@ def train_masks(
     """Train every seed's weights under every mask of its; one row each, by mask and seed.
 
     Args:
-      setup: how. found: name -> a mask for every seed, `OWN` among the names.
-      reset: the weights [seeds, ...]. seeds: of the data's order. level: for the rows.
+      setup: data, network, schedule.
+      found: name -> a mask for every seed, `OWN` among the names.
+      reset: the weights [seeds, ...].
+      seeds: of the data's order.
+      level: for the rows.
     """
     names = list(found)
     stacks = [jax.tree.map(lambda *leaf: jnp.stack(leaf), *found[name]) for name in names]
@@ -42,61 +41,30 @@ def train_masks(
     for i, ((name, seed), row) in enumerate(zip(starts.names, setup.train(starts).rows, strict=True)):
         mask = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
         both = controls.overlap(mask, found[OWN][i % len(seeds)], which)["*"]
-        keep = {k: row[k] for k in ("early_stop_test_accuracy", "final_test_accuracy", "early_stop_step")}
+        measured = {k: row[k] for k in ("early_stop_test_accuracy", "final_test_accuracy", "early_stop_step")}
         mine = {"mask": name, "seed": seed, "level": level, "overlap": both.shared / both.expected}
-        rows.append({**mine, "density": float(masks_lib.density(mask, which)), **keep})
+        rows.append({**mine, "density": float(masks_lib.density(mask, which)), **measured})
     return rows
 
 
-def compare(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], second: str, told: Sequence[str], words: Mapping[str, str]
-) -> Study:
-    """Accuracy of every mask, its points over `RANDOM` and over `second` by seed, and a picture.
+def compare(rows: Rows, second: str, told: Sequence[str], title: str, caption: str, shown: str = "") -> Study:
+    """Accuracy of every mask, and its points over `RANDOM` and over the mask `second`, seed by seed.
 
     Args:
-      rows: of `train_masks`. names: of the masks, in order. told: masks whose difference to `second` is a finding.
-      words: "title" of the study and of its "figure", "caption", and what a finding calls `second` ("second").
+      rows: of `train_masks`.
+      second: a mask of the rows.
+      told: masks whose difference to `second` is a finding.
+      title: of the study.
+      caption: of the picture.
+      shown: what to call `second`.
     """
-    value = "final_test_accuracy"
-    levels = sorted({row["level"] for row in rows})
-    cell = lambda mask, level: [row for row in rows if row["mask"] == mask and row["level"] == level]  # noqa: E731
-    body, findings, densities = [], [], []
-    for level in levels:
-        at = {base: {row["seed"]: row[value] for row in cell(base, level)} for base in (RANDOM, second)}
-        over = lambda name, base: [r[value] - at[base][r["seed"]] for r in cell(name, level)]  # noqa: B023, E731
-        densities.append(f"{np.mean([row['density'] for row in cell(OWN, level)]):.1%}")
-        for name in names:
-            mine = cell(name, level)
-            gains = [None if name == base else with_interval(over(name, base)) for base in (RANDOM, second)]
-            overlap = None if name == OWN else with_interval([row["overlap"] for row in mine], 1.0)
-            body.append([densities[-1], name, with_interval([row[value] for row in mine]), *gains, overlap])
-        for name in told:
-            findings.append(
-                f"At {densities[-1]} of the weights, mask {name} minus mask {words['second']}: "
-                f"{with_interval(over(name, second))} points."
-            )
-    head = ["weights", "mask", "test accuracy (%)", f"points over {RANDOM}", f"points over mask {words['second']}"]
-    table = Table([*head, "overlap with own/chance"], body)
-    figure = _figure(rows, names, densities, words["figure"])
-    return Study(words["title"], findings, table, figure, words["caption"], [dict(row) for row in rows])
-
-
-def _figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], densities: Sequence[str], title: str) -> Figure:
-    """Points over random masks of the same seed, a column for every level, a mark for every mask."""
-    value = "final_test_accuracy"
-    levels = sorted({row["level"] for row in rows})
-    cell = lambda mask, level: [row for row in rows if row["mask"] == mask and row["level"] == level]  # noqa: E731
-    figure, (ax,) = canvas(1, width=7.2, height=3.6)
-    for i, name in enumerate(names):
-        for place, level in enumerate(levels):
-            base = {row["seed"]: row[value] for row in cell(RANDOM, level)}
-            height = [100 * (row[value] - base[row["seed"]]) for row in cell(name, level)]
-            x = place + (i - (len(names) - 1) / 2) * 0.7 / len(names)
-            colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.plot([x] * len(height), height, marker, color=colour, alpha=0.35, markersize=5)
-            mark: dict[str, Any] = {"marker": marker, "color": colour, "markersize": 8, "linestyle": "none"}
-            ax.plot([x], [np.mean(height)], label=None if place else name, **mark)
-    ax.set_xticks(range(len(levels)), densities)
-    titles(ax, title, "weights remaining", "points over random masks of the same seed")
-    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="mask")
-    return figure
+    arms, shown = Comparison(rows, "mask"), shown or second
+    findings = [
+        f"At {arms.density(level)} of the weights, mask {name} minus mask {shown}: {arms.gain(name, second, level)} "
+        "points."
+        for level in arms.levels
+        for name in told
+    ]
+    overlap = {"overlap with own/chance": lambda mine: with_interval(column(mine, "overlap"), 1.0)}
+    table = arms.table({RANDOM: RANDOM, second: f"mask {shown}"}, overlap)
+    return Study(title, findings, table, arms.figure({title: same(arms.arms)}, over=RANDOM), caption, rows)

@@ -1,32 +1,35 @@
 """The distribution of tickets: many tickets for every width and depth, the spread and the tail of their quality.
 
-Do bigger networks hold more good tickets, or better ones? What is given is the measured spread and the tail index with
-its interval (`lottery.tails`), not a verdict.
+Do bigger networks hold more good tickets, or better ones? Measured: the spread, and the tail index with its interval
+(`lottery.summary.tail_index`).
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from lottery import masks as masks_lib
-from lottery import prune, scores, tails
+from lottery import summary
 from tessera.infra.config import ConfigError, build
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.models.registry import make_network
 from tessera.reports.html import Table
-from tessera.reports.style import canvas, ramp, titles
-from tessera.tickets.programs import make_programs
+from tessera.reports.style import MUTED, Figure, canvas, deferred, ramp, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of
-from tessera.tickets.studies.study import Study
+from tessera.tickets.studies.study import Study, magnitude_masks
 
 
 @dataclass(frozen=True)
 class DistributionConfig:
-    """widths, depths: of the grid of fully connected networks. tickets: of each. density: of their weights, magnitude,
-    once, all layers alike. tail: share of the tickets that make the upper tail.
+    """A grid of fully connected networks and how many tickets are drawn of each.
+
+    Attributes:
+      widths: of the grid.
+      depths: of the grid.
+      tickets: of each network.
+      density: of their weights, by magnitude, once, all layers alike.
+      tail: share of the tickets that make the upper tail.
     """
 
     widths: tuple[int, ...] = (16, 64)
@@ -42,7 +45,7 @@ class DistributionConfig:
             raise ValueError(f"tail={self.tail} of tickets={self.tickets} is less than two tickets")
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """Train the tickets of every cell of the grid, describe their quality."""
     study = build(DistributionConfig, config.study, "config.study")
     if config.model.get("name", "lenet") != "lenet":
@@ -51,7 +54,7 @@ def run(config: Any, pieces: Pieces) -> Study:
     rows = []
     for depth in study.depths:
         for width in study.widths:
-            rows += pieces.rows(f"depth{depth}_width{width}", lambda: _cell(setup, study, width, depth))  # noqa: B023
+            rows += memo.rows(f"depth{depth}_width{width}", _cell, setup, study, width, depth)
     return _study(rows, study, setup)
 
 
@@ -59,19 +62,12 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
     """Train `tickets` dense networks of one size, prune them, rewind them, train again."""
     model = {"name": "lenet", "hidden": (width,) * depth}
     network = make_network(model, setup.splits.train.images[:1], setup.classes)
-    programs = make_programs(
-        setup.splits, apply=network.apply, optimizer=setup.optimizer, config=setup.ticket, train=network.train
-    )
-    setup = replace(setup, network=network, programs=programs)
+    setup = replace(setup, network=network, programs=setup.programs_for(network=network))
     seeds = range(study.tickets)
     names = ["ticket"] * study.tickets
     initial = init_stack(setup, seeds, salt=1000 * depth + width)
     dense = setup.train(starts_of(initial, masks_lib.ones(initial), seeds, names))
-    one = jax.tree.map(lambda leaf: leaf[0], initial)
-    which = masks_lib.prunable(one)
-    counts = {path: max(round(study.density * size), 1) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
-    masks = jax.jit(jax.vmap(keep))(dense.params)
+    masks, counts = magnitude_masks(dense.params, study.density)
     tickets = setup.train(starts_of(masks_lib.apply(initial, masks), masks, seeds, names))
     return [
         {
@@ -79,7 +75,7 @@ def _cell(setup: Setup, study: DistributionConfig, width: int, depth: int) -> li
             "depth": depth,
             "ticket": seed,
             "weights": sum(counts.values()),
-            "prunable": sum(prune.sizes(one, which).values()),
+            "prunable": sum(leaf[0].size for path, leaf in masks_lib.flatten(initial).items() if path in counts),
             "dense_accuracy": before["final_test_accuracy"],
             "accuracy": after["final_test_accuracy"],
             "loss": after["final_test_loss"],
@@ -96,7 +92,7 @@ class Cell(NamedTuple):
     weights: int
     accuracy: np.ndarray
     loss: np.ndarray
-    tail: tails.Tail
+    tail: summary.Tail
 
     @property
     def quantiles(self) -> tuple[float, float, float]:
@@ -125,7 +121,7 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
             loss = np.asarray([row["loss"] for row in mine])
             accuracy = 100 * np.asarray([row["accuracy"] for row in mine])
             # Quality is the inverse loss: positive, and large for good tickets.
-            tail = tails.tail_index(1 / loss, count)
+            tail = summary.tail_index(1 / loss, count)
             cells.append(Cell(depth, width, mine[0]["weights"], accuracy, loss, tail))
     body = [cell.row() for cell in cells]
     smallest, largest = body[0], body[-1]
@@ -144,27 +140,28 @@ def _study(rows: list[dict[str, Any]], study: DistributionConfig, setup: Setup) 
     return Study(title, findings, Table(HEAD, body), _figure(cells, study), caption, rows)
 
 
+@deferred
 def _figure(cells: list[Cell], study: DistributionConfig) -> Figure:
-    """Left the spread of accuracy over size, right the tail index with its interval; a colour for every depth."""
+    """Left the spread of accuracy over size, right the tail index with its interval; a color for every depth."""
     figure, axes = canvas(2, width=9.6, height=3.8)
-    for depth, colour in zip(study.depths, ramp(len(study.depths)), strict=True):
+    for depth, color in zip(study.depths, ramp(len(study.depths)), strict=True):
         mine = [cell for cell in cells if cell.depth == depth]
         for cell in mine:
             low, middle, high = cell.quantiles
-            axes[0].plot([cell.weights] * 2, [low, high], color=colour, linewidth=1.6, solid_capstyle="round")
-            axes[0].plot([cell.weights], [middle], "o", color=colour, markersize=4.5)
-            axes[0].plot([cell.weights], [cell.accuracy.max()], "_", color=colour, markersize=8)
+            axes[0].plot([cell.weights] * 2, [low, high], color=color, linewidth=1.6, solid_capstyle="round")
+            axes[0].plot([cell.weights], [middle], "o", color=color, markersize=4.5)
+            axes[0].plot([cell.weights], [cell.accuracy.max()], "_", color=color, markersize=8)
         index = np.asarray([cell.tail.index for cell in mine])
         bars = np.asarray([[c.tail.index - c.tail.low for c in mine], [c.tail.high - c.tail.index for c in mine]])
         look: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "none"}
         label = f"{depth} hidden layer{'s' * (depth > 1)}"
-        axes[1].errorbar([cell.weights for cell in mine], index, np.maximum(bars, 0), color=colour, label=label, **look)
+        axes[1].errorbar([cell.weights for cell in mine], index, np.maximum(bars, 0), color=color, label=label, **look)
     ticks = [cell.weights for cell in cells if cell.depth == study.depths[0]]
     for ax in axes:
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{weights:,}" for weights in ticks])
         ax.set_xticks([], minor=True)
-    axes[1].axhline(0, color="#66737f", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes[1].axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes[1].legend(frameon=False, fontsize=9)
     titles(axes[0], "Test accuracy of tickets", "weights of the ticket", "%: median, 5% to 95%, best (dash)")
     titles(axes[1], "Upper tail of 1 / test loss", "weights of the ticket", "extreme value index, 95% interval")

@@ -1,10 +1,10 @@
-"""The instability curve: when does the order of the data stop deciding which minimum training ends in?
+"""The instability curve (linear mode connectivity): when does data order stop deciding the minimum training ends in?
 
 Frankle et al. 2020 (arXiv:1912.05671), sections 2 and 3: a network is trained to step k, then twice to the end in
 different orders; the error along the line between the two ends is compared with the mean of the ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import imp, prune, scores, summary, transform
+from lottery import imp, summary, transform
 from lottery import masks as masks_lib
 from lottery.connectivity import STABLE
-from tessera.data.loader import index_block
 from tessera.infra.config import build
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, MUTED, PALETTE, canvas, label_lines, titles
+from tessera.reports.style import (
+    MARKERS,
+    MUTED,
+    PALETTE,
+    Figure,
+    canvas,
+    deferred,
+    label_lines,
+    line_with_band,
+    reference,
+    titles,
+)
 from tessera.tickets.probes import AnalysisConfig, path_rows
 from tessera.tickets.setup import Setup, init_stack, make_setup
-from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.studies.study import Study, magnitude_masks, with_interval
+from tessera.tickets.train import train_blocks
 
 
 @dataclass(frozen=True)
 class InstabilityConfig:
-    """steps: the k, rising. densities: 1 is the dense network, others are pruned once by magnitude at the end of the
-    trunk, all layers alike (the output layer too). orders: runs from every k. analysis: points and examples.
+    """Where a network becomes stable to the order of the data (Frankle et al. 2020, figure 2).
+
+    Attributes:
+      steps: the k, rising, from which two runs go on in other orders.
+      densities: 1 is the dense network; others are pruned once by magnitude at the end of the trunk, all layers alike
+        (the output layer too).
+      orders: runs from every k.
+      analysis: points and examples.
     """
 
     steps: tuple[int, ...]
@@ -44,7 +61,7 @@ class InstabilityConfig:
             raise ValueError(f"densities={self.densities} must lie in (0, 1], orders={self.orders} be at least 2")
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """Train trunk and branches, measure, draw."""
     study = build(InstabilityConfig, config.study, "config.study")
     setup = make_setup(config)
@@ -52,50 +69,36 @@ def run(config: Any, pieces: Pieces) -> Study:
         raise ValueError(
             f"config.study.steps: {study.steps[-1]} is not below the {setup.ticket.steps} steps of training"
         )
-    seeds = setup.search.seeds
-    like = jax.eval_shape(lambda: _state(setup, seeds))
+    like = jax.eval_shape(lambda: _start(setup))
     names = [f"trunk{step}" for step in (*study.steps, setup.ticket.steps)]
     trunk: dict[str, PyTree] = {}
     for before, name in zip([None, *names], names, strict=False):
         start = int(before[5:]) if before else 0
-        trunk[name] = pieces.tree(name, like, lambda: _grow(setup, trunk.get(before or ""), start, int(name[5:])))  # noqa: B023
+        trunk[name] = memo.tree(name, like, _grow, setup, trunk.get(before or ""), start, int(name[5:]))
     rows = []
     for density in study.densities:
-        masks = _masks(trunk[names[-1]]["params"], density)
+        masks, _ = magnitude_masks(trunk[names[-1]]["params"], density)
         for step in study.steps:
-            make = lambda: _branches(setup, study, trunk[f"trunk{step}"], masks, step, density)  # noqa: B023, E731
-            rows += pieces.rows(f"density{density}_step{step}", make)
+            state = trunk[f"trunk{step}"]
+            rows += memo.rows(f"density{density}_step{step}", _branches, setup, study, state, masks, step, density)
     return _study(rows, study, setup)
 
 
-def _state(setup: Setup, seeds: Sequence[int]) -> PyTree:
-    params = jax.vmap(setup.network.init)(jnp.stack([jax.random.key(seed) for seed in seeds]))
+def _start(setup: Setup) -> PyTree:
+    """The trunk at step 0."""
+    params = init_stack(setup, setup.search.seeds)
     return {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
 
 
 def _grow(setup: Setup, state: PyTree | None, start: int, stop: int) -> PyTree:
     """The trunk at step `stop` from the trunk at step `start` (None: the initialization)."""
-    seeds = setup.search.seeds
-    if state is None:
-        params = init_stack(setup, seeds)
-        state = {"params": params, "opt_state": jax.vmap(setup.optimizer.init)(params)}
+    state = _start(setup) if state is None else state
     masks = masks_lib.ones(state["params"])
-    carry = setup.programs.init(state["params"], masks, state["opt_state"], start)
-    while start < stop:
-        count = min(setup.ticket.eval_every, stop - start)
-        sizes = {"batch_size": setup.ticket.batch_size, "size": setup.size}
-        index = np.stack([index_block(seed=seed, start=start, steps=count, **sizes) for seed in seeds])
-        start += count
-        carry, _ = setup.programs.advance(carry, masks, index, start)
-    return {"params": carry.params, "opt_state": carry.opt_state}
-
-
-def _masks(params: PyTree, density: float) -> PyTree:
-    one = jax.tree.map(lambda leaf: leaf[0], params)
-    which = masks_lib.prunable(one)
-    counts = {path: round(density * size) for path, size in prune.sizes(one, which).items()}
-    keep = lambda p: prune.keep(scores.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
-    return jax.jit(jax.vmap(keep))(params)
+    grown = setup.programs.init(state["params"], masks, state["opt_state"], start, start)
+    marks = [*range(start + setup.ticket.eval_every, stop, setup.ticket.eval_every), stop] if stop > start else []
+    order: dict[str, Any] = {"config": setup.ticket, "size": setup.size, "seeds": setup.search.seeds, "start": start}
+    _, grown = train_blocks(setup.programs, grown, masks, marks, **order)
+    return {"params": grown.params, "opt_state": grown.opt_state}
 
 
 def _branches(
@@ -125,36 +128,8 @@ def _branches(
 
 def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -> Study:
     cell = lambda d, k: [row for row in rows if row["density"] == d and row["step"] == k]  # noqa: E731
-    figure, axes = canvas(2, width=9.6, height=3.6)
     body: list[list[Any]] = []
     findings: list[str] = []
-    axes[0].axhline(100 * STABLE, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes[0].text(
-        0.99,
-        100 * STABLE,
-        "2%: stable below",
-        color=MUTED,
-        fontsize=8,
-        va="bottom",
-        ha="right",
-        transform=axes[0].get_yaxis_transform(),
-    )
-    for ax, (name, title) in zip(axes, (("instability", "Error"), ("loss_barrier", "Loss")), strict=True):
-        scale = 100 if name == "instability" else 1
-        ends = []
-        for i, density in enumerate(study.densities):
-            found = [summary.interval(row[name] for row in cell(density, k)) for k in study.steps]
-            mean, half = (scale * np.asarray([f[j] for f in found]) for j in (0, 1))
-            at = [max(k, study.steps[1] / 2 if len(study.steps) > 1 else 1) for k in study.steps]
-            ax.plot(at, mean, color=PALETTE[i], marker=MARKERS[i], markersize=4)
-            ax.fill_between(at, mean - half, mean + half, color=PALETTE[i], alpha=0.15, linewidth=0)
-            ends.append((at[-1], mean[-1], "dense" if density == 1 else f"{density:.0%} of weights", PALETTE[i]))
-        ax.set_xscale("log")
-        ax.set_xticks(at, [str(k) for k in study.steps], minor=False)
-        ax.set_xticks([], minor=True)
-        label_lines(ax, ends)
-        unit = "rise over the ends' mean, points" if scale == 100 else "barrier, nats"
-        titles(ax, f"{title} on the line", "step k at which the runs part", unit)
     for density in study.densities:
         stable = []
         for k in study.steps:
@@ -177,4 +152,33 @@ def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -
         f"Mean over {len(setup.search.seeds)} seeds and 95% intervals; k = 0 stands at the left edge of the log axis. "
         "Test set; two runs from step k in different data orders, optimizer state included."
     )
-    return Study("Instability over the step at which two runs part", findings, Table(head, body), figure, caption, rows)
+    return Study(
+        "Instability over the step at which two runs part",
+        findings,
+        Table(head, body),
+        _figure(cell, study),
+        caption,
+        rows,
+    )
+
+
+@deferred
+def _figure(cell: Callable[[float, int], list], study: InstabilityConfig) -> Figure:
+    """Error and loss on the line against the step at which the runs part, a band for every density."""
+    figure, axes = canvas(2, width=9.6, height=3.6)
+    reference(axes[0], 100 * STABLE, "2%: stable below", MUTED)
+    for ax, (name, title) in zip(axes, (("instability", "Error"), ("loss_barrier", "Loss")), strict=True):
+        scale = 100 if name == "instability" else 1
+        for i, density in enumerate(study.densities):
+            found = [summary.interval(row[name] for row in cell(density, k)) for k in study.steps]
+            mean, half = (scale * np.asarray([f[j] for f in found]) for j in (0, 1))
+            at = [max(k, study.steps[1] / 2 if len(study.steps) > 1 else 1) for k in study.steps]
+            label = "dense" if density == 1 else f"{density:.0%} of weights"
+            line_with_band(ax, at, mean, half, label=label, color=PALETTE[i], marker=MARKERS[i])
+        ax.set_xscale("log")
+        ax.set_xticks(at, [str(k) for k in study.steps], minor=False)
+        ax.set_xticks([], minor=True)
+        label_lines(ax)
+        unit = "rise over the ends' mean, points" if scale == 100 else "barrier, nats"
+        titles(ax, f"{title} on the line", "step k at which the runs part", unit)
+    return figure

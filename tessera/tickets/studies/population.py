@@ -1,4 +1,4 @@
-"""Populations: many cheap draws, the best kept. Can good tickets be bought by drawing instead of training?
+"""Populations: many short runs, the best continued. Can drawing initializations replace training?
 
 First, how well a short run tells the final quality of an initialization. Then the whole recipe: many overwide networks
 are trained shortly in one program, the best is trained on, whole neurons are pruned until it has the target's width, it
@@ -15,25 +15,29 @@ import numpy as np
 from jaxtyping import PyTree
 from scipy import stats
 
-from lottery import compact, coupled, scores, summary
+from lottery import compact, coupled, criteria, summary
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.models.registry import Network, make_network
-from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, titles
-from tessera.tickets.programs import StepConfig, make_programs
+from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, dots, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
-from tessera.tickets.studies.study import Study, with_interval
+from tessera.tickets.studies.study import Comparison, Study, column, same, with_interval
 
 SCORE = "validation_loss"
 
 
 @dataclass(frozen=True)
 class PopulationConfig:
-    """hidden: the target's layers. factor: how many times wider the overwide network is. draws: initializations per
-    population. repeats: independent populations. short: steps of the short run; training is `config.train.steps` long,
-    half of it before pruning in the recipes that prune.
+    """Populations of initializations, and overwide networks cut to size.
+
+    Attributes:
+      hidden: the target's layers.
+      factor: how many times wider the overwide network is.
+      draws: initializations per population.
+      repeats: independent populations.
+      short: steps of the short run; training is `config.train.steps` long, half of it before pruning in the recipes
+        that prune.
     """
 
     hidden: tuple[int, ...] = (32, 16)
@@ -47,16 +51,17 @@ class PopulationConfig:
             raise ValueError(f"{self}: hidden, factor, repeats, short from 1 and draws from 2 are needed")
 
 
-RECIPES = (
-    ("one draw", "target width, one initialization"),
-    ("best draw", "target width, the best of all draws after the short run"),
-    ("wide, pruned", "one overwide draw, pruned to the target width, trained on"),
-    ("wide, pruned, distilled", "the same, distilled from the overwide network"),
-    ("best wide, pruned, distilled", "the same from the best of all overwide draws"),
-)
+RECIPES = {
+    "one draw": "target width, one initialization",
+    "best draw": "target width, the best of all draws after the short run",
+    "wide, pruned": "one overwide draw, pruned to the target width, trained on",
+    "wide, pruned, distilled": "the same, distilled from the overwide network",
+    "best wide, pruned, distilled": "the same from the best of all overwide draws",
+}
+FIRST, *_, WHOLE = RECIPES
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """The two experiments, repeat by repeat."""
     study = build(PopulationConfig, config.study, "config.study")
     if config.model.get("name", "lenet") != "lenet":
@@ -66,8 +71,8 @@ def run(config: Any, pieces: Pieces) -> Study:
     setups = _setups(base, config, study)
     rows: list[dict[str, Any]] = []
     for repeat in range(study.repeats):
-        rows += pieces.rows(f"early{repeat}", lambda: _early(setups["target"], study, repeat))  # noqa: B023
-        rows += pieces.rows(f"recipes{repeat}", lambda: _recipes(setups, study, repeat))  # noqa: B023
+        rows += memo.rows(f"early{repeat}", _early, setups["target"], study, repeat)
+        rows += memo.rows(f"recipes{repeat}", _recipes, setups, study, repeat)
     return _study(rows, study, base)
 
 
@@ -88,17 +93,14 @@ def _setups(base: Setup, config: Any, study: PopulationConfig) -> dict[str, Setu
         "wide": wide,
         "half": half,
         "plain": taught(target, wide.network, 0.0),
-        "distilled": taught(target, wide.network, target.ticket.distil),
+        "distilled": taught(target, wide.network, target.ticket.distill),
     }
 
 
 def taught(setup: Setup, teacher: Network, weight: float) -> Setup:
     """The setup with `weight` of the loss from teachers of another architecture (`Starts.teachers`)."""
-    step = StepConfig(teacher.apply, setup.network.train, setup.optimizer, weight, setup.ticket.temperature)
-    programs = make_programs(
-        setup.splits, apply=setup.network.apply, optimizer=setup.optimizer, config=setup.ticket, step_config=step
-    )
-    return replace(setup, programs=programs)
+    setup = replace(setup, ticket=replace(setup.ticket, distill=weight))
+    return replace(setup, programs=setup.programs_for(teacher=teacher))
 
 
 def _seeds(study: PopulationConfig, repeat: int) -> list[int]:
@@ -130,7 +132,7 @@ def _early(setup: Setup, study: PopulationConfig, repeat: int) -> list[dict[str,
 def _recipes(setups: dict[str, Setup], study: PopulationConfig, repeat: int) -> list[dict[str, Any]]:
     """Final test accuracy of every recipe for one repeat."""
     target, wide = setups["target"], setups["wide"]
-    (one, best, pruned, soft, whole), orders = (name for name, _ in RECIPES), [repeat] * 2
+    (one, best, pruned, soft, whole), orders = RECIPES, [repeat] * 2
     found: dict[str, float] = {}
     narrow, early = draw(target, study, repeat)
     picks = jax.tree.map(lambda leaf: leaf[np.asarray([0, early.argmin()])], narrow)
@@ -147,7 +149,7 @@ def _recipes(setups: dict[str, Setup], study: PopulationConfig, repeat: int) -> 
     found[pruned] = setups["plain"].train(starts).rows[0]["final_test_accuracy"]
     rows = setups["distilled"].train(starts).rows
     found |= {name: row["final_test_accuracy"] for name, row in zip((soft, whole), rows, strict=True)}
-    return [{"kind": "recipe", "repeat": repeat, "recipe": name, "accuracy": found[name]} for name, _ in RECIPES]
+    return [{"kind": "recipe", "repeat": repeat, "recipe": name, "accuracy": found[name]} for name in RECIPES]
 
 
 def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
@@ -155,7 +157,7 @@ def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
     layers = (*(f"dense{i}" for i in range(len(hidden))), "output")
     which, groups = masks_lib.prunable(params), coupled.mlp_neurons(layers)
     counts = dict(zip(layers, hidden, strict=False))
-    mask = coupled.keep_units(scores.magnitude(params), masks_lib.ones(params), which, groups, counts)
+    mask = coupled.keep_units(criteria.magnitude(params), masks_lib.ones(params), which, groups, counts)
     small, sizes = compact.compact_mlp(masks_lib.apply(params, mask), layers)
     if sizes != tuple(hidden):
         raise ValueError(f"prune_to: {sizes} neurons are alive, {tuple(hidden)} were asked for")
@@ -163,43 +165,40 @@ def prune_to(params: PyTree, hidden: Sequence[int]) -> PyTree:
 
 
 def _study(rows: list[dict[str, Any]], study: PopulationConfig, setup: Setup) -> Study:
-    repeats = range(study.repeats)
-    draws = [[row for row in rows if row["kind"] == "draw" and row["repeat"] == r] for r in repeats]
-    # Low early loss should go with high final accuracy: the sign makes agreement positive.
-    ranks = [float(stats.spearmanr([-d["early"] for d in part], [d["accuracy"] for d in part])[0]) for part in draws]
-    gains = [
-        min(part, key=lambda d: d["early"])["accuracy"] - float(np.mean([d["accuracy"] for d in part]))
-        for part in draws
+    draws = [
+        [row for row in rows if row["kind"] == "draw" and row["repeat"] == repeat] for repeat in range(study.repeats)
     ]
-    recipe = lambda name: [row["accuracy"] for row in rows if row.get("recipe") == name]  # noqa: E731
-    base = recipe("one draw")
-    body = []
-    figure, axes = canvas(2, width=9.6, height=3.6)
-    for i, (name, words) in enumerate(RECIPES):
-        gain = [a - b for a, b in zip(recipe(name), base, strict=True)]
-        body.append([name, words, with_interval(recipe(name)), with_interval(gain) if i else None])
-        mean, half, _ = summary.interval(recipe(name))
-        axes[1].plot([100 * a for a in recipe(name)], [-i] * len(base), MARKERS[i], color=PALETTE[i], alpha=0.35)
-        axes[1].errorbar([100 * mean], [-i], xerr=[100 * half], color=PALETTE[i], marker=MARKERS[i], capsize=3)
-    axes[1].set_yticks([-i for i in range(len(RECIPES))], [name for name, _ in RECIPES])
-    titles(axes[1], "Final test accuracy at the target width", "%")
-    for i, part in enumerate(draws):
-        early = [d["early"] for d in part]
-        axes[0].plot(early, [100 * d["accuracy"] for d in part], MARKERS[i % 7], color=PALETTE[i % 7], markersize=4)
-    titles(axes[0], "Does a short run tell?", f"validation loss after {study.short} steps, nats", "final accuracy, %")
+    # Low early loss should go with high final accuracy: the sign makes agreement positive.
+    ranks = [float(stats.spearmanr([-d["early"] for d in part], column(part, "accuracy"))[0]) for part in draws]
+    gains = [
+        min(part, key=lambda d: d["early"])["accuracy"] - float(np.mean(column(part, "accuracy"))) for part in draws
+    ]
+    recipes = [row for row in rows if row["kind"] == "recipe"]
+    arms = Comparison(recipes, "recipe", "accuracy", pair="repeat")
     mean, half, _ = summary.interval(ranks)
-    best, ahead = RECIPES[-1][0], [a - b for a, b in zip(recipe(RECIPES[-1][0]), base, strict=True)]
     findings = [
         f"Rank correlation of the validation loss after {study.short} steps with final accuracy, over {study.draws} "
         f"draws: {mean:.2f} ± {half:.2f} over {study.repeats} populations (1 would be perfect).",
         f"The draw that is best after the short run ends {with_interval(gains)} points above the mean draw.",
-        f"The whole recipe ({best}) ends {with_interval(ahead)} points above one draw of the target width.",
+        f"The whole recipe ({WHOLE}) ends {arms.gain(WHOLE, FIRST, 0)} points above one draw of the target width.",
     ]
-    head = ["recipe", "what", "test accuracy (%)", "points over one draw"]
     hidden = "-".join(str(size) for size in study.hidden)
     caption = (
         f"Target {hidden}, overwide {study.factor} times; {study.draws} draws a population, {study.repeats} "
-        f"populations (colours on the left). All recipes take {setup.ticket.steps} steps after the short runs, those "
+        f"populations (colors on the left). All recipes take {setup.ticket.steps} steps after the short runs, those "
         "that prune half of them overwide. Bars are 95% intervals over populations."
     )
-    return Study("Buying tickets by the dozen", findings, Table(head, body), figure, caption, rows)
+    table = arms.table({FIRST: FIRST}, {"what": lambda mine: RECIPES[mine[0]["recipe"]]})
+    return Study("Populations of initializations", findings, table, _figure(arms, draws, study), caption, rows)
+
+
+@deferred
+def _figure(arms: Comparison, draws: list[list[dict[str, Any]]], study: PopulationConfig) -> Figure:
+    """Left final accuracy against the loss of the short run, right the recipes' accuracies."""
+    figure, axes = canvas(2, width=9.6, height=3.6)
+    for i, part in enumerate(draws):
+        accuracy = [100 * value for value in column(part, "accuracy")]
+        dots(axes[0], column(part, "early"), accuracy, PALETTE[i % 7], 4, 1, MARKERS[i % 7])
+    titles(axes[0], "Short run and final accuracy", f"validation loss after {study.short} steps, nats", "test, %")
+    arms.draw(axes[1], "Final accuracy at the target width", same(arms.arms))
+    return figure

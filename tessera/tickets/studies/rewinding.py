@@ -7,27 +7,23 @@ schedule, in the other they go back to step k and train what is left of it.
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import numpy as np
-from jaxtyping import PyTree
-from matplotlib.figure import Figure
-
 from lottery import imp, summary
-from lottery.levels import level_like
 from tessera.infra.config import ConfigError, build
-from tessera.infra.memo import Pieces
-from tessera.reports.html import Table
-from tessera.reports.style import MARKERS, PALETTE, canvas, label_lines, titles
-from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.store import LevelStore
-from tessera.tickets.studies.study import Study, with_interval
+from tessera.infra.memo import Memo
+from tessera.reports.style import Figure, canvas, deferred, dots, label_lines, line_with_band, look, reference, titles
+from tessera.tickets.setup import LevelStore, Setup, make_setup
+from tessera.tickets.studies.study import DENSE, Comparison, Study, run_search
 
 UNITS = {"final_test_loss": ("test loss", "nats", 1.0, 3), "final_test_accuracy": ("test accuracy", "points", 100.0, 2)}
 
 
 @dataclass(frozen=True)
 class RewindingConfig:
-    """value: what is compared, "final_test_loss" or "final_test_accuracy"."""
+    """What late rewinding is judged by.
+
+    Attributes:
+      value: "final_test_loss" or "final_test_accuracy".
+    """
 
     value: str = "final_test_loss"
 
@@ -36,89 +32,71 @@ class RewindingConfig:
             raise ValueError(f"value={self.value!r}: choose one of {', '.join(UNITS)}")
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """Search twice, compare seed by seed."""
     study = build(RewindingConfig, config.study, "config.study")
-    late = make_setup(config)
-    if not late.search.rewind or late.search.rewind_optimizer or late.search.arms != ("ticket",):
+    setup = make_setup(config)
+    if not setup.search.rewind or setup.search.rewind_optimizer or setup.search.arms != ("ticket",):
         raise ConfigError("config.search: rewind above 0, rewind_optimizer False and arms ('ticket',) are needed here")
-    rows = _searched(late, LevelStore(pieces.directory / "late"), pieces)
-    # The dense networks are the same; only what survivors go back to differs.
-    early = replace(late, search=replace(late.search, rewind=0), ticket=replace(late.ticket, rewind=0))
-    store = LevelStore(pieces.directory / "early")
+    search, rows = run_search(setup, memo, config, "late")
+    # The dense networks are the same; what survivors go back to differs.
+    early = replace(setup, search=replace(setup.search, rewind=0), ticket=replace(setup.ticket, rewind=0))
+    store = LevelStore(memo.directory / "early")
     if not store.has(0):
-        params = jax.eval_shape(late.network.init, jax.random.key(0))
-        tree, dense = LevelStore(pieces.directory / "late").load(0, level_like(params, late.search, 0))
-        store.save(0, {**tree, "reset": imp.initial_weights(late.network.init, late.search)}, dense)
-    rows = [{**row, "rewind": late.search.rewind} for row in rows]
-    rows += [{**row, "rewind": 0} for row in _searched(early, store, pieces)]
-    return _study(rows, study, late)
+        tree, dense = search.level(0)
+        store.save(0, {**tree, "reset": imp.initial_weights(setup.network.init, setup.search)}, dense)
+    _, more = run_search(early, memo, config, "early")
+    rows = [*(row for row in _named(more, 0) if row["level"]), *_named(rows, setup.search.rewind)]
+    return _study(rows, study, setup)
 
 
-def _searched(setup: Setup, store: LevelStore, pieces: Pieces) -> list[dict[str, Any]]:
-    def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
-        pieces.say(f"{store.directory.name} level {level}")
-        return setup.train(starts, store.unfinished(level))
-
-    return imp.search(setup.network.init, train_fn, store, setup.search, evidence=setup.evidence)
+def _named(rows: list[imp.Row], step: int) -> list[dict[str, Any]]:
+    """Rows without their learning curves, with the step that survivors went back to."""
+    named = {"rewind": step, "survivors": f"to step {step}"}
+    return [
+        {key: value for key, value in row.items() if key != "curve"}
+        | named
+        | ({} if row["level"] else {"survivors": DENSE})
+        for row in rows
+    ]
 
 
 def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> Study:
     name, unit, scale, digits = UNITS[study.value]
-    late, levels = setup.search.rewind, range(1, setup.search.levels + 1)
-    dense = [row[study.value] for row in rows if row["level"] == 0 and row["rewind"] == late]
-    cell = lambda k, level: [row for row in rows if row["rewind"] == k and row["level"] == level]  # noqa: E731
-    # Positive is good for late rewinding whatever is measured.
     sign = -1 if "loss" in study.value else 1
-    body: list[list[Any]] = [["100%", with_interval(dense, scale, digits), None, None, None]]
+    heading = f"{name} ({unit if sign < 0 else '%'})"
+    arms = Comparison(rows, "survivors", study.value, heading=heading, unit=unit, scale=scale, digits=digits, sign=sign)
+    step = setup.search.rewind
+    late, zero = f"to step {step}", "to step 0"
     findings = []
-    for level in levels:
-        early, then = cell(0, level), cell(late, level)
-        gain = [sign * (b[study.value] - a[study.value]) for a, b in zip(early, then, strict=True)]
-        density = f"{early[0]['density']:.1%}"
-        values = [with_interval([row[study.value] for row in part], scale, digits) for part in (early, then)]
-        better = f"{sum(g > 0 for g in gain)} of {len(gain)}"
-        body.append([density, *values, with_interval(gain, scale, digits), better])
-        mean, half, _ = summary.interval(gain)
+    for level in arms.levels:
+        gains = arms.gains(late, zero, level)
+        mean, half, n = summary.interval(gains)
         verdict = "better" if mean - half > 0 else "worse" if mean + half < 0 else "not told apart from rewinding to 0"
         findings.append(
-            f"At {density} of the weights rewinding to step {late} is {verdict}: {with_interval(gain, scale, digits)} "
-            f"{unit}, above 0 in favour of late rewinding, paired over {len(gain)} seeds."
+            f"At {arms.density(level)} of the weights rewinding to step {step} is {verdict}: "
+            f"{arms.gain(late, zero, level)} {unit}, above 0 in favor of late rewinding, paired over {n} seeds "
+            f"({sum(gain > 0 for gain in gains)} of them better)."
         )
-    figure = _figure(rows, study, setup)
-    head = ["weights", f"to step 0 ({name})", f"to step {late}", f"late minus 0, {unit}, + is better", "seeds better"]
     caption = "After the last step, on the test set; means and 95% intervals over seeds. Dotted: the dense networks."
-    return Study("Late rewinding and rewinding to 0", findings, Table(head, body), figure, caption, _short(rows))
+    table = arms.table({zero: "rewinding to 0, + is better"})
+    return Study("Late rewinding and rewinding to 0", findings, table, _figure(arms, [zero, late]), caption, rows)
 
 
-def _figure(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> Figure:
-    """Both arms side by side at every level: seeds pale, means with their intervals."""
-    name, unit, scale, _ = UNITS[study.value]
-    late, levels = setup.search.rewind, np.arange(1, setup.search.levels + 1)
+@deferred
+def _figure(arms: Comparison, names: list[str]) -> Figure:
+    """Both arms over the levels: seeds pale, means with their intervals."""
     figure, (ax,) = canvas(1, width=6.4, height=3.6)
-    ends, densities = [], []
-    for i, (k, label) in enumerate(((0, "to step 0"), (late, f"to step {late}"))):
-        parts = [[row for row in rows if row["rewind"] == k and row["level"] == level] for level in levels]
-        values = [[scale * row[study.value] for row in part] for part in parts]
-        found = [summary.interval(part) for part in values]
-        means, halves = ([one[j] for one in found] for j in (0, 1))
-        x = levels + 0.2 * (i - 0.5)
-        for place, part in zip(x, values, strict=True):
-            ax.plot(
-                [place] * len(part), part, MARKERS[i], color=PALETTE[i], alpha=0.35, markersize=4, markeredgewidth=0
-            )
-        ax.errorbar(x, means, halves, color=PALETTE[i], marker=MARKERS[i], capsize=3)
-        ends.append((x[-1], means[-1], label, PALETTE[i]))
-        densities = [part[0]["density"] for part in parts]
-    dense = scale * np.mean([row[study.value] for row in rows if row["level"] == 0 and row["rewind"] == late])
-    ax.axhline(dense, color="#1f2933", linewidth=0.9, linestyle=(0, (1.5, 1.5)))
-    ax.text(0.01, dense, "dense", transform=ax.get_yaxis_transform(), fontsize=8, va="bottom")
-    ax.set_xlim(0.5, len(levels) + 0.5)
-    ax.set_xticks(levels, [f"{density:.1%}" for density in densities])
-    label_lines(ax, ends)
-    titles(ax, f"Rewinding: {name} of the ticket", "weights remaining", unit if "loss" in study.value else "%")
+    for i, name in enumerate(names):
+        style = look(i)
+        cells = [[arms.scale * row[arms.value] for row in arms.cell(name, level)] for level in arms.levels]
+        means, halves, _ = zip(*map(summary.interval, cells), strict=True)
+        x = [place + 0.1 * (i - 0.5) for place in range(len(cells))]
+        for place, values in zip(x, cells, strict=True):
+            dots(ax, [place] * len(values), values, style["color"], 4, 0.35, style["marker"])
+        line_with_band(ax, x, means, halves, label=name, **style)
+    reference(ax, arms.scale * sum(arms.dense) / len(arms.dense), "dense")
+    ax.set_xticks(range(len(arms.levels)), [arms.density(level) for level in arms.levels])
+    label_lines(ax)
+    titles(ax, "Rewinding: the ticket after training", "weights remaining", arms.heading)
     return figure
-
-
-def _short(rows: list[dict[str, Any]]) -> list[PyTree]:
-    return [{key: value for key, value in row.items() if key != "curve"} for row in rows]

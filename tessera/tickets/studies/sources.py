@@ -1,6 +1,6 @@
-"""Where may a mask come from? Tickets found with other data, another optimizer, another width, on the same weights.
+"""Mask transfer: tickets found with other data, another optimizer or another width, on the same weights.
 
-Morcos et al. 2019 (arXiv:1906.02773) carry a ticket (mask and initialization) across data sets and optimizers. Here
+Morcos et al. 2019 (arXiv:1906.02773) transfer a ticket (mask and initialization) across data sets and optimizers. Here
 every source is one more search, the config with some settings changed; it has the same seeds, so where the network is
 the same its initializations are the same too. Masks of other widths are fitted by `lottery.transfer.resize`.
 """
@@ -15,23 +15,26 @@ from ml_collections import ConfigDict
 
 from lottery import controls, transfer
 from tessera.infra.config import ConfigError, build
-from tessera.infra.memo import Pieces
+from tessera.infra.memo import Memo
 from tessera.tickets.setup import Finished, Setup, make_setup
 from tessera.tickets.studies.compared_masks import OWN, RANDOM, compare, train_masks
-from tessera.tickets.studies.study import Study
-from tessera.tickets.studies.transfer import search_in
+from tessera.tickets.studies.study import Study, run_search
 
 SEED = "of another seed"
 
 
 @dataclass(frozen=True)
 class SourcesConfig:
-    """levels: at which masks are carried over."""
+    """Where masks of other searches are transferred.
+
+    Attributes:
+      levels: pruning levels whose masks are transferred.
+    """
 
     levels: tuple[int, ...] = (1,)
 
 
-def run(config: Any, pieces: Pieces) -> Study:
+def run(config: Any, memo: Memo) -> Study:
     """Search with the config and with every one of `config.sources`, train the config's weights under all masks."""
     study = build(SourcesConfig, config.study, "config.study")
     setup = make_setup(config)
@@ -40,14 +43,20 @@ def run(config: Any, pieces: Pieces) -> Study:
     others = {f"of {name}": changed(config, name) for name in sorted(config.sources)}
     # All settings are read before anything is trained.
     setups = {name: make_setup(other) for name, other in others.items()}
-    searches = {OWN: search_in(setup, pieces.directory / "levels", config, pieces.say)}
+    searches = {OWN: run_search(setup, memo, config)[0]}
     for name, other in others.items():
-        directory = pieces.directory / f"levels {name}".replace(" ", "_")
-        searches[name] = search_in(setups[name], directory, other, pieces.say)
+        searches[name], _ = run_search(setups[name], memo, other, f"levels {name}".replace(" ", "_"))
     rows = []
     for level in study.levels:
-        rows += pieces.rows(f"sources_level{level}", lambda: _transfer(setup, searches, level))  # noqa: B023
-    return _study(rows, [OWN, *others, SEED, RANDOM], setup)
+        rows += memo.rows(f"sources_level{level}", _transfer, setup, searches, level)
+    where = f"step {setup.search.rewind}" if setup.search.rewind else "the initialization"
+    caption = (
+        f"Every seed's weights at {where} under its own ticket's mask, under those of tickets found otherwise from the "
+        "same seed, under the next seed's, and under random ones with as many weights in every layer as the own. "
+        "Accuracy after the last step over that of the random masks; small marks are seeds, large ones means with 95% "
+        "intervals."
+    )
+    return compare(rows, SEED, list(others), "Masks found with other data, another optimizer, another width", caption)
 
 
 def changed(config: Any, name: str) -> ConfigDict:
@@ -82,19 +91,3 @@ def _transfer(setup: Setup, searches: Mapping[str, Finished], level: int) -> lis
         controls.shuffle_masks(mask, key=jax.random.key(seed)) for mask, seed in zip(found[OWN], seeds, strict=True)
     ]
     return train_masks(setup, found | {RANDOM: random}, reset, seeds, level)
-
-
-def _study(rows: list[dict[str, Any]], names: list[str], setup: Setup) -> Study:
-    where = f"step {setup.search.rewind}" if setup.search.rewind else "the initialization"
-    caption = (
-        f"Every seed's weights at {where} under its own ticket's mask, under those of tickets found otherwise from the "
-        "same seed, under the next seed's, and under random ones with as many weights in every layer as the own. Small "
-        "marks are seeds, large ones means; accuracy after the last step."
-    )
-    words = {
-        "title": "Masks found with other data, another optimizer, another width",
-        "figure": "Masks from elsewhere on the same weights",
-        "second": SEED,
-        "caption": caption,
-    }
-    return compare(rows, names, SEED, names[1:-2], words)

@@ -1,4 +1,4 @@
-"""Ways to a sparse network without a search: sparse training, pruning during training, early tickets, supermasks."""
+"""Sparse networks without a search: sparse training, gradual pruning, early-bird tickets, supermasks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,33 +6,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from lottery import dynamic, prune, scores, supermask
+from lottery import criteria, dynamic, prune, supermask
 from lottery import masks as masks_lib
 from lottery.imp import initial_weights, search_keys
-from lottery.levels import level_counts
-from tessera.data.loader import index_block
+from lottery.search_config import level_counts
 from tessera.infra.config import ConfigError, build
 from tessera.models.registry import Network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.tickets.programs import Programs, make_programs
 from tessera.tickets.setup import Setup
-from tessera.tickets.train import stops
+from tessera.tickets.train import Programs, measure, stops, train_blocks
 
 
 @dataclass(frozen=True)
 class SparseConfig:
     """Settings of the methods; parts of training are fractions of its steps.
 
-    methods: names in `METHODS`.
-    moves: steps between moves of SET and RigL. until: part of training after which nothing moves. fraction: of the
-      weights that move at first.
-    pruned: part of training after which the cubic schedule has reached its density. every: steps between its prunings,
-      between choices of the straight-through mask, and between looks of the early-bird detector.
-    window, threshold: of the early-bird detector, `lottery.dynamic.early_bird`.
-    popup_lr: peak learning rate of the supermask's scores.
+    Attributes:
+      methods: names in `METHODS`.
+      moves: steps between moves of SET and RigL.
+      until: part of training after which nothing moves.
+      fraction: of the weights that move at first.
+      pruned: part of training after which the cubic schedule has reached its density.
+      every: steps between its prunings, between choices of the straight-through mask, and between checks of the
+        early-bird detector.
+      window: masks that the early-bird detector compares, see `lottery.dynamic.early_bird`.
+      threshold: distance of masks below which it has found its ticket.
+      popup_lr: peak learning rate of the supermask's scores.
     """
 
     methods: tuple[str, ...] = ("set", "rigl", "straight_through", "gradual", "early_bird", "popup")
@@ -56,11 +57,16 @@ class SparseConfig:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What every method starts from.
+class MethodInputs:
+    """The inputs that all methods share.
 
-    setup, study, config: the experiment. initial: weights [seeds, ...]. which: prunable leaves, static. counts: weights
-    of every prunable leaf that stay, by path.
+    Attributes:
+      setup: data, network, schedule.
+      study: settings of the methods.
+      config: of the experiment.
+      initial: weights [seeds, ...].
+      which: prunable leaves, static.
+      counts: weights of every prunable leaf that stay, by path.
     """
 
     setup: Setup
@@ -75,25 +81,18 @@ class Ground:
         """Of the networks, in the stack's order."""
         return self.setup.search.seeds
 
-    def programs(self, optimizer: Any, network: Network | None = None) -> Programs:
-        """Compiled programs with another optimizer, and perhaps another network."""
-        network = network or self.setup.network
-        return make_programs(
-            self.setup.splits, apply=network.apply, optimizer=optimizer, config=self.setup.ticket, train=network.train
-        )
-
     def largest(self, params: PyTree) -> PyTree:
         """The mask [...] of the largest weights of one network."""
-        return prune.keep(scores.magnitude(params), masks_lib.ones(params), self.which, self.counts)
+        return prune.keep(criteria.magnitude(params), masks_lib.ones(params), self.which, self.counts)
 
     def random(self) -> PyTree:
         """Random masks [seeds, ...]."""
-        draw = lambda params, key: self.largest(scores.random(params, key=key))  # noqa: E731
+        draw = lambda params, key: self.largest(criteria.random(params, key=key))  # noqa: E731
         return jax.jit(jax.vmap(draw))(self.initial, search_keys(self.setup.search, 1, "sparse training"))
 
 
-def make_ground(setup: Setup, study: SparseConfig, config: Any) -> tuple[Ground, list[dict[str, int]]]:
-    """The ground of a search's last level, and the counts of every level.
+def make_inputs(setup: Setup, study: SparseConfig, config: Any) -> tuple[MethodInputs, list[dict[str, int]]]:
+    """The inputs at the density of a search's last level, and the counts of every level.
 
     Raises:
       ConfigError: a scope that gives layers no counts.
@@ -105,7 +104,7 @@ def make_ground(setup: Setup, study: SparseConfig, config: Any) -> tuple[Ground,
     if prune.EVERYTHING in counts[-1]:
         raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
     initial = initial_weights(setup.network.init, setup.search)
-    return Ground(setup, study, config, initial, which, counts[-1]), counts
+    return MethodInputs(setup, study, config, initial, which, counts[-1]), counts
 
 
 def lifted(network: Network, effective: Callable[[PyTree], PyTree]) -> Network:
@@ -125,145 +124,137 @@ class Result(NamedTuple):
 
 
 def advance(
-    ground: Ground,
+    inputs: MethodInputs,
     programs: Programs,
     params: PyTree,
     masks: PyTree,
     opt_state: PyTree | None,
     seeds: tuple[int, ...],
-    marks: Callable[[int, Any], bool] = lambda step, carry: True,
+    settled: Callable[[int, Any], bool] = lambda step, state: False,
     every: int = 0,
     start: int = 0,
 ) -> tuple[int, Any]:
-    """Train a stack from `start` to the end, or until `marks(step, carry)` is False; returns where it stopped."""
-    config = ground.setup.ticket
-    carry = programs.init(params, masks, opt_state, start)
+    """Train a stack from `start` to the end, or until `settled(step, state)`, asked at evaluations and other marks."""
+    config = inputs.setup.ticket
+    state = programs.init(params, masks, opt_state, start, start)
     looks = range(start + every, config.steps, every) if every else ()
-    for stop in sorted({*stops(config, start), *looks}):
-        size = {"batch_size": config.batch_size, "size": ground.setup.size}
-        index = np.stack([index_block(seed=seed, start=start, steps=stop - start, **size) for seed in seeds])
-        carry, row = programs.advance(carry, masks, index, stop)
-        if not np.all(np.isfinite(row["train_loss"])):
-            raise FloatingPointError(f"train_loss is {row['train_loss']} at step {stop}: a lower rate usually helps")
-        start = stop
-        if not marks(start, carry):
-            break
-    return start, carry
+    order: dict[str, Any] = {"config": config, "size": inputs.setup.size, "seeds": seeds, "start": start}
+    after = lambda step, state, row: settled(step, state)  # noqa: E731
+    return train_blocks(programs, state, masks, sorted({*stops(config, start), *looks}), **order, after=after)
 
 
-def rows_of(programs: Programs, carry: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+def rows_of(programs: Programs, state: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for each network of a finished stack."""
-    tests = {name: np.asarray(values).tolist() for name, values in programs.test(carry).items()}
-    return [{"seed": seed} | {name: values[i] for name, values in tests.items()} for i, seed in enumerate(seeds)]
+    return [{"seed": seed} | row for seed, row in zip(seeds, measure(programs, state), strict=True)]
 
 
-def _in_state(ground: Ground, make: Callable[[PyTree, Array], Any], masked: bool) -> Result:
+def _in_state(inputs: MethodInputs, make: Callable[[PyTree, Array], Any], masked: bool) -> Result:
     """Train with a transformation that carries masks; `make(mask, key)`, and whether it starts from random masks."""
-    full = masks_lib.ones(ground.initial)
-    begin = ground.random() if masked else full
-    keys = search_keys(ground.setup.search, 0, "sparse training")
-    state = jax.jit(jax.vmap(lambda p, m, key: make(m, key).init(masks_lib.apply(p, m))))(ground.initial, begin, keys)
+    full = masks_lib.ones(inputs.initial)
+    begin = inputs.random() if masked else full
+    keys = search_keys(inputs.setup.search, 0, "sparse training")
+    state = jax.jit(jax.vmap(lambda p, m, key: make(m, key).init(masks_lib.apply(p, m))))(inputs.initial, begin, keys)
     # Where the first masks are known only now, the weights of the first step must be under them too.
-    params = masks_lib.apply(ground.initial, dynamic.masks_of(state))
+    params = masks_lib.apply(inputs.initial, dynamic.masks_of(state))
     # The state carries mask and key; those given here are for the shapes only.
-    programs = ground.programs(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
-    _, carry = advance(ground, programs, params, full, state, ground.seeds)
-    return Result(rows_of(programs, carry, ground.seeds), dynamic.masks_of(carry.opt_state))
+    programs = inputs.setup.programs_for(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
+    _, state = advance(inputs, programs, params, full, state, inputs.seeds)
+    return Result(rows_of(programs, state, inputs.seeds), dynamic.masks_of(state.opt_state))
 
 
-def _moving(grow: str) -> Callable[[Ground], Result]:
-    def train(ground: Ground) -> Result:
-        steps, study = ground.setup.ticket.steps, ground.study
+def _moving(grow: str) -> Callable[[MethodInputs], Result]:
+    def train(inputs: MethodInputs) -> Result:
+        steps, study = inputs.setup.ticket.steps, inputs.study
         config = dynamic.DynamicConfig(grow, study.moves, round(study.until * steps), study.fraction)
-        inner = ground.setup.optimizer
-        return _in_state(ground, lambda m, key: dynamic.dynamic(inner, m, ground.which, config, key=key), True)
+        inner = inputs.setup.optimizer
+        return _in_state(inputs, lambda m, key: dynamic.dynamic(inner, m, inputs.which, config, key=key), True)
 
     return train
 
 
-def straight_through(ground: Ground) -> Result:
-    """Dense weights behind the largest."""
+def straight_through(inputs: MethodInputs) -> Result:
+    """Magnitude masks with a straight-through estimator (DPF)."""
     return _in_state(
-        ground,
+        inputs,
         lambda m, key: dynamic.straight_through(
-            ground.setup.optimizer, ground.which, ground.counts, ground.study.every
+            inputs.setup.optimizer, inputs.which, inputs.counts, inputs.study.every
         ),
         False,
     )
 
 
-def gradual(ground: Ground) -> Result:
+def gradual(inputs: MethodInputs) -> Result:
     """The cubic schedule: with scope "uniform" in every layer, otherwise over all of them together."""
-    total = sum(prune.sizes(jax.eval_shape(ground.setup.network.init, jax.random.key(0)), ground.which).values())
-    end = round(ground.study.pruned * ground.setup.ticket.steps)
-    scope = "layer" if ground.setup.search.scope == "uniform" else "global"
-    config = dynamic.GradualConfig(sum(ground.counts.values()) / total, 0, end, min(ground.study.every, end), scope)
-    return _in_state(ground, lambda m, key: dynamic.gradual(ground.setup.optimizer, ground.which, config), False)
+    total = sum(prune.sizes(jax.eval_shape(inputs.setup.network.init, jax.random.key(0)), inputs.which).values())
+    end = round(inputs.study.pruned * inputs.setup.ticket.steps)
+    scope = "layer" if inputs.setup.search.scope == "uniform" else "global"
+    config = dynamic.GradualConfig(sum(inputs.counts.values()) / total, 0, end, min(inputs.study.every, end), scope)
+    return _in_state(inputs, lambda m, key: dynamic.gradual(inputs.setup.optimizer, inputs.which, config), False)
 
 
-def early_bird(ground: Ground) -> Result:
+def early_bird(inputs: MethodInputs) -> Result:
     """Dense training until the mask of the largest weights stands still, then the ticket goes on from there."""
-    study, programs, one = ground.study, ground.programs(ground.setup.optimizer), jax.tree.map
+    study, programs, one = inputs.study, inputs.setup.programs_for(inputs.setup.optimizer), jax.tree.map
     look = jax.jit(
-        lambda bird, params: dynamic.observe(bird, ground.largest(params), ground.which, study.threshold)[:2]
+        lambda bird, params: dynamic.observe(bird, inputs.largest(params), inputs.which, study.threshold)[:2]
     )
     found: list[tuple[dict[str, Any], PyTree]] = []
-    for i, seed in enumerate(ground.seeds):
-        params = one(lambda leaf: leaf[i : i + 1], ground.initial)  # noqa: B023
+    for i, seed in enumerate(inputs.seeds):
+        params = one(lambda leaf: leaf[i : i + 1], inputs.initial)  # noqa: B023
         bird = dynamic.early_bird(one(lambda leaf: leaf[0], params), study.window)
 
-        def unsettled(step: int, carry: Any) -> bool:
+        def settled(step: int, state: Any) -> bool:
             nonlocal bird
-            bird, settled = look(bird, one(lambda leaf: leaf[0], carry.params))
-            return not settled
+            bird, found = look(bird, one(lambda leaf: leaf[0], state.params))
+            return bool(found)
 
         full = masks_lib.ones(params)
-        step, carry = advance(ground, programs, params, full, None, (seed,), unsettled, study.every)
-        mask = jax.jit(jax.vmap(ground.largest))(carry.params)
+        step, state = advance(inputs, programs, params, full, None, (seed,), settled, study.every)
+        mask = jax.jit(jax.vmap(inputs.largest))(state.params)
         note = f"dense for {step} steps"
-        # Copied: the next block donates the carry's buffers.
-        params = masks_lib.apply(one(jnp.copy, carry.params), mask)
-        if step < ground.setup.ticket.steps:
-            _, carry = advance(ground, programs, params, mask, None, (seed,), start=step)
+        # Copied: the next block donates the state's buffers.
+        params = masks_lib.apply(one(jnp.copy, state.params), mask)
+        if step < inputs.setup.ticket.steps:
+            _, state = advance(inputs, programs, params, mask, None, (seed,), start=step)
         else:
-            carry, note = carry._replace(params=params), "never settled: pruned at the end"
-        found.append((rows_of(programs, carry, (seed,))[0] | {"note": note}, mask))
+            state, note = state.replace(params=params), "never settled: pruned at the end"
+        found.append((rows_of(programs, state, (seed,))[0] | {"note": note}, mask))
     return Result([row for row, _ in found], one(lambda *leaf: jnp.concatenate(leaf), *[mask for _, mask in found]))
 
 
-def popup(ground: Ground) -> Result:
+def popup(inputs: MethodInputs) -> Result:
     """Edge-popup: the weights are signed constants and are never trained, their scores are."""
-    network, which = ground.setup.network, ground.which
+    network, which = inputs.setup.network, inputs.which
 
     def effective(tree: PyTree) -> PyTree:
-        return supermask.popup(tree["weights"], tree["scores"], which, ground.counts)
+        return supermask.popup(tree["weights"], tree["scores"], which, inputs.counts)
 
     settings = build(
         OptimizerConfig,
-        ground.config.optimizer,
+        inputs.config.optimizer,
         "config.optimizer",
-        lr=ground.study.popup_lr,
-        steps=ground.setup.ticket.steps,
+        lr=inputs.study.popup_lr,
+        steps=inputs.setup.ticket.steps,
     )
     if settings.weight_decay:
         raise ConfigError("config.optimizer.weight_decay: the weights of a supermask are not to change; 0 is needed")
-    programs = ground.programs(make_optimizer(settings), lifted(network, effective))
-    keys = search_keys(ground.setup.search, 0, "popup")
+    programs = inputs.setup.programs_for(make_optimizer(settings), lifted(network, effective))
+    keys = search_keys(inputs.setup.search, 0, "popup")
     draw = lambda params, key: {  # noqa: E731
         "scores": supermask.initial_scores(params, key=key),
         "weights": supermask.signed_constant(params, which),
     }
-    tree = jax.jit(jax.vmap(draw))(ground.initial, keys)
-    _, carry = advance(ground, programs, tree, masks_lib.ones(tree), None, ground.seeds)
-    masks = jax.jit(jax.vmap(lambda s: supermask.popup_masks(s, which, ground.counts)))(carry.params["scores"])
-    return Result(rows_of(programs, carry, ground.seeds), masks)
+    tree = jax.jit(jax.vmap(draw))(inputs.initial, keys)
+    _, state = advance(inputs, programs, tree, masks_lib.ones(tree), None, inputs.seeds)
+    masks = jax.jit(jax.vmap(lambda s: supermask.popup_masks(s, which, inputs.counts)))(state.params["scores"])
+    return Result(rows_of(programs, state, inputs.seeds), masks)
 
 
 class Method(NamedTuple):
     """What a method is called, and how it trains."""
 
     name: str
-    train: Callable[[Ground], Result]
+    train: Callable[[MethodInputs], Result]
 
 
 METHODS: dict[str, Method] = {

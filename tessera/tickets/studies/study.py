@@ -1,32 +1,44 @@
-"""What an experiment gives back, and how it becomes a page and a table in Markdown."""
+"""The parts that studies share: a search in the study's directory, arms compared seed by seed, the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
+import jax
+import numpy as np
+from jaxtyping import PyTree
 
-from lottery import summary
+from lottery import criteria, imp, prune, summary
+from lottery import masks as masks_lib
 from tessera.infra.logger import write_text
-from tessera.reports.html import Section, Table, paragraphs, write_number
-from tessera.reports.run_report import config_section, write_report
+from tessera.infra.memo import Memo
+from tessera.reports.html import Section, Table, config_section, paragraphs, write_number, write_report
+from tessera.reports.style import INK, MARKERS, PALETTE, Axes, Figure, canvas, deferred, plus_minus, seed_marks, titles
+from tessera.tickets.setup import Finished, LevelStore, Setup, search_tickets
+
+Rows = Sequence[Mapping[str, Any]]
+DENSE = summary.DENSE
 
 
 class Study(NamedTuple):
-    """Title, findings in words, the table, the picture with its caption, and all rows for the CSV file."""
+    """Title, findings in sentences, the table, the picture with its caption, and all rows for the CSV file."""
 
     title: str
     findings: Sequence[str]
     table: Table
-    figure: Figure
+    figure: Figure | Callable[[], Figure]
     caption: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
 
 
 def write_study(workdir: Path | str, study: Study) -> Path:
-    """Write rows.csv, table.md, report.html and figures/ into the run's directory; returns the page's path."""
+    """Write rows.csv, table.md, report.html and figures/ into the run's directory; returns the page's path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed; rows.csv and table.md are written.
+    """
     workdir = Path(workdir)
-    summary.write_csv(list(study.rows), workdir / "rows.csv")
+    summary.write_csv(study.rows, workdir / "rows.csv")
     write_text(workdir / "table.md", markdown(study))
     sections = [
         Section("", paragraphs(*study.findings)),
@@ -34,7 +46,7 @@ def write_study(workdir: Path | str, study: Study) -> Path:
         Section("Numbers", study.table),
         config_section(workdir),
     ]
-    return write_report(workdir, study.title, sections, subtitle=workdir.resolve().name)
+    return write_report(workdir, study.title, sections)
 
 
 def markdown(study: Study) -> str:
@@ -45,8 +57,165 @@ def markdown(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_interval(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
+def run_search(setup: Setup, memo: Memo, config: Any, folder: str = "levels") -> tuple[Finished, list[imp.Row]]:
+    """Run, or go on with, the setup's search, its levels stored in `folder` of the study's directory."""
+    store = LevelStore(memo.directory / folder)
+
+    def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
+        memo.say(f"{folder} {level}")
+        return setup.train(starts, store.unfinished(level))
+
+    rows = search_tickets(setup, store, train_fn, config)
+    return Finished(setup, config, store), rows
+
+
+def magnitude_masks(params: PyTree, density: float) -> tuple[PyTree, dict[str, int]]:
+    """Masks [S, ...] of the largest weights of every layer of a stack, and how many weights stay, by path."""
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    which = masks_lib.prunable(one)
+    counts = {path: max(round(density * size), 1) for path, size in prune.sizes(one, which).items()}
+    mask = lambda p: prune.keep(criteria.magnitude(p), masks_lib.ones(p), which, counts)  # noqa: E731
+    return jax.jit(jax.vmap(mask))(params), counts
+
+
+def column(rows: Rows, key: str) -> list[Any]:
+    """The values of a key."""
+    return [row[key] for row in rows]
+
+
+def same(names: Iterable[str]) -> dict[str, str]:
+    """Names as their own labels."""
+    return {name: name for name in names}
+
+
+def with_interval(values: Iterable[float], scale: float = 100.0, digits: int = 2) -> str:
     """ "mean ± half-width" of the 95% Student-t interval, in the table's units."""
-    mean, half, n = summary.interval(values)
-    text = f"{scale * mean:.{digits}f}"
-    return text if n < 2 else f"{text} ± {scale * half:.{digits}f}"
+    mean, half, _ = summary.interval(values)
+    return plus_minus(mean, half, scale, digits)
+
+
+class Comparison:
+    """Arms of a study side by side at every level, paired by seed.
+
+    Args:
+      rows: one a network, with the columns `by` and `pair`, "level" if there are several, and "density" of sparse ones;
+        rows whose arm is "dense" are the reference.
+      by: column that names the arm.
+      value: column that is compared.
+      heading: what the table calls it, with its unit in brackets.
+      unit: of differences.
+      scale: factor from the column to that unit.
+      digits: after the decimal point.
+      pair: column by which rows are paired.
+      sign: 1 if more is better, -1 if less is; differences above 0 are then good.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        by: str,
+        value: str = "final_test_accuracy",
+        *,
+        heading: str = "test accuracy (%)",
+        unit: str = "points",
+        scale: float = 100.0,
+        digits: int = 2,
+        pair: str = "seed",
+        sign: int = 1,
+    ):
+        self.by, self.value, self.heading, self.unit = by, value, heading, unit
+        self.scale, self.digits, self.sign = scale, digits, sign
+        self.rows = sorted(rows, key=lambda row: row[pair])
+        arms = [row for row in rows if row[by] != DENSE]
+        self.arms = list(dict.fromkeys(column(arms, by)))
+        self.levels = sorted({row.get("level", 0) for row in arms})
+        self.dense = [row[value] for row in self.rows if row[by] == DENSE]
+        self.sparse = all("density" in row for row in rows)
+
+    def cell(self, arm: str, level: int) -> list[Mapping[str, Any]]:
+        """Rows of an arm at a level, in order of the seeds; the dense networks are the same at all levels."""
+        return [row for row in self.rows if row[self.by] == arm and (arm == DENSE or row.get("level", 0) == level)]
+
+    def mean(self, arm: str, level: int, value: str = "") -> float:
+        """Mean over seeds, unscaled."""
+        return float(np.mean(column(self.cell(arm, level), value or self.value)))
+
+    def show(self, arm: str, level: int, value: str = "") -> str:
+        """Mean and interval over seeds."""
+        return with_interval(column(self.cell(arm, level), value or self.value), self.scale, self.digits)
+
+    def gains(self, arm: str, base: str, level: int) -> list[float]:
+        """Differences arm - base, seed by seed, unscaled and signed so that above 0 is good."""
+        both = zip(self.cell(arm, level), self.cell(base, level), strict=True)
+        return [self.sign * (a[self.value] - b[self.value]) for a, b in both]
+
+    def gain(self, arm: str, base: str, level: int) -> str:
+        """Mean and interval of the paired differences."""
+        return with_interval(self.gains(arm, base, level), self.scale, self.digits)
+
+    def density(self, level: int) -> str:
+        """Weights remaining at a level, over all arms."""
+        return f"{np.mean([row['density'] for arm in self.arms for row in self.cell(arm, level)]):.1%}"
+
+    def table(
+        self, bases: Mapping[str, str], columns: Mapping[str, Callable[[list[Mapping[str, Any]]], Any]] = {}
+    ) -> Table:
+        """A line per level and arm: weights, arm, further `columns` of its rows, its value, gains over `bases`.
+
+        Args:
+          bases: arm -> what the heading calls it.
+          columns: heading -> function of the rows of a cell.
+        """
+        cells = [(DENSE, self.levels[0])] if self.dense else []
+        cells += [(arm, level) for level in self.levels for arm in self.arms]
+        body: list[list[Any]] = []
+        for arm, level in cells:
+            mine = self.cell(arm, level)
+            paired = arm != DENSE or len(self.levels) == 1
+            gains = [self.gain(arm, base, level) if paired and arm != base else None for base in bases]
+            weights = [f"{np.mean(column(mine, 'density')):.1%}"] if self.sparse else []
+            body.append([*weights, arm, *(make(mine) for make in columns.values()), self.show(arm, level), *gains])
+        over = [f"{self.unit} over {name}" for name in bases.values()]
+        return Table([*["weights"] * self.sparse, self.by, *columns, self.heading, *over], body)
+
+    def draw(self, ax: Axes, title: str, arms: Mapping[str, str], over: str = "") -> None:
+        """Draw a dot plot: arms under each other, a color per level, seeds small, means with intervals large.
+
+        Args:
+          title: of the axes.
+          arms: arm -> its label.
+          over: an arm whose values are subtracted seed by seed; "" for none, then a dotted line is the dense mean.
+        """
+        count = len(self.levels)
+        for place, arm in enumerate(arms):
+            for i, level in enumerate(self.levels):
+                found = self.gains(arm, over, level) if over else column(self.cell(arm, level), self.value)
+                mean, half, n = summary.interval(values := [self.scale * value for value in found])
+                y = place + (i - (count - 1) / 2) * 0.6 / count
+                color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+                label = f"{self.density(level)} of the weights" if count > 1 and not place else ""
+                seed_marks(ax, y, values, color, marker, label)
+                if n > 1:
+                    ax.errorbar([mean], [y], xerr=[half], fmt="none", ecolor=color, capsize=3)
+        if self.dense and not over:
+            dense = self.scale * float(np.mean(self.dense))
+            ax.axvline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
+        ax.set_yticks(range(len(arms)), list(arms.values()))
+        ax.invert_yaxis()
+        titles(ax, title, f"{self.unit} over {over}, same seed" if over else self.heading)
+
+    def figure(self, panels: Mapping[str, Mapping[str, str]], over: str = "") -> Callable[[], Figure]:
+        """A figure of `draw`, one panel per title with its arms and their labels; drawn when it is called."""
+        return _panels(self, panels, over)
+
+
+@deferred
+def _panels(comparison: Comparison, panels: Mapping[str, Mapping[str, str]], over: str) -> Figure:
+    longest = max(map(len, panels.values()))
+    figure, axes = canvas(len(panels), width=7.2 if len(panels) == 1 else 10.4, height=1.3 + 0.36 * longest)
+    for ax, (title, arms) in zip(axes, panels.items(), strict=True):
+        comparison.draw(ax, title, arms, over)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=9)
+    return figure

@@ -1,13 +1,12 @@
-"""Does a ticket's mask work at another initialization, and does it help to align the two networks first?
+"""Mask transfer: does a ticket's mask work at another initialization, and does it help to align the networks first?
 
 The hidden units of two networks trained from different seeds are the same only up to a permutation (Ainsworth et al.
 2023). Here the mask of one seed's ticket is put on another seed's weights as it is, and after permuting its units to
 match that seed's dense network; beside it stand the other seed's own ticket and random masks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,19 +16,22 @@ from jaxtyping import Array, PyTree
 
 from lottery import align, controls, transfer
 from tessera.infra.config import build
-from tessera.infra.memo import Pieces
-from tessera.tickets.setup import Finished, Setup, make_setup, search_tickets
-from tessera.tickets.store import LevelStore
+from tessera.infra.memo import Memo
+from tessera.tickets.setup import Finished, Setup, make_setup
 from tessera.tickets.studies.compared_masks import OWN, RANDOM, compare, train_masks
-from tessera.tickets.studies.study import Study
+from tessera.tickets.studies.study import Study, run_search
 
 MASKS = (OWN, "other", "aligned by weights", "aligned by activations", RANDOM)
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """layers: of the chain of dense layers, first to last. levels: at which masks are carried over. examples: whose
-    activations are compared.
+    """Masks on the weights of another seed, aligned and not.
+
+    Attributes:
+      layers: of the chain of dense layers, first to last.
+      levels: pruning levels whose masks are transferred.
+      examples: whose activations are compared.
     """
 
     layers: tuple[str, ...] = ("dense0", "dense1", "output")
@@ -37,29 +39,24 @@ class TransferConfig:
     examples: int = 1000
 
 
-def run(config: Any, pieces: Pieces) -> Study:
-    """Search with every seed, carry the masks on to the next seed, train, compare."""
+def run(config: Any, memo: Memo) -> Study:
+    """Search with every seed, put each mask on the next seed's weights, train, compare."""
     study = build(TransferConfig, config.study, "config.study")
     setup = make_setup(config)
     if len(setup.search.seeds) < 2 or max(study.levels) > setup.search.levels:
         raise ValueError(f"two seeds are needed, and levels={study.levels} up to {setup.search.levels}")
-    search = search_in(setup, pieces.directory / "levels", config, pieces.say)
+    search, _ = run_search(setup, memo, config)
     rows = []
     for level in study.levels:
-        rows += pieces.rows(f"transfer_level{level}", lambda: _transfer(setup, study, search, level))  # noqa: B023
-    return _study(rows, setup)
-
-
-def search_in(setup: Setup, directory: Path, config: Any, say: Callable[[str], None]) -> Finished:
-    """Run (or go on with) the setup's search, its levels kept under `directory`."""
-    store = LevelStore(directory)
-
-    def train_fn(starts: Any, *, level: int) -> Any:
-        say(f"{directory.name} {level}")
-        return setup.train(starts, store.unfinished(level))
-
-    search_tickets(setup, store, train_fn, config)
-    return Finished(setup, config, store)
+        rows += memo.rows(f"transfer_level{level}", _transfer, setup, study, search, level)
+    where = f"step {setup.search.rewind}" if setup.search.rewind else "the initialization"
+    caption = (
+        f"Every seed's weights at {where} under five masks: its own ticket's, the next seed's as it is and permuted to "
+        "match this seed's dense network by weights or by activations, and random ones of the same density in every "
+        "layer. Accuracy after the last step over that of the random masks; small marks are seeds, large ones means "
+        "with 95% intervals."
+    )
+    return compare(rows, "other", MASKS[2:4], "A ticket's mask on another seed's initialization", caption, "as it is")
 
 
 def hidden_activations(params: PyTree, x: Array, layers: Sequence[str]) -> dict[str, np.ndarray]:
@@ -92,19 +89,3 @@ def _transfer(setup: Setup, study: TransferConfig, search: Finished, level: int)
         found["aligned by activations"].append(align.permute(theirs, align.match_activations(*acts), spec))
         found[RANDOM].append(controls.shuffle_masks(theirs, key=jax.random.key(seed)))
     return train_masks(setup, found, reset, seeds, level)
-
-
-def _study(rows: list[dict[str, Any]], setup: Setup) -> Study:
-    where = f"step {setup.search.rewind}" if setup.search.rewind else "the initialization"
-    caption = (
-        f"Every seed's weights at {where} under five masks: its own ticket's, the next seed's as it is and permuted to "
-        "match this seed's dense network by weights or by activations, and random ones of the same density in every "
-        "layer. Small marks are seeds, large ones means; accuracy after the last step."
-    )
-    words = {
-        "title": "Carrying a mask to another initialization",
-        "figure": "A mask on another seed's weights",
-        "second": "as it is",
-        "caption": caption,
-    }
-    return compare(rows, MASKS, "other", MASKS[2:4], words)

@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from moe.kernels import block_sparse_matmul, block_structure, to_blocks, to_dense
 
 M = 37
-sparse = jax.jit(partial(block_sparse_matmul, implementation="cpu"))
+sparse = jax.jit(partial(block_sparse_matmul, backend="xla"))
 
 
 def case(block, density, dtype="float32", shape=None):

@@ -22,7 +22,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, 
 from moe.kernels.hopper import ring
 
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-matmul = partial(grouped_matmul, implementation="gpu")
+matmul = partial(grouped_matmul, backend="gpu")
 BF16, I32 = jnp.bfloat16, jnp.int32
 
 
@@ -49,7 +49,7 @@ def grouped(m, k, n, groups):
 def blocks(m, k, n, block, density):
     mask = np.random.default_rng(0).random((k // block, n // block)) < density
     structure = block_structure(mask, block, shape=(k, n))
-    f = three_products(lambda x, b: block_sparse_matmul(x, b, structure, implementation="gpu"))
+    f = three_products(lambda x, b: block_sparse_matmul(x, b, structure, backend="gpu"))
     return f, [((m, k), BF16), ((structure.live, block, block), BF16), ((m, n), BF16)]
 
 
@@ -96,8 +96,8 @@ def test_no_copy_of_the_tokens_and_none_of_the_weights():
     weights = [((4, 256, 128), BF16)] * 2
     text = lower(routed, *ROUTED, *weights)
     assert kernels(text) == 1 and "512x256" not in text
-    quantised = [((4, 256, 128), jnp.int8), ((4, 2, 128), jnp.float32)] * 2
-    text = lower(routed, *ROUTED, *quantised)
+    quantized = [((4, 256, 128), jnp.int8), ((4, 2, 128), jnp.float32)] * 2
+    text = lower(routed, *ROUTED, *quantized)
     assert kernels(text) == 1 and "4x256x128xbf16" not in text
     # The check can fail: a share of 32 rows is narrower than a step, and such weights are widened first.
     narrow = [((4, 256, 128), jnp.int8), ((4, 8, 128), jnp.float32)] * 2
@@ -128,7 +128,7 @@ def test_a_mixture_says_whether_its_kernels_may_add_in_any_order(deterministic):
     def mixture(x, gate, up, down, logits):
         params = {"gate": gate, "up": up, "down": down}
         routing = route.top_k(logits, 2)
-        return experts.fused(params, x, routing, implementation="gpu", deterministic=deterministic)
+        return experts.fused(params, x, routing, backend="gpu", deterministic=deterministic)
 
     up = (4, 128, 192), BF16
     text = lower(mixture, ((96, 128), BF16), up, up, ((4, 192, 128), BF16), ((96, 4), jnp.float32))
@@ -170,9 +170,9 @@ def test_every_tile_size_lowers(dtype, tiling):
     )
     text = lower(summed, ((300, 256), dtype), ((4, 256, 512), dtype), ((4,), I32), ((300,), I32))
     assert kernels(text) == 1 and "300x512" not in text
-    quantised = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
+    quantized = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes, tiling=tiling)  # noqa: E731
     weight = ((4, 256, 512), jnp.int8), ((4, 2, 512), jnp.float32)
-    text = lower(quantised, ((300, 256), dtype), *weight, ((4,), I32))
+    text = lower(quantized, ((300, 256), dtype), *weight, ((4,), I32))
     assert kernels(text) == 1 and f"4x256x512x{'bf16' if dtype == 'bfloat16' else 'f16'}" not in text
 
 
@@ -210,3 +210,27 @@ def test_under_shard_map(fused):
     with use_abstract_mesh(mesh):
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*[jax.ShapeDtypeStruct(*s) for s in shapes])
         assert kernels(lowered.lower(lowering_platforms=("cuda",)).as_text()) == 3
+
+
+@pytest.mark.slow
+def test_tokamax_kernels_lower_for_hopper(monkeypatch):
+    """Forward and both gradients of odd row numbers, float32 results, and a call under vmap."""
+    pytest.importorskip("tokamax", reason="pip install tokamax (Python 3.12)")
+    from tokamax._src import gpu_utils
+
+    from moe.kernels import tokamax_ops
+
+    real = tokamax_ops.load().ragged_dot_general
+    monkeypatch.setattr(gpu_utils, "is_sm90", lambda *_: True)
+    monkeypatch.setattr(tokamax_ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(
+        "tokamax.ragged_dot_general", lambda *args, **options: real(*args, **options | {"bypass_device_check": True})
+    )
+    monkeypatch.setattr("jax.extend.backend.get_default_device", lambda: H200)
+    matmul = partial(grouped_matmul, backend="tokamax")
+    shapes = ((300, 256), BF16), ((4, 256, 512), BF16), ((300, 512), BF16), ((4,), I32)
+    f = lambda x, w, dy, sizes: three_products(lambda x, w: matmul(x, w, sizes))(x, w, dy)  # noqa: E731
+    assert kernels(lower(f, *shapes)) == 3
+    assert kernels(lower(lambda x, w, s: matmul(x, w, s, out_dtype=jnp.float32), *shapes[:2], shapes[3])) == 1
+    many = lambda x, w, s: jax.vmap(lambda x, s: matmul(x, w, s))(x, s)  # noqa: E731
+    assert kernels(lower(many, ((2, 300, 256), BF16), shapes[1], ((2, 4), I32))) == 1

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import kernel_oracle as oracle
+import kernel_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ ROWS, GROUPS, K, N = 150, 4, 64, 64
 
 @jax.jit
 def products(x, w, dy, sizes):
-    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="gpu_interpret"), x, w)
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend="gpu_interpret"), x, w)
     return out, *pull(dy)
 
 
@@ -34,9 +34,9 @@ def test_any_sizes_against_float64(cuts, total):
     x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((ROWS, K), (GROUPS, K, N), (ROWS, N)))
     wide = partial(np.asarray, dtype=np.float64)
     expected = (
-        oracle.grouped(wide(x), wide(w), sizes),
-        oracle.grouped(wide(dy), wide(w).swapaxes(1, 2), sizes),
-        oracle.contract(wide(x), wide(dy), sizes),
+        reference.grouped(wide(x), wide(w), sizes),
+        reference.grouped(wide(dy), wide(w).swapaxes(1, 2), sizes),
+        reference.contract(wide(x), wide(dy), sizes),
     )
     for ours, theirs in zip(products(x, w, dy, jnp.array(sizes, jnp.int32)), expected, strict=True):
         assert np.isfinite(wide(ours)).all()

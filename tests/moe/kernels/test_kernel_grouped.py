@@ -2,7 +2,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import kernel_oracle as oracle
+import kernel_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +26,7 @@ SIZES = {
     "tiles exactly": [16, 32, 16, 0, 11],
 }
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
-cpu = partial(grouped_matmul, implementation="cpu", tiling=Tiling(rows=16))
+cpu = partial(grouped_matmul, backend="xla", tiling=Tiling(rows=16))
 
 
 def arrays(sizes, dtype="float32", weights=1, seed=0):
@@ -55,9 +55,9 @@ def test_forward_and_both_gradients_against_float64(sizes, dtype):
     out, dx, dw = forward_and_back(x, w, group_sizes, dy)
     w64 = np.asarray(w, np.float64)
     for ours, theirs in (
-        (out, oracle.grouped(x, w, sizes)),
-        (dx, oracle.grouped(dy, w64.swapaxes(1, 2), sizes)),
-        (dw, oracle.contract(x, dy, sizes)),
+        (out, reference.grouped(x, w, sizes)),
+        (dx, reference.grouped(dy, w64.swapaxes(1, 2), sizes)),
+        (dw, reference.contract(x, dy, sizes)),
     ):
         assert ours.dtype == dtype
         tolerance = TOLERANCE[dtype]
@@ -82,8 +82,8 @@ def test_weight_gradients_when_groups_outnumber_rows(sizes, rows):
     x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((rows, 3), (len(sizes), 3, 2), (rows, 2)))
     pull = jax.jit(lambda x, w, dy: jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)[1](dy))
     dx, dw = pull(x, w, dy)
-    np.testing.assert_allclose(dw, oracle.contract(x, dy, sizes), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dx, oracle.grouped(dy, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, reference.contract(x, dy, sizes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, reference.grouped(dy, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)
@@ -92,7 +92,7 @@ def test_any_sizes_and_any_tile(sizes, tile):
     x, w, group_sizes = arrays(sizes)
     sizes = np.diff(np.minimum(np.cumsum(sizes), M), prepend=0)
     out = cpu(x, w, group_sizes, tiling=Tiling(rows=tile))
-    np.testing.assert_allclose(out, oracle.grouped(x, w, sizes), atol=1e-5)
+    np.testing.assert_allclose(out, reference.grouped(x, w, sizes), atol=1e-5)
 
 
 def test_rows_past_the_sum_may_hold_anything():
@@ -130,8 +130,8 @@ def test_fused_gather_swiglu_and_combine_equal_the_unfused():
         for f in (fused, unfused)
     )
     jax.tree.map(assert_same, ours, theirs)
-    h = oracle.swiglu(x, (w, w2), SIZES["uneven"], gather=tokens)
-    y = oracle.combine(h, np.swapaxes(w, 1, 2), SIZES["uneven"], tokens, weights, T)
+    h = reference.swiglu(x, (w, w2), SIZES["uneven"], gather=tokens)
+    y = reference.combine(h, np.swapaxes(w, 1, 2), SIZES["uneven"], tokens, weights, T)
     assert_same(fused(x, w, w2, weights), y, atol=1e-4)
 
 
@@ -158,13 +158,13 @@ def test_gradients_against_finite_differences(name):
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.006), ("float8_e4m3fn", 0.04), ("float8_e5m2", 0.08)])
 @pytest.mark.parametrize("block", [None, 4])
-def test_quantised_weights_are_the_weights_they_stand_for(dtype, error, block):
+def test_quantized_weights_are_the_weights_they_stand_for(dtype, error, block):
     x, w, sizes = arrays(SIZES["uneven"])
     quantized = quantize(w, dtype, block=block)
     assert quantized.scales.shape == (5, 1 if block is None else K // block, N)
     meant = np.asarray(quantized.values, np.float64) * np.repeat(quantized.scales, block or K, axis=1)
     assert np.abs(meant - w).max() <= error * np.abs(w).max()
-    np.testing.assert_allclose(cpu(x, quantized, sizes), oracle.grouped(x, meant, SIZES["uneven"]), atol=1e-5)
+    np.testing.assert_allclose(cpu(x, quantized, sizes), reference.grouped(x, meant, SIZES["uneven"]), atol=1e-5)
     with pytest.raises(TypeError, match="inference"):
         jax.grad(lambda x: cpu(x, quantized, sizes).sum())(x)
 
@@ -215,8 +215,8 @@ X, W, S = jnp.ones((8, 4)), jnp.ones((2, 4, 6)), jnp.array([3, 5])
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((X, W, S), {"implementation": "cuda"}, ValueError, "choose one of auto"),
-        ((X, W, S), {"implementation": "tpu"}, ValueError, "runs on tpu"),
+        ((X, W, S), {"backend": "cuda"}, ValueError, "choose one of auto"),
+        ((X, W, S), {"backend": "tpu"}, ValueError, "runs on tpu"),
         ((X, W, S), {"epilogue": SwiGLU()}, ValueError, "pair"),
         ((X, (W, W), S), {}, ValueError, "others one"),
         ((X, W.astype(jnp.bfloat16), S), {}, TypeError, "cast one"),
@@ -240,6 +240,6 @@ def test_shapes_that_do_not_match_are_refused(arguments):
 @pytest.mark.parametrize(
     ("dtype", "block", "message"), [("int4", None, "choose one of"), ("int8", 3, "does not divide")]
 )
-def test_quantising_refuses(dtype, block, message):
+def test_quantizing_refuses(dtype, block, message):
     with pytest.raises(ValueError, match=message):
         quantize(W, dtype, block=block)

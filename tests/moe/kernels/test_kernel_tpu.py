@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import kernel_oracle as oracle
+import kernel_reference as reference
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -16,8 +16,8 @@ from moe.kernels.tpu import gather, grouped
 from moe.kernels.tpu.tiles import Tiles
 
 TILES = Tiling(rows=32, inner=128, cols=128)
-interpreted = partial(grouped_matmul, implementation="tpu_interpret", tiling=TILES)
-reference = partial(grouped_matmul, implementation="cpu", tiling=Tiling(rows=32))
+interpreted = partial(grouped_matmul, backend="tpu_interpret", tiling=TILES)
+plain_jax = partial(grouped_matmul, backend="xla", tiling=Tiling(rows=32))
 T = 24
 
 
@@ -34,7 +34,7 @@ def value_and_gradients(f, *args):
 def problem(name, matmul, *, rows, k, n, groups, dtype, seed=0):
     """A function of (x, w) by the given grouped matmul, and arguments."""
     rng = np.random.default_rng(seed)
-    sizes, tokens = jnp.array(oracle.uneven(rng, groups, rows)), jnp.array(rng.integers(0, T, rows), jnp.int32)
+    sizes, tokens = jnp.array(reference.uneven(rng, groups, rows)), jnp.array(rng.integers(0, T, rows), jnp.int32)
     weights = jnp.array(rng.random(rows), jnp.float32)
     gathered = name in ("gather", "swiglu")
     x = jnp.array(rng.normal(size=(T if gathered else rows, k)), dtype)
@@ -62,13 +62,13 @@ def test_the_interpreter_poisons_what_is_not_written():
 
 def test_plain_against_float64_with_gradients():
     f, x, w = problem("plain", interpreted, rows=75, k=200, n=72, groups=4, dtype="float32")
-    sizes = oracle.uneven(np.random.default_rng(0), 4, 75)
+    sizes = reference.uneven(np.random.default_rng(0), 4, 75)
     out, dx, dw = value_and_gradients(f, x, w)
-    dy = np.sin(oracle.grouped(x, w, sizes) + 1)
+    dy = np.sin(reference.grouped(x, w, sizes) + 1)
     expected = (
-        oracle.grouped(x, w, sizes),
-        oracle.grouped(dy, np.swapaxes(w, 1, 2), sizes),
-        oracle.contract(x, dy, sizes),
+        reference.grouped(x, w, sizes),
+        reference.grouped(dy, np.swapaxes(w, 1, 2), sizes),
+        reference.contract(x, dy, sizes),
     )
     assert_agree((out, dx, dw), expected, 1e-4)
 
@@ -83,7 +83,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['dtype']}" for name, shape in CASES])
 def test_every_epilogue_equals_the_plain_path(name, shape):
-    ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, reference))
+    ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, plain_jax))
     assert_agree(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
 
 
@@ -92,7 +92,7 @@ def test_what_does_not_fit_in_memory_is_not_fused_and_equal(monkeypatch, name, m
     monkeypatch.setattr(module, "LARGE", 0)
     # A shape of its own: what was traced before, with more memory, is not traced again.
     shape = {"rows": 77, "k": 72, "n": 40, "groups": 3, "dtype": "float32"}
-    ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, reference))
+    ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, plain_jax))
     assert_agree(ours, theirs, 1e-4)
 
 
@@ -108,17 +108,17 @@ def test_fused_layer_forward():
         h = interpreted(x, (w, w2), sizes, gather=tokens, epilogue=SwiGLU())
         return interpreted(h, w.swapaxes(1, 2), sizes, epilogue=Combine(tokens, weights, T), out_dtype=jnp.float32)
 
-    h = oracle.swiglu(x, (w, w2), sizes, gather=tokens)
-    expected = oracle.combine(h, np.swapaxes(w, 1, 2), sizes, tokens, weights, T)
+    h = reference.swiglu(x, (w, w2), sizes, gather=tokens)
+    expected = reference.combine(h, np.swapaxes(w, 1, 2), sizes, tokens, weights, T)
     assert_agree((layer(x, w, w2),), (expected,), 0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "block"), [("int8", None), ("int8", 128), ("int8", 16), ("float8_e4m3fn", 128)])
-def test_quantised_weights(dtype, block):
-    _, x, w = problem("plain", reference, rows=50, k=256, n=72, groups=3, dtype="float32")
+def test_quantized_weights(dtype, block):
+    _, x, w = problem("plain", plain_jax, rows=50, k=256, n=72, groups=3, dtype="float32")
     quantized, sizes = quantize(w, dtype, block=block), jnp.array([20, 0, 25])
-    assert_agree((interpreted(x, quantized, sizes),), (reference(x, quantized, sizes),), 1e-4)
+    assert_agree((interpreted(x, quantized, sizes),), (plain_jax(x, quantized, sizes),), 1e-4)
 
 
 @pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.slow)])
@@ -131,9 +131,9 @@ def test_block_sparse(block):
     blocks = jnp.array(rng.normal(size=(structure.live, block, block)) / 16, jnp.float32)
     ours, theirs = (
         value_and_gradients(
-            lambda x, b, i=i: block_sparse_matmul(x, b, structure, implementation=i, tiling=Tiling(rows=32)), x, blocks
+            lambda x, b, i=i: block_sparse_matmul(x, b, structure, backend=i, tiling=Tiling(rows=32)), x, blocks
         )
-        for i in ("tpu_interpret", "cpu")
+        for i in ("tpu_interpret", "xla")
     )
     assert_agree(ours, theirs, 1e-4)
 
@@ -141,7 +141,7 @@ def test_block_sparse(block):
 def test_an_output_beyond_two_to_the_31_elements_lowers_for_tpus():
     rows, n = 1 << 20, 8192
     shapes = [((rows, 128), jnp.bfloat16), ((4, 128, n), jnp.bfloat16), ((4,), jnp.int32)]
-    program = jax.jit(partial(grouped_matmul, implementation="tpu"))
+    program = jax.jit(partial(grouped_matmul, backend="tpu"))
     traced = program.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     lowered = traced.lower(lowering_platforms=("tpu",))
     assert lowered.out_info.shape == (rows, n) and rows * n > 1 << 31
@@ -170,7 +170,7 @@ def chip():
 
 
 M, K, N, G = 4000, 1024, 1536, 8
-matmul = partial(grouped_matmul, implementation="tpu")
+matmul = partial(grouped_matmul, backend="tpu")
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 X, W, SIZES, INDEX = ((M, K), BF16), ((G, K, N), BF16), ((G,), I32), ((M,), I32)
 
@@ -181,11 +181,11 @@ def gradient(f, count=2):
 
 def blocks_gradient(block):
     structure = block_structure(np.random.default_rng(0).random((K // block, N // block)) < 0.1, block, shape=(K, N))
-    f = gradient(lambda x, b: block_sparse_matmul(x, b, structure, implementation="tpu"))
+    f = gradient(lambda x, b: block_sparse_matmul(x, b, structure, backend="tpu"))
     return f, [X, ((structure.live, block, block), BF16)]
 
 
-def quantised(dtype, shares):
+def quantized(dtype, shares):
     f = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes)  # noqa: E731
     return f, [X, ((G, K, N), dtype), ((G, shares, N), F32), SIZES]
 
@@ -210,8 +210,8 @@ COMPILED = {
         [((20000, 256), BF16), ((G, 256, 384), BF16), SIZES, ((140000,), I32)],
     ),
     "combine": (combine_gradient, [X, W, ((M,), F32), SIZES, INDEX]),
-    "int8 by channel": quantised(jnp.int8, 1),
-    "fp8 by blocks of 128": quantised(jnp.float8_e4m3fn, K // 128),
+    "int8 by channel": quantized(jnp.int8, 1),
+    "fp8 by blocks of 128": quantized(jnp.float8_e4m3fn, K // 128),
     "blocks of 64": blocks_gradient(64),
     "blocks of 128": blocks_gradient(128),
 }

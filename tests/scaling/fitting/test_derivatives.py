@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling.fitting.cholesky import cholesky_solve
-from scaling.fitting.derivatives import Terms, by_autodiff, by_terms, lower
-from scaling.fitting.newton_fast import ByShares, floor_of
+from scaling.evaluate import Terms
+from scaling.fitting.derivatives import by_autodiff, by_terms, lower
+from scaling.fitting.newton_fast import NewtonWithFloor, floor_of
 from scaling.laws import gather_feature
 from scaling.published import CHINCHILLA, CURVE, FINE_GRAINED, JOINT, SPARSITY
 from scaling.rows import make_rows
@@ -71,28 +71,13 @@ def test_derivatives_are_those_of_the_objective():
         np.testing.assert_allclose(here.curvature[k], bend, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
-def test_cholesky_against_numpys_solver(xp):
-    rng = np.random.default_rng(0)
-    half = rng.normal(size=(6, 5, 7))
-    whole = np.einsum("ris,rjs->ijs", half, half)
-    right = rng.normal(size=(5, 7))
-    whole[:, :, 3] *= -1.0
-    with jax.enable_x64(True):
-        matrix = {(i, j): xp.asarray(whole[i, j]) for i, j in lower(5)}
-        found, fine = cholesky_solve(matrix, xp.asarray(right), xp)
-    np.testing.assert_array_equal(fine, np.arange(7) != 3)
-    for s in np.flatnonzero(np.arange(7) != 3):
-        np.testing.assert_allclose(found[:, s], np.linalg.solve(whole[:, :, s], right[:, s]), rtol=1e-9)
-
-
 @pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY], ids=lambda law: law.name)
 def test_sums_without_the_floor_give_the_same_curvature(law):
     features, means, target, phi, weights = case(law)
     terms = Terms(law.terms, law.parameters, features, means)
-    whole = by_terms(terms, target, DELTA, newton=True)(phi, weights)
-    lean = ByShares(terms, target, DELTA)(phi, weights)
-    for found, wanted in zip(lean[:3], whole[:3], strict=True):
+    full = by_terms(terms, target, DELTA, newton=True)(phi, weights)
+    lean = NewtonWithFloor(terms, target, DELTA)(phi, weights)
+    for found, wanted in zip(lean[:3], full[:3], strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
     diagonal = [k for k, (i, j) in enumerate(lower(terms.size)) if i == j]
     np.testing.assert_allclose(lean.diagonal, np.abs(lean.curvature[diagonal]))
@@ -100,12 +85,12 @@ def test_sums_without_the_floor_give_the_same_curvature(law):
 
 def test_terms_without_a_floor_of_their_own_are_refused():
     features, means, target, _, _ = case(CHINCHILLA)
-    for kept in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
-        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in kept)]
-        terms = Terms(kept, names, features, means)
+    for chosen in (CHINCHILLA.terms[:2], CHINCHILLA.terms[2:]):
+        names = [name for name in CHINCHILLA.parameters if any(name == c or name in str(f) for c, f in chosen)]
+        terms = Terms(chosen, names, features, means)
         assert floor_of(terms) is None
         with pytest.raises(ValueError, match="use by_terms"):
-            ByShares(terms, target, DELTA)
+            NewtonWithFloor(terms, target, DELTA)
 
 
 def test_a_law_whose_terms_overflow_or_vanish_keeps_its_shares():

@@ -67,7 +67,7 @@ def test_resamples_agree_with_scipy(fitted):
     counts = resamples(3, 240, seed=7)
     boot = refit(fitted, counts)
     for b in range(3):
-        rival = minimize(
+        baseline = minimize(
             objective,
             fitted.theta,
             args=(fitted.rows, counts[:, b]),
@@ -75,8 +75,8 @@ def test_resamples_agree_with_scipy(fitted):
             method="L-BFGS-B",
             options={"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxcor": 20},
         )
-        assert boot.value_B[b] <= rival.fun * (1 + 1e-9)
-        np.testing.assert_allclose(boot.theta_PB[:, b], rival.x, rtol=1e-4)
+        assert boot.value_B[b] <= baseline.fun * (1 + 1e-9)
+        np.testing.assert_allclose(boot.theta_PB[:, b], baseline.x, rtol=1e-4)
 
 
 def test_many_resamples_at_once_end_where_few_do(fitted):
@@ -128,8 +128,8 @@ def test_free_scale_likelihoods_reach_scipys_optimum(fitted, kind, norm):
         return np.sum(np.abs(np.logaddexp.reduce(parts) - np.log(fitted.rows["loss"])) ** norm)
 
     options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000, "maxfev": 4000}
-    rival = minimize(total, found.theta, method="Nelder-Mead", options=options)
-    assert total(found.theta) <= rival.fun * (1 + 1e-6)
+    baseline = minimize(total, found.theta, method="Nelder-Mead", options=options)
+    assert total(found.theta) <= baseline.fun * (1 + 1e-6)
     scale = (total(found.theta) / 240) ** (1 / norm)
     assert found.scale == pytest.approx(scale, rel=1e-9)
     density = {1: -np.log(2 * scale) - 1, 2: -0.5 * np.log(2 * np.pi * scale**2) - 0.5}[norm]

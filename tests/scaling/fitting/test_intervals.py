@@ -53,8 +53,8 @@ def test_profiles_of_several_values_are_refitted_side_by_side():
                 a, e, alpha = np.insert(rest, index, held)
                 return 0.5 * np.sum((np.logaddexp(a - alpha * n, e) - y) ** 2)
 
-            rival = minimize(squares, np.delete(fitted.theta, index), method="Nelder-Mead", options=TIGHT)
-            assert objective == pytest.approx(rival.fun, rel=1e-5)
+            baseline = minimize(squares, np.delete(fitted.theta, index), method="Nelder-Mead", options=TIGHT)
+            assert objective == pytest.approx(baseline.fun, rel=1e-5)
 
 
 def test_a_new_runs_loss_is_predicted():

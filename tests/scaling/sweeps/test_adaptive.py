@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from test_sweep import FAST, Inside
+from toy_sweep import FAST, Inside
 
-from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table, on_offer, spent, tight
-from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs, total_cost
+from scaling.sweeps.adaptive import PlannerConfig, candidates, choose_runs, first_table, interval_reached, spent
+from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store
-from scaling.sweeps.sweep import sweep
+from scaling.sweeps.sweep import run_sweep
 
 TARGET = 1e12
 PLAN = PlanConfig(
@@ -32,15 +32,15 @@ def train(run, directory, report):
         yield readout, {"loss": float(loss * np.exp(0.003 * noise))}
 
 
-def bought(path, config, *, wanted=0.0, engine=None, train=train):
-    return sweep(
+def acquired(path, config, *, wanted=0.0, engine=None, train=train):
+    return run_sweep(
         first_table(RUNS, config),
         train,
         Store(path / "runs"),
         engine or Inside(),
         path / "runs.csv",
         FAST,
-        enough=(lambda rows: tight(rows, target=TARGET, level=0.95, wanted=wanted)) if wanted else None,
+        enough=(lambda rows: interval_reached(rows, target=TARGET, level=0.95, wanted=wanted)) if wanted else None,
         more=lambda rows, table: choose_runs(rows, table, runs=RUNS, config=config, target=TARGET),
     )
 
@@ -57,34 +57,34 @@ def test_the_first_table_is_the_cheapest_budgets():
 
 def test_a_readout_costs_what_is_new_of_it():
     table = first_table(RUNS, PlannerConfig(begin=2))
-    assert spent(table) == pytest.approx(total_cost(table))
-    goods = on_offer(RUNS, table, PlannerConfig(begin=2))
-    assert len(goods.runs) == sum(len(r.readouts) for r in RUNS) - sum(len(r.readouts) for r in table)
-    for run, cost in zip(goods.runs, goods.cost, strict=True):
+    assert spent(table) == pytest.approx(sum(run.cost for run in table))
+    found = candidates(RUNS, table, PlannerConfig(begin=2))
+    assert len(found) == sum(len(r.readouts) for r in RUNS) - sum(len(r.readouts) for r in table)
+    for run, cost in found:
         branches = [x.branch for other in table if other.key == run.key for x in other.readouts]
         assert cost == (run.readouts[0].steps - max(branches, default=0)) * run.flops_per_step
-    few = on_offer(RUNS, table, PlannerConfig(begin=2, flops=spent(table) + np.sort(goods.cost)[2]))
-    assert len(few.runs) == 3
+    few = candidates(RUNS, table, PlannerConfig(begin=2, flops=spent(table) + sorted(cost for _, cost in found)[2]))
+    assert len(few) == 3
 
 
 @pytest.mark.slow
 def test_the_planner_ends_with_the_interval_or_the_flops(tmp_path):
     config = PlannerConfig(begin=2)
     first = len([r for run in first_table(RUNS, config) for r in run.readouts])
-    whole = bought(tmp_path / "all", config)
-    assert len(whole) == sum(len(run.readouts) for run in RUNS)
-    seen = [(row["params"], row["steps"]) for row in whole]
+    full = acquired(tmp_path / "all", config)
+    assert len(full) == sum(len(run.readouts) for run in RUNS)
+    seen = [(row["params"], row["steps"]) for row in full]
     assert len(set(seen)) == len(seen)
-    found = bought(tmp_path / "tight", config, wanted=0.2)
-    assert first < len(found) < len(whole) and found == whole[: len(found)]
-    assert tight(found, target=TARGET, level=0.95, wanted=0.2)
+    found = acquired(tmp_path / "tight", config, wanted=0.2)
+    assert first < len(found) < len(full) and found == full[: len(found)]
+    assert interval_reached(found, target=TARGET, level=0.95, wanted=0.2)
     capped = PlannerConfig(begin=2, flops=1.5 * spent(first_table(RUNS, config)))
-    few = bought(tmp_path / "few", capped)
-    assert first < len(few) < len(whole)
+    few = acquired(tmp_path / "few", capped)
+    assert first < len(few) < len(full)
 
 
-def test_killed_and_gone_on_with_the_same_runs_are_bought(tmp_path):
-    whole = bought(tmp_path / "whole", PlannerConfig(begin=2), wanted=0.2)
+def test_killed_and_continued_the_same_runs_are_chosen(tmp_path):
+    full = acquired(tmp_path / "full", PlannerConfig(begin=2), wanted=0.2)
     counter = itertools.count()
 
     def dies(run, directory, report):
@@ -93,12 +93,12 @@ def test_killed_and_gone_on_with_the_same_runs_are_bought(tmp_path):
         yield from train(run, directory, report)
 
     with pytest.raises(KeyboardInterrupt):
-        bought(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, train=dies)
-    assert bought(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, engine=Inside(backwards=True)) == whole
-    assert (tmp_path / "killed" / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+        acquired(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, train=dies)
+    assert acquired(tmp_path / "killed", PlannerConfig(begin=2), wanted=0.2, engine=Inside(backwards=True)) == full
+    assert (tmp_path / "killed" / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
-def test_a_run_that_failed_is_not_bought_again():
+def test_a_run_that_failed_is_not_chosen_again():
     config = PlannerConfig(begin=2, at_once=1)
     table = first_table(RUNS, config)
     rows = [

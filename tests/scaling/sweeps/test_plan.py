@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling import flops
-from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs, total_cost
+from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 
 BUDGETS = (4e10, 8e10, 3.2e11)
 
@@ -56,7 +56,6 @@ def test_a_trunk_costs_little_more_than_its_largest_budget():
         decays = sum(0.2 * readout.flops for readout in run.readouts)
         assert run.cost == pytest.approx(0.8 * run.readouts[-1].flops + decays, rel=1e-2)
         assert run.cost < 1.1 * BUDGETS[-1] < sum(BUDGETS)
-    assert total_cost(plan()) == sum(run.cost for run in plan())
 
 
 def test_the_key_is_that_of_what_decides_the_weights():

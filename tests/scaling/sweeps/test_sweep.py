@@ -10,52 +10,15 @@ from pathlib import Path
 
 import pytest
 import toy_sweep
+from toy_sweep import FAST, Inside
 
 from scaling.rows import read_csv
 from scaling.sweeps import executors
-from scaling.sweeps.executors import EngineConfig, Local, make_engine
+from scaling.sweeps.executors import ExecutorConfig, Local, make_executor
 from scaling.sweeps.store import Store
-from scaling.sweeps.sweep import RunFailed, Status, SweepConfig, sweep, table
+from scaling.sweeps.sweep import RunFailed, Status, run_sweep, table
 
-ROOT = Path(__file__).parents[2]
-FAST = SweepConfig(poll=0.01)
-
-
-class Inside:
-    """Carries calls out in this process, in any order."""
-
-    slots = 2
-
-    def __init__(self, backwards=False):
-        self.backwards, self.calls = backwards, 0
-
-    def submit(self, calls):
-        self.calls += len(calls)
-        jobs = []
-        for function, arguments in reversed(calls) if self.backwards else calls:
-            try:
-                function(*arguments)
-                jobs.append(Ended(""))
-            except Exception as error:
-                jobs.append(Ended(str(error)))
-        return list(reversed(jobs)) if self.backwards else jobs
-
-    def wait(self, seconds):
-        pass
-
-    def stop(self, jobs):
-        pass
-
-
-class Ended:
-    def __init__(self, message):
-        self.message = message
-
-    def done(self):
-        return True
-
-    def error(self):
-        return self.message
+ROOT = Path(__file__).parents[3]
 
 
 def quick(run, directory, report):
@@ -64,7 +27,7 @@ def quick(run, directory, report):
 
 def carry_out(path, train=quick, engine=None, config=FAST, runs=None, **options):
     runs = toy_sweep.runs() if runs is None else runs
-    return sweep(runs, train, Store(path / "runs"), engine or Inside(), path / "runs.csv", config, **options)
+    return run_sweep(runs, train, Store(path / "runs"), engine or Inside(), path / "runs.csv", config, **options)
 
 
 def test_rows_come_in_the_order_of_the_plan_and_can_be_read(tmp_path):
@@ -86,25 +49,25 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def test_a_budget_that_is_added_takes_only_its_own_training(tmp_path):
     carry_out(tmp_path, runs=toy_sweep.runs(budgets=(1e9, 9e9)))
-    taken = []
+    started = []
 
     def counting(run, directory, report):
-        taken.append([readout.budget for readout in run.readouts])
+        started.append([readout.budget for readout in run.readouts])
         return quick(run, directory, report)
 
     carry_out(tmp_path, counting)
-    assert taken == [[3e9]] * 4
-    carry_out(tmp_path / "whole")
-    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    assert started == [[3e9]] * 4
+    carry_out(tmp_path / "full")
+    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 @pytest.mark.parametrize("torn", ["", "run,width", "nonsense\n1,2\n"])
 def test_a_torn_csv_is_mended(tmp_path, torn):
     carry_out(tmp_path)
-    whole = (tmp_path / "runs.csv").read_text()
-    (tmp_path / "runs.csv").write_text(torn or whole[:-7])
+    full = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(torn or full[:-7])
     carry_out(tmp_path)
-    assert (tmp_path / "runs.csv").read_text() == whole
+    assert (tmp_path / "runs.csv").read_text() == full
 
 
 def test_a_sweep_that_stops_early_keeps_the_same_rows_in_whatever_order_runs_end(tmp_path):
@@ -160,7 +123,7 @@ def test_rows_with_other_columns_are_refused():
 
 # --- processes and kills
 
-TOY = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+TOY = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "scaling")])}
 
 
 def start(directory, *more):
@@ -195,11 +158,11 @@ def kill_and_restart(directory, kills, seed, longest):
 
 @pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_csv_is_the_same(tmp_path, kills, seed):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    full.mkdir()
     killed.mkdir()
     begun = time.monotonic()
-    reference = finish(whole)
+    reference = finish(full)
     died = kill_and_restart(killed, kills, seed, longest=0.8 * (time.monotonic() - begun))
     assert died >= 1, "the sweep ended before it could be killed"
     assert finish(killed) == reference
@@ -249,33 +212,33 @@ time.sleep(60)
 def test_a_missing_engine_names_the_extra(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"tessera-jax\[{extra}\]"):
-        make_engine(EngineConfig(name=name, slots=2), tmp_path)
+        make_executor(ExecutorConfig(name=name, slots=2), tmp_path)
 
 
 def test_a_cluster_needs_a_number_of_slots(tmp_path):
     with pytest.raises(ValueError, match="slots = 0"):
-        make_engine(EngineConfig(name="slurm"), tmp_path)
-    assert make_engine(EngineConfig(), tmp_path).slots >= 1
+        make_executor(ExecutorConfig(name="slurm"), tmp_path)
+    assert make_executor(ExecutorConfig(), tmp_path).slots >= 1
 
 
 @pytest.mark.parametrize("name", ["submitit-debug", pytest.param("submitit-local", marks=pytest.mark.slow)])
 def test_submitit_carries_a_sweep_out(tmp_path, monkeypatch, name):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PYTHONPATH", TOY["PYTHONPATH"])
-    engine = make_engine(EngineConfig(name=name, slots=2, options=(("timeout_min", 5),)), tmp_path / "submitit")
+    engine = make_executor(ExecutorConfig(name=name, slots=2, options=(("timeout_min", 5),)), tmp_path / "submitit")
     rows = carry_out(tmp_path, toy_sweep.fail_once if name == "submitit-local" else quick, engine)
-    carry_out(tmp_path / "whole")
-    assert len(rows) == 12 and (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    carry_out(tmp_path / "full")
+    assert len(rows) == 12 and (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 @pytest.mark.slow
 def test_ray_carries_a_sweep_out(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", TOY["PYTHONPATH"])
-    engine = make_engine(EngineConfig(name="ray", slots=2), tmp_path)
+    engine = make_executor(ExecutorConfig(name="ray", slots=2), tmp_path)
     carry_out(tmp_path, toy_sweep.fail_once, engine)
-    carry_out(tmp_path / "whole")
-    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "whole" / "runs.csv").read_bytes()
+    carry_out(tmp_path / "full")
+    assert (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
 def test_one_thread_each():

@@ -6,11 +6,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding.analysis.collectives import Collective, collectives, totals
+from sharding.analysis.collectives import Collective, count_collectives, count_products, totals
 from sharding.mesh import abstract_mesh
 from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.decoder import DecoderParts, make_loss
+from tessera.parallel.decoder import ShardedDecoder, make_loss
 from tessera.step import init_state, make_train_step
 
 
@@ -27,7 +27,9 @@ def test_kinds_bytes_trips_and_causes():
         return jax.lax.psum(y.astype(jnp.float32), ("dp", "tp"))
 
     mesh = abstract_mesh(Plan("dp=2, tp=4"))
-    found = collectives(jax.jit(jax.shard_map(work, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P())), jnp.ones(64))
+    found = count_collectives(
+        jax.jit(jax.shard_map(work, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P())), jnp.ones(64)
+    )
     scopes = [one.scope for one in found]
     # A device has 8 of the 64 float32 numbers.
     assert [Collective(one.kind, one.axes, one.group, one.count, one.bytes, "") for one in found] == [
@@ -50,9 +52,9 @@ def test_kinds_bytes_trips_and_causes():
 def gradient_collectives(config, plan, batch_size, length, *, backward=True):
     tokens = jax.ShapeDtypeStruct((batch_size, length + 1), jnp.int32)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-    loss = make_loss(DecoderParts(config, plan), abstract_mesh(plan))
+    loss = make_loss(ShardedDecoder(config, plan), abstract_mesh(plan))
     function = jax.value_and_grad(loss, has_aux=True) if backward else loss
-    return collectives(function, params, {"tokens": tokens})
+    return count_collectives(function, params, {"tokens": tokens})
 
 
 # Megatron-LM's counts per layer: Shoeybi et al. 2019, figure 4; Korthikanti et al. 2022, figure 5. The split residual
@@ -86,7 +88,7 @@ def test_zero_3_gathers_each_parameter_twice_and_scatters_each_gradient_once():
     for one in found:
         if "layer/" in one.scope + "/" and one.kind != "all-reduce":
             by_kind[one.kind] += one.count * one.bytes
-    # bfloat16: two bytes each. The backward pass gathers again, so whole parameters never wait for it.
+    # bfloat16: two bytes each. The backward pass gathers again, so full parameters never wait for it.
     assert by_kind == {"all-gather": 2 * 2 * 3 * kernels, "reduce-scatter": 2 * 3 * kernels}
 
 
@@ -98,7 +100,7 @@ def test_the_bytes_of_a_step_of_a_0_96b_model(sequence):
         vocab_size=32768, layers=16, width=2048, heads=16, ff=5632, dtype="bfloat16", remat="full", tied=False
     )
     plan, tx = Plan("fsdp=32, tp=8", sequence=sequence), optax.adamw(1e-3)
-    parts = DecoderParts(config, plan)
+    parts = ShardedDecoder(config, plan)
     parts.check(32, 2048)
     tokens = jax.ShapeDtypeStruct((32, 2049), jnp.int32)
     state = jax.eval_shape(
@@ -106,6 +108,23 @@ def test_the_bytes_of_a_step_of_a_0_96b_model(sequence):
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == pytest.approx(0.956e9, rel=1e-3)
     step = make_train_step(make_loss(parts, abstract_mesh(plan)), tx)
-    found = collectives(step, state, {"tokens": tokens}, jax.random.key(0))
+    found = count_collectives(step, state, {"tokens": tokens}, jax.random.key(0))
     total = totals(found)
     assert 1e9 < sum(moved for _, moved in total.values()) <= 5.5e9 and "all-to-all" not in total
+
+
+def test_products_are_counted_with_their_trips():
+    def work(x, w):
+        def body(x, _):
+            with jax.named_scope("inside"):
+                return x @ w, None
+
+        x = jax.lax.scan(body, x, None, length=5)[0]
+        return jax.lax.cond(x.sum() > 0, lambda: (x @ w) @ w, lambda: x)
+
+    mesh = abstract_mesh(Plan("dp=2"))
+    function = jax.shard_map(work, mesh=mesh, in_specs=(P("dp"), P()), out_specs=P("dp"))
+    found = count_products(function, jnp.ones((8, 4)), jnp.ones((4, 4)))
+    # One device has 4 of the 8 rows: 2 x 4 x 4 x 4 FLOPs, and 3 arrays of 16 float32.
+    assert [(one.flops, one.bytes, one.runs) for one in found] == [(128, 192, 5), (128, 192, 1), (128, 192, 1)]
+    assert "inside" in found[0].scope

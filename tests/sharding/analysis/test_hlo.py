@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding.analysis.collectives import Collective, collectives
+from sharding.analysis.collectives import Collective, count_collectives
 from sharding.analysis.hlo import compiled_collectives
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
@@ -25,7 +25,7 @@ def test_the_compilers_count_is_the_programs():
     function = jax.jit(
         jax.shard_map(work, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P(("dp", "tp")), check_vma=False)
     )
-    asked = collectives(function, jnp.ones(64))
+    asked = count_collectives(function, jnp.ones(64))
     made = compiled_collectives(function.lower(jnp.ones(64)).compile().as_text())
     assert sorted((one.kind, one.group, one.count, one.bytes) for one in made) == sorted(
         (one.kind, one.group, one.count, one.bytes) for one in asked
@@ -44,7 +44,7 @@ def test_groups_and_types_of_other_backends():
 }
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %ag = (bf16[8,16]{1,0}, bf16[8,128]{1,0:T(8,128)}) all-gather-start(%x), replica_groups=[32,8]<=[256], dimensions={1}
-  %rs = bf16[8,16]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="jit(f)/leave"}
+  %rs = bf16[8,16]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="jit(f)/scatter"}
   ROOT %t = (s32[], bf16[8,128]) tuple(%i, %z)
 }
 ENTRY %main (p0: f32[4]) -> f32[4] {
@@ -60,7 +60,7 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
 """
     assert compiled_collectives(text) == [
         Collective("all-gather", (), 8, 16, 8 * 128 * 2, ""),
-        Collective("reduce-scatter", (), 4, 16, 8 * 16 * 2 * 4, "jit(f)/leave"),
+        Collective("reduce-scatter", (), 4, 16, 8 * 16 * 2 * 4, "jit(f)/scatter"),
         Collective("all-reduce", (), 2, 7, 16, ""),
         Collective("all-gather", (), 4, 1, 24, ""),
         Collective("permute", (), 2, 1, 16, ""),
@@ -70,7 +70,7 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
     ]
     with pytest.raises(ValueError, match="no ENTRY"):
         compiled_collectives("fusion")
-    with pytest.raises(ValueError, match="not known here"):
+    with pytest.raises(ValueError, match="unknown format"):
         compiled_collectives(text.replace("replica_groups=[32,8]<=[256]", "replica_groups=@all"))
 
 
@@ -82,7 +82,7 @@ from sharding.analysis.hlo import compiled_collectives
 from sharding.analysis.collectives import totals
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.parallel.decoder import DecoderParts, batch_sharding, make_loss, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, batch_sharding, make_loss, state_shardings
 from tessera.step import init_state, make_train_step
 from tessera.models.transformer import Decoder, TransformerConfig
 
@@ -90,7 +90,7 @@ config = TransformerConfig(
     vocab_size=32768, layers=16, width=2048, heads=16, ff=5632, dtype="bfloat16", remat="full", tied=False
 )
 plan, tx = Plan("fsdp=32, tp=8", sequence=bool(int(sys.argv[1]))), optax.adamw(1e-3)
-parts, mesh = DecoderParts(config, plan), make_mesh(plan)
+parts, mesh = ShardedDecoder(config, plan), make_mesh(plan)
 init = lambda key: init_state(Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"], tx)
 state = jax.eval_shape(init, jax.random.key(0))
 where = state_shardings(parts, mesh, state)
@@ -106,8 +106,8 @@ print(json.dumps({"totals": totals(found), "temp": compiled.memory_analysis().te
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True])
 def test_the_compiled_step_of_a_0_96b_model_moves_what_it_should(sequence):
-    """The whole step with its optimizer, as XLA compiles it for 256 CPU devices, where bfloat16 travels as float32."""
-    root = Path(__file__).parents[2]
+    """The full step with its optimizer, as XLA compiles it for 256 CPU devices, where bfloat16 travels as float32."""
+    root = Path(__file__).parents[3]
     run = subprocess.run(
         [sys.executable, "-c", STEP, str(int(sequence))],
         cwd=root,

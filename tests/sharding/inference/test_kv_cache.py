@@ -16,14 +16,14 @@ from sharding.inference.kv_cache import (
     append,
     cache_specs,
     make_cache,
-    quantise,
+    quantize_vectors,
     read_range,
     read_slots,
 )
 from sharding.inference.pipeline_ring import Ring, check_groups, default_groups
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.models.layers import attention
+from tessera.models.transformer import attention
 
 L, B, K, S, h, G = 2, 4, 2, 16, 8, 3
 CONFIG = CacheConfig(L, B, K, S, h)
@@ -36,7 +36,7 @@ def keys(*shape, seed=0):
 @pytest.mark.parametrize("dtype, atol", [("float32", 2e-6), ("int8", 0.05)])
 @pytest.mark.parametrize("ways", [1, 4])
 def test_pieces_read_into_a_cache_attend_like_the_whole_text(dtype, atol, ways):
-    """Texts of different lengths in scattered slots, in two pieces, the second over the cache of the first."""
+    """Texts of different lengths in scattered slots, in two chunks, the second over the cache of the first."""
     q, k, v = keys(2, 9, K * G, h), keys(2, 9, K, h, seed=1), keys(2, 9, K, h, seed=2)
     slots, first = jnp.array([3, 1]), jnp.array([4, 5])
     expected = attention(q, k, v)
@@ -88,7 +88,7 @@ def test_an_empty_cache_adds_nothing():
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8))
 def test_int8_is_off_by_half_a_step_at_most(values):
     x = jnp.asarray(values, jnp.float32)[None]
-    found, scale = quantise(x)
+    found, scale = quantize_vectors(x)
     assert float(jnp.abs(found * scale[:, None] - x).max()) <= float(scale[0]) * 0.5001
 
 
@@ -110,8 +110,8 @@ def test_every_group_visits_every_stage_in_order_and_never_twice_at_once(p, g, s
             assert tick > when[group, step - 1, p - 1], "a token enters before the one before it has left"
     # One more token a slot costs max(g, p) ticks: stages work g of them.
     assert Ring(p, g, steps + 1).ticks - ring.ticks == max(g, p)
-    assert ring.utilisation == min(1, g / p)
-    assert ring.call_utilisation == len(seen) / (p * ring.ticks)
+    assert ring.utilization == min(1, g / p)
+    assert ring.call_utilization == len(seen) / (p * ring.ticks)
 
 
 def test_groups():

@@ -5,11 +5,11 @@ import pytest
 from sharding.inference.quantize import (
     QuantConfig,
     Quantized,
-    dequantise,
+    dequantize,
     gptq,
     observe,
     output_error,
-    quantise_matrix,
+    quantize_matrix,
     round_to_nearest,
     stored_bytes,
 )
@@ -41,9 +41,9 @@ def test_looking_at_the_inputs_loses_less_than_rounding(method, bits, group):
     seen = observe(X)
     lost = {}
     for one in ("rtn", method):
-        found = quantise_matrix(W, QuantConfig(bits, one, group), seen)
+        found = quantize_matrix(W, QuantConfig(bits, one, group), seen)
         assert found.values.dtype == (jnp.int4 if bits == 4 else jnp.int8)
-        back = np.asarray(dequantise(Quantized(*(None if x is None else jnp.asarray(x) for x in found))), np.float64)
+        back = np.asarray(dequantize(Quantized(*(None if x is None else jnp.asarray(x) for x in found))), np.float64)
         lost[one] = np.square(X @ W - X @ back).sum()
         assert output_error(W, back, seen) == pytest.approx(lost[one], rel=1e-6)
     assert lost[method] < lost["rtn"]
@@ -63,10 +63,10 @@ def test_gptq_is_the_closed_form_for_two_inputs():
 
 
 def test_four_bits_are_half_a_byte_and_wrong_settings_are_refused():
-    small = quantise_matrix(W, QuantConfig(4, "rtn", 16))
+    small = quantize_matrix(W, QuantConfig(4, "rtn", 16))
     assert stored_bytes(small) == INPUTS * OUTPUTS / 2 + 2 * OUTPUTS * 4
     for wrong in ({"bits": 3}, {"method": "spqr"}, {"group": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             QuantConfig(**wrong)
     with pytest.raises(ValueError, match="group=5"):
-        quantise_matrix(W, QuantConfig(4, "rtn", 5))
+        quantize_matrix(W, QuantConfig(4, "rtn", 5))

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from sharding.inference.sample import DRAWN, READ, Settings, greedy, penalise, sample, uniform, warp
+from sharding.inference.sample import DRAWN, READ, Settings, greedy, penalize, sample_tokens, uniform, warp
 from sharding.inference.top_p import cutoff
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 
 V = 16
 WARPS = [jax.jit(partial(warp, tp=None, candidates=candidates)) for candidates in (2, 128)]
-SAMPLE = jax.jit(sample)
+SAMPLE = jax.jit(sample_tokens)
 CUTOFF = jax.jit(partial(cutoff, tp=None))
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
@@ -32,7 +32,7 @@ def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, 
     return Settings(t, spread(top_k, jnp.int32), *floats, spread(seed, jnp.uint32), spread(index, jnp.int32))
 
 
-def kept(logits, **how):
+def allowed_tokens(logits, **how):
     """Plain numpy: the ids that may be drawn, after temperature, top-k, top-p and min-p in that order."""
     z = np.asarray(logits, np.float64) / how.get("temperature", 1.0)
     order = np.argsort(-z)
@@ -62,7 +62,7 @@ def test_what_may_be_drawn_is_what_the_definitions_say(how):
     for cut in WARPS:
         found = np.isfinite(cut(jnp.asarray(logits), settings(5, **how)))
         for row, allowed in zip(logits, found, strict=True):
-            assert set(np.flatnonzero(allowed).tolist()) == kept(row, **how)
+            assert set(np.flatnonzero(allowed).tolist()) == allowed_tokens(row, **how)
 
 
 @pytest.mark.parametrize("how", [CASES[1], CASES[-1]], ids=str)
@@ -71,7 +71,7 @@ def test_draws_have_the_distribution(how):
     draws = 4000
     rows = settings(draws, seed=np.arange(draws) % 37, index=np.arange(draws) // 37, **how)
     tokens, logprobs = SAMPLE(jnp.tile(logits, (draws, 1)), jnp.zeros((draws, V), jnp.int32), rows)
-    allowed = sorted(kept(logits, **how))
+    allowed = sorted(allowed_tokens(logits, **how))
     p = np.exp(logits[allowed].astype(np.float64) / how["temperature"])
     counts = np.bincount(np.asarray(tokens), minlength=V)
     assert counts.sum() == counts[allowed].sum()
@@ -97,9 +97,9 @@ def test_a_split_vocabulary_gives_the_same_tokens(candidates):
         seed=np.arange(12),
         index=7,
     )
-    one = jax.jit(partial(sample, candidates=128))(logits, seen, rows)
+    one = jax.jit(partial(sample_tokens, candidates=128))(logits, seen, rows)
     split = jax.shard_map(
-        partial(sample, tp="tp", candidates=candidates),
+        partial(sample_tokens, tp="tp", candidates=candidates),
         mesh=make_mesh(Plan("dp=2, tp=4"), jax.devices()),
         in_specs=(P("dp", "tp"), P("dp", "tp"), P("dp")),
         out_specs=P("dp"),
@@ -133,6 +133,6 @@ def test_greedy_takes_the_first_of_equals_and_the_penalty_pushes_both_signs_down
     assert SAMPLE(logits, jnp.zeros((1, 4), jnp.int32), greedy(1))[0].tolist() == [1]
     # The first token is new, the second was read, the third drawn twice, the last read and drawn.
     seen = jnp.array([[0, READ, 2 * DRAWN, READ + DRAWN]])
-    assert penalise(logits, seen, settings(1, penalty=2.0)).tolist() == [[1.0, 1.5, 1.5, -2.0]]
-    assert penalise(logits, seen, settings(1, presence=0.5)).tolist() == [[1.0, 3.0, 2.5, -1.5]]
-    assert penalise(logits, seen, settings(1, frequency=0.5)).tolist() == [[1.0, 3.0, 2.0, -1.5]]
+    assert penalize(logits, seen, settings(1, penalty=2.0)).tolist() == [[1.0, 1.5, 1.5, -2.0]]
+    assert penalize(logits, seen, settings(1, presence=0.5)).tolist() == [[1.0, 3.0, 2.5, -1.5]]
+    assert penalize(logits, seen, settings(1, frequency=0.5)).tolist() == [[1.0, 3.0, 2.0, -1.5]]

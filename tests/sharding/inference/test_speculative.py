@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from sharding.inference.sample import DRAWN, greedy, sample
+from sharding.inference.sample import DRAWN, greedy, sample_tokens
 from sharding.inference.speculative import accept, distribution
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
@@ -34,11 +34,11 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
     """Chi-square of the first two tokens that come out against the exact product of the large model's probabilities."""
     large, small = tables(0), tables(1)
     rows, unseen = settings(DRAWS, **how), jnp.zeros((DRAWS, V), jnp.int32)
-    axis, whole, spec = (None, P(), P()) if tp == 1 else ("tp", P(None, None, "tp"), P(None, "tp"))
+    axis, full, spec = (None, P(), P()) if tp == 1 else ("tp", P(None, None, "tp"), P(None, "tp"))
     check = jax.shard_map(
         partial(accept, tp=axis),
         mesh=make_mesh(Plan(f"tp={tp}"), jax.devices()[:tp]),
-        in_specs=(whole, whole, P(), spec, P()),
+        in_specs=(full, full, P(), spec, P()),
         out_specs=P(),
         check_vma=False,
     )
@@ -52,7 +52,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
         for t in range(T):
             q = jnp.broadcast_to(jnp.asarray(small[t])[prefix], (DRAWS, V))
             step = rows._replace(index=rows.index + t)
-            tokens.append(sample(q, drawn(unseen, tokens), step)[0])
+            tokens.append(sample_tokens(q, drawn(unseen, tokens), step)[0])
             logits.append(q)
             prefix = (*prefix, tokens[-1])
         drafted = jnp.stack(tokens, 1)
@@ -60,7 +60,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
         stayed, following = check(jnp.stack(p, 1), jnp.stack(logits, 1), drafted, unseen, rows)
         # A text that stopped after one token is continued by the large model alone, as the next round would.
         step = rows._replace(index=rows.index + 1 + (1 << 20))
-        more = sample(jnp.asarray(large[1])[following], drawn(unseen, [following]), step)[0]
+        more = sample_tokens(jnp.asarray(large[1])[following], drawn(unseen, [following]), step)[0]
         first = jnp.where(stayed > 0, drafted[:, 0], following)
         second = jnp.where(stayed > 1, drafted[:, 1], jnp.where(stayed == 1, following, more))
         return first, second, stayed
@@ -78,7 +78,7 @@ def test_tokens_are_distributed_as_the_large_models_own(how, tp):
     assert counts[joint == 0].sum() == 0
     some = joint > 0
     assert stats.chisquare(counts[some], DRAWS * joint[some] / joint[some].sum()).pvalue > 1e-3
-    # The expected share of kept first tokens is sum of min(p, q): Leviathan et al. (2023), theorem 3.5.
+    # The expected share of accepted first tokens is sum of min(p, q): Leviathan et al. (2023), theorem 3.5.
     share = np.minimum(exact(large[0][None])[0], exact(small[0][None])[0]).sum()
     assert np.mean(np.asarray(stayed) > 0) == pytest.approx(share, abs=0.03)
 

@@ -1,6 +1,5 @@
-"""Who the processes of a run are, in the words of every launcher; a missing one is an error in bounded time."""
+"""Joining the processes of a run: what JAX is asked for, what is refused, and missing hosts as errors in time."""
 
-import concurrent.futures
 import os
 import signal
 import socket
@@ -9,97 +8,116 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from sharding.multihost.distributed import Cluster, DistributedError, Limits, detect
-from sharding.multihost.rendezvous import Missing, roll_call
+from sharding.multihost.distributed import DistributedError, Limits, initialize, launched
 
-ROOT = Path(__file__).parents[2]
-SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_JOB_ID": "4099", "SLURM_LOCALID": "1"}
-
-CASES = {
-    "alone": ({}, {}, None),
-    "flags": ({}, {"coordinator": "a:1", "processes": 2, "index": 1}, Cluster("flags", "a:1", 2, 1)),
-    "flags without a port": ({}, {"coordinator": "a", "processes": 2, "index": 0}, Cluster("flags", "a:8482", 2, 0)),
-    "variables": (
-        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
-        {},
-        Cluster("flags", "a:1", 4, 3),
-    ),
-    "flags over variables": (
-        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
-        {"coordinator": "b:2", "processes": 2, "index": 0},
-        Cluster("flags", "b:2", 2, 0),
-    ),
-    # 65536 - 4096 + 4099 mod 4096 = 61443: the port JAX itself would take.
-    "slurm": (SLURM | {"SLURM_STEP_NODELIST": "node[007-009,012],other"}, {}, Cluster("slurm", "node007:61443", 16, 9)),
-    "slurm, a process per device": (
-        SLURM | {"SLURM_STEP_NODELIST": "gpu1,gpu2", "SLURM_NTASKS_PER_NODE": "8"},
-        {},
-        Cluster("slurm", "gpu1:61443", 16, 9, 1),
-    ),
-    "slurm with an address": (
-        SLURM | {"SLURM_STEP_NODELIST": "gpu1", "JAX_COORDINATOR_ADDRESS": "fast:5"},
-        {},
-        Cluster("slurm", "fast:5", 16, 9),
-    ),
-    "slurm outside srun": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16"}, {}, None),
-    "one task": (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}, {}, None),
-    "open mpi": (
-        {
-            "OMPI_COMM_WORLD_SIZE": "4",
-            "OMPI_COMM_WORLD_RANK": "2",
-            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-        },
-        {},
-        Cluster("mpi", "10.96.0.1:8482", 4, 2),
-    ),
-    "intel mpi": (
-        {"PMI_SIZE": "4", "PMI_RANK": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
-        {},
-        Cluster("mpi", "a:1", 4, 2),
-    ),
-    "kubernetes": (
-        {"TESSERA_COORDINATOR": "t-workers-0-0.t:8482", "TESSERA_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"},
-        {},
-        Cluster("kubernetes", "t-workers-0-0.t:8482", 4, 3),
-    ),
-    "kubernetes, two jobs": (
-        {
-            "TESSERA_COORDINATOR": "t-workers-0-0.t",
-            "TESSERA_PROCESSES": "8",
-            "JOB_COMPLETION_INDEX": "3",
-            "TESSERA_JOB_INDEX": "1",
-            "TESSERA_PODS_PER_JOB": "4",
-        },
-        {},
-        Cluster("kubernetes", "t-workers-0-0.t:8482", 8, 7),
-    ),
-    "tpu hosts": ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}, {}, Cluster("tpu")),
-    "one tpu host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, None),
-    "tpu pod": ({"TESSERA_TPU": "1"}, {}, Cluster("tpu")),
+ROOT = Path(__file__).parents[3]
+SLURM = {
+    "SLURM_JOB_ID": "4099",
+    "SLURM_STEP_NODELIST": "node[007-009,012],other",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+LAUNCHERS = {
+    "alone": ({}, False),
+    "slurm": (SLURM, True),
+    "slurm outside srun": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16"}, False),
+    "one task": (SLURM | {"SLURM_NTASKS": "1"}, False),
+    "open mpi": ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+    "intel mpi": ({"PMI_SIZE": "4"}, True),
+    "tpu hosts": ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+    "one tpu host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    "tpu slices": ({"MEGASCALE_COORDINATOR_ADDRESS": "t-0"}, True),
 }
 
 
-@pytest.mark.parametrize("environment, flags, expected", CASES.values(), ids=CASES)
-def test_every_launcher_is_understood(environment, flags, expected):
-    assert detect(environment, **flags) == expected
+@pytest.mark.parametrize("environment, expected", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_launchers_of_several_processes_are_noticed(environment, expected):
+    assert launched(environment) is expected
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `jax.distributed.initialize` was called with; nothing is joined, and no launcher is in the environment."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "TPU_", "JAX_COORDINATOR", "MEGASCALE_")):
+            monkeypatch.delenv(name)
+    calls = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.update(arguments))
+    return calls
+
+
+CALLS = {
+    "flags": ({}, {"coordinator": "a:1", "processes": 2, "index": 1}, ("a:1", 2, 1, "deactivate")),
+    "no port": ({}, {"coordinator": "a", "processes": 2, "index": 0}, ("a:8482", 2, 0, "deactivate")),
+    "address in the environment": (
+        {"JAX_COORDINATOR_ADDRESS": "a:1"},
+        {"processes": 2, "index": 1},
+        ("a:1", 2, 1, "deactivate"),
+    ),
+    "detected": ({}, {"coordinator": "auto"}, (None, None, None, None)),
+    "slurm": (SLURM, {}, (None, None, None, None)),
+    "slurm with an address": (SLURM, {"coordinator": "fast:5"}, ("fast:5", None, None, None)),
+    "intel mpi": ({"PMI_SIZE": "4"}, {}, (None, None, None, "mpi4py")),
+    "open mpi": ({"OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4"}, {}, (None, None, None, None)),
+}
+
+
+@pytest.mark.parametrize("environment, flags, expected", CALLS.values(), ids=CALLS)
+def test_what_jax_is_asked_for(asked, monkeypatch, environment, flags, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert initialize(Limits(join=5, silence=7, leave=9), **flags)
+    names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
+    assert tuple(asked[name] for name in names) == expected
+    assert asked["initialization_timeout"] > 5  # an exception comes before JAX aborts the process
+    assert (asked["heartbeat_timeout_seconds"], asked["shutdown_timeout_seconds"]) == (7, 9)
+
+
+def test_a_single_process_joins_nobody(asked):
+    assert not initialize() and not asked
+
+
+@pytest.mark.parametrize("tasks, every", [("1(x4)", True), ("1", True), ("8(x2)", False), ("", False)])
+def test_the_only_process_of_a_host_uses_all_its_gpus(asked, monkeypatch, tasks, every):
+    for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks}).items():
+        monkeypatch.setenv(name, value)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    initialize()
+    names = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
+    assert updates == (dict.fromkeys(names, "all") if every else {})
 
 
 REFUSED = {
-    "no coordinator": ({}, {"processes": 2, "index": 1}, "without a coordinator"),
-    "no number": ({}, {"coordinator": "a:1", "index": 1}, "the processes of this process"),
-    "no index": ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, {}, "the index of this process"),
-    "too high": ({}, {"coordinator": "a:1", "processes": 2, "index": 2}, "process 2 of 2 cannot be; .* 0 to 1"),
-    "no word": ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two"}, {}, "'two' .* whole number"),
-    "mpi alone": ({"PMI_SIZE": "4", "PMI_RANK": "2"}, {}, "export JAX_COORDINATOR_ADDRESS"),
+    "no coordinator": ({"processes": 2, "index": 1}, "without a coordinator"),
+    "no number": ({"coordinator": "a:1", "index": 1}, "--processes is missing"),
+    "no index": ({"coordinator": "a:1", "processes": 2}, "--process is missing"),
+    "too high": ({"coordinator": "a:1", "processes": 2, "index": 2}, "process 2 of 2 cannot be; .* 0 to 1"),
 }
 
 
-@pytest.mark.parametrize("environment, flags, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused(environment, flags, message):
+@pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(asked, flags, message):
     with pytest.raises(DistributedError, match=message):
-        detect(environment, **flags)
+        initialize(**flags)
+    assert not asked
+
+
+def test_a_launcher_that_jax_does_not_know_is_one_message(asked, monkeypatch):
+    def fail(**arguments):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(
+        DistributedError, match="at a:1: Number of processes must be defined. Without detection: --coord"
+    ):
+        initialize(coordinator="a:1")
+    with pytest.raises(DistributedError, match="'two' .* integer"):
+        launched({"PMI_SIZE": "two"})
 
 
 def test_limits_are_seconds():
@@ -140,29 +158,18 @@ def free_address():
 
 @pytest.mark.multihost
 @pytest.mark.parametrize(
-    "index, words",
+    "index, text",
     [
-        pytest.param(0, "process 1 of 2 did not come", id="first"),
-        pytest.param(1, "process 0 is not at localhost:", id="second", marks=pytest.mark.slow),
+        pytest.param(0, "some of the others did not come", id="first"),
+        pytest.param(1, "process 0 does not answer", id="second", marks=pytest.mark.slow),
     ],
 )
-def test_a_missing_host_is_an_error_that_names_it(index, words):
+def test_a_missing_host_is_an_error_that_names_it(index, text):
     start = time.monotonic()
     process = join(free_address(), index)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 3 and words in output, output
+    assert process.returncode == 3 and text in output, output
     assert "within 2 s" in output and time.monotonic() - start < 40
-
-
-def test_those_who_came_hear_who_did_not():
-    address = free_address()
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        calls = [threads.submit(roll_call, address, 4, index, 1.0) for index in (0, 2)]
-        for call in calls:
-            with pytest.raises(Missing, match=r"processes 1, 3 \(2\) of 4 did not come"):
-                call.result()
-        for call in [threads.submit(roll_call, address, 3, index, 30.0) for index in (2, 0, 1)]:
-            call.result()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from sharding.errors import PlanError
 from sharding.multihost.xla_flags import FLAGS, VARIABLES, flags, main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_flags_are_printed_for_a_launch_file(capsys):

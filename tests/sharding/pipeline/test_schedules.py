@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import PlanError
-from sharding.pipeline.lockstep import RUNNABLE, lockstep, phases, require_lockstep, slots
+from sharding.pipeline.lockstep import RUNNABLE, lockstep_schedule, phases, require_lockstep, slots
 from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live
 from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
-from tessera.reports.schedule_figure import schedule_figure
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
 
@@ -42,7 +41,7 @@ def test_timelines_are_valid_and_take_exactly_the_promised_ticks(size):
 @given(sizes(RUNNABLE))
 def test_lockstep_tables_have_the_same_bubble_and_every_message_is_used_at_once(size):
     name, p, m, v = size
-    schedule = lockstep(name, p, m, v)
+    schedule = lockstep_schedule(name, p, m, v)
     require_lockstep(schedule)
     assert schedule.ticks == 2 * (m * v + p - 1)
     assert bubble(schedule) == pytest.approx((p - 1) / (v * m + p - 1), abs=1e-12)
@@ -70,8 +69,8 @@ def test_live_activations_are_those_of_the_papers(p, m):
     assert max(peak_live(zero_bubble(p, m, "zb-h1"))) <= p
     assert max(peak_live(zero_bubble(p, m, "zb-h2"))) <= 2 * p - 1
     # Stages that keep step hold more: 2 (p - s) - 1, still whatever m is.
-    assert peak_live(lockstep("1f1b", p, m)) == [min(m, 2 * (p - s) - 1) for s in range(p)]
-    assert slots(lockstep("gpipe", p, m))[0] == m
+    assert peak_live(lockstep_schedule("1f1b", p, m)) == [min(m, 2 * (p - s) - 1) for s in range(p)]
+    assert slots(lockstep_schedule("gpipe", p, m))[0] == m
 
 
 def test_interleaved_holds_more_by_the_papers_factor():
@@ -82,7 +81,7 @@ def test_interleaved_holds_more_by_the_papers_factor():
 
 def test_1f1b_runs_in_three_scans_and_at_the_ticks_of_the_design():
     p, m = 4, 8
-    found = phases(lockstep("1f1b", p, m))
+    found = phases(lockstep_schedule("1f1b", p, m))
     assert [(x.kinds, len(x.forward), len(x.backward)) for x in found] == [("F", 3, 0), ("FB", 8, 8), ("B", 0, 3)]
     for kind, first, tick in (
         ("forward", 0, lambda i, s: i + s),
@@ -91,7 +90,7 @@ def test_1f1b_runs_in_three_scans_and_at_the_ticks_of_the_design():
         rows = np.concatenate([getattr(x, kind) for x in found])
         for at, stage in zip(*np.nonzero(rows[..., 0]), strict=True):
             assert first + at == tick(rows[at, stage, 1], stage)
-    assert [x.kinds for x in phases(lockstep("gpipe", p, m))] == ["F", "B"]
+    assert [x.kinds for x in phases(lockstep_schedule("gpipe", p, m))] == ["F", "B"]
 
 
 def test_a_backward_pass_twice_as_long_leaves_the_fraction_as_it_is():
@@ -106,25 +105,6 @@ def test_drawings():
     assert draw(one_f_one_b(2, 2), note=False) == "stage 0 | F0 F1 .  B0 .  B1\nstage 1 | .  F0 B0 F1 B1 ."
     assert "F3.1" in draw(interleaved(2, 4, 2)) and "bubble 11.1%" in draw(interleaved(2, 4, 2))
     assert "live activations by stage [2, 1]" in draw(one_f_one_b(2, 4))
-
-
-def test_figure_has_a_box_where_the_table_has_work():
-    schedules = [one_f_one_b(3, 4, Ticks(B=2)), interleaved(3, 3, 2), zero_bubble(3, 5)]
-    figure = schedule_figure(schedules)
-    for ax, schedule in zip(figure.axes, schedules, strict=True):
-        boxes = {patch.get_gid(): patch for patch in ax.patches if patch.get_gid()}
-        spans = {
-            f"{w.kind}{w.microbatch}.{w.chunk}@{s}": t for s, f in enumerate(schedule.spans()) for w, t in f.items()
-        }
-        assert set(boxes) == set(spans)
-        for key, span in spans.items():
-            assert boxes[key].get_x() == span.start / schedule.chunks
-            assert boxes[key].get_width() == pytest.approx((span.end - span.start) / schedule.chunks)
-        assert schedule.name in ax.get_title("left")
-    assert len({ax.get_xlim() for ax in figure.axes}) == 1, "one time axis"
-    figure.canvas.draw()
-    with pytest.raises(ValueError, match="at least one"):
-        schedule_figure([])
 
 
 def changed(schedule, tick, stage, work):
@@ -155,7 +135,7 @@ def test_tables_that_cannot_run_in_lockstep_are_refused():
         require_lockstep(one_f_one_b(3, 4))
     with pytest.raises(ValueError, match="it must hold F or B alone"):
         phases(zero_bubble(1, 2))
-    late = lockstep("gpipe", 2, 2)
+    late = lockstep_schedule("gpipe", 2, 2)
     late = replace(late, rows=(late.rows[0], (late.rows[1][0], None), (None, Work("F", 0)), *late.rows[2:]))
     with pytest.raises(ValueError, match="in F row 0, but stage 1 uses it in row 2"):
         require_lockstep(late)
@@ -164,11 +144,14 @@ def test_tables_that_cannot_run_in_lockstep_are_refused():
 
 
 REFUSED = [
-    (lambda: lockstep("1f1b", 4, 3), "3 microbatches cannot fill 4 stages; take at least 4 microbatches, or at most 3"),
-    (lambda: lockstep("interleaved", 4, 6, 2), "does not divide 6; take 4 or 8 microbatches"),
-    (lambda: lockstep("1f1b", 4, 8, 2), "1f1b has one chunk per stage, not 2"),
+    (
+        lambda: lockstep_schedule("1f1b", 4, 3),
+        "3 microbatches cannot fill 4 stages; take at least 4 microbatches, or at most 3",
+    ),
+    (lambda: lockstep_schedule("interleaved", 4, 6, 2), "does not divide 6; take 4 or 8 microbatches"),
+    (lambda: lockstep_schedule("1f1b", 4, 8, 2), "1f1b has one chunk per stage, not 2"),
     (lambda: timeline("gpipe", 4, 8, 2), "gpipe has one chunk per stage, not 2"),
-    (lambda: lockstep("zb-h1", 4, 8), "'zb-h1' is not one that runs"),
+    (lambda: lockstep_schedule("zb-h1", 4, 8), "'zb-h1' is not one that runs"),
     (lambda: timeline("2f2b", 4, 8), "no schedule '2f2b'; choose one of gpipe"),
     (lambda: gpipe(0, 8), "stages=0 must be at least 1"),
     (lambda: zero_bubble(2, 4, "zb-v"), "zb-v"),

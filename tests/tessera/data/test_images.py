@@ -197,7 +197,7 @@ def test_every_missing_file_is_named(tmp_path, monkeypatch, name):
     def closed(url, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("tessera.data.download.pooch.retrieve", closed)
+    monkeypatch.setattr("pooch.retrieve", closed)
     with pytest.raises(DataUnavailable, match="--config.data.dir=") as caught:
         load_images(ImageConfig(name=name, dir=str(tmp_path)))
     for filename in (images_module.CIFAR10.filename,) if name == "cifar10" else MNIST_FILES:

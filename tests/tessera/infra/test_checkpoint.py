@@ -17,17 +17,16 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tessera.infra.artifacts import (
+from tessera.infra.artifacts import load_extra, load_tree, save_tree
+from tessera.infra.checkpoint import (
+    CheckpointConfig,
     CheckpointDamaged,
     CheckpointMismatch,
+    Checkpoints,
     NotOurs,
     abstract,
-    load_extra,
-    load_tree,
-    save_tree,
+    checksums,
 )
-from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
-from tessera.infra.checksums import checksums
 
 
 def make_state(seed=0):

@@ -5,10 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
-from tessera.infra.config import ConfigError, build, read_flags
+from tessera.infra.config import ConfigError, build
 
 
 @dataclass(frozen=True)
@@ -98,65 +97,3 @@ def test_extra_fields_come_from_the_program():
     assert build(Outer, {"flag": True}, steps=3) == Outer(3, flag=True)
     with pytest.raises(ConfigError, match=r"config\.model\.steps: this is set by the program"):
         build(Outer, {"steps": 1}, "config.model", steps=3)
-
-
-CONFIG = """
-import ml_collections
-def get_config(arg="tiny"):
-    if arg not in ("tiny", "big"):
-        raise ValueError(f"no size {arg!r}: tiny or big")
-    model = dict(width=3, name="a", flag=True, options=ml_collections.ConfigDict())
-    return ml_collections.ConfigDict(dict(lr=1e-3, steps=3 if arg == "tiny" else 300, model=model))
-"""
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "exam.py"
-    path.write_text(CONFIG)
-    return str(path)
-
-
-def read(config_file, *argv):
-    return read_flags(config_file, ["prog", *argv], flags.FlagValues())
-
-
-def test_flags(config_file):
-    said = read(config_file, "--config.lr=3", "--config.model.width=9", "--workdir=here")
-    assert (said.config.lr, said.config.model.width, said.workdir, said.name) == (3.0, 9, "here", "exam")
-    said = read(config_file, f"--config={config_file}:big")
-    assert (said.config.steps, said.name, said.workdir) == (300, "exam-big", "")
-    said = read(config_file, "--config.model.options={'b1': 0.5}")
-    assert said.config.model.options.to_dict() == {"b1": 0.5}
-
-
-BAD_FLAGS = {
-    "misspelt": (["--config.lrr=3"], r"--config\.lrr: no such setting; did you mean 'lr'\?"),
-    "misspelt, space": (["--config.lrr", "3"], r"--config\.lrr: no such setting; did you mean 'lr'\?"),
-    "misspelt inside": (["--config.model.widht=3"], r"--config\.model\.widht: .* 'width'\?"),
-    "misspelt group": (["--config.modle.width=3"], r"--config\.modle: no such setting; did you mean 'model'\?"),
-    "not a number": (["--config.lr=abc"], r"--config\.lr=abc: could not convert string to float: 'abc'"),
-    "not an integer": (["--config.steps=3.5"], r"--config\.steps=3\.5: invalid literal"),
-    "not a boolean": (["--config.model.flag=maybe"], r"--config\.model\.flag=maybe"),
-    "another flag": (["--wrkdir=x"], r"Unknown command line flag 'wrkdir'\. Did you mean: workdir"),
-    "no such file": (["--config=configs/none.py"], r"--config=configs/none\.py: no such file"),
-    "leftover": (["lr=3"], r"arguments not understood: lr=3"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_flag_errors_are_one_line(config_file, case):
-    argv, message = BAD_FLAGS[case]
-    with pytest.raises(ConfigError, match=message) as caught:
-        read(config_file, *argv)
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_config_argument(config_file):
-    with pytest.raises(ConfigError, match="no size 'huge': tiny or big"):
-        read(config_file, f"--config={config_file}:huge")
-
-
-def test_misspelt_with_a_config_given(config_file):
-    with pytest.raises(ConfigError, match=r"--config\.stepps: .*'steps'"):
-        read(config_file, f"--config={config_file}:big", "--config.stepps=3")

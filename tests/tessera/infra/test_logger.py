@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
-from tessera.infra.progress import Progress
+from tessera.infra.logger import METRICS, TIMING, Logger, Progress, read_rows
 
 
 def test_rows_round_trip_and_are_valid_json(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict, FieldReference
 
-from tessera.infra.workdir import WorkdirMismatch, config_hash, prepare, resolve
+from tessera.infra.workdir import WorkdirMismatch, config_hash, locate, prepare, resolve
 
 
 def config(**changes):
@@ -27,9 +27,40 @@ def test_files(tmp_path):
 
 def test_the_same_config_goes_on_and_keeps_the_first_record(tmp_path):
     path = prepare(tmp_path / "run", config())
-    (path / "run.json").write_text("first")
+    first = json.dumps(json.loads((path / "run.json").read_text()) | {"name": "first"})
+    (path / "run.json").write_text(first)
     assert prepare(path, config()) == path
-    assert (path / "run.json").read_text() == "first"
+    assert (path / "run.json").read_text() == first
+
+
+def test_a_setting_that_was_added_later_is_its_default(tmp_path):
+    path = prepare(tmp_path / "run", config())
+    known = {"added": 4, "model.scale": 1.0}
+    later = config(added=4, model={"width": 8, "sizes": (1, 2), "scale": 1.0})
+    assert prepare(path, later, defaults=known) == path
+    with pytest.raises(WorkdirMismatch, match="added: 4 there, 5 now"):
+        prepare(path, config(added=5), defaults=known)
+    # Nor does it change the name of the default directory.
+    names = {locate("", each, name="x", defaults=known).name for each in (config(), later)}
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", "{}", "made by another version of Tessera .*another --workdir"),
+        ("run.json", '{"format": 3}', "files of format 3, not 2"),
+        ("run.json", "[1", "damaged"),
+        ("config.json", "[]", "one JSON object"),
+        ("config.json", "\udcff".encode("utf-8", "surrogatepass"), "damaged"),
+    ],
+)
+def test_a_directory_of_another_version_or_a_damaged_one_is_refused_in_one_line(tmp_path, file, text, message):
+    path = prepare(tmp_path / "run", config())
+    (path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(WorkdirMismatch, match=message) as caught:
+        prepare(path, config())
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_each_differing_setting_is_named_with_both_values(tmp_path):

@@ -15,8 +15,8 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
-from tessera.infra.artifacts import CheckpointDamaged
-from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
+from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointReader, Checkpoints
+from tessera.infra.workdir import FORMAT
 from tessera.lm.warm_start import StartConfig, convert, join_blocks, keeps_outputs, read_model, split_blocks
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -137,6 +137,7 @@ print("ended", flush=True)
 
 
 def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"format": FORMAT}))
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "width": 16, "heads": 2}}))
     command = [sys.executable, "-c", TRAINING, str(tmp_path / "checkpoints")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -158,10 +159,11 @@ def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
 
 
 def test_reading_leaves_a_run_as_it_is(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"format": FORMAT}))
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 1, "width": 4, "heads": 1}}))
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         read_model(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": {"embed": {"table": jnp.ones((8, 4))}}})
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # another process writes it

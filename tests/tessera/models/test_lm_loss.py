@@ -14,10 +14,11 @@ from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
-from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, per_layer, router_paths
+from tessera.infra.logger import load_history
+from tessera.loop import metrics_row
+from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, make_eval, per_layer, router_paths
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.reports.router import BYTE_CLASSES, byte_classes, load_history, router_sections, write_specialisation
-from tessera.signals import metrics_row
+from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialization
 from tessera.step import StepConfig, init_state, make_train_step
 
 MOE = MoEConfig(every=2, granularity=2, router=RouterConfig("sigmoid", 4, 2), bias_rate=0.01, z=1e-3)
@@ -38,6 +39,15 @@ def unstacked(params):
         for i in range(2)
     }
     return {name: leaf for name, leaf in params.items() if name != "blocks"} | blocks
+
+
+def test_evaluation_leaves_the_z_loss_out():
+    model = Decoder(replace(CONFIG, mlp="swiglu"))
+    params = jax.jit(model.init)(jax.random.key(1), TOKENS)["params"]
+    loss_fn = lm_loss(model, z_loss=0.01)
+    loss, metrics = jax.jit(loss_fn)(params, {"tokens": TOKENS}, KEY)
+    found = make_eval(loss_fn)(params, {"tokens": TOKENS})
+    assert found == {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]} and loss > found["loss"]
 
 
 @pytest.mark.slow
@@ -83,7 +93,7 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
 
 def test_greedy_tokens_of_single_texts_are_the_teacher_forced_ones():
     """Decoded row by row, token by token, with a capacity in training that drops choices and none in decoding."""
-    capacity = MixtureConfig(implementation="capacity", capacity_factor=0.3)
+    capacity = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
     model, params = make(moe=MoEConfig(router=RouterConfig("switch", 4, 1), mixture=capacity), layers=2)
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
     texts, logits = [], []
@@ -138,23 +148,23 @@ def test_training_learns_and_moves_the_biases(trained):
     np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-3)
 
 
-def test_the_report_shows_loads_and_specialisation(trained, tmp_path):
+def test_the_report_shows_loads_and_specialization(trained, tmp_path):
     model, state, rows = trained
     steps, load = load_history(rows)
     assert steps.tolist() == list(range(1, 41)) and load.shape == (40, 2, 4)
-    write_specialisation(tmp_path, model, state.params, [{"tokens": TOKENS}] * 2, "bytes")
+    write_specialization(tmp_path, model, state.params, [{"tokens": TOKENS}] * 2, "bytes")
     first, second = router_sections(rows, tmp_path)
-    counts = np.array(json.loads((tmp_path / "specialisation.json").read_text())["counts"])
+    counts = np.array(json.loads((tmp_path / "specialization.json").read_text())["counts"])
     assert counts.shape == (2, len(BYTE_CLASSES), 4) and counts.sum() == 2 * 2 * 2 * 16
     busiest = load[-1].max() * 4
     assert f"{busiest:.2f} times its share" in first.caption
-    assert second.title == "Specialisation"
+    assert second.title == "Specialization"
     by_class, by_depth = second.content
     assert sum("mutual information" in ax.get_title(loc="left") for ax in by_class.axes) == 2
     assert [len(line.get_xdata()) for line in by_depth.axes[0].lines] == [2, 2]
     (alone,) = router_sections(rows)
     assert alone.title == first.title
-    write_specialisation(tmp_path / "no", model, state.params, [], "bpe")
+    write_specialization(tmp_path / "no", model, state.params, [], "bpe")
     assert not (tmp_path / "no").exists()
     assert router_sections([{"step": 1, "kind": "train", "loss": 1.0}]) == []
 
@@ -168,7 +178,7 @@ def test_byte_classes():
 def test_microbatches_average_the_routers_metrics():
     model, params = make()
     tx = optax.sgd(0.0)
-    step = make_train_step(lm_loss(model), tx, StepConfig(microbatches=2), adjust=make_adjust(model.config))
+    step = make_train_step(lm_loss(model), tx, StepConfig(grad_accum_steps=2), adjust=make_adjust(model.config))
     _, metrics = jax.jit(step)(init_state(params, tx), {"tokens": TOKENS}, KEY)
     np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-5)
 

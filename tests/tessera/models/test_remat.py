@@ -11,9 +11,9 @@ from sharding.plan import Plan
 from tessera.models.lm_loss import lm_loss
 from tessera.models.remat import NAMES, Remat, parse_remat
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.parallel.decoder import DecoderParts
+from tessera.parallel.decoder import ShardedDecoder
 from tessera.parallel.decoder import make_loss as make_split_loss
-from tessera.planning.kept import kept_per_row
+from tessera.planning.memory import saved_per_row
 
 SIZES = {"vocab_size": 32, "layers": 4, "width": 16, "heads": 2, "ff": 32}
 TOKENS = {"tokens": jax.random.randint(jax.random.key(1), (4, 9), 0, 32, jnp.int32)}
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_keeping_everything(reference, remat, plan):
     params, expected = reference
     config = TransformerConfig(**SIZES, remat=remat)
     if plan:
-        loss = make_split_loss(DecoderParts(config, Plan(plan)), make_mesh(Plan(plan), jax.devices()[:4]))
+        loss = make_split_loss(ShardedDecoder(config, Plan(plan)), make_mesh(Plan(plan), jax.devices()[:4]))
     else:
         loss = lm_loss(Decoder(config))
     found = gradients(loss, params)
@@ -106,8 +106,8 @@ def test_bytes_by_name():
     positions = 128 * 4  # int32, one a token
     for name, size in sizes.items():
         size *= name != "mlp"  # nothing in the backward pass of a sum needs its terms
-        kept = kept_per_row(config, Plan(""), 128, Remat(1, "names", offloaded=(name,)))
+        kept = saved_per_row(config, Plan(""), 128, Remat(1, "names", offloaded=(name,)))
         assert kept.host == size * stream, name
         assert kept.device == positions + (0 if name == "residual" else stream), name  # the block's input
-        saved = kept_per_row(config, Plan(""), 128, Remat(1, "names", saved=(name,)))
+        saved = saved_per_row(config, Plan(""), 128, Remat(1, "names", saved=(name,)))
         assert saved.host == 0 and saved.device == kept.device + kept.host

@@ -9,21 +9,17 @@ import pytest
 from tessera.infra.config import ConfigError
 from tessera.models import convolution
 from tessera.models.registry import STATISTICS, make_network
+from tessera.models.vision import LeNet, MLPConfig
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 3, 5, 4), (1, 1, 5, 2), (2, 4, 5, 3)], ids=str)
-def test_patches_and_xla_agree_with_torch(shape, stride):
-    torch = pytest.importorskip("torch")
-    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 5))
-    kernel = jax.random.normal(jax.random.key(1), shape)
+def test_patches_and_xla_agree_with_torch(shape, stride, golden):
+    case = golden("convolutions")[f"{'x'.join(map(str, shape))}-{stride}"]
+    x, kernel = jnp.asarray(case["x"]), jnp.asarray(case["kernel"])
     patches, plain = (convolution.conv(x, kernel, stride, name) for name in ("patches", "conv"))
     np.testing.assert_allclose(patches, plain, rtol=1e-5, atol=1e-5)
-    pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip((9, 8), shape[:2], strict=True)]
-    padded = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
-    there = [torch.tensor(np.asarray(a).copy()) for a in (padded.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1))]
-    want = torch.nn.functional.conv2d(*there, stride=stride).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(patches, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(patches, case["y"], rtol=1e-4, atol=1e-4)
 
 
 def test_pooling_and_norms_agree_with_flax():
@@ -107,3 +103,60 @@ def test_they_learn_and_statistics_move_only_in_training(name):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         jax.eval_shape(make_network(settings, jnp.zeros((1, 8, 8, 3)), 3).init, jax.random.key(0))
+
+
+LENET = MLPConfig()
+
+
+def make_lenet(config=LENET, shape=(2, 28, 28, 1), seed=0):
+    model, images = LeNet(config), jax.random.uniform(jax.random.key(1), shape)
+    return model, model.init(jax.random.key(seed), images)["params"], images
+
+
+def test_the_papers_network_has_266610_parameters():
+    _, params, _ = make_lenet()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 266_610
+    assert jax.tree.map(jnp.shape, params) == {
+        "dense0": {"kernel": (784, 300), "bias": (300,)},
+        "dense1": {"kernel": (300, 100), "bias": (100,)},
+        "output": {"kernel": (100, 10), "bias": (10,)},
+    }
+
+
+def test_initial_kernels_are_untruncated_glorot_normals_and_biases_zero():
+    _, params, _ = make_lenet()
+    for layer in params.values():
+        z = np.asarray(layer["kernel"]) / np.sqrt(2 / sum(layer["kernel"].shape))
+        tolerance = 4 / np.sqrt(2 * z.size)
+        assert z.std() == pytest.approx(1, abs=tolerance)
+        assert (layer["bias"] == 0).all()
+    # A normal cut at two standard deviations and rescaled ends at 2.28.
+    z = np.asarray(params["dense0"]["kernel"]) / np.sqrt(2 / 1084)
+    assert np.abs(z).max() > 3.5
+    assert (np.abs(z) < 1).mean() == pytest.approx(0.6827, abs=0.005)
+
+
+def test_forward_and_gradients_are_torchs(golden):
+    case = jax.tree.map(jnp.asarray, golden("lenet"))
+    model, params, _ = make_lenet(MLPConfig(hidden=(9, 5), classes=3), case["images"].shape)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, case["params"])
+    np.testing.assert_allclose(model.apply({"params": case["params"]}, case["images"]), case["out"], 1e-5, 1e-6)
+    grads = jax.grad(lambda p: (model.apply({"params": p}, case["images"]) ** 2).sum())(case["params"])
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, 1e-5, 1e-6), grads, case["gradients"])
+
+
+def test_images_and_flat_features_are_the_same():
+    model, params, images = make_lenet(MLPConfig((8,)), (3, 4, 4, 2))
+    flat = model.apply({"params": params}, images.reshape(3, -1))
+    assert (model.apply({"params": params}, images) == flat).all() and flat.shape == (3, 10)
+
+
+def test_no_hidden_layer_is_a_linear_classifier():
+    _, params, _ = make_lenet(MLPConfig(hidden=(), classes=4), (1, 6))
+    assert jax.tree.map(jnp.shape, params) == {"output": {"kernel": (6, 4), "bias": (4,)}}
+
+
+@pytest.mark.parametrize("bad", [{"hidden": (3, 0)}, {"classes": 0}])
+def test_sizes_below_one_are_refused(bad):
+    with pytest.raises(ValueError, match="at least 1"):
+        MLPConfig(**bad)

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import jax
@@ -5,9 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optax import contrib
 
-from tessera.optim.optimizer import OPTIMIZERS, OptimizerConfig, eval_params, learning_rate, make_optimizer
+from tessera.optim.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimizerConfig,
+    eval_params,
+    learning_rate,
+    make_optimizer,
+    make_schedule,
+    parse_steps,
+)
 
 X = jax.random.normal(jax.random.key(0), (32, 6))
 Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (6, 4)))
@@ -57,13 +69,12 @@ def test_the_parts_go_together(name):
         name,
         RATES.get(name, 0.02),
         "cosine",
-        75,
-        5,
+        150,
+        10,
         0.1,
         clip_norm=1.0,
         agc=0.5,
         weight_decay=1e-3,
-        accumulate=2,
         decay_mask=decay_mask,
     )
     params, state, losses = train(make_optimizer(config))
@@ -109,35 +120,25 @@ def test_a_config_is_the_optax_call_it_stands_for(config, reference):
     assert_same(train(make_optimizer(config), 30)[0], train(optax.with_extra_args_support(reference), 30)[0])
 
 
-TORCH = [
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, OptimizerConfig("momentum", 0.1)),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, OptimizerConfig("nesterov", 0.1)),
-    ("Adam", {"lr": 0.01, "weight_decay": 0.01}, OptimizerConfig("adam", 0.01)),
-    ("AdamW", {"lr": 0.01, "weight_decay": 0.01}, OptimizerConfig("adamw", 0.01)),
-    ("Adagrad", {"lr": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1}, OptimizerConfig("adagrad", 0.1)),
-    (
-        "RMSprop",
-        {"lr": 0.01, "weight_decay": 0.01, "alpha": 0.9},
-        OptimizerConfig("rmsprop", 0.01, options=(("eps_in_sqrt", False),)),
-    ),
-    ("Adamax", {"lr": 0.01, "weight_decay": 0.0}, OptimizerConfig("adamax", 0.01)),
-]
+# The settings that `tests/golden/make.py` gives to torch.
+TORCH = {
+    "momentum": OptimizerConfig("momentum", 0.1),
+    "nesterov": OptimizerConfig("nesterov", 0.1),
+    "adam": OptimizerConfig("adam", 0.01),
+    "adamw": OptimizerConfig("adamw", 0.01),
+    "adagrad": OptimizerConfig("adagrad", 0.1),
+    "rmsprop": OptimizerConfig("rmsprop", 0.01, options=(("eps_in_sqrt", False),)),
+    "adamax": OptimizerConfig("adamax", 0.01),
+}
 
 
-@pytest.mark.parametrize(("name", "keywords", "config"), TORCH, ids=[row[0] for row in TORCH])
-def test_updates_are_torchs(name, keywords, config):
-    torch = pytest.importorskip("torch")
-    config = replace(config, weight_decay=keywords["weight_decay"], decay_mask="all")
-    ours = train(make_optimizer(config), 25)[0]
-    leaves = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), PARAMS)
-    optimizer = getattr(torch.optim, name)(jax.tree.leaves(leaves), **keywords)
-    x, y = (torch.tensor(np.asarray(array, np.float64)) for array in (X, Y))
-    for _ in range(25):
-        optimizer.zero_grad()
-        hidden = torch.tanh(x @ leaves["dense"]["kernel"] + leaves["dense"]["bias"])
-        ((hidden @ leaves["output"]["kernel"] + leaves["output"]["bias"] - y) ** 2).mean().backward()
-        optimizer.step()
-    assert_same(ours, jax.tree.map(lambda leaf: leaf.detach().numpy(), leaves), rtol=2e-4, atol=2e-6)
+@pytest.mark.parametrize("name", TORCH)
+def test_updates_are_torchs(name, golden):
+    case = golden("optimizers")
+    config = replace(TORCH[name], weight_decay=0.0 if name == "adamax" else 0.01, decay_mask="all")
+    x, y, params = jax.tree.map(jnp.asarray, (case["x"], case["y"], case["params"]))
+    ours = train(make_optimizer(config), 25, lambda p: loss_fn(p, x, y), params)[0]
+    assert_same(ours, case["after"][name], rtol=2e-4, atol=2e-6)
 
 
 def test_sam_descends_with_the_gradient_at_the_worst_near_point():
@@ -172,28 +173,21 @@ def test_sophia_reads_the_curvature_from_grad_fn():
     assert_same(sophia.nu["kernel"], curvature * (1 - 0.5**20), rtol=1e-5, atol=1e-6)
 
 
-def test_accumulation_is_one_update_on_the_mean_gradient():
-    halves = [(X[:16], Y[:16]), (X[16:], Y[16:])]
-    tx = make_optimizer(OptimizerConfig("adamw", 0.02, accumulate=2, clip_norm=0.1))
-    params, state = PARAMS, tx.init(PARAMS)
-    for step in range(6):
-        updates, state = tx.update(jax.grad(loss_fn)(params, *halves[step % 2]), state, params)
-        if step % 2 == 0:
-            assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
-        params = optax.apply_updates(params, updates)
-    assert_same(
-        params, train(make_optimizer(OptimizerConfig("adamw", 0.02, clip_norm=0.1)), 3)[0], rtol=1e-4, atol=1e-5
-    )
-
-
 def test_schedule_free_evaluates_the_average_wherever_its_state_is():
-    config = OptimizerConfig("schedule_free_sgd", 0.2, clip_norm=1.0, accumulate=2)
+    config = OptimizerConfig("schedule_free_sgd", 0.2, clip_norm=1.0)
     params, state, _ = train(make_optimizer(config), 40)
     average = eval_params(config, state, params)
-    inner = [s for s in state.inner_opt_state if isinstance(s, contrib.ScheduleFreeState)][0]
+    (inner,) = [part for part in state if isinstance(part, contrib.ScheduleFreeState)]
     assert_same(average, contrib.schedule_free_eval_params(inner, params))
     assert jnp.abs(average["dense"]["kernel"] - params["dense"]["kernel"]).max() > 1e-5
     assert eval_params(OptimizerConfig(), (), params) is params
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(400, 20), (50_000, 2500), (3, 0)])
+def test_a_warmup_below_one_is_a_share_of_the_steps(steps, warmup):
+    share, whole = (OptimizerConfig("adamw", 1e-3, "cosine", steps, w) for w in (0.05, warmup))
+    for step in (0, 1, warmup, steps - 1):
+        assert learning_rate(share)(step) == learning_rate(whole)(step)
 
 
 def test_learning_rate_is_what_the_optimizer_uses():
@@ -214,17 +208,106 @@ def test_learning_rate_is_what_the_optimizer_uses():
         ({"name": "sam", "options": (("rh", 0.1),)}, "'momentum' has no option 'rh'"),
         ({"name": "sam", "options": (("base", "sophia"),)}, "sam cannot use 'sophia' as its base"),
         ({"name": "sam", "options": (("base", "sg"),)}, "unknown optimizer 'sg'"),
-        ({"name": "sam", "accumulate": 2}, "sam asks for gradients itself"),
-        ({"name": "sophia", "accumulate": 2}, "sophia asks for gradients itself"),
         ({"name": "prodigy", "weight_decay": 0.1}, "'prodigy' decays every parameter: set decay_mask='all'"),
         ({"name": "sm3", "warmup": 3}, "'sm3' takes a constant learning rate"),
         ({"schedule": "cosine"}, "needs steps > warmup"),
         ({"decay_mask": "kernels"}, "decay_mask='kernels': choose"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
-        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"warmup": 2.5}, "warmup=2.5 must be whole steps"),
         ({"ema": 1.0}, r"ema=1.0 must lie in \[0, 1\)"),
     ],
 )
 def test_impossible_configs_are_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(OptimizerConfig(**keywords))
+
+
+LR, STEPS, WARMUP = 0.3, 100, 20
+
+
+def cosine(t, final=0.1):
+    progress = min((t - WARMUP) / (STEPS - WARMUP), 1)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# name, keywords, closed form after the warmup as a fraction of the peak
+CASES = [
+    ("constant", {}, lambda t: 1.0),
+    ("linear", {"final": 0.1}, lambda t: 1 - 0.9 * min((t - WARMUP) / (STEPS - WARMUP), 1)),
+    ("cosine", {"final": 0.1}, cosine),
+    ("wsd", {"decay": 0.3}, lambda t: min(1.0, max(0.0, (100 - t) / 30))),
+    ("wsd", {"decay": 0.8, "final": 0.5}, lambda t: 1 - 0.5 * min((t - 20) / 80, 1)),
+    ("rsqrt", {}, lambda t: math.sqrt(WARMUP / t)),
+    ("step", {"milestones": (30,), "factor": 0.5}, lambda t: 0.5 ** ((t - WARMUP) // 30)),
+    ("multistep", {"milestones": (40, 75), "factor": 0.1}, lambda t: 0.1 ** ((t >= 40) + (t >= 75))),
+]
+
+
+def test_every_schedule_has_a_case():
+    assert {name for name, *_ in CASES} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize(("name", "keywords", "form"), CASES)
+def test_closed_form(name, keywords, form):
+    schedule = make_schedule(name, LR, steps=STEPS, warmup=WARMUP, **keywords)
+    steps = np.arange(STEPS + 20)
+    ours = jax.jit(jax.vmap(schedule))(steps)
+    exact = [LR * (t / WARMUP if t < WARMUP else form(int(t))) for t in steps]
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd", "rsqrt"])
+def test_without_warmup_the_first_step_is_the_peak(name):
+    assert make_schedule(name, LR, steps=STEPS)(0) == pytest.approx(LR)
+
+
+def test_cosine_is_optax_warmup_cosine():
+    theirs = optax.warmup_cosine_decay_schedule(0.0, LR, WARMUP, STEPS, end_value=0.1 * LR)
+    ours = make_schedule("cosine", LR, steps=STEPS, warmup=WARMUP, final=0.1)
+    for t in (0, 7, 20, 55, 100, 130):
+        assert float(ours(t)) == pytest.approx(float(theirs(t)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        ("cosin", {}, "unknown schedule 'cosin'.*cosine"),
+        ("cosine", {}, "needs steps > warmup, got steps=0"),
+        ("linear", {"steps": 10, "warmup": 10}, "needs steps > warmup"),
+        ("wsd", {"steps": 10, "warmup": 5, "decay": 0.6}, "6 steps, and has 5 left"),
+        ("wsd", {"steps": 10, "decay": 0.0}, "0 steps"),
+        ("step", {}, "takes one milestone"),
+        ("multistep", {"milestones": (5, 3)}, r"rising milestones.*\(5, 3\)"),
+        ("multistep", {"milestones": (5,), "warmup": 5}, "after the warmup"),
+        ("constant", {"warmup": -1}, "must not be negative"),
+    ],
+)
+def test_impossible_schedules_are_refused(name, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(name, LR, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("160ep", 62400), ("500it", 500), ("500", 500), (0, 0), ("0it", 0), ("0.5ep", 195), (".1ep", 39), (" 2ep ", 780)],
+)
+def test_parse_steps(text, steps):
+    assert parse_steps(text, steps_per_epoch=390) == steps
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**4))
+def test_parse_steps_counts(amount, per_epoch):
+    assert parse_steps(amount, steps_per_epoch=per_epoch) == amount
+    assert parse_steps(f"{amount}it", steps_per_epoch=per_epoch) == amount
+    assert parse_steps(f"{amount}ep", steps_per_epoch=per_epoch) == amount * per_epoch
+
+
+@pytest.mark.parametrize("text", ["", "ep", "1.5it", "3 epochs", "-4it", -1, True, "1e3it", "2.ep"])
+def test_parse_steps_refuses(text):
+    with pytest.raises(ValueError, match="steps|iterations"):
+        parse_steps(text, steps_per_epoch=10)
+
+
+def test_epochs_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="an epoch has 0 steps"):
+        parse_steps("3ep", steps_per_epoch=0)

@@ -5,9 +5,10 @@ import optax
 import pytest
 from optax import contrib
 
-from tessera.models.lenet import LeNet, MLPConfig
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.optim.param_axes import clip_units, decayed, matrix_axes
+from tessera.models.vision import LeNet, MLPConfig
+from tessera.optim.optimizer import decayed
+from tessera.optim.param_axes import clip_units, matrix_axes
 
 
 def decoder_params(scan=True):

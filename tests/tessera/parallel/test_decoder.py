@@ -5,15 +5,17 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from sharding.rules import constrainer, path_name, shardings
+from sharding.rules import COMPUTE, path_name, resolve, shardings
+from tessera.lm.run import RunConfig, under_plan
+from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.next_token import make_loss as one_device_loss
-from tessera.parallel.build import plan_decoder
-from tessera.parallel.decoder import DecoderParts, batch_sharding, state_shardings
-from tessera.parallel.placement import Placement, batch_share, data_parallel
+from tessera.optim.optimizer import OptimizerConfig
+from tessera.parallel.decoder import ShardedDecoder, check_experts, state_shardings
 from tessera.step import StepConfig, init_state, make_train_step
 
 CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=4, ff=16)
@@ -34,39 +36,10 @@ CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=
     ],
 )
 def test_what_does_not_divide_is_refused_before_anything_runs(axes, options, batch_size, length, words):
-    def init():
-        params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-        return init_state(params, optax.adam(1e-3))
-
     with pytest.raises(PlanError) as error:
-        plan_decoder(CONFIG, Plan(axes, **options), init, batch_size=batch_size, length=length)
+        under_plan(RunConfig(CONFIG, Plan(axes, **options), OptimizerConfig(), StepConfig(), batch_size, length))
     for word in words:
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "owned, shares",
-    [
-        ({0: {0, 1}, 1: {2, 3}}, [(0, 2), (1, 2)]),
-        ({0: {0}, 1: {0}, 2: {1}, 3: {1}}, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor-parallel over two processes
-        ({0: {0, 1}, 1: {0, 1}}, [(0, 1), (0, 1)]),
-        ({0: {0, 2}, 1: {1, 3}}, [(0, 2), (1, 2)]),
-    ],
-)
-def test_processes_feed_the_rows_their_devices_hold(owned, shares):
-    assert [batch_share(owned, process) for process in owned] == shares
-
-
-def test_rows_that_processes_share_in_part_are_refused():
-    with pytest.raises(ValueError, match="the same rows or none in common"):
-        batch_share({0: {0, 1}, 1: {1, 2}}, 0)
-
-
-@pytest.mark.parametrize("axes", ["dp=8", "tp=8", "dp=2, fsdp=2, tp=2"])
-def test_one_process_feeds_the_whole_batch(axes):
-    parts = DecoderParts(CONFIG, Plan(axes))
-    assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
-    assert data_parallel(8).share() == (0, 1)
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -75,7 +48,7 @@ def test_what_fsdp_splits(zero):
     mesh = make_mesh(plan)
     params = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3), StepConfig(ema=0.9)), params)
-    where = state_shardings(DecoderParts(CONFIG, plan), mesh, state)
+    where = state_shardings(ShardedDecoder(CONFIG, plan), mesh, state)
     kernel = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"].spec  # noqa: E731
     assert kernel(where.params) == (P() if zero == 1 else P(None, "fsdp"))
     adam = where.opt_state[0]
@@ -92,14 +65,18 @@ def test_constraints_alone_give_the_same_numbers(axes):
     mesh = make_mesh(Plan(axes))
     batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
     params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), batch["tokens"])["params"]
-    where = shardings(mesh, DecoderParts(CONFIG, Plan(axes)).specs)
+    where = shardings(mesh, ShardedDecoder(CONFIG, Plan(axes)).specs)
+
+    def constrain(x, axes):
+        spec = resolve(axes, x.shape, COMPUTE, mesh.shape)
+        return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
 
     def gradient(model, params):
-        loss_fn = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens), 1e-2)
+        loss_fn = lm_loss(model, 1e-2)
         return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
 
     (expected_loss, _), expected = gradient(Decoder(CONFIG), params)
-    (loss, _), grads = gradient(Decoder(CONFIG, constrain=constrainer(mesh)), jax.device_put(params, where))
+    (loss, _), grads = gradient(Decoder(CONFIG, constrain=constrain), jax.device_put(params, where))
     assert float(loss) == pytest.approx(float(expected_loss), abs=1e-5)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         atol = 1e-5 * float(jnp.abs(theirs).max())
@@ -110,16 +87,49 @@ def test_constraints_alone_give_the_same_numbers(axes):
 @pytest.mark.parametrize("axes", ["fsdp=4, tp=2", "pp=2, dp=4"])
 def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
     """Parts of a batch whose gradients the training step averages, each through the plan by itself."""
-    plan, tx, stepping = Plan(axes), optax.sgd(1.0), StepConfig(microbatches=2)
+    plan, tx, stepping = Plan(axes), optax.sgd(1.0), StepConfig(grad_accum_steps=2)
     batch = {"tokens": jax.random.randint(jax.random.key(1), (16, 17), 0, 32, jnp.int32)}
     model = Decoder(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"]
     init = lambda: init_state(params, tx, stepping)  # noqa: E731
-    loss_fn, placement = plan_decoder(CONFIG, plan, init, batch_size=16, length=16, microbatches=2)
+    loss_fn, placement = under_plan(RunConfig(CONFIG, plan, OptimizerConfig(), stepping, 16, 16), init)
     step = jax.jit(make_train_step(loss_fn, tx, stepping), out_shardings=(placement.state, None))
     state, metrics = step(jax.device_put(init(), placement.state), placement.place(batch), jax.random.key(2))
-    whole = one_device_loss(lambda p, tokens: model.apply({"params": p}, tokens))
+    whole = lm_loss(model)
     expected, expected_metrics = jax.jit(make_train_step(whole, tx))(init_state(params, tx), batch, jax.random.key(2))
     assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), abs=1e-5)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes, settings, words",
+    [
+        ("dp=8", {"router": RouterConfig("noisy")}, "router.name='noisy' \\(choose one of top_k"),
+        ("dp=8", {"importance": 0.1}, "importance=0.1"),
+        ("pp=2", {}, "balance_scope='batch' with pp > 1"),
+        ("cp=2", {"balance_scope": "sequence"}, "balance_scope='sequence' with cp > 1"),
+        ("tp=2", {"biases": True}, "biases with tp > 1"),
+    ],
+)
+def test_experts_that_would_compute_something_else_are_refused(axes, settings, words):
+    with pytest.raises(PlanError, match=words):
+        check_experts(MoEConfig(**settings), Plan(axes))
+
+
+@pytest.mark.slow
+def test_biases_of_balanced_routers_move_as_on_one_device():
+    moe = MoEConfig(router=RouterConfig("sigmoid", 8, 2), bias_rate=0.01)
+    config = TransformerConfig(**{**vars(CONFIG), "mlp": "routed", "moe": moe})
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    batch, tx = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}, optax.sgd(1e-2)
+    losses = {"": lm_loss(Decoder(config)), "ep=4, dp=2": None}
+    losses["ep=4, dp=2"], _ = under_plan(RunConfig(config, Plan("ep=4, dp=2"), OptimizerConfig(), StepConfig(), 8, 16))
+    found = {}
+    for name, loss_fn in losses.items():
+        step = jax.jit(make_train_step(loss_fn, tx, adjust=make_adjust(config)))
+        state, metrics = step(init_state(params, tx), batch, jax.random.key(2))
+        found[name] = np.asarray(state.params["blocks"]["mlp"]["router"]["bias"])
+        assert metrics["router/load"].shape == (2, 8)
+    np.testing.assert_array_equal(found["ep=4, dp=2"], found[""])
+    assert np.abs(found[""]).max() == pytest.approx(0.01)

@@ -5,36 +5,37 @@ import jax.numpy as jnp
 import pytest
 
 from moe.layer import MoEConfig
-from sharding.analysis.hardware import find
+from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
+from tessera.lm.run import RunConfig, first_state
 from tessera.models.remat import parse_remat
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.parallel.decoder import DecoderParts, state_shardings
-from tessera.planning.compile import Run, compile_step
+from tessera.parallel.decoder import ShardedDecoder, state_shardings
+from tessera.planning.compile import compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
-from tessera.planning.kept import kept_per_row
-from tessera.planning.memory import estimate_memory, state_placements
+from tessera.planning.memory import estimate_memory, saved_per_row, state_placements
 from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
 ROUTED = TransformerConfig(**{**vars(MODEL), "mlp": "routed", "moe": MoEConfig(balance_scope="sequence")})
-H100 = find("H100")
+H100 = find_hardware("H100")
 
 
 def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
-    return Run(model, Plan(plan, **options), OptimizerConfig(clip_norm=1.0), StepConfig(), batch_size, length, 1e-4)
+    optimizer = OptimizerConfig(clip_norm=1.0)
+    return RunConfig(model, Plan(plan, **options), optimizer, StepConfig(), batch_size, length, 1e-4)
 
 
 def test_state_bytes_are_those_of_the_arrays():
     run = make_run("fsdp=2, tp=2, dp=2")
-    parts, mesh = DecoderParts(run.model, run.plan), make_mesh(run.plan)
-    shapes = jax.eval_shape(run.init)
-    state = jax.jit(run.init, out_shardings=state_shardings(parts, mesh, shapes))()
+    parts, mesh = ShardedDecoder(run.model, run.plan), make_mesh(run.plan)
+    shapes = jax.eval_shape(lambda: first_state(run))
+    state = jax.jit(lambda: first_state(run), out_shardings=state_shardings(parts, mesh, shapes))()
     on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     placed = state_placements(parts, shapes)
     memory = estimate_memory(parts, placed, run.batch_size, run.length)
@@ -46,12 +47,12 @@ def test_state_bytes_are_those_of_the_arrays():
 def test_the_remat_policy_decides_what_is_kept(remat, least, most):
     stream = 128 * 64 * 2
     (way,) = parse_remat(remat, 4)
-    kept = kept_per_row(MODEL, Plan(""), 128, way).device
+    kept = saved_per_row(MODEL, Plan(""), 128, way).device
     assert least * stream <= kept <= most * stream
     if remat == "dots":
         # The block's input, queries, keys, values, attention's result, gate and up, each once.
         assert kept == pytest.approx(stream * (1 + 3 + 1 + 2 * 128 / 64), rel=0.05)
-    halved = kept_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
+    halved = saved_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
     assert halved < kept
 
 
@@ -74,8 +75,10 @@ HEAVY = ("cp", "ulysses", "ep", "pp", "dp-tp")
 def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options):
     run = make_run(plan, model, **options)
     found = explain(run, H100)
-    parts = DecoderParts(run.model, run.plan, run.z_loss, H100.platform)
-    costs = estimate_costs(parts, state_placements(parts, jax.eval_shape(run.init)), run.batch_size, run.length)
+    parts = ShardedDecoder(run.model, run.plan, run.z_loss, H100.platform)
+    costs = estimate_costs(
+        parts, state_placements(parts, jax.eval_shape(lambda: first_state(run))), run.batch_size, run.length
+    )
     assert costs.flops == pytest.approx(found.flops, rel=0.2)
     counted = sum(one.moved for one in found.moved)
     assert sum(axis.moved for axis in costs.moved) == pytest.approx(counted, rel=0.35)
@@ -98,7 +101,7 @@ def test_an_explanation_on_paper(tmp_path):
 
 
 def test_the_pipelines_timeline_is_in_the_picture():
-    mesh, pipeline = picture_sections(DecoderParts(MODEL, Plan("pp=2, dp=2", microbatches=4)))
+    mesh, pipeline = picture_sections(ShardedDecoder(MODEL, Plan("pp=2, dp=2", microbatches=4)))
     assert mesh.title == "Mesh and placement" and pipeline.title == "Pipeline schedule"
     assert "bubble 20.0%" in pipeline.caption  # 1 / (4 + 1)
 
@@ -111,8 +114,8 @@ def test_what_does_not_fit_is_said():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(PlanError, match="batch_size=64 does not divide into 3 microbatches"):
-        explain(Run(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(microbatches=3), 64, 128), H100)
+    with pytest.raises(PlanError, match="batch_size=64 does not divide into grad_accum_steps=3"):
+        explain(RunConfig(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(grad_accum_steps=3), 64, 128), H100)
 
 
 @pytest.mark.slow

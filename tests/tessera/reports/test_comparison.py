@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from configs import moe_vs_dense
+from tessera.cli.compare_moe import SCHEMA
+from tessera.infra.schema import completed
 from tessera.reports import comparison
 from tessera.reports.comparison import Run
 from tessera.reports.html import Section
@@ -16,7 +18,7 @@ LOSSES = {"dense": [1.50, 1.52, 1.51], "moe": [1.40, 1.44, 1.42], "unbalanced": 
 
 
 def settings(arm):
-    config = moe_vs_dense.get_config()
+    config = completed(SCHEMA, moe_vs_dense.get_config())
     run = config.run.copy_and_resolve_references()
     run.update(config.arms[arm])
     return json.loads(run.to_json())
@@ -85,7 +87,7 @@ def test_the_report_has_every_table_and_figure():
     sections = comparison.sections(RUNS, tables)
     assert [section.title for section in sections] == ["", "Validation loss", "Balance", "Load maps", "Losses"]
     assert all(isinstance(section, Section) for section in sections)
-    assert all(isinstance(section.content, Figure) for section in sections[1:4])
+    assert all(isinstance(section.parts()[0], Figure) for section in sections[1:4])
     dense_only = [run for run in RUNS if run.arm == "dense"]
     assert [section.title for section in comparison.sections(dense_only, {})] == ["", "Validation loss"]
 

@@ -3,85 +3,29 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_cases import Page, read
 
-from lottery.imp import Memory, SearchConfig, Store, Trained, search
 from tessera.infra.logger import Logger
 from tessera.reports.curves import smooth
-from tessera.reports.html import Table, figure_svg, table_html, write_number
-from tessera.reports.run_report import (
+from tessera.reports.html import (
     Section,
+    Table,
     config_section,
-    curves_section,
-    lm_findings,
-    lm_report,
+    figure_svg,
     page,
     paragraphs,
-    table_section,
+    table_html,
+    table_of,
+    write_number,
     write_report,
 )
+from tessera.reports.run_report import curves_section, lm_findings, lm_report
 from tessera.reports.style import canvas, titles
-from tessera.tickets.report import FirstLayer, level_table, lottery_report, summary_table
-
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Text, ids and addresses of a page; fails on tags that do not close in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.links, self.words, self.tables = [], [], [], [], []
-        self.feed(text)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag, attributes):
-        found = dict(attributes)
-        assert tag not in ("script", "link", "iframe", "object"), f"<{tag}> in a self-contained page"
-        self.ids += [found["id"]] if "id" in found else []
-        self.links += [found[name] for name in ("src", "href", "xlink:href") if name in found]
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
-
-    @property
-    def text(self):
-        return " ".join("".join(self.words).split())
-
-
-def read(path):
-    """Parse a page and check that nothing in it points outside."""
-    text = path.read_text(encoding="utf-8")
-    found = Page(text)
-    assert len(found.ids) == len(set(found.ids)), "an id occurs twice"
-    for link in found.links:
-        assert link.startswith(("data:", "#")), f"{link[:60]} is outside the page"
-        assert not link.startswith("#") or link[1:] in found.ids, f"{link} leads nowhere"
-    for target in re.findall(r"url\(([^)]*)\)", text):
-        assert target.startswith("#") and target[1:] in found.ids, f"url({target}) leads nowhere"
-    assert "@import" not in text
-    return found
 
 
 def draw():
@@ -106,22 +50,6 @@ def lm_workdir(path, steps=200, kinds=("train", "eval", "time")):
             if "eval" in kinds and step % 50 == 0:
                 logger.write(step, {"loss": 2.0 if step == 150 else 2.5, "accuracy": 0.5}, kind="eval")
     return path
-
-
-def ticket_rows(seeds=3, levels=3):
-    rows = []
-    for level in range(levels + 1):
-        for arm in ("dense",) if level == 0 else ("ticket", "reinit"):
-            for seed in range(seeds):
-                value = 0.9 + 0.01 * seed - (0.05 * level if arm == "reinit" else 0.0)
-                curve = {"step": [5, 10], "validation_loss": [1.0, 1.1 - value], "validation_accuracy": [0.5, value]}
-                rows.append(
-                    {"level": level, "arm": arm, "seed": seed, "density": 0.5**level, "alive": 64 >> level}
-                    | {"prunable": 64, "layers": {"dense0/kernel": 0.5**level}, "start_step": 0, "curve": curve}
-                    | {"early_stop_step": 10, "early_stop_test_accuracy": value, "final_test_accuracy": value}
-                    | {"best_validation_loss": 1.1 - value}
-                )
-    return rows
 
 
 def test_a_page_is_well_formed_self_contained_and_escaped(tmp_path):
@@ -153,7 +81,7 @@ def test_the_same_report_is_the_same_bytes(tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_figures_follow_the_readers_colour_scheme():
+def test_figures_follow_the_readers_color_scheme():
     text = figure_svg(draw(), "p", "a figure")
     assert "var(--ink)" in text and "var(--grid)" in text and "#1f2933" not in text
     document = page("t", [Section("f", draw())])
@@ -198,9 +126,9 @@ def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
         assert got[i] == pytest.approx(np.mean(near), abs=1e-6) if near else math.isnan(got[i])
 
 
-def test_table_section_takes_rows_with_different_keys():
-    section = table_section([{"a_b": 1}, {"a_b": 2, "c": np.float64(0.5), "d": [1]}], "Rows")
-    assert Page(table_html(section.content)).tables == [[["a b", "c", "d"], ["1", "–", "–"], ["2", "0.5000", "[1]"]]]
+def test_tables_take_rows_with_different_keys():
+    table = table_of([{"a_b": 1}, {"a_b": 2, "c": np.float64(0.5), "d": [1]}])
+    assert Page(table_html(table)).tables == [[["a b", "c", "d"], ["1", "–", "–"], ["2", "0.5000", "[1]"]]]
 
 
 def test_settings_are_listed_with_dotted_names_and_folded(tmp_path):
@@ -254,64 +182,8 @@ def test_a_run_that_broke_says_so_and_still_draws(tmp_path):
 
 def test_curves_of_long_runs_are_smoothed_and_say_so():
     rows = [{"step": step, "kind": "train", "loss": 1.0} for step in range(1, 401)]
-    assert "centred mean over 11 rows" in curves_section(rows).caption
+    assert "centered mean over 11 rows" in curves_section(rows).caption
     assert "mean" not in curves_section(rows[:50]).caption
     assert "uniform guess over 256 symbols costs 5.5452" in " ".join(
         lm_findings([{"step": 1, "kind": "eval", "loss": 5.0}], [], {"model": {"vocab_size": 256}})
     )
-
-
-@pytest.mark.parametrize("seeds, levels", [(3, 3), (1, 3), (2, 0)])
-def test_ticket_report_of_any_search(tmp_path, seeds, levels):
-    rows = ticket_rows(seeds, levels)
-    masks = {level: np.ones((seeds, 16, 4), bool) for level in range(levels + 1)}
-    (tmp_path / "config.json").write_text(json.dumps({"data": {"name": "digits"}, "search": {"rate": 0.5}}))
-    found = read(lottery_report(tmp_path, rows, masks, np.zeros((4, 4))))
-    assert "Lottery tickets on digits" in found.text
-    assert ("One seed" in found.text) == (seeds == 1)
-    assert ("Down to 12.5% of the weights the winning ticket" in found.text) == (levels > 0)
-    assert ("unit 0" in found.text) == (levels > 0)
-    table = found.tables[0]
-    assert len(table) == levels + 2
-    if seeds == 3 and levels:
-        half = 4.302652729911275 * 1.0 / math.sqrt(3)  # t(0.975, 2 degrees of freedom); the seeds' deviation is 1 point
-        assert table[0] == ["level", "weights (%)", "weights", "winning ticket", "reinitialized"]
-        assert table[4] == ["3", "12.5", "8", f"91.00 ± {half:.2f}", f"76.00 ± {half:.2f}"]
-
-
-def test_cells_at_least_as_accurate_as_the_dense_network_are_marked():
-    table = level_table(ticket_rows(), "early_stop_test_accuracy")
-    assert table.marked == {(1, 3), (2, 3), (3, 3)}
-    rich = summary_table(ticket_rows())
-    assert rich.row_count == 4 and [str(column.header) for column in rich.columns][0] == "level"
-
-
-def test_a_report_needs_rows(tmp_path):
-    with pytest.raises(ValueError, match="level 0"):
-        lottery_report(tmp_path, [])
-
-
-def test_first_layer_remembers_masks_whether_levels_are_trained_or_loaded():
-    import jax
-
-    def init(key):
-        return {
-            "dense0": {"kernel": jax.random.normal(key, (6, 4))},
-            "output": {"kernel": jax.random.normal(key, (4, 2))},
-        }
-
-    def train_fn(starts, *, level):
-        return Trained(starts.params, [{} for _ in starts.names])
-
-    config = SearchConfig(seeds=(0, 1), levels=2, rate=0.5, arms=("reinit", "ticket"))
-    trained = FirstLayer(Memory())
-    assert isinstance(trained, Store)
-    search(init, train_fn, trained, config)
-    loaded = FirstLayer(trained.store)
-    search(init, train_fn, loaded, config)
-    for level, alive in enumerate((24, 12, 6)):
-        assert trained.masks[level].shape == (2, 6, 4) and trained.masks[level].dtype == bool
-        assert (trained.masks[level].sum((1, 2)) == alive).all()
-        assert (loaded.masks[level] == trained.masks[level]).all()
-        kept = trained.store.levels[level][0]["masks"]["dense0"]["kernel"]
-        assert (np.asarray(kept)[-2:] == trained.masks[level]).all(), "the ticket's rows, not the control's"

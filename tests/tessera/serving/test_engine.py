@@ -174,7 +174,7 @@ def bad(name):
     return raises
 
 
-@pytest.mark.parametrize("where", ["top_k", "_set", "_piece", "_add", "_left", "_advance", "notify"])
+@pytest.mark.parametrize("where", ["top_k", "_set", "_chunk", "_add", "_left", "_advance", "notify"])
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "after-a-while"])
 def test_a_text_that_fails_on_the_host_ends_alone(where, late, monkeypatch):
     """Before and while it decodes; the others, running and waiting, draw what they draw without it."""
@@ -204,6 +204,6 @@ def test_a_text_that_fails_on_the_host_ends_alone(where, late, monkeypatch):
     for i, (text, alone) in enumerate(zip(texts, expected, strict=True)):
         if text is not ill:
             assert (text.finish, text.tokens) == ("length", alone.tokens), i
-    reached = not (late and where in ("top_k", "_set", "_piece"))  # a text is admitted and read only once
+    reached = not (late and where in ("top_k", "_set", "_chunk"))  # a text is admitted and read only once
     assert ill.finish == ("error" if reached else "length") and ill.slot == -1 and not engine.busy
     assert generate_all(engine, PROMPTS[:1], SAMPLINGS[:1])[0].tokens == expected[0].tokens

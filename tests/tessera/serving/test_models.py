@@ -13,12 +13,13 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from sharding.plan import Plan
-from tessera.data.tokenizer import ByteTokenizer
+from tessera.data.text import ByteTokenizer
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.engine import generate_all
 from tessera.serving.load import SourceConfig, make_engine, read_calibration, read_ticket
 from tessera.serving.programs import ServeConfig, make_programs
-from tessera.serving.quantized import dequantise_layer, quantise_decoder
+from tessera.serving.quantized import quantise_decoder
 from tessera.serving.requests import Sampling
 from tessera.serving.served import serve
 
@@ -44,7 +45,7 @@ def test_a_decoder_with_quantised_kernels_is_near(config):
     exact, error = logits(params, config), {}
     for bits, method, group in ((8, "rtn", 0), (4, "rtn", 4), (4, "awq", 4), (4, "gptq", 4)):
         small = quantise_decoder(params, config, QuantConfig(bits, method, group), TEXT)
-        found = logits(dequantise_layer(small, "float32"), config)
+        found = logits(dequantize_layer(small, "float32"), config)
         # Of the median token: a few whose two best experts are nearly tied go to another one and are far off.
         error[bits, method] = float(jnp.median(jnp.square(found - exact).mean(-1) / jnp.square(exact).mean(-1)))
         assert stored_bytes(small["blocks"]) < stored_bytes(params["blocks"]) * (0.55 if bits == 8 else 0.5)
@@ -63,7 +64,7 @@ def test_quantised_kernels_are_served_as_they_are(axes):
     placed = programs.place(placed)
     assert placed["blocks"]["mlp"]["up"]["kernel"].values.dtype == jnp.int4
     _, found = programs.prefill(placed, TEXT, np.full(8, 16))
-    np.testing.assert_allclose(found, logits(dequantise_layer(small, "float32"), DENSE)[:, -1], atol=1e-4)
+    np.testing.assert_allclose(found, logits(dequantize_layer(small, "float32"), DENSE)[:, -1], atol=1e-4)
 
 
 def test_calibration_text_comes_from_all_over_a_file(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
-from sharding.analysis.collectives import collectives
+from sharding.analysis.collectives import count_collectives
 from sharding.errors import PlanError
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
@@ -136,7 +136,7 @@ def test_a_layer_of_a_tensor_parallel_decode_has_two_all_reduces():
     programs, params = programs_for("dense", "tp=4")
     state = programs.start()
     rows = np.zeros(8, np.int32)
-    whole = collectives(lambda *args: programs.generate(*args, steps=1), params, state, rows, rows + 1, greedy(8))
+    whole = count_collectives(lambda *args: programs.generate(*args, steps=1), params, state, rows, rows + 1, greedy(8))
     of_layers = [one for one in whole if "layers" in one.scope]
     assert sum(one.count for one in of_layers) == 2 * DENSE.layers
     assert {one.kind for one in of_layers} == {"all-reduce"}

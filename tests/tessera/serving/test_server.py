@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import tiny_model as tiny
 
-from tessera.data.tokenizer import ByteTokenizer
+from tessera.data.text import ByteTokenizer
 from tessera.serving.app import AppConfig, make_app
 from tessera.serving.service import Service
 from tessera.serving.text import TextStream

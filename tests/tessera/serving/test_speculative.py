@@ -98,10 +98,10 @@ def test_models_that_do_not_go_together_are_refused():
     for name, size in (("slots", 8), ("length", 32)):
         with pytest.raises(PlanError, match=name):
             Speculating(target, replace(target, config=replace(target.config, **{name: size})))
-    other = replace(target.served, config=replace(target.served.config, vocab_size=128))
+    other = replace(target.decoder, config=replace(target.decoder.config, vocab_size=128))
     with pytest.raises(PlanError, match="vocabulary: 256, and 128"):
-        Speculating(target, replace(target, served=other))
+        Speculating(target, replace(target, decoder=other))
     with pytest.raises(PlanError, match="parts"):
-        Speculating(target, replace(target, served=replace(target.served, plan=Plan("dp=2"))))
+        Speculating(target, replace(target, decoder=replace(target.decoder, plan=Plan("dp=2"))))
     with pytest.raises(ValueError, match="drafted=0"):
         Speculating(target, target, 0)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from scaling.sweeps.plan import Family
-from tessera.optim.param_axes import path_name
-from tessera.optim.schedules import make_schedule
-from tessera.sweeps.programs import NEVER, Course, Trial, TrialConfig, compile_programs, rate, role_of
+from sharding.rules import path_name
+from tessera.optim.optimizer import make_schedule
+from tessera.sweeps.programs import NEVER, Schedule, Trial, TrialConfig, compile_programs, rate, role_of
 
 LENGTH, VOCAB = 16, 32
 
@@ -27,16 +27,16 @@ def text(size=4000, seed=0):
 
 @pytest.mark.parametrize("branch", [600, 800])
 def test_a_decay_is_that_of_the_wsd_schedule(branch):
-    course = Course(0.3, 0, branch, 1000)
+    schedule = Schedule(0.3, 0, branch, 1000)
     theirs = make_schedule("wsd", 0.3, steps=1000, decay=1 - branch / 1000)
     for step in (0, 10, branch - 1, branch, branch + 1, 900, 999):
-        assert float(rate(jnp.int32(step), course, "linear")) == pytest.approx(float(theirs(step)), rel=1e-5)
+        assert float(rate(jnp.int32(step), schedule, "linear")) == pytest.approx(float(theirs(step)), rel=1e-5)
         x = max(0.0, (step - branch) / (1000 - branch))
-        assert float(rate(jnp.int32(step), course, "sqrt")) == pytest.approx(0.3 * (1 - x**0.5), rel=1e-4)
+        assert float(rate(jnp.int32(step), schedule, "sqrt")) == pytest.approx(0.3 * (1 - x**0.5), rel=1e-4)
 
 
 def test_a_trunk_warms_up_and_stays():
-    rates = [float(rate(jnp.int32(step), Course(0.3, 4), "sqrt")) for step in (0, 1, 2, 3, 4, 10**6)]
+    rates = [float(rate(jnp.int32(step), Schedule(0.3, 4), "sqrt")) for step in (0, 1, 2, 3, 4, 10**6)]
     assert rates == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3, 0.3]) and NEVER > 10**9
 
 
@@ -55,7 +55,7 @@ def test_the_base_width_is_trained_as_optax_would():
 
     for row in index:
         params, opt_state = step(params, opt_state, row)
-    ours, _ = jax.jit(trial.advance)(state, tokens, index, np.int32(3), Course(1e-2, 0))
+    ours, _ = jax.jit(trial.advance)(state, tokens, index, np.int32(3), Schedule(1e-2, 0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), ours.params, params)
 
 
@@ -76,10 +76,10 @@ def test_windows_hold_the_text_and_one_call_is_many():
     windows = np.asarray(trial.windows(tokens, jnp.array([0, 3])))
     np.testing.assert_array_equal(windows[1], np.asarray(tokens)[3 * LENGTH : 4 * LENGTH + 1])
     programs, index = compile_programs(trial), np.arange(40, dtype=np.int32).reshape(10, 4)
-    course = Course(1e-2, 2)
-    whole, _ = programs.advance(programs.init(), tokens, index, np.int32(6), course)
-    half, _ = programs.advance(programs.init(), tokens, index, np.int32(2), course)
-    rest, _ = programs.advance(half, tokens, np.roll(index, -2, 0), np.int32(4), course)
+    schedule = Schedule(1e-2, 2)
+    whole, _ = programs.advance(programs.init(), tokens, index, np.int32(6), schedule)
+    half, _ = programs.advance(programs.init(), tokens, index, np.int32(2), schedule)
+    rest, _ = programs.advance(half, tokens, np.roll(index, -2, 0), np.int32(4), schedule)
     assert int(whole.step) == int(rest.step) == 6
     jax.tree.map(np.testing.assert_array_equal, whole.params, rest.params)
 
@@ -113,9 +113,9 @@ def _each(tree, size):
 # --- the coordinate check of Yang et al. (2022), appendix D.1
 
 
-def moves(parametrisation, width, *, lr, steps=4, seed=0):
+def moves(parametrization, width, *, lr, steps=4, seed=0):
     """Root mean square change, over `steps` steps of Adam, of a logit and of a coordinate of the block's output."""
-    trial = Trial(settings(width, layers=1), seed, TrialConfig(parametrisation=parametrisation, base_width=16))
+    trial = Trial(settings(width, layers=1), seed, TrialConfig(parametrization=parametrization, base_width=16))
     tokens, index = text(), np.arange(16, dtype=np.int32)[None].repeat(steps, 0)
 
     def activations(params, inputs):
@@ -126,16 +126,16 @@ def moves(parametrisation, width, *, lr, steps=4, seed=0):
     @jax.jit
     def run(tokens, index):
         state, inputs = trial.init(), trial.windows(tokens, index[0])[:, :-1]
-        after, _ = trial.advance(state, tokens, index, steps, Course(lr, 0))
+        after, _ = trial.advance(state, tokens, index, steps, Schedule(lr, 0))
         pairs = zip(activations(after.params, inputs), activations(state.params, inputs), strict=True)
         return [jnp.sqrt(jnp.mean((a - b) ** 2)) for a, b in pairs]
 
     return [float(x) for x in run(tokens, jnp.asarray(index))]
 
 
-def slopes(parametrisation, widths, **options):
+def slopes(parametrization, widths, **options):
     """Exponents of width in the moves."""
-    table = np.log([moves(parametrisation, width, **options) for width in widths])
+    table = np.log([moves(parametrization, width, **options) for width in widths])
     return np.polyfit(np.log(widths), table, 1)[0]
 
 
@@ -152,7 +152,7 @@ def test_coordinates_move_alike_at_every_width(widths):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parametrisation": "ntk"}, "mup"),
+        ({"parametrization": "ntk"}, "mup"),
         ({"decay_shape": "cos"}, "sqrt"),
         ({"noise_batches": 1}, "at least 2"),
         ({"chunk": 0}, "chunk"),

@@ -12,11 +12,12 @@ from tessera.sweeps.report import (
     ReportConfig,
     best_rows,
     enough,
+    fit_sweep,
     isoflop_part,
     lr_minima,
     lr_section,
     surface_part,
-    sweep_report,
+    sweep_page,
 )
 
 T = {"A": 40.0, "B": 900.0, "E": 1.2, "alpha": 0.45, "beta": 0.5}
@@ -58,8 +59,8 @@ def rows(*, sizes=8, factors=(1.0,), batches=(16,), noise=0.002, shift=1.0, budg
 
 def reported(tmp_path, found, **changes):
     (tmp_path / "runs.csv").write_text(table(found))
-    lead, page = sweep_report(tmp_path, ReportConfig(resamples=40, **changes), length=64)
-    return lead, page.read_text(), json.loads((tmp_path / "fit.json").read_text())
+    found = fit_sweep(tmp_path, ReportConfig(resamples=40, **changes), length=64)
+    return found.lead, sweep_page(tmp_path, found).read_text(), json.loads((tmp_path / "fit.json").read_text())
 
 
 def test_a_sweep_is_fitted_both_ways(tmp_path):
@@ -86,17 +87,17 @@ def shown(sections):
 def test_refused_budgets_are_shown_as_refused():
     # All sizes are far too large for the smallest budget.
     found = as_rows(rows(shift=4.0, budgets=(1e9, *BUDGETS)))
-    result, sections, lead = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
+    result, lead, sections = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
     refused = [m for m in result["minima"] if m["refused"]]
     assert [m["budget"] for m in refused] == pytest.approx([1e9], rel=1e-3)
-    assert any(line.startswith("Refused at 1e09 FLOPs: the points scatter") for line in lead)
+    assert any(line.startswith("Refused at 1e9 FLOPs: the points scatter") for line in lead)
     assert [section.title for section in sections[:3]] == ["IsoFLOP curves", "Minima", "What to train"]
     assert "the points scatter" in shown(sections)
 
 
 def test_a_sweep_without_minima_says_so():
     found = as_rows(rows(shift=100.0, budgets=(1e10, 2e10)))
-    result, sections, lead = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
+    result, lead, sections = isoflop_part(found, ReportConfig(resamples=20), Path("runs.csv"))
     assert "0 of 2 budgets" in result["refused"] and "No power law" in lead[0]
     assert "more than the parabola is deep" in shown(sections)
 

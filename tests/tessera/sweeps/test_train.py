@@ -8,12 +8,12 @@ import pytest
 
 from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
 from scaling.sweeps.store import Store, carry_out
-from tessera.data.text import TextConfig, TextSplits
-from tessera.data.tokenizer import ByteTokenizer
+from tessera.data.text import ByteTokenizer, TextConfig, TextSplits
+from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
 from tessera.sweeps import train
 from tessera.sweeps.programs import TrialConfig
-from tessera.sweeps.train import Trunk, load_texts, train_run
+from tessera.sweeps.train import load_texts, train_run
 
 CONFIG = TrialConfig(eval_tokens=2048, noise_batches=2, chunk=16, save_seconds=0.0)
 PLAN = PlanConfig(
@@ -101,9 +101,9 @@ def test_a_damaged_save_is_passed_over(text, whole, tmp_path):
     run = plan()
     shutil.copytree(whole[1], tmp_path / "copy")
     store = Store(tmp_path / "copy")
-    saves = Trunk(store.path(run) / "trunk").saves()
-    assert [step for step, _ in saves] == [readout.branch for readout in run.readouts]
-    for path in saves[-1][1].rglob("*"):
+    saves = ArtifactStore(store.path(run) / "trunk", "branch-")
+    assert saves.steps() == [readout.branch for readout in run.readouts]
+    for path in saves.path(saves.steps()[-1]).rglob("*"):
         if path.is_file() and path.stat().st_size > 500:
             path.write_bytes(path.read_bytes()[:-100])
     (store.path(run) / "readouts" / f"{run.readouts[1].steps}.json").unlink()
@@ -113,7 +113,7 @@ def test_a_damaged_save_is_passed_over(text, whole, tmp_path):
 
 def test_a_diverging_run_says_so(text, tmp_path):
     run = plan(lr=Rule(1e30))
-    with pytest.raises(FloatingPointError, match="w8: the loss is (nan|inf) near step"):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+ \(w8\): a lower learning rate"):
         list(train_run(run, tmp_path, lambda steps: None, text=text, config=CONFIG))
 
 

@@ -11,10 +11,12 @@ from configs import lottery_digits
 from lottery import connectivity
 from lottery import masks as masks_lib
 from tessera.data.images import Images, ImageSplits
+from tessera.infra.schema import completed
 from tessera.models.convolution import batch_statistics, conv
 from tessera.models.registry import STATISTICS, resnet
 from tessera.models.vision import ResNetConfig
 from tessera.tickets import probes
+from tessera.tickets.schema import SCHEMA
 from tessera.tickets.setup import make_setup
 
 
@@ -39,9 +41,9 @@ def test_statistics_taken_anew_are_the_examples_own():
 
 @pytest.fixture(scope="module")
 def setup():
-    config = lottery_digits.get_config()
+    config = completed(SCHEMA, lottery_digits.get_config())
     config.model = ConfigDict({"hidden": (5,)})
-    config.evidence = ConfigDict({"batches": 1, "batch_size": 5})
+    config.score_inputs = ConfigDict({"batches": 1, "batch_size": 5})
     return make_setup(config, SPLITS)
 
 

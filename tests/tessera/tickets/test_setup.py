@@ -12,16 +12,26 @@ from ml_collections import ConfigDict
 from configs import lottery_cifar, lottery_digits, lottery_lm
 from lottery import imp, transfer
 from lottery import masks as masks_lib
-from lottery.levels import level_counts
+from lottery.search_config import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
+from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
+from tessera.infra.schema import completed
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
-from tessera.tickets.setup import Finished, finished, make_setup, search_tickets, starts_of
-from tessera.tickets.store import LevelStore
+from tessera.tickets.schema import SCHEMA
+from tessera.tickets.setup import (
+    Finished,
+    FinishedLevels,
+    LevelStore,
+    finished,
+    make_setup,
+    search_tickets,
+    starts_of,
+)
 
 
 def images(count, seed=0):
@@ -35,12 +45,12 @@ SPLITS = ImageSplits(images(40), images(10, 1), images(12, 2), 3)
 
 
 def small(**changes):
-    config = lottery_digits.get_config()
+    config = completed(SCHEMA, lottery_digits.get_config())
     config.seeds = (0, 4)
     config.model = ConfigDict({"hidden": (6,)})
     config.train.update({"steps": "6it", "batch_size": 5, "eval_every": 6, "save_seconds": 0.0})
     config.search.update({"levels": 1, "rate": 0.5, "output_rate": 0.5})
-    config.evidence = ConfigDict({"batches": 2, "batch_size": 10})
+    config.score_inputs = ConfigDict({"batches": 2, "batch_size": 10})
     for path, value in changes.items():
         group, name = path.split("__")
         config[group][name] = value
@@ -53,16 +63,12 @@ def run(config, store=None, splits=SPLITS):
     return setup, store, rows
 
 
-def test_distillation_agrees_with_torch():
-    torch = pytest.importorskip("torch")
-    student, teacher = (np.random.default_rng(i).normal(size=(7, 5)).astype(np.float32) for i in (0, 1))
+def test_distillation_agrees_with_torch(golden):
+    cases = golden("losses")["distillation"]
     for temperature in (1.0, 4.0):
-        one, two = (torch.tensor(x) / temperature for x in (student, teacher))
-        soft = torch.softmax(two, 1)
-        kl = torch.nn.functional.kl_div(torch.log_softmax(one, 1), soft, reduction="batchmean")
-        want = temperature**2 * (kl - (soft * soft.log()).sum(1).mean())
-        got = distillation(jnp.asarray(student), jnp.asarray(teacher), temperature)
-        assert float(got) == pytest.approx(float(want), rel=1e-5)
+        case = cases[f"{temperature:g}"]
+        got = distillation(jnp.asarray(case["student"]), jnp.asarray(case["teacher"]), temperature)
+        assert float(got) == pytest.approx(float(case["loss"]), rel=1e-5)
 
 
 def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
@@ -91,7 +97,7 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
 
 
 def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
-    config = lottery_lm.get_config("tiny")
+    config = completed(SCHEMA, lottery_lm.get_config("tiny"))
     config.seeds = (0,)
     config.train.update({"steps": "4it", "eval_every": 4})
     config.optimizer.warmup = 1
@@ -115,7 +121,7 @@ def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
 def test_a_teacher_pulls_the_tickets_towards_itself():
     found = {}
     for weight in (0.0, 1.0):
-        config = small(search__teacher="dense", search__arms=("ticket",), train__distil=weight, train__steps="60it")
+        config = small(search__teacher="dense", search__arms=("ticket",), train__distill=weight, train__steps="60it")
         config.train.update({"eval_every": 60, "temperature": 2.0})
         config.lr = 0.01
         setup, store, _ = run(config)
@@ -153,7 +159,7 @@ WRONG = [
     ({"search__structure": "3:2"}, "config.search: SearchConfig.structure: 3:2 sparsity is impossible"),
     ({"search__score": "snop"}, "config.search: SearchConfig.score: 'snop' is not one of"),
     ({"search__scope": "erq"}, "config.search: SearchConfig.scope: 'erq'"),
-    ({"train__distil": 2.0}, "config.train: distil=2.0"),
+    ({"train__distill": 2.0}, "config.train: distill=2.0"),
     ({"model__name": "lenit"}, "config.model.name: no such setting; did you mean 'lenet'"),
     ({"model__norm": "batch"}, "config.model.norm: no such setting"),
     ({"data__kind": "sound"}, "config.data.kind"),
@@ -174,11 +180,11 @@ def test_a_split_without_examples_is_refused_before_the_search():
 
 @pytest.mark.parametrize("name", [*lottery_cifar.SMALL, "conv2-small", "resnet20-small", "vit-small"])
 def test_every_cifar_config_builds_its_network_and_its_search(name):
-    config = lottery_cifar.get_config(name)
+    config = completed(SCHEMA, lottery_cifar.get_config(name))
     side = 16 if name.endswith("small") else 32
     one = Images(np.zeros((1, side, side, 3), np.float32), np.zeros(1, np.int32))
     many = Images(np.zeros((200, side, side, 3), np.float32), np.zeros(200, np.int32))
-    config.evidence = ConfigDict({"batches": 1, "batch_size": 1})
+    config.score_inputs = ConfigDict({"batches": 1, "batch_size": 1})
     setup = make_setup(config, ImageSplits(many, one, one, 10))
     shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
     which = masks_lib.prunable(shapes, setup.search.rules)
@@ -197,3 +203,59 @@ def test_fine_tuning_begins_where_the_schedule_ends():
     before, after = (tree["dense0"]["kernel"] for tree in (params, trained.params))
     moved = [bool(np.any(np.asarray(before[i] != after[i]))) for i in (0, 1)]
     assert moved == [True, False]  # a rate that has fallen to zero moves nothing
+
+
+# Levels on disk: atomic, complete, and honest about damage.
+
+TREE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "masks": {"w": jnp.ones((2, 3), bool)}}
+ROWS = [{"arm": "dense", "seed": 0, "loss": 0.1}]
+
+
+def damage(directory):
+    """Cut every file of an artifact short."""
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_size > 4:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_finished_level_comes_back_and_its_leftovers_go(tmp_path):
+    store = LevelStore(tmp_path)
+    store.unfinished(3).save(10, TREE)
+    assert not store.has(3)
+    store.save(3, TREE, ROWS)
+    assert store.has(3) and not store.has(4)
+    tree, rows = store.load(3, TREE)
+    np.testing.assert_array_equal(tree["params"]["w"], TREE["params"]["w"])
+    assert rows == ROWS and store.unfinished(3).latest(TREE) is None
+    (tmp_path / "03.step10" / "state").mkdir(parents=True)  # killed while it was removed
+    store.load(3, TREE)
+    assert [path.name for path in tmp_path.iterdir()] == ["03"]
+
+
+def test_a_damaged_level_is_named(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(0, TREE, ROWS)
+    damage(store.path(0))
+    with pytest.raises(CheckpointDamaged, match=str(store.path(0))):
+        store.load(0, TREE)
+
+
+def test_the_levels_of_another_search_are_left_as_they_are(tmp_path):
+    store = LevelStore(tmp_path)
+    store.save(3, TREE, ROWS)
+    for name in ("03.step10", ".04.new"):  # the search that owns them is running
+        (tmp_path / name / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    levels = FinishedLevels(tmp_path)
+    assert levels.has(3) and not levels.has(4) and levels.load(3, TREE)[1] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_directory_of_someone_else_under_such_a_name_stays(tmp_path):
+    (tmp_path / "01.step5").mkdir()
+    (tmp_path / "01.step5" / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).save(1, TREE, ROWS)
+    with pytest.raises(NotOurs, match=r"01\.step5 .*thesis\.tex"):
+        LevelStore(tmp_path).unfinished(1).clear(before=9)
+    assert (tmp_path / "01.step5" / "thesis.tex").exists()

@@ -10,12 +10,14 @@ from lottery import masks as masks_lib
 from lottery.imp import Memory, SearchConfig, Starts, search
 from tessera.data.images import Images, ImageSplits
 from tessera.data.loader import index_block
-from tessera.models.lenet import LeNet, MLPConfig
-from tessera.tickets.programs import at_step, batched, evaluate, make_programs
-from tessera.tickets.train import TicketConfig, stops, train_stack
+from tessera.infra.artifacts import ArtifactStore
+from tessera.models.registry import plain
+from tessera.models.vision import LeNet, MLPConfig
+from tessera.tickets.train import TicketConfig, at_step, batched, evaluate, make_programs, stops, train_stack
 
 CONFIG = TicketConfig(steps=24, batch_size=8, eval_every=8)
 MODEL = LeNet(MLPConfig(hidden=(16,), classes=4))
+NETWORK = plain(MODEL, jnp.zeros((1, 3, 3, 1)))
 SIZE = 70
 
 
@@ -47,7 +49,7 @@ def make_starts(opt_state=None, start_step=0, density=0.5):
 
 
 def run(splits, config=CONFIG, starts=None, optimizer=None, **kwargs):
-    programs = make_programs(splits, apply=apply, optimizer=optimizer or optax.adam(0.02), config=config)
+    programs = make_programs(splits, NETWORK, optimizer or optax.adam(0.02), config)
     return train_stack(starts or make_starts(), programs, config=config, size=SIZE, **kwargs)
 
 
@@ -91,22 +93,25 @@ def test_pruned_weights_stay_zero_and_seeds_decide_the_order(splits):
     assert curves[0] != curves[1]
 
 
-class Disk:
-    """Keeps the newest save; with `die_at`, the n-th save is the last thing that happens."""
+class Disk(ArtifactStore):
+    """Keeps the newest save in memory; with `die_at`, the n-th save is the last thing that happens."""
 
     def __init__(self, die_at=0):
         self.saved, self.count, self.die_at = None, 0, die_at
 
-    def load(self, like):
+    def latest(self, like, before=None):
         if self.saved is not None:
             assert jax.tree.structure(like) == jax.tree.structure(self.saved[1])
         return self.saved
 
-    def save(self, step, carry, rows):
-        self.saved = (step, jax.tree.map(np.asarray, carry), [dict(row) for row in rows])
+    def save(self, step, tree, extra):
+        self.saved = (step, jax.tree.map(np.asarray, tree), {"rows": [dict(row) for row in extra["rows"]]})
         self.count += 1
         if self.count == self.die_at:
             raise KeyboardInterrupt
+
+    def clear(self, before=None):
+        assert before == self.saved[0]
 
 
 @pytest.mark.parametrize(("die_at", "rewind"), [(1, 0), (1, 8), (2, 3)])
@@ -181,7 +186,7 @@ def test_settings_that_cannot_be_run_are_refused(bad):
 def test_a_search_trains_through_it(splits):
     config = TicketConfig(steps=8, batch_size=8, eval_every=8, rewind=4)
     optimizer = optax.adam(0.02)
-    programs = make_programs(splits, apply=apply, optimizer=optimizer, config=config)
+    programs = make_programs(splits, NETWORK, optimizer, config)
     rows = search(
         lambda key: MODEL.init(key, jnp.zeros((1, 3, 3, 1)))["params"],
         lambda starts, level: train_stack(starts, programs, config=config, size=SIZE),

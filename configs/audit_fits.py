@@ -1,0 +1,22 @@
+"""Whether fits can be trusted: simulated sweeps, races of the planner, and conventions of counting.
+
+What: `coverage`, how often 95% intervals hold the truth over sweeps simulated from Chinchilla's law; `planner`,
+surfaces on which the planner races an IsoFLOP grid for the grid's interval; `conventions`, a table of runs counted
+under every convention and fitted again (needs `--config.runs`).
+Cost: coverage of 1,000 sweeps 254 seconds of processor time, 100 races 72, conventions 13.
+Expected: docs/results/scaling_fits.md has what was measured.
+Command: python scripts/benchmarks/run.py --config=audit_fits:coverage
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = {
+    "coverage": "how often 95% intervals hold the truth",
+    "planner": "the planner against an IsoFLOP grid",
+    "conventions": "exponents by convention of counting",
+}
+
+
+def get_config(variant: str = "coverage") -> ConfigDict:
+    """One audit."""
+    return ConfigDict({"suite": "audit", "what": variant})

@@ -1,0 +1,53 @@
+"""Look at a finished search: `tessera analyze-ticket --config.search=RUN`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tessera.cli.main import Invocation
+from tessera.data.download import DataUnavailable
+from tessera.infra.checkpoint import CheckpointDamaged
+from tessera.infra.config import ConfigError, build, checked
+from tessera.infra.memo import Memo
+from tessera.infra.schema import Schema
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
+from tessera.tickets.probe_report import analysis_report, analyze
+from tessera.tickets.probes import AnalysisConfig
+from tessera.tickets.setup import finished
+
+
+@dataclass(frozen=True)
+class AnalyzeSettings:
+    """What stands at the top of an analysis' config.
+
+    Attributes:
+      search: workdir of the finished search.
+      levels: pruning levels to look at; () takes five over the depth.
+    """
+
+    search: str = ""
+    levels: tuple[int, ...] = ()
+
+
+SCHEMA = Schema(AnalyzeSettings, analysis=AnalysisConfig)
+ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError)
+
+
+def main(invocation: Invocation) -> None:
+    """Config -> levels of the search -> connectivity, overlap, sharpness -> page."""
+    config, console = invocation.config, Console()
+    if not config.search:
+        raise ConfigError("config.search: the workdir of a finished search is needed")
+    search = checked("config.search", finished, config.search, "config.search")
+    have = [n for n in range(search.setup.search.levels + 1) if search.store.has(n)]
+    levels = list(config.levels) or sorted({0, *have[1:3], have[len(have) // 2], have[-1]} if have else {0})
+    missing = [level for level in levels if level not in have]
+    if missing:
+        raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
+    workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config, defaults=invocation.defaults)
+    memo = Memo(workdir / "memo", lambda name: console.log(name))
+    settings = build(AnalysisConfig, config.analysis, "config.analysis")
+    found = analyze(search, memo, settings, levels)
+    print_report(analysis_report, workdir, search, found, settings)

@@ -1,0 +1,37 @@
+"""Fit a scaling law: `tessera fit --config=chinchilla_fit --config.runs=RUNS.csv`."""
+
+from rich.console import Console
+from rich.table import Table
+
+from scaling.rows import read_csv
+from tessera.cli.main import Invocation
+from tessera.infra.config import build
+from tessera.infra.schema import Schema
+from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.reports.html import print_report
+from tessera.sweeps.fit_report import ScalingConfig, fit_page, fit_runs, span, summary
+
+SCHEMA = Schema(ScalingConfig)
+ERRORS = (ValueError, FileNotFoundError, WorkdirMismatch)
+
+
+def main(invocation: Invocation) -> None:
+    """Config -> rows -> fit -> fit.json, report."""
+    config = build(ScalingConfig, invocation.config)
+    rows = read_csv(config.runs)
+    workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
+    fitted = fit_runs(workdir, rows, config)
+    result, console = fitted.result, Console()
+    if "parameters" in result:
+        table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")
+        for heading in ("parameter", "value", "standard error", f"{config.level:.0%} interval"):
+            table.add_column(heading)
+        for name, found in result["parameters"].items():
+            error = f"{found['se']:.4g}" if "se" in found else "not measured"
+            table.add_row(name, f"{found['value']:.7g}", error, span(found.get("interval")))
+        console.print(table)
+    for line in summary(result):
+        console.print(line, soft_wrap=True)
+    for finding in result["doctor"]:
+        console.print(f"{finding['verdict']}: {finding['name']}: {finding['text']}", soft_wrap=True, markup=False)
+    print_report(fit_page, workdir, fitted, rows.source)

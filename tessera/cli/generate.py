@@ -1,0 +1,38 @@
+"""Continue a text: `tessera generate --config.model.dir=runs/lm --config.prompt='def '`."""
+
+import sys
+
+from sharding.errors import PlanError
+from sharding.plan import Plan
+from tessera.cli.main import Invocation
+from tessera.infra.checkpoint import CheckpointDamaged
+from tessera.infra.config import build, checked
+from tessera.serving import schema
+from tessera.serving.load import DraftConfig, SourceConfig, make_engine
+from tessera.serving.programs import ServeConfig
+from tessera.serving.requests import Sampling
+from tessera.serving.text import TextStream
+
+SCHEMA = schema.SCHEMA
+ERRORS = (FileNotFoundError, CheckpointDamaged, PlanError, ImportError)
+
+
+def main(invocation: Invocation) -> int:
+    """Config -> engine -> text on standard output, as it is drawn. Returns the exit status."""
+    c = invocation.config
+    source = build(SourceConfig, c.model, "config.model")
+    sizes = build(ServeConfig, c.sizes, "config.sizes")
+    sampling = build(Sampling, c.sampling, "config.sampling")
+    plan, draft = build(Plan, {}, "config", axes=c.plan), build(DraftConfig, c.draft, "config.draft")
+    engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft)
+    stream = TextStream(loaded.tokenizer)
+
+    def show(text):
+        sys.stdout.write(stream.feed(text.tokens, final=bool(text.finish)))
+        sys.stdout.flush()
+
+    sys.stdout.write(c.prompt)
+    checked("config.prompt", engine.submit, loaded.tokenizer.encode(c.prompt).tolist(), sampling, show)
+    engine.run()
+    sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,378 @@
+"""Run a command by name: `tessera train --config=lm:tiny`, or `python scripts/train.py --config=lm:tiny`.
+
+`--help` and wrong flags are answered before JAX or a command's module is imported. A command's module has `SCHEMA` (its
+settings, see `tessera.infra.schema`), `ERRORS` (exceptions that are one line, not a traceback) and `main(invocation)`,
+which returns the exit status.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one command: name, default (its type is the flag's) and meaning."""
+
+    name: str
+    default: Any
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line knows of a command before it imports it.
+
+    Attributes:
+      module: where `SCHEMA`, `ERRORS` and `main` are.
+      script: file under scripts/ that runs it; the configs whose `Command:` names that script are its configs.
+      meaning: one line.
+      config: the config without `--config`.
+      also: further scripts whose configs it takes.
+      flags: its own flags, beside those of all commands.
+      environment: variables to set where they are not set, before JAX is imported.
+      hosts: it runs on several hosts; the processes of a run find each other before `main`.
+    """
+
+    module: str
+    script: str
+    meaning: str
+    config: str = ""
+    also: tuple[str, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    hosts: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("tessera.cli.train", "train", "Train a language model.", "lm", also=("explain",), hosts=True),
+    "find-ticket": Command("tessera.cli.find_ticket", "find_ticket", "Search for lottery tickets.", "lottery_digits"),
+    "analyze-ticket": Command(
+        "tessera.cli.analyze_ticket",
+        "analyze_ticket",
+        "Connectivity, overlap and sharpness of found tickets.",
+        "analyze",
+    ),
+    "study": Command("tessera.cli.study", "study", "Experiments on tickets.", "study_instability"),
+    "fit": Command("tessera.cli.fit", "fit_scaling", "Fit a scaling law to a table of runs.", "chinchilla_fit"),
+    "sweep": Command(
+        "tessera.cli.sweep",
+        "sweep",
+        "Train a sweep of model sizes and fit it.",
+        "isoflop",
+        environment={"JAX_PLATFORMS": "cpu"},
+    ),
+    "compare-moe": Command(
+        "tessera.cli.compare_moe", "compare_moe", "Train arms over seeds and compare them.", "moe_vs_dense", hosts=True
+    ),
+    "explain": Command(
+        "tessera.cli.explain",
+        "explain",
+        "Explain what a training step under a plan would cost.",
+        "lm",
+        also=("train",),
+        flags=(
+            Flag("hardware", "v5p", "What the step would run on, such as v5p or H100."),
+            Flag("compile", "", "TPU slice to compile the step for, such as v5p:8x8x8 (extra tpu)."),
+            Flag("devices", 0, "Number of devices; 0 takes the plan's (or the slice's)."),
+            Flag("search", True, "Look for better plans."),
+        ),
+    ),
+    "serve": Command("tessera.cli.serve", "serve", "Serve a model over HTTP.", "serve", also=("generate",)),
+    "generate": Command("tessera.cli.generate", "generate", "Continue a text.", "serve", also=("serve",)),
+    "quantize": Command("tessera.cli.quantize", "quantize", "Loss of a model in 8 and 4 bits.", "quantize"),
+}
+# Commands without a config.
+PLAIN = {"doctor": ("tessera.cli.doctor", "Versions, devices, defaults and missing extras, to paste into an issue.")}
+
+# Flags of a run on several hosts; see `sharding.multihost.distributed`.
+HOSTS = (
+    Flag("coordinator", "", "host:port of the first process of a run on several hosts; auto: detected by JAX."),
+    Flag("processes", 0, "Number of processes of the run."),
+    Flag("process", -1, "Number of this process, from 0."),
+    Flag("join_seconds", 300, "How long to wait for all processes to appear."),
+    Flag("silence_seconds", 100, "Heartbeat timeout: how long a process may be silent before the others end."),
+)
+COMMON = (
+    Flag("workdir", "", "Directory of the run; one found there goes on."),
+    Flag("cpu_devices", 0, "Devices that a CPU is split into, to try a plan on one machine; 0 leaves JAX's number."),
+    Flag("verbosity", -1, "Log level: -1 warnings, 0 information of all libraries, 1 debugging."),
+    *HOSTS,
+)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the command line said.
+
+    Attributes:
+      config: the settings, complete.
+      name: the config's name with its argument ("lm-tiny").
+      workdir: "" for the default.
+      flags: values of all other flags by name.
+      defaults: default of every setting that has one, dotted path -> value.
+    """
+
+    config: Any
+    name: str
+    workdir: str = ""
+    flags: Mapping[str, Any] = field(
+        default_factory=lambda: {flag.name: flag.default for flag in COMMON if flag.name != "workdir"}
+    )
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hosts(self) -> dict[str, Any]:
+        """Values of the flags `HOSTS`."""
+        return {flag.name: self.flags[flag.name] for flag in HOSTS}
+
+
+def main(argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Entry point of the console command `tessera`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        raise SystemExit(0 if argv else 2)
+    name, *rest = argv
+    if name in PLAIN:
+        raise SystemExit(importlib.import_module(PLAIN[name][0]).main(rest))
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, [*COMMANDS, *PLAIN], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        _fail(f"tessera {name}: no such command; {hint}The commands are: {', '.join([*COMMANDS, *PLAIN])}", 2)
+    run(name, rest)
+
+
+def overview() -> str:
+    """The commands, a line each."""
+    rows = [(name, command.meaning) for name, command in COMMANDS.items()]
+    rows += [(name, meaning) for name, (_, meaning) in PLAIN.items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:{width}}  {meaning}" for name, meaning in rows]
+    return "usage: tessera COMMAND [--config=NAME[:VARIANT]] [--config.KEY=VALUE ...]\n\ncommands:\n" + "\n".join(
+        [*lines, "", "tessera COMMAND --help lists its configs and flags, --fields every setting with its meaning."]
+    )
+
+
+def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Run a command: read its command line, call its `main`, exit with the status.
+
+    Args:
+      name: a key of `COMMANDS`, or a command of a script's own.
+      argv: the words behind the program's name; those of this process by default.
+
+    Wrong settings end the program with status 2, the module's `ERRORS` with 1, each with one message instead of a
+    traceback; Ctrl-C with 130.
+    """
+    command = name if isinstance(name, Command) else COMMANDS[name]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options, overrides = parse_flags(command, argv, prog=_program(name, command))
+    for variable, value in command.environment.items():
+        os.environ.setdefault(variable, value)
+    from tessera.infra.errors import ConfigError
+
+    errors: tuple[type[BaseException], ...] = ()
+    try:
+        values = vars(options)
+        config, config_name = _load(command, values)
+        module = importlib.import_module(command.module)
+        errors = module.ERRORS
+        if values.pop("fields") is not None:
+            print(fields_table(module.SCHEMA, config, overrides))
+            raise SystemExit(0)
+        invocation = invoke(module.SCHEMA, config, overrides, config_name, values)
+        if values["print_config"]:
+            print(_as_text(invocation.config))
+            raise SystemExit(0)
+        _begin(values)
+        if command.hosts:
+            join_processes(invocation.hosts)
+        raise SystemExit(module.main(invocation) or 0)
+    except ConfigError as error:
+        _fail(error, 2)
+    except errors as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def parse_flags(
+    command: Command, argv: Sequence[str], prog: str = "tessera"
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The flags of a command line, and its overrides as (path, text); exits with a message if it makes no sense."""
+    overrides, rest = split_overrides(argv)
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config=NAME[:VARIANT]] [--config.KEY=VALUE ...] [flags]",
+        description=command.meaning,
+        epilog=configs_help(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    text = f"Config by name or file, with its variant after a colon; {command.config} by default."
+    parser.add_argument("--config", default=command.config, metavar="NAME[:VARIANT]", help=text)
+    parser.add_argument(
+        "--fields",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="PART",
+        help="List the settings: path, type, default, meaning.",
+    )
+    parser.add_argument("--print_config", action="store_true", help="Print the resolved settings and stop.")
+    for flag in (*COMMON, *command.flags):
+        kind = type(flag.default)
+        if kind is bool:
+            parser.add_argument(
+                f"--{flag.name}", action=argparse.BooleanOptionalAction, default=flag.default, help=flag.meaning
+            )
+        else:
+            parser.add_argument(f"--{flag.name}", type=kind, default=flag.default, help=flag.meaning)
+    options = parser.parse_args(rest)
+    return options, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line for what is wrong, the nearest flag, and status 2."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, extra = self.parse_known_args(args, namespace)
+        for word in extra:
+            flag = word.partition("=")[0].lstrip("-")
+            if not word.startswith("-"):
+                _fail(f"arguments not understood: {word} (settings are written --config.key=value)", 2)
+            known = [action.dest for action in self._actions]
+            near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            _fail(f"--{flag}: no such flag{hint} (--help lists them)", 2)
+        return found
+
+    def error(self, message: str) -> typing.NoReturn:
+        _fail(message, 2)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Settings of a command line as (key, value), a key alone as true, and all words that are none."""
+    overrides, rest, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        match = re.match(r"--?(no)?config\.([^=]+)(=(.*))?$", word, re.DOTALL)
+        if match is None:
+            rest.append(word)
+            continue
+        negated, path, equals, value = match.groups()
+        if negated:
+            value = "false"
+        elif equals is None:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        overrides.append((path, value))
+    return overrides, rest
+
+
+def invoke(
+    schema: Any, config: Mapping[str, Any], overrides: list[tuple[str, str]], name: str, values: Mapping[str, Any]
+):
+    """The complete settings of a command line as an `Invocation`.
+
+    Raises:
+      ConfigError: an override of no setting, or of the wrong type.
+    """
+    from ml_collections import ConfigDict
+
+    from tessera.infra import schema as schemas
+
+    given = schemas.assign(schema, config, overrides)
+    complete = schema.complete(given)
+    defaults = schema.defaults(complete)
+    flags = {key: value for key, value in values.items() if key not in ("config", "workdir", "fields", "print_config")}
+    return Invocation(ConfigDict(complete), name, values.get("workdir", ""), flags, defaults)
+
+
+def fields_table(schema: Any, config: Mapping[str, Any], overrides: list[tuple[str, str]]) -> str:
+    """Every setting of a config: path, type, value, and what its docstring says."""
+    from tessera.infra import schema as schemas
+    from tessera.infra.config import describe_type
+
+    complete = schema.complete(schemas.assign(schema, config, overrides))
+    lines = []
+    for one in schema.fields(complete):
+        value: Any = complete
+        for key in one.path.split("."):
+            value = value.get(key) if hasattr(value, "get") else None
+        lines.append(f"--config.{one.path}={value!r}  ({describe_type(one.hint)})\n      {one.meaning}")
+    return "\n".join(lines)
+
+
+def configs_help(command: Command) -> str:
+    """The configs of a command with their variants, read off their source."""
+    from tessera.infra.config_files import described
+
+    scripts = (command.script, *command.also)
+    found = [one for one in described() if one.script in scripts]
+    lines = ["configs:"]
+    for one in found:
+        lines.append(f"  {one.name:22} {one.title}")
+        lines += [f"    :{variant:19} {meaning}" for variant, meaning in one.variants.items() if variant]
+    return "\n".join([*lines, "", "--fields lists every setting of a config with its meaning."])
+
+
+def _load(command: Command, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    from tessera.infra.config_files import load_config
+
+    return load_config(values["config"], scripts=(command.script, *command.also))
+
+
+def _begin(values: Mapping[str, Any]) -> None:
+    """Logging and devices, before the first use of JAX."""
+    from absl import flags, logging
+
+    # Libraries read absl's flags; none of them are set here.
+    flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    # Libraries tell of every file they write at the level of information.
+    logging.set_verbosity({-1: logging.WARNING, 0: logging.INFO}.get(values["verbosity"], logging.DEBUG))
+    if values["cpu_devices"]:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", values["cpu_devices"])
+
+
+def join_processes(hosts: Mapping[str, Any]) -> None:
+    """Join the other processes of a run, if there are any; call it before anything else of JAX.
+
+    Args:
+      hosts: values of the flags `HOSTS`; JAX detects what they leave out, see
+        `sharding.multihost.distributed.initialize`.
+
+    Raises:
+      DistributedError: the others did not appear in time.
+    """
+    from sharding.multihost.distributed import Limits, initialize
+
+    limits = Limits(join=hosts["join_seconds"], silence=hosts["silence_seconds"])
+    initialize(limits, coordinator=hosts["coordinator"], processes=hosts["processes"], index=hosts["process"])
+
+
+def _as_text(config: Any) -> str:
+    import json
+
+    return json.dumps(config.to_dict(), indent=2, default=str)
+
+
+def _program(name: str | Command, command: Command) -> str:
+    if os.path.basename(sys.argv[0]) == "tessera" and isinstance(name, str):
+        return f"tessera {name}"
+    return f"python scripts/{command.script}.py"
+
+
+def _fail(error: object, status: int) -> typing.NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None

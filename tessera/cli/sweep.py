@@ -1,0 +1,75 @@
+"""Carry out a sweep and fit it: `tessera sweep --config=isoflop:tiny --workdir=runs/isoflop`."""
+
+from dataclasses import replace
+from functools import partial
+
+from rich.console import Console
+
+from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
+from scaling.sweeps.executors import ExecutorConfig, make_executor
+from scaling.sweeps.plan import Family, PlanConfig, plan_runs
+from scaling.sweeps.store import Store
+from scaling.sweeps.sweep import RunFailed, SweepConfig, run_sweep
+from tessera.cli.main import Invocation
+from tessera.data.download import DataUnavailable
+from tessera.data.text import TextConfig, load_text
+from tessera.infra.config import build, checked
+from tessera.infra.schema import differences
+from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
+from tessera.reports.html import print_report
+from tessera.sweeps import schema
+from tessera.sweeps.programs import TrialConfig
+from tessera.sweeps.report import ReportConfig, enough, fit_sweep, sweep_page
+from tessera.sweeps.table import SweepTable
+from tessera.sweeps.train import check_texts, compile_cache, train_run
+
+SCHEMA = schema.SCHEMA
+ERRORS = (DataUnavailable, WorkdirMismatch, RunFailed, ImportError)
+
+
+def main(invocation: Invocation) -> None:
+    """Config -> plan -> runs -> CSV, fit, report."""
+    c = invocation.config
+    text = build(TextConfig, c.data, "config.data")
+    trial = build(TrialConfig, c.train, "config.train")
+    splits = checked("config.data", load_text, text)
+    family = build(Family, c.family, "config.family", vocab=splits.vocab_size)
+    check_texts(splits, family.length, trial.eval_tokens)
+    plan = build(PlanConfig, c.plan, "config.plan")
+    engine = build(ExecutorConfig, c.engine, "config.engine")
+    report = build(ReportConfig, c.report, "config.report")
+    planner = build(PlannerConfig, c.planner, "config.planner")
+    common = {"training": trial.settings(), "data": differences(text) | {"sha256": splits.content_hash}}
+    runs = checked("config.plan", plan_runs, family, plan, resolve(common))
+    # Where runs are carried out, and what is read off their rows, is not part of what they are.
+    settings = {name: value for name, value in resolve(c).items() if name not in ("engine", "report", "planner")}
+    workdir = prepare(
+        invocation.workdir,
+        settings | {"data_sha256": splits.content_hash},
+        name=invocation.name,
+        defaults=invocation.defaults,
+    )
+    console = Console()
+    table, more = runs, None
+    if planner.begin:
+        # The target must not move as larger budgets come in.
+        report = replace(report, target=report.target or 10 * max(r.budget for run in runs for r in run.readouts))
+        table = checked("config.planner", first_table, runs, planner)
+        more = partial(choose_runs, runs=runs, config=planner, target=report.target)
+    with SweepTable() as watch:
+        run_sweep(
+            table,
+            partial(train_run, text=text, config=trial),
+            Store(workdir / "runs"),
+            make_executor(engine, workdir / "logs", compile_cache(workdir / "compiled")),
+            workdir / "runs.csv",
+            SweepConfig(retries=engine.retries),
+            enough=partial(enough, config=report) if report.stop_at else None,
+            more=more,
+            watch=watch,
+        )
+    found = fit_sweep(workdir, report, length=family.length)
+    for line in found.lead:
+        console.print(line, soft_wrap=True)
+    console.print(f"rows: {workdir / 'runs.csv'}", soft_wrap=True)
+    print_report(sweep_page, workdir, found)

@@ -1,0 +1,77 @@
+"""The settings of a language model's training, every one with its default and its meaning."""
+
+from dataclasses import dataclass
+
+from sharding.plan import Plan
+from tessera.data.text import TextConfig
+from tessera.infra.checkpoint import CheckpointConfig
+from tessera.infra.schema import Group, Schema
+from tessera.lm.warm_start import StartConfig
+from tessera.models.transformer import TransformerConfig
+from tessera.optim.optimizer import OptimizerConfig
+from tessera.step import StepConfig
+
+
+@dataclass(frozen=True)
+class LMSettings:
+    """What stands at the top of a language model's config.
+
+    Attributes:
+      seed: of the initial weights, the order of the data and dropout.
+      steps: training steps, one batch each.
+      batch_size: sequences per step over all devices.
+      length: tokens per sequence.
+      lr: peak learning rate.
+      z_loss: weight of the squared log-partition function (z-loss, PaLM, Chowdhery et al. 2022); 0 is off.
+      plan: how the work is split over devices, like "fsdp=4, tp=2"; "" is data parallelism over the devices there are.
+    """
+
+    seed: int = 0
+    steps: int = 400
+    batch_size: int = 16
+    length: int = 128
+    lr: float = 1e-3
+    z_loss: float = 1e-4
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is logged, beside `metrics.jsonl`.
+
+    Attributes:
+      every: steps between two rows.
+      tensorboard: also write TensorBoard events (extra `tensorboard`).
+      wandb: also log to Weights & Biases (extra `wandb`).
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and on how much held-out text the model is evaluated.
+
+    Attributes:
+      every: steps between two evaluations; 0 evaluates after the last step only.
+      batches: batches of one evaluation.
+    """
+
+    every: int = 0
+    batches: int = 16
+
+
+SCHEMA = Schema(
+    LMSettings,
+    sharding=Group(Plan, without=("axes",)),
+    start=StartConfig,
+    data=TextConfig,
+    model=Group(TransformerConfig, without=("vocab_size",)),
+    optimizer=Group(OptimizerConfig, without=("lr", "steps")),
+    step=Group(StepConfig, without=("ema",)),
+    checkpoint=CheckpointConfig,
+    log=LogConfig,
+    eval=EvalConfig,
+)

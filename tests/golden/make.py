@@ -1,0 +1,343 @@
+"""Make the golden values: what PyTorch, transformers and peft compute on fixed inputs. Command: `make golden`.
+
+Needs torch, transformers and peft (requirements/golden.txt) and nothing of this project. Every `NAME.npz` holds inputs
+and outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` holds whole model directories; `sources.json`
+says which version made what. Tests read them through the fixture `golden`.
+"""
+
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft.utils.merge_utils import ties
+from torch.nn import functional
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+HERE = Path(__file__).parent
+COMMAND = "make golden"
+
+
+def normal(*shape, seed=0):
+    """Standard normal numbers, float32."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def tensors(*arrays, **options):
+    """Arrays as tensors that share no memory with them."""
+    return [torch.tensor(np.array(array), **options) for array in arrays]
+
+
+def make_layers():
+    """RMSNorm, attention with grouped queries (and its gradients), SwiGLU."""
+    found = {}
+    for shape in ((5,), (3, 5), (2, 3, 5)):
+        x, gain = normal(*shape), normal(5, seed=1)
+        found["rms_norm/" + "x".join(map(str, shape))] = {
+            "x": x,
+            "gain": gain,
+            "y": functional.rms_norm(torch.tensor(x), (5,), torch.tensor(gain), eps=1e-5),
+        }
+    for causal, kv_heads in product((True, False), (1, 2, 4)):
+        arrays = normal(2, 6, 4, 8), normal(2, 6, kv_heads, 8, seed=1), normal(2, 6, kv_heads, 8, seed=2)
+        heads_first = [x.transpose(1, 2) for x in tensors(*arrays)]
+        out = functional.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        found[f"attention/{'causal' if causal else 'full'}-{kv_heads}"] = dict(zip("qkv", arrays, strict=True), out=out)
+    arrays = [normal(1, 5, heads, 4, seed=heads) for heads in (4, 2, 2)]
+    leaves = tensors(*arrays, requires_grad=True)
+    heads_first = [x.transpose(1, 2) for x in leaves]
+    (functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True) ** 2).sum().backward()
+    found["attention_gradients"] = dict(zip("qkv", arrays, strict=True)) | {
+        f"d{name}": leaf.grad for name, leaf in zip("qkv", leaves, strict=True)
+    }
+    for shape in ((6,), (3, 6), (2, 3, 6)):
+        arrays = normal(*shape), normal(6, 10, seed=1), normal(6, 10, seed=2), normal(10, 6, seed=3)
+        x, gate, up, down = tensors(*arrays)
+        found["swiglu/" + "x".join(map(str, shape))] = dict(zip(("x", "gate", "up", "down"), arrays, strict=True)) | {
+            "y": (functional.silu(x @ gate) * (x @ up)) @ down
+        }
+    return found
+
+
+def make_losses():
+    """Cross-entropy with its gradient, and distillation (Hinton et al. 2015) less the teacher's entropy."""
+    found = {}
+    for shape, scale in product(((5,), (2, 3), (2, 3, 4)), (0.0, 1.0, 300.0)):
+        generator = np.random.default_rng(0)
+        logits = (scale * generator.normal(size=(*shape, 7))).astype(np.float32)
+        labels = generator.integers(0, 7, shape).astype(np.int32)
+        leaf = torch.tensor(logits, requires_grad=True)
+        loss = functional.cross_entropy(leaf.flatten(0, -2), torch.tensor(labels).flatten().long())
+        loss.backward()
+        found[f"cross_entropy/{'x'.join(map(str, shape))}-{scale:g}"] = {
+            "logits": logits,
+            "labels": labels,
+            "loss": loss,
+            "gradient": leaf.grad,
+        }
+    student, teacher = normal(7, 5), normal(7, 5, seed=1)
+    for temperature in (1.0, 4.0):
+        one, two = (torch.tensor(x) / temperature for x in (student, teacher))
+        soft = torch.softmax(two, 1)
+        divergence = functional.kl_div(torch.log_softmax(one, 1), soft, reduction="batchmean")
+        loss = temperature**2 * (divergence - (soft * soft.log()).sum(1).mean())
+        found[f"distillation/{temperature:g}"] = {"student": student, "teacher": teacher, "loss": loss}
+    return found
+
+
+def make_convolutions():
+    """Convolutions padded as TensorFlow's SAME, NHWC and HWIO."""
+    found = {}
+    for shape, stride in product(((3, 3, 5, 4), (1, 1, 5, 2), (2, 4, 5, 3)), (1, 2)):
+        x, kernel = normal(2, 9, 8, 5), normal(*shape, seed=1)
+        pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip((9, 8), shape[:2], strict=True)]
+        padded = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
+        y = functional.conv2d(*tensors(padded.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)), stride=stride)
+        found[f"{'x'.join(map(str, shape))}-{stride}"] = {"x": x, "kernel": kernel, "y": y.permute(0, 2, 3, 1)}
+    return found
+
+
+def make_lenet():
+    """A small LeNet-300-100: outputs, and gradients of the sum of their squares."""
+    images, names, sizes = normal(4, 3, 3, 1), ("dense0", "dense1", "output"), (9, 9, 5, 3)
+    params, layers = {}, []
+    for i, name in enumerate(names):
+        kernel, bias = 0.4 * normal(*sizes[i : i + 2], seed=i + 1), 0.1 * normal(sizes[i + 1], seed=i + 10)
+        params[name] = {"kernel": kernel, "bias": bias}
+        linear = torch.nn.Linear(*kernel.shape)
+        linear.weight.data, linear.bias.data = tensors(kernel.T, bias)
+        layers += [linear, torch.nn.ReLU()]
+    net = torch.nn.Sequential(torch.nn.Flatten(), *layers[:-1])
+    out = net(torch.tensor(images))
+    (out**2).sum().backward()
+    grads = {
+        name: {"kernel": at.weight.grad.T, "bias": at.bias.grad} for name, at in zip(names, net[1::2], strict=True)
+    }
+    return {"images": images, "params": params, "out": out, "gradients": grads}
+
+
+# By name of ours: torch's class and its arguments.
+OPTIMIZERS = {
+    "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "adam": ("Adam", {"lr": 0.01, "weight_decay": 0.01}),
+    "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.01}),
+    "adagrad": ("Adagrad", {"lr": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1}),
+    "rmsprop": ("RMSprop", {"lr": 0.01, "weight_decay": 0.01, "alpha": 0.9}),
+    "adamax": ("Adamax", {"lr": 0.01, "weight_decay": 0.0}),
+}
+
+
+def make_optimizers():
+    """Parameters of a network of two layers after 25 updates in float64."""
+    x = normal(32, 6)
+    y = np.tanh(x @ normal(6, 4, seed=1))
+    params = {
+        "dense": {"kernel": 0.4 * normal(6, 8, seed=2), "bias": np.zeros(8, np.float32)},
+        "output": {"kernel": 0.4 * normal(8, 4, seed=3), "bias": np.full(4, 0.1, np.float32)},
+    }
+    found = {"x": x, "y": y, "params": params}
+    for name, (kind, arguments) in OPTIMIZERS.items():
+        w1, b1, w2, b2 = leaves = tensors(
+            *(leaf for layer in params.values() for leaf in layer.values()), dtype=torch.float64, requires_grad=True
+        )
+        optimizer = getattr(torch.optim, kind)(leaves, **arguments)
+        inputs, targets = tensors(x, y, dtype=torch.float64)
+        for _ in range(25):
+            optimizer.zero_grad()
+            ((torch.tanh(inputs @ w1 + b1) @ w2 + b2 - targets) ** 2).mean().backward()
+            optimizer.step()
+        found[f"after/{name}"] = {"dense": {"kernel": w1, "bias": b1}, "output": {"kernel": w2, "bias": b2}}
+    return found
+
+
+DECODERS = {
+    "default": {},
+    "untied": {"tied": False, "head_dim": 6, "rope_theta": 50.0},
+    "multi-query": {"kv_heads": 1},
+}
+
+
+def make_decoders():
+    """Logits of Llama's architecture, written in torch's own functions, float64."""
+    vocab, layers, width, heads, ff = 11, 2, 16, 4, 24
+    tokens = np.random.default_rng(5).integers(0, vocab, (2, 7)).astype(np.int32)
+    found = {"tokens": tokens}
+    for name, changes in DECODERS.items():
+        c = {"tied": True, "head_dim": width // heads, "rope_theta": 1e4, "kv_heads": 2, "eps": 1e-6} | changes
+        h, k = c["head_dim"], c["kv_heads"]
+        shapes = {
+            "blocks/attention/query/kernel": (layers, width, heads, h),
+            "blocks/attention/key/kernel": (layers, width, k, h),
+            "blocks/attention/value/kernel": (layers, width, k, h),
+            "blocks/attention/output/kernel": (layers, heads, h, width),
+            "blocks/mlp/gate/kernel": (layers, width, ff),
+            "blocks/mlp/up/kernel": (layers, width, ff),
+            "blocks/mlp/down/kernel": (layers, ff, width),
+        }
+        params = {path: 0.25 * normal(*shape, seed=i) for i, (path, shape) in enumerate(shapes.items())}
+        # Gains away from one, so that leaving one out would show.
+        for i, path in enumerate(("blocks/attention_norm/gain", "blocks/mlp_norm/gain", "final_norm/gain")):
+            params[path] = 1.5 + 0.1 * normal(*(layers, width)[i == 2 :], seed=20 + i)
+        params["embed/table"] = 0.25 * normal(vocab, width, seed=30)
+        if not c["tied"]:
+            params["head/kernel"] = 0.25 * normal(width, vocab, seed=31)
+        found[name] = {"params": params, "logits": decoder_logits(params, tokens, c, width, layers)}
+    return found
+
+
+def decoder_logits(params, tokens, c, width, layers):
+    """Embedding, pre-norm blocks with rotary positions and SwiGLU, head."""
+    p = {path: torch.tensor(leaf, dtype=torch.float64) for path, leaf in params.items()}
+    half = c["head_dim"] // 2
+    angle = torch.arange(tokens.shape[1])[:, None] * c["rope_theta"] ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones_like(angle, dtype=torch.float64), angle.double())[:, None]
+
+    def rotate(x):
+        z = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    def norm(x, gain):
+        return functional.rms_norm(x, (width,), gain, c["eps"])
+
+    def split(x, kernel):
+        return (x @ kernel.flatten(1)).unflatten(-1, kernel.shape[1:])
+
+    x = functional.embedding(torch.tensor(tokens).long(), p["embed/table"])
+    for i in range(layers):
+        block = {path.removeprefix("blocks/"): leaf[i] for path, leaf in p.items() if path.startswith("blocks/")}
+        y = norm(x, block["attention_norm/gain"])
+        q, k, v = (split(y, block[f"attention/{name}/kernel"]) for name in ("query", "key", "value"))
+        q, k, v = (z.transpose(1, 2) for z in (rotate(q), rotate(k), v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        x = x + y.flatten(2) @ block["attention/output/kernel"].flatten(0, 1)
+        y = norm(x, block["mlp_norm/gain"])
+        gate, up, down = (block[f"mlp/{name}/kernel"] for name in ("gate", "up", "down"))
+        x = x + (functional.silu(y @ gate) * (y @ up)) @ down
+    head = p["embed/table"].T if c["tied"] else p["head/kernel"]
+    return norm(x, p["final_norm/gain"]) @ head
+
+
+def make_mixtral():
+    """Mixtral's feed-forward block, its weights in the order of `moe.layer.MoE` (inputs first)."""
+    width, ff, experts = 8, 12, 4
+    block = MixtralSparseMoeBlock(
+        transformers.MixtralConfig(
+            hidden_size=width,
+            intermediate_size=ff,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+            router_jitter_noise=0.0,
+            experts_implementation="eager",
+        )
+    ).eval()
+    x = normal(2, 6, width)
+    with torch.no_grad():
+        for i, parameter in enumerate(block.parameters()):
+            parameter.copy_(torch.tensor(0.5 * normal(*parameter.shape, seed=i + 1)))
+        out = block(torch.tensor(x))
+    weights = dict(block.named_parameters())
+    gate, up = weights["experts.gate_up_proj"].transpose(1, 2).chunk(2, -1)
+    down = weights["experts.down_proj"].transpose(1, 2)
+    kernels = {"gate": gate, "up": up, "down": down}
+    params = {
+        "router": {"kernel": weights["gate.weight"].T},
+        "experts": {name: {"kernel": kernel} for name, kernel in kernels.items()},
+    }
+    return {"x": x, "params": params, "out": out[0] if isinstance(out, tuple) else out}
+
+
+def make_merging():
+    """TIES merging (Yadav et al. 2023) by peft: differences of four experts, half or a fifth of the entries left."""
+    deltas = normal(4, 6, 10)
+    return {
+        f"ties/{density:g}": {"deltas": deltas, "merged": ties(tensors(*deltas), torch.ones(4), density)}
+        for density in (0.5, 0.2)
+    }
+
+
+MODELS = {
+    "llama": ("Llama", {"rope_theta": 5e4, "head_dim": 16}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def make_huggingface():
+    """Directories that transformers writes, and their logits.
+
+    `exported_config.json` beside them is what our export writes for the same model (a test says so); here transformers
+    reads the same tensors with that configuration and must compute the same logits to the last bit.
+    """
+    tokens = np.random.default_rng(0).integers(0, 64, (3, 12))
+    found = {"tokens": tokens.astype(np.int32)}
+    for name, (kind, more) in MODELS.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **more,
+        )
+        architecture = getattr(transformers, f"{kind}ForCausalLM")
+        model = architecture(config).eval()
+        directory = HERE / "huggingface" / name
+        model.save_pretrained(directory)
+        (directory / "generation_config.json").unlink()
+        with torch.no_grad():
+            found[name] = logits = model(torch.tensor(tokens)).logits
+        exported = HERE / "huggingface" / f"{name}.exported_config.json"
+        if exported.exists():
+            copy = HERE / "huggingface" / "copy"
+            shutil.copytree(directory, copy)
+            shutil.copy(exported, copy / "config.json")
+            with torch.no_grad():
+                again = architecture.from_pretrained(copy).eval()(torch.tensor(tokens)).logits
+            shutil.rmtree(copy)
+            assert torch.equal(again, logits), f"{name}: transformers reads another model from our configuration"
+    return found
+
+
+def flat(tree, path=""):
+    """Nested mappings and tensors as one mapping from paths to arrays."""
+    if isinstance(tree, dict):
+        return {
+            key: leaf for name in tree for key, leaf in flat(tree[name], f"{path}/{name}" if path else name).items()
+        }
+    return {path: tree.detach().numpy() if isinstance(tree, torch.Tensor) else np.asarray(tree)}
+
+
+TORCH, TRANSFORMERS, PEFT = (f"{lib.__name__} {lib.__version__}" for lib in (torch, transformers, peft))
+FILES = {
+    "convolutions": (make_convolutions, TORCH),
+    "decoders": (make_decoders, TORCH),
+    "huggingface": (make_huggingface, TRANSFORMERS),
+    "layers": (make_layers, TORCH),
+    "lenet": (make_lenet, TORCH),
+    "losses": (make_losses, TORCH),
+    "merging": (make_merging, PEFT),
+    "mixtral": (make_mixtral, TRANSFORMERS),
+    "optimizers": (make_optimizers, TORCH),
+}
+
+
+def main():
+    """Write every file beside this one."""
+    torch.set_num_threads(1)
+    for name, (make, _) in FILES.items():
+        np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
+    sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
+    sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}
+    (HERE / "sources.json").write_text(json.dumps(sources, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

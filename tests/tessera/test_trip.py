@@ -1,0 +1,50 @@
+"""How many files of the project a reader opens to follow one run: those with a call between `main` and its return."""
+
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import lm
+from tessera.infra.schema import completed
+
+ROOT = Path(__file__).parent.parent.parent
+REPORTS = ("tessera/reports/", "tessera/planning/report.py")
+
+
+def files_entered(call: Callable[[], object]) -> list[str]:
+    """Files of the project with a call event while `call` runs, in order of entry, `__init__` files and tests apart."""
+    installed = sysconfig.get_paths()["purelib"]
+    entered: dict[str, None] = {}
+
+    def profile(frame, event, argument):
+        if event == "call":
+            entered.setdefault(frame.f_code.co_filename)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    ours = [Path(name) for name in entered if name.startswith(str(ROOT)) and not name.startswith(installed)]
+    found = [path.relative_to(ROOT).as_posix() for path in ours if path.name != "__init__.py"]
+    return [name for name in found if not name.startswith(("tests/", "."))]
+
+
+def test_a_dense_training_passes_through_few_files(tmp_path):
+    from tessera.cli import train
+    from tessera.cli.main import Invocation
+
+    config: ConfigDict = completed(train.SCHEMA, lm.get_config("tiny"))
+    config.steps = 3
+    config.optimizer.warmup = 1
+    config.data.max_bytes = 200_000
+    config.eval.batches = 1
+    invocation = Invocation(config, "lm-tiny", str(tmp_path / "run"))
+    found = files_entered(lambda: train.main(invocation))
+    trip = [name for name in found if not name.startswith(REPORTS)]
+    assert "tessera/models/transformer.py" in trip and "tessera/step.py" in trip
+    assert len(trip) <= 16, "\n".join(trip)

@@ -1,0 +1,120 @@
+"""What studies make of rows and settings, without training anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tessera.infra.config import ConfigError
+from tessera.models.registry import Network
+from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_network
+from tessera.tickets.studies.compared_masks import compare
+from tessera.tickets.studies.sources import changed
+from tessera.tickets.studies.sparse_methods import SparseConfig
+from tessera.tickets.studies.study import Comparison
+
+CONFIG = ConfigDict(
+    {
+        "seeds": (0, 1),
+        "lr": 1e-3,
+        "model": {"name": "lenet", "hidden": (8, 4)},
+        "sources": {"narrow": {"model": {"hidden": (4, 2)}, "lr": 0.1}, "more": {"seeds": (2,)}},
+    }
+)
+
+
+def test_a_source_changes_the_settings_it_names_and_no_other():
+    assert changed(CONFIG, "narrow").to_dict() == {
+        "seeds": (0, 1),
+        "lr": 0.1,
+        "model": {"name": "lenet", "hidden": (4, 2)},
+    }
+    assert CONFIG.model.hidden == (8, 4)
+    with pytest.raises(ConfigError, match="config.sources.more.seeds: a source may change data, lr, model"):
+        changed(CONFIG, "more")
+
+
+def test_masks_are_compared_seed_by_seed():
+    accuracy = {"own": (0.9, 0.8), "other": (0.7, 0.7), "random": (0.5, 0.4)}
+    rows = [
+        {"mask": name, "seed": seed, "level": 1, "final_test_accuracy": value, "density": 0.25, "overlap": 1.0}
+        for name, values in accuracy.items()
+        for seed, value in enumerate(values)
+    ]
+    study = compare(rows, "other", ["own"], "title", "caption", "as it is")
+    assert [row[:2] for row in study.table.rows] == [["25.0%", name] for name in accuracy]
+    assert study.table.columns[-2:] == ["points over random", "points over mask as it is"]
+    means = [[cell and float(cell.split()[0]) for cell in row[3:6]] for row in study.table.rows]
+    assert means == [[85.0, 40.0, 15.0], [70.0, 25.0, None], [45.0, None, -25.0]]
+    # Two seeds: the half-width is the half difference times Student's t with one degree of freedom, 12.706.
+    assert float(study.table.rows[0][5].split()[-1]) == pytest.approx(5 * 12.706, abs=0.01)
+    assert study.findings == ["At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 63.53 points."]
+    (ax,) = study.figure().axes
+    drawn = [line.get_xdata().mean() for line in ax.lines if line.get_marker() == "o"]
+    assert np.allclose(drawn, [40, 40, 25, 25, 0, 0]), "seeds and mean of every mask over the random one"
+
+
+def test_arms_are_paired_by_seed_whatever_their_order_and_less_may_be_better():
+    rows = [
+        {"arm": arm, "repeat": seed, "level": level, "density": 0.5**level, "loss": loss + seed + level}
+        for arm, loss in (("dense", 0.0), ("a", 2.0), ("b", 1.0))
+        for level in ((0,) if arm == "dense" else (1, 2))
+        for seed in ((0, 1) if arm == "a" else (1, 0))
+    ]
+    arms = Comparison(rows, "arm", "loss", heading="loss (nats)", unit="nats", scale=1.0, pair="repeat", sign=-1)
+    assert arms.arms == ["a", "b"] and arms.levels == [1, 2] and arms.dense == [0.0, 1.0]
+    assert arms.gains("b", "a", 2) == [1.0, 1.0] and arms.mean("a", 1) == 3.5
+    table = arms.table({"a": "a"}, {"seeds": len})
+    assert table.columns == ["weights", "arm", "seeds", "loss (nats)", "nats over a"]
+    assert [row[:3] for row in table.rows] == [
+        ["100.0%", "dense", 2],
+        *(["50.0%", arm, 2] for arm in "ab"),
+        *(["25.0%", arm, 2] for arm in "ab"),
+    ]
+    assert table.rows[2][-1] == "1.00 ± 0.00" and table.rows[1][-1] is None
+    figure = arms.figure({"one": {"a": "A"}, "two": {"a": "A", "b": "B"}})()
+    assert [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes] == [["A"], ["A", "B"]]
+
+
+def test_frozen_weights_count_and_get_no_gradient():
+    weights, mask = {"w": jnp.array([1.0, -2.0, 3.0])}, {"w": jnp.array([True, False, True])}
+    start = Start.under(weights, mask)
+    np.testing.assert_array_equal(start.trained["w"], [1, 0, 3])
+    np.testing.assert_array_equal(start.frozen["w"], [0, -2, 0])
+
+    def cubes(params, x):
+        return jnp.sum(params["w"] ** 3 * x)
+
+    network = frozen_network(Network(lambda key: weights, cubes, lambda p, x: (cubes(p, x), {"statistics": 1})))
+    tree, x = {"trained": start.trained, "frozen": start.frozen}, jnp.array([1.0, 10.0, 100.0])
+    assert network.apply(tree, x) == cubes(weights, x) and network.train(tree, x)[1] == {}
+    gradient = jax.grad(network.apply)(tree, x)
+    np.testing.assert_array_equal(gradient["trained"]["w"], [3, 120, 2700])
+    np.testing.assert_array_equal(gradient["frozen"]["w"], [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criteria": ("largest",)}, "criteria: largest unknown; choose from large_final, small_final"),
+        ({"treatments": ("rewind", "burn")}, "treatments: burn unknown; choose from rewind"),
+        ({"criteria": ("small_init",)}, "criteria must have 'large_final'"),
+    ],
+)
+def test_ablations_that_could_not_be_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AblationConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("rigl", "magic")}, "choose from set, rigl, straight_through, gradual, early_bird, popup"),
+        ({"moves": 0}, "moves=0"),
+        ({"until": 0.0}, "until=0.0"),
+    ],
+)
+def test_settings_of_sparse_training_that_could_not_be_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SparseConfig(**settings)

@@ -1,0 +1,179 @@
+"""Every command and code block of README and docs: blocks run as they stand, commands run shortened or are parsed.
+
+A command that this file does not know fails, so that none can go stale unseen. Parsing is part of the default suite;
+the rest is run by `-m docs`, as `.ci/run` does.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tessera.cli import main as cli
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PROGRAMS = ("python", "make", "tessera", "sbatch", "kubectl", "mpirun", "pip", "source", "curl", "git", "export", "cd")
+
+
+def name_of(document):
+    return str(document.relative_to(ROOT))
+
+
+def blocks(language):
+    """(document, number of the block there, text)."""
+    return [
+        (document, number, text)
+        for document in DOCUMENTS
+        for number, (kind, text) in enumerate(FENCE.findall(document.read_text(encoding="utf-8")))
+        if kind == language
+    ]
+
+
+def commands():
+    """Every command of a console block, and every inline one, continued lines joined."""
+    found = []
+    for document, _, text in blocks("console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("$ "):
+                found.append((document, line[2:].split("  #")[0].strip()))
+    for document in DOCUMENTS:
+        plain = FENCE.sub("", document.read_text(encoding="utf-8"))
+        for text in re.findall(r"`([^`]+)`", plain):
+            text = " ".join(text.split())
+            if text.split(" ")[0] in ("python", "make", "sbatch", "kubectl", "mpirun", "pip") and " " in text:
+                found.append((document, text))
+    return found
+
+
+COMMANDS = commands()
+SCRIPTS = {command.script: name for name, command in cli.COMMANDS.items()}
+
+
+def test_there_is_something_to_check():
+    assert len(COMMANDS) > 30 and len(blocks("python")) > 5
+
+
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=lambda x: x if isinstance(x, str) else name_of(x))
+def test_every_command_can_be_parsed(document, command):
+    """Scripts and their flags, configs and settings, make targets and files exist."""
+    words = shlex.split(command)
+    program = words[0]
+    assert program in PROGRAMS, f"{name_of(document)}: what is {command!r}?"
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+    scripts = [
+        word for word in words if word.endswith((".py", ".sh", ".sbatch", ".yaml")) and word.startswith("scripts/")
+    ]
+    for script in scripts:
+        assert (ROOT / script).is_file(), f"{name_of(document)}: no {script}"
+    if program == "tessera" and words[1] not in cli.PLAIN:
+        parse(words[1], words[2:])
+    elif program == "python" and scripts and Path(scripts[0]).parent.name == "scripts" and "..." not in words:
+        parse(SCRIPTS[Path(scripts[0]).stem], words[words.index(scripts[0]) + 1 :])
+    elif program == "python" and words[1] == "-m":
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+
+
+def parse(name, argv):
+    import importlib
+
+    command = cli.COMMANDS[name]
+    options, overrides = cli.parse_flags(command, argv)
+    config, config_name = cli._load(command, vars(options))
+    return cli.invoke(importlib.import_module(command.module).SCHEMA, config, overrides, config_name, vars(options))
+
+
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+TINY_LM = [
+    "--config=lm:tiny",
+    "--config.steps=4",
+    "--config.batch_size=2",
+    "--config.length=16",
+    "--config.model.width=16",
+]
+TINY_LM += [
+    "--config.model.heads=2",
+    "--config.model.kv_heads=1",
+    "--config.data.max_bytes=40000",
+    "--config.eval.batches=1",
+]
+
+
+def run(directory, *words, **options):
+    done = subprocess.run(
+        [sys.executable, *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **options
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def script(name):
+    return str(ROOT / "scripts" / f"{name}.py")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where the documents' commands run: it has a small run in runs/lm, as the documents assume."""
+    made = tmp_path_factory.mktemp("documents")
+    run(made, script("train"), *TINY_LM, "--workdir=runs/lm")
+    return made
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize(
+    ("document", "number", "text"), blocks("python"), ids=lambda x: name_of(x) if isinstance(x, Path) else None
+)
+def test_every_python_block_runs(document, number, text, directory):
+    """As a program of its own; one that begins with `# name.py` is kept under that name for those after it."""
+    named = re.match(r"# (\w+\.py)\n", text)
+    file = directory / (named[1] if named else f"block_{document.stem}_{number}.py")
+    file.write_text(text, encoding="utf-8")
+    # A module that is only imported by the next block prints nothing.
+    assert run(directory, file.name) or (named and "print" not in text)
+
+
+# Commands of the documents as they run here, with flags that make them short. What is not here needs hours, an
+# accelerator, a network or a cluster, and is parsed only.
+SHORT = {
+    "train": [*TINY_LM, "--workdir=runs/short"],
+    "find_ticket": [
+        *("--config=lottery_digits", "--config.train.steps=20it", "--config.search.levels=2", "--config.seeds=0,1"),
+        "--workdir=runs/ticket",
+    ],
+    "analyze_ticket": ["--config.search=runs/ticket", "--config.analysis.points=3", "--config.analysis.lanczos=4"],
+    "explain": ["--config=lm:base", "--config.plan=fsdp=4, tp=2", "--hardware=H100", "--workdir=runs/explain"],
+    "generate": ["--config.model.dir=runs/lm", "--config.prompt=def ", "--config.sampling.max_tokens=4"],
+    "study": [
+        "--config=study_instability:tiny",
+        "--config.train.steps=100it",
+        "--config.study.steps=0",
+        "--workdir=runs/study",
+    ],
+}
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", SHORT)
+def test_commands_run_short(name, directory):
+    run(directory, script(name), *SHORT[name])
+
+
+@pytest.mark.docs
+def test_fit_on_a_table_of_runs(directory, shared_data):
+    runs = shared_data("scaling/chinchilla_figure4.csv")
+    out = run(directory, script("fit_scaling"), f"--config.runs={runs}", "--config.resamples=50", "--workdir=runs/fit")
+    assert "477.8" in out
