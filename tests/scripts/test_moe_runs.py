@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_with_the_same_router_biases(tmp_path, text):
     last = [row for row in rows if row["kind"] == "train"][-1]
     assert np.array(last["router/load"]).shape == (2, 8) and len(last["router/max_violation"]) == 2
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "Load of the experts" in page and "Specialisation" in page
+    assert "Load of the experts" in page and "Specialization" in page
 
 
 def test_a_dense_run_is_upcycled_trained_on_and_merged_back(tmp_path, text):
