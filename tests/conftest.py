@@ -29,6 +29,13 @@ if find_spec("beartype"):
 
     install_import_hook(["lottery", "moe", "sharding", "scaling", "tessera"], "beartype.beartype")
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # An example that compiles, or waits for a busy core, takes longer than any deadline and is not wrong.
+    settings.register_profile("tessera", deadline=None)
+    settings.load_profile("tessera")
+
 SHARED_DATA = Path(os.environ.get("TESSERA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 
