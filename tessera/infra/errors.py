@@ -13,12 +13,12 @@ def unknown(path: str, key: str, known: Iterable[str]) -> str:
 
     Example:
       >>> unknown("config.model.widht", "widht", ["width", "layers"])
-      "config.model.widht: no such setting; did you mean 'width'? The settings here are: layers, width"
+      "config.model.widht: no such setting; did you mean 'width'? Settings here: layers, width"
     """
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{path}: no such setting; {hint}The settings here are: {', '.join(names) or 'none'}"
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{path}: no such setting{hint} Settings here: {', '.join(names) or 'none'}"
 
 
 def no_such(path: str, kind: str, name: str, known: Iterable[str]) -> str:

@@ -144,7 +144,7 @@ def test_text_becomes_the_fields_own_type(case):
 WRONG = {
     "unknown": ([("lrr", "3")], r"--config\.lrr: no such setting; did you mean 'lr'\?"),
     "unknown inside": ([("model.widht", "3")], r"--config\.model\.widht: .* 'width'\?"),
-    "of another choice": ([("data.length", "3")], r"--config\.data\.length: no such setting; .*kind, shrink"),
+    "of another choice": ([("data.length", "3")], r"--config\.data\.length: no such setting.*kind, shrink"),
     "unknown group": ([("modle.width", "3")], r"--config\.modle: .* 'model'\?"),
     "not a number": ([("lr", "abc")], r"--config\.lr: float expected, got 'abc'"),
     "not a whole number": ([("model.width", "3.5")], r"--config\.model\.width: int expected, got '3\.5'"),
@@ -195,7 +195,7 @@ def test_changes_name_settings_of_another_schema():
     given = {"arms": {"moe": {"model": {"router": {"k": 4}}}}}
     found = schema.complete(assign(schema, given, [("arms.moe.model.width", "9"), ("run.lr", "2")]))
     assert found["arms"] == {"moe": {"model": {"router": {"k": 4}, "width": 9}}} and found["run"]["lr"] == 2.0
-    with pytest.raises(ConfigError, match=r"--config\.arms\.dense: no such setting; .*moe"):
+    with pytest.raises(ConfigError, match=r"--config\.arms\.dense: no such setting.*moe"):
         assign(schema, given, [("arms.dense.lr", "1")])
 
 
