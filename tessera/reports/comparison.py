@@ -151,7 +151,7 @@ def in_use(load: np.ndarray) -> np.ndarray:
 
 
 def balance_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per routed arm, over seeds and layers: busiest and idlest expert, experts in use, share that hardly works.
+    """Per routed arm, over seeds and layers: busiest and least used expert, experts in use, share hardly used.
 
     Loads are over the balanced load. Experts in use are exp(entropy of the load): E at perfect balance.
     """
@@ -161,7 +161,7 @@ def balance_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         experts = load_SLE.shape[2]
         values = {
             "busiest": load_SLE.max(2).mean() * experts,
-            "idlest": load_SLE.min(2).mean() * experts,
+            "least used": load_SLE.min(2).mean() * experts,
             "experts in use": in_use(load_SLE).mean(),
             "of": experts,
             "below a tenth of its share": (load_SLE * experts < 0.1).mean(),

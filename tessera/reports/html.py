@@ -207,7 +207,7 @@ def figure_svg(figure: Figure, prefix: str, label: str) -> str:
     svg = svg.replace("#000000", INK)  # what matplotlib draws by default
     for color in DARK:
         svg = svg.replace(color, f"var({css_name(color)})")
-    # One size of lettering on the page: a narrow figure stays narrow.
+    # One font size on the page: a narrow figure stays narrow.
     share = f"max-width: {100 * min(1.0, figure.get_figwidth() / FULL):.0f}%"
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" style="{share}" ', 1)
 

@@ -38,7 +38,7 @@ ARM_NAMES = {
 }
 Masks = Mapping[int, np.ndarray]
 Densities = Mapping[int, float]
-LETTERING: dict[str, Any] = {"fontsize": 9.5, "color": INK}
+TEXT: dict[str, Any] = {"fontsize": 9.5, "color": INK}
 
 
 class Point(NamedTuple):
@@ -268,7 +268,7 @@ def pixel_use(mask_SNM: np.ndarray, image_shape: Sequence[int]) -> np.ndarray:
 def show_image(ax: Axes, image_HW: np.ndarray, title: str, **how: Any) -> Any:
     """Draw an image without interpolation, ticks or frame."""
     style.bare(ax)
-    ax.set_title(title, **LETTERING, pad=5)
+    ax.set_title(title, **TEXT, pad=5)
     return ax.imshow(image_HW, interpolation="nearest", **how)
 
 
@@ -324,8 +324,8 @@ def units_figure(
     show_image(ax, mosaic, "", cmap=ListedColormap(["#e3e7eb", "#0b5c8e"]), vmin=0, vmax=1)
     for row, level in enumerate(levels):
         place = (-1.0 - gap / 2, row * (high + gap) + (high - 1) / 2)
-        ax.text(*place, f"{100 * densities[level]:.3g}%", **LETTERING, rotation=90, ha="right", va="center")
+        ax.text(*place, f"{100 * densities[level]:.3g}%", **TEXT, rotation=90, ha="right", va="center")
     for column, unit in enumerate(busiest):
         place = (column * (wide + gap) + (wide - 1) / 2, -1.0 - gap / 2)
-        ax.text(*place, f"unit {unit}", **LETTERING, ha="center", va="bottom")
+        ax.text(*place, f"unit {unit}", **TEXT, ha="center", va="bottom")
     return figure

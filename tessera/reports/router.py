@@ -144,7 +144,7 @@ def router_sections(rows: Rows, workdir: Path | None = None) -> list[Section]:
     last = load_SLE[-1] * load_SLE.shape[2]
     caption = (
         "Share of the choices each expert got in the batch of a logged step, over the share at perfect balance. At the "
-        f"last one the busiest expert of a layer got {last.max():.2f} times its share, the idlest {last.min():.2f}."
+        f"last one the busiest expert of a layer got {last.max():.2f} times its share, the least used {last.min():.2f}."
     )
     loads = {f"layer {i + 1}": load_SLE[:, i] for i in range(load_SLE.shape[1])}
     maps = load_maps(steps, loads, 1.2 + 1.5 * len(loads))

@@ -1,4 +1,4 @@
-"""The page of a language-model run: what came out in words, training curves, routing, numbers and settings."""
+"""The page of a language-model run: findings, training curves, routing, numbers and settings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,7 @@ def lm_findings(
     found = ["No validation loss was recorded."]
     if np.isfinite(loss).any():
         best, size = int(np.nanargmin(loss)), model.get("vocab_size") or data.get("vocab_size")
-        found = [f"Validation loss ended at {_loss_words(loss[-1], data)}."]
+        found = [f"Validation loss ended at {_describe_loss(loss[-1], data)}."]
         if best != len(loss) - 1:
             found.append(f"It was lowest at step {step[best]:,.0f}: {loss[best]:.4f}.")
         if len(loss) > 1:
@@ -91,15 +91,15 @@ def lm_findings(
         found.append(f"The last logged training loss is {value:.4f} (step {at:,.0f}, one batch).")
     texts = [", ".join(run) + ".", " ".join(found)]
     if test and "loss" in test:
-        texts.append(f"On the test split the final weights reach {_loss_words(test['loss'], data)}.")
+        texts.append(f"On the test split the final weights reach {_describe_loss(test['loss'], data)}.")
     for row in [row for row in rows if row.get("kind") == "failed"][-1:]:
         texts.append(f"The run stopped at step {row['step']:,}: the loss or its gradient was not finite.")
     return [*texts, "One run, one seed: there is no interval, and small differences from another run mean nothing."]
 
 
-def _loss_words(loss: float, data: Mapping[str, Any]) -> str:
-    words = f"{loss:.4f} nats per token (perplexity {math.exp(min(loss, 700)):.2f}"
-    return words + (f", {loss / math.log(2):.3f} bits per byte)" if data.get("tokenizer") == "bytes" else ")")
+def _describe_loss(loss: float, data: Mapping[str, Any]) -> str:
+    text = f"{loss:.4f} nats per token (perplexity {math.exp(min(loss, 700)):.2f}"
+    return text + (f", {loss / math.log(2):.3f} bits per byte)" if data.get("tokenizer") == "bytes" else ")")
 
 
 def _milestones(rows: Rows, count: int = 20) -> list[dict[str, Any]]:

@@ -158,5 +158,5 @@ def _draw_timeline(ax: Axes, schedule: Schedule, labels: bool) -> None:
     chunks = f", {schedule.chunks} chunks" if schedule.chunks > 1 else ""
     # Part of a chunk counts as that part of a stage's layers.
     live = max(peak_live(schedule)) / schedule.chunks
-    words = f"bubble {100 * bubble(schedule):.1f}%, at most {live:g} microbatches live on a stage"
-    ax.set_title(f"{schedule.name}{chunks}: {words}", loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=4)
+    numbers = f"bubble {100 * bubble(schedule):.1f}%, at most {live:g} microbatches live on a stage"
+    ax.set_title(f"{schedule.name}{chunks}: {numbers}", loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=4)

@@ -282,7 +282,7 @@ def spread(positions: Sequence[float], gap: float, low: float = 0.0, high: float
 def label_lines(ax: Axes, *, gap: float = 0.075) -> None:
     """Write the name of every labelled line right of the axes at the height of its end, instead of a legend.
 
-    Call it last: limits and scales are fixed. Names are kept apart in the axes' own coordinates. A hairline leads to a
+    Call it last: limits and scales are fixed. Names do not overlap, in the axes' own coordinates. A hairline leads to a
     name that had to move.
     """
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # names stay where the lines end

@@ -67,7 +67,7 @@ def test_balance():
     assert set(rows) == {"moe", "unbalanced"}
     assert rows["moe"]["busiest"] == pytest.approx(1) and rows["moe"]["experts in use"] == pytest.approx(16)
     found = rows["unbalanced"]
-    assert (found["busiest"], found["idlest"]) == (8, 0) and found["below a tenth of its share"] == 5 / 16
+    assert (found["busiest"], found["least used"]) == (8, 0) and found["below a tenth of its share"] == 5 / 16
     assert found["experts in use"] == pytest.approx(np.exp(stats.entropy([0.5] + [0.05] * 10)))
 
 

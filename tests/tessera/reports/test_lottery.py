@@ -107,8 +107,8 @@ def test_curves_average_over_the_steps_all_seeds_have():
 def test_labels_keep_their_distance_their_order_and_the_frame(positions, gap):
     placed = style.spread(positions, gap)
     assert min(placed) >= -1e-9 and max(placed) <= 1 + 1e-9
-    room = min(gap, 1 / max(1, len(positions) - 1))
-    assert (np.diff(sorted(placed)) >= room - 1e-9).all()
+    wanted = min(gap, 1 / max(1, len(positions) - 1))
+    assert (np.diff(sorted(placed)) >= wanted - 1e-9).all()
     by_place = np.asarray(positions)[np.argsort(placed, kind="stable")]
     assert (np.diff(by_place) >= 0).all()
 
