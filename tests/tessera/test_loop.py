@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import dataclass, field
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,7 @@ def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, **options):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
+    chex.assert_trees_all_equal(a.state, b.state)
     assert a.evaluation == b.evaluation
 
 

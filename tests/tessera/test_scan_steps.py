@@ -1,5 +1,6 @@
 """Blocks of steps against a plain loop, and what the host does between them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,14 @@ def test_a_block_is_its_steps_one_after_the_other_whole_or_in_part():
     assert float(mean) == pytest.approx(np.mean(losses), rel=1e-6) and float(same) == pytest.approx(
         float(mean), rel=1e-6
     )
+
+
+def test_blocks_of_every_length_and_state_are_one_program():
+    block = jax.jit(chex.assert_max_traces(lambda s, index, count: scan_steps(step, s, index, count), n=1))
+    state = init_state({"w": jnp.zeros(3)}, optax.adam(0.1))
+    for count in (1, 7, 3):
+        state, _ = block(state, INDEX, np.int32(count))
+    assert int(state.step) == 11
 
 
 def count_up(state, start, stop):

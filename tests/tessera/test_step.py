@@ -1,5 +1,8 @@
 """One step against optax by hand, gradient accumulation against the whole batch, SAM's gradient, the moving average."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +28,7 @@ def problem(rows=12):
 KEY = jax.random.key(7)
 
 
-def assert_close(a, b, rtol=1e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The pipelined loss and gradient against plain jax.grad on one device, its memory, its collectives, and refusals."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +80,7 @@ def mesh_of(**sizes):
     return Mesh(np.array(jax.devices()[:count]).reshape(*sizes.values()), tuple(sizes))
 
 
-def assert_equal(got, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, wanted)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 # name: schedule, stages, dp, microbatches, layers, chunks, tied, skip_idle
@@ -103,7 +105,7 @@ def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle):
     config = PipelineConfig(name, m, split_layers(layers, stages, chunks), skip_idle=skip_idle)
     params, batch = model(layers, tied), data(2 * dp * m)
     wanted = one_device(*params, batch)
-    assert_equal(jax.jit(make_value_and_grad(FNS, mesh, config))(*params, batch), wanted)
+    assert_close(jax.jit(make_value_and_grad(FNS, mesh, config))(*params, batch), wanted)
     return mesh, config, params, batch, wanted
 
 
@@ -116,7 +118,7 @@ def test_loss_and_gradient_are_those_of_one_device(case):
 @pytest.mark.parametrize("case", MORE.values(), ids=MORE)
 def test_more_losses_and_gradients_are_those_of_one_device(case):
     mesh, config, params, batch, wanted = assert_one_devices(*case)
-    assert_equal(jax.jit(make_loss(FNS, mesh, config))(*params, batch), wanted[0])
+    assert_close(jax.jit(make_loss(FNS, mesh, config))(*params, batch), wanted[0])
 
 
 def test_parameters_stored_in_parts_over_every_axis_and_layers_split_over_tp():
@@ -128,14 +130,14 @@ def test_parameters_stored_in_parts_over_every_axis_and_layers_split_over_tp():
     layer_specs = {"gain": P("dp"), "up": P("dp", "tp"), "down": P("tp", "dp")}
     run = jax.jit(make_value_and_grad(StageFns(embed, layer_tp, head_loss), mesh, config, shared_specs, layer_specs))
     value, (shared, layers) = run(params[0], stack_stages(params[1], layout), batch)
-    assert_equal((value, (shared, unstack_stages(layers, layout))), one_device(*params, batch))
+    assert_close((value, (shared, unstack_stages(layers, layout))), one_device(*params, batch))
     assert layers["up"].sharding.spec == P("pp", "dp", "tp") and shared["embed"].sharding.spec == P(("pp", "dp"))
 
 
 def test_forward_passes_alone_give_the_loss():
     mesh, config = mesh_of(pp=2, dp=1), PipelineConfig("interleaved", 2, split_layers(5, 2, 2))
     params, batch = model(5, True), data(4)
-    assert_equal(jax.jit(make_loss(FNS, mesh, config))(*params, batch), one_device(*params, batch)[0])
+    assert_close(jax.jit(make_loss(FNS, mesh, config))(*params, batch), one_device(*params, batch)[0])
 
 
 @pytest.mark.parametrize("schedule, growth", [("1f1b", 0), ("gpipe", 1)])

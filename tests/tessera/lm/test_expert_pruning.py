@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_masks_are_the_lotterys():
     removals = {path: 6 for path in prune.units(params, which, "expert")}
     scores = load_scores(params, jnp.asarray(LOAD), CONFIG)
     again = prune.remove(scores, masks_lib.ones(params), which, removals, "expert")
-    jax.tree.map(np.testing.assert_array_equal, again["blocks"]["layer_1"]["mlp"]["experts"], mlp["experts"])
+    chex.assert_trees_all_equal(again["blocks"]["layer_1"]["mlp"]["experts"], mlp["experts"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_merging_what_was_upcycled_gives_the_dense_decoder_back(method, dense):
     made = convert(dense[0], DENSE, target, key=KEY)
     start = StartConfig(method=method)
     back = convert(made, target, DENSE, start, base=(dense[0], DENSE), key=KEY)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), back, dense[0])
+    chex.assert_trees_all_close(back, dense[0], rtol=1e-5, atol=1e-6)
 
 
 def test_noise_tells_experts_apart(dense):
@@ -92,7 +93,7 @@ def test_blocks_are_split_and_joined_by_either_layout(scan):
     params = params_of(config)
     blocks = split_blocks(params, config)
     assert ["experts" in block["mlp"] for block in blocks] == [False, True]
-    jax.tree.map(np.testing.assert_array_equal, join_blocks(params, blocks, config), params)
+    chex.assert_trees_all_equal(join_blocks(params, blocks, config), params)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,8 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
     run = jax.jit(jax.value_and_grad(other, has_aux=True))
     (again, same), flat_grads = run(unstacked(params), {"tokens": TOKENS}, KEY)
     assert loss == pytest.approx(float(again), rel=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, same)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), unstacked(grads), flat_grads)
+    chex.assert_trees_all_close(metrics, same, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(unstacked(grads), flat_grads, rtol=1e-3, atol=1e-5)
     assert metrics["router/load"].shape == (2, 4) and metrics["router/entropy"].shape == (2,)
     np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-6)
     assert loss == pytest.approx(float(metrics["cross_entropy"] + metrics["aux_loss"]), rel=1e-5)
@@ -82,9 +83,9 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
     expected = 0.01 * np.sign(load.mean(1, keepdims=True) - load)
     np.testing.assert_allclose(moved["blocks"]["layer_1"]["mlp"]["router"]["bias"], expected, atol=1e-8)
     flat_moved = make_adjust(flat.config)(unstacked(params), metrics)
-    jax.tree.map(np.testing.assert_array_equal, flat_moved, unstacked(moved))
+    chex.assert_trees_all_equal(flat_moved, unstacked(moved))
     moved["blocks"]["layer_1"]["mlp"]["router"]["bias"] = params["blocks"]["layer_1"]["mlp"]["router"]["bias"]
-    jax.tree.map(np.testing.assert_array_equal, moved, params)
+    chex.assert_trees_all_equal(moved, params)
 
     table = jax.jit(lambda p: expert_table(model, p, TOKENS, TOKENS % 3, 3))(params)
     assert table.shape == (2, 3, 4)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +126,7 @@ def test_parameters_in_the_models_order_and_the_loss_alone():
     ours = pipelined_decoder.make_loss(parts, mesh)
     (loss, metrics), grads = value_and_grad(ours, params, BATCH)
     _, expected = value_and_grad(loss_fn, params, BATCH)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
     alone, alone_metrics = jax.device_get(jax.jit(ours)(params, BATCH))
     assert alone == pytest.approx(loss, abs=1e-6)
     assert alone_metrics["accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-6)

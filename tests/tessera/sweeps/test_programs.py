@@ -1,5 +1,6 @@
 """The programs of a small run: its schedule, its data, and how its activations move with the width."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,17 @@ def test_the_base_width_is_trained_as_optax_would():
     for row in index:
         params, opt_state = step(params, opt_state, row)
     ours, _ = jax.jit(trial.advance)(state, tokens, index, np.int32(3), Schedule(1e-2, 0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), ours.params, params)
+    chex.assert_trees_all_close(ours.params, params, rtol=2e-4, atol=1e-6)
+
+
+def test_a_trunk_and_its_decays_are_one_program():
+    trial, tokens = Trial(settings(8), 0, TrialConfig()), text()
+    advance = jax.jit(chex.assert_max_traces(trial.advance, n=1))
+    index, state = np.arange(24, dtype=np.int32).reshape(3, 8), trial.init()
+    trunk, _ = advance(state, tokens, index, np.int32(3), Schedule(1e-2, 2))
+    for branch, end, count in ((3, 5, 2), (3, 4, 1)):
+        state, _ = advance(trunk, tokens, index, np.int32(count), Schedule(1e-2, 2, branch, end))
+        assert int(state.step) == end
 
 
 def _matrices(params):
@@ -81,7 +92,7 @@ def test_windows_hold_the_text_and_one_call_is_many():
     half, _ = programs.advance(programs.init(), tokens, index, np.int32(2), schedule)
     rest, _ = programs.advance(half, tokens, np.roll(index, -2, 0), np.int32(4), schedule)
     assert int(whole.step) == int(rest.step) == 6
-    jax.tree.map(np.testing.assert_array_equal, whole.params, rest.params)
+    chex.assert_trees_all_equal(whole.params, rest.params)
 
 
 @pytest.mark.slow
