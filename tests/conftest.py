@@ -16,6 +16,11 @@ if os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A test compiles a program to run it once on small arrays: without LLVM's expensive passes that takes half the processor
+# time. Child processes read the variable. TESSERA_TEST_OPTIMIZE=1 compiles as users do.
+if not int(os.environ.get("TESSERA_TEST_OPTIMIZE", "0")):
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many small objects that live: at Python's own thresholds a tenth of the suite's time is the collector's.
 gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"))

@@ -50,43 +50,86 @@ BLOCK = {
     "mlp/experts/up/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
     "mlp/experts/down/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
 }
+# What transformers takes for an entry that config.json leaves out.
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+FAMILIES = {"llama": LLAMA, "mixtral": LLAMA | MIXTRAL}
+# Entries that change what the model computes and have no counterpart here, with the value that changes nothing.
+REFUSED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+DTYPES = ("F64", "F32", "F16", "BF16")
+# Buffers that earlier versions of transformers saved; they follow from the config.
+IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 
 
 class NotConvertible(ValueError):
-    """A model that Hugging Face's format cannot describe."""
+    """A model that Hugging Face's format cannot describe, or a directory with anything that has no counterpart here."""
 
 
 class ForeignFiles(FileExistsError):
     """A directory that holds files which no export has written."""
 
 
-def read_config(directory: Path | str) -> TransformerConfig:
-    """The model that a directory's config.json describes.
+def read_settings(directory: Path | str) -> dict[str, Any]:
+    """A directory's config.json with the defaults of its family for what it leaves out.
 
     Raises:
       FileNotFoundError: no config.json.
-      NotConvertible: neither Llama nor Mixtral, or with biases, scaled rotary positions, a sliding window or another
-        activation.
+      NotConvertible: neither Llama nor Mixtral, or with an entry that changes what the model computes and has
+        no counterpart here: biases, scaled or partial rotary positions, a sliding window, another activation, or
+        quantized weights.
     """
     path = Path(directory) / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"no Hugging Face model in {directory}: config.json is missing")
-    c = json.loads(path.read_text(encoding="utf-8"))
-    kind = c.get("model_type")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    wrong = {
-        f"model_type={kind!r}": kind not in ("llama", "mixtral"),
-        "attention_bias": c.get("attention_bias"),
-        "mlp_bias": c.get("mlp_bias"),
-        "sliding_window": c.get("sliding_window"),
-        f"hidden_act={c.get('hidden_act')!r}": c.get("hidden_act", "silu") != "silu",
-        f"rotary positions {rope}": rope.get("rope_type", rope.get("type", "default")) != "default",
-    }
-    for what, refused in wrong.items():
-        if refused:
-            raise NotConvertible(f"{path}: {what} has no counterpart here; Llama and Mixtral without it load")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kind = found.get("model_type")
+    if kind not in FAMILIES:
+        raise NotConvertible(f"{path}: model_type={kind!r} has no counterpart here; {' and '.join(FAMILIES)} load")
+    c = FAMILIES[kind] | found
+    rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+    c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+    entries = c | {"partial_rotary_factor": rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))}
+    wrong = [f"{name}={entries[name]!r}" for name, fine in REFUSED.items() if entries.get(name) not in (None, fine)]
+    if rope.get("type", rope["rope_type"]) != "default" or rope["rope_type"] != "default":
+        wrong.append(f"rope scaling {rope}")
+    if wrong:
+        raise NotConvertible(f"{path}: {', '.join(wrong)}: no counterpart here; Llama and Mixtral load without")
+    return c
+
+
+def read_config(directory: Path | str) -> TransformerConfig:
+    """The model that a directory's config.json describes; raises what `read_settings` does."""
+    c = read_settings(directory)
     moe: dict[str, Any] = {}
-    if kind == "mixtral":
+    if c["model_type"] == "mixtral":
         router = RouterConfig("top_k", c["num_local_experts"], c["num_experts_per_tok"])
         moe = {"mlp": "routed", "moe": MoEConfig(router=router)}
     return TransformerConfig(
@@ -94,12 +137,12 @@ def read_config(directory: Path | str) -> TransformerConfig:
         layers=c["num_hidden_layers"],
         width=c["hidden_size"],
         heads=c["num_attention_heads"],
-        kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
+        head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
         ff=c["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 1e4),
+        rope_theta=float(c["rope_theta"]),
         norm_eps=c["rms_norm_eps"],
-        tied=bool(c.get("tie_word_embeddings", False)),
+        tied=bool(c["tie_word_embeddings"]),
         **moe,
     )
 
@@ -155,16 +198,17 @@ def load_directory(
 
     Raises:
       FileNotFoundError: no config or no safetensors.
-      NotConvertible: another architecture, or tensors missing or of other shapes.
+      NotConvertible: another architecture; tensors missing, of other shapes, quantized, or that no parameter asks for.
       ImportError: the extra `hf` is not installed.
     """
     config = read_config(directory)
-    read = _reader(Path(directory))
+    tensors = _open(Path(directory))
+    _check_names(Path(directory), tensors, config)
     tree: dict[str, Any] = {}
     for path, shape in _leaves(config):
         array = np.empty(shape, np.float32)
         for index, name in _names(path, config):
-            array[index] = _inward(read(name), array[index].shape, path, name)
+            array[index] = _inward(tensors[name].get_tensor(name), array[index].shape, path, name)
         _set(tree, path, array if place is None else place(path, array))
     return tree, config
 
@@ -254,10 +298,9 @@ def _refuse_foreign(path: Path) -> None:
         file.name for file in path.iterdir() if not (_is_staging(file) if file.name == STAGING else _is_exported(file))
     )
     if foreign:
-        shown = ", ".join(foreign[:10]) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
         raise ForeignFiles(
-            f"{path} holds files that no export has written: {shown}; export to a new or empty directory, or move "
-            "these files away first"
+            f"{path} holds files that no export has written: {_some(foreign, 10)}; export to a new or empty directory, "
+            "or move these files away first"
         )
 
 
@@ -315,10 +358,18 @@ def _names(path: str, config: TransformerConfig) -> Iterator[tuple[tuple[int, ..
 
 
 def _inward(tensor: np.ndarray, shape: tuple[int, ...], path: str, name: str) -> np.ndarray:
-    turned = tensor.T if path.endswith("kernel") else tensor
-    if turned.size != np.prod(shape):
-        raise NotConvertible(f"{name} has shape {tensor.shape}; {path} needs {shape}")
-    return np.asarray(turned, np.float32).reshape(shape)
+    stored = _stored_shape(path, shape)
+    if tensor.shape != stored:
+        raise NotConvertible(f"{name} has shape {tensor.shape}; config.json asks for {stored}")
+    return np.asarray(tensor.T if path.endswith("kernel") else tensor, np.float32).reshape(shape)
+
+
+def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape on disk, [outputs, inputs] for a projection, of one layer's leaf."""
+    if not path.endswith("kernel"):
+        return shape
+    outputs = shape[-1] if path.endswith("output/kernel") else int(np.prod(shape[1:]))
+    return outputs, int(np.prod(shape)) // outputs
 
 
 def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -332,26 +383,61 @@ def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[
         for index, name in _names(path, config):
             array = np.asarray(jnp.asarray(leaf[index] if index else leaf, jnp.float32))
             if path.endswith("kernel"):
-                outputs = array.shape[-1] if re.search("output/kernel$", path) else int(np.prod(array.shape[1:]))
-                array = array.reshape(-1, outputs).T
+                array = array.reshape(_stored_shape(path, array.shape)[::-1]).T
             yield name, np.ascontiguousarray(array.astype(dtype))
 
 
-def _reader(directory: Path) -> Callable[[str], np.ndarray]:
-    """name -> tensor, from whichever file has it."""
+def _open(directory: Path) -> dict[str, Any]:
+    """Tensor name -> open file: of the index, else model.safetensors, else the only file there is."""
     safe_open = _safetensors().safe_open
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(file.name for file in directory.glob("*.safetensors"))
+    if (directory / INDEX).exists():
+        where: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+    elif "model.safetensors" in files:
+        files = ["model.safetensors"]
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {directory}")
-    handles = [safe_open(file, framework="numpy") for file in files]
-    where = {name: handle for handle in handles for name in handle.keys()}
+    if len(files) > 1 and not (directory / INDEX).exists():
+        raise NotConvertible(
+            f"{directory} has {', '.join(files)} and neither model.safetensors nor {INDEX}: which are the model's?"
+        )
+    if missing := [name for name in files if not (directory / name).exists()]:
+        raise FileNotFoundError(f"{directory / INDEX} names {', '.join(missing)}: not there")
+    handles = {name: safe_open(directory / name, framework="numpy") for name in files}
+    if not (directory / INDEX).exists():
+        return {name: handle for handle in handles.values() for name in handle.keys()}
+    inside = {file: set(handle.keys()) for file, handle in handles.items()}
+    if wrong := [f"{name} in {file}" for name, file in where.items() if name not in inside[file]]:
+        raise NotConvertible(f"{directory / INDEX} names {_some(wrong)}: not there")
+    return {name: handles[file] for name, file in where.items()}
 
-    def read(name: str) -> np.ndarray:
-        if name not in where:
-            raise NotConvertible(f"{directory} has no tensor {name}")
-        return where[name].get_tensor(name)
 
-    return read
+def _check_names(directory: Path, tensors: dict[str, Any], config: TransformerConfig) -> None:
+    """Refuse a directory that lacks a tensor, has one that no parameter asks for, or a quantized one."""
+    wanted = {name for path, _ in _leaves(config) for _, name in _names(path, config)}
+    if missing := sorted(wanted - tensors.keys()):
+        raise NotConvertible(f"{directory} has no tensor {_some(missing)}")
+    kinds = {name: tensors[name].get_slice(name).get_dtype() for name in sorted(wanted)}
+    if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
+        raise NotConvertible(f"{directory} has quantized weights: {_some(quantized)}; {', '.join(DTYPES)} load")
+    rest = {name for name in tensors.keys() - wanted if not IGNORED.fullmatch(name)}
+    table, head = SHARED["embed/table"], SHARED["head/kernel"]
+    if config.tied and head in rest:
+        if not np.array_equal(tensors[head].get_tensor(head), tensors[table].get_tensor(table)):
+            raise NotConvertible(
+                f"{directory}: {head} differs from {table}, but config.json says tie_word_embeddings; with false the "
+                "head is read, without the tensor the table is used"
+            )
+        rest.remove(head)
+    if rest:
+        raise NotConvertible(
+            f"{directory} has {len(rest)} tensors that a model of its config.json lacks: {_some(sorted(rest))}"
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.engine import Engine
-from tessera.serving.huggingface import is_directory, load_directory
+from tessera.serving.huggingface import is_directory, load_directory, read_settings
 from tessera.serving.programs import Programs, ServeConfig, make_programs
 from tessera.serving.quantized import quantise_decoder
 from tessera.serving.served import serve
@@ -162,17 +162,26 @@ def make_engine(
 
     Raises:
       PlanError: the plan does not fit the model, the sizes or the devices; a draft that does not fit the model.
+      ValueError: texts longer than the model's positions.
       and what `load` raises.
     """
+    _check_length(source, sizes)
     loaded = load(source)
     programs, params = _programs(loaded, source, plan, sizes)
     if not draft.dir:
         return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
     small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
+    _check_length(small, sizes)
     split = plan if draft.plan == "same" else Plan(draft.plan)
     drafting, draft_params = _programs(load(small), small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
     return Engine(both, both.place(params, draft_params), queue), loaded._replace(params=None)
+
+
+def _check_length(source: SourceConfig, sizes: ServeConfig) -> None:
+    """Refuse texts longer than a Hugging Face model's positions: beyond them it was not trained."""
+    if is_directory(source.dir) and sizes.length > (most := read_settings(source.dir)["max_position_embeddings"]):
+        raise ValueError(f"length={sizes.length}: {source.dir}/config.json has max_position_embeddings={most}")
 
 
 def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:

@@ -1,12 +1,15 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving import huggingface
 from tessera.serving.huggingface import (
@@ -17,6 +20,8 @@ from tessera.serving.huggingface import (
     read_config,
     save_directory,
 )
+from tessera.serving.load import SourceConfig, make_engine
+from tessera.serving.programs import ServeConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface"
 SIZES = {
@@ -80,6 +85,140 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
     (made / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         load_directory(made)
+
+
+def tampered(directory, name, entries=(), change=None):
+    """A copy of a golden model with entries of its config.json (None: left out) and its tensors changed."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(GOLDEN / name, directory)
+    settings = json.loads((directory / "config.json").read_text())
+    for key, value in dict(entries).items():
+        settings.pop(key, None)
+        if value is not ABSENT:
+            settings[key] = value
+    (directory / "config.json").write_text(json.dumps(settings))
+    if change:
+        found = tensors(directory)
+        change(found)
+        save_file(found, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+ABSENT = object()
+DOWN, GATE = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.gate_proj"
+
+
+def add(name, like, dtype=np.float32):
+    return lambda found: found.update({name: np.ones(found[like].shape, dtype)})
+
+
+def turn(found):
+    found[DOWN] = np.ascontiguousarray(found[DOWN].T)
+
+
+def replace(name, make):
+    return lambda found: found.update({name: make(found[name])})
+
+
+# What is wrong: model, entries of config.json, change of the tensors, the message.
+UNREADABLE = {
+    "a bias nobody asks for": ("llama", {}, add(f"{GATE}.bias", "model.norm.weight"), r"gate_proj\.bias"),
+    "QK-norm": ("llama", {}, add("model.layers.0.self_attn.q_norm.weight", "model.norm.weight"), "q_norm"),
+    "scales": ("llama", {}, add(f"{GATE}.weight_scale", "model.norm.weight"), "weight_scale"),
+    "fewer layers in the config": ("llama", {"num_hidden_layers": 1}, None, r"9 tensors .*model\.layers\.1"),
+    "more layers in the config": ("llama", {"num_hidden_layers": 3}, None, r"no tensor model\.layers\.2.* and 4 more"),
+    "fewer experts in the config": ("mixtral", {"num_local_experts": 2}, None, r"12 tensors .*experts\.2"),
+    "another head beside tied tables": (
+        "llama-tied",
+        {},
+        add("lm_head.weight", "model.embed_tokens.weight"),
+        "lm_head.weight differs from model.embed_tokens.weight",
+    ),
+    "a transposed tensor": (
+        "llama",
+        {},
+        turn,
+        r"down_proj.weight has shape \(48, 32\); .* \(32, 48\)",
+    ),
+    "int8": ("llama", {}, replace(DOWN, lambda x: x.astype(np.int8)), r"quantized weights: .*down_proj\.weight \(I8\)"),
+    "float8": (
+        "llama",
+        {},
+        replace(DOWN, lambda x: x.astype(ml_dtypes.float8_e4m3fn)),
+        r"\(F8_E4M3\)",
+    ),
+    "quantization": ("llama", {"quantization_config": {"quant_method": "gptq"}}, None, "quantization_config"),
+    "linear scaling by its old name": ("llama", {"rope_parameters": {"type": "linear", "factor": 2}}, None, "rope"),
+    "part of the channels": ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, None, "partial_rotary"),
+    "a window": ("mixtral", {"sliding_window": 16}, None, "sliding_window=16"),
+    "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_would_load_as_another_model_is_refused_by_name(name, tmp_path):
+    pytest.importorskip("safetensors")
+    model, entries, change, message = UNREADABLE[name]
+    with pytest.raises(NotConvertible, match=message):
+        load_directory(tampered(tmp_path / "model", model, entries, change))
+
+
+def test_what_follows_from_the_config_may_lie_beside_the_weights(tmp_path):
+    pytest.importorskip("safetensors")
+
+    def change(found):
+        found["lm_head.weight"] = found["model.embed_tokens.weight"].copy()
+        found["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    params, config = load_directory(tampered(tmp_path / "model", "llama-tied", {}, change))
+    plain, _ = load_directory(GOLDEN / "llama-tied")
+    assert config.tied and same(params, plain)
+
+
+def test_other_safetensors_in_the_directory_are_not_read(tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import save_file
+
+    made = tampered(tmp_path / "model", "llama", {})
+    wanted, _ = load_directory(made)
+    save_file({name: 0 * tensor for name, tensor in tensors(made).items()}, made / "zeros.safetensors")
+    assert same(load_directory(made)[0], wanted)
+    (made / "model.safetensors").rename(made / "a.safetensors")
+    with pytest.raises(NotConvertible, match=r"a\.safetensors, zeros\.safetensors and neither"):
+        load_directory(made)
+    index = {"weight_map": dict.fromkeys(tensors(GOLDEN / "llama"), "a.safetensors")}
+    (made / huggingface.INDEX).write_text(json.dumps(index))
+    assert same(load_directory(made)[0], wanted)
+    (made / "a.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names a\.safetensors: not there"):
+        load_directory(made)
+
+
+# Defaults of LlamaConfig and MixtralConfig of transformers 5.24.
+@pytest.mark.parametrize(
+    ("name", "left_out", "field", "value"),
+    [
+        ("llama", "rope_parameters", "rope_theta", 1e4),
+        ("llama", "rms_norm_eps", "norm_eps", 1e-6),
+        ("llama", "num_key_value_heads", "kv_size", 4),
+        ("llama", "tie_word_embeddings", "tied", False),
+        ("mixtral", "rope_parameters", "rope_theta", 1e6),
+        ("mixtral", "rms_norm_eps", "norm_eps", 1e-5),
+    ],
+)
+def test_what_a_config_leaves_out_is_its_familys_default(name, left_out, field, value, tmp_path):
+    assert getattr(read_config(tampered(tmp_path / "model", name, {left_out: ABSENT})), field) == value
+
+
+def test_a_mixtral_without_key_value_heads_has_eight(tmp_path):
+    made = tampered(tmp_path / "model", "mixtral", {"num_key_value_heads": ABSENT, "num_attention_heads": 16})
+    assert read_config(made).kv_size == 8
+
+
+def test_texts_longer_than_the_positions_are_refused():
+    with pytest.raises(ValueError, match=r"length=65: .*max_position_embeddings=64"):
+        make_engine(SourceConfig(str(GOLDEN / "llama")), Plan(), ServeConfig(length=65))
 
 
 SMALL = TransformerConfig(vocab_size=8, layers=2, width=8, heads=2, ff=8)
