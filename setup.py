@@ -44,7 +44,7 @@ EXTRAS = {
         *("pytest>=8", "pytest-xdist", "pytest-cov", "hypothesis", "beartype", "chex>=0.1.90"),
         *("ruff", "mypy"),
         # What the default suite needs of the extras.
-        *("matplotlib>=3.9", "scikit-learn", "pooch>=1.8", "tensorboardX", "tokenizers", "safetensors"),
+        *("matplotlib>=3.9", "scikit-learn", "pooch>=1.8", "tensorboardX", "tokenizers", "safetensors", "gguf"),
         *("starlette>=0.40", "uvicorn>=0.30", "prometheus-client", "openai", "submitit>=1.5"),
     ],
 }

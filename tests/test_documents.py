@@ -179,3 +179,10 @@ def test_fit_on_a_table_of_runs(directory, shared_data):
     runs = shared_data("scaling/chinchilla_figure4.csv")
     out = run(directory, script("fit_scaling"), f"--config.runs={runs}", "--config.resamples=50", "--workdir=runs/fit")
     assert "477.8" in out
+
+
+@pytest.mark.docs
+def test_a_run_becomes_a_hugging_face_directory(directory):
+    console = ("-c", "from tessera.cli.main import main; main()")
+    out = run(directory, *console, "export-hf", "runs/lm", "models/lm")
+    assert "vocabulary 256" in out and (directory / "models" / "lm" / "tokenizer.json").exists()

@@ -90,7 +90,10 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command("tessera.cli.quantize", "quantize", "Loss of a model in 8 and 4 bits.", "quantize"),
 }
 # Commands without a config.
-PLAIN = {"doctor": ("tessera.cli.doctor", "Versions, devices, defaults and missing extras, to paste into an issue.")}
+PLAIN = {
+    "export-hf": ("tessera.cli.export_hf", "Write a run, a ticket of one or a GGUF file as a Hugging Face directory."),
+    "doctor": ("tessera.cli.doctor", "Versions, devices, defaults and missing extras, to paste into an issue."),
+}
 
 # Flags of a run on several hosts; see `sharding.multihost.distributed`.
 HOSTS = (

@@ -95,6 +95,19 @@ class BPETokenizer:
         inner.train_from_iterator(documents, trainer)
         return cls(inner)
 
+    @classmethod
+    def of_bytes(cls) -> "BPETokenizer":
+        """Make a tokenizer whose token i is byte i, as `ByteTokenizer`, in the format of the `tokenizers` package."""
+        tokenizers = _import_tokenizers()
+        # Names of bytes as in GPT-2: printable ones are themselves, the others follow from U+0100 on.
+        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        hidden = [byte for byte in range(256) if byte not in printable]
+        vocabulary = {chr(byte if byte in printable else 256 + hidden.index(byte)): byte for byte in range(256)}
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        return cls(inner)
+
     def encode(self, text: str) -> np.ndarray:
         """Tokens [N], uint16 or, past 65536 tokens, int32."""
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
@@ -103,6 +116,10 @@ class BPETokenizer:
     def decode(self, tokens: np.ndarray) -> str:
         """Text of tokens [N]; bytes that are not UTF-8 become replacement characters."""
         return self._inner.decode(np.asarray(tokens).tolist())
+
+    def name_of(self, token: int) -> str:
+        """A token as the vocabulary has it."""
+        return self._inner.id_to_token(token)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON format of the `tokenizers` package, in one step."""

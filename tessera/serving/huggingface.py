@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +125,41 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     return c
 
 
+class TextFormat(NamedTuple):
+    """What a model takes for a text.
+
+    Attributes:
+      begin: token that begins it, None without one.
+      ends: tokens that end it.
+      template: of a chat, in Jinja; "" without one.
+      positions: tokens at most; 0 for no limit.
+    """
+
+    begin: int | None = None
+    ends: tuple[int, ...] = ()
+    template: str = ""
+    positions: int = 0
+
+
+def read_format(directory: Path | str) -> TextFormat:
+    """Read the special tokens, chat template and positions of a directory."""
+    path, c = Path(directory), read_settings(directory)
+    more = {name: _read_json(path / name) for name in ("generation_config.json", "tokenizer_config.json")}
+    ends: dict[int, None] = {}
+    for found in (c, more["generation_config.json"]):
+        value = found.get("eos_token_id")
+        ends |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
+    file = path / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else more["tokenizer_config.json"].get("chat_template")
+    return TextFormat(
+        c.get("bos_token_id"), tuple(ends), template if isinstance(template, str) else "", c["max_position_embeddings"]
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def read_config(directory: Path | str) -> TransformerConfig:
     """The model that a directory's config.json describes; raises what `read_settings` does."""
     c = read_settings(directory)
@@ -204,13 +239,31 @@ def load_directory(
     config = read_config(directory)
     tensors = _open(Path(directory))
     _check_names(Path(directory), tensors, config)
+    return assemble(config, lambda name: tensors[name].get_tensor(name), place), config
+
+
+def assemble(
+    config: TransformerConfig,
+    read: Callable[[str], np.ndarray],
+    place: Callable[[str, np.ndarray], Any] | None = None,
+) -> PyTree:
+    """Parameters float32 of a scanned decoder from tensors in Hugging Face's names and layout, read one at a time.
+
+    Raises:
+      NotConvertible: a tensor of another shape.
+    """
     tree: dict[str, Any] = {}
     for path, shape in _leaves(config):
         array = np.empty(shape, np.float32)
         for index, name in _names(path, config):
-            array[index] = _inward(tensors[name].get_tensor(name), array[index].shape, path, name)
+            array[index] = _inward(read(name), array[index].shape, path, name)
         _set(tree, path, array if place is None else place(path, array))
-    return tree, config
+    return tree
+
+
+def tensor_names(config: TransformerConfig) -> set[str]:
+    """Hugging Face's names of all tensors of a model."""
+    return {name for path, _ in _leaves(config) for _, name in _names(path, config)}
 
 
 def save_directory(
@@ -299,7 +352,7 @@ def _refuse_foreign(path: Path) -> None:
     )
     if foreign:
         raise ForeignFiles(
-            f"{path} holds files that no export has written: {_some(foreign, 10)}; export to a new or empty directory, "
+            f"{path} holds files that no export has written: {some(foreign, 10)}; export to a new or empty directory, "
             "or move these files away first"
         )
 
@@ -409,18 +462,18 @@ def _open(directory: Path) -> dict[str, Any]:
         return {name: handle for handle in handles.values() for name in handle.keys()}
     inside = {file: set(handle.keys()) for file, handle in handles.items()}
     if wrong := [f"{name} in {file}" for name, file in where.items() if name not in inside[file]]:
-        raise NotConvertible(f"{directory / INDEX} names {_some(wrong)}: not there")
+        raise NotConvertible(f"{directory / INDEX} names {some(wrong)}: not there")
     return {name: handles[file] for name, file in where.items()}
 
 
 def _check_names(directory: Path, tensors: dict[str, Any], config: TransformerConfig) -> None:
     """Refuse a directory that lacks a tensor, has one that no parameter asks for, or a quantized one."""
-    wanted = {name for path, _ in _leaves(config) for _, name in _names(path, config)}
+    wanted = tensor_names(config)
     if missing := sorted(wanted - tensors.keys()):
-        raise NotConvertible(f"{directory} has no tensor {_some(missing)}")
+        raise NotConvertible(f"{directory} has no tensor {some(missing)}")
     kinds = {name: tensors[name].get_slice(name).get_dtype() for name in sorted(wanted)}
     if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
-        raise NotConvertible(f"{directory} has quantized weights: {_some(quantized)}; {', '.join(DTYPES)} load")
+        raise NotConvertible(f"{directory} has quantized weights: {some(quantized)}; {', '.join(DTYPES)} load")
     rest = {name for name in tensors.keys() - wanted if not IGNORED.fullmatch(name)}
     table, head = SHARED["embed/table"], SHARED["head/kernel"]
     if config.tied and head in rest:
@@ -432,11 +485,12 @@ def _check_names(directory: Path, tensors: dict[str, Any], config: TransformerCo
         rest.remove(head)
     if rest:
         raise NotConvertible(
-            f"{directory} has {len(rest)} tensors that a model of its config.json lacks: {_some(sorted(rest))}"
+            f"{directory} has {len(rest)} tensors that a model of its config.json lacks: {some(sorted(rest))}"
         )
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -1,6 +1,9 @@
-"""Models to serve: a run of the training script, a ticket of it, or a Hugging Face directory."""
+"""Models to serve: a run of the training script, a ticket of it, a Hugging Face directory, or a GGUF file."""
 
 import json
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +16,12 @@ from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.data.download import cache_dir
 from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
+from tessera.infra.logger import write_text
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.serving import gguf, huggingface
 from tessera.serving.engine import Engine
-from tessera.serving.huggingface import is_directory, load_directory, read_settings
+from tessera.serving.huggingface import TextFormat
 from tessera.serving.programs import Programs, ServeConfig, make_programs
 from tessera.serving.quantized import quantise_decoder
 from tessera.serving.served import serve
@@ -28,7 +33,7 @@ class SourceConfig:
     """Where a model comes from.
 
     Attributes:
-      dir: a run of `scripts/train.py`, whose newest checkpoint is read, or a Hugging Face directory.
+      dir: a run of `scripts/train.py`, whose newest checkpoint is read, a Hugging Face directory, or a GGUF file.
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
       dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
@@ -72,11 +77,12 @@ class DraftConfig:
 
 
 class Loaded(NamedTuple):
-    """Parameters (numpy), the model they are of, and its tokenizer."""
+    """Parameters (numpy), the model they are of, its tokenizer, and what it takes for a text."""
 
     params: PyTree
     config: TransformerConfig
     tokenizer: Tokenizer
+    format: TextFormat = TextFormat()
 
 
 def load(source: SourceConfig) -> Loaded:
@@ -88,8 +94,11 @@ def load(source: SourceConfig) -> Loaded:
       ValueError: a ticket of another model; a directory of another architecture.
     """
     path = Path(source.dir)
-    if is_directory(path):
-        params, config = load_directory(path)
+    text = TextFormat()
+    if gguf.is_gguf(path):
+        (params, config), text = gguf.load_gguf(path), gguf.read_format(path)
+    elif huggingface.is_directory(path):
+        (params, config), text = huggingface.load_directory(path), huggingface.read_format(path)
     else:
         params, config = read_model(path)
     if source.ticket:
@@ -99,7 +108,49 @@ def load(source: SourceConfig) -> Loaded:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not made for each other"
         )
-    return Loaded(params, config, tokenizer)
+    return Loaded(params, config, tokenizer, text)
+
+
+def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path:
+    """Write a model with its tokenizer, special tokens and chat template as a Hugging Face directory.
+
+    Args:
+      loaded: a model, see `load`.
+      directory: new; it appears when everything in it is written.
+      dtype: "float32" or "bfloat16", of the weights.
+
+    Raises:
+      FileExistsError: the directory exists.
+      NotConvertible: a model that is neither Llama nor Mixtral.
+      ImportError: the extra `hf` is not installed.
+    """
+    target = Path(directory)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name a new directory to export to")
+    text = loaded.format
+    tokens = {"bos_token_id": text.begin, "eos_token_id": text.ends[0] if len(text.ends) == 1 else list(text.ends)}
+    tokens = {name: found for name, found in tokens.items() if found is not None and found != []}
+    more = {"max_position_embeddings": text.positions} if text.positions else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        huggingface.save_directory(staging, loaded.params, loaded.config, dtype, **more, **tokens)
+        tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, BPETokenizer) else BPETokenizer.of_bytes()
+        tokenizer.save(staging / "tokenizer.json")
+        names = {"bos_token": text.begin, "eos_token": text.ends[0] if text.ends else None}
+        settings: dict[str, Any] = {
+            name: tokenizer.name_of(token) for name, token in names.items() if token is not None
+        }
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"chat_template": text.template} if text.template else {}
+        write_text(staging / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_text(staging / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
+        staging.chmod(0o755)
+        os.rename(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
 
 
 def read_ticket(path: Path | str, config: TransformerConfig) -> PyTree:
@@ -140,6 +191,8 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     Raises:
       FileNotFoundError: the BPE is not where the run left it, or a directory has no tokenizer.json.
     """
+    if gguf.is_gguf(path):
+        return BPETokenizer(gguf.read_tokenizer(path))
     if (path / "tokenizer.json").exists():
         return BPETokenizer.load(path / "tokenizer.json")
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -165,23 +218,25 @@ def make_engine(
       ValueError: texts longer than the model's positions.
       and what `load` raises.
     """
-    _check_length(source, sizes)
     loaded = load(source)
+    _check_length(loaded, source, sizes)
     programs, params = _programs(loaded, source, plan, sizes)
     if not draft.dir:
         return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
     small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
-    _check_length(small, sizes)
     split = plan if draft.plan == "same" else Plan(draft.plan)
-    drafting, draft_params = _programs(load(small), small, split, replace(sizes, groups=0))
+    drafted = load(small)
+    _check_length(drafted, small, sizes)
+    drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
     return Engine(both, both.place(params, draft_params), queue), loaded._replace(params=None)
 
 
-def _check_length(source: SourceConfig, sizes: ServeConfig) -> None:
-    """Refuse texts longer than a Hugging Face model's positions: beyond them it was not trained."""
-    if is_directory(source.dir) and sizes.length > (most := read_settings(source.dir)["max_position_embeddings"]):
-        raise ValueError(f"length={sizes.length}: {source.dir}/config.json has max_position_embeddings={most}")
+def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> None:
+    """Refuse texts longer than a model's positions: beyond them it was not trained."""
+    most = loaded.format.positions
+    if most and sizes.length > most:
+        raise ValueError(f"length={sizes.length}: {source.dir} has max_position_embeddings={most}")
 
 
 def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:

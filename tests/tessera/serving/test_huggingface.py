@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving import huggingface
 from tessera.serving.huggingface import (
@@ -20,8 +19,6 @@ from tessera.serving.huggingface import (
     read_config,
     save_directory,
 )
-from tessera.serving.load import SourceConfig, make_engine
-from tessera.serving.programs import ServeConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface"
 SIZES = {
@@ -214,11 +211,6 @@ def test_what_a_config_leaves_out_is_its_familys_default(name, left_out, field, 
 def test_a_mixtral_without_key_value_heads_has_eight(tmp_path):
     made = tampered(tmp_path / "model", "mixtral", {"num_key_value_heads": ABSENT, "num_attention_heads": 16})
     assert read_config(made).kv_size == 8
-
-
-def test_texts_longer_than_the_positions_are_refused():
-    with pytest.raises(ValueError, match=r"length=65: .*max_position_embeddings=64"):
-        make_engine(SourceConfig(str(GOLDEN / "llama")), Plan(), ServeConfig(length=65))
 
 
 SMALL = TransformerConfig(vocab_size=8, layers=2, width=8, heads=2, ff=8)

@@ -1,0 +1,187 @@
+"""GGUF files of Llama architecture, as llama.cpp runs them.
+
+Quantized tensors (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K ...) are widened to float32 one at a time by the `gguf` package (extra
+`hf`). llama.cpp pairs rotary channels 2 i and 2 i + 1 where Hugging Face and this project pair i and i + h / 2, so the
+rows of its query and key projections are stored interleaved and are put back here.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from tessera.models.transformer import TransformerConfig
+from tessera.serving.huggingface import NotConvertible, TextFormat, assemble, some, tensor_names
+
+# Hugging Face's name without `model.` -> the file's; {l} counts blocks.
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+CONTROL = 3  # type of a special token
+
+
+def is_gguf(path: Path | str) -> bool:
+    """Whether a path is a GGUF file by its name."""
+    return Path(path).suffix == ".gguf"
+
+
+def load_gguf(
+    file: Path | str, place: Callable[[str, np.ndarray], Any] | None = None
+) -> tuple[PyTree, TransformerConfig]:
+    """Parameters float32 and model of a file; tensors are widened one at a time.
+
+    Args:
+      file: of architecture "llama" without experts.
+      place: see `tessera.serving.huggingface.load_directory`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      NotConvertible: another architecture, scaled rotary positions, or tensors missing, of other shapes or left over.
+      ImportError: the extra `hf` is not installed.
+    """
+    reader = _open(file)
+    config = _config(file, reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = {theirs: _name(theirs) for theirs in tensor_names(config)}
+    if missing := sorted(set(names.values()) - tensors.keys()):
+        raise NotConvertible(f"{file} has no tensor {some(missing)}")
+    if rest := sorted(tensors.keys() - set(names.values())):
+        raise NotConvertible(f"{file} has tensors that a Llama of its sizes lacks: {some(rest)}")
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[names[name]]
+        array = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+        heads = {"q_proj": config.heads, "k_proj": config.kv_size}.get(name.split(".")[-2], 0)
+        return _halves(array, heads) if heads else array
+
+    return assemble(config, read, place), config
+
+
+def read_tokenizer(file: Path | str) -> Any:
+    """The `tokenizers.Tokenizer` of a file, byte-level BPE with the splits of its `tokenizer.ggml.pre`.
+
+    Raises:
+      NotConvertible: another kind of tokenizer.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = _fields(_open(file))
+    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    digits = [pre_tokenizers.Digits(individual_digits=True)]
+    llama3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+"
+    )
+    # The regular expression of GPT-2 is ByteLevel's own.
+    splits: dict[str, list[Any]] = {
+        "gpt-2": [],
+        "smollm": digits,
+        "llama-bpe": [pre_tokenizers.Split(Regex(llama3), "isolated")],
+    }
+    if kind != "gpt2" or split not in splits:
+        raise NotConvertible(
+            f"{file}: tokenizer {kind!r} with splits {split!r} is not read; byte-level BPE ('gpt2') with "
+            f"{', '.join(map(repr, splits))} is: give the model's tokenizer.json as tokenizer"
+        )
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    found = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama-bpe")
+    found.pre_tokenizer = pre_tokenizers.Sequence([*splits[split], byte_level])
+    found.decoder = decoders.ByteLevel()
+    special = [token for token, of_type in zip(tokens, types, strict=True) if of_type == CONTROL]
+    found.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return found
+
+
+def read_format(file: Path | str) -> TextFormat:
+    """Special tokens, chat template and positions of a file."""
+    fields = _fields(_open(file))
+    end = fields.get("tokenizer.ggml.eos_token_id")
+    return TextFormat(
+        fields.get("tokenizer.ggml.bos_token_id"),
+        () if end is None else (end,),
+        fields.get("tokenizer.chat_template", ""),
+        fields.get("llama.context_length", 0),
+    )
+
+
+def _config(file: Path | str, reader: Any) -> TransformerConfig:
+    fields = _fields(reader)
+    kind = fields.get("general.architecture")
+    if kind != "llama":
+        raise NotConvertible(f"{file}: architecture {kind!r} has no counterpart here; 'llama' loads")
+    c = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    heads, width = c["attention.head_count"], c["embedding_length"]
+    size = c.get("attention.key_length", width // heads)
+    wrong = {
+        "expert_count": c.get("expert_count"),
+        "rope.scaling.type": c.get("rope.scaling.type", "none") != "none",
+        "rope.dimension_count": c.get("rope.dimension_count", size) != size,
+        "attention.value_length": c.get("attention.value_length", size) != size,
+    }
+    if refused := [f"{name}={c[name]}" for name, bad in wrong.items() if bad]:
+        raise NotConvertible(f"{file}: {', '.join(refused)}: no counterpart here")
+    return TransformerConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        layers=c["block_count"],
+        width=width,
+        heads=heads,
+        kv_heads=c.get("attention.head_count_kv", heads),
+        head_dim=size,
+        ff=c["feed_forward_length"],
+        rope_theta=float(c.get("rope.freq_base", 1e4)),
+        # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+        norm_eps=float(np.format_float_positional(np.float32(c["attention.layer_norm_rms_epsilon"]))),
+        tied=all(tensor.name != "output.weight" for tensor in reader.tensors),
+    )
+
+
+def _name(theirs: str) -> str:
+    """The file's name of one of Hugging Face's tensors."""
+    if theirs in NAMES:
+        return NAMES[theirs]
+    layer, inner = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", theirs).groups()  # type: ignore[union-attr]
+    return f"blk.{layer}.{NAMES[inner]}.weight"
+
+
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a projection [heads * h, inputs], channels 2 i and 2 i + 1 of every head to i and i + h / 2."""
+    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _open(file: Path | str) -> Any:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no GGUF file {file}")
+    try:
+        return _gguf().GGUFReader(file)
+    except ValueError as error:
+        raise NotConvertible(f"{file} is no GGUF file: {error}") from error
+
+
+def _fields(reader: Any) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise ImportError("GGUF files need the extra `hf`: pip install 'tessera-jax[hf]'") from error
+    return gguf

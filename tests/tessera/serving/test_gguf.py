@@ -1,0 +1,209 @@
+"""GGUF files: weights against the Hugging Face directory they come from, tokens against the `tokenizers` package."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharding.plan import Plan
+from tessera.cli import export_hf
+from tessera.data.text import BPETokenizer
+from tessera.serving.gguf import load_gguf, read_tokenizer
+from tessera.serving.huggingface import NotConvertible, TextFormat, load_directory
+from tessera.serving.load import SourceConfig, export_directory, load, make_engine
+from tessera.serving.programs import ServeConfig
+
+gguf = pytest.importorskip("gguf")
+GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface"
+SENTENCES = [
+    "It's 1984: the clocks  struck thirteen.\n\n\tÉté, naïve 12345",
+    "def f(x):\n    return x  # ünïcode",
+    "a b c",
+]
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def permute(weights, heads):
+    """What llama.cpp's convert_hf_to_gguf does to query and key projections."""
+    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weights.shape)
+
+
+def trained(vocab=300):
+    """A tokenizer trained by the `tokenizers` package: its vocabulary and merges, and the object."""
+    found = BPETokenizer.train(SENTENCES * 3, vocab)
+    return json.loads(found._inner.to_str())["model"], found
+
+
+def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), tokens=True):
+    """A GGUF file of a golden Hugging Face directory."""
+    import safetensors.numpy
+
+    c = json.loads((GOLDEN / name / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    writer.add_key_length(c["head_dim"])
+    writer.add_value_length(c["head_dim"])
+    writer.add_rope_dimension_count(c["head_dim"])
+    writer.add_rope_freq_base(c["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    vocabulary = ["<|end|>", "<|go|>", "t", "1", *(f"t{i}" for i in range(c["vocab_size"] - 4))]
+    merges, types = ["t 1"], [3, 3] + [1] * (c["vocab_size"] - 2)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(vocabulary)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(0)
+    for key, value in dict(fields).items():
+        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for theirs, weights in safetensors.numpy.load_file(GOLDEN / name / "model.safetensors").items():
+        layer = theirs.split(".")[2] if "layers" in theirs else ""
+        inner = theirs.removesuffix(".weight").removeprefix(f"model.layers.{layer}.")
+        ours = (f"blk.{layer}." if layer else "") + PARTS[inner] + ".weight"
+        heads = {"attn_q": c["num_attention_heads"], "attn_k": c["num_key_value_heads"]}.get(PARTS[inner])
+        weights = permute(weights, heads) if heads else weights
+        if ours in drop:
+            continue
+        if kind == "F32" or weights.ndim == 1 or weights.shape[-1] % 32:
+            writer.add_tensor(ours, weights)
+        else:
+            writer.add_tensor(ours, gguf.quants.quantize(weights, quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_file_holds_the_model_it_was_made_from(name, tmp_path):
+    wanted, config = load_directory(GOLDEN / name)
+    params, found = load_gguf(write(tmp_path / "model.gguf", name))
+    assert found == config
+    for path, leaf in _flat(wanted).items():
+        np.testing.assert_array_equal(_flat(params)[path], leaf, err_msg=path)
+
+
+# Steps over the largest weight; half of one is the error, for Q4_0, which has one level less on one side, a whole one.
+@pytest.mark.parametrize(("kind", "step"), [("F16", 2**-10), ("Q8_0", 1 / 127), ("Q4_0", 2 / 8), ("Q4_1", 2 / 15)])
+def test_quantized_tensors_are_widened(kind, step, tmp_path):
+    wanted, _ = load_directory(GOLDEN / "llama")
+    params, _ = load_gguf(write(tmp_path / "model.gguf", "llama", kind))
+    for path, leaf in _flat(wanted).items():
+        found = _flat(params)[path]
+        exact = path.endswith("gain") or "down" in path  # rows of 48 have no blocks of 32
+        error = np.abs(found - leaf).max()
+        assert error == 0 if exact else 0 < error <= 0.51 * step * np.abs(leaf).max(), path
+
+
+REFUSED = {
+    "another architecture": ({"architecture": "gemma2"}, "'gemma2'"),
+    "experts": ({"fields": {"llama.expert_count": 4}}, "expert_count=4"),
+    "scaled positions": ({"fields": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type=yarn"),
+    "a missing tensor": ({"drop": ("blk.1.attn_q.weight",)}, r"no tensor blk\.1\.attn_q\.weight"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_counterpart_is_refused(name, tmp_path):
+    options, message = REFUSED[name]
+    with pytest.raises(NotConvertible, match=message):
+        load_gguf(write(tmp_path / "model.gguf", "llama", **options))
+
+
+def test_a_file_that_is_none_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.gguf"):
+        load_gguf(tmp_path / "nothing.gguf")
+    (tmp_path / "text.gguf").write_text("hello, this is no model at all")
+    with pytest.raises(NotConvertible, match=r"text\.gguf is no GGUF file"):
+        load_gguf(tmp_path / "text.gguf")
+
+
+def tokenizer_file(path, model, split="gpt-2", kind="gpt2"):
+    writer = gguf.GGUFWriter(path, "llama")
+    vocabulary = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list([*vocabulary, "<|end|>"])
+    writer.add_token_types([1] * len(vocabulary) + [3])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_tokenizer_comes_with_its_splits_and_special_tokens(tmp_path):
+    pytest.importorskip("tokenizers")
+    model, wanted = trained()
+    found = BPETokenizer(read_tokenizer(tokenizer_file(tmp_path / "a.gguf", model)))
+    for text in SENTENCES:
+        assert found.encode(text).tolist() == wanted.encode(text).tolist() and found.decode(found.encode(text)) == text
+    end = len(model["vocab"])
+    assert found.encode("a b<|end|>c").tolist().count(end) == 1 and found.decode(np.asarray([end])) == ""
+    digits = BPETokenizer(read_tokenizer(tokenizer_file(tmp_path / "b.gguf", model, "smollm")))
+    assert len(digits.encode("12345")) == 5 > len(found.encode("12345"))
+    with pytest.raises(NotConvertible, match="tokenizer 'llama' .*tokenizer.json"):
+        read_tokenizer(tokenizer_file(tmp_path / "c.gguf", model, kind="llama"))
+
+
+def test_texts_longer_than_the_positions_are_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    source = SourceConfig(str(write(tmp_path / "model.gguf", "llama-tied")))
+    with pytest.raises(ValueError, match=r"length=65: .*model\.gguf has max_position_embeddings=64"):
+        make_engine(source, Plan(), ServeConfig(length=65))
+
+
+def test_a_file_becomes_a_directory_at_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    file = write(tmp_path / "model.gguf", "llama", fields={"tokenizer.chat_template": "{{ messages }}"})
+    assert export_hf.main([str(file), str(tmp_path / "model")]) == 0
+    direct, exported = load(SourceConfig(str(file))), load(SourceConfig(str(tmp_path / "model")))
+    assert direct.format == exported.format == TextFormat(None, (0,), "{{ messages }}", 64)
+    assert direct.config == exported.config and direct.tokenizer.vocab_size == exported.tokenizer.vocab_size == 64
+    wanted = _flat(load_directory(GOLDEN / "llama")[0])
+    for loaded in (direct, exported):
+        assert all(np.array_equal(leaf, wanted[path]) for path, leaf in _flat(loaded.params).items())
+    capsys.readouterr()
+    assert export_hf.main([str(file), str(tmp_path / "model")]) == 1
+    assert capsys.readouterr().err.startswith("error: ") and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("tessera.serving.load.write_text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_directory(direct, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_the_tokenizer_of_a_byte_run_travels_with_it(text, tmp_path):
+    pytest.importorskip("tokenizers")
+    BPETokenizer.of_bytes().save(tmp_path / "tokenizer.json")
+    found = BPETokenizer.load(tmp_path / "tokenizer.json")
+    assert found.encode(text).tolist() == list(text.encode()) and found.decode(found.encode(text)) == text
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: leaf for name, branch in tree.items() for path, leaf in _flat(branch, f"{prefix}/{name}").items()}
