@@ -27,6 +27,8 @@ PATHS: tuple[tuple[str, Logical], ...] = (
     (r"(^|/)head/kernel$", ("width", "vocab")),
     (r"(^|/)attention/query/kernel$", ("width", "heads", "head_dim")),
     (r"(^|/)attention/(key|value)/kernel$", ("width", "kv_heads", "head_dim")),
+    (r"(^|/)attention/query/bias$", ("heads", "head_dim")),
+    (r"(^|/)attention/(key|value)/bias$", ("kv_heads", "head_dim")),
     (r"(^|/)attention/output/kernel$", ("heads", "head_dim", "width")),
     (r"(^|/)mlp/(.*/)?(gate|up)(/kernel)?$", ("width", "ff")),
     (r"(^|/)mlp/(.*/)?down(/kernel)?$", ("ff", "width")),

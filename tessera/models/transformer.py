@@ -1,4 +1,4 @@
-"""A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+"""A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The modules only declare parameters and call pure functions. Parameters are plain nested dicts of float32
 arrays; with `scan` (the default) those of all blocks are stacked along a leading layer axis L, so that the program does
@@ -8,6 +8,8 @@ not grow with the depth:
     blocks/attention_norm/gain [L, D]    blocks/mlp_norm/gain [L, D]
     blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
     blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
+    with `qkv_bias` blocks/attention/{query [L, H, h], key [L, K, h], value [L, K, h]}/bias
+    with `qk_norm` blocks/attention/{query_norm, key_norm}/gain [L, h]
 
 Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
@@ -16,7 +18,7 @@ block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, bl
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import ceil, floor, log, pi, sqrt
 from typing import Literal
 
 import flax.linen as nn
@@ -28,6 +30,48 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.remat import Remat, parse_remat
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions of a model whose context was extended after pretraining.
+
+    Attributes:
+      kind: "none"; "linear" (position interpolation, Chen et al. 2023, arXiv:2306.15595), all frequencies over
+        `factor`; "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023, arXiv:2309.00071), slow ones over `factor`, fast
+        ones as they are, a ramp between.
+      factor: by which the context grows.
+      original_length: context of pretraining in tokens, for llama3 and yarn.
+      low_freq_factor, high_freq_factor: llama3: turns over original_length up to which a frequency is scaled, and from
+        which it stays.
+      beta_slow, beta_fast: yarn: the same, rounded outwards to whole channels.
+      attention_factor: yarn: factor on rotated queries and keys; 0 takes 0.1 ln(factor) + 1 (section 3.4).
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    attention_factor: float = 0.0
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"factor={self.factor} must be at least 1")
+        if self.kind in ("llama3", "yarn") and self.original_length < 1:
+            raise ValueError(f"original_length={self.original_length}: {self.kind} needs the context of pretraining")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(f"{low}={getattr(self, low)} must be positive and below {high}={getattr(self, high)}")
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on rotated queries and keys."""
+        if self.kind != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * log(self.factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +88,10 @@ class TransformerConfig:
       ff: F, feed-forward width; 0 takes 8/3 width rounded up to a multiple of 64 (Touvron et al. 2023, section 2.2).
       mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th.
       moe: the routed experts.
+      qkv_bias: biases on queries, keys and values (Qwen2).
+      qk_norm: RMSNorm of every head's queries and keys before their rotation, one gain for all heads (Qwen3).
       rope_theta: base of the rotary wavelengths.
+      rope_scaling: of the rotary wavelengths, for a longer context.
       norm_eps: epsilon of RMSNorm.
       tied: the output layer reads the transposed embedding table.
       dtype: "float32" or "bfloat16" (mixed precision), for activations; parameters, softmax, statistics and logits
@@ -64,7 +111,10 @@ class TransformerConfig:
     ff: int = 0
     mlp: str = "swiglu"
     moe: MoEConfig = MoEConfig()
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 1e4
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
     tied: bool = True
     dtype: str = "float32"
@@ -175,8 +225,31 @@ def rms_norm(x: Float[Array, "*N D"], gain: Float[Array, " D"], eps: float = 1e-
     return (x32 * scale * gain).astype(x.dtype)
 
 
+def rope_frequencies(dim: int, theta: float = 1e4, scaling: RopeScaling = RopeScaling()) -> Float[Array, " f"]:
+    """Radians per position of every pair of `dim` channels, float32 [dim / 2], the fastest first; see `RopeScaling`."""
+    frequency_f = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if scaling.kind == "none":
+        return frequency_f
+    if scaling.kind == "linear":
+        return frequency_f / scaling.factor
+    if scaling.kind == "llama3":
+        turns_f, low = scaling.original_length * frequency_f / (2 * pi), scaling.low_freq_factor
+        stays_f = (turns_f - low) / (scaling.high_freq_factor - low)
+    else:
+        # Pairs, in fractions, that turn beta_fast and beta_slow times over the original length.
+        turns = (scaling.beta_fast, scaling.beta_slow)
+        fast, slow = (dim * log(scaling.original_length / (2 * pi * n)) / (2 * log(theta)) for n in turns)
+        first, last = max(floor(fast), 0), min(ceil(slow), dim - 1)
+        stays_f = 1 - (jnp.arange(dim // 2, dtype=jnp.float32) - first) / max(last - first, 1e-3)
+    stays_f = jnp.clip(stays_f, 0.0, 1.0)
+    return frequency_f * (stays_f + (1 - stays_f) / scaling.factor)
+
+
 def rope(
-    x_BTHh: Float[Array, "B T H h"], positions_BT: Int[Array, "B T"], theta: float = 1e4
+    x_BTHh: Float[Array, "B T H h"],
+    positions_BT: Int[Array, "B T"],
+    theta: float = 1e4,
+    scaling: RopeScaling = RopeScaling(),
 ) -> Float[Array, "B T H h"]:
     """Rotate pairs of channels by an angle that grows with the position: RoFormer (Su et al. 2021), eq. 34.
 
@@ -187,6 +260,7 @@ def rope(
       x_BTHh: queries or keys; h must be even.
       positions_BT: integer position of every token; they need not be contiguous.
       theta: base of the wavelengths.
+      scaling: of the wavelengths.
 
     Raises:
       ValueError: h is odd.
@@ -194,9 +268,9 @@ def rope(
     h = x_BTHh.shape[-1]
     if h % 2:
         raise ValueError(f"rope pairs channels, so the head dimension must be even, not {h}")
-    frequency_f = theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
+    frequency_f = rope_frequencies(h, theta, scaling)
     angle_BTf = positions_BT[..., None].astype(jnp.float32) * frequency_f[None, None, :]
-    cos, sin = jnp.cos(angle_BTf)[:, :, None, :], jnp.sin(angle_BTf)[:, :, None, :]
+    cos, sin = (scaling.magnitude * turn(angle_BTf)[:, :, None, :] for turn in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHh.dtype)
@@ -205,6 +279,31 @@ def rope(
 def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
     """Project activations to one vector per head; computes in x's dtype."""
     return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHh.astype(x_BTD.dtype))
+
+
+def project_qkv(
+    params: PyTree, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], config: TransformerConfig
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
+    """Project to queries, keys and values, with biases, norms and rotary positions as `config` says.
+
+    Args:
+      params: {query, key, value: {kernel, bias}, query_norm, key_norm: {gain}} of one block's attention.
+      x_BTD: normalized residual stream.
+      positions_BT: rotary positions.
+      config: the model; H and K are those of the kernels.
+    """
+
+    def project(name: str) -> jax.Array:
+        y_BTHh = to_heads(x_BTD, params[name]["kernel"])
+        if config.qkv_bias:
+            y_BTHh += params[name]["bias"].astype(y_BTHh.dtype)[None, None]
+        if name == "value":
+            return y_BTHh
+        if config.qk_norm:
+            y_BTHh = rms_norm(y_BTHh, params[f"{name}_norm"]["gain"], config.norm_eps)
+        return rope(y_BTHh, positions_BT, config.rope_theta, config.rope_scaling)
+
+    return project("query"), project("key"), project("value")
 
 
 def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"]) -> Float[Array, "B T D"]:
@@ -266,11 +365,41 @@ class Weight(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "..."]:
         """Return the parameter."""
-        axes = tuple(range(len(self.shape)))
-        init = nn.initializers.variance_scaling(
-            self.scale**2, "fan_in", "truncated_normal", in_axis=axes[: self.fan_in], out_axis=axes[self.fan_in :]
-        )
-        return self.param("kernel", init, self.shape, jnp.float32)
+        return self.param("kernel", _kernel_init(self.shape, self.fan_in, self.scale), self.shape, jnp.float32)
+
+
+def _kernel_init(shape: tuple[int, ...], fan_in: int, scale: float) -> Callable[..., jax.Array]:
+    axes = tuple(range(len(shape)))
+    return nn.initializers.variance_scaling(
+        scale**2, "fan_in", "truncated_normal", in_axis=axes[:fan_in], out_axis=axes[fan_in:]
+    )
+
+
+class HeadProjection(nn.Module):
+    """A kernel [D, H, h] and, if asked for, a bias [H, h] that starts at zero."""
+
+    shape: tuple[int, int, int]
+    scale: float = 1.0
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self) -> dict[str, Float[Array, "..."]]:
+        """Return the parameters by name."""
+        found = {"kernel": self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)}
+        if self.bias:
+            found["bias"] = self.param("bias", nn.initializers.zeros, self.shape[1:], jnp.float32)
+        return found
+
+
+class Gain(nn.Module):
+    """The gain of an RMSNorm of `size` channels, which starts at one."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> dict[str, Float[Array, " size"]]:
+        """Return the parameter by name."""
+        return {"gain": self.param("gain", nn.initializers.ones, (self.size,), jnp.float32)}
 
 
 class Table(nn.Module):
@@ -308,12 +437,15 @@ class Attention(nn.Module):
         """Mix tokens; token t reads tokens 0..t in the order of the axis T."""
         c = self.config
         d, h, scale = c.width, c.head_size, c.init_scale
-        q_BTHh = to_heads(x_BTD, Weight((d, c.heads, h), scale=scale, name="query")())
-        k_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="key")())
-        v_BTKh = to_heads(x_BTD, Weight((d, c.kv_size, h), scale=scale, name="value")())
+        params = {
+            name: HeadProjection((d, heads, h), scale, c.qkv_bias, name=name)()
+            for name, heads in (("query", c.heads), ("key", c.kv_size), ("value", c.kv_size))
+        }
+        if c.qk_norm:
+            params |= {name: Gain(h, name=name)() for name in ("query_norm", "key_norm")}
         output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
-        q_BTHh, k_BTKh = rope(q_BTHh, positions_BT, c.rope_theta), rope(k_BTKh, positions_BT, c.rope_theta)
-        q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in (q_BTHh, k_BTKh, v_BTKh))
+        projected = project_qkv(params, x_BTD, positions_BT, c)
+        q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in projected)
         return from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKh), "attended"), output_HhD)
 
 

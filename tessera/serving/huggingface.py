@@ -1,7 +1,7 @@
-"""Llama- and Mixtral-shaped Hugging Face directories: config.json and safetensors, in and out, a tensor at a time.
+"""Hugging Face directories of Llama, Mistral, Mixtral, Qwen2 and Qwen3: config.json and safetensors, in and out.
 
-Hugging Face stores a projection as [outputs, inputs], one tensor per layer (and expert); here it is [inputs, outputs]
-and stacked. Rotary channels are paired alike (i with i + h / 2).
+Tensors are read and written one at a time. Hugging Face stores a projection as [outputs, inputs], one tensor per layer
+(and expert); here it is [inputs, outputs] and stacked. Rotary channels are paired alike (i with i + h / 2).
 """
 
 import json
@@ -19,8 +19,9 @@ from jaxtyping import PyTree
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from tessera.infra.config import build
 from tessera.infra.logger import write_text
-from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.models.transformer import RopeScaling, TransformerConfig, param_shapes
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -39,6 +40,11 @@ BLOCK = {
     "attention_norm/gain": "model.layers.{l}.input_layernorm.weight",
     "mlp_norm/gain": "model.layers.{l}.post_attention_layernorm.weight",
     "attention/query/kernel": "model.layers.{l}.self_attn.q_proj.weight",
+    "attention/query/bias": "model.layers.{l}.self_attn.q_proj.bias",
+    "attention/key/bias": "model.layers.{l}.self_attn.k_proj.bias",
+    "attention/value/bias": "model.layers.{l}.self_attn.v_proj.bias",
+    "attention/query_norm/gain": "model.layers.{l}.self_attn.q_norm.weight",
+    "attention/key_norm/gain": "model.layers.{l}.self_attn.k_norm.weight",
     "attention/key/kernel": "model.layers.{l}.self_attn.k_proj.weight",
     "attention/value/kernel": "model.layers.{l}.self_attn.v_proj.weight",
     "attention/output/kernel": "model.layers.{l}.self_attn.o_proj.weight",
@@ -65,24 +71,57 @@ LLAMA = {
     "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }
-MIXTRAL = {
+MISTRAL = LLAMA | {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+MIXTRAL = MISTRAL | {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
+    "sliding_window": None,
 }
-FAMILIES = {"llama": LLAMA, "mixtral": LLAMA | MIXTRAL}
+QWEN2 = LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN2 | {"head_dim": 128},
+}
 # Entries that change what the model computes and have no counterpart here, with the value that changes nothing.
 REFUSED = {
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
+    "use_sliding_window": False,
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+}
+# Entries of rotary scaling by kind, as fields of `RopeScaling`.
+ROPE = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_length",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
 DTYPES = ("F64", "F32", "F16", "BF16")
 # Buffers that earlier versions of transformers saved; they follow from the config.
@@ -102,9 +141,8 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no config.json.
-      NotConvertible: neither Llama nor Mixtral, or with an entry that changes what the model computes and has
-        no counterpart here: biases, scaled or partial rotary positions, a sliding window, another activation, or
-        quantized weights.
+      NotConvertible: not one of `FAMILIES`, or with an entry that changes what the model computes and has no
+        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights.
     """
     path = Path(directory) / CONFIG
     if not path.exists():
@@ -112,16 +150,23 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     kind = found.get("model_type")
     if kind not in FAMILIES:
-        raise NotConvertible(f"{path}: model_type={kind!r} has no counterpart here; {' and '.join(FAMILIES)} load")
+        raise NotConvertible(f"{path}: model_type={kind!r} has no counterpart here; {', '.join(FAMILIES)} load")
     c = FAMILIES[kind] | found
     rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", rope["rope_type"])
     c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+    c["rope_parameters"] = rope
+    if kind.startswith("qwen") and not c.get("use_sliding_window"):
+        c["sliding_window"] = None  # the entry has no effect
     entries = c | {"partial_rotary_factor": rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))}
     wrong = [f"{name}={entries[name]!r}" for name, fine in REFUSED.items() if entries.get(name) not in (None, fine)]
-    if rope.get("type", rope["rope_type"]) != "default" or rope["rope_type"] != "default":
-        wrong.append(f"rope scaling {rope}")
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KINDS.get(rope["rope_type"], ())}
+    if rope["rope_type"] not in ROPE_KINDS or any(rope[name] is not None for name in rope.keys() - known):
+        wrong.append(f"rotary positions {rope}")
+    if other := set(c.get("layer_types") or ()) - {"full_attention"}:
+        wrong.append(f"layer_types {sorted(other)}")
     if wrong:
-        raise NotConvertible(f"{path}: {', '.join(wrong)}: no counterpart here; Llama and Mixtral load without")
+        raise NotConvertible(f"{path}: {', '.join(wrong)}: no counterpart here; {kind} loads without")
     return c
 
 
@@ -175,18 +220,31 @@ def read_config(directory: Path | str) -> TransformerConfig:
         kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
         head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
         ff=c["intermediate_size"],
+        qkv_bias=c["model_type"] == "qwen2",
+        qk_norm=c["model_type"] == "qwen3",
         rope_theta=float(c["rope_theta"]),
+        rope_scaling=_rope_scaling(c),
         norm_eps=c["rms_norm_eps"],
         tied=bool(c["tie_word_embeddings"]),
         **moe,
     )
 
 
+def _rope_scaling(c: dict[str, Any]) -> RopeScaling:
+    rope = c["rope_parameters"]
+    if rope["rope_type"] == "default":
+        return RopeScaling()
+    found = {ROPE[name]: rope[name] for name in ROPE_KINDS[rope["rope_type"]] if rope.get(name) is not None}
+    if rope["rope_type"] in ("llama3", "yarn"):
+        found.setdefault("original_length", c["max_position_embeddings"])
+    return build(RopeScaling, {"kind": rope["rope_type"], **found}, "config.json: rope_parameters")
+
+
 def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     """What config.json says of a model; `more` is added.
 
     Raises:
-      NotConvertible: a model that is neither Llama nor Mixtral.
+      NotConvertible: a model of none of the `FAMILIES`.
     """
     routed = config.mlp == "routed"
     moe, router = config.moe, config.moe.router
@@ -197,8 +255,14 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
             "Mixtral has SwiGLU experts in every layer, weighted by a softmax over the chosen ones, without shared "
             "experts, biases or capacity; this model's moe differs"
         )
-    kind = "mixtral" if routed else "llama"
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.qkv_bias and config.qk_norm or routed and (config.qkv_bias or config.qk_norm):
+        raise NotConvertible("no family has qkv_bias together with qk_norm, or either with routed experts")
+    kind = "mixtral" if routed else "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling.kind != "none":
+        fields = {name: getattr(scaling, ROPE[name]) for name in ROPE_KINDS[scaling.kind]}
+        rope |= {"rope_type": scaling.kind} | {name: value for name, value in fields.items() if value}
     values = {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
@@ -217,7 +281,7 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     }
     if routed:
         values |= {"num_local_experts": router.experts, "num_experts_per_tok": router.k, "sliding_window": None}
-    else:
+    elif kind == "llama":
         values |= {"attention_bias": False, "mlp_bias": False}
     return values | more
 
@@ -288,7 +352,7 @@ def save_directory(
 
     Raises:
       ForeignFiles: the directory holds anything else; nothing in it is touched.
-      NotConvertible: a model that is neither Llama nor Mixtral.
+      NotConvertible: a model of none of the `FAMILIES`.
       ImportError: the extra `hf` is not installed.
     """
     save_file = _safetensors().numpy.save_file
@@ -419,6 +483,8 @@ def _inward(tensor: np.ndarray, shape: tuple[int, ...], path: str, name: str) ->
 
 def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape on disk, [outputs, inputs] for a projection, of one layer's leaf."""
+    if path.endswith("bias"):
+        return (int(np.prod(shape)),)
     if not path.endswith("kernel"):
         return shape
     outputs = shape[-1] if path.endswith("output/kernel") else int(np.prod(shape[1:]))
@@ -435,8 +501,8 @@ def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[
             raise NotConvertible(f"{path} should have shape {shape}; export takes scanned blocks, unquantised")
         for index, name in _names(path, config):
             array = np.asarray(jnp.asarray(leaf[index] if index else leaf, jnp.float32))
-            if path.endswith("kernel"):
-                array = array.reshape(_stored_shape(path, array.shape)[::-1]).T
+            stored = _stored_shape(path, array.shape)
+            array = array.reshape(stored[::-1]).T if path.endswith("kernel") else array.reshape(stored)
             yield name, np.ascontiguousarray(array.astype(dtype))
 
 

@@ -26,7 +26,7 @@ from sharding.inference.quantize import (
     quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.transformer import Block, TransformerConfig, attention, rms_norm, rope, to_heads
+from tessera.models.transformer import Block, TransformerConfig, attention, project_qkv, rms_norm
 from tessera.optim.param_axes import kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
@@ -83,8 +83,7 @@ def watch(
     a, positions = block["attention"], jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
     positions_NT = jnp.broadcast_to(positions[None], x_NTD.shape[:2])
     y_NTD = rms_norm(x_NTD, jnp.asarray(block["attention_norm"]["gain"]), config.norm_eps)
-    q, k, v = (to_heads(y_NTD, jnp.asarray(a[name]["kernel"])) for name in ("query", "key", "value"))
-    mixed_NTHh = attention(rope(q, positions_NT, config.rope_theta), rope(k, positions_NT, config.rope_theta), v)
+    mixed_NTHh = attention(*project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config))
     inner = observe(y_NTD.reshape(-1, config.width))
     seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
     seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))

@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 HERE = Path(__file__).parent
 COMMAND = "make golden"
+SMOLLM2 = HERE.parent.parent / ".cache" / "smollm2"
 
 
 def normal(*shape, seed=0):
@@ -264,6 +265,37 @@ MODELS = {
     "llama": ("Llama", {"rope_theta": 5e4, "head_dim": 16}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4}}),
+    "llama-3.1": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 0.5,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "rms_norm_eps": 1e-4}),
+    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "qwen3": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+            },
+        },
+    ),
 }
 
 
@@ -289,6 +321,10 @@ def make_huggingface():
         )
         architecture = getattr(transformers, f"{kind}ForCausalLM")
         model = architecture(config).eval()
+        if name not in ("llama", "llama-tied", "mixtral"):
+            for path, parameter in model.named_parameters():
+                if parameter.ndim == 1:  # biases start at 0 and gains at 1, where they cannot be told from absent ones
+                    torch.nn.init.normal_(parameter, float("norm" in path), 0.5)
         directory = HERE / "huggingface" / name
         model.save_pretrained(directory)
         (directory / "generation_config.json").unlink()
@@ -304,6 +340,32 @@ def make_huggingface():
             shutil.rmtree(copy)
             assert torch.equal(again, logits), f"{name}: transformers reads another model from our configuration"
     return found
+
+
+def make_smollm2():
+    """SmolLM2-135M-Instruct (`make smollm2`): losses of 20,480 tokens of these documents, and greedy continuations."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
+    root = HERE.parent.parent
+    text = "".join(path.read_text() for path in (root / "LICENSE", *sorted((root / "docs").glob("*.md"))))[:90_000]
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    prompts = {"chat": asked, "story": "Once upon a time, in a village by the sea, there lived"}
+    found = {
+        "text": np.frombuffer(text.encode(), np.uint8),
+        "tokens": np.asarray(tokenizer(text).input_ids[: 40 * 513], np.uint16),
+    }
+    windows = found["tokens"].astype(np.int64).reshape(40, 513)
+    losses = []
+    with torch.no_grad():
+        for row in torch.tensor(windows):
+            logits = model(row[None, :-1]).logits[0]
+            losses.append(functional.cross_entropy(logits, row[1:], reduction="mean").item())
+        for name, prompt in prompts.items():
+            tokens = torch.tensor([tokenizer(prompt).input_ids])
+            out = model.generate(tokens, do_sample=False, max_new_tokens=200)[0, tokens.shape[1] :]
+            found[name] = {"prompt": np.frombuffer(prompt.encode(), np.uint8), "tokens": np.asarray(out, np.uint16)}
+    return found | {"losses": np.asarray(losses)}
 
 
 def flat(tree, path=""):
@@ -326,6 +388,7 @@ FILES = {
     "merging": (make_merging, PEFT),
     "mixtral": (make_mixtral, TRANSFORMERS),
     "optimizers": (make_optimizers, TORCH),
+    "smollm2": (make_smollm2, TRANSFORMERS),
 }
 
 
@@ -333,6 +396,9 @@ def main():
     """Write every file beside this one."""
     torch.set_num_threads(1)
     for name, (make, _) in FILES.items():
+        if name == "smollm2" and not SMOLLM2.exists():
+            print(f"smollm2.npz stays as it is: no {SMOLLM2} (make smollm2)")
+            continue
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}

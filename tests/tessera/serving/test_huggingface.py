@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, RopeScaling, TransformerConfig
 from tessera.serving import huggingface
 from tessera.serving.huggingface import (
     ForeignFiles,
@@ -42,7 +42,10 @@ def tensors(directory):
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
+MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name, tmp_path, golden):
     theirs, case = GOLDEN / name, golden("huggingface")
     assert is_directory(theirs)
@@ -66,7 +69,7 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
 def test_what_has_no_counterpart_is_refused(tmp_path):
     pytest.importorskip("safetensors")
     base = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
-    for wrong in ({"attention_bias": True}, {"model_type": "gpt2"}, {"rope_scaling": {"rope_type": "llama3"}}):
+    for wrong in ({"attention_bias": True}, {"model_type": "gpt2"}, {"rope_scaling": {"rope_type": "longrope"}}):
         (tmp_path / "config.json").write_text(json.dumps(base | wrong))
         with pytest.raises(NotConvertible, match=next(iter(wrong)).split("_scaling")[0]):
             read_config(tmp_path)
@@ -146,8 +149,11 @@ UNREADABLE = {
         r"\(F8_E4M3\)",
     ),
     "quantization": ("llama", {"quantization_config": {"quant_method": "gptq"}}, None, "quantization_config"),
-    "linear scaling by its old name": ("llama", {"rope_parameters": {"type": "linear", "factor": 2}}, None, "rope"),
     "part of the channels": ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, None, "partial_rotary"),
+    "a window by default": ("mistral", {"sliding_window": ABSENT}, None, "sliding_window=4096"),
+    "windows in some layers": ("qwen3", {"layer_types": ["sliding_attention"]}, None, "sliding_attention"),
+    "an entry of scaling": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "mscale": 2.0}}, None, "'mscale': 2.0"),
+    "another scaling": ("llama", {"rope_parameters": {"rope_type": "longrope"}}, None, "longrope"),
     "a window": ("mixtral", {"sliding_window": 16}, None, "sliding_window=16"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
 }
@@ -206,6 +212,12 @@ def test_other_safetensors_in_the_directory_are_not_read(tmp_path):
 )
 def test_what_a_config_leaves_out_is_its_familys_default(name, left_out, field, value, tmp_path):
     assert getattr(read_config(tampered(tmp_path / "model", name, {left_out: ABSENT})), field) == value
+
+
+def test_rotary_scaling_by_its_old_name(tmp_path):
+    old = {"rope_parameters": ABSENT, "rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5e5}
+    config = read_config(tampered(tmp_path / "model", "llama", old))
+    assert config.rope_scaling == RopeScaling("linear", 2.0) and config.rope_theta == 5e5
 
 
 def test_a_mixtral_without_key_value_heads_has_eight(tmp_path):

@@ -14,13 +14,14 @@ from sharding.analysis.collectives import count_collectives
 from sharding.errors import PlanError
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, RopeScaling, TransformerConfig
 from tessera.serving.programs import Rows, ServeConfig, make_programs
 from tessera.serving.served import serve
 
-DENSE = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=16)
-ROUTED = replace(DENSE, mlp="routed", moe=MoEConfig(router=RouterConfig(experts=8, k=2), shared=1))
-HASHED = replace(DENSE, mlp="routed", moe=MoEConfig(router=RouterConfig(name="hash", experts=8, k=2)))
+PLAIN = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=16)
+DENSE = replace(PLAIN, qkv_bias=True, qk_norm=True, rope_scaling=RopeScaling("llama3", 4.0, 16))
+ROUTED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(experts=8, k=2), shared=1))
+HASHED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(name="hash", experts=8, k=2)))
 CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED}
 SIZES = ServeConfig(slots=8, length=24, chunk=8)
 LENGTHS = np.array([12, 5, 8, 1, 9, 0, 3, 11], np.int32)
@@ -53,7 +54,13 @@ SLOW_PLANS = [
 
 @cache
 def weights(name):
-    return jax.jit(Decoder(CONFIGS[name]).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(CONFIGS[name]).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+    def unlike_zero(path, leaf):
+        noise = jax.random.normal(jax.random.key(1), leaf.shape)
+        return leaf + 0.3 * noise if path[-1].key == "bias" else leaf
+
+    return jax.tree_util.tree_map_with_path(unlike_zero, params)
 
 
 @cache
