@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moe.kernels import checks
 from moe.kernels.implementations import align, call, choose, tiling
 from moe.kernels.metadata import Steps
 from moe.kernels.spec import BlockOperands, BlockSpec
@@ -46,7 +47,7 @@ def block_sparse_matmul(
     Raises:
       ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
         run.
-      TypeError: x and blocks of different dtypes.
+      TypeError: x and blocks of different dtypes, or of one that the kernels do not multiply.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +63,7 @@ def block_sparse_matmul(
             f"x of {x.shape} and blocks of {blocks.shape} for a weight of {structure.shape} with {structure.live} live "
             f"blocks: ({x.shape[0]}, {k}) and {(structure.live, b, b)} are needed"
         )
+    checks.multiplied(x.dtype, "x")
     if x.dtype != blocks.dtype:
         raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")
     if structure.live == 0 or x.shape[0] == 0:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moe.kernels import checks
 from moe.kernels.implementations import align, call, choose, tiling
-from moe.kernels.quantize import Quantized
+from moe.kernels.quantize import DTYPES, Quantized
 from moe.kernels.spec import (
     Combine,
     ContractionOperands,
@@ -51,14 +52,17 @@ def grouped_matmul(
 ) -> Float[Array, "R N"]:
     """Multiply consecutive groups of rows by one weight each (grouped GEMM, ragged dot): x[gather[i]] @ w[group of i].
 
-    Products are in x's dtype, sums in float32. Rows past sum(group_sizes) are zeros (and add nothing to a Combine).
-    Differentiable in x, w and the weights of Combine; quantized weights are for inference. Works under jit, vmap (a
-    loop over calls), scan and shard_map.
+    Products are in x's dtype, sums in float32. Rows past sum(group_sizes) are zeros (and add nothing to a Combine);
+    what x, `gather`, `tokens` and `weights` have there is not used. Differentiable in x, w and the weights of Combine;
+    quantized weights are for inference. Works under jit, vmap (a loop over calls), scan and shard_map.
+
+    Values are checked where they are known, that is outside jit. Inside it, sizes below zero and row numbers out of
+    range give unspecified rows, unless the program is transformed by `jax.experimental.checkify.checkify`.
 
     Args:
       x: (T, K) bfloat16, float16 or float32; T = M without `gather`.
       w: (G, K, N) of x's dtype, or `quantize(...)` of such; for SwiGLU the pair (gate, up) of them.
-      group_sizes: (G,) rows of each group, in order, 0 allowed, summing to at most M.
+      group_sizes: (G,) rows of each group, in order, 0 allowed; what goes past M in their sum is cut off.
       gather: (M,) row of x for each row of the product, in [0, T), gathered while a tile is loaded, without a permuted
         copy of x. None: row i is x[i].
       epilogue: None; SwiGLU(), out = silu(x w_gate) * (x w_up); Combine(tokens, weights, num_tokens), which adds
@@ -76,8 +80,9 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
-        run.
-      TypeError: dtypes that do not match, or a gradient through quantized weights.
+        run; outside jit also negative sizes and row numbers out of range.
+      TypeError: dtypes that do not match or that the kernels do not multiply (integer, complex, float64), or a gradient
+        through quantized weights.
       ImportError: backend "tokamax" without the package.
 
     Example:
@@ -95,17 +100,28 @@ def grouped_matmul(
         tokens, weights, count = epilogue
     operands = GroupedOperands(x, values, scales, group_sizes, gather, tokens, weights)
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
-    _check(operands, name)
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
+    _check(operands, name, dtype)
     static = _Call(name, count, dtype, choose(backend), tiling, deterministic)
     if 0 in (*x.shape, *values[0].shape, operands.rows):
         # An empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
+    operands = _check_values(operands, count)
     return _grouped(static, align(operands))
 
 
-def _check(operands: GroupedOperands, epilogue: str) -> None:
+def _check(operands: GroupedOperands, epilogue: str, out_dtype: np.dtype) -> None:
     x, w = operands.x, operands.w
+    if x.ndim != 2 or operands.sizes.ndim != 1:
+        raise ValueError(f"x of shape {x.shape} and group_sizes of {operands.sizes.shape}: (T, K) and (G,) are needed")
+    checks.multiplied(x.dtype, "x")
+    checks.multiplied(out_dtype, "out_dtype")
+    integers = {"group_sizes": operands.sizes, "gather": operands.gather, "Combine.tokens": operands.tokens}
+    for name, array in integers.items():
+        if array is not None:
+            checks.numbers(array, name)
+    if operands.weights is not None:
+        checks.multiplied(operands.weights.dtype, "Combine.weights")
     if len(w) != (2 if epilogue == "swiglu" else 1):
         raise ValueError(f"{len(w)} weight(s) for epilogue {epilogue!r}: SwiGLU takes the pair (gate, up), others one")
     groups = operands.sizes.shape[0]
@@ -123,6 +139,8 @@ def _check(operands: GroupedOperands, epilogue: str) -> None:
             )
     if operands.scales and len(operands.scales) != len(w):
         raise TypeError("one of (gate, up) is quantized and the other is not: quantize both or none")
+    if operands.scales and any(each.dtype.name not in DTYPES for each in w):
+        raise TypeError(f"Quantized.values of {w[0].dtype}: choose one of {', '.join(DTYPES)}")
     if not operands.scales and any(each.dtype != x.dtype for each in w):
         raise TypeError(f"x is {x.dtype} and w is {w[0].dtype}: cast one to the other, or quantize w")
     for name, array in (("tokens", operands.tokens), ("weights", operands.weights)):
@@ -130,6 +148,18 @@ def _check(operands: GroupedOperands, epilogue: str) -> None:
             raise ValueError(
                 f"Combine.{name} of shape {array.shape}: one entry for each of the {operands.rows} rows is needed"
             )
+
+
+def _check_values(operands: GroupedOperands, num_tokens: int) -> GroupedOperands:
+    """Check sizes and row numbers, and set the weights of rows past the sum of the sizes to zero: they may be NaN."""
+    checks.sizes(operands.sizes)
+    if operands.gather is not None:
+        checks.within(operands.gather, operands.x.shape[0], operands.sizes, "gather")
+    if operands.tokens is not None:
+        checks.within(operands.tokens, num_tokens, operands.sizes, "Combine.tokens")
+    if operands.weights is None:
+        return operands
+    return operands._replace(weights=jnp.where(checks.live(operands.rows, operands.sizes), operands.weights, 0))
 
 
 def _spec(static: _Call, operands: GroupedOperands, **changes) -> GroupedSpec:
@@ -221,10 +251,8 @@ def _combine_backward(static, operands, dout):
     dy_MN, dweights_M = dout[operands.tokens], None
     if operands.weights is not None:
         x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
-        # Rows past the sum: dx is zero there, and x may be anything.
-        live_M = jnp.arange(dx_MK.shape[0]) < jnp.sum(operands.sizes)
-        dots_M = jnp.sum(dx_MK * x_MK, axis=1, dtype=jnp.float32)
-        dweights_M = jnp.where(live_M, dots_M, 0).astype(operands.weights.dtype)
+        # Rows past the sum may be NaN; their weights are constants, whose cotangents are not used.
+        dweights_M = jnp.sum(dx_MK * x_MK, axis=1, dtype=jnp.float32).astype(operands.weights.dtype)
         dx_MK, dy_MN = (v * operands.weights[:, None].astype(v.dtype) for v in (dx_MK, dy_MN))
     if operands.gather is not None:
         dx_MK = jnp.zeros_like(operands.x).at[operands.gather].add(dx_MK)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.kernels import checks
 from moe.kernels.implementations import align, tiling, zeros
 from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
 from moe.kernels.spec import swiglu, swiglu_gradient
@@ -53,7 +54,11 @@ def mixture(
       tokens_M: token of every row.
       weights_M: factor of every row.
       tile: rows of a tile; 0 looks up a measured number.
+
+    Raises:
+      TypeError: a dtype that the kernels do not multiply.
     """
+    checks.multiplied(x_TD.dtype, "x")
     groups, d, f = gate_GDF.shape
     rows = tokens_M.shape[0]
     found = tiling("grouped", "xla", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)

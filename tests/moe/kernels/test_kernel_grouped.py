@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 from jaxtyping import TypeCheckError
@@ -73,11 +75,17 @@ def test_forward_and_both_gradients_against_float64(sizes, dtype):
         ([1, 0, 0, 0] * 16, 16),
         ([0] * 85 + [512] + [0] * 170, 512),
         ([0] * 255 + [3], 5),
+        ([1], 1),
+        ([128] * 8, 1024),
+        ([14, 3, 27, 0, 9, 20, 2, 949], 1024),
     ],
-    ids=["issue", "one row", "every fourth", "collapsed", "at the end"],
+    ids=["two of eight", "one row", "every fourth", "collapsed", "at the end", "only row", "equal", "rest in the last"],
 )
-def test_weight_gradients_when_groups_outnumber_rows(sizes, rows):
-    """The same by `jax.lax.ragged_dot`'s definition in float64, with the tile that is chosen for such shapes."""
+def test_gradients_for_sizes_of_other_libraries_and_more_groups_than_rows(sizes, rows):
+    """The same by `jax.lax.ragged_dot`'s definition in float64, with the tile that is chosen for such shapes.
+
+    Equal sizes and sizes whose rest is the last group's are those of the tests of MegaBlocks' grouped_gemm.
+    """
     rng = np.random.default_rng(0)
     x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((rows, 3), (len(sizes), 3, 2), (rows, 2)))
     pull = jax.jit(lambda x, w, dy: jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)[1](dy))
@@ -106,6 +114,40 @@ def test_rows_past_the_sum_may_hold_anything():
 
         clean, poisoned = (jax.jit(jax.value_and_grad(loss, (0, 1)))(v, w) for v in (x, x + poison))
         jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("tpu_interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_what_weights_gather_and_tokens_have_past_the_sum_is_not_used(backend, gathered):
+    """NaN weights and row numbers out of range there, against float64 of the live rows alone."""
+    live, rng = 60, np.random.default_rng(5)
+    x, w, sizes = arrays([9, 30, 1, 15, 5])
+    tokens, weights = routing()
+    past = np.arange(M) >= live
+    gather = jnp.where(past, 10**6, jnp.array(rng.integers(0, M, M), jnp.int32)) if gathered else None
+    dirty = jnp.where(past, jnp.nan, weights)
+
+    @jax.jit
+    def both(x, w, weights):
+        epilogue = Combine(jnp.where(past, -7, tokens), weights, T)
+        out, pull = jax.vjp(
+            lambda x, w, v: cpu(x, w, sizes, backend=backend, gather=gather, epilogue=epilogue._replace(weights=v)),
+            *(x, w, weights),
+        )
+        return out, *pull(jnp.ones_like(out))
+
+    rows = np.asarray(x if gather is None else x[jnp.clip(gather, 0, M - 1)], np.float64)[:live]
+    product = reference.grouped(rows, w, sizes)
+    v = np.asarray(weights, np.float64)[:live]
+    out, dweights, dx = np.zeros((T, N)), np.zeros(M), np.zeros((M, K))
+    np.add.at(out, np.asarray(tokens)[:live], v[:, None] * product)
+    dweights[:live] = product.sum(1)
+    dy = np.repeat(v[:, None], N, 1)
+    where = np.arange(live) if gather is None else np.asarray(gather)[:live]
+    np.add.at(dx, where, reference.grouped(dy, np.asarray(w, np.float64).swapaxes(1, 2), sizes))
+    expected = (out, dx, reference.contract(rows, dy, sizes), dweights)
+    for ours, theirs in zip(both(x, w, dirty), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_fused_gather_swiglu_and_combine_equal_the_unfused():
@@ -210,6 +252,28 @@ def test_no_transposed_copy_of_the_weight():
 
 
 X, W, S = jnp.ones((8, 4)), jnp.ones((2, 4, 6)), jnp.array([3, 5])
+I8, C64 = jnp.int8, jnp.complex64
+ROWS = jnp.arange(8, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ([-2, 5], {}, "negative size, -2"),
+        ([3, 5], {"gather": ROWS + 1}, r"gather has row numbers from 1 to 8: \[0, 8\)"),
+        ([3, 5], {"gather": ROWS - 3}, "gather has row numbers from -3 to 4"),
+        ([3, 5], {"epilogue": Combine(ROWS, None, 7)}, r"Combine.tokens has row numbers from 0 to 7: \[0, 7\)"),
+    ],
+    ids=["sizes", "past the end", "below zero", "tokens"],
+)
+def test_values_out_of_range_are_refused_outside_jit_and_found_by_checkify_inside(sizes, options, message):
+    sizes, f = jnp.array(sizes), partial(cpu, X, W, **options)
+    with pytest.raises(ValueError, match=message):
+        f(sizes)
+    traced = lambda sizes, numbers: cpu(X, W, sizes, **options | numbers)  # noqa: E731
+    found = checkify.checkify(jax.jit(traced))(sizes, {"gather": options["gather"]} if "gather" in options else {})[0]
+    assert re.search(message, found.get())
+    assert checkify.checkify(jax.jit(traced))(S, {"gather": ROWS})[0].get() is None or "epilogue" in options
 
 
 @pytest.mark.parametrize(
@@ -223,11 +287,23 @@ X, W, S = jnp.ones((8, 4)), jnp.ones((2, 4, 6)), jnp.array([3, 5])
         ((X, W, S), {"epilogue": Combine(jnp.zeros(3, jnp.int32), None, 2)}, ValueError, "each of the 8 rows"),
         ((X, Quantized(W.astype(jnp.int8), jnp.ones((2, 3, 6))), S), {}, ValueError, "Q dividing K"),
         ((X, (W, quantize(W)), S), {"epilogue": SwiGLU()}, TypeError, "both or none"),
+        ((X.astype(C64), W.astype(C64), S), {}, TypeError, "x is complex64: the kernels multiply bfloat16"),
+        ((X.astype(I8), W.astype(I8), S), {}, TypeError, "x is int8: the kernels multiply"),
+        ((X.astype("float8_e4m3fn"), W.astype("float8_e4m3fn"), S), {}, TypeError, "x is float8_e4m3fn"),
+        ((X, W, S), {"out_dtype": jnp.int32}, TypeError, "out_dtype is int32"),
+        ((X, Quantized(W.astype(jnp.int32), jnp.ones((2, 1, 6))), S), {}, TypeError, "values of int32: choose"),
+        ((X, W, S.astype(jnp.float32)), {}, TypeError, "group_sizes is float32: integers"),
+        ((X, W, S), {"gather": jnp.ones(8)}, TypeError, "gather is float32: integers"),
+        ((X, W, S), {"epilogue": Combine(jnp.ones(8), None, 2)}, TypeError, "tokens is float32: integers"),
+        ((X, W, S), {"epilogue": Combine(ROWS, ROWS, 8)}, TypeError, "Combine.weights is int32: the kernels"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, options, error, message):
-    with pytest.raises(error, match=message):
+    # Under the tests' import hook jaxtyping is first to object to some dtypes.
+    hooked = (error, TypeCheckError) if error is TypeError else error
+    with pytest.raises(hooked) as caught:
         jax.jit(partial(grouped_matmul, **options))(*arguments)
+    assert caught.type is TypeCheckError or re.search(message, str(caught.value))
 
 
 @pytest.mark.parametrize("arguments", [(X, jnp.ones((2, 5, 6)), S), (X, W, jnp.array([8]))], ids=["w", "sizes"])
