@@ -34,8 +34,8 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool):
     """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`."""
     tiles = _tiles(operands, spec)
     shares = operands.scales[0].shape[1] if operands.scales else 1
-    if operands.scales and (tiles.inner // shares) % tiles.k and shares > 1:
-        # Scales of blocks narrower than a tile of x: the weight is dequantized first.
+    if shares > 1 and (tiles.inner // shares % tiles.k or tiles.k % LANES):
+        # A tile of x has whole lanes and one scale: weights with other blocks are dequantized first.
         w = tuple(dequantize(w, s, operands.x.dtype) for w, s in zip(operands.w, operands.scales, strict=True))
         return grouped(operands._replace(w=w, scales=()), spec, interpret=interpret)
     if operands.gather is not None and not gather.fits(operands.x, tiles):
@@ -171,17 +171,20 @@ def _kernel(names, spec, tiles, count_w, scaled, dtype, steps, *refs):
         if buffers:
             gather.advance(x, (by_row["here"], by_row["next"]), steps, buffers, s, count)
 
+    # Mosaic multiplies vectors in float32 only.
+    wide = jnp.dtype(jnp.float32) if 1 in (tiles.k, tiles.n) else dtype
+
     @pl.when(steps[LIVE, s] > 0)
     def _multiply():
         x_RK = gather.read(buffers, tiles, dtype, s, k) if buffers else x[...]
-        x_RK = _mask(x_RK, 1, tiles, k)
+        x_RK = _mask(x_RK, 1, tiles, k).astype(wide)
         for i in range(count_w):
             w_KN = _mask(w[i][...], 1 if spec.transpose else 0, tiles, k)
             product = jax.lax.dot_general(
                 x_RK,
-                w_KN.astype(dtype),
+                w_KN.astype(wide),
                 (((1,), (1 if spec.transpose else 0,)), ((), ())),
-                precision=precision(dtype),
+                precision=precision(wide),
                 preferred_element_type=jnp.float32,
             )
             if scales:

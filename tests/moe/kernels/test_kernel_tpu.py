@@ -76,12 +76,19 @@ def test_plain_against_float64_with_gradients():
 CASES = [
     (name, dict(zip(("rows", "k", "n", "groups", "dtype"), shape, strict=True)))
     for name in ("plain", "gather", "swiglu", "combine")
-    for shape in ((75, 200, 72, 4, "float32"), (130, 256, 136, 6, "bfloat16"), (9, 40, 24, 3, "float16"))
+    for shape in (
+        (75, 200, 72, 4, "float32"),
+        (130, 256, 136, 6, "bfloat16"),
+        (9, 40, 24, 3, "float16"),
+        (9, 1, 1, 3, "bfloat16"),
+    )
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['dtype']}" for name, shape in CASES])
+@pytest.mark.parametrize(
+    ("name", "shape"), CASES, ids=[f"{name}-{shape['k']}-{shape['dtype']}" for name, shape in CASES]
+)
 def test_every_epilogue_equals_the_plain_path(name, shape):
     ours, theirs = (value_and_gradients(*problem(name, matmul, **shape)) for matmul in (interpreted, plain_jax))
     assert_agree(ours, theirs, {"float32": 1e-4, "bfloat16": 0.05, "float16": 4e-3}[shape["dtype"]])
@@ -114,9 +121,12 @@ def test_fused_layer_forward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "block"), [("int8", None), ("int8", 128), ("int8", 16), ("float8_e4m3fn", 128)])
-def test_quantized_weights(dtype, block):
-    _, x, w = problem("plain", plain_jax, rows=50, k=256, n=72, groups=3, dtype="float32")
+@pytest.mark.parametrize(
+    ("dtype", "block", "k"),
+    [("int8", None, 256), ("int8", 128, 256), ("int8", 16, 256), ("float8_e4m3fn", 128, 256), ("int8", 192, 384)],
+)
+def test_quantized_weights(dtype, block, k):
+    _, x, w = problem("plain", plain_jax, rows=50, k=k, n=72, groups=3, dtype="float32")
     quantized, sizes = quantize(w, dtype, block=block), jnp.array([20, 0, 25])
     assert_agree((interpreted(x, quantized, sizes),), (plain_jax(x, quantized, sizes),), 1e-4)
 
@@ -185,9 +195,14 @@ def blocks_gradient(block):
     return f, [X, ((structure.live, block, block), BF16)]
 
 
-def quantized(dtype, shares):
+def quantized(dtype, shares, k=K):
     f = lambda x, values, scales, sizes: matmul(x, Quantized(values, scales), sizes)  # noqa: E731
-    return f, [X, ((G, K, N), dtype), ((G, shares, N), F32), SIZES]
+    return f, [((M, k), BF16), ((G, k, N), dtype), ((G, shares, N), F32), SIZES]
+
+
+def odd(k, n, dtype=BF16):
+    f = lambda x, w, sizes: gradient(lambda x, w: matmul(x, w, sizes))(x, w)  # noqa: E731
+    return f, [((13, k), dtype), ((3, k, n), dtype), ((3,), I32)]
 
 
 def swiglu_gradient(x, w, sizes, rows):
@@ -200,10 +215,8 @@ def combine_gradient(x, w, weights, sizes, rows):
 
 COMPILED = {
     "plain": (lambda x, w, sizes: gradient(lambda x, w: matmul(x, w, sizes))(x, w), [X, W, SIZES]),
-    "plain, float32, odd": (
-        lambda x, w, sizes: gradient(lambda x, w: matmul(x, w, sizes))(x, w),
-        [((13, 1100), F32), ((3, 1100, 1500), F32), ((3,), I32)],
-    ),
+    "plain, float32, odd": odd(1100, 1500, F32),
+    **{f"plain, {k} x {n}": odd(k, n) for k, n in ((1, 1), (1, 8), (8, 1))},
     "gathered swiglu": (swiglu_gradient, [((2000, K), BF16), W, SIZES, INDEX]),
     "gathered swiglu, many rows": (
         swiglu_gradient,
@@ -212,6 +225,7 @@ COMPILED = {
     "combine": (combine_gradient, [X, W, ((M,), F32), SIZES, INDEX]),
     "int8 by channel": quantized(jnp.int8, 1),
     "fp8 by blocks of 128": quantized(jnp.float8_e4m3fn, K // 128),
+    **{f"int8 by blocks of {share}": quantized(jnp.int8, 2, 2 * share) for share in (32, 64, 96, 192)},
     "blocks of 64": blocks_gradient(64),
     "blocks of 128": blocks_gradient(128),
 }
