@@ -43,8 +43,11 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
     steps = contraction_steps(operands.sizes, rows=dy.shape[0], tile=dy.shape[0], align=ALIGN)
     table = jnp.stack([steps.a, steps.begin, steps.end])[:, :groups]
     numbers = () if operands.gather is None else (gather.pad(operands.gather, STEP * (AHEAD + 1)),)
-    gathered: dict[str, Any] = {"copies": STEP, "layout": gather.layout(x.dtype)} if numbers else {}
-    tiles = [Tile((STEP, HIGH), x.dtype, **gathered), Tile((STEP, cols), x.dtype)]
+    left = Tile((STEP, HIGH), x.dtype)
+    if numbers:
+        chunks, width = HIGH // ring.chunk(x.dtype), ring.chunk(x.dtype)
+        left = Tile((chunks, STEP, width), x.dtype, copies=chunks * STEP, layout=gather.layout(x.dtype))
+    tiles = [left, Tile((STEP, cols), x.dtype)]
     other = store.size(HIGH // CONSUMERS, consumers=CONSUMERS) + 4 * STEP * AHEAD * bool(numbers)
     count = ring.stages(tiles, other=other)
     memory = {
@@ -78,13 +81,13 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, slots, stage, ma
 
     def load(where, i, slot, barrier):
         _, first, _, _, row, col = where
-        at, across = pl.ds(first + i * STEP, STEP), pl.ds(row, HIGH)
+        at = pl.ds(first + i * STEP, STEP)
         if picked is None:
-            plgpu.copy_gmem_to_smem(x.at[at, across], slot[0], barrier)
+            plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row, HIGH)], slot[0], barrier)
         else:
             step = lax.rem(i, jnp.int32(AHEAD))
             pl.when(step == 0)(partial(gather.begin, picked, refs[0], first + i * STEP))
-            gather.load(x, picked, across, slot[0], barrier, skip=step * STEP)
+            gather.load(x, picked, row, slot[0], barrier, skip=step * STEP)
         plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(col, cols)], slot[1], barrier, collective_axes=ring.PAIR)
 
     def multiply(totals, where, i, slot):
@@ -97,7 +100,8 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, slots, stage, ma
                 pl.when(wg == turn)(partial(_zero_outside, buffer, begin, end))
             ring.meet(masked)
 
-        left = slot[0].at[:, pl.ds(wg * mine, mine)].transpose((1, 0))
+        left = slot[0].at[:, pl.ds(wg * mine, mine)] if picked is None else slot[0].at[wg]
+        left = left.transpose((1, 0))
         if picked is not None and not (interpret and "registers" in ring.LACKING):
             left = gather.read(left)
         plgpu.wgmma(totals[0], left, slot[1])
@@ -117,10 +121,11 @@ def _kernel(cols, sizes, dtype, interpret, table, x, dy, *refs, slots, stage, ma
 
 def _zero_outside(ref, begin, end):
     """Zero the rows outside [begin, end), a chunk of columns at a time: the accumulators leave few registers."""
-    shape = ref.shape[0], ring.chunk(ref.dtype)
+    shape = STEP, ring.chunk(ref.dtype)
     row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), plgpu.Layout.WGMMA)
     inside = jnp.logical_and(row >= begin, row < end)
-    for col in range(0, ref.shape[1], shape[1]):
-        here = pl.ds(col, shape[1])
-        ref[:, here] = jnp.where(inside, ref[:, here], jnp.zeros(shape, ref.dtype))
+    chunks = range(ref.shape[0]) if len(ref.shape) == 3 else range(0, ref.shape[1], shape[1])
+    for at in chunks:
+        here = ref.at[at] if len(ref.shape) == 3 else ref.at[:, pl.ds(at, shape[1])]
+        here[...] = jnp.where(inside, here[...], jnp.zeros(shape, ref.dtype))
     plgpu.commit_smem()

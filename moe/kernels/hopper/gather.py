@@ -3,6 +3,10 @@
 Hopper's TMA copies boxes, so every row of a step is a copy of its own, 128 bytes for 64 columns, issued by the four
 warps of the producer warpgroup. A row may be written anywhere in a slot only if SMEM tiles have one row, which wgmma
 does not read: the consumer warpgroups load rows into registers.
+
+TMA swizzles by the SMEM address, a load into registers by the distance from the start of its part of the slot. Both
+agree where that start is a multiple of 8 rows of 128 bytes. So a slot from which a warpgroup loads some of the columns
+is stored by chunks of 64 columns, (chunks, rows, 64), with a copy for each chunk of a row.
 """
 
 from collections.abc import Callable
@@ -41,13 +45,25 @@ def begin(picked: Any, gather: Any, first: Any) -> None:
     picked[...] = gather[pl.ds(first, picked.shape[0])]
 
 
-def load(x: Any, picked: Any, columns: Any, slot: Any, barrier: Any, skip: Any = 0) -> None:
-    """Load the gathered rows of a slot, from number `skip` on; the barrier counts one arrival a row."""
+def load(x: Any, picked: Any, first: Any, slot: Any, barrier: Any, skip: Any = 0) -> None:
+    """Load the gathered rows of a slot, from number `skip` on; the barrier counts one arrival for each copy.
+
+    Args:
+      x: (T, K) in GMEM.
+      picked: row numbers in SMEM.
+      first: first column.
+      slot: (rows, columns), a copy a row, or (chunks, rows, columns of a chunk), a copy for each chunk of a row.
+      barrier: of the slot.
+      skip: numbers to pass over.
+    """
+    (*chunks, rows, width) = slot.shape
 
     def fetch(row, number):
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), columns], slot.at[pl.ds(row, 1)], barrier)
+        for i in range(chunks[0] if chunks else 1):
+            to = slot.at[i, pl.ds(row, 1)] if chunks else slot.at[pl.ds(row, 1)]
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(number, 1), pl.ds(first + i * width, width)], to, barrier)
 
-    spread(picked, slot.shape[0], fetch, skip)
+    spread(picked, rows, fetch, skip)
 
 
 def read(rows: Any) -> jax.Array:

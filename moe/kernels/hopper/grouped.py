@@ -150,7 +150,7 @@ def _kernel(kernel, table, count, x, *refs, slots, stage, picked=None, made=None
         _, first, group, col = where
         inner = pl.ds(i * step, step)
         if kernel.gathered:
-            gather.load(x, picked, inner, slot[0], barrier)
+            gather.load(x, picked, i * step, slot[0], barrier)
         else:
             plgpu.copy_gmem_to_smem(x.at[pl.ds(first, rows), inner], slot[0], barrier, collective_axes=ring.PAIR)
         _load_weights(kernel, w, scales, (group, i * step, col), slot[1:], barrier)

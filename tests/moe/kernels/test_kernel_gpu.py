@@ -134,20 +134,22 @@ def fused(name, matmul, tokens, weights, sizes):
 
 @slow
 @pytest.mark.parametrize(
-    ("name", "alike"),
+    ("name", "alike", "k"),
     [
-        *[("gather", False), ("swiglu", False), ("combine", False), ("combine", True)],
-        *[("gather, any order", True), ("combine, any order", False), ("sum, any order", False)],
+        *[("gather", False, 64), ("swiglu", False, 64), ("combine", False, 64), ("combine", True, 64)],
+        *[("gather, any order", True, 64), ("combine, any order", False, 64), ("sum, any order", False, 64)],
+        # The weight gradient's tiles have 128 of K, and two blocks have neighboring ones.
+        *[("gather", False, 128), ("gather", False, 256)],
     ],
 )
-def test_epilogues_equal_the_plain_path(matmul, name, alike):
+def test_epilogues_equal_the_plain_path(matmul, name, alike, k):
     sizes, rows = SIZES["uneven"]
     rng = np.random.default_rng(1)
     # Three rows for every token, or any number.
     tokens = rng.permutation(np.repeat(np.arange(60), 3)) if alike else rng.integers(0, 60, rows)
     tokens = jnp.array(tokens, jnp.int32)
     weights, counts = jnp.array(rng.random(rows), jnp.float32), jnp.array(sizes, jnp.int32)
-    x, w, _ = arrays(sizes, rows, 64, 136, "bfloat16")
+    x, w, _ = arrays(sizes, rows, k, 136, "bfloat16")
     x = jnp.nan_to_num(x)[: rows if name.startswith("combine") else 60]
     results = []
     for run in (matmul, partial(grouped_matmul, backend="xla")):
