@@ -187,7 +187,7 @@ def fused(
 
     Arguments as in `mixture`; parameters without biases.
     """
-    plan, backend = dispatch.plan(routing), choose(backend)
+    plan, backend = dispatch.plan(routing), choose(backend, x_ND)
     gate, up, down = (params[name].astype(x_ND.dtype) for name in ("gate", "up", "down"))
     weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
     if backend == "xla" and (key is None or not dropout) and x_ND.size and gate.size:

@@ -68,7 +68,7 @@ def block_sparse_matmul(
         raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")
     if structure.live == 0 or x.shape[0] == 0:
         return jnp.zeros((x.shape[0], n), x.dtype)
-    static = _Call(b, structure.grid, choose(backend), tiling)
+    static = _Call(b, structure.grid, choose(backend, x), tiling)
     x = jnp.pad(x, [(0, 0), (0, -k % b)])
     steps = jax.tree.map(jnp.asarray, (structure.forward, structure.transposed, structure.contraction))
     return _block_sparse(static, *align((x, blocks, steps)))[:, :n]

@@ -72,8 +72,8 @@ def grouped_matmul(
       tiling: tile sizes of this product and of its gradients; None looks up measured ones.
       deterministic: rows with one destination in a Combine, or in the gradient of a gathered x, are added in a fixed
         order. For backend "gpu" this is a pass after the kernel; False uses atomic additions in the kernel. TPUs and
-        CPUs always add in order. XLA's scatter on a GPU does not: "xla" uses it there, and so does the gradient in x of
-        a call with both `gather` and Combine.
+        CPUs always add in order. XLA's scatter on a GPU does not: the gradient in x of a call with both `gather` and
+        Combine uses it.
 
     Returns:
       (M, N), or (num_tokens, N) with Combine.
@@ -102,7 +102,7 @@ def grouped_matmul(
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     _check(operands, name, dtype)
-    static = _Call(name, count, dtype, choose(backend), tiling, deterministic)
+    static = _Call(name, count, dtype, choose(backend, x), tiling, deterministic)
     if 0 in (*x.shape, *values[0].shape, operands.rows):
         # An empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)

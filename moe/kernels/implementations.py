@@ -9,8 +9,10 @@ A backend is a module with four functions, each `(operands, spec, *, interpret)`
 A module may also choose tile sizes by shape: `default_tiling(kernel, rows_per_group, transpose)`.
 """
 
+import dataclasses
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from absl import logging
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from moe.kernels.self_check import works
 from moe.kernels.tiling import Tiling, lookup
 
 
@@ -42,18 +45,25 @@ BACKENDS = {
     "gpu_interpret": Backend("moe.kernels.hopper.ops", interpret=True),
 }
 NAMES = ("auto", *BACKENDS)
+# Functions of a backend's module, by the names that they have in its TILINGS.
+FUNCTIONS = {
+    "grouped": "grouped",
+    "contract": "contraction",
+    "block_matmul": "block",
+    "block_contract": "block_contraction",
+}
 VARIABLE = "TESSERA_BACKEND"
 
 # The oldest JAX whose Mosaic GPU dialect the Hopper kernels are written in.
 OLDEST_MOSAIC_GPU = (0, 11)
 
 
-def choose(backend: str) -> str:
-    """Resolve "auto" for the default platform; check and return any other name.
+def choose(backend: str, *arrays: Any) -> str:
+    """Resolve "auto" for the platform that arrays are on; check and return any other name.
 
     | backend | kernels | platforms |
     |---|---|---|
-    | "xla" | plain JAX loops over live tiles | all |
+    | "xla" | plain JAX: loops over live tiles; on GPUs XLA's ragged and dense products | all |
     | "tpu" | Pallas Mosaic (experimental: never timed) | TPU |
     | "gpu" | Pallas Mosaic GPU (experimental: never timed) | compute capability 9.0 |
     | "tokamax" | `tokamax.ragged_dot`, epilogues in XLA | all; its kernels: GPUs and TPUs |
@@ -61,7 +71,11 @@ def choose(backend: str) -> str:
 
     "auto" is the environment variable TESSERA_BACKEND where it is set; else "xla" on CPUs, "tpu" on TPUs, and on GPUs
     "tokamax" where it is installed and supports the device, "xla" otherwise. What it chooses on an accelerator is
-    logged once. A program compiled ahead of time for another platform than the default one has to name its backend.
+    logged once. Arrays outside jit have a place; inside, the default device decides (`jax.default_device`): a program
+    that is compiled for another platform has to name its backend.
+
+    Before a kernel's first use for a shape, on the platform that it is for, a few rows of it are compared with plain
+    JAX (`moe.kernels.self_check`). If it does not compile or differs, plain JAX runs, with one warning.
 
     Raises:
       ValueError: an unknown name.
@@ -73,14 +87,29 @@ def choose(backend: str) -> str:
     if backend not in NAMES:
         raise ValueError(f"{setting}={backend!r}: choose one of {', '.join(NAMES)}")
     if backend == "auto":
-        return _auto()
+        return _auto(platform(*arrays))
     if backend == "tokamax":
         importlib.import_module(BACKENDS[backend].module).load()
     return backend
 
 
-def _auto() -> str:
-    platform = jax.default_backend()
+def platform(*arrays: Any) -> str:
+    """Return the platform of the first array that has a place, or while all are traced, of the default device."""
+    for array in arrays:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return next(iter(array.devices())).platform
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+def by_platform(loops: Callable[[Any], Any], products: Callable[[Any], Any], operands: Any) -> Any:
+    """Compute `products` in programs for GPUs, where every turn of `loops` would wait for the host, else `loops`."""
+    if platform() != "gpu":
+        return loops(operands)
+    return jax.lax.platform_dependent(operands, cuda=products, rocm=products, default=loops)
+
+
+def _auto(platform: str) -> str:
     if platform == "cpu":
         return "xla"
     if platform == "tpu":
@@ -139,11 +168,27 @@ def call(kernel: str, backend: str, operands: Any, spec: Any) -> Any:
     Lowering for a platform that cannot run the backend raises ValueError.
     """
     entry = BACKENDS[backend]
-    run = partial(getattr(importlib.import_module(entry.module), kernel), spec=spec, interpret=entry.interpret)
+    run = partial(getattr(importlib.import_module(entry.module), kernel), interpret=entry.interpret)
+    if _here(backend):
+        plain = importlib.import_module(BACKENDS["xla"].module)
+        tiles = plain.TILINGS[FUNCTIONS[kernel]]
+        name = f"backend={backend!r}: {kernel}"
+        if not works(name, run.func, getattr(plain, kernel), tiles, operands, spec):
+            entry, run, spec = BACKENDS["xla"], getattr(plain, kernel), dataclasses.replace(spec, tiling=tiles)
+    run = partial(run, spec=spec)
     if entry.platforms:
         first = _require_p.bind(operands[0], backend=backend)
         operands = type(operands)(first, *operands[1:])
     return jax.custom_batching.sequential_vmap(lambda operands: run(operands))(operands)
+
+
+def _here(backend: str) -> bool:
+    """Whether programs are compiled for a platform of the backend's own kernels, whose devices are here."""
+    here = jax.default_backend()
+    if platform() != here or (backend == "tokamax" and here == "cpu"):
+        return False
+    entry = BACKENDS[backend]
+    return not entry.interpret and (backend == "tokamax" or {"gpu": "cuda"}.get(here, here) in entry.platforms)
 
 
 def align(tree: Any) -> Any:

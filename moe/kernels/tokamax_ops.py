@@ -14,9 +14,8 @@ from absl import logging
 
 from moe.kernels.implementations import capability, local, vary
 from moe.kernels.metadata import group_bounds
-from moe.kernels.quantize import dequantize
-from moe.kernels.spec import ContractionOperands, ContractionSpec, GroupedOperands, GroupedSpec, swiglu
-from moe.kernels.xla import ops
+from moe.kernels.spec import ContractionOperands, ContractionSpec, GroupedOperands, GroupedSpec
+from moe.kernels.xla import ops, ragged
 
 TILINGS = ops.TILINGS  # of the products that run as plain JAX: tokamax has its own
 DTYPES = ("bfloat16", "float16")
@@ -61,45 +60,21 @@ def able() -> bool:
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
     """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`; sums are rounded before the epilogue."""
-    return _run(_grouped, ops.grouped, operands, spec)
+    return _run(ragged.grouped, ops.grouped, operands, spec)
 
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
     """Ragged contraction: (G, K, N), zeros for empty groups."""
-    return _run(_contract, ops.contract, operands, spec)
+    return _run(ragged.contract, ops.contract, operands, spec)
 
 
 def _run(kernel, plain, operands, spec):
     try:
-        return kernel(operands, spec)
+        return kernel(operands, spec, _ragged_dot)
     except NotImplementedError as error:
         message = "tokamax: %s of %s %s runs as plain JAX: %s"
         logging.log_first_n(logging.WARNING, message, 1, plain.__name__, operands.x.dtype, operands.x.shape, error)
         return plain(operands, spec)
-
-
-def _grouped(operands, spec):
-    w = operands.w
-    if operands.scales:
-        w = tuple(dequantize(*each, operands.x.dtype) for each in zip(w, operands.scales, strict=True))
-    x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
-    axis = 2 if spec.transpose else 1
-    outs = [_ragged_dot(x_MK, each, operands.sizes, (1, axis), [0], spec.out_dtype) for each in w]
-    inside_M1 = (jnp.arange(operands.rows) < jnp.sum(operands.sizes))[:, None]
-    outs = [jnp.where(inside_M1, out, 0) for out in outs]
-    if spec.epilogue == "combine":
-        return ops.combine(outs[0], operands.tokens, operands.weights, spec)
-    if spec.epilogue == "swiglu":
-        outs = [swiglu(*(out.astype(jnp.float32) for out in outs)).astype(spec.out_dtype), *outs]
-    return tuple(outs) if spec.save_residuals else outs[0]
-
-
-def _contract(operands, spec):
-    x_MK = operands.x if operands.gather is None else operands.x[operands.gather]
-    # The kernels multiply rows past the sum by zero, which leaves NaN.
-    inside_M1 = (jnp.arange(operands.dy.shape[0]) < jnp.sum(operands.sizes))[:, None]
-    x_MK, dy_MN = (jnp.where(inside_M1, array, 0) for array in (x_MK, operands.dy))
-    return _ragged_dot(x_MK, dy_MN, operands.sizes, (0, 0), [], spec.out_dtype)
 
 
 def _ragged_dot(x, w, sizes, axes, groups, out_dtype) -> jax.Array:

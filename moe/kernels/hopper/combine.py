@@ -2,7 +2,7 @@
 
 A row of the product is added to its token's row by copies of 128 bytes, 32 float32 columns, from SMEM. The order of a
 token's rows differs from run to run, and with it the last bits of the sum. The deterministic combine is a pass after
-the kernel (`moe.kernels.xla.ops.combine`).
+the kernel (`moe.kernels.xla.ragged.combine`).
 """
 
 from typing import Any

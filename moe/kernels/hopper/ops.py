@@ -25,7 +25,7 @@ from moe.kernels.spec import (
     GroupedSpec,
 )
 from moe.kernels.tiling import Tiling
-from moe.kernels.xla import ops
+from moe.kernels.xla import ops, ragged
 
 # `inner` is a step of the contraction. Not tuned: chosen by counting registers, shared memory and L2 reads
 # (docs/kernels.md). The weight gradients choose `cols` only, and blocks are their own columns.
@@ -65,7 +65,7 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
         return outs[0][:, :columns].astype(spec.out_dtype)
     outs = tuple(out[:rows, :columns] for out in outs)
     if after:
-        return ops.combine(outs[0], operands.tokens, operands.weights, spec)
+        return ragged.combine(outs[0], operands.tokens, operands.weights, spec)
     return outs if spec.save_residuals else outs[0]
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.kernels import checks
-from moe.kernels.implementations import align, tiling, zeros
+from moe.kernels.grouped import grouped_matmul
+from moe.kernels.implementations import align, platform, tiling, zeros
 from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
-from moe.kernels.spec import swiglu, swiglu_gradient
+from moe.kernels.spec import Combine, SwiGLU, swiglu, swiglu_gradient
 from moe.kernels.xla.ops import _by_height, _rows, _slice, _working, _write
 
 
@@ -45,7 +46,7 @@ def mixture(
     """Compute dropless SwiGLU experts: sum weight times silu(x gate) * (x up) down over every token's rows.
 
     Products are in x's dtype, sums in float32. Differentiable in x, the kernels and the weights. Works under
-    jit, vmap (a loop over calls), scan and shard_map.
+    jit, vmap (a loop over calls), scan and shard_map. On GPUs two grouped products without a loop.
 
     Args:
       x_TD: tokens.
@@ -59,6 +60,11 @@ def mixture(
       TypeError: a dtype that the kernels do not multiply.
     """
     checks.multiplied(x_TD.dtype, "x")
+    if platform(x_TD) == "gpu":
+        # A loop over tiles waits for the host in every turn.
+        multiply = partial(grouped_matmul, backend="xla", group_sizes=sizes_G)
+        hidden_MF = multiply(x_TD, (gate_GDF, up_GDF), gather=tokens_M, epilogue=SwiGLU())
+        return multiply(hidden_MF, down_GFD, epilogue=Combine(tokens_M, weights_M, x_TD.shape[0]))
     groups, d, f = gate_GDF.shape
     rows = tokens_M.shape[0]
     found = tiling("grouped", "xla", rows_per_group=rows / groups, k=d, n=f, dtype=x_TD.dtype)

@@ -1,5 +1,7 @@
 """xla backend: plain JAX loops over live tiles, driven by the same metadata as the Pallas kernels, on any platform.
 
+On GPUs, where every turn of a loop would wait for the host, XLA's ragged and dense products (`xla/ragged.py`).
+
 A group's first tile begins at its first row, so that no tile is multiplied for two groups, and its last is multiplied
 in the fewest rows that cover it. Loops are `fori_loop`s over the steps with live 1, without autodiff (the callers have
 custom_vjp).
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe.kernels.implementations import zeros
+from moe.kernels.implementations import by_platform, zeros
 from moe.kernels.metadata import contraction_steps, matmul_steps
 from moe.kernels.spec import (
     BlockOperands,
@@ -25,6 +27,7 @@ from moe.kernels.spec import (
     swiglu,
 )
 from moe.kernels.tiling import Tiling
+from moe.kernels.xla import ragged
 
 # A step multiplies full rows of x and w, so `inner` and `cols` are not used.
 TILINGS = {
@@ -55,7 +58,10 @@ def _by_height(end: Array, tile: int, product: Callable[[int], Any]) -> Any:
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
     """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`."""
-    del interpret
+    return by_platform(partial(_grouped, spec=spec), partial(ragged.grouped, spec=spec), operands)
+
+
+def _grouped(operands: GroupedOperands, spec: GroupedSpec):
     x_TK, rows = operands.x, operands.rows
     tile = min(spec.tiling.rows, rows)
     steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=1)
@@ -93,7 +99,10 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
 
 def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret: bool = False):
     """Ragged contraction: (G, K, N), zeros for empty groups."""
-    del interpret
+    return by_platform(partial(_contract, spec=spec), partial(ragged.contract, spec=spec), operands)
+
+
+def _contract(operands: ContractionOperands, spec: ContractionSpec):
     rows = operands.dy.shape[0]
     tile = min(spec.tiling.rows, rows)
     steps = contraction_steps(operands.sizes, rows=rows, tile=tile, align=1)
@@ -122,48 +131,12 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
     return jax.lax.fori_loop(0, shape[0], group, zeros(shape, spec.out_dtype, operands.x))
 
 
-def combine(rows_MN: Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
-    """Combine after a kernel, deterministically: sum each token's weighted rows in the order of the rows.
-
-    No atomic additions, as XLA's scatter has on GPUs. Where every token has the same number of rows, as in dropless
-    routing, they are gathered and summed; else the tokens' first rows are added, then their second, and so on.
-
-    Args:
-      rows_MN: rows of the product, zeros past the sum of the group sizes.
-      tokens_M: destination of each row.
-      weights_M: factor of each row, or None.
-      spec: for num_tokens and out_dtype.
-    """
-    m, t = rows_MN.shape[0], spec.num_tokens
-    order_M = jnp.argsort(tokens_M, stable=True)
-    starts_T = jnp.searchsorted(tokens_M[order_M], jnp.arange(t)).astype(jnp.int32)
-    counts_T = jnp.diff(starts_T, append=m)
-
-    def weighted(row):
-        weights = 1.0 if weights_M is None else weights_M[row][..., None]
-        return rows_MN[row].astype(jnp.float32) * weights
-
-    def by_rank():
-        def add(rank, out_TN):
-            row_T = order_M[jnp.minimum(starts_T + rank, m - 1)]
-            return out_TN + jnp.where((rank < counts_T)[:, None], weighted(row_T), 0)
-
-        out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
-        return jax.lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
-
-    each, rest = divmod(m, t)
-    if rest or not each:
-        return by_rank().astype(spec.out_dtype)
-
-    def at_once():
-        return jnp.sum(weighted(order_M.reshape(t, each)), axis=1)
-
-    return jax.lax.cond(jnp.all(counts_T == each), at_once, by_rank).astype(spec.out_dtype)
-
-
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
     """Block-sparse matmul: (M, outputs x b)."""
-    del interpret
+    return by_platform(partial(_block_matmul, spec=spec), partial(ragged.block_matmul, spec=spec), operands)
+
+
+def _block_matmul(operands: BlockOperands, spec: BlockSpec):
     x_MK, steps, b = operands.x, operands.steps, spec.block
     rows = x_MK.shape[0]
     tile = min(spec.tiling.rows, rows)
@@ -191,7 +164,10 @@ def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = 
 
 def block_contract(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
     """Weight gradient of the live blocks: (outputs, b, b)."""
-    del interpret
+    return by_platform(partial(_block_contract, spec=spec), partial(ragged.block_contract, spec=spec), operands)
+
+
+def _block_contract(operands: BlockOperands, spec: BlockSpec):
     x_MK, dy_MN, steps, b = operands.x, operands.other, operands.steps, spec.block
     rows = x_MK.shape[0]
     tile = min(spec.tiling.rows, rows)

@@ -1,6 +1,7 @@
 """Names of backends: what "auto" resolves to, what is refused, and the tokamax backend (a stub where it is missing)."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import get_args
@@ -13,8 +14,30 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from moe import experts, route
-from moe.kernels import Combine, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, implementations, quantize
-from moe.kernels.implementations import NAMES, VARIABLE, choose
+from moe.kernels import (
+    Combine,
+    SwiGLU,
+    block_sparse_matmul,
+    block_structure,
+    grouped_matmul,
+    implementations,
+    quantize,
+    self_check,
+    to_blocks,
+    to_dense,
+    tokamax_ops,
+)
+from moe.kernels.implementations import NAMES, VARIABLE, Backend, choose
+from moe.kernels.spec import (
+    BlockOperands,
+    BlockSpec,
+    ContractionOperands,
+    ContractionSpec,
+    GroupedOperands,
+    GroupedSpec,
+)
+from moe.kernels.tiling import Tiling
+from moe.kernels.xla import mixture, ops, ragged
 
 
 class Device:
@@ -98,6 +121,151 @@ def test_without_tokamax_its_name_says_what_to_install(monkeypatch):
     x, w = jnp.ones((8, 4)), jnp.ones((2, 4, 6))
     with pytest.raises(ImportError, match=r"pip install tokamax \(Python 3.12.*backend='xla'$"):
         grouped_matmul(x, w, jnp.array([3, 5]), backend="tokamax")
+
+
+def test_auto_is_chosen_for_the_place_of_the_arrays(monkeypatch, said):
+    x = jnp.ones(3)
+    on(monkeypatch, "tpu")
+    assert choose("auto") == "tpu" and choose("auto", x) == "xla"
+    # A traced array has no place: that of the default device is meant.
+    assert jax.eval_shape(lambda x: jnp.zeros(3 + (choose("auto", x) == "tpu")), x).shape == (4,)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        assert choose("auto") == "xla"
+
+
+FLOAT = np.dtype("float32")
+TILING = Tiling(rows=16)
+
+
+@pytest.mark.parametrize(
+    "tokens", [None, np.random.default_rng(1).integers(0, 12, 32).astype(np.int32)], ids=["rows", "gathered"]
+)
+def test_products_without_loops_against_float64(tokens):
+    """What "xla" is on a GPU, with rows past the sum that are NaN."""
+    rng = np.random.default_rng(0)
+    gather, live = None if tokens is None else jnp.asarray(tokens), sum(SIZES)
+    x, dy = (rng.normal(size=(n, k)).astype(np.float32) for n, k in ((32 if tokens is None else 12, 6), (32, 10)))
+    dy[live:] = np.nan
+    if tokens is None:
+        x[live:] = np.nan
+    rows = x[:live] if tokens is None else x[tokens[:live]]
+    w = rng.normal(size=(len(SIZES), 6, 10)).astype(np.float32)
+    sizes, spec = jnp.array(SIZES, jnp.int32), GroupedSpec(FLOAT, TILING, "swiglu", save_residuals=True)
+    x, dy, w = map(jnp.asarray, (x, dy, w))
+    made = ragged.grouped(GroupedOperands(x, (w, -w), (), sizes, gather), spec)
+    gate = reference.grouped(rows, w, SIZES)
+    for ours, theirs in zip(made, (-gate / (1 + np.exp(-gate)) * gate, gate, -gate), strict=True):
+        np.testing.assert_allclose(ours[:live], theirs, atol=1e-4)
+        assert not np.any(ours[live:])
+    back = GroupedOperands(dy, (w,), (), sizes, tokens=gather)
+    spec = GroupedSpec(FLOAT, TILING, "none" if tokens is None else "combine", transpose=True, num_tokens=12)
+    dx = np.zeros((32, 6) if tokens is None else (12, 6))
+    where = np.arange(live) if tokens is None else tokens[:live]
+    np.add.at(dx, where, reference.grouped(dy[:live], w.swapaxes(1, 2), SIZES))
+    for deterministic in (True, False):
+        spec = replace(spec, deterministic=deterministic)
+        np.testing.assert_allclose(ragged.grouped(back, spec), dx, atol=1e-4)
+    dw = ragged.contract(ContractionOperands(x, dy, sizes, gather), ContractionSpec(FLOAT, TILING))
+    np.testing.assert_allclose(dw, reference.contract(rows, dy[:live], SIZES), atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [np.array([[1, 0, 0], [1, 0, 1]], bool), np.ones((2, 3), bool)])
+def test_block_products_without_loops_against_the_dense_product(mask):
+    rng = np.random.default_rng(0)
+    structure = block_structure(mask, 64, shape=(128, 192))
+    x, dy, w = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 128), (5, 192), (128, 192)))
+    w *= np.kron(mask, np.ones((64, 64), np.float32))
+    blocks = to_blocks(jnp.asarray(w), structure)
+    forward, back = (BlockSpec(FLOAT, TILING, 64, n, t) for n, t in ((3, False), (2, True)))
+    made = ragged.block_matmul(BlockOperands(x, blocks, structure.forward), forward)
+    np.testing.assert_allclose(made, x @ w, atol=1e-3)
+    made = ragged.block_matmul(BlockOperands(dy, blocks, structure.transposed), back)
+    np.testing.assert_allclose(made, dy @ w.T, atol=1e-3)
+    made = ragged.block_contract(BlockOperands(x, dy, structure.contraction), replace(forward, outputs=structure.live))
+    np.testing.assert_allclose(to_dense(made, structure), (x.T @ dy) * (w != 0), atol=1e-3)
+
+
+def test_a_program_for_gpus_has_no_loop_over_tiles(monkeypatch):
+    """Forward and gradients of experts; the same program for a CPU has its loops."""
+    monkeypatch.setattr(implementations, "platform", lambda *_: "gpu")
+    monkeypatch.setattr(mixture, "platform", lambda *_: "gpu")
+    implementations.call.clear_cache()
+    shapes = ((16, 8), (4, 8, 12), (4, 8, 12), (4, 12, 8), (32,))
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def loss(x, gate, up, down, weights, *, combine):
+        if combine:
+            return mixture.mixture(x, gate, up, down, jnp.array(SIZES), TOKENS, weights).sum()
+        h = grouped_matmul(x, (gate, up), jnp.array(SIZES), gather=TOKENS, epilogue=SwiGLU(), backend="xla")
+        return grouped_matmul(h, down, jnp.array(SIZES), backend="xla", deterministic=False).sum()
+
+    def loops(platform, combine=False):
+        f = jax.jit(jax.grad(partial(loss, combine=combine), range(5)))
+        return f.trace(*args).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
+
+    assert loops("cuda", combine=True) < loops("cpu", combine=True)
+    monkeypatch.setattr("moe.kernels.xla.ragged.combine", lambda rows, *_: rows[:16])
+    implementations.call.clear_cache()
+    # Outside of a deterministic combine, which adds one row of every token in a turn.
+    assert loops("cuda") == 0 < loops("cpu")
+    implementations.call.clear_cache()
+
+
+def broken(kernel, operands, spec, *, interpret=False):
+    out = getattr(ops, kernel)(operands, spec)
+    return jax.tree.map(lambda leaf: leaf[..., ::-1], out)
+
+
+def uncompiled(kernel, operands, spec, *, interpret=False):
+    return jax.pure_callback(fail, jax.eval_shape(lambda: getattr(ops, kernel)(operands, spec)))
+
+
+def fail():
+    raise RuntimeError("ptxas fatal")
+
+
+CHECKED = [("plain", broken, "differ by"), ("plain", uncompiled, "ptxas fatal"), ("plain", None, None)]
+CHECKED += [
+    pytest.param(name, *case, marks=pytest.mark.slow)
+    for name in ("gather", "swiglu", "combine")
+    for case in ((broken, "differ by"), (None, None))
+]
+
+
+@pytest.mark.parametrize(("name", "kernels", "why"), CHECKED)
+def test_kernels_that_fail_their_check_are_replaced_with_one_warning(monkeypatch, name, kernels, why):
+    implementations.call.clear_cache()
+    self_check._works.cache_clear()
+    warnings, runs = [], []
+    monkeypatch.setattr(self_check.logging, "warning", lambda message, *args: warnings.append(message % args))
+
+    def stand_in(kernel):
+        def run(operands, spec, *, interpret=False):
+            runs.append(kernel)
+            return (kernels or (lambda kernel, *args: getattr(ops, kernel)(*args)))(kernel, operands, spec)
+
+        return run
+
+    module = SimpleNamespace(**{kernel: stand_in(kernel) for kernel in ("grouped", "contract")}, TILINGS=ops.TILINGS)
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(implementations.BACKENDS, "gpu", Backend("stand_in", ("cpu",)))
+    rng = np.random.default_rng(0)
+    x, w = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((ROWS, 6), (len(SIZES), 6, 10)))
+
+    def both(backend):
+        f = partial(grouped_matmul, group_sizes=jnp.array(SIZES), backend=backend, tiling=TILING)
+        out, pull = jax.vjp(jax.jit(lambda x, w: PRODUCTS[name](f, x, w)), x, w)
+        return out, *pull(jnp.ones_like(out))
+
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), both("gpu"), both("xla"))
+    count, checked = len(warnings), len(runs)
+    assert set(runs) == {"grouped", "contract"} and (count > 0) == (why is not None)
+    assert all(why in line and "backend='gpu'" in line for line in warnings)
+    implementations.call.clear_cache()
+    both("gpu")  # the result of a check is remembered, a kernel that passed runs without another
+    assert len(warnings) == count and (len(runs) == checked if why else len(runs) < 2 * checked)
+    implementations.call.clear_cache()
+    self_check._works.cache_clear()
 
 
 class Stub:
@@ -191,10 +359,6 @@ def test_tokamax_with_quantized_weights_vmap_and_blocks(tokamax):
     ids=["its kernels", "refused", "float32", "narrow"],
 )
 def test_what_tokamax_kernels_do_not_support_on_a_gpu_runs_as_plain_jax(monkeypatch, said, dtype, k, refuse, calls):
-    from moe.kernels import tokamax_ops
-    from moe.kernels.spec import ContractionOperands, ContractionSpec, GroupedOperands, GroupedSpec
-    from moe.kernels.tiling import Tiling
-
     on(monkeypatch, "gpu")
     monkeypatch.setitem(sys.modules, "tokamax", stub := Stub())
     stub.refuse = refuse
