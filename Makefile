@@ -51,15 +51,13 @@ $(VENV)/libtpu: | $(VENV)/installed
 test-kernels: $(VENV)/libtpu
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests/moe/kernels
 
-# On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax, numpy and pytest are enough. Stand-ins
-# for jaxtyping and ml_collections lie in tests/bare. The table goes to runs/bench too.
+# On a machine with a GPU, in whatever environment $(PYTHON) has: jax, flax, optax and numpy are enough. Stand-ins for
+# jaxtyping and ml_collections lie in tests/bare. Ten minutes; a line of JSON for each check, when it is done.
 test-gpu: HAVE = import importlib.util as u; print(all(map(u.find_spec, ("jaxtyping", "ml_collections"))))
 test-gpu: export PYTHONPATH = .$(if $(filter False,$(shell $(PYTHON) -c '$(HAVE)')),:tests/bare)
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "test-gpu needs a GPU; JAX sees " + jax.devices()[0].device_kind)'
-	TESSERA_TEST_PLATFORM=gpu $(PYTHON) -m pytest -m gpu tests/moe/kernels/test_kernel_gpu.py
-	mkdir -p runs
-	$(PYTHON) scripts/benchmarks/run.py --config=bench_kernels:hopper --out=runs/bench/kernels-hopper.json
+	$(PYTHON) tests/moe/kernels/gpu_checks.py --out=runs/gpu-checks.jsonl
 
 # Every CPU benchmark beside its baselines, in turns; the last table has all ratios.
 bench: $(VENV)/installed

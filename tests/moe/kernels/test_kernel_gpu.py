@@ -1,6 +1,6 @@
 """The Hopper kernels against float64 numpy: interpreted, with memory that starts as NaN, and (marker gpu) on a GPU.
 
-`make test-gpu` runs the second kind; nothing here needs more than jax, numpy and pytest.
+Nothing here needs more than jax, numpy and pytest. `make test-gpu` runs `gpu_checks.py`.
 """
 
 import warnings
