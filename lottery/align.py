@@ -174,18 +174,23 @@ def permute(tree: PyTree, permutations: Mapping[str, Any], spec: Spec) -> PyTree
     return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
 
 
-def match_weights(a: PyTree, b: PyTree, spec: Spec, rounds: int = 100, seed: int = 0) -> Permutations:
+def match_weights(
+    a: PyTree, b: PyTree, spec: Spec, rounds: int = 100, seed: int = 0, restarts: int = 10
+) -> Permutations:
     """Match weights: permutations that bring b's weights closest to a's (Ainsworth et al. 2023, algorithm 1).
 
     By coordinate descent: one permutation after the other is set to the best for the others as they are, in random
-    order, until a whole round improves none; a local optimum. Use as `permute(b, match_weights(a, b, spec), spec)`.
+    order, until a whole round improves none; a local optimum. So it begins several times, from the identity and from
+    random permutations, and the one with the largest inner product of a and the permuted b is returned. Use as
+    `permute(b, match_weights(a, b, spec), spec)`.
 
     Args:
       a: params.
       b: params.
       spec: `chain_spec`, `decoder_spec` or one written by hand.
-      rounds: at most.
-      seed: of the order.
+      rounds: at most, of every start.
+      seed: of the order and of the starts.
+      restarts: random starts after the identity; each costs as much as the first.
 
     Example:
       >>> spec = lottery.align.chain_spec(("dense0", "output"), biases=False)
@@ -199,19 +204,40 @@ def match_weights(a: PyTree, b: PyTree, spec: Spec, rounds: int = 100, seed: int
         raise ValueError(f"align: the networks differ in size: {lengths} and {sizes(b, spec)}")
     left = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(a).items() if path in spec}
     right = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(b).items() if path in spec}
-    permutations = {name: np.arange(length) for name, length in lengths.items()}
     generator = np.random.default_rng(seed)
+    best, found = -np.inf, dict[str, np.ndarray]()
+    for start in range(restarts + 1):
+        permutations = {
+            name: generator.permutation(length) if start else np.arange(length) for name, length in lengths.items()
+        }
+        _ascend(left, right, permutations, spec, rounds, generator)
+        moved = {path: _moved(right[path], permutations, axes) for path, axes in spec.items()}
+        value = sum(float(np.vdot(left[path], moved[path])) for path in spec)
+        if value > best + 1e-9 * abs(value):
+            best, found = value, permutations
+    return found
+
+
+def _ascend(left, right, permutations: Permutations, spec: Spec, rounds: int, generator: np.random.Generator) -> None:
+    """Improve the permutations one after the other, in place, until none can be."""
     for _ in range(rounds):
         improved = False
-        for name in generator.permutation(sorted(lengths)):
+        for name in generator.permutation(sorted(permutations)):
             gain = _similarity(left, right, permutations, spec, name)
             order = _assign(gain)
             now = gain[np.arange(len(order)), permutations[name]].sum()
             if gain[np.arange(len(order)), order].sum() > now + 1e-9 * (1 + abs(now)):
                 permutations[name], improved = order, True
         if not improved:
-            break
-    return permutations
+            return
+
+
+def _moved(leaf: np.ndarray, permutations: Permutations, axes: tuple[str | None, ...], but: str = "") -> np.ndarray:
+    """A leaf with its axes permuted, those of one permutation left."""
+    for axis, name in enumerate(axes):
+        if name is not None and name != but:
+            leaf = leaf.take(permutations[name], axis=axis)
+    return leaf
 
 
 def _assign(gain: np.ndarray) -> np.ndarray:
@@ -227,10 +253,7 @@ def _similarity(left, right, permutations, spec, name) -> np.ndarray:
     for path, axes in spec.items():
         if name not in axes:
             continue
-        leaf = right[path]
-        for axis, other in enumerate(axes):
-            if other is not None and other != name:
-                leaf = leaf.take(permutations[other], axis=axis)
+        leaf = _moved(right[path], permutations, axes, but=name)
         one, two = (
             np.moveaxis(x, axes.index(name), 0).reshape(x.shape[axes.index(name)], -1) for x in (left[path], leaf)
         )

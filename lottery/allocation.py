@@ -1,11 +1,14 @@
-"""Allocate a density over layers: how many units of every layer stay. `lottery.prune.keep` takes the counts."""
+"""Allocate a density over layers: how many units of every layer stay. `lottery.prune.keep` takes the counts.
+
+Layers have the names of `structures.layers`, each block of a scanned model its own, so a ratio per block (as OWL's, Yin
+et al. 2024, arXiv:2310.05175) is a `PerPath`. A density above zero leaves at least one unit in every layer.
+"""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lottery import structures
 from lottery.masks import match_paths
 from lottery.prune import EVERYTHING
 
@@ -29,7 +32,7 @@ class Everywhere:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Allocate uniformly: the fraction `density` of the units of every leaf.
+    """Allocate uniformly: the fraction `density` of the units of every layer.
 
     Example:
       >>> lottery.allocation.counts({"one": 6, "two": 4}, lottery.allocation.Uniform(0.5), {})
@@ -68,13 +71,17 @@ class ERK:
 
 @dataclass(frozen=True)
 class PerPath:
-    """Allocate by hand: a density for every path.
+    """Allocate by hand: a density for every layer.
 
     Attributes:
-      densities: (regular expression, density), first match wins.
+      densities: (regular expression over names of layers, density), first match wins.
       default: for the rest.
 
     Example:
+      >>> ratios = {0: 1.0, 1: 0.5}  # block 0 whole, half of block 1
+      >>> blocks = lottery.allocation.PerPath(tuple((f"^blocks_{i}/", ratio) for i, ratio in ratios.items()))
+      >>> lottery.allocation.counts({"blocks_0/up/kernel": 6, "blocks_1/up/kernel": 6}, blocks, {})
+      {'blocks_0/up/kernel': 6, 'blocks_1/up/kernel': 3}
       >>> by_hand = lottery.allocation.PerPath((("^one", 0.5),))
       >>> lottery.allocation.counts({"one": 6, "two": 4}, by_hand, {})
       {'one': 3, 'two': 4}
@@ -98,18 +105,18 @@ def _check(density: float, what: str) -> None:
 
 
 def counts(units: Mapping[str, int], allocation: Allocation, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Compute how many units stay, by group: paths, or "*" for `Everywhere`.
+    """Compute how many units stay, by group: names of layers, or "*" for `Everywhere`.
 
-    Each leaf's count is rounded (halves to even); ERK's add up to the rounded total exactly, what rounding leaves over
-    goes to the largest remainders.
+    Each layer's count is rounded (halves to even), to one at least unless its density is zero. ERK's add up to the
+    rounded total exactly, what rounding leaves over goes to the largest remainders.
 
     Args:
-      units: units by path, `prune.units`.
+      units: units by layer, `prune.units`.
       allocation: one of the classes of this module.
-      shapes: leaf shapes by path (used by ERK).
+      shapes: shapes by layer, `prune.shapes` (used by ERK).
 
     Raises:
-      ValueError: a pattern of PerPath that matches no path.
+      ValueError: a pattern of PerPath that matches no layer, a layer that ERK has no shape of.
 
     Example:
       >>> lottery.allocation.counts({"kernel": 10}, lottery.allocation.Uniform(0.3), {})
@@ -118,28 +125,34 @@ def counts(units: Mapping[str, int], allocation: Allocation, shapes: Mapping[str
     if isinstance(allocation, Everywhere):
         return {EVERYTHING: round(allocation.density * sum(units.values()))}
     if isinstance(allocation, Uniform):
-        return {path: round(allocation.density * size) for path, size in units.items()}
+        return {layer: _some(allocation.density, size) for layer, size in units.items()}
     if isinstance(allocation, PerPath):
         for pattern, _ in allocation.densities:
             match_paths(pattern, list(units), "PerPath density")
         found = {
-            path: next((d for pattern, d in allocation.densities if re.search(pattern, path)), allocation.default)
-            for path in units
+            layer: next((d for pattern, d in allocation.densities if re.search(pattern, layer)), allocation.default)
+            for layer in units
         }
-        return {path: round(found[path] * size) for path, size in units.items()}
-    wanted = {path: d * units[path] for path, d in erk_densities(units, shapes, allocation).items()}
+        return {layer: _some(found[layer], size) for layer, size in units.items()}
+    wanted = {layer: d * units[layer] for layer, d in erk_densities(units, shapes, allocation).items()}
+    total = round(allocation.density * sum(units.values()))
+    least = int(total >= len(units))
     # A sum a rounding error below an integer must not lose a unit.
-    result = {path: math.floor(value + 1e-6) for path, value in wanted.items()}
-    left = round(allocation.density * sum(units.values())) - sum(result.values())
-    for path in sorted(wanted, key=lambda path: result[path] - wanted[path])[: max(left, 0)]:
-        result[path] += 1
+    result = {layer: max(math.floor(value + 1e-6), min(least, units[layer])) for layer, value in wanted.items()}
+    left = total - sum(result.values())
+    for layer in sorted(wanted, key=lambda layer: result[layer] - wanted[layer])[: max(left, 0)]:
+        result[layer] += 1
+    for layer in sorted(wanted, key=lambda layer: wanted[layer] - result[layer])[: max(-left, 0)]:
+        result[layer] -= 1
     return result
 
 
-def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], allocation: ERK) -> dict[str, float]:
-    """Compute the densities of ERK by path, real numbers in [0, 1]; their mean weighted by units is allocation.density.
+def _some(density: float, size: int) -> int:
+    return max(round(density * size), int(density > 0 and size > 0))
 
-    Axes that only stack kernels (`structures.LAYOUTS`) do not count as axes of the kernel.
+
+def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], allocation: ERK) -> dict[str, float]:
+    """Compute the densities of ERK by layer, real numbers in [0, 1]; their mean weighted by units is the density asked.
 
     Example:
       >>> units, shapes = {"one": 64, "two": 64}, {"one": (8, 8), "two": (16, 4)}
@@ -147,15 +160,17 @@ def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]
       >>> {path: round(density, 3) for path, density in found.items()}
       {'one': 0.444, 'two': 0.556}
     """
-    axes = {path: shape[structures.layout(path).batch :] for path, shape in shapes.items() if path in units}
-    raw = {path: (sum(a) / math.prod(a)) ** allocation.power for path, a in axes.items()}
-    total = allocation.density * sum(units.values())
-    dense: set[str] = set()
-    while len(dense) < len(units):
-        free = total - sum(units[path] for path in dense)
-        scale = free / sum(raw[path] * units[path] for path in units if path not in dense)
-        full = {path for path in units if path not in dense and raw[path] * scale > 1}
+    if missing := [layer for layer in units if layer not in shapes]:
+        raise ValueError(f"ERK needs the shape of {missing[0]}: pass shapes by layer, lottery.prune.shapes")
+    raw = {layer: (sum(shapes[layer]) / math.prod(shapes[layer])) ** allocation.power for layer in units}
+    free, rest = allocation.density * sum(units.values()), sum(raw[layer] * units[layer] for layer in units)
+    left = dict.fromkeys(units)
+    while left:
+        scale = free / rest
+        full = [layer for layer in left if raw[layer] * scale > 1]
         if not full:
-            return {path: 1.0 if path in dense else raw[path] * scale for path in units}
-        dense |= full
-    return dict.fromkeys(units, 1.0)
+            break
+        for layer in full:
+            del left[layer]
+        free, rest = free - sum(units[x] for x in full), sum(raw[layer] * units[layer] for layer in left)
+    return {layer: raw[layer] * scale if layer in left else 1.0 for layer in units}

@@ -13,8 +13,8 @@ from lottery import masks as masks_lib
 __all__ = ["Overlap", "magnitude_at_init", "overlap", "same_sign", "shuffle_masks"]
 
 
-def shuffle_masks(masks: PyTree, *, key: Array) -> PyTree:
-    """Shuffle masks within every leaf: the ticket's density in each layer, nothing else of it.
+def shuffle_masks(masks: PyTree, which: PyTree | None = None, *, key: Array) -> PyTree:
+    """Shuffle masks within every layer: the ticket's density in each layer, nothing else of it.
 
     Frankle et al. 2021 (arXiv:2009.08576), section 4.
 
@@ -23,7 +23,7 @@ def shuffle_masks(masks: PyTree, *, key: Array) -> PyTree:
       >>> int(lottery.controls.shuffle_masks(masks, key=jax.random.key(0))["kernel"].sum())
       1
     """
-    return masks_lib.random_like(masks, key=key)
+    return masks_lib.random_like(masks, which, key=key)
 
 
 def same_sign(initial: PyTree, fresh: PyTree, which: PyTree) -> PyTree:
@@ -54,7 +54,7 @@ def magnitude_at_init(initial: PyTree, masks: PyTree, which: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many weights two masks of a leaf share, and how many independent ones of the same counts would.
+    """How many weights two masks of a layer share, and how many independent ones of the same counts would.
 
     Attributes:
       shared: weights that both have.
@@ -76,10 +76,10 @@ class Overlap:
 
 
 def overlap(a: PyTree, b: PyTree, which: PyTree) -> dict[str, Overlap]:
-    """Compare the overlap of two mask trees with chance, for every prunable leaf by path, and for all together as "*".
+    """Compare the overlap of two mask trees with chance, for every prunable layer by name, and for all together as "*".
 
-    Chance is a random mask with the same count in each leaf, leaves independent, so that layers of different density
-    do not look like agreement.
+    Chance is a random mask with the same count in each layer (`structures.layers`), layers independent, so that layers
+    of different density do not look like agreement.
 
     Raises:
       ValueError: b has other leaves or shapes than a (naming the path).
@@ -91,13 +91,11 @@ def overlap(a: PyTree, b: PyTree, which: PyTree) -> dict[str, Overlap]:
       (2, 1.0, 1.0)
     """
     masks_lib.check(b, a)
-    left, right, chosen = (masks_lib.flatten(tree) for tree in (a, b, which))
-    counts = {
-        path: [left[path].size] + [int(jnp.sum(x)) for x in (left[path], right[path], left[path] & right[path])]
-        for path, keep in chosen.items()
-        if keep
-    }
-    result = {path: _overlap([count]) for path, count in counts.items()}
+    both = jax.tree.map(jnp.logical_and, a, b)
+    mine, theirs, shared = (jax.device_get(masks_lib.count(tree, which)) for tree in (a, b, both))
+    sizes = prune.sizes(a, which)
+    counts = {layer: [size, *(int(x[layer]) for x in (mine, theirs, shared))] for layer, size in sizes.items()}
+    result = {layer: _overlap([count]) for layer, count in counts.items()}
     return result | {prune.EVERYTHING: _overlap(list(counts.values()))}
 
 

@@ -5,7 +5,6 @@ loss_fn(params, batch) -> float32 []; `batches` is a pytree whose arrays have a 
 number of them costs the memory of one.
 """
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from lottery import structures
-from lottery.masks import path_name
+from lottery.masks import flatten, map_layers, path_name
 
 __all__ = [
     "CRITERIA",
@@ -47,13 +46,14 @@ def magnitude(params: PyTree) -> PyTree:
       >>> lottery.criteria.magnitude({"kernel": jnp.array([-2.0, 0.5])})["kernel"].tolist()
       [2.0, 0.5]
     """
-    return jax.tree.map(lambda p: jnp.abs(_f32(p)), params)
+    # Of complex weights the modulus, which is lost if they are made real first.
+    return jax.tree.map(lambda p: jnp.abs(p if jnp.iscomplexobj(p) else _f32(p)).astype(jnp.float32), params)
 
 
 def random(params: PyTree, *, key: Array) -> PyTree:
     """Score weights at random, uniformly in [0, 1), float32: random pruning as a control.
 
-    Each leaf's draw depends on key and its path.
+    Each layer's draw depends on key and its name (`structures.layers`).
 
     Example:
       >>> scores = lottery.criteria.random({"kernel": jnp.zeros((2, 3))}, key=jax.random.key(0))
@@ -61,10 +61,7 @@ def random(params: PyTree, *, key: Array) -> PyTree:
       ((2, 3), True)
     """
 
-    def draw(path: tuple, leaf: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(draw, params)
+    return map_layers(lambda key, leaf: jax.random.uniform(key, leaf.shape), params, key=key)
 
 
 def magnitude_increase(params: PyTree, initial: PyTree) -> PyTree:
@@ -141,7 +138,11 @@ def grasp(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
 
 
 def synflow(
-    apply_fn: Callable[[PyTree, Array], Array], params: PyTree, inputs: Array, normalize: bool = True
+    apply_fn: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    inputs: Array,
+    normalize: bool = True,
+    which: PyTree | None = None,
 ) -> PyTree:
     """Score weights by SynFlow, |w| dR/d|w| with R the sum of outputs at absolute weights and all-one inputs.
 
@@ -152,9 +153,10 @@ def synflow(
       apply_fn: (params, inputs) -> outputs.
       params: of one network.
       inputs: an array with the shape and dtype of one batch.
-      normalize: first rescale every matrix (`structures.LAYOUTS` tells stacks of them) so that a hundred layers stay
+      normalize: first rescale every matrix (of every layer) so that a hundred layers stay
         within float32 and R is near 1. Where R is homogeneous in each matrix (ReLU without biases or skips, what the
         paper assumes) this multiplies all scores by one common factor; for networks with skips switch it off.
+      which: `masks.prunable`, where its layouts matter.
 
     Example:
       >>> apply_fn = lambda params, x: x @ params["kernel"]
@@ -169,27 +171,28 @@ def synflow(
         return jnp.sum(apply_fn(p, ones).astype(jnp.float32))
 
     if normalize:
-        absolute = jax.tree_util.tree_map_with_path(_by_gain, absolute)
-        stacks = [_matrices(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(absolute)]
+        chosen = {} if which is None else flatten(which)
+        by_path = jax.tree_util.tree_map_with_path
+        layout = lambda path, w: structures.layout(path_name(path), w.shape, chosen.get(path_name(path)) or True)  # noqa: E731
+        absolute = by_path(lambda path, w: _by_gain(w, layout(path, w)), absolute)
+        stacks = by_path(lambda path, w: _matrices(w, layout(path, w)), absolute)
         flow = total(absolute)
         # What is left after the mean gains, spread evenly over the matrices.
-        rest = jnp.where((flow > 0) & jnp.isfinite(flow), flow, 1.0) ** (-1 / max(sum(stacks), 1))
-        absolute = jax.tree_util.tree_map_with_path(lambda p, w: w * rest if _matrices(p, w) else w, absolute)
+        rest = jnp.where((flow > 0) & jnp.isfinite(flow), flow, 1.0) ** (-1 / max(sum(jax.tree.leaves(stacks)), 1))
+        absolute = jax.tree.map(lambda w, stack: w * rest if stack else w, absolute, stacks)
     return jax.tree.map(jnp.multiply, absolute, jax.grad(total)(absolute))
 
 
-def _matrices(path: tuple, leaf: Array) -> int:
+def _matrices(leaf: Array, layout: structures.Layout) -> int:
     """How many matrices a leaf stacks; 0 for vectors."""
-    layout = structures.layout(path_name(path))
     return layout.matrices(leaf.shape)[0] if leaf.ndim > layout.batch + layout.outputs else 0
 
 
-def _by_gain(path: tuple, leaf: Array) -> Array:
+def _by_gain(leaf: Array, layout: structures.Layout) -> Array:
     """Nonnegative matrices divided by their mean column sum over columns that are not empty."""
-    if not _matrices(path, leaf):
+    if not _matrices(leaf, layout):
         return leaf
-    layout = structures.layout(path_name(path))
-    columns = leaf.reshape(layout.matrices(leaf.shape)).sum(1)
+    columns = structures.matrices(leaf, layout).sum(1)
     gain = columns.sum(-1) / jnp.maximum((columns > 0).sum(-1), 1)
     gain = gain.reshape(leaf.shape[: layout.batch] + (1,) * (leaf.ndim - layout.batch))
     return leaf / jnp.where(gain > 0, gain, 1)
@@ -264,6 +267,8 @@ class ScoreInputs:
       apply_fn: (params, inputs) -> outputs.
       inputs: an array with the shape and dtype of one batch of inputs.
       opt_state: of an optimizer with `track_movement`.
+      normalize: as of `synflow`: False for networks with skips.
+      which: `masks.prunable`, where its layouts matter.
 
     Example:
       >>> inputs = lottery.criteria.ScoreInputs(key=jax.random.key(0))
@@ -278,6 +283,8 @@ class ScoreInputs:
     apply_fn: Callable[[PyTree, Array], Array] | None = None
     inputs: Array | None = None
     opt_state: PyTree | None = None
+    normalize: bool = True
+    which: PyTree | None = None
 
 
 CRITERIA: dict[str, tuple[Callable[[PyTree, Any], PyTree], tuple[str, ...]]] = {
@@ -288,7 +295,7 @@ CRITERIA: dict[str, tuple[Callable[[PyTree, Any], PyTree], tuple[str, ...]]] = {
     "taylor": (lambda params, e: taylor(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
     "fisher": (lambda params, e: fisher(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
     "grasp": (lambda params, e: grasp(e.loss_fn, params, e.batches), ("loss_fn", "batches")),
-    "synflow": (lambda params, e: synflow(e.apply_fn, params, e.inputs), ("apply_fn", "inputs")),
+    "synflow": (lambda params, e: synflow(e.apply_fn, params, e.inputs, e.normalize, e.which), ("apply_fn", "inputs")),
     "movement": (lambda params, e: movement(e.opt_state), ("opt_state",)),
 }
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from lottery import criteria, prune, transform
+from lottery import counting, criteria, prune, transform
 from lottery import masks as masks_lib
 
 __all__ = [
@@ -84,7 +85,7 @@ class DynamicConfig:
       grow: "gradient" (RigL) or "random" (SET, Mocanu et al. 2018).
       every: steps between moves.
       until: no moves at this step and after (the paper: 75% of training).
-      fraction: of a leaf's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
+      fraction: of a layer's alive weights that move at first; falls as a cosine to 0 at `until` (RigL's equation 1).
 
     Example:
       >>> lottery.dynamic.DynamicConfig(grow="random", every=50, until=1000)
@@ -108,12 +109,15 @@ def dynamic(
 ) -> optax.GradientTransformationExtraArgs:
     """Train with RigL (Evci et al. 2020, arXiv:1911.11134) or SET (Mocanu et al. 2018) around any optimizer.
 
-    Every leaf has exactly as many weights as `masks` gives it. At a move the smallest weights of a leaf go and as many
-    grow, from zero, at the largest gradients or at random, among all that did not survive (those just dropped included,
-    as in the paper). That step moves connections and trains nothing; moments of grown weights start at zero.
+    Every layer has exactly as many weights as `masks` gives it. At a move the smallest weights of a layer go and as
+    many grow, from zero, at the largest gradients or at random, among all that did not survive. A weight that is
+    dropped and grown in one move keeps its value and its moments, as in the published code (google-research/rigl,
+    sparse_optimizers_base.py); other grown weights begin with moments of zero. That step moves connections and trains
+    nothing.
 
     Args:
-      inner: the optimizer, without masking of its own.
+      inner: the optimizer, without masking of its own. Where a step from moments of zero would be thousands of times
+        the usual one (acprop divides by the second moment of the step before), grown weights let one step pass.
       masks: where to begin, e.g. random at ERK densities.
       which: `masks.prunable`, static; other leaves are trained plainly.
       config: schedule.
@@ -136,6 +140,7 @@ def dynamic(
       [True, True, False, True]
     """
     inner = optax.with_extra_args_support(inner)
+    waits = _bursts(inner)
 
     def init(params: PyTree) -> DynamicState:
         masks_lib.check(masks, params)
@@ -152,14 +157,19 @@ def dynamic(
             draws = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key))
             random = criteria.random(params, key=jax.random.fold_in(draws, step))
             grow = criteria.magnitude(grads) if config.grow == "gradient" else random
-            survivors, moved = rewire(params, grow, state.masks, which, fraction)
-            # Growing back what was just dropped starts from zero too.
-            updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, survivors)
-            return updates, transform.mask_state(state.inner, survivors), moved
+            _, moved = rewire(params, grow, state.masks, which, fraction)
+            held = jax.tree.map(jnp.logical_and, moved, state.masks)
+            updates = jax.tree.map(lambda p, k: jnp.where(k, jnp.zeros((), p.dtype), -p), params, held)
+            return updates, transform.mask_state(state.inner, held), moved
 
         def train() -> tuple[PyTree, PyTree, PyTree]:
             masked = transform.sparse(inner, state.masks)
             updates, new = masked.update(grads, state.inner, params, **extra)
+            if waits:
+                grown = is_due(step - 1)
+                updates = jax.tree.map(
+                    lambda u, p, m: jnp.where(grown & m & (p == 0), 0, u), updates, params, state.masks
+                )
             updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
             return (
                 updates,
@@ -167,24 +177,40 @@ def dynamic(
                 state.masks,
             )
 
-        due = (step > 0) & (step % config.every == 0) & (step < config.until)
-        updates, new, moved = jax.lax.cond(due, move, train)
+        def is_due(step: Array) -> Array:
+            return (step > 0) & (step % config.every == 0) & (step < config.until)
+
+        updates, new, moved = jax.lax.cond(is_due(step), move, train)
         return updates, DynamicState(step + 1, moved, state.key, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _bursts(inner: optax.GradientTransformation) -> bool:
+    """Whether a step from moments of zero is thousands of times the usual one, tried on two weights."""
+    params = gradient = {"kernel": jnp.ones(2)}
+    try:
+        state = inner.init(params)
+        for _ in range(3):
+            usual, state = inner.update(gradient, state, params)
+        state = transform.mask_state(state, {"kernel": jnp.array([True, False])})
+        first, _ = inner.update(gradient, state, params)
+        return bool(jnp.abs(first["kernel"][1]) > 1e3 * jnp.abs(usual["kernel"][1]) > 0)
+    except Exception:  # needs other parameters or arguments: not for two weights
+        return False
+
+
 def rewire(
     params: PyTree, grow: PyTree, masks: PyTree, which: PyTree, fraction: float | Array
 ) -> tuple[PyTree, PyTree]:
-    """Rewire masks: in every leaf round(fraction * alive) of the smallest weights go and as many grow.
+    """Rewire masks: in every layer round(fraction * alive) of the smallest weights go and as many grow.
 
     Args:
       params: weights.
       grow: scores of where to grow (the highest), like the parameters.
       masks: before.
       which: static.
-      fraction: of each leaf's alive weights, may be traced.
+      fraction: of each layer's alive weights, may be traced.
 
     Returns:
       (survivors, new masks).
@@ -196,17 +222,11 @@ def rewire(
       >>> survivors["kernel"].tolist(), new["kernel"].tolist()
       ([True, False, False, True], [True, True, False, True])
     """
-    alive = masks_lib.count(masks, which)
-    moving = {path: jnp.round(fraction * count).astype(jnp.int32) for path, count in alive.items()}
+    moving = {layer: counting.share(fraction, count) for layer, count in masks_lib.count(masks, which).items()}
     survivors = prune.remove(criteria.magnitude(params), masks, which, moving)
-    flat, flat_grow = masks_lib.flatten(survivors), masks_lib.flatten(grow)
-    grown = dict(flat)
-    for path in alive:
-        free = ~flat[path].ravel()
-        stays_out = jnp.sum(free, dtype=jnp.int32) - moving[path]
-        new = prune.drop_lowest(flat_grow[path].astype(jnp.float32).ravel(), free, stays_out)
-        grown[path] = flat[path] | new.reshape(flat[path].shape)
-    return survivors, jax.tree.unflatten(jax.tree.structure(masks), list(grown.values()))
+    free = jax.tree.map(jnp.logical_not, survivors)
+    grown = prune.keep(grow, free, which, moving)
+    return survivors, jax.tree.map(lambda s, g, p: s | g if p else s, survivors, grown, which)
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ class GradualConfig:
       begin: step of the first pruning.
       end: step of the last one.
       every: steps between prunings.
-      scope: "layer" (every leaf at that density) or "global".
+      scope: "layer" (every layer at that density) or "global".
 
     Example:
       >>> config = lottery.dynamic.GradualConfig(0.1, begin=0, end=100)
@@ -248,6 +268,25 @@ def cubic_density(step: int | Array, config: GradualConfig) -> Array:
     """
     part = jnp.clip((jnp.asarray(step, jnp.float32) - config.begin) / (config.end - config.begin), 0, 1)
     return config.density + (1 - config.density) * (1 - part) ** 3
+
+
+def _ramp(
+    sizes: Mapping[str, int], final: Mapping[str, int | float], begin: int, end: int, every: int
+) -> dict[str, Array]:
+    """Counts that stay after the n-th pruning, pairs [n, 2] by group: the cubic in float64, halves to even."""
+    steps = np.minimum(np.arange(begin, end + every, every), end) if end > begin else np.array([begin])
+    left = (1 - (steps - begin) / (end - begin)) ** 3 if end > begin else np.zeros(1)
+    tables = {
+        pair: counting.split(np.rint(pair[1] + (pair[0] - pair[1]) * left).astype(np.int64))
+        for pair in {(sizes[group], final[group]) for group in final}
+    }
+    return {group: tables[sizes[group], final[group]] for group in final}
+
+
+def _at(table: Mapping[str, Array], step: Array, begin: int, end: int, every: int) -> dict[str, Array]:
+    """The counts of `_ramp` at a step that is due, and after the end the last ones."""
+    n = jnp.where(step >= end, len(next(iter(table.values()))) - 1, jnp.maximum(step - begin, 0) // every)
+    return {group: counts[n] for group, counts in table.items()}
 
 
 def gradual(
@@ -292,7 +331,9 @@ def gradual(
         after = optax.apply_updates(params, updates)
         sizes = prune.sizes(params, which)
         sizes = {prune.EVERYTHING: sum(sizes.values())} if config.scope == "global" else sizes
-        counts = {path: jnp.round(cubic_density(step, config) * size).astype(jnp.int32) for path, size in sizes.items()}
+        times = config.begin, config.end, config.every
+        final = {group: config.density * size for group, size in sizes.items()}
+        counts = _at(_ramp(sizes, final, *times), step, *times)
         due = (step >= config.begin) & (step <= config.end)
         due &= ((step - config.begin) % config.every == 0) | (step == config.end)
         masks = jax.lax.cond(
@@ -305,19 +346,28 @@ def gradual(
 
 
 def straight_through(
-    inner: optax.GradientTransformation, which: PyTree, counts: Mapping[str, int], every: int = 1
+    inner: optax.GradientTransformation,
+    which: PyTree,
+    counts: Mapping[str, int],
+    every: int = 1,
+    *,
+    ramp: int = 0,
+    until: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train magnitude masks by a straight-through estimator: dense weights behind sparse ones (DPF, Lin et al. 2020).
 
     The gradient, taken at the sparse parameters, updates all dense weights; the parameters are the dense weights under
     the mask of the largest, chosen anew every `every` steps, so that pruned weights can come back. Estimator: Bengio et
-    al. 2013, arXiv:1308.3432; DPF: arXiv:2006.07253.
+    al. 2013, arXiv:1308.3432; DPF: arXiv:2006.07253, which chooses every 16 steps, lets the sparsity grow along Zhu &
+    Gupta's cubic (appendix A) and stops choosing before the end, so that the last mask is trained.
 
     Args:
       inner: optimizer of the dense weights.
       which: static.
       counts: weights that stay, `allocation.counts`.
       every: steps between choices.
+      ramp: step at which `counts` are reached, from the whole network on; 0 begins with them.
+      until: no choice after this step; None chooses to the end.
 
     Returns:
       (init, update) with a `FeedbackState`. Before the first step mask the parameters with `masks_of(init(params))`.
@@ -335,11 +385,18 @@ def straight_through(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def choose(dense: PyTree) -> PyTree:
-        return prune.keep(criteria.magnitude(dense), masks_lib.ones(dense), which, counts)
+    if every < 1 or ramp < 0 or (until is not None and until < ramp):
+        raise ValueError(f"straight_through: every={every} >= 1 and 0 <= ramp={ramp} <= until={until} are needed")
+
+    def choose(dense: PyTree, step: Array) -> PyTree:
+        sizes = prune.sizes(dense, which)
+        sizes |= {prune.EVERYTHING: sum(sizes.values())}
+        now = _at(_ramp(sizes, counts, 0, ramp, every), step, 0, ramp, every)
+        return prune.keep(criteria.magnitude(dense), masks_lib.ones(dense), which, now)
 
     def init(params: PyTree) -> FeedbackState:
-        return FeedbackState(jnp.zeros((), jnp.int32), choose(params), params, inner.init(params))
+        step = jnp.zeros((), jnp.int32)
+        return FeedbackState(step, choose(params, step), params, inner.init(params))
 
     def update(grads: PyTree, state: FeedbackState, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         if params is None:
@@ -347,7 +404,9 @@ def straight_through(
         updates, new = inner.update(grads, state.inner, state.dense, **extra)
         dense = optax.apply_updates(state.dense, updates)
         step = state.step + 1
-        masks = jax.lax.cond(step % every == 0, lambda: choose(dense), lambda: state.masks)
+        due = (step % every == 0) | (step == ramp)
+        due &= True if until is None else step <= until
+        masks = jax.lax.cond(due, lambda: choose(dense, step), lambda: state.masks)
         change = jax.tree.map(lambda d, p: d - p, masks_lib.apply(dense, masks), params)
         return change, FeedbackState(step, masks, dense, new)
 

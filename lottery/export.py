@@ -1,5 +1,7 @@
 """Export tickets: a packed mask, one bit a weight, and the surviving weights, in safetensors (`FORMAT` in the header).
 
+Parameters of the dtypes in `DTYPES` are stored; numpy alone cannot read 8-bit floats, which `save` refuses.
+
 A masked leaf is two tensors: `<path>` with the surviving values in the order of the flat index, and `<path>.mask`, the
 mask's bits packed into bytes (numpy's packbits, first weight in the highest bit). Its shape is in the header's
 metadata. A leaf without zeros in its mask is one plain tensor.
@@ -15,9 +17,12 @@ from jaxtyping import PyTree
 
 from lottery import masks as masks_lib
 
-__all__ = ["FORMAT", "load", "save", "unflatten"]
+__all__ = ["DTYPES", "FORMAT", "load", "save", "unflatten"]
 
 FORMAT = "tessera-ticket-1"
+DTYPES = ("float64", "float32", "float16", "bfloat16", "bool") + tuple(
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+)
 
 
 def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, str] | None = None) -> Path:
@@ -25,12 +30,13 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
 
     Args:
       path: of the file, usually ending in .safetensors.
-      params: float parameters; weights outside the mask are not stored.
+      params: parameters of the dtypes of `DTYPES`; weights outside the mask are not stored.
       masks: bool tree like params.
       metadata: further strings for the header.
 
     Raises:
-      ValueError: masks does not fit, or a path that ends in ".mask".
+      ValueError: masks does not fit, a path that ends in ".mask", two leaves with one path, or a dtype that `load`
+        could not read (naming the leaf).
       ImportError: the extra "export" is not installed.
 
     Example:
@@ -52,6 +58,8 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
         if name.endswith(".mask"):
             raise ValueError(f"{name}: a parameter's name may not end in .mask")
         mask, values = np.asarray(flat[name]), np.asarray(leaf)
+        if str(values.dtype) not in DTYPES:
+            raise ValueError(f"{name} has dtype {values.dtype}; tickets hold {', '.join(DTYPES)}: convert it first")
         if mask.all():
             tensors[name] = np.ascontiguousarray(values)
             continue
@@ -84,7 +92,8 @@ def load(path):
 
     import numpy as np
 
-    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I32": "<i4", "I64": "<i8"}
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
+    types |= {f"{sign.upper()}{8 * size}": f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)}
     with open(path, "rb") as file:
         data = file.read()
     size = int.from_bytes(data[:8], "little")
@@ -120,6 +129,9 @@ def load(path):
 def unflatten(flat: dict[str, np.ndarray]) -> dict[str, PyTree]:
     """Nest '/'-joined paths into dicts, the shape of Flax's parameters.
 
+    Raises:
+      ValueError: a path that is the beginning of another one.
+
     Example:
       >>> lottery.export.unflatten({"dense0/bias": np.zeros(2)})
       {'dense0': {'bias': array([0., 0.])}}
@@ -130,5 +142,9 @@ def unflatten(flat: dict[str, np.ndarray]) -> dict[str, PyTree]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: {parent} is a leaf and a folder")
+        if name in node:
+            raise ValueError(f"{path} is a leaf and a folder")
         node[name] = leaf
     return tree

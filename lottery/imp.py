@@ -9,6 +9,7 @@ argument, so nothing here knows about data, models or losses.
 """
 
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import controls, criteria, prune, transform
+from lottery import controls, counting, criteria, prune, transform
 from lottery import masks as masks_lib
 from lottery.search_config import ARMS, BORROWED, Arm, SearchConfig, level_counts
 
@@ -27,6 +28,7 @@ __all__ = [
     "ARMS",
     "Arm",
     "Memory",
+    "Result",
     "SearchConfig",
     "Starts",
     "Store",
@@ -161,19 +163,21 @@ def search(
     opt_init: Callable[[PyTree], PyTree] | None = None,
     score_inputs: criteria.ScoreInputs | None = None,
     given: Callable[[int], PyTree] | None = None,
-) -> list[Row]:
+) -> "Result":
     """Search for lottery tickets, level by level; levels the store already has are loaded instead of trained.
 
     All randomness comes from (seed, level, arm), so a search killed at any moment and started again on the same store
-    gives bit for bit the rows and masks of one that was never killed, if train_fn is deterministic.
+    gives bit for bit the rows and masks of one that was never killed, if train_fn is deterministic. A finished search
+    goes on to more levels with a larger `config.levels`, where a level's density does not depend on their number
+    (`rate` with the geometric schedule). One whose structure or layers allow no further pruning stops with a warning.
 
     Args:
       init_fn: typed PRNG key -> params of one network.
       train_fn: `train_fn(starts, level=level) -> Trained`, trains a whole stack; it must not
         donate the buffers of starts, which are used again afterwards.
-      store: keeps each level's tree {"params", "masks"} [S, ...]; level 0 adds "reset" (the weights survivors go back
-        to: the ticket of level l is `masks.apply(reset, masks of level l)`) and, with rewind_optimizer, "opt_state";
-        score "movement" adds "movement" to every level.
+      store: keeps each level's tree {"params", "masks"} [S, ...]; level 0 adds "reset" [seeds, ...] (the weights
+        survivors go back to) and, with rewind_optimizer, "opt_state"; score "movement" adds "movement" to every level.
+        `Result.ticket` takes one network's mask and weights from it.
       config: the search.
       opt_init: params -> optimizer state of one network; needed with `rewind_optimizer` only.
       score_inputs: what the score of the config looks at, the same for all networks: loss_fn and batches, apply_fn and
@@ -181,30 +185,38 @@ def search(
       given: for the arm "transfer": level -> masks [seeds, ...] like a stack of params, see `lottery.transfer`.
 
     Returns:
-      Rows of all levels, one per (level, arm, seed): what train_fn reported plus level, arm, seed, density (fraction of
-      prunable weights alive), alive, prunable (counts), layers (path -> fraction alive), start_step.
+      A list of rows of all levels, one per (level, arm, seed): what train_fn reported plus level, arm, seed, density
+      (fraction of prunable weights alive), alive, prunable (counts), layers (name -> fraction alive), start_step.
 
     Raises:
       ValueError: rules, rates or `output` that match no parameter; a structure that does not fit one (naming its path);
         missing opt_init, score_inputs, given or snapshot; train_fn returning the wrong number of rows or weights that
-        should be zero and are not.
+        should be zero and are not; a stored level of other arms, seeds or counts.
 
     Example:
       >>> def train_fn(starts, *, level):  # a real one trains starts.params under starts.masks
       ...     return lottery.imp.Trained(starts.params, rows=[{"loss": 0.0} for _ in starts.names])
       >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
-      >>> config = lottery.imp.SearchConfig(levels=2, rate=0.5, output="", arms=("ticket",))
+      >>> config = lottery.imp.SearchConfig(levels=2, rate=0.5, arms=("ticket",))
       >>> rows = lottery.imp.search(init_fn, train_fn, lottery.imp.Memory(), config)
       >>> [(row["arm"], row["density"]) for row in rows]
       [('dense', 1.0), ('ticket', 0.5), ('ticket', 0.25)]
+      >>> mask, weights = rows.ticket(seed=0, level=2)
+      >>> int(mask["dense0"]["kernel"].sum()), int((weights["dense0"]["kernel"] != 0).sum())
+      (5, 5)
     """
     parts = _Search(init_fn, config, opt_init, score_inputs or criteria.ScoreInputs(), given)
-    rows: list[Row] = []
+    rows = Result(parts, store)
     dense, previous = None, None
-    for level in range(config.levels + 1):
+    if rows.levels < config.levels:
+        warnings.warn(
+            f"search: {config.structure} sparsity with scope {config.scope!r} and rate {config.rate} has nothing to "
+            f"prune after level {rows.levels}: the search stops there, not at level {config.levels}",
+            stacklevel=2,
+        )
+    for level in range(rows.levels + 1):
         if store.has(level):
-            tree, level_rows = store.load(level, parts.like(level))
-            tree = jax.tree.map(jnp.asarray, tree)
+            tree, level_rows = parts.load(store, level)
         else:
             starts = parts.dense_starts() if level == 0 else parts.starts(level, dense, previous)
             trained = train_fn(starts, level=level)
@@ -214,6 +226,54 @@ def search(
         previous = tree
         rows.extend(level_rows)
     return rows
+
+
+class Result(list):
+    """The rows of a search, a list of dicts, and its tickets.
+
+    Attributes:
+      levels: of the search; fewer than asked where nothing is left to prune.
+
+    Example:
+      >>> train_fn = lambda starts, level: lottery.imp.Trained(starts.params, rows=[{} for _ in starts.names])
+      >>> init_fn = lambda key: {"dense0": {"kernel": jax.random.normal(key, (4, 5))}}
+      >>> config = lottery.imp.SearchConfig(levels=1, rate=0.5, arms=("ticket", "random_mask"))
+      >>> found = lottery.imp.search(init_fn, train_fn, lottery.imp.Memory(), config)
+      >>> mask, weights = found.ticket(seed=0, level=1, arm="random_mask")
+      >>> len(found), int(mask["dense0"]["kernel"].sum())
+      (3, 10)
+    """
+
+    def __init__(self, parts: "_Search", store: Store):
+        super().__init__()
+        self._parts, self._store, self.levels = parts, store, len(parts.counts) - 1
+
+    def ticket(self, seed: int, level: int, arm: str = "ticket") -> tuple[PyTree, PyTree]:
+        """Read one network's (masks, weights that its training at the level began with); level 0 is the dense network.
+
+        The weights are zero outside the masks. For the ticket they are the initialization, or the weights of step
+        `rewind`.
+
+        Raises:
+          ValueError: no such network.
+        """
+        parts, config = self._parts, self._parts.config
+        names = level_names(config, level) if 0 <= level <= self.levels else ()
+        arm = arm if level else "dense"
+        if (arm, seed) not in names:
+            raise ValueError(
+                f"no arm {arm!r} with seed {seed} at level {level}; levels 0 to {self.levels}, arms "
+                f"{', '.join(config.arms)}, seeds {', '.join(map(str, config.seeds))}"
+            )
+        tree = parts.load(self._store, level)[0]
+        masks = jax.tree.map(lambda x: x[names.index((arm, seed))], tree["masks"])
+        if level == 0:
+            weights = parts.initial()
+        else:
+            dense = parts.load(self._store, 0)[0]
+            before = dense if level == 1 else parts.of_arm(parts.load(self._store, level - 1)[0], arm)
+            weights = parts.weights(level, arm, before, dense)
+        return masks, masks_lib.apply(jax.tree.map(lambda x: x[config.seeds.index(seed)], weights), masks)
 
 
 class _Search:
@@ -227,12 +287,13 @@ class _Search:
         missing = [n for n in criteria.CRITERIA[config.score][1] if n not in _OWN and getattr(score_inputs, n) is None]
         if missing:
             raise ValueError(f"search: score {config.score!r} needs score_inputs: ScoreInputs({', '.join(missing)})")
-        self.config, self.opt_init, self.score_inputs, self.given = config, opt_init, score_inputs, given
+        self.config, self.opt_init, self.given = config, opt_init, given
         self.init = jax.jit(jax.vmap(init_fn))
         self.shapes = jax.eval_shape(init_fn, jax.random.key(0))
-        self.which = masks_lib.prunable(self.shapes, config.rules)
+        self.which = masks_lib.prunable(self.shapes, config.rules, config.layouts)
+        self.score_inputs = dataclasses.replace(score_inputs, which=self.which)
         self.units = prune.units(self.shapes, self.which, config.structure)
-        shapes = {path: leaf.shape for path, leaf in masks_lib.flatten(self.shapes).items()}
+        shapes = prune.shapes(self.shapes, self.which, config.structure)
         self.counts = [{}, *level_counts(config, self.units, shapes)]  # units that stay, by level
         # Over the seeds. Counts are traced, so that one program serves all levels.
         self._prune = jax.jit(jax.vmap(self._prune_one, in_axes=(0, 0, 0, 0, 0, None, None)))
@@ -244,6 +305,23 @@ class _Search:
         """Shapes of the tree stored for a level."""
         opt = jax.eval_shape(self.opt_init, self.shapes) if self.config.rewind_optimizer and level == 0 else None
         return level_like(self.shapes, self.config, level, opt)
+
+    def load(self, store: Store, level: int) -> tuple[PyTree, list[Row]]:
+        """A stored level, checked: a store of another search would be continued without a word."""
+        tree, rows = store.load(level, self.like(level))
+        names = tuple((row["arm"], row["seed"]) for row in rows)
+        if names != level_names(self.config, level):
+            raise ValueError(f"level {level} in the store has the arms and seeds {names}; the search asks for others")
+        if level and self.config.structure == "unstructured":
+            asked = sum(self.counts[level].values())
+            for row in rows:
+                if row["alive"] != asked and ARMS[row["arm"]].mask != "given":
+                    raise ValueError(
+                        f"level {level} in the store has {row['alive']} weights, the search asks for {asked}: another "
+                        "rate, scope or density. To add levels use rate with schedule 'geometric', whose levels do not "
+                        "depend on their number"
+                    )
+        return jax.tree.map(jnp.asarray, tree), rows
 
     # The stacks.
 
@@ -259,12 +337,12 @@ class _Search:
     def starts(self, level: int, dense: PyTree, previous: PyTree) -> Starts:
         """The stack of a level >= 1 from the trees of level 0 and of the level before."""
         arms = self.config.arms
-        before = {arm: dense if level == 1 else self._part(previous, arm) for arm in arms}
+        before = {arm: dense if level == 1 else self.of_arm(previous, arm) for arm in arms}
         masks: dict[str, PyTree] = {}
         # Masks of their own first: other arms borrow them.
         for arm in sorted(arms, key=lambda arm: ARMS[arm].mask in BORROWED):
             masks[arm] = self._mask(level, arm, before[arm], dense, masks)
-        weights = {arm: self._weights(level, arm, before[arm], dense) for arm in arms}
+        weights = {arm: self.weights(level, arm, before[arm], dense) for arm in arms}
         join = lambda trees: jax.tree.map(lambda *x: jnp.concatenate(x), *[trees[a] for a in arms])  # noqa: E731
         params, stacked = join(weights), join(masks)
         opt_state, teachers = None, None
@@ -291,13 +369,13 @@ class _Search:
             late=() if level == 0 else tuple(ARMS[arm].late for arm, _ in names),
         )
 
-    def _part(self, tree: PyTree, arm: str) -> PyTree:
+    def of_arm(self, tree: PyTree, arm: str) -> PyTree:
         """The networks of one arm in a level's tree."""
         n, i = len(self.config.seeds), self.config.arms.index(arm)
         used = {name: tree[name] for name in ("params", "masks", "movement") if name in tree}
         return jax.tree.map(lambda x: x[i * n : (i + 1) * n], used)
 
-    def _weights(self, level: int, arm: str, before: PyTree, dense: PyTree) -> PyTree:
+    def weights(self, level: int, arm: str, before: PyTree, dense: PyTree) -> PyTree:
         source = ARMS[arm].weights
         if source in ("fresh", "same_sign"):
             # Not the key of this arm's random mask, and a new draw at every level.
@@ -315,7 +393,8 @@ class _Search:
     # The masks [seeds, ...] of an arm.
 
     def _mask(self, level: int, arm: str, before: PyTree, dense: PyTree, masks: dict[str, PyTree]) -> PyTree:
-        source, keys, counts = ARMS[arm].mask, search_keys(self.config, level, arm), self.counts[level]
+        source, keys = ARMS[arm].mask, search_keys(self.config, level, arm)
+        counts = {group: counting.split(count) for group, count in self.counts[level].items()}
         # Arrays of the score_inputs are arguments of the compiled functions: captured, they would be folded into them.
         data = self.score_inputs.batches, self.score_inputs.inputs
         if source in ("own", "oneshot"):
@@ -323,7 +402,7 @@ class _Search:
             trained = tree["params"], tree["masks"], self.initial(), tree.get("movement")
             return self._prune(*trained, keys, counts, data)
         if source == "at_init":
-            return self._prune_at_init(self.initial(), keys, self._rounds(counts), data)
+            return self._prune_at_init(self.initial(), keys, self._rounds(self.counts[level]), data)
         if source == "given":
             return self._given(level)
         if source == "random":
@@ -351,19 +430,20 @@ class _Search:
         score = lambda masked: self._score(masked, params, None, key, data)  # noqa: E731
         return prune.iterate(score, params, masks_lib.ones(params), self.which, rounds, self.config.structure)
 
-    def _rounds(self, final: dict[str, int]) -> list[dict[str, int]]:
+    def _rounds(self, final: dict[str, int]) -> list[dict[str, jax.Array]]:
         """Counts of every round of pruning at initialization, falling geometrically to the level's."""
         total = {g: sum(self.units.values()) if g == prune.EVERYTHING else self.units[g] for g in final}
         shares = [(i + 1) / self.config.rounds for i in range(self.config.rounds)]
         # A group that ends empty is empty from the last round on.
-        return [
+        rounds = [
             {g: round(total[g] * (max(final[g], 0.5) / total[g]) ** share) if share < 1 else final[g] for g in final}
             for share in shares
         ]
+        return [{g: counting.split(count) for g, count in counts.items()} for counts in rounds]
 
     def _shuffle_one(self, masks: PyTree, key: jax.Array) -> PyTree:
         if self.config.structure == "unstructured":
-            return masks_lib.random_like(masks, key=key)
+            return masks_lib.random_like(masks, self.which, key=key)
         return self._as_many(masks, criteria.random(masks, key=key))
 
     def _as_many(self, masks: PyTree, score: PyTree) -> PyTree:
@@ -409,6 +489,10 @@ class _Search:
                 "layers": {path: alive[path] / sizes[path] for path in sizes},
                 "start_step": starts.start_step,
             }
+            if empty := [path for path, count in alive.items() if not count]:
+                warnings.warn(
+                    f"level {level}, arm {arm}, seed {seed}: no weight left in {', '.join(empty)}", stacklevel=3
+                )
             rows.append(_plain(row | mine))
         return tree, rows
 

@@ -6,12 +6,15 @@ mask tree can be used in `jax.tree.map` with the parameters, gradients or moment
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from lottery import counting, structures
 
 __all__ = [
     "DEFAULT_RULES",
@@ -22,6 +25,7 @@ __all__ = [
     "density",
     "distance",
     "flatten",
+    "map_layers",
     "match_paths",
     "ones",
     "path_name",
@@ -31,8 +35,13 @@ __all__ = [
 
 
 Rules = Sequence[tuple[str, bool]]
-# First match wins; what no rule matches is not prunable. Matched against '/'-joined paths.
-DEFAULT_RULES: Rules = ((r"(^|/)[^/]*embed[^/]*/", False), (r"(^|/)kernel$", True))
+# First match wins; what no rule matches is not prunable. Matched against '/'-joined paths. A head that is not the
+# embedding's transpose stays whole like the embedding (as in Wanda and SparseGPT). NNX's leaves end in "/value".
+DEFAULT_RULES: Rules = (
+    (r"(^|/)[^/]*embed[^/]*/", False),
+    (r"(^|/)(lm_)?head/", False),
+    (r"(^|/)kernel(/value)?$", True),
+)
 
 
 def path_name(path: tuple) -> str:
@@ -48,21 +57,33 @@ def path_name(path: tuple) -> str:
 def flatten(tree: PyTree) -> dict[str, Any]:
     """List the leaves of a tree by '/'-joined path, in the tree's order.
 
+    Raises:
+      ValueError: two leaves have one path, {"a/b": ..., "a": {"b": ...}}.
+
     Example:
       >>> lottery.masks.flatten({"dense0": {"kernel": 1, "bias": 2}})
       {'dense0/bias': 2, 'dense0/kernel': 1}
     """
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {path_name(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        names = [path_name(path) for path, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two leaves have the path {twice}: a key with '/' in it; rename one")
+    return found
 
 
-def prunable(params: PyTree, rules: Rules = ()) -> PyTree:
-    """Choose the leaves that may be pruned: a tree of Python bools with the structure of params.
+def prunable(params: PyTree, rules: Rules = (), layouts: structures.Layouts = ()) -> PyTree:
+    """Choose the leaves that may be pruned: a static tree with the structure of params, False, True or a `Layout`.
 
     Args:
       params: one network's parameters (not a stack), arrays or jax.ShapeDtypeStruct.
       rules: (regular expression, prunable?) pairs searched in each leaf's '/'-joined path; the first match wins, then
-        the default: leaves called "kernel" with two or more dimensions, except under an embedding. An explicit rule
-        holds for leaves of any rank.
+        the default: leaves called "kernel" with two or more dimensions, except embeddings and heads (`DEFAULT_RULES`).
+        An explicit rule holds for leaves of any rank.
+      layouts: (regular expression, `structures.Layout`) pairs, before those of `structures.LAYOUTS`: what the axes of
+        one's own leaves mean. A leaf they match is prunable by default too, whatever its name, except embeddings, heads
+        and norms, and carries its layout in the result. `structures.EQUINOX` and `structures.HAIKU` are such tables.
 
     Raises:
       ValueError: a rule that matches no leaf (a typing error otherwise prunes nothing, silently), or nothing prunable.
@@ -73,23 +94,65 @@ def prunable(params: PyTree, rules: Rules = ()) -> PyTree:
       {'dense0': {'bias': False, 'kernel': True}}
       >>> lottery.masks.prunable(params, (("bias", True),))
       {'dense0': {'bias': True, 'kernel': True}}
+      >>> haiku = {"linear": {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}}
+      >>> lottery.masks.prunable(haiku, layouts=lottery.structures.HAIKU)["linear"]["w"].matrices((4, 3))
+      (1, 4, 3)
     """
     paths = list(flatten(params))
     for pattern, _ in rules:
         match_paths(pattern, paths, "rule")
+    for pattern, _ in layouts:
+        match_paths(pattern, [path.removesuffix("/value") for path in paths], "layout")
 
-    def decide(path: tuple, leaf: Any) -> bool:
+    def decide(path: tuple, leaf: Any) -> bool | structures.Layout:
         name = path_name(path)
-        for pattern, keep in rules:
-            if re.search(pattern, name):
-                return bool(keep)
-        default = next((keep for pattern, keep in DEFAULT_RULES if re.search(pattern, name)), False)
-        return default and leaf.ndim >= 2
+        found = next((layout for pattern, layout in layouts if re.search(pattern, name.removesuffix("/value"))), None)
+        known = next((keep for pattern, keep in rules if re.search(pattern, name)), None)
+        if known is None:
+            default = DEFAULT_RULES if found is None else (*DEFAULT_RULES, (r"norm[^/]*/", False), ("", True))
+            axes = leaf.ndim - (found.batch if found else 0)
+            known = axes >= 2 and next((keep for pattern, keep in default if re.search(pattern, name)), False)
+        return (found.fit(leaf.ndim) if found else True) if known else False
 
     which = jax.tree_util.tree_map_with_path(decide, params)
     if not any(jax.tree.leaves(which)):
         raise ValueError(f"no parameter is prunable under the rules {tuple(rules)}; parameters: {', '.join(paths)}")
     return which
+
+
+def map_layers(
+    f: Callable[..., Array], tree: PyTree, *rest: PyTree, which: PyTree | None = None, key: Array | None = None
+) -> PyTree:
+    """Map f(layer, *layers of rest) over the layers of every leaf, see `structures.layers`.
+
+    A scanned model's leaves are cut along their stacked axes, and f sees what it would see of a model without scan.
+
+    Args:
+      f: of arrays without the stacked axes, to an array of any shape; mapped over a stack by vmap.
+      tree: arrays, of one network.
+      rest: trees like it.
+      which: `prunable`, where its layouts matter.
+      key: if given, f is called as f(key of the layer, ...); it depends on this key and the layer's name only.
+
+    Example:
+      >>> params = {"blocks": {"up": {"kernel": jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])}}}
+      >>> lottery.masks.map_layers(jnp.max, params)["blocks"]["up"]["kernel"].tolist()
+      [2.0, 4.0]
+    """
+    chosen = {} if which is None else flatten(which)
+
+    def at(path: tuple, leaf: Array, *others: Array) -> Array:
+        name = path_name(path)
+        names = structures.layers(name, leaf.shape, chosen.get(name) or True)
+        batch = structures.layout(name, leaf.shape, chosen.get(name) or True).batch
+        codes = np.asarray([zlib.crc32(layer.encode()) for layer in names], np.uint32)
+        keys = () if key is None else (jax.vmap(lambda code: jax.random.fold_in(key, code))(codes),)
+        if not batch:
+            return f(*(k[0] for k in keys), leaf, *others)
+        stacked = jax.vmap(f)(*keys, *(x.reshape(-1, *x.shape[batch:]) for x in (leaf, *others)))
+        return stacked.reshape(*leaf.shape[:batch], *stacked.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(at, tree, *rest)
 
 
 def match_paths(pattern: str, paths: Sequence[str], what: str) -> list[str]:
@@ -135,7 +198,7 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def count(masks: PyTree, which: PyTree) -> dict[str, Array]:
-    """Count the unpruned weights of every prunable leaf by path, int32 [] each.
+    """Count the unpruned weights of every prunable layer by name (`structures.layers`), int32 [] each.
 
     Works under jit and vmap (`which` is static).
 
@@ -143,8 +206,13 @@ def count(masks: PyTree, which: PyTree) -> dict[str, Array]:
       >>> lottery.masks.count({"kernel": jnp.array([True, False, True])}, {"kernel": True})
       {'kernel': Array(2, dtype=int32)}
     """
-    chosen = flatten(which)
-    return {path: jnp.sum(mask, dtype=jnp.int32) for path, mask in flatten(masks).items() if chosen[path]}
+    result, leaves = {}, flatten(masks)
+    for path, chosen in flatten(which).items():
+        if chosen:
+            mask = leaves[path]
+            names = structures.layers(path, mask.shape, chosen)
+            result |= zip(names, jnp.sum(mask.reshape(len(names), -1), axis=1, dtype=jnp.int32), strict=True)
+    return result
 
 
 def density(masks: PyTree, which: PyTree) -> Float[Array, ""]:
@@ -154,9 +222,13 @@ def density(masks: PyTree, which: PyTree) -> Float[Array, ""]:
       >>> float(lottery.masks.density({"kernel": jnp.array([True, False, True, False])}, {"kernel": True}))
       0.5
     """
-    alive = sum(count(masks, which).values())
-    total = sum(mask.size for path, mask in flatten(masks).items() if flatten(which)[path])
-    return jnp.asarray(alive, jnp.float32) / total
+    return _share([m for m, keep in zip(jax.tree.leaves(masks), jax.tree.leaves(which), strict=True) if keep])
+
+
+def _share(flags: Sequence[Array]) -> Array:
+    """The fraction that is True, float32 []; the sums along one axis never leave int32."""
+    sums = [jnp.sum(jnp.atleast_1d(x), axis=-1, dtype=jnp.int32) for x in flags]
+    return counting.as_float(counting.total(sums)) / float(sum(x.size for x in flags))
 
 
 def check(masks: PyTree, params: PyTree, which: PyTree | None = None) -> None:
@@ -204,13 +276,13 @@ def check_zeros(params: PyTree, masks: PyTree) -> None:
     """
     check(masks, params)
     for path, wrong in flatten(jax.device_get(_violations(params, masks))).items():
-        if wrong:
-            raise ValueError(f"{path}: {int(wrong)} pruned weights are not zero")
+        if wrong.any():
+            raise ValueError(f"{path}: {wrong.sum(dtype=np.int64)} pruned weights are not zero")
 
 
 @jax.jit
 def _violations(params: PyTree, masks: PyTree) -> PyTree:
-    return jax.tree.map(lambda p, m: jnp.sum((p != 0) & ~m, dtype=jnp.int32), params, masks)
+    return jax.tree.map(lambda p, m: jnp.sum(jnp.atleast_1d((p != 0) & ~m), axis=-1, dtype=jnp.int32), params, masks)
 
 
 def distance(a: PyTree, b: PyTree, which: PyTree | None = None) -> Float[Array, ""]:
@@ -228,24 +300,23 @@ def distance(a: PyTree, b: PyTree, which: PyTree | None = None) -> Float[Array, 
     """
     chosen = [True] * len(jax.tree.leaves(a)) if which is None else jax.tree.leaves(which)
     triples = zip(jax.tree.leaves(a), jax.tree.leaves(b), chosen, strict=True)
-    pairs = [(x, y) for x, y, keep in triples if keep]
-    differing = sum(jnp.sum(x != y, dtype=jnp.int32) for x, y in pairs)
-    return jnp.asarray(differing, jnp.float32) / sum(x.size for x, _ in pairs)
+    return _share([x != y for x, y, keep in triples if keep])
 
 
-def random_like(masks: PyTree, *, key: Array) -> PyTree:
-    """Draw random masks with exactly the same number of True in every leaf: each leaf's entries permuted uniformly.
+def random_like(masks: PyTree, which: PyTree | None = None, *, key: Array) -> PyTree:
+    """Draw random masks with exactly the same number of True in every layer: each layer's entries permuted uniformly.
 
-    A leaf's permutation depends on the key and its own path only, not on which other leaves there are.
+    A layer's permutation depends on the key and its own name only, not on which other layers there are.
+
+    Args:
+      masks: of one network.
+      which: `prunable`, where its layouts matter.
+      key: of the permutations.
 
     Example:
       >>> masks = {"kernel": jnp.array([True, True, False, False, False])}
       >>> int(lottery.masks.random_like(masks, key=jax.random.key(0))["kernel"].sum())
       2
     """
-
-    def permute(path: tuple, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
-        return jax.random.permutation(leaf_key, mask.ravel()).reshape(mask.shape)
-
-    return jax.tree_util.tree_map_with_path(permute, masks)
+    permute = lambda key, mask: jax.random.permutation(key, mask.ravel()).reshape(mask.shape)  # noqa: E731
+    return map_layers(permute, masks, which=which, key=key)

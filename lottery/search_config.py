@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from lottery import allocation, criteria, prune, schedules, structures
+from lottery.masks import match_paths
 
 __all__ = ["ARMS", "Arm", "SearchConfig", "level_counts"]
 
@@ -78,13 +79,14 @@ class SearchConfig:
       levels: pruning levels after the dense level 0.
       rate: fraction of the still-alive weights removed before each level.
       output_rate: the same for layers matching `output`, with scope "layer" (negative: half of `rate`, as the paper).
-      output: regular expression over parameter paths naming the output layer; "" for none.
+      output: regular expression over names of layers (`structures.layers`), for the output layer; "" for none.
       schedule: "geometric" (`rate` before every level), or "cubic" (Zhu & Gupta's curve) or "one_shot" (a single level)
         down to `density`.
       density: of the last level with those; 0 takes what `rate` would give, (1 - rate)^levels.
       scope: "layer" (every layer at its own rate), "global" (the lowest scores anywhere), "uniform" (every layer, the
         output too, at the level's density) or "erk" (densities by Erdos-Renyi-Kernel, see `lottery.allocation`).
-      rates: with scope "layer", (regular expression over paths, rate) pairs that come before `output_rate`.
+      rates: with scope "layer", (regular expression over names of layers, rate) pairs that come before `output_rate`;
+        (("^blocks_(0|29)/", 0.0),) leaves the first and last block of a decoder whole.
       score: a name in `lottery.criteria.CRITERIA`; those that look at data need the `score_inputs` of `search`.
       structure: the sparsity pattern, a name for `lottery.structures.parse`: "unstructured", "2:4", "16x16", ...
       rounds: rounds in which the arm "at_init" scores anew and prunes (SynFlow's paper takes 100).
@@ -97,6 +99,7 @@ class SearchConfig:
       rewind_optimizer: also go back to the optimizer's state of that step (needs rewind > 0 and `opt_init` in
         `search`).
       rules: (regular expression, prunable?) over parameter paths, see `lottery.masks.prunable`.
+      layouts: (regular expression, `structures.Layout`) for one's own parameters' names and axes, as there.
 
     Example:
       >>> lottery.search_config.SearchConfig(levels=3, rate=0.5).final_density
@@ -107,7 +110,7 @@ class SearchConfig:
     levels: int = 5
     rate: float = 0.2
     output_rate: float = -1.0
-    output: str = "^output/"
+    output: str = ""
     schedule: str = "geometric"
     density: float = 0.0
     scope: str = "layer"
@@ -120,6 +123,7 @@ class SearchConfig:
     rewind: int = 0
     rewind_optimizer: bool = False
     rules: tuple[tuple[str, bool], ...] = ()
+    layouts: tuple[tuple[str, structures.Layout], ...] = ()
 
     def __post_init__(self):
         known: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
@@ -198,32 +202,53 @@ SCHEDULES: dict[str, Callable[[SearchConfig], list[float]]] = {
 def level_counts(
     config: SearchConfig, units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[str, int]]:
-    """Compute the units that stay after each level, by group ("*" or paths): the same in all seeds and arms.
+    """Compute the units that stay after each level, by group ("*" or layers): the same in all seeds and arms.
+
+    Levels at the end that would remove nothing, because the structure is at its floor (2:4 at half of the weights) or
+    every layer at its last unit, are left out: the list may be shorter than `config.levels`.
 
     Args:
       config: the search.
-      units: of every prunable leaf by path (`prune.units`).
-      shapes: of all leaves by path.
+      units: of every prunable layer by name (`prune.units`).
+      shapes: of every prunable layer by name (`prune.shapes`).
 
     Raises:
-      ValueError: a rule that matches no path.
+      ValueError: `output` or a pattern of `rates` that matches no layer.
 
     Example:
-      >>> config = lottery.search_config.SearchConfig(levels=2, rate=0.5)
+      >>> config = lottery.search_config.SearchConfig(levels=2, rate=0.5, output="^output/")
       >>> lottery.search_config.level_counts(config, {"dense0/kernel": 100, "output/kernel": 20}, {})
       [{'dense0/kernel': 50, 'output/kernel': 15}, {'dense0/kernel': 25, 'output/kernel': 11}]
     """
+    if config.output and config.scope == "layer":
+        match_paths(config.output, list(units), "SearchConfig.output")
+    for pattern, _ in config.rates:
+        match_paths(pattern, list(units), "SearchConfig.rates")
     rates = SCHEDULES[config.schedule](config) if config.levels else []
+    low = structures.floor(config.structure)
+    least = {layer: round(low * size) for layer, size in units.items()} | {
+        prune.EVERYTHING: round(low * sum(units.values()))
+    }
     if config.scope in DENSITY_SCOPES:
         allocate = DENSITY_SCOPES[config.scope]
+        begin = dict(units)
         found = [allocation.counts(units, allocate(density), shapes) for density in schedules.densities(rates)]
         # What rounding gives to one layer at one level and to another at the next does not come back.
-        return [{path: min(counts[path] for counts in found[: i + 1]) for path in units} for i in range(len(found))]
-    alive, result = dict(units), []
-    for rate in rates:
-        scope = RATE_SCOPES[config.scope](config, rate)
-        alive = prune.pool_sizes(alive, scope)
-        removals = prune.removal_counts(alive, scope)
-        alive = {group: alive[group] - removals[group] for group in alive}
-        result.append(alive)
+        result = [
+            {layer: min(counts[layer] for counts in found[: i + 1]) for layer in units} for i in range(len(found))
+        ]
+        result = [{layer: max(count, least[layer]) for layer, count in counts.items()} for counts in result]
+    else:
+        begin = alive = prune.pool_sizes(units, RATE_SCOPES[config.scope](config, config.rate))
+        result = []
+        for rate in rates:
+            removals = prune.removal_counts(alive, RATE_SCOPES[config.scope](config, rate))
+            alive = {group: max(alive[group] - removals[group], least[group]) for group in alive}
+            result.append(alive)
+    # The same rate of the same counts removes nothing at the next level either; other schedules may pause.
+    constant = config.scope in RATE_SCOPES and config.schedule == "geometric"
+    while result and result[-1] == (result[-2] if len(result) > 1 else begin):
+        if not constant and any(count > max(least[group], 1) for group, count in result[-1].items()):
+            break
+        result.pop()
     return result

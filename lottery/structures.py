@@ -1,29 +1,40 @@
 """Structured sparsity: patterns by which weights are pruned together: weights, n:m, blocks, neurons, heads, experts.
 
-A kernel is read as a stack of matrices, inputs times outputs (`Layout`, found by path in `LAYOUTS`), because
-"contracting axis" and "neuron" mean something only then. `parse` turns a name from a config, such as one of
-`STRUCTURES`, into a structure; `at` finds the one for a leaf. `UNSTRUCTURED` prunes single weights.
+A kernel is read as a stack of matrices, inputs times outputs (`Layout`), because "layer", "contracting axis" and
+"neuron" mean something only then. `LAYOUTS` finds the layout of Flax's leaves by path; `EQUINOX` and `HAIKU` are tables
+for those libraries' parameters, and one's own is written the same way: pass it to `masks.prunable` as `layouts`.
+
+A layer is one member of a stack: the kernel of one block of a scanned decoder, or of one expert. `layers` names them as
+a model without a stack would: `blocks/mlp/up/kernel` [L, D, F] has the layers `blocks_0/mlp/up/kernel`, ... Everything
+that goes layer by layer, counts, rates, densities, random masks, goes by these names.
+
+`parse` turns a name from a config, such as one of `STRUCTURES`, into a structure; `at` finds the one for a leaf.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 __all__ = [
+    "EQUINOX",
+    "HAIKU",
     "LAYOUTS",
     "Layout",
     "STRUCTURES",
     "Structure",
-    "UNSTRUCTURED",
     "at",
     "blocks",
     "experts",
+    "floor",
     "heads",
+    "layers",
     "layout",
+    "matrices",
     "n_of_m",
     "neurons",
     "parse",
@@ -40,7 +51,11 @@ class Layout:
 
     Attributes:
       batch: number of stacked axes.
-      outputs: number of output axes.
+      outputs: number of output axes; 0 in a table of layouts means all but one input.
+      parts: of the path, the names that stand for the stacked axes: "blocks" becomes "blocks_3" in the names of layers;
+        an axis without such a part is numbered at the end, "kernel[3]".
+      outputs_first: outputs come before the inputs, and after the channels that are contracted come the sides of a
+        convolution: [O, I] and [O, I, h, w], as PyTorch and Equinox have it.
 
     Example:
       >>> lottery.structures.Layout(0, 1).matrices((3, 3, 8, 16))
@@ -49,6 +64,8 @@ class Layout:
 
     batch: int = 0
     outputs: int = 1
+    parts: tuple[str, ...] = ()
+    outputs_first: bool = False
 
     def matrices(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Read a kernel's shape as (stack, inputs, outputs).
@@ -58,20 +75,45 @@ class Layout:
         """
         if len(shape) < self.batch + self.outputs + 1:
             raise ValueError(f"shape {shape} has too few axes for {self}: stacked, at least one input, outputs")
+        shape = tuple(shape[axis] for axis in self.order(len(shape)))
         split = len(shape) - self.outputs
         parts = shape[: self.batch], shape[self.batch : split], shape[split:]
         stack, inputs, outputs = (int(np.prod(part)) for part in parts)
         return stack, inputs, outputs
 
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """List the axes so that stacked ones come first, then inputs with channels last, then outputs."""
+        if not self.outputs_first:
+            return tuple(range(ndim))
+        first = self.batch + self.outputs
+        return (
+            *range(self.batch),
+            *range(first + 1, ndim),
+            *range(first, min(first + 1, ndim)),
+            *range(self.batch, first),
+        )
 
-# First match wins, by '/'-joined path; everything else is Layout().
-LAYOUTS: tuple[tuple[str, Layout], ...] = (
-    (r"(^|/)blocks/(.*/)?experts/", Layout(2, 1)),
-    (r"(^|/)experts/", Layout(1, 1)),
-    (r"(^|/)blocks/(.*/)?attention/(query|key|value)/kernel$", Layout(1, 2)),
-    (r"(^|/)blocks/", Layout(1, 1)),
-    (r"(^|/)attention/(query|key|value)/kernel$", Layout(0, 2)),
+    def fit(self, ndim: int) -> "Layout":
+        """Make the layout of a leaf with that many axes."""
+        batch = min(self.batch, ndim)
+        return replace(self, batch=batch, outputs=self.outputs or max(ndim - batch - 1, 1))
+
+
+Layouts = Sequence[tuple[str, Layout]]
+# First match wins, by '/'-joined path without NNX's "/value" at the end. A folder of numbered blocks is no stack.
+LAYOUTS: Layouts = (
+    (r"(^|/)blocks/(?!\d+/)(.*/)?experts/(?!\d+/)", Layout(2, 1, ("blocks", "experts"))),
+    (r"(^|/)experts/(?!\d+/)", Layout(1, 1, ("experts",))),
+    (r"(^|/)blocks/(?!\d+/)(.*/)?(query|key|value)/kernel$", Layout(1, 0, ("blocks",))),
+    (r"(^|/)blocks/(?!\d+/)", Layout(1, 1, ("blocks",))),
+    (r"(^|/)(query|key|value)/kernel$", Layout(0, 0)),
 )
+# For `masks.prunable(params, layouts=...)`: Equinox and PyTorch [O, I, ...], Haiku [..., I, O].
+EQUINOX: Layouts = ((r"(^|/)weight$", Layout(outputs_first=True)),)
+HAIKU: Layouts = ((r"(^|/)w$", Layout()),)
+# Kernels with heads that no rule of LAYOUTS knows: their inputs could be any of the axes.
+_HEADS = re.compile(r"att(entio)?n|qkv|(^|/)[qkvo](_proj)?/|(^|/)(queries|keys|values|query|key|value)", re.IGNORECASE)
+_KNOWN = re.compile(r"(^|/)(query|key|value|out|output)/kernel$")
 
 
 @dataclass(frozen=True)
@@ -83,6 +125,7 @@ class Structure:
         arrays.
       expand: (keep, shape) -> bool mask of the leaf's shape, False wherever a unit does not stay.
       protects: units that `pool` scores +inf are never removed, whatever the count.
+      batch: leading axes of the leaf whose indices are layers of their own; units of one layer are neighbors.
 
     Both functions raise ValueError for shapes the structure does not fit; callers add the path.
 
@@ -96,9 +139,10 @@ class Structure:
     pool: Callable[[Array, Array], tuple[Array, Array]]
     expand: Callable[[Array, tuple[int, ...]], Array]
     protects: bool = False
+    batch: int = 0
 
 
-UNSTRUCTURED = Structure(pool=lambda scores, mask: (scores, mask), expand=lambda keep, shape: keep)
+_UNSTRUCTURED = Structure(pool=lambda scores, mask: (scores, mask), expand=lambda keep, shape: keep)
 Maker = Callable[[Layout], Structure]
 
 
@@ -220,7 +264,7 @@ def heads(layout: Layout = Layout()) -> Structure:
 
 
 def experts(layout: Layout = Layout(1, 1)) -> Structure:
-    """Prune experts: units are indices of the last of the stacked axes.
+    """Prune experts: units are indices of the last of the stacked axes; the others are those of layers.
 
     Raises:
       ValueError: the layout has no stacked axis.
@@ -243,7 +287,7 @@ def _by_rank(of: Callable[[int], Structure], layout: Layout) -> Structure:
 
 
 STRUCTURES: dict[str, Maker] = {
-    "unstructured": lambda layout: UNSTRUCTURED,
+    "unstructured": lambda layout: _UNSTRUCTURED,
     "neuron": neurons,
     "channel": neurons,
     "head": heads,
@@ -278,31 +322,131 @@ def parse(name: str) -> Maker:
     raise ValueError(f"structure {name!r} is not one of {', '.join(STRUCTURES)}, n:m (2:4) or a block (16x16)")
 
 
-def layout(path: str, layouts: Sequence[tuple[str, Layout]] = LAYOUTS) -> Layout:
-    """Find the layout of the leaf at a path: the first rule that matches, else Layout().
+def floor(name: str) -> float:
+    """Find the smallest density that a structure can reach: n / m for n:m, 0 for the others.
 
     Example:
-      >>> lottery.structures.layout("blocks/attention/query/kernel")
-      Layout(batch=1, outputs=2)
+      >>> lottery.structures.floor("2:4"), lottery.structures.floor("neuron")
+      (0.5, 0.0)
     """
-    return next((found for pattern, found in layouts if re.search(pattern, path)), Layout())
+    parse(name)
+    found = re.fullmatch(r"(\d+):(\d+)", name)
+    return int(found[1]) / int(found[2]) if found else 0.0
 
 
-def at(path: str, structure: str | Structure, layouts: Sequence[tuple[str, Layout]] = LAYOUTS) -> Structure:
-    """Find the structure for the leaf at a path; a name is made to fit the leaf's layout.
+def layout(path: str, shape: Sequence[int], chosen: bool | Layout = True, strict: bool = False) -> Layout:
+    """Find the layout of a leaf: the one that `masks.prunable` chose, else the first of `LAYOUTS` that matches.
+
+    Args:
+      path: '/'-joined.
+      shape: of the leaf.
+      chosen: the leaf of `masks.prunable`.
+      strict: refuse leaves whose axes no rule knows; else they are read as Layout().
 
     Raises:
-      ValueError: an unknown name, or a structure that needs an axis the layout lacks (naming the path).
+      ValueError: with `strict`, a leaf that is not called kernel, or one with axes of heads, that no rule knows.
 
     Example:
-      >>> lottery.structures.at("dense0/kernel", "expert")
+      >>> lottery.structures.layout("blocks/attention/query/kernel", (2, 16, 4, 4))
+      Layout(batch=1, outputs=2, parts=('blocks',), outputs_first=False)
+    """
+    if isinstance(chosen, Layout):
+        return chosen.fit(len(shape))
+    name = path.removesuffix("/value")
+    found = next((rule for pattern, rule in LAYOUTS if re.search(pattern, name)), None)
+    fitted = (found or Layout()).fit(len(shape))
+    unknown = len(shape) - fitted.batch > 2 and _HEADS.search(name) and not _KNOWN.search(name)
+    if strict and (unknown or not (found or name.split("/")[-1] == "kernel")):
+        raise ValueError(
+            f"which axes of shape {tuple(shape)} are inputs is not known; say so by masks.prunable(params, "
+            "layouts=((pattern, structures.Layout(...)),)), or use structures.EQUINOX or HAIKU"
+        )
+    return fitted
+
+
+def matrices(leaf: Array, layout: Layout) -> Array:
+    """Read a kernel as a stack of matrices [stack, inputs, outputs].
+
+    Example:
+      >>> lottery.structures.matrices(jnp.zeros((16, 8, 3, 3)), lottery.structures.EQUINOX[0][1]).shape
+      (1, 72, 16)
+    """
+    return leaf.transpose(layout.order(leaf.ndim)).reshape(layout.matrices(leaf.shape))
+
+
+def at(path: str, shape: Sequence[int], structure: str | Structure, chosen: bool | Layout = True) -> Structure:
+    """Find the structure for a leaf; a name is made to fit the leaf's layout.
+
+    Args:
+      path: '/'-joined.
+      shape: of the leaf.
+      structure: a name for `parse`, or a structure, which is used as it is.
+      chosen: the leaf of `masks.prunable`.
+
+    Raises:
+      ValueError: an unknown name, a structure that needs an axis the layout lacks, or a leaf whose axes no rule knows
+        (naming the path).
+
+    Example:
+      >>> lottery.structures.at("dense0/kernel", (4, 3), "expert")
       Traceback (most recent call last):
-      ValueError: dense0/kernel: a kernel with Layout(batch=0, outputs=1) has no axis of experts
+      ValueError: dense0/kernel: a kernel of shape (4, 3) has no axis of experts
     """
     if isinstance(structure, Structure):
         return structure
     maker = parse(structure)
     try:
-        return maker(layout(path, layouts))
+        found = layout(path, shape, chosen, strict=structure != "unstructured")
+        if structure == "expert" and not found.batch:
+            raise ValueError(f"a kernel of shape {tuple(shape)} has no axis of experts")
+        made = maker(replace(found, outputs_first=False))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if found.outputs_first and structure != "unstructured":
+        made = _reordered(made, found.order(len(shape)))
+    return replace(made, batch=found.batch - (structure == "expert"))
+
+
+def _reordered(structure: Structure, order: tuple[int, ...]) -> Structure:
+    """The structure of a leaf whose axes have to be brought into order first."""
+
+    def expand(keep: Array, shape: tuple[int, ...]) -> Array:
+        return structure.expand(keep, tuple(shape[axis] for axis in order)).transpose(np.argsort(order))
+
+    return replace(structure, pool=lambda s, m: structure.pool(s.transpose(order), m.transpose(order)), expand=expand)
+
+
+def layers(
+    path: str, shape: Sequence[int], chosen: bool | Layout = True, structure: str | Structure = "unstructured"
+) -> tuple[str, ...]:
+    """Name the layers that a leaf stacks, in order; a leaf without stacked axes is one layer, named by its path.
+
+    Experts are layers of their own, except where whole experts are the units.
+
+    Args:
+      path: '/'-joined.
+      shape: of the leaf, of one network.
+      chosen: the leaf of `masks.prunable`.
+      structure: a name for `parse`, or a structure.
+
+    Example:
+      >>> lottery.structures.layers("blocks/mlp/up/kernel", (2, 16, 64))
+      ('blocks_0/mlp/up/kernel', 'blocks_1/mlp/up/kernel')
+      >>> lottery.structures.layers("tower/kernel", (2, 16, 64), lottery.structures.Layout(batch=1))
+      ('tower/kernel[0]', 'tower/kernel[1]')
+    """
+    batch = at(path, shape, structure, chosen).batch
+    return _names(path, tuple(shape[:batch]), layout(path, shape, chosen).parts[:batch])
+
+
+@functools.cache
+def _names(path: str, stack: tuple[int, ...], parts: tuple[str, ...]) -> tuple[str, ...]:
+    numbered = [part for part in parts if re.search(rf"(^|/){part}/", path)]
+    names = []
+    for index in np.ndindex(*stack):
+        name = path
+        for part, i in zip(numbered, index, strict=False):
+            name = re.sub(rf"(^|/){part}/", rf"\g<1>{part}_{i}/", name, count=1)
+        rest = ",".join(map(str, index[len(numbered) :]))
+        names.append(f"{name}[{rest}]" if rest else name)
+    return tuple(names)

@@ -4,14 +4,13 @@ Edge-popup: Ramanujan et al. 2020 (arXiv:1911.13299). Mask criteria (`MASK_CRITE
 (`MASK_ONE`, `MASK_ZERO`): Zhou et al. 2019 (arXiv:1905.01067).
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from lottery import criteria, prune
+from lottery import criteria, prune, structures
 from lottery import masks as masks_lib
 
 __all__ = [
@@ -27,27 +26,32 @@ __all__ = [
 ]
 
 
-def initial_scores(params: PyTree, *, key: Array) -> PyTree:
-    """Draw random edge-popup scores to train, float32: uniform in +-1 / sqrt(fan-in), fan-in all axes but the last.
+def initial_scores(params: PyTree, which: PyTree | None = None, *, key: Array) -> PyTree:
+    """Draw random edge-popup scores to train, float32: uniform in +-1 / sqrt(fan-in) of every layer.
 
-    The paper's code uses Kaiming's uniform distribution with a = sqrt(5), which is this one.
+    The paper's code uses Kaiming's uniform distribution with a = sqrt(5), which is this one. The fan-in is the number
+    of inputs of the leaf's `structures.Layout`.
 
     Example:
       >>> scores = lottery.supermask.initial_scores({"kernel": jnp.zeros((4, 3))}, key=jax.random.key(0))
       >>> scores["kernel"].shape, bool(jnp.abs(scores["kernel"]).max() <= 0.5)
       ((4, 3), True)
     """
+    chosen = {} if which is None else masks_lib.flatten(which)
 
-    def draw(path: tuple, leaf: Array) -> Array:
-        leaf_key = jax.random.fold_in(key, zlib.crc32(masks_lib.path_name(path).encode()))
-        bound = max(leaf.size // leaf.shape[-1] if leaf.ndim else 1, 1) ** -0.5
-        return jax.random.uniform(leaf_key, leaf.shape, minval=-bound, maxval=bound)
+    def bound(path: tuple, leaf: Array) -> Array:
+        name = masks_lib.path_name(path)
+        layout = structures.layout(name, leaf.shape, chosen.get(name) or True)
+        inputs = layout.matrices(leaf.shape)[1] if leaf.ndim > layout.batch + layout.outputs else 1
+        return jnp.full(leaf.shape, inputs**-0.5)
 
-    return jax.tree_util.tree_map_with_path(draw, params)
+    draw = lambda key, bound: jax.random.uniform(key, bound.shape, minval=-bound, maxval=bound)  # noqa: E731
+    bounds = jax.tree_util.tree_map_with_path(bound, params)
+    return masks_lib.map_layers(draw, bounds, which=which, key=key)
 
 
 def signed_constant(params: PyTree, which: PyTree) -> PyTree:
-    """Make signed constants: prunable weights become their sign times their leaf's standard deviation.
+    """Make signed constants: prunable weights become their sign times their layer's standard deviation.
 
     Zhou et al. 2019, section 4.2. Edge-popup calls it the signed (Kaiming) constant when the weights are Kaiming
     normal, and finds it works best.
@@ -56,7 +60,8 @@ def signed_constant(params: PyTree, which: PyTree) -> PyTree:
       >>> lottery.supermask.signed_constant({"kernel": jnp.array([3.0, -1.0])}, {"kernel": True})["kernel"].tolist()
       [2.0, -2.0]
     """
-    return jax.tree.map(lambda w, p: jnp.sign(w) * jnp.std(w) if p else w, params, which)
+    constant = masks_lib.map_layers(lambda w: jnp.sign(w) * jnp.std(w), params, which=which)
+    return jax.tree.map(lambda w, c, p: c if p else w, params, constant, which)
 
 
 def popup(params: PyTree, popups: PyTree, which: PyTree, counts: Mapping[str, int]) -> PyTree:
@@ -174,7 +179,7 @@ def ablate_weights(
       masks: the ticket.
       which: `masks.prunable`, static.
       one: the mask-1 action: "rewind" to initial values, "reinit" (values of `fresh`), "shuffle" (initial values of the
-        alive weights permuted within the leaf), "constant" (the standard deviation of the leaf's initial weights).
+        alive weights permuted within the layer), "constant" (the standard deviation of the layer's initial weights).
       keep_sign: give alive weights their initial sign; otherwise "constant" gets random signs.
       zero: the mask-0 action: "zero", or "initial" (frozen at the initial value; such weights are not pruned at all).
       key: for shuffles and random signs.
@@ -199,11 +204,8 @@ def ablate_weights(
     if one == "reinit" and fresh is None:
         raise ValueError("one='reinit' needs fresh, another initialization")
 
-    def ablated(path: tuple, w: Array, mask: Array, other: Array, prunable: bool) -> Array:
-        if not prunable:
-            return w
-        leaf_key = jax.random.fold_in(key, zlib.crc32(masks_lib.path_name(path).encode()))
-        shuffle_key, sign_key = jax.random.split(leaf_key)
+    def ablated(key: Array, w: Array, mask: Array, other: Array) -> Array:
+        shuffle_key, sign_key = jax.random.split(key)
         value = other if one == "reinit" else w
         if one == "shuffle":
             value = shuffle_alive(w, mask, key=shuffle_key)
@@ -213,7 +215,9 @@ def ablate_weights(
             value = jnp.abs(value) * jnp.sign(w)
         return jnp.where(mask, value, w if zero == "initial" else jnp.zeros((), w.dtype))
 
-    return jax.tree_util.tree_map_with_path(ablated, initial, masks, initial if fresh is None else fresh, which)
+    fresh = initial if fresh is None else fresh
+    changed = masks_lib.map_layers(ablated, initial, masks, fresh, which=which, key=key)
+    return jax.tree.map(lambda w, new, p: new if p else w, initial, changed, which)
 
 
 def shuffle_alive(weights: Float[Array, "..."], mask: Bool[Array, "..."], *, key: Array) -> Float[Array, "..."]:

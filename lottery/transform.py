@@ -1,5 +1,6 @@
 """Train under a mask: an optax transformation that keeps pruned weights and their moments at exactly zero."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,8 @@ def mask_state(state: PyTree, masks: PyTree) -> PyTree:
 def map_moments(f: Callable[..., Array], params: PyTree, state: PyTree, *rest: PyTree) -> PyTree:
     """Map f(parameter, leaf, *rest leaves) over the leaves of an optimizer state that mirror a parameter.
 
-    A leaf mirrors the parameter whose path its own path ends with (the longest, if several) if their shapes agree.
+    A leaf mirrors the parameter whose path its own path ends with (the longest, if several) if their shapes agree. One
+    of all parameters' length, [N] or for a stack [S, N], mirrors them joined in the tree's order (optax.flatten).
     optax.tree_map_params needs the transformation and a state whose structure follows from a single placeholder, which
     partitioned optimizers (muon) and adafactor do not have; paths and shapes are there in all of them.
 
@@ -121,12 +123,22 @@ def map_moments(f: Callable[..., Array], params: PyTree, state: PyTree, *rest: P
       [5.0, 5.0]
     """
     mirrors = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    size = sum(leaf.size for leaf in mirrors.values())
+
+    def joined(shape: tuple[int, ...]) -> Array | None:
+        """The parameters as one vector, or one for each network of a stack."""
+        if size < 2 or math.prod(shape) != size or not 1 <= len(shape) <= 2:
+            return None
+        if len(shape) == 2 and any(jnp.shape(leaf)[:1] != shape[:1] for leaf in mirrors.values()):
+            return None
+        return jnp.concatenate([jnp.reshape(leaf, (*shape[:-1], -1)) for leaf in mirrors.values()], -1)
 
     def at(path: tuple, leaf: Any, *others: Any) -> Any:
         for start in range(len(path) + 1):
             param = mirrors.get(path[start:])
             if param is not None and param.shape == jnp.shape(leaf):
                 return f(param, leaf, *others)
-        return leaf
+        vector = joined(jnp.shape(leaf))
+        return leaf if vector is None else f(vector, leaf, *others)
 
     return jax.tree_util.tree_map_with_path(at, state, *rest)

@@ -21,7 +21,12 @@ ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointErro
 def main(invocation: Invocation) -> None:
     """Config -> dataclasses -> search -> CSV, report."""
     setup = make_setup(invocation.config)
-    workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
+    # A finished search goes on to more levels where their densities do not depend on their number.
+    extends = setup.search.schedule == "geometric" and not setup.search.density
+    grows = ("search.levels",) if extends else ()
+    workdir = prepare(
+        invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults, grows=grows
+    )
     store = LevelStore(workdir / "levels")
     first_layer = FirstLayer(store)
     with Progress(setup.search.levels + 1, "levels", every=0) as levels:

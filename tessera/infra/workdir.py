@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def prepare(
     *,
     name: str = "run",
     defaults: Mapping[str, Any] | None = None,
+    grows: Sequence[str] = (),
 ) -> Path:
     """Make or check the directory of a run.
 
@@ -63,6 +64,7 @@ def prepare(
       name: the config's name, for the default directory.
       defaults: default of every setting that has one, by dotted path. A setting that a directory does not have, since
         it was added later, means its default.
+      grows: numbers, by dotted path, that may be larger than the directory has them; it then gets the larger ones.
 
     Raises:
       WorkdirMismatch: the directory was made with other settings, each is named with both values; or it has no
@@ -79,7 +81,11 @@ def prepare(
             "--workdir"
         )
     if found.exists():
-        check_same(read_settings(path), settings, path, known)
+        old, new = read_settings(path), flatten(settings)
+        more = {key: new[key] for key in grows if flatten(old).get(key, new[key]) < new[key]}
+        check_same(flatten(old) | more, settings, path, known)
+        if more and jax.process_index() == 0:
+            _write_json(found, settings)
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
         if not found.exists():

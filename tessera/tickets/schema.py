@@ -32,10 +32,12 @@ class ScoreInputsConfig:
     Attributes:
       batches: batches of them.
       batch_size: examples of one.
+      normalize: SynFlow's matrices are rescaled first; switch it off for networks with skips (resnet20, vit, decoder).
     """
 
     batches: int = 5
     batch_size: int = 100
+    normalize: bool = True
 
     def __post_init__(self):
         if self.batches < 1 or self.batch_size < 1:
@@ -74,7 +76,12 @@ GROUPS: dict[str, Any] = {
     "model": MODEL,
     "optimizer": Group(OptimizerConfig, without=("lr", "steps"), defaults={"name": "adam"}),
     "train": Group(TicketConfig, without=("rewind",), defaults={"steps": "1000it"}, hints={"steps": str}),
-    "search": Group(SearchConfig, without=("seeds",), defaults={"rewind": "0it"}, hints={"rewind": str}),
+    "search": Group(
+        SearchConfig,
+        without=("seeds", "layouts"),
+        defaults={"rewind": "0it", "output": "^output/"},
+        hints={"rewind": str},
+    ),
     "score_inputs": Group(ScoreInputsConfig),
     "transfer": Group(TransferSource),
 }

@@ -163,6 +163,7 @@ def _score_inputs(network: Network, splits: Any, config: ScoreInputsConfig) -> c
         batches=(jnp.asarray(data.images[index]), jnp.asarray(data.labels[index])),
         apply_fn=network.apply,
         inputs=jnp.asarray(data.images[:1]),
+        normalize=config.normalize,
     )
 
 
@@ -190,7 +191,7 @@ def init_stack(setup: Setup, seeds: Sequence[int], salt: int = 0) -> PyTree:
     return jax.jit(jax.vmap(setup.network.init))(jnp.stack(keys))
 
 
-def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained], config: Any) -> list[Row]:
+def search_tickets(setup: Setup, store: Any, train_fn: Callable[..., imp.Trained], config: Any) -> imp.Result:
     """Run the setup's search, with masks from another search where the arm "transfer" asks for them.
 
     Args:

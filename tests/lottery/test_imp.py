@@ -12,6 +12,7 @@ import pytest
 from lottery import imp, masks, transform
 
 TX = optax.adam(0.05)
+Search = functools.partial(imp.SearchConfig, output="^output/")
 STEPS = 6
 
 
@@ -86,7 +87,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(masks.flatten(b)[path]), err_msg=path)
 
 
-ALL = imp.SearchConfig(seeds=(3, 11), levels=3, arms=tuple(arm for arm in imp.ARMS if arm != "transfer"))
+ALL = Search(seeds=(3, 11), levels=3, arms=tuple(arm for arm in imp.ARMS if arm != "transfer"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def everything():
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_each_level_removes_the_smallest_trained_weights_of_the_level_before(scope):
-    config = imp.SearchConfig(seeds=(0, 1), levels=3, scope=scope, arms=("ticket", "continue"))
+    config = Search(seeds=(0, 1), levels=3, scope=scope, arms=("ticket", "continue"))
     _, store, _ = run(config)
     for arm in config.arms:
         for level in range(1, 4):
@@ -163,7 +164,7 @@ def test_rows_are_json_and_survive_it_exactly(everything):
 
 def test_adding_arms_or_seeds_changes_nothing_in_the_others(everything):
     rows, store, _ = everything
-    config = imp.SearchConfig(seeds=(11,), levels=3, arms=("ticket", "random_mask"))
+    config = Search(seeds=(11,), levels=3, arms=("ticket", "random_mask"))
     fewer, less, _ = run(config)
     for level in range(1, 4):
         for arm in config.arms:
@@ -200,7 +201,7 @@ class Dying:
     [(0, False, 2), (0, True, 0), (1, False, 0), (1, True, 2), (2, False, 2), (2, True, 0)],
 )
 def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
-    config = imp.SearchConfig(
+    config = Search(
         seeds=(3, 11), levels=2, rewind=rewind, rewind_optimizer=rewind > 0, arms=("ticket", "reinit", "random_mask")
     )
     options = {"opt_init": TX.init}
@@ -217,7 +218,7 @@ def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
 
 
 def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
-    config = imp.SearchConfig(
+    config = Search(
         seeds=(0, 5), levels=2, rewind=2, rewind_optimizer=True, arms=("ticket", "reinit", "continue")
     )
     rows, store, trainer = run(config, opt_init=TX.init)
@@ -246,13 +247,13 @@ def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
 @pytest.mark.parametrize(
     ("config", "trainer", "message"),
     [
-        (imp.SearchConfig(output="^head/"), None, r"\^head/.*dense0/kernel"),
-        (imp.SearchConfig(rules=(("conv", True),)), None, "conv.*dense0/bias"),
-        (imp.SearchConfig(rewind=2, rewind_optimizer=True), None, "opt_init"),
-        (imp.SearchConfig(rewind=2), lambda s, level: imp.Trained(s.params, [{}]), "snapshot.*params"),
-        (imp.SearchConfig(), lambda s, level: imp.Trained(s.params, []), "0 rows at level 0 for 1"),
+        (Search(output="^head/"), None, r"\^head/.*dense0/kernel"),
+        (Search(rules=(("conv", True),)), None, "conv.*dense0/bias"),
+        (Search(rewind=2, rewind_optimizer=True), None, "opt_init"),
+        (Search(rewind=2), lambda s, level: imp.Trained(s.params, [{}]), "snapshot.*params"),
+        (Search(), lambda s, level: imp.Trained(s.params, []), "0 rows at level 0 for 1"),
         (
-            imp.SearchConfig(levels=1),
+            Search(levels=1),
             lambda s, level: imp.Trained(jax.tree.map(jnp.ones_like, s.params), [{}] * len(s.names)),
             "dense0/kernel: 30 pruned weights are not zero",
         ),
@@ -264,16 +265,16 @@ def test_wrong_parts_are_refused(config, trainer, message):
 
 
 def test_the_random_score_prunes_at_random_but_repeats():
-    config = imp.SearchConfig(levels=1, score="random", arms=("ticket",))
+    config = Search(levels=1, score="random", arms=("ticket",))
     first, second = run(config), run(config)
     assert_equal(first[1].load(1, None)[0], second[1].load(1, None)[0])
-    magnitude = run(imp.SearchConfig(levels=1, arms=("ticket",)))
+    magnitude = run(Search(levels=1, arms=("ticket",)))
     a, b = (r[1].load(1, None)[0]["masks"]["dense0"]["kernel"] for r in (first, magnitude))
     assert np.any(np.asarray(a) != np.asarray(b)) and np.sum(a) == np.sum(b)
 
 
 def test_stacks_are_ordered_by_arm_then_seed():
-    config = imp.SearchConfig(seeds=(4, 2), arms=("ticket", "reinit"))
+    config = Search(seeds=(4, 2), arms=("ticket", "reinit"))
     assert imp.level_names(config, 0) == (("dense", 4), ("dense", 2))
     for level in (1, 5):
         assert imp.level_names(config, level) == (("ticket", 4), ("ticket", 2), ("reinit", 4), ("reinit", 2))

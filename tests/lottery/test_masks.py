@@ -32,8 +32,9 @@ def chosen(params, rules=()):
         (MLP, (("^output/", False),), ["dense0/kernel"]),
         (MLP, (("bias$", True),), ["dense0/bias", "dense0/kernel", "output/bias", "output/kernel"]),
         (MLP, (("output/kernel", True), ("^(dense0|output)/", False)), ["output/kernel"]),
-        (DECODER, (), ["blocks/attention/query/kernel", "head/kernel"]),
-        (DECODER, (("^embed/table$", True),), ["blocks/attention/query/kernel", "embed/table", "head/kernel"]),
+        (DECODER, (), ["blocks/attention/query/kernel"]),
+        (DECODER, (("^head/", True),), ["blocks/attention/query/kernel", "head/kernel"]),
+        (DECODER, (("^embed/table$", True),), ["blocks/attention/query/kernel", "embed/table"]),
     ],
 )
 def test_prunable(params, rules, expected):

@@ -52,7 +52,7 @@ class Trainer:
 
 
 def search(trainer=None, store=None, given=None, **settings):
-    config = imp.SearchConfig(seeds=(0, 7), levels=settings.pop("levels", 2), **settings)
+    config = imp.SearchConfig(**{"seeds": (0, 7), "levels": 2, "output": "^output/"} | settings)
     trainer, store = trainer or Trainer(), store or imp.Memory()
     rows = imp.search(init_fn, trainer, store, config, score_inputs=SCORE_INPUTS, given=given)
     return config, rows, store, trainer
@@ -197,7 +197,7 @@ WRONG = [
     ({"density": 1.5}, "SearchConfig.density is 1.5"),
     ({"schedule": "one_shot"}, "'one_shot' has one level"),
     ({"rules": (("nothing", True),)}, "rule 'nothing' matches no parameter"),
-    ({"rates": (("dense7", 0.1),)}, "override 'dense7' matches no parameter"),
+    ({"rates": (("dense7", 0.1),)}, "SearchConfig.rates 'dense7' matches no parameter"),
     ({"rates": (("dense0", 0.1),), "scope": "erk"}, "SearchConfig.rates need scope 'layer'"),
     ({"score": "size"}, "SearchConfig.score: 'size' is not one of magnitude"),
     ({"arms": ("ticket", "strategy2")}, "strategy2 needs the mask of continue"),

@@ -27,10 +27,10 @@ def test_wrong_configurations_say_what_would_be_right(change, message):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (0.2, (("^output/", 0.1),))),
-        ({"output_rate": 0.3}, (0.2, (("^output/", 0.3),))),
-        ({"output_rate": 0.0}, (0.2, (("^output/", 0.0),))),
-        ({"output": ""}, (0.2, ())),
+        ({"output": "^output/"}, (0.2, (("^output/", 0.1),))),
+        ({"output": "^output/", "output_rate": 0.3}, (0.2, (("^output/", 0.3),))),
+        ({"output": "^output/", "output_rate": 0.0}, (0.2, (("^output/", 0.0),))),
+        ({}, (0.2, ())),
     ],
 )
 def test_the_output_layer_is_pruned_at_half_the_rate_unless_told_otherwise(options, expected):
