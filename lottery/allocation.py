@@ -140,10 +140,12 @@ def counts(units: Mapping[str, int], allocation: Allocation, shapes: Mapping[str
     # A sum a rounding error below an integer must not lose a unit.
     result = {layer: max(math.floor(value + 1e-6), min(least, units[layer])) for layer, value in wanted.items()}
     left = total - sum(result.values())
-    for layer in sorted(wanted, key=lambda layer: result[layer] - wanted[layer])[: max(left, 0)]:
+    # Equal remainders by name, so that the order of a tree's leaves changes nothing.
+    over = lambda layer: (round(result[layer] - wanted[layer], 6), layer)  # noqa: E731
+    for layer in sorted(wanted, key=over)[: max(left, 0)]:
         result[layer] += 1
-    for layer in sorted(wanted, key=lambda layer: wanted[layer] - result[layer])[: max(-left, 0)]:
-        result[layer] -= 1
+    for _ in range(-left):
+        result[max((layer for layer in wanted if result[layer] > least), key=over)] -= 1
     return result
 
 
@@ -163,7 +165,7 @@ def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]
     if missing := [layer for layer in units if layer not in shapes]:
         raise ValueError(f"ERK needs the shape of {missing[0]}: pass shapes by layer, lottery.prune.shapes")
     raw = {layer: (sum(shapes[layer]) / math.prod(shapes[layer])) ** allocation.power for layer in units}
-    free, rest = allocation.density * sum(units.values()), sum(raw[layer] * units[layer] for layer in units)
+    free, rest = allocation.density * sum(units.values()), math.fsum(raw[layer] * units[layer] for layer in units)
     left = dict.fromkeys(units)
     while left:
         scale = free / rest
@@ -172,5 +174,5 @@ def erk_densities(units: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]
             break
         for layer in full:
             del left[layer]
-        free, rest = free - sum(units[x] for x in full), sum(raw[layer] * units[layer] for layer in left)
+        free, rest = free - sum(units[x] for x in full), math.fsum(raw[layer] * units[layer] for layer in left)
     return {layer: raw[layer] * scale if layer in left else 1.0 for layer in units}

@@ -10,7 +10,9 @@ metadata. A leaf without zeros in its mask is one plain tensor.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
@@ -126,7 +128,7 @@ def load(path):
     return params, masks, metadata
 
 
-def unflatten(flat: dict[str, np.ndarray]) -> dict[str, PyTree]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, PyTree]:
     """Nest '/'-joined paths into dicts, the shape of Flax's parameters.
 
     Raises:

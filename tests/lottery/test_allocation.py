@@ -30,9 +30,9 @@ def test_erk_of_convolutions_and_stacks_by_hand():
     assert found == pytest.approx({"a/kernel": 208 / 44 * 18 / 288, "b/kernel": 208 / 44 * 26 / 128})
     # A stack of blocks is many kernels of one shape: its length changes nothing.
     for length in (1, 5):
-        stack = {"blocks/mlp/up/kernel": (length, 6, 12)}
-        found = allocation.erk_densities({"blocks/mlp/up/kernel": 72 * length}, stack, allocation.ERK(0.25))
-        assert found == pytest.approx({"blocks/mlp/up/kernel": 0.25})
+        stack = {f"blocks_{i}/mlp/up/kernel": (6, 12) for i in range(length)}
+        found = allocation.erk_densities(dict.fromkeys(stack, 72), stack, allocation.ERK(0.25))
+        assert found == pytest.approx(dict.fromkeys(stack, 0.25))
 
 
 @settings(deadline=None)
@@ -67,3 +67,15 @@ def test_erk_keeps_exactly_the_rounded_total_and_no_layer_overflows(sides, densi
 )
 def test_counts(scope, expected):
     assert allocation.counts(UNITS, scope, LENET) == expected
+
+
+def test_no_layer_is_emptied_unless_it_is_asked_for():
+    units, shapes = {"big": 10_000, "small": 4, "tiny": 1}, {"big": (100, 100), "small": (2, 2), "tiny": (1, 1)}
+    for scope in (allocation.Uniform(0.01), allocation.PerPath((("big", 0.5),), 0.01)):
+        found = allocation.counts(units, scope, shapes)
+        assert found["small"] == found["tiny"] == 1
+    found = allocation.counts(units, allocation.ERK(0.01, power=0.0), shapes)
+    assert found == {"big": 98, "small": 1, "tiny": 1}
+    assert allocation.counts(units, allocation.Uniform(0.0), shapes) == dict.fromkeys(units, 0)
+    with pytest.raises(ValueError, match="ERK needs the shape of small"):
+        allocation.counts(units, allocation.ERK(0.5), {"big": (100, 100)})

@@ -1,5 +1,7 @@
 """Criteria against their definitions: masks' derivatives, dense Hessians, sums over paths."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -160,3 +162,33 @@ def test_random_scores_do_not_depend_on_the_weights_or_on_other_leaves():
     big = criteria.random({"x": jnp.zeros(10_000), "y": jnp.zeros(10_000)}, key=key)
     assert float(jnp.mean(big["x"])) == pytest.approx(0.5, abs=0.02)
     assert abs(np.corrcoef(big["x"], big["y"])[0, 1]) < 0.05
+
+
+def test_magnitude_of_complex_weights_is_their_modulus():
+    weights = np.array([3 + 4j, -1j, 2], np.complex64)
+    np.testing.assert_allclose(criteria.magnitude({"kernel": jnp.asarray(weights)})["kernel"], np.abs(weights))
+
+
+def test_a_search_can_switch_synflows_normalization_off():
+    """With a skip around every layer the two orders differ; that of the paper is |w| dR/d|w| at the weights given."""
+    params = {f"dense{i}": {"kernel": jax.random.normal(jax.random.key(i), (4, 4)) * 3.0**i} for i in range(3)}
+
+    def skips(params, x):
+        for name in params:
+            x = x + x @ params[name]["kernel"]
+        return x
+
+    given = criteria.ScoreInputs(apply_fn=skips, inputs=jnp.ones((1, 4)), normalize=False)
+    plain = criteria.score("synflow", params, given)
+    # R = 1' prod (I + |W|) 1 in float64: dR/dW_i = (left of i)' (right of i)'.
+    factors = [np.eye(4) + np.abs(np.asarray(p["kernel"], np.float64)) for p in params.values()]
+    for i, name in enumerate(params):
+        before = np.ones(4) @ np.linalg.multi_dot([np.eye(4), np.eye(4), *factors[:i]])
+        after = np.linalg.multi_dot([np.eye(4), np.eye(4), *factors[i + 1 :]]) @ np.ones(4)
+        want = np.abs(np.asarray(params[name]["kernel"])) * np.outer(before, after)
+        np.testing.assert_allclose(plain[name]["kernel"], want, rtol=1e-5)
+    normalized = criteria.score("synflow", params, dataclasses.replace(given, normalize=True))
+    assert any(
+        np.any(np.argsort(np.ravel(x)) != np.argsort(np.ravel(y)))
+        for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(normalized), strict=True)
+    )

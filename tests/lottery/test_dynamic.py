@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from lottery import dynamic, masks
@@ -186,3 +187,81 @@ def test_early_bird_stops_when_the_window_is_full_of_close_masks():
 def test_wrong_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def published(weights, moments, mask, gradient, fraction):
+    """One move of google-research/rigl, sparse_optimizers_base.py, generic_mask_update, in NumPy."""
+    drop, grow = np.abs(weights).ravel(), np.abs(gradient).ravel()
+    ones = int(mask.sum())
+    keep = ones - round(fraction * ones)
+    first = np.zeros(mask.size)
+    first[np.argsort(-np.where(mask.ravel(), drop, -1), kind="stable")[:keep]] = 1
+    lifted = np.where(first == 1, grow.min() - 1, grow)
+    second = np.zeros(mask.size)
+    second[np.argsort(-lifted, kind="stable")[: ones - keep]] = 1
+    new = (second == 1) & ~mask.ravel()
+    after = ((first + second) > 0).reshape(mask.shape)
+    reset = lambda x: np.where(new, 0, x.ravel()).reshape(x.shape) * after  # noqa: E731
+    return reset(weights), reset(moments), after
+
+
+def test_a_move_is_the_published_one_also_for_what_is_dropped_and_grown_at_once():
+    generator = np.random.default_rng(0)
+    weights, mask = generator.normal(size=(4, 6)).astype(np.float32), generator.random((4, 6)) < 0.5
+    moments, gradient = (generator.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
+    weights, moments = weights * mask, moments * mask
+    smallest = np.argmin(np.where(mask, np.abs(weights), np.inf))
+    gradient.flat[smallest] = 9.0  # goes and comes back
+    config = dynamic.DynamicConfig(every=1, until=2, fraction=0.4)
+    tx = dynamic.dynamic(
+        optax.sgd(0.1, momentum=0.9),
+        {"kernel": jnp.asarray(mask)},
+        {"kernel": True},
+        config,
+        key=KEY,
+    )
+    params = {"kernel": jnp.asarray(weights)}
+    state = tx.init(params)
+    trace = state.inner[0]._replace(trace={"kernel": jnp.asarray(moments)})
+    state = state._replace(step=jnp.int32(1), inner=(trace, *state.inner[1:]))
+    updates, state = tx.update({"kernel": jnp.asarray(gradient)}, state, params)
+    # The cosine at step 1 of 2 halves the fraction.
+    want = published(weights, moments, mask, gradient, 0.2)
+    got = optax.apply_updates(params, updates)["kernel"], state.inner[0].trace["kernel"], state.masks["kernel"]
+    for one, two in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert want[0].flat[smallest] != 0
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.contrib.acprop(1e-2), optax.flatten(optax.adam(1e-2))], ids=["acprop", "flatten"]
+)
+def test_any_optimizer_stays_finite_and_forgets_what_is_dropped(inner):
+    mask = {"kernel": (jnp.arange(12) % 2 == 0).reshape(3, 4)}
+    config = dynamic.DynamicConfig("random", every=3, until=9, fraction=0.5)
+    tx = dynamic.dynamic(inner, mask, {"kernel": True}, config, key=jax.random.key(2))
+
+    def step(carry, i):
+        params, state = carry
+        updates, state = tx.update({"kernel": jnp.cos(params["kernel"] + i)}, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params["kernel"], state.masks["kernel"], state.inner[0].mu)
+
+    start = masks.apply({"kernel": jax.random.normal(KEY, (3, 4))}, mask)
+    weights, alive, moments = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(STEPS))[1]
+    assert np.all(np.isfinite(weights)) and np.abs(weights).max() < 10
+    assert np.any(alive[4] != alive[1]), "weights moved"
+    (moments,) = jax.tree.leaves(moments)
+    assert not np.any(moments.reshape(alive.shape)[~alive]), "moments of dropped weights are zero"
+
+
+def test_straight_through_ramps_along_the_cubic_and_then_keeps_its_mask():
+    tx = dynamic.straight_through(optax.sgd(0.3), WHICH, {"a/kernel": 6, "b/kernel": 4}, every=2, ramp=6, until=8)
+    params, mask, _ = run(tx, PARAMS)
+    for name, size, final in (("a", 60, 6), ("b", 24, 4)):
+        alive = np.asarray(mask[name]["kernel"]).reshape(STEPS, -1)
+        # Step i + 1 chooses if it is even: the cubic in exact numbers.
+        parts = [min((i + 1) // 2 * 2 / 6, 1) for i in range(STEPS)]
+        np.testing.assert_array_equal(alive.sum(1), [round(final + (size - final) * (1 - p) ** 3) for p in parts])
+        assert np.all(alive[8:] == alive[7]), "no choice after step 8"
+        assert not np.any(np.asarray(params[name]["kernel"]).reshape(STEPS, -1)[~alive])

@@ -59,3 +59,29 @@ def test_wrong_files_and_masks_are_refused(tmp_path):
         export.save(path, PARAMS, {name: tree for name, tree in MASKS.items() if name != "half"})
     with pytest.raises(ValueError, match="may not end in .mask"):
         export.save(path, {"a.mask": jnp.zeros(2)}, {"a.mask": jnp.ones(2, bool)})
+
+
+@pytest.mark.parametrize("dtype", [name for name in export.DTYPES if name not in ("float64", "int64", "uint64")])
+def test_every_dtype_comes_back(tmp_path, dtype):
+    values = jnp.array([[1, 0, 1], [1, 1, 0]]).astype(dtype)
+    mask = jnp.array([[True, True, False], [True, False, True]])
+    params, found, _ = export.load(export.save(tmp_path / "t.safetensors", {"a": values}, {"a": mask}))
+    want = np.asarray(masks.apply({"a": values}, {"a": mask})["a"].astype(jnp.float32))
+    assert str(params["a"].dtype) == ("float32" if dtype == "bfloat16" else dtype)
+    np.testing.assert_array_equal(params["a"].astype(np.float32), want)
+    np.testing.assert_array_equal(found["a"], mask)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "complex64"])
+def test_what_numpy_cannot_read_is_refused_when_it_is_saved(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"a has dtype {dtype}; tickets hold float64"):
+        export.save(tmp_path / "t.safetensors", {"a": jnp.ones(3).astype(dtype)}, {"a": jnp.ones(3, bool)})
+
+
+def test_paths_that_collide_are_refused(tmp_path):
+    twice = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="two leaves have the path a/b"):
+        export.save(tmp_path / "t.safetensors", twice, masks.ones(twice))
+    for flat in ({"a": np.zeros(1), "a/b": np.zeros(1)}, {"a/b": np.zeros(1), "a": np.zeros(1)}):
+        with pytest.raises(ValueError, match="a leaf and a folder"):
+            export.unflatten(flat)

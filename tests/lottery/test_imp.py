@@ -218,9 +218,7 @@ def test_a_killed_search_resumes_bit_for_bit(level, after, rewind):
 
 
 def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
-    config = Search(
-        seeds=(0, 5), levels=2, rewind=2, rewind_optimizer=True, arms=("ticket", "reinit", "continue")
-    )
+    config = Search(seeds=(0, 5), levels=2, rewind=2, rewind_optimizer=True, arms=("ticket", "reinit", "continue"))
     rows, store, trainer = run(config, opt_init=TX.init)
     dense, _ = store.load(0, None)
     # Two steps of Adam by hand from the initialization.
@@ -247,7 +245,7 @@ def test_rewinding_starts_from_the_snapshot_and_its_optimizer():
 @pytest.mark.parametrize(
     ("config", "trainer", "message"),
     [
-        (Search(output="^head/"), None, r"\^head/.*dense0/kernel"),
+        (Search(output="^head/"), None, r"SearchConfig.output '\^head/' matches no parameter.*dense0/kernel"),
         (Search(rules=(("conv", True),)), None, "conv.*dense0/bias"),
         (Search(rewind=2, rewind_optimizer=True), None, "opt_init"),
         (Search(rewind=2), lambda s, level: imp.Trained(s.params, [{}]), "snapshot.*params"),
@@ -288,3 +286,50 @@ def test_memory_is_a_store_and_keeps_what_it_is_given():
     store.save(0, tree, rows)
     assert store.has(0) and not store.has(1)
     assert store.load(0, None) == (tree, rows)
+
+
+def test_a_finished_search_goes_on_to_more_levels_bit_for_bit():
+    short, longer = Search(seeds=(0, 1), levels=1), Search(seeds=(0, 1), levels=3)
+    rows, store, _ = run(short)
+    more, _, trainer = run(longer, store)
+    assert sorted(trainer.starts) == [2, 3] and more[: len(rows)] == rows
+    assert more == run(longer)[0]
+    with pytest.raises(ValueError, match="level 1 in the store has .* weights, the search asks for .*geometric"):
+        run(Search(seeds=(0, 1), levels=3, density=0.1), store)
+    with pytest.raises(ValueError, match="level 0 in the store has the arms and seeds"):
+        run(Search(seeds=(1, 2), levels=3), store)
+
+
+def test_tickets_are_the_masks_and_weights_that_were_trained(everything):
+    rows, _, trainer = everything
+    for level in range(4):
+        starts = trainer.starts[level]
+        for i, (arm, seed) in enumerate(starts.names):
+            mask, weights = rows.ticket(seed, level, arm)
+            assert_equal(mask, jax.tree.map(lambda x: x[i], starts.masks))  # noqa: B023
+            assert_equal(weights, jax.tree.map(lambda x: x[i], starts.params))  # noqa: B023
+    with pytest.raises(ValueError, match="no arm 'tickets' with seed 3 at level 1; levels 0 to 3, arms ticket"):
+        rows.ticket(3, 1, "tickets")
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"structure": "2:4", "rate": 0.5, "levels": 4, "rules": (("^dense0", False),)}, 1),
+        ({"rate": 0.9, "levels": 5}, 2),
+    ],
+    ids=["2:4 at its floor", "one weight left in every layer"],
+)
+def test_a_search_with_nothing_left_to_prune_stops_with_a_word(settings, levels):
+    with pytest.warns(UserWarning, match=f"nothing to prune after level {levels}: the search stops there, not at"):
+        rows, store, _ = run(imp.SearchConfig(arms=("ticket",), **settings))
+    assert rows.levels == levels == max(row["level"] for row in rows) and not store.has(levels + 1)
+    assert all(count > 0 for count in rows[-1]["layers"].values())
+
+
+def test_a_layer_that_is_emptied_is_named():
+    small_output = lambda key: {**init_fn(key), "output": {"kernel": jnp.full((8, 3), 1e-6), "bias": jnp.zeros(3)}}  # noqa: E731
+    train_fn = lambda starts, level: imp.Trained(starts.params, [{} for _ in starts.names])  # noqa: E731
+    config = imp.SearchConfig(levels=1, rate=0.5, scope="global", arms=("ticket",))
+    with pytest.warns(UserWarning, match="level 1, arm ticket, seed 0: no weight left in output/kernel"):
+        imp.search(small_output, train_fn, imp.Memory(), config)

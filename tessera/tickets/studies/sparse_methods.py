@@ -99,8 +99,7 @@ def make_inputs(setup: Setup, study: SparseConfig, config: Any) -> tuple[MethodI
     """
     shapes = jax.eval_shape(setup.network.init, jax.random.key(0))
     which = masks_lib.prunable(shapes, setup.search.rules)
-    leaves = {path: leaf.shape for path, leaf in masks_lib.flatten(shapes).items()}
-    counts = level_counts(setup.search, prune.sizes(shapes, which), leaves)
+    counts = level_counts(setup.search, prune.sizes(shapes, which), prune.shapes(shapes, which))
     if prune.EVERYTHING in counts[-1]:
         raise ConfigError("config.search.scope: 'global' gives layers no counts to share: layer, uniform or erk")
     initial = initial_weights(setup.network.init, setup.search)
