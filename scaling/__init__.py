@@ -27,13 +27,14 @@ from scaling._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "rows": ("RowError", "Rows", "make_rows", "read_csv"),
-        "laws": ("Law", "custom_law", "power_law", "restrict"),
+        "rows": ("RowError", "Rows", "make_rows"),
+        "tables": ("read_csv", "read_rows"),
+        "laws": ("Law", "custom_law", "power_law", "restrict", "tie"),
         "published": ("find_law",),
         "fitting.fit": ("Fit", "FitConfig", "fit", "fit_near"),
         "fitting.bootstrap": ("Bootstrap", "bootstrap"),
         "fitting.intervals": ("bootstrap_interval", "prediction_interval", "profile"),
-        "isoflop": ("PowerLaw", "approach_1", "approach_2", "group_budgets"),
+        "isoflop": ("PowerLaw", "approach_1", "approach_2", "find_budgets", "group_budgets"),
         "optimum": ("chinchilla_optimum", "compute_optimal", "inference_optimum", "off_optimum"),
         "flops": ("Shape", "appendix_f", "exact_matmuls", "parameters"),
         "doctor": ("Finding", "examine"),

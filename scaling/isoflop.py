@@ -5,7 +5,7 @@ or whose points scatter more than the curve is deep, is refused with the reason.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ class Minimum(NamedTuple):
       depth: rise of the curve's lower end above the minimum.
       scatter: root mean square of the points about the curve (0 for "akima", which passes through them).
       coefficients: of the parabola in log params, highest power first; empty for "akima".
+      cubic_scatter: `scatter` about the best cubic; NaN for "akima", with weights and for fewer than five sizes.
     """
 
     budget: float
@@ -37,6 +38,7 @@ class Minimum(NamedTuple):
     depth: float
     scatter: float
     coefficients: tuple[float, ...] = ()
+    cubic_scatter: float = float("nan")
 
 
 class PowerLaw(NamedTuple):
@@ -74,6 +76,35 @@ def group_budgets(flops: Float[np.ndarray, " R"], *, gap: float = 0.2) -> Int[np
     return groups
 
 
+def find_budgets(rows: Rows, *, span: float = 1.5) -> tuple[Int[np.ndarray, " R"], list[float]]:
+    """Find the budgets that runs were made at: a column `budget`, else gaps between their FLOPs.
+
+    A group counts as a budget if it has at least three runs, of at least two sizes, whose FLOPs lie within a factor of
+    `span`.
+
+    Returns:
+      The number of each row's budget, -1 where it has none, and the budgets: geometric means of the rows' FLOPs.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> groups, budgets = scaling.find_budgets(scaling.isoflop_design(truth, budgets=3, sizes=5))
+      >>> groups.tolist(), [f"{budget:.1e}" for budget in budgets]
+      ([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2], ['6.0e+18', '1.3e+20', '3.0e+21'])
+    """
+    named = rows.columns.get("budget")
+    by_name = named is not None and named.dtype.kind == "f"
+    first = np.unique(named, return_inverse=True)[1] if by_name else group_budgets(rows["flops"])
+    groups, budgets = np.full(len(rows), -1), []
+    for group in np.unique(first):
+        mine = first == group
+        flops = rows["flops"][mine]
+        if mine.sum() >= 3 and len(np.unique(rows["params"][mine])) > 1 and flops.max() <= span * flops.min():
+            groups[mine] = len(budgets)
+            budgets.append(float(np.exp(np.log(flops).mean())))
+    return groups, budgets
+
+
 def nearest_budgets(
     flops: Float[np.ndarray, " R"], budgets: Sequence[float] | np.ndarray, *, within: float = 0.25
 ) -> Int[np.ndarray, " R"]:
@@ -89,29 +120,55 @@ def minimum(
     *,
     weights: Float[np.ndarray, " R"] | None = None,
     how: How = "parabola",
+    nearest: int = 0,
+    within: float = 0.0,
 ) -> Minimum:
-    """Find the minimum of loss over log params among one budget's runs; weight 0 leaves a run out."""
-    weights = np.ones(len(params)) if weights is None else weights
-    used = weights > 0
-    x, y, w = np.log(params[used]), loss[used], weights[used]
+    """Find the minimum of loss over log params among one budget's runs.
+
+    A loss is a parabola in log params near its minimum only; `nearest` and `within` leave out sizes far from it.
+
+    Args:
+      params, loss: of the budget's runs.
+      budget: FLOPs.
+      weights: of the runs; 0 leaves a run out.
+      how: the curve.
+      nearest: number of sizes used, those nearest to the size of the lowest loss; 0 for all.
+      within: largest ratio of a size used to the size of the lowest loss, either way; 0 for all.
+    """
+    w = np.ones(len(params)) if weights is None else weights
+    used = w > 0
+    x, y, w = np.log(params[used]), loss[used], w[used]
+    if len(x) and (nearest or within):
+        distance = np.abs(x - x[np.argmin(y)])
+        sizes_by_distance = np.sort(np.abs(np.unique(x) - x[np.argmin(y)]))
+        reach = sizes_by_distance[:nearest][-1] if nearest else np.inf
+        near = distance <= min(reach, np.log(within) if within else np.inf) + 1e-9
+        x, y, w = x[near], y[near], w[near]
     sizes = len(np.unique(x))
     wanted = 4 if how == "parabola" else 5
     if sizes < wanted:
-        reason = f"{sizes} sizes, a {how} needs at least {wanted}"
-        return Minimum(budget, np.nan, np.nan, reason, int(used.sum()), 0.0, 0.0)
-    return (_parabola if how == "parabola" else _akima)(x, y, w, budget)
+        reason = f"{sizes} sizes, {'a parabola' if how == 'parabola' else 'an Akima spline'} needs at least {wanted}"
+        return Minimum(budget, np.nan, np.nan, reason, len(x), 0.0, 0.0)
+    if how == "akima":
+        return _akima(x, y, w, budget)
+    return _parabola(x, y, w, budget, cubic=weights is None and sizes > 4)
 
 
-def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimum:
+def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float, *, cubic: bool) -> Minimum:
     center = float(x.mean())
-    curve = np.polyfit(x - center, y, 2, w=np.sqrt(w))
-    scatter = float(np.sqrt(np.average((np.polyval(curve, x - center) - y) ** 2, weights=w)))
+
+    def about(degree: int) -> tuple[np.ndarray, float]:
+        """The polynomial of a degree, and the rms of the points about it."""
+        curve = np.polyfit(x - center, y, degree, w=np.sqrt(w))
+        return curve, float(np.sqrt(np.average((np.polyval(curve, x - center) - y) ** 2, weights=w)))
+
+    curve, scatter = about(2)
     vertex = -curve[1] / (2 * curve[0]) if curve[0] else np.inf
     ends = np.polyval(curve, np.array([x.min(), x.max()]) - center)
     lowest = float(np.polyval(curve, vertex)) if np.isfinite(vertex) else np.nan
     depth = float(ends.min() - lowest) if curve[0] > 0 else 0.0
     a, b, c = (float(value) for value in curve)
-    shifted = (a, b - 2 * a * center, a * center**2 - b * center + c)
+    shape = depth, scatter, (a, b - 2 * a * center, a * center**2 - b * center + c), about(3)[1] if cubic else np.nan
     if curve[0] <= 0:
         reason = "the parabola opens downwards"
     elif not x.min() < vertex + center < x.max():
@@ -120,8 +177,8 @@ def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Min
     elif scatter > depth:
         reason = f"the points scatter ({scatter:.2g}) more than the parabola is deep ({depth:.2g})"
     else:
-        return Minimum(budget, float(np.exp(vertex + center)), lowest, "", len(x), depth, scatter, shifted)
-    return Minimum(budget, np.nan, np.nan, reason, len(x), depth, scatter, shifted)
+        return Minimum(budget, float(np.exp(vertex + center)), lowest, "", len(x), *shape)
+    return Minimum(budget, np.nan, np.nan, reason, len(x), *shape)
 
 
 def _akima(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimum:
@@ -141,15 +198,18 @@ def _akima(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float) -> Minimu
 
 
 def minima(
-    rows: Rows, groups: Int[np.ndarray, " R"], *, how: How = "parabola", weights: Float[np.ndarray, " R"] | None = None
+    rows: Rows, groups: Int[np.ndarray, " R"], *, weights: Float[np.ndarray, " R"] | None = None, **options: Any
 ) -> list[Minimum]:
-    """Find the minimum of every budget, refused ones included, in order of the group numbers; -1 is no budget."""
-    weights = np.ones(len(rows)) if weights is None else weights
+    """Find the minimum of every budget, refused ones included, in order of the group numbers; -1 is no budget.
+
+    `options` are the further ones of `minimum`.
+    """
     found = []
     for group in np.unique(groups[groups >= 0]):
         mine = groups == group
         budget = float(np.exp(np.log(rows["flops"][mine]).mean()))
-        found.append(minimum(rows["params"][mine], rows["loss"][mine], budget, weights=weights[mine], how=how))
+        own = None if weights is None else weights[mine]
+        found.append(minimum(rows["params"][mine], rows["loss"][mine], budget, weights=own, **options))
     return found
 
 
@@ -172,16 +232,16 @@ def approach_2(
     rows: Rows,
     groups: Int[np.ndarray, " R"],
     *,
-    how: How = "parabola",
     weights: Float[np.ndarray, " R"] | None = None,
+    **options: Any,
 ) -> tuple[PowerLaw, list[Minimum]]:
     """Run approach 2 (IsoFLOP): each budget's minimum, and the power law through those that are not refused.
 
     Args:
       rows: the runs.
-      groups: budget of each, see `group_budgets`.
-      how: curve through a budget's points.
+      groups: budget of each, see `find_budgets`.
       weights: of the rows.
+      **options: how, nearest and within of `minimum`.
 
     Raises:
       ValueError: fewer than two budgets have a minimum; the message says why the others were refused.
@@ -194,7 +254,7 @@ def approach_2(
       >>> round(law.exponent, 1), [m.refused for m in minima]
       (0.5, ['', '', '', '', ''])
     """
-    found = minima(rows, groups, how=how, weights=weights)
+    found = minima(rows, groups, weights=weights, **options)
     good = [m for m in found if not m.refused]
     if len(good) < 2:
         reasons = "; ".join(f"{m.budget:.3g}: {m.refused}" for m in found if m.refused)
@@ -287,14 +347,16 @@ def bootstrap_exponent(
     rows: Rows,
     groups: Int[np.ndarray, " R"],
     counts_RB: Float[np.ndarray, "R B"],
-    *,
-    how: How = "parabola",
+    **options: Any,
 ) -> Float[np.ndarray, "2 B"]:
-    """Bootstrap (exponent, intercept) of approach 2 over runs; NaN where fewer than two budgets have a minimum."""
+    """Bootstrap (exponent, intercept) of approach 2 over runs; NaN where fewer than two budgets have a minimum.
+
+    `options` are those of `approach_2`.
+    """
     found = np.full((2, counts_RB.shape[1]), np.nan)
     for b in range(counts_RB.shape[1]):
         try:
-            law, _ = approach_2(rows, groups, how=how, weights=counts_RB[:, b])
+            law, _ = approach_2(rows, groups, weights=counts_RB[:, b], **options)
         except ValueError:
             continue
         found[:, b] = law.exponent, law.intercept

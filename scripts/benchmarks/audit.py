@@ -20,7 +20,7 @@ from scaling.fitting.fit import FitConfig, Objective
 from scaling.isoflop import nearest_budgets
 from scaling.planner_benchmark import benchmark_planner
 from scaling.published import CHINCHILLA
-from scaling.rows import read_csv
+from scaling.tables import read_csv
 from scripts.benchmarks.timing import Row
 from tessera.infra.errors import ConfigError
 from tessera.infra.schema import Schema

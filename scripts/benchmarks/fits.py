@@ -15,7 +15,7 @@ from scaling.coverage import EPOCH, isoflop_design
 from scaling.fitting.bootstrap import bootstrap, resamples
 from scaling.fitting.fit import fit
 from scaling.published import CHINCHILLA
-from scaling.rows import read_csv
+from scaling.tables import read_csv
 from scripts.benchmarks.timing import Contest, Row
 from tessera.infra.schema import Schema
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from scaling.rows import read_csv
+from scaling.tables import read_csv
 from tessera.cli.main import Invocation
 from tessera.infra.config import build
 from tessera.infra.schema import Schema

@@ -12,8 +12,9 @@ from scaling import isoflop
 from scaling.batch import Surface, critical_batch, fit_rule, fit_surface
 from scaling.isoflop import Minimum
 from scaling.published import CHINCHILLA
-from scaling.rows import Rows, read_csv
+from scaling.rows import Rows
 from scaling.sweeps import adaptive
+from scaling.tables import read_csv
 from tessera.reports import scaling as figures
 from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
 from tessera.reports.style import short

@@ -5,7 +5,8 @@ from scaling import conventions, flops
 from scaling.coverage import EPOCH
 from scaling.fitting.fit import FitConfig, fit
 from scaling.published import CHINCHILLA
-from scaling.rows import make_rows, read_csv
+from scaling.rows import make_rows
+from scaling.tables import read_csv
 
 SHAPES = conventions.CHINCHILLA_SHAPES
 

@@ -6,7 +6,8 @@ from scaling.fitting.bootstrap import bootstrap
 from scaling.fitting.fit import FitConfig, fit
 from scaling.isoflop import Curves, Minimum, PowerLaw, envelope
 from scaling.published import CHINCHILLA, JOINT
-from scaling.rows import make_rows, read_csv
+from scaling.rows import make_rows
+from scaling.tables import read_csv
 
 
 def test_the_traps_of_the_published_rows(shared_data):

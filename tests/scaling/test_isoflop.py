@@ -66,6 +66,33 @@ def test_budgets_are_grouped_by_gaps_or_by_name():
     np.testing.assert_array_equal(isoflop.nearest_budgets(flops, [1e18, 1e19]), [0, 1, 0, 1, -1])
 
 
+def test_budgets_are_found_and_rows_outside_have_none():
+    grid = sweep()
+    flops = np.concatenate([grid["flops"], np.geomspace(1e14, 1e16, 30), [3e22, 3e22, 3e22]])
+    params = np.concatenate([grid["params"], np.full(30, 1e7), [1e9] * 3])
+    rows = make_rows({"params": params, "flops": flops, "loss": np.ones(len(flops))})
+    groups, budgets = isoflop.find_budgets(rows)
+    np.testing.assert_allclose(budgets, BUDGETS)
+    # Neither a stretch of FLOPs without gaps nor runs of one size are a budget.
+    assert (groups[45:] == -1).all() and (groups[:45] == np.repeat(np.arange(5), 9)).all()
+    # A column says it outright: FLOPs of a decayed branch differ from the budget it was planned for.
+    named = make_rows(rows.columns | {"budget": np.concatenate([np.repeat([1, 2, 2, 4, 5], 9), np.full(33, 9)])})
+    assert isoflop.find_budgets(named)[0].max() == 2
+
+
+@pytest.mark.parametrize("options", [{"nearest": 5}, {"within": 3.0}])
+def test_sizes_near_the_minimum_leave_out_what_is_no_parabola(options):
+    # log N is skewed: loss rises more steeply towards small sizes.
+    x = np.linspace(-4, 4, 17)
+    loss = 3 + 0.02 * x**2 - 0.004 * x**3
+    everywhere = isoflop.minimum(np.exp(x), loss, 1.0)
+    near = isoflop.minimum(np.exp(x), loss, 1.0, **options)
+    assert abs(np.log(near.params)) < 0.15 * abs(np.log(everywhere.params)) and near.runs < 6
+    assert everywhere.cubic_scatter < 1e-9 < everywhere.scatter
+    weighed = isoflop.minimum(np.exp(x), loss, 1.0, weights=np.ones(17), **options)
+    assert weighed.params == near.params and np.isnan(weighed.cubic_scatter)
+
+
 def test_the_envelope_of_training_curves():
     params = np.geomspace(1e6, 1e10, 33)
     curves = [(n, np.geomspace(n / 5, n * 2000, 60)) for n in params]

@@ -3,7 +3,7 @@ import pytest
 
 from scaling.fitting.fit import fit
 from scaling.published import CHINCHILLA, SPARSITY
-from scaling.rows import RowError, make_rows, read_csv
+from scaling.rows import RowError, make_rows
 
 GOOD = {"params": [1e6, 2e6], "tokens": [1e8, 3e8], "loss": [3.0, 2.5]}
 
@@ -49,20 +49,13 @@ def test_missing_columns_are_named(columns, named):
         make_rows(columns)
 
 
-def test_csv(tmp_path):
-    path = tmp_path / "runs.csv"
-    path.write_text("params, flops,loss,model\n1e6,6e14,3,a\n\n2e6,6e14,2.5,b\n")
-    rows = read_csv(path)
-    np.testing.assert_allclose(rows["tokens"], [1e8, 5e7])
-    assert rows["model"].tolist() == ["a", "b"]
-    path.write_text("params,flops,loss\n1e6,6e14,3\n1e6,6e14\n")
-    with pytest.raises(RowError, match="row 2.*2 values where the header has 3"):
-        read_csv(path)
-    path.write_text("params,flops,loss\n")
-    with pytest.raises(ValueError, match="no rows"):
-        read_csv(path)
-    with pytest.raises(FileNotFoundError, match="none.csv"):
-        read_csv(tmp_path / "none.csv")
+def test_a_row_of_a_file_is_named_by_its_line():
+    rows = make_rows({"params": [1, 2, 3], "tokens": [1] * 3, "loss": [4.0, 9.0, 2.0]}, "a.csv", np.array([2, 4, 5]))
+    assert rows.places([0]) == "line 2 of a.csv"
+    assert rows.take(np.array([2, 0])).places([0, 1]) == "lines 5 and 2 of a.csv"
+    assert make_rows(GOOD).places([0, 1]) == "rows 1 and 2"
+    with pytest.raises(RowError, match="line 4, column 'params': -2 is not positive"):
+        make_rows({"params": [1, -2], "tokens": [1] * 2, "loss": [4.0, 9.0]}, "a.csv", np.array([2, 4]))
 
 
 def test_too_few_rows_and_columns_a_law_needs():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling.rows import read_csv
+from scaling.tables import read_csv
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -12,11 +12,11 @@ import pytest
 import toy_sweep
 from toy_sweep import FAST, Inside
 
-from scaling.rows import read_csv
 from scaling.sweeps import executors
 from scaling.sweeps.executors import ExecutorConfig, Local, make_executor
 from scaling.sweeps.store import Store
 from scaling.sweeps.sweep import RunFailed, Status, run_sweep, table
+from scaling.tables import read_csv
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+
+from scaling.rows import RowError
+from scaling.tables import read_csv, read_rows
+
+# Every file holds these three runs.
+PARAMS, TOKENS, LOSS = [1.2e9, 3e8, 5e6], [2.4e10, 6e9, 1e8], [2.5, 3.0, 4.0]
+OBJECTS = [{"params": n, "tokens": d, "loss": y} for n, d, y in zip(PARAMS, TOKENS, LOSS, strict=True)]
+FILES = {
+    "plain.csv": "params, tokens,loss,model\n1.2e9,2.4e10,2.5,a\n\n3e8,6e9,3,b\n5e6,1e8,4,c\n",
+    "units.csv": "params,tokens,loss\n1.2B,24B,2.5\n300M,6 b,3\n5m,0.1G,4\n",
+    "tabs.tsv": "params\ttokens\tloss\n1.2e9\t2.4e10\t2.5\n3e8\t6e9\t3\n5e6\t1e8\t4\n",
+    "semicolons.csv": "params;tokens;loss\n1.2e9;2.4e10;2.5\n3e8;6e9;3\n5e6;1e8;4\n",
+    "above.csv": "\n# exported on a Monday\nparams,tokens,loss\n1.2e9,2.4e10,2.5\n3e8,6e9,3\n,,\n5e6,1e8,4\n",
+    "trailing.csv": "params,tokens,loss,\n1.2e9,2.4e10,2.5,\n3e8,6e9,3,\n5e6,1e8,4,\n",
+    "runs.jsonl": "\n".join(map(json.dumps, OBJECTS)),
+    "runs.json": json.dumps(OBJECTS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_same_runs_from_every_format(tmp_path, name, encoding):
+    (tmp_path / name).write_text(FILES[name], encoding=encoding)
+    rows = read_rows(tmp_path / name)
+    for column, values in {"params": PARAMS, "tokens": TOKENS, "loss": LOSS}.items():
+        np.testing.assert_allclose(rows[column], values, rtol=1e-12)
+    assert len(rows.columns) == (5 if name == "plain.csv" else 4)
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "runs.parquet"
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        path.touch()
+        with pytest.raises(ImportError, match="runs.parquet: Parquet needs the extra `data`"):
+            read_rows(path)
+        return
+    parquet.write_table(pyarrow.table({"parameter_count": PARAMS, "tokens": TOKENS, "loss": LOSS}), path)
+    np.testing.assert_allclose(read_rows(path, {"params": "parameter_count"})["params"], PARAMS)
+
+
+def test_columns_are_mapped(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("parameter_count,tokens,loss,loss_c4\n1e6,1e8,9,3.0\n2e6,1e8,9,2.9\n")
+    rows = read_csv(path, {"params": "parameter_count", "loss": "loss_c4"})
+    assert rows["loss"].tolist() == [3.0, 2.9] and set(rows.columns) == {"params", "tokens", "flops", "loss"}
+    with pytest.raises(RowError, match="columns names 'n' for it, which is not there; there are parameter_count"):
+        read_csv(path, {"params": "n"})
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("parameter_count,tokens,loss\n1,1,1\n", "--config.columns.params='parameter_count'"),
+        ("N,D,val_loss\n1,1,1\n", "params='N'.*tokens='D'|loss='val_loss'.*params='N'.*tokens='D'"),
+        ("params,tokens (B),loss\n1,1,1\n", "columns.tokens=.tokens .B."),
+        ("params;tokens;loss\n1e6;1e8;3,05\n", "line 2, column 'loss': '3,05' .* decimal comma. write 3.05"),
+        ('params,tokens,loss\n"1,200,000",1e8,3\n', "separators of thousands. write 1200000"),
+        ("params,tokens,loss\n1e6,1e8,3.1 nats\n", "a unit. write 3.1"),
+        ("params,flops,loss\n1e6,6e14,3\n\n1e6,6e14\n", "line 4.*2 values where the header has 3"),
+        ("params,flops,loss\n", "no rows"),
+        ("", "loss.*the column is missing; there are none"),
+        ("params,,tokens,loss\n1,1,1,1\n", "column 2 of 4 has no name"),
+        ("params,params,tokens,loss\n1,1,1,1\n", "given twice"),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_the_guess_a_person_would_make(tmp_path, text, says):
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"(?s)runs.csv.*({says})"):
+        read_rows(path)
+
+
+def test_files_that_are_no_tables_are_named(tmp_path):
+    for name, content, says in (
+        ("latin.csv", "params,tokens,loss\n1,1,1\n# Größe".encode("latin-1"), "latin.csv: byte 0xf6 in line 3 is not"),
+        ("book.xlsx", b"PK", "book.xlsx: .xlsx is not read; save it as CSV"),
+        ("bad.jsonl", b'{"params": 1}\n{oops\n', "bad.jsonl, line 2: not JSON"),
+        ("list.json", b"[1, 2]", "list.json: a JSON object a line"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            read_rows(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none.csv: no such file"):
+        read_csv(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="is a directory"):
+        read_csv(tmp_path)
