@@ -10,7 +10,7 @@ themselves. Starts and fits use raw values, tables and reports natural ones.
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class Law:
       formula: in text, with its source.
       optional: features that are 0 when the row has no such column (log of 1: no sparsity, one expert).
       terms: of a sum of power laws: fits then have curvatures in closed form.
+      nonnegative: exponents that fits hold at `least` or above: loss does not rise with size or data.
 
     Example:
       >>> import numpy as np, scaling
@@ -58,6 +59,12 @@ class Law:
     formula: str = ""
     optional: frozenset[str] = field(default_factory=frozenset)
     terms: tuple[Term, ...] = ()
+    nonnegative: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def least(self) -> float:
+        """Least value of an exponent in `nonnegative`: 0, or nearly, where a law may divide by its exponents."""
+        return 0.0 if self.terms else 1e-3
 
     def starts(self) -> Float[np.ndarray, "P S"]:
         """Make the grid of starts: every combination of the grid's values."""
@@ -177,6 +184,7 @@ def power_law(
         formula=formula,
         optional=frozenset(optional),
         terms=tuple(terms),
+        nonnegative=frozenset(factor[0] for _, factors in terms for factor in factors),
     )
 
 
@@ -270,4 +278,48 @@ def restrict(law: Law, **values: float) -> Law:
         formula=law.formula,
         optional=law.optional,
         terms=_free_terms(law, held),
+        nonnegative=law.nonnegative - set(held),
+    )
+
+
+def tie(law: Law, **ties: str) -> Law:
+    """Tie parameters of a law to others of the same kind: `beta="alpha"` fits one exponent for both.
+
+    Chinchilla's law so tied is that of Gadre et al. (2024, eq. 4): E + (a M^eta + b M^-eta) C^-eta with M = D / N and
+    eta = alpha / 2.
+
+    Raises:
+      ValueError: a name the law does not have, a parameter tied to itself or to a tied one, or a coefficient to an
+        exponent.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.tie(scaling.find_law("chinchilla"), beta="alpha")
+      >>> law.parameters, len(law.terms)
+      (('A', 'B', 'E', 'alpha'), 3)
+    """
+    for name, other in ties.items():
+        for one in (name, other):
+            if one not in law.parameters:
+                raise ValueError(f"{law.name} has no parameter {one!r}; it has {', '.join(law.parameters)}")
+        if other in ties or (name in law.positive) != (other in law.positive):
+            kind = "is tied itself" if other in ties else "is of another kind"
+            raise ValueError(f"{law.name}: {name} cannot be tied to {other}, which {kind}")
+
+    def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
+        return law.log_loss({**theta, **{name: theta[other] for name, other in ties.items()}}, features)
+
+    def of(name: str) -> str:
+        return ties.get(name, name)
+
+    return replace(
+        law,
+        name=f"{law.name} with " + ", ".join(f"{name} = {other}" for name, other in ties.items()),
+        parameters=tuple(name for name in law.parameters if name not in ties),
+        positive=law.positive - set(ties),
+        log_loss=log_loss,
+        grid={name: values for name, values in law.grid.items() if name not in ties},
+        pairs=tuple((of(c), of(exponent), feature, sign) for c, exponent, feature, sign in law.pairs),
+        terms=tuple((of(c), tuple((of(e), f, sign) for e, f, sign in factors)) for c, factors in law.terms),
+        nonnegative=law.nonnegative - set(ties),
     )

@@ -114,6 +114,7 @@ KAPLAN = Law(
     parameters=("N_c", "D_c", "alpha_N", "alpha_D"),
     positive=frozenset(("N_c", "D_c")),
     features=(PARAMS, TOKENS),
+    nonnegative=frozenset(("alpha_N", "alpha_D")),
     log_loss=_kaplan,
     grid={
         "N_c": (20.0, 25.0, 30.0, 35.0, 40.0),
@@ -148,6 +149,7 @@ DATA_CONSTRAINED = Law(
     parameters=("A", "B", "E", "alpha", "beta", "R_D", "R_N"),
     positive=frozenset(("A", "B", "E", "R_D", "R_N")),
     features=(PARAMS, TOKENS, "log_unique_tokens"),
+    nonnegative=frozenset(("alpha", "beta")),
     log_loss=_data_constrained,
     grid={
         "A": (4.0, 6.0, 8.0),

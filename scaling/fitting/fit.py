@@ -149,6 +149,8 @@ def polish(
 ) -> Solved:
     """Run Newton from every column of theta under its own row weights, to convergence.
 
+    Exponents in `law.nonnegative` that end below `law.least` are held there, and the rest is fitted again.
+
     Args:
       theta_PS: raw parameters to start from.
       weights_RS: of the rows, by fit or one column for all.
@@ -166,11 +168,36 @@ def polish(
       >>> polish(law.raw(truth)[:, None], np.ones((len(rows), 1)), rows, law, FitConfig()).converged.tolist()
       [True]
     """
+    solved = _polish(theta_PS, weights_RS, rows, law, config, held)
+    signed = [i for i, name in enumerate(law.parameters) if name in law.nonnegative and i not in held]
+    for _ in signed:
+        below_ES = solved.theta[signed] < law.least
+        if not below_ES.any():
+            break
+        for pattern in np.unique(below_ES[:, below_ES.any(0)], axis=1).T:
+            which = np.flatnonzero((below_ES == pattern[:, None]).all(0))
+            bound = tuple(i for i, below in zip(signed, pattern, strict=True) if below)
+            # Those held before are at the bound exactly.
+            before = tuple(i for i in signed if (solved.theta[i, which] == law.least).all())
+            start = np.where(np.isin(np.arange(len(solved.theta)), bound)[:, None], law.least, solved.theta[:, which])
+            mine = weights_RS if weights_RS.shape[1] == 1 else weights_RS[:, which]
+            again = _polish(start, mine, rows, law, config, (*held, *bound, *before))
+            for every, part in zip(solved, again, strict=True):
+                every[..., which] = part
+    return solved
+
+
+def _polish(
+    theta_PS: np.ndarray, weights_RS: np.ndarray, rows: Rows, law: Law, config: FitConfig, held: tuple[int, ...]
+) -> Solved:
+    """See `polish`, without bounds."""
+    # A held coefficient must not mix with its exponent.
+    centered = not any(law.parameters[i] in law.positive for i in held)
     for delta in thresholds(config):
         solved = solve(
             theta_PS,
             weights_RS,
-            make_problem(rows, law, delta, centered=not held),
+            make_problem(rows, law, delta, centered=centered),
             law,
             newton=True,
             iterations=config.polish_steps,
@@ -278,6 +305,8 @@ def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, searc
     problem = make_problem(rows, law, thresholds(config)[0])
     solved = polish(theta_PS, np.ones((len(rows), 1)), rows, law, config)
     order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
+    if not np.isfinite(solved.value[order[0]]):
+        raise ValueError(f"{law.name}: no finite fit to {rows.source}; hold a parameter, or give other starts")
     final = law.predict(solved.theta, problem.features)
     # Basins: converged optima, and in any case the best point.
     candidate = np.where(solved.converged | (np.arange(len(order)) == order[0]), solved.value, np.inf)

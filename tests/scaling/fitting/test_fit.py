@@ -3,9 +3,11 @@ import pytest
 from scipy.optimize import minimize
 
 from scaling.fitting.bootstrap import bootstrap, refit, resamples, search_again
-from scaling.fitting.fit import FitConfig, fit
-from scaling.published import CHINCHILLA
-from scaling.rows import read_csv
+from scaling.fitting.fit import FitConfig, fit, huber_sum
+from scaling.laws import tie
+from scaling.published import CHINCHILLA, find_law
+from scaling.rows import make_rows
+from scaling.tables import read_csv
 
 # Besiroglu et al. (2024): estimates, and standard errors from 4000 resamples.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
@@ -139,3 +141,35 @@ def test_free_scale_likelihoods_reach_scipys_optimum(fitted, kind, norm):
 def test_a_threshold_must_be_positive():
     with pytest.raises(ValueError, match="delta 0.0"):
         FitConfig(delta=0.0)
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "kaplan"])
+def test_exponents_are_held_at_zero_where_loss_rises(name):
+    rng = np.random.default_rng(0)
+    params, tokens = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)))
+    loss = 3 * tokens**0.05 * params**-0.05 * np.exp(0.002 * rng.standard_normal(25))
+    law = find_law(name)
+    fitted = fit(make_rows({"params": params, "tokens": tokens, "loss": loss}), law)
+    rising = law.parameters.index("beta" if name == "chinchilla" else "alpha_D")
+    assert fitted.theta[rising] == law.least
+    draws = refit(fitted, resamples(20, 25)).theta_PB
+    assert (draws[[law.parameters.index(one) for one in law.nonnegative]] >= law.least).all()
+    # The rest is at its optimum under the bound: nothing gained by moving any other parameter.
+    residual = law.predict(fitted.theta[:, None] + 1e-4 * np.eye(len(fitted.theta)), law.gather(fitted.rows))
+    moved = huber_sum(residual - np.log(loss)[:, None], 1e-3)
+    assert (np.delete(moved, rising) >= fitted.value * (1 - 1e-9)).all()
+
+
+def test_tied_exponents_are_the_law_of_gadre_et_al():
+    # E + (a M^eta + b M^-eta) C^-eta with M = D / N, eq. 4; eta = alpha / 2.
+    params, tokens = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
+    ratio, flops = tokens / params, 6 * params * tokens
+    loss = 1.8 + (60 * ratio**0.12 + 90 * ratio**-0.12) * flops**-0.12
+    fitted = fit(make_rows({"params": params, "tokens": tokens, "loss": loss}), tie(CHINCHILLA, beta="alpha"))
+    found = fitted.parameters
+    assert found["alpha"] == pytest.approx(0.24, rel=1e-6) and found["E"] == pytest.approx(1.8, rel=1e-6)
+    assert found["A"] == pytest.approx(60 * 6**-0.12, rel=1e-5) and found["B"] == pytest.approx(90 * 6**-0.12, rel=1e-5)
+    with pytest.raises(ValueError, match="beta cannot be tied to A, which is of another kind"):
+        tie(CHINCHILLA, beta="A")
+    with pytest.raises(ValueError, match="no parameter 'gamma'"):
+        tie(CHINCHILLA, beta="gamma")
