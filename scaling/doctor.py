@@ -1,19 +1,25 @@
 """The fit doctor: diagnostics of approaches 1, 2 and 3, each a verdict with a sentence and the numbers behind it."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import minimize
+from scipy.stats import chi2, f
 
+from scaling.evaluate import Terms
 from scaling.fitting.bootstrap import Bootstrap, refit
 from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds
-from scaling.isoflop import Curves, Minimum, PowerLaw
+from scaling.fitting.intervals import relative_likelihood
+from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
+from scaling.laws import Law
 from scaling.optimum import chinchilla_optimum, compute_optimal
 from scaling.rows import Rows
 
 Verdict = Literal["fine", "note", "warning"]
+At = Mapping[str, float] | None
+"""Values at which a law's further columns are held; the medians of the rows where None."""
 
 
 class Finding(NamedTuple):
@@ -105,7 +111,7 @@ def _share(fitted: Fit, theta: np.ndarray) -> float | None:
     if not {"alpha", "beta"} <= set(fitted.law.parameters):
         return None
     alpha, beta = (theta[fitted.law.parameters.index(name)] for name in ("alpha", "beta"))
-    return float(beta / (alpha + beta))
+    return float(beta / (alpha + beta)) if alpha + beta else None
 
 
 def reduction(fitted: Fit) -> Finding:
@@ -165,7 +171,7 @@ def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
     return Finding("ill conditioning", "warning" if number > limit else "fine", text, numbers)
 
 
-def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: float = 8.0) -> Finding:
+def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: float = 8.0, at: At = None) -> Finding:
     """Find outliers by the residuals' robust scale, and the effect of leaving them out on N* at the budget."""
     middle = np.median(fitted.residuals)
     scale = 1.4826 * np.median(np.abs(fitted.residuals - middle))
@@ -178,32 +184,31 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     weights[far] = 0
     without = refit(fitted, weights)
     pair = np.concatenate([fitted.theta[:, None], without.theta_PB], 1)
-    moved = _log_optimum(fitted, pair, budget)
+    moved = _log_optimum(fitted, pair, budget, at)
     shift = float(moved[1] - moved[0])
     numbers = {"rows": len(far), "log_shift": shift}
     if not np.isfinite(shift):
         text = f"Of the rows fitted, {len(far)} are further than {threshold:g} robust standard deviations from the law."
         return Finding("outliers", "note", text, {"rows": len(far)})
-    shown = ", ".join(str(i + 1) for i in far[:10]) + (" ..." if len(far) > 10 else "")
     text = (
-        f"Of the rows fitted, {len(far)} (number {shown}) are further than {threshold:g} robust standard "
+        f"Of the rows fitted, {len(far)} ({fitted.rows.places(far)}) are further than {threshold:g} robust standard "
         f"deviations from the law; without them N* at {budget:.3g} FLOPs is {np.exp(shift):.3f} times this fit's"
     )
     verdict: Verdict = "note"
     if boot is not None:
-        spread = float(np.nanstd(_log_optimum(fitted, boot.theta_PB[:, boot.converged_B][:, :200], budget)))
+        spread = float(np.nanstd(_log_optimum(fitted, boot.theta_PB[:, boot.converged_B][:, :200], budget, at)))
         numbers["standard_errors"] = abs(shift) / spread
         text += f", {abs(shift) / spread:.2f} of its standard error"
         verdict = "warning" if abs(shift) > 0.5 * spread else "note"
     return Finding("outliers", verdict, text + ".", numbers)
 
 
-def rounding(fitted: Fit, budget: float) -> Finding:
+def rounding(fitted: Fit, budget: float, at: At = None) -> Finding:
     """Compute the effect on N* of exponents rounded to two decimals, as papers quote them."""
     exponents = [i for i, name in enumerate(fitted.law.parameters) if name not in fitted.law.positive]
     rounded = fitted.theta.copy()
     rounded[exponents] = np.round(rounded[exponents], 2)
-    moved = _log_optimum(fitted, np.stack([fitted.theta, rounded], 1), budget)
+    moved = _log_optimum(fitted, np.stack([fitted.theta, rounded], 1), budget, at)
     shift = float(moved[1] - moved[0])
     if not np.isfinite(shift):
         return Finding("rounded parameters", "fine", "The law has no inner optimum over sizes to be moved.", {})
@@ -216,28 +221,32 @@ def rounding(fitted: Fit, budget: float) -> Finding:
     return Finding("rounded parameters", "fine", text + ".", {"log_shift": shift})
 
 
-def dropped(fitted: Fit, all_rows: Rows, budget: float) -> Finding:
+def dropped(fitted: Fit, all_rows: Rows, budget: float, at: At = None) -> Finding:
     """Compute the effect on N* of fitting all rows, when some were left out before the fit."""
-    count = len(all_rows) - len(fitted.rows)
+    if len(all_rows) == len(fitted.rows):
+        return left_out(fitted.rows, all_rows)
+    refitted = polish(fitted.basins_PK[:, :1], np.ones((len(all_rows), 1)), all_rows, fitted.law, fitted.config)
+    moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], refitted.theta], 1), budget, at)
+    shift = float(moved[1] - moved[0])
+    effect = f"N* at {budget:.3g} FLOPs at {np.exp(shift):.3f} times this fit's" if np.isfinite(shift) else ""
+    return left_out(fitted.rows, all_rows, effect, **({"log_shift": shift} if np.isfinite(shift) else {}))
+
+
+def left_out(rows: Rows, all_rows: Rows, effect: str = "", **numbers: float) -> Finding:
+    """Tell how many rows were left out before a fit, and the effect of keeping them, in words and numbers."""
+    count = len(all_rows) - len(rows)
     if not count:
         return Finding("dropped rows", "fine", "No row was left out.", {"rows": 0})
-    refitted = polish(fitted.basins_PK[:, :1], np.ones((len(all_rows), 1)), all_rows, fitted.law, fitted.config)
-    moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], refitted.theta], 1), budget)
-    shift = float(moved[1] - moved[0])
-    if not np.isfinite(shift):
-        return Finding("dropped rows", "note", f"Left out were {count} of {len(all_rows)} rows.", {"rows": count})
-    text = (
-        f"Left out before the fit were {count} of {len(all_rows)} rows; keeping all would put N* at {budget:.3g} FLOPs "
-        f"at {np.exp(shift):.3f} times this fit's."
-    )
-    return Finding("dropped rows", "note", text, {"rows": count, "log_shift": shift})
+    text = f"Left out before the fit were {count} of {len(all_rows)} rows, those of the highest losses"
+    text += f"; keeping all would put {effect}." if effect else "."
+    return Finding("dropped rows", "note", text, {"rows": count} | numbers)
 
 
-def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float) -> Float[np.ndarray, " S"]:
+def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float, at: At) -> Float[np.ndarray, " S"]:
     if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
         values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
         return np.log(chinchilla_optimum(values, [budget]).params[0])
-    held = {name: float(np.median(values)) for name, values in others(fitted).items()}
+    held = {name: float(np.median(values)) for name, values in others(fitted).items()} | dict(at or {})
     return np.log(compute_optimal(fitted.law, theta_PS, [budget], at=held).params[0])
 
 
@@ -245,6 +254,227 @@ def others(fitted: Fit) -> dict[str, np.ndarray]:
     """Columns of the law and the rows besides params and tokens."""
     names = {"sparsity" if f == "log_density" else f.removeprefix("log_") for f in fitted.law.features}
     return {n: fitted.rows[n] for n in sorted(names - {"params", "tokens"}) if n in fitted.rows.columns}
+
+
+def _line(rows: Rows) -> tuple[float, float, float]:
+    """How the sizes lie: standard deviations of (log N, log D) along and across their main line, and its slope."""
+    centered = np.stack([np.log(rows[name]) - np.log(rows[name]).mean() for name in ("params", "tokens")])
+    values, vectors = np.linalg.eigh(centered @ centered.T / len(rows))
+    slope = float(vectors[1, 1] / vectors[0, 1]) if abs(vectors[0, 1]) > 1e-9 else np.inf
+    return float(np.sqrt(max(values[1], 0.0))), float(np.sqrt(max(values[0], 0.0))), slope
+
+
+def undetermined_rows(rows: Rows, law: Law, across: float = 0.03) -> str:
+    """Find the reason why no fit of a law can determine an optimum from rows; "" if there is none.
+
+    Args:
+      rows: the runs.
+      law: to fit.
+      across: standard deviation of log N and log D about a line under which they lie on it.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> from scaling.doctor import undetermined_rows
+      >>> params = np.geomspace(1e7, 1e10, 12)
+      >>> rows = scaling.make_rows({"params": params, "tokens": 20 * params, "loss": 2 + 300 / params**0.3})
+      >>> undetermined_rows(rows, scaling.find_law("chinchilla"))
+      'N and D are proportional (D = 20 N): runs of one size with other tokens are needed'
+    """
+    if np.ptp(np.log(rows["loss"])) < 1e-6:
+        return f"all losses are {rows['loss'][0]:.4g}"
+    if not {"log_params", "log_tokens"} <= set(law.features):
+        return ""
+    for name, symbol in (("params", "N"), ("tokens", "D")):
+        if np.ptp(np.log(rows[name])) < across:
+            return f"all runs have {symbol} = {np.median(rows[name]):.3g} {name}: runs of other {name} are needed"
+    _, aside, slope = _line(rows)
+    if aside < across:
+        if abs(slope - 1) < 0.05:
+            ratio = float(np.median(rows["tokens"] / rows["params"]))
+            return f"N and D are proportional (D = {ratio:.3g} N): runs of one size with other tokens are needed"
+        if abs(slope + 1) < 0.05:
+            return f"all runs have one budget ({np.median(rows['flops']):.3g} FLOPs): runs at other budgets are needed"
+        return f"D follows N (as N^{slope:.2f}): runs of one size with other tokens are needed"
+    if len(rows) <= len(law.parameters):
+        return f"{len(rows)} rows for {len(law.parameters)} parameters leave nothing to judge the fit by: add runs"
+    return ""
+
+
+def undetermined(fitted: Fit) -> str:
+    """Find the reason why a fit determines no compute-optimal size; "" if there is none.
+
+    Reasons are the rows' (`undetermined_rows`), an exponent of params or tokens at its bound or far beyond those of any
+    loss curve, or a term that vanishes.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> tokens = np.geomspace(1e9, 1e11, 12)
+      >>> rows = scaling.make_rows({"params": [1e8] * 12, "tokens": tokens, "loss": 2 + 300 / tokens**0.3})
+      >>> law = scaling.find_law("chinchilla")
+      >>> scaling.undetermined(scaling.fit(rows, law, starts=law.starts()[:, ::90]))
+      'all runs have N = 1e+08 params: runs of other params are needed'
+    """
+    law, rows = fitted.law, fitted.rows
+    if reason := undetermined_rows(rows, law):
+        return reason
+    here = dict(zip(law.parameters, fitted.theta, strict=True))
+    for name in sorted(law.nonnegative):
+        if here[name] <= law.least:
+            return f"{name} = {here[name]:g}, its least value: these losses do not fall as the law says"
+        if here[name] > 5:
+            return f"{name} = {here[name]:.3g} is no exponent of a loss curve: its term only serves a few rows"
+    for (coefficient, factors), share in zip(law.terms, _term_shares(fitted), strict=True):
+        if factors and share < 1e-6:
+            return f"the term of {coefficient} vanishes from every row"
+    return ""
+
+
+def _term_shares(fitted: Fit) -> list[float]:
+    """The largest share of every term in the loss of a row."""
+    law = fitted.law
+    if not law.terms:
+        return []
+    features = law.gather(fitted.rows)
+    terms = Terms(law.terms, law.parameters, features, dict.fromkeys(features, 0.0))
+    return [float(share.max()) for share in terms.shares(fitted.theta[:, None])[1]]
+
+
+def near_optima(fitted: Fit, budget: float, at: At = None) -> Finding:
+    """Find other optima that the rows hardly tell from the best, and how far apart they are.
+
+    An optimum counts as near while its likelihood ratio to the best is under chi-squared's 95% point for one parameter.
+    """
+    close = np.flatnonzero(relative_likelihood(fitted, fitted.basin_values) < chi2.ppf(0.95, 1))
+    close = close[(close > 0) & (fitted.basin_values[close] > 0)]
+    if not len(close):
+        return Finding("near-equal optima", "fine", "No other optimum comes near the best.", {"optima": 1})
+    natural = fitted.law.natural(fitted.basins_PK)
+    sizes = _log_optimum(fitted, fitted.basins_PK, budget, at)
+    told, largest = [], 0.0
+    for k in close[:3]:
+        moved = natural[:, k] / np.where(natural[:, 0] == 0, np.nan, natural[:, 0])
+        apart = np.abs(np.log(np.where(moved > 0, moved, np.nan)))
+        i = int(np.nanargmax(apart)) if np.isfinite(apart).any() else 0
+        text = f"objective {fitted.basin_values[k] / fitted.value - 1:.1e} above, {fitted.law.parameters[i]} "
+        text += f"{natural[i, k]:.4g} instead of {natural[i, 0]:.4g}"
+        shift = float(sizes[k] - sizes[0])
+        if np.isfinite(shift):
+            largest = max(largest, abs(shift))
+            text += f", N* {np.exp(shift):.3g} times as large"
+        told.append(text)
+    text = f"{len(close)} other optima are as likely: {'; '.join(told)}. Intervals are about the best alone."
+    return Finding("near-equal optima", "warning", text, {"optima": 1 + len(close), "log_shift": largest})
+
+
+def lost_fits(boot: Bootstrap) -> Finding:
+    """Count resamples whose fit did not converge: intervals leave them out."""
+    lost = float(np.mean(~boot.converged_B))
+    text = f"{int((~boot.converged_B).sum())} of {len(boot.converged_B)} resamples did not converge and are left out."
+    return Finding("lost resamples", "warning" if lost > 0.01 else "fine", text, {"share": lost})
+
+
+def outside_budgets(groups: Int[np.ndarray, " R"], rows: Rows, used: str = "IsoFLOP curves") -> Finding:
+    """Count rows outside every budget."""
+    out = np.flatnonzero(groups < 0)
+    numbers = {"rows": len(out), "budgets": int(groups.max(initial=-1)) + 1}
+    if not len(out):
+        text = f"All {len(rows)} rows are at one of {numbers['budgets']} budgets."
+        return Finding("rows outside budgets", "fine", text, numbers)
+    text = f"{len(out)} of {len(rows)} rows are at none of {numbers['budgets']} budgets, and {used} leave them out: "
+    text += "name the budgets with --config.isoflops."
+    return Finding("rows outside budgets", "warning", text, numbers)
+
+
+def cubic_term(minima: Sequence[Minimum]) -> Finding:
+    """Test whether IsoFLOP curves are parabolas: an F test of a cubic term in log N, over all budgets together."""
+    tested = [m for m in minima if m.runs > 4 and np.isfinite(m.cubic_scatter)]
+    spare = sum(m.runs - 4 for m in tested)
+    if not spare:
+        return Finding("cubic term", "fine", "No budget has enough sizes to test its parabola.", {})
+    rest = sum(m.runs * m.cubic_scatter**2 for m in tested)
+    gained = sum(m.runs * m.scatter**2 for m in tested) - rest
+    p = float(f.sf(gained / len(tested) / max(rest / spare, 1e-300), len(tested), spare))
+    numbers = {"p": p, "budgets": len(tested)}
+    if p >= 0.01:
+        return Finding(
+            "cubic term", "fine", f"A cubic term in log N is not significant (F test, p = {p:.2g}).", numbers
+        )
+    text = f"IsoFLOP curves are skewed: a cubic term in log N is significant (F test over {len(tested)} budgets, p = "
+    text += f"{p:.1g}), so a parabola's minimum depends on the sizes beside it. Fewer sizes (--config.nearest, "
+    text += "--config.within) or an Akima spline (--config.curve=akima) do not."
+    return Finding("cubic term", "warning", text, numbers)
+
+
+def minima_under_law(
+    fitted: Fit, groups: Int[np.ndarray, " R"], *, draws: int = 200, seed: int = 42, **options: Any
+) -> Float[np.ndarray, " B"]:
+    """Simulate the exponents that approach 2 would give at these sizes if the fitted law were true.
+
+    Losses are the law's with normal noise of the residuals' scale, which a wrong law widens. Curves that are no
+    parabola bias approach 2 in the same way here, so what it really gave can be compared.
+
+    Args:
+      fitted: the law.
+      groups: budget of every row.
+      draws: number of simulated tables.
+      seed: of the noise.
+      **options: of `scaling.isoflop.minimum`.
+    """
+    stream = np.random.RandomState(seed)
+    mean = np.log(fitted.rows["loss"]) + fitted.residuals
+    found = []
+    for _ in range(draws):
+        losses = np.exp(mean + fitted.scale * stream.standard_normal(len(mean)))
+        try:
+            found.append(approach_2(Rows({**fitted.rows.columns, "loss": losses}), groups, **options)[0].exponent)
+        except ValueError:
+            continue
+    return np.array(found)
+
+
+def disagreement(
+    found: Mapping[str, tuple[float, float, float]],
+    paired: Mapping[tuple[str, str], Sequence[float] | None] | None = None,
+    under_law: Mapping[str, tuple[float, float, float]] | None = None,
+) -> Finding:
+    """Compare exponents of N* from several approaches.
+
+    Two disagree where the interval of their difference leaves out 0: that of paired draws, or, where there are none,
+    as if they were independent (they share their rows, so that it is wide).
+
+    Args:
+      found: value, lower and upper end by approach.
+      paired: interval of the difference of two approaches, from the same resamples.
+      under_law: for approach 2, the value, and the ends of the values it would have if the fitted law were true
+        (`minima_under_law`).
+
+    Example:
+      >>> from scaling.doctor import disagreement
+      >>> disagreement({"approach 2": (0.43, 0.41, 0.45), "approach 3": (0.345, 0.33, 0.36)}).verdict
+      'warning'
+    """
+    names, apart, texts = list(found), [], []
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            (a, *first), (b, *second) = found[one], found[other]
+            ends = (first[1] - a, b - second[0]) if a < b else (a - first[0], second[1] - b)
+            between = (paired or {}).get((one, other))
+            if (between[0] > 0 or between[1] < 0) if between else abs(a - b) > np.hypot(*ends):
+                apart.append(f"{one} (C^{a:.3f}) and {other} (C^{b:.3f})")
+    if apart:
+        texts.append(f"{'; '.join(apart)} are further apart than their intervals allow")
+    for name, (value, low, high) in (under_law or {}).items():
+        if not low <= value <= high:
+            texts.append(
+                f"{name} would give C^{low:.3f} to C^{high:.3f} if the fitted law were true, not C^{value:.3f}"
+            )
+    numbers = {"approaches": len(names), "disagreements": len(texts)}
+    if not texts:
+        text = f"The exponents of N* by {len(names)} approaches agree within their intervals."
+        return Finding("approaches disagree", "fine", text, numbers)
+    text = f"Exponents of N* do not fit together: {'; '.join(texts)}. At least one assumption is wrong: the law "
+    text += "(approach 3), the parabola (2), or that the size of the lowest curve is the best (1)."
+    return Finding("approaches disagree", "warning", text, numbers)
 
 
 def extrapolation(fitted: Fit, budget: float, limit: float = 10.0) -> Finding:
@@ -277,7 +507,7 @@ def edges(fitted: Fit) -> Finding:
 
 
 def examine(
-    fitted: Fit, budget: float, boot: Bootstrap | None = None, *, all_rows: Rows | None = None
+    fitted: Fit, budget: float, boot: Bootstrap | None = None, *, all_rows: Rows | None = None, at: At = None
 ) -> list[Finding]:
     """Run all diagnostics of a fit.
 
@@ -286,6 +516,7 @@ def examine(
       budget: the target, FLOPs.
       boot: of the fit, for standard errors.
       all_rows: the rows before any were left out.
+      at: values at which the law's further columns are held.
 
     Example:
       >>> import scaling
@@ -302,10 +533,12 @@ def examine(
         reduction(fitted),
         tolerance(fitted),
         edges(fitted),
+        near_optima(fitted, budget, at),
         conditioning(fitted),
-        rounding(fitted, budget),
-        outliers(fitted, boot, budget),
-        *([dropped(fitted, all_rows, budget)] if all_rows is not None else []),
+        *([lost_fits(boot)] if boot is not None else []),
+        rounding(fitted, budget, at),
+        outliers(fitted, boot, budget, at=at),
+        *([dropped(fitted, all_rows, budget, at)] if all_rows is not None else []),
         extrapolation(fitted, budget),
     ]
 
@@ -365,6 +598,7 @@ def examine_minima(
     largest = max(m.budget for m in minima if not m.refused)
     return [
         edge_minima(minima),
+        cubic_term(minima),
         scatter(minima),
         straightness(law),
         lost_resamples(draws),

@@ -118,16 +118,41 @@ def chinchilla_optimum(parameters: Mapping[str, float | np.ndarray], budgets: Se
     """
     a, b, e, alpha, beta = (np.atleast_1d(parameters[name]) for name in ("A", "B", "E", "alpha", "beta"))
     product = np.asarray(budgets, float)[:, None] / PER_PARAMETER_AND_TOKEN
-    # In logarithms: resampled coefficients span many orders of magnitude.
-    params = np.exp((np.log(alpha * a / (beta * b)) + beta * np.log(product)) / (alpha + beta))
-    tokens = product / params
-    return Optimum(params, tokens, e + a / params**alpha + b / tokens**beta)
+    # In logarithms: resampled coefficients span many orders of magnitude, and some are 0: no inner optimum.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        balance = np.log(alpha) + np.log(a) - np.log(beta) - np.log(b)
+        params = np.exp((balance + beta * np.log(product)) / (alpha + beta))
+        params = np.where(np.isfinite(params) & (params > 0), params, np.nan)
+        tokens = product / params
+        return Optimum(params, tokens, e + a / params**alpha + b / tokens**beta)
 
 
 def exponents(parameters: Mapping[str, float | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Compute the exponents (a, b) of N* ~ C^a and D* ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""
     alpha, beta = np.asarray(parameters["alpha"]), np.asarray(parameters["beta"])
     return np.asarray(beta / (alpha + beta)), np.asarray(alpha / (alpha + beta))
+
+
+def growth(
+    law: Law,
+    theta_PS: Float[np.ndarray, "P S"],
+    budgets: tuple[float, float],
+    *,
+    at: Mapping[str, float] | None = None,
+) -> Float[np.ndarray, " S"]:
+    """Compute the slope of log N* over log C between two budgets, with other columns held at `at`.
+
+    For Chinchilla's law that is beta / (alpha + beta); a law with further columns has no such formula in general.
+
+    Example:
+      >>> import scaling
+      >>> law = scaling.find_law("chinchilla")
+      >>> theta = law.raw({"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28})
+      >>> scaling.growth(law, theta[:, None], (1e20, 1e24)).round(4).tolist()
+      [0.4516]
+    """
+    sizes = np.log(compute_optimal(law, theta_PS, budgets, at=at).params)
+    return (sizes[1] - sizes[0]) / np.log(budgets[1] / budgets[0])
 
 
 def off_optimum(

@@ -30,6 +30,7 @@ class FitConfig:
       polish_steps: most steps of the second.
       tol: relative predicted decrease of the objective at which a fit has converged.
       keep: most distinct end points that are polished.
+      starts: most starts, evenly chosen from the law's grid; 0 for all.
 
     Example:
       >>> import scaling
@@ -43,6 +44,7 @@ class FitConfig:
     polish_steps: int = 200
     tol: float = 1e-11
     keep: int = 32
+    starts: int = 0
 
     def __post_init__(self):
         if not self.delta > 0:
@@ -260,6 +262,8 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
     config = config or FitConfig()
     check_count(rows, law)
     start_PS = law.starts() if starts is None else np.asarray(starts, float)
+    if starts is None and config.starts:
+        start_PS = start_PS[:, :: -(-start_PS.shape[1] // config.starts)]
     problem = make_problem(rows, law, thresholds(config)[0])
     one = np.ones((len(rows), 1))
     ended = solve(

@@ -1,24 +1,24 @@
-"""Fit a scaling law: `tessera fit --config=chinchilla_fit --config.runs=RUNS.csv`."""
+"""Fit a scaling law: `tessera fit --config.runs=RUNS.csv`."""
 
 from rich.console import Console
 from rich.table import Table
 
-from scaling.tables import read_csv
 from tessera.cli.main import Invocation
 from tessera.infra.config import build
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
-from tessera.sweeps.fit_report import ScalingConfig, fit_page, fit_runs, span, summary
+from tessera.sweeps.fit_page import fit_page, span, summary
+from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs
 
 SCHEMA = Schema(ScalingConfig)
-ERRORS = (ValueError, FileNotFoundError, WorkdirMismatch)
+ERRORS = (ValueError, FileNotFoundError, ImportError, WorkdirMismatch)
 
 
 def main(invocation: Invocation) -> None:
     """Config -> rows -> fit -> fit.json, report."""
     config = build(ScalingConfig, invocation.config)
-    rows = read_csv(config.runs)
+    rows = load_runs(config)
     workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
     fitted = fit_runs(workdir, rows, config)
     result, console = fitted.result, Console()

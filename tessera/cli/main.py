@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
         "analyze",
     ),
     "study": Command("tessera.cli.study", "study", "Experiments on tickets.", "study_instability"),
-    "fit": Command("tessera.cli.fit", "fit_scaling", "Fit a scaling law to a table of runs.", "chinchilla_fit"),
+    "fit": Command("tessera.cli.fit", "fit_scaling", "Fit a scaling law to a table of runs.", "fit"),
     "sweep": Command(
         "tessera.cli.sweep",
         "sweep",

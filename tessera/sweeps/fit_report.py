@@ -1,30 +1,39 @@
 """Fit runs by one of the three approaches of Hoffmann et al. 2022, and write the result: `fit.json` and the report."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from scaling import doctor, isoflop
-from scaling.fitting.bootstrap import Bootstrap, bootstrap, resamples
+from scaling.fitting.bootstrap import Bootstrap, bootstrap, refit, resamples
 from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval
+from scaling.laws import Law, restrict, tie
 from scaling.optimum import Optimum, chinchilla_optimum, compute_optimal, inference_optimum, off_optimum
 from scaling.planner import suggest
+from scaling.plausible import examine_rows
 from scaling.published import CHINCHILLA, find_law
 from scaling.rows import PER_PARAMETER_AND_TOKEN, RowError, Rows, make_rows
+from scaling.tables import read_rows
 from tessera.infra.logger import write_text
 from tessera.reports import scaling as figures
-from tessera.reports.html import Section, Table, config_section, paragraphs, table_of, write_report
-from tessera.reports.style import pick, short
+from tessera.reports.html import Section, Table, table_of
+from tessera.reports.style import pick
+from tessera.sweeps.fit_page import FitPage
 
 # Digitized or rounded sizes of one model differ by less than this; neighboring models by more.
 SAME_SIZE = 0.02
+# Multiples of the best size whose cost is told.
+OTHER_SIZES = (0.25, 0.5, 2.0, 4.0)
+# Of the approaches that are only compared with.
+COMPARED_RESAMPLES, COMPARED_STARTS = 300, 500
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,11 @@ class ScalingConfig:
     """What to fit.
 
     Attributes:
-      runs: the CSV of runs.
-      law: name of the law, for approach 3.
+      runs: the table of runs: CSV (or with tabs or semicolons), JSON lines or Parquet.
+      columns: the file's name of a column by ours, such as params: parameter_count.
+      law: name of a published law, or FILE.py:NAME for a `scaling.Law` of your own; for approach 3.
+      hold: values at which parameters of the law are held, by name.
+      tie: parameters of the law that are tied to another, such as beta: alpha.
       approach: 1 envelope, 2 IsoFLOP minima, 3 parametric.
       drop_highest: rows with the highest losses that are left out.
       fit: of approach 3.
@@ -41,15 +53,23 @@ class ScalingConfig:
       cluster: column whose values are resampled as wholes; "" for single rows.
       level: of the intervals.
       seed: of the resamples.
-      budgets: FLOPs to plan for.
-      isoflops: the budgets the runs were made at; empty: found from gaps in their FLOPs.
+      budgets: FLOPs to plan for; empty: see beyond.
+      beyond: budgets to plan for, as multiples of the largest run's FLOPs, where `budgets` is empty.
+      isoflops: the budgets the runs were made at; empty: found from a column `budget` or from gaps in their FLOPs.
       curve: of approach 2.
+      nearest: sizes of a budget that approach 2 uses, those nearest to the lowest loss; 0 for all.
+      within: largest ratio of a size that approach 2 uses to that of the lowest loss; 0 for all.
+      at: values of the law's further columns at which optima are computed, by name; their medians where not given.
+      vocabulary: number of tokens, to find losses that no model has; 0 if it is not known.
       inference_tokens: tokens that will be served; for each, the model that reaches the first budget's loss with the
         fewest FLOPs of training and serving together (approach 3).
     """
 
     runs: str
+    columns: tuple[tuple[str, str], ...] = ()
     law: str = "chinchilla"
+    hold: tuple[tuple[str, float], ...] = ()
+    tie: tuple[tuple[str, str], ...] = ()
     approach: Literal[1, 2, 3] = 3
     drop_highest: int = 0
     fit: FitConfig = FitConfig()
@@ -58,36 +78,79 @@ class ScalingConfig:
     level: float = 0.95
     seed: int = 42
     budgets: tuple[float, ...] = ()
+    beyond: tuple[float, ...] = (1.0, 10.0, 100.0)
     isoflops: tuple[float, ...] = ()
     curve: Literal["parabola", "akima"] = "parabola"
+    nearest: int = 0
+    within: float = 0.0
+    at: tuple[tuple[str, float], ...] = ()
+    vocabulary: int = 0
     inference_tokens: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not self.runs:
-            raise ValueError("runs is empty: give a CSV of runs with --config.runs=FILE")
-        if not self.budgets or min(self.budgets) <= 0:
-            raise ValueError(f"budgets {self.budgets}: at least one positive number of FLOPs is needed")
+            raise ValueError("runs is empty: give a table of runs with --config.runs=FILE")
+        for name in ("budgets", "beyond", "isoflops"):
+            if min(getattr(self, name), default=1.0) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: positive numbers are wanted")
+        if not (self.budgets or self.beyond):
+            raise ValueError("budgets and beyond are empty: at least one budget to plan for is needed")
         if not 0 < self.level < 1:
             raise ValueError(f"level {self.level} must be between 0 and 1")
+        if self.nearest and self.nearest < 4:
+            raise ValueError(f"nearest {self.nearest}: a parabola needs at least 4 sizes; 0 uses all")
+        if self.within and self.within <= 1:
+            raise ValueError(f"within {self.within}: a ratio of sizes above 1; 0 uses all")
         if self.inference_tokens and min(self.inference_tokens) < 0:
             raise ValueError(f"inference_tokens {self.inference_tokens}: counts of tokens cannot be negative")
 
 
-class FitPage(NamedTuple):
-    """A fit: its numbers, what to say before them, and the sections of its own approach."""
+def load_runs(config: ScalingConfig) -> Rows:
+    """Read the table of runs; errors as of `scaling.read_rows`."""
+    return read_rows(config.runs, dict(config.columns))
 
-    result: dict[str, Any]
-    lead: list[str]
-    own: list[Section]
+
+def law_of(config: ScalingConfig) -> Law:
+    """The law to fit, with what is tied and held.
+
+    Raises:
+      ValueError: no such law, file, or parameter.
+    """
+    file, colon, name = config.law.rpartition(":")
+    if colon and file.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("_own_laws", file)
+        if spec is None or spec.loader is None or not Path(file).is_file():
+            raise ValueError(f"law {config.law!r}: no file {file}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        law = getattr(module, name, None)
+        if not isinstance(law, Law):
+            there = [key for key, value in vars(module).items() if isinstance(value, Law)]
+            raise ValueError(
+                f"law {config.law!r}: {file} has no scaling.Law {name}; it has {', '.join(there) or 'none'}"
+            )
+    else:
+        law = find_law(config.law)
+    law = tie(law, **dict(config.tie)) if config.tie else law
+    return restrict(law, **dict(config.hold)) if config.hold else law
+
+
+def planned_for(rows: Rows, config: ScalingConfig) -> ScalingConfig:
+    """The settings with budgets to plan for: those given, or multiples of the largest run."""
+    largest = float(rows["flops"].max())
+    return config if config.budgets else replace(config, budgets=tuple(largest * times for times in config.beyond))
 
 
 def groups_of(rows: Rows, config: ScalingConfig) -> tuple[np.ndarray, list[float]]:
     """Budget number of every row (-1: none), and the budgets."""
     if config.isoflops:
         return isoflop.nearest_budgets(rows["flops"], config.isoflops), list(config.isoflops)
-    groups = isoflop.group_budgets(rows["flops"])
-    means = [float(np.exp(np.log(rows["flops"][groups == g]).mean())) for g in range(groups.max() + 1)]
-    return groups, means
+    return isoflop.find_budgets(rows)
+
+
+def curve_options(config: ScalingConfig, how: str = "") -> dict[str, Any]:
+    """Options of `scaling.isoflop.minimum`."""
+    return {"how": how or config.curve, "nearest": config.nearest, "within": config.within}
 
 
 def clusters_of(rows: Rows, config: ScalingConfig) -> np.ndarray | None:
@@ -104,40 +167,72 @@ def clusters_of(rows: Rows, config: ScalingConfig) -> np.ndarray | None:
 
 def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     """Approach 3: a parametric loss."""
-    clusters = clusters_of(rows, config)
-    fitted = fit(rows, find_law(config.law), config.fit)
-    boot = bootstrap(fitted, config.resamples, seed=config.seed, clusters=clusters) if config.resamples else None
-    law, at = fitted.law, medians(fitted)
-    own = []
+    config = planned_for(rows, config)
+    law, clusters = law_of(config), clusters_of(rows, config)
+    fitted = fit(rows, law, config.fit)
+    reason = doctor.undetermined(fitted)
+    # Resamples of rows that determine nothing wander along valleys.
+    drawn = config.resamples and not doctor.undetermined_rows(rows, law)
+    boot = bootstrap(fitted, config.resamples, seed=config.seed, clusters=clusters) if drawn else None
+    at = held_at(fitted, config)
+    result = describe_fit(fitted, boot, config, whole, reason)
+    own, (groups, budgets) = [], groups_of(rows, config)
     if {"log_params", "log_tokens"} <= set(law.features):
-        caption = (
-            "Runs within 25% of a budget and the fitted law at that budget. Every curve should pass through its points "
-            "and turn where they do."
-        )
-        curves = partial(figures.isoflop_figure, rows, *groups_of(rows, config), fitted=fitted, at=at)
-        surface = partial(figures.surface_figure, fitted, config.budgets, at=at)
-        own = [Section("IsoFLOP curves", curves, caption), Section("Loss surface", surface)]
+        if budgets and (groups >= 0).any():
+            caption = (
+                "Runs at one budget (dots) and the fitted law there (lines); diamonds are the law's minima. Every "
+                "curve should pass through its points and turn where they do."
+            )
+            curves = partial(figures.isoflop_figure, rows, groups, budgets, fitted=fitted, at=at)
+            own.append(Section("IsoFLOP curves", curves, caption + rows_outside(groups)))
+        if not reason:
+            own.append(Section("Loss surface", partial(figures.surface_figure, fitted, config.budgets, at=at)))
     own.append(Section("Residuals", partial(figures.residual_figure, fitted)))
     if boot is not None and len(law.parameters) > 1:
         target = max(config.budgets)
         names = ("alpha", "beta") if {"alpha", "beta"} <= set(law.parameters) else law.parameters[:2]
-        sizes = np.log(optima(fitted, converged_draws(fitted, boot), (target,)).params[0])
-        own.append(
-            Section("Bootstrap", partial(figures.bootstrap_figure, fitted, boot, (names[0], names[1]), sizes, target))
-        )
-    return FitPage(describe_fit(fitted, boot, config, whole), [], own)
+        draws = np.full(1, np.nan) if reason else optima(fitted, converged_draws(fitted, boot), (target,), at).params[0]
+        picture = partial(figures.bootstrap_figure, fitted, boot, (names[0], names[1]), np.log(draws), target)
+        own.append(Section("Bootstrap", picture))
+    return FitPage(result, [], own)
 
 
 def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
-    """Approach 2: a power law through the minima of IsoFLOP curves."""
+    """Approach 2: a power law through the minima of IsoFLOP curves.
+
+    Raises:
+      ValueError: fewer than two budgets have a minimum.
+    """
+    config = planned_for(rows, config)
     groups, budgets = groups_of(rows, config)
-    law, found = isoflop.approach_2(rows, groups, how=config.curve)
+    options = curve_options(config)
+    try:
+        law, found = isoflop.approach_2(rows, groups, **options)
+    except ValueError as error:
+        out = int((groups < 0).sum())
+        where = "were given" if config.isoflops else f"were found from the FLOPs of {len(rows)} rows, {out} at none"
+        raise ValueError(
+            f"{rows.source}: {error}. {len(budgets)} budgets {where}; name those the runs were made at with "
+            "--config.isoflops=(6e18, 1e19, ...)"
+        ) from error
     draws = np.zeros((2, 0))
     if config.resamples:
         counts = min(config.resamples, 1000), len(rows)
         drawn = resamples(*counts, seed=config.seed, clusters=clusters_of(rows, config))
-        draws = isoflop.bootstrap_exponent(rows, groups, drawn, how=config.curve)
-    findings = doctor.examine_minima(law, found, draws, max(config.budgets))
+        draws = isoflop.bootstrap_exponent(rows, groups, drawn, **options)
+    moved = ""
+    if len(whole) > len(rows):
+        try:
+            every, _ = isoflop.approach_2(whole, groups_of(whole, config)[0], **options)
+            moved = f"the exponent of N* at {every.exponent:.3f} instead of {law.exponent:.3f}"
+        except ValueError:
+            moved = "no power law"
+    findings = [
+        *examine_rows(whole, config.vocabulary),
+        doctor.outside_budgets(groups, rows),
+        doctor.left_out(rows, whole, moved),
+        *doctor.examine_minima(law, found, draws, max(config.budgets)),
+    ]
     result = describe_powers(law, draws, config, len(rows), findings)
     result |= {"approach": 2, "rows": len(rows), "minima": [m._asdict() for m in found]}
     columns = {"budget (FLOPs)": "budget", "runs": "runs", "N*": "params"} | {
@@ -146,22 +241,51 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     table = table_of(result["minima"], columns | {"verdict": lambda row: row["refused"] or "used"})
     refused = sum(bool(m.refused) for m in found)
     lead = f"Approach 2 ({config.curve}): {law.points} of {len(found)} budgets have a minimum; {refused} are refused."
+    caption = "Runs (dots), their parabolas (lines, dotted where refused) and minima (diamonds)." + rows_outside(groups)
+    pictures = [partial(figures.powers_figure, law, found)]
     own = [
-        Section("IsoFLOP curves", partial(figures.isoflop_figure, rows, groups, budgets, minima=found)),
-        Section("Minima", [partial(figures.powers_figure, law, found), table]),
+        Section("IsoFLOP curves", partial(figures.isoflop_figure, rows, groups, budgets, minima=found), caption),
+        Section("Minima", [*pictures, table]),
     ]
     return FitPage(result, [lead], own)
 
 
-def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
-    """Approach 1: the envelope of training curves; without a column `run`, runs of one size are read as one curve."""
+def rows_outside(groups: np.ndarray) -> str:
+    """A sentence for a caption where rows are at no budget."""
+    out = int((groups < 0).sum())
+    return f" {out} of {len(groups)} rows are at none of the budgets and not shown." if out else ""
+
+
+def training_curves(rows: Rows) -> tuple[isoflop.Curves, bool]:
+    """Curves by a column `run`, else rows of one size as one curve; and whether there is such a column."""
     named = "run" in rows.columns
     labels = rows["run"] if named else isoflop.group_budgets(rows["params"], gap=SAME_SIZE)
-    curves = isoflop.training_curves(rows, labels)
+    return isoflop.training_curves(rows, labels), named
+
+
+def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
+    """Approach 1: the envelope of training curves; without a column `run`, runs of one size are read as one curve.
+
+    Raises:
+      ValueError: the envelope has fewer than two sizes.
+    """
+    config = planned_for(rows, config)
+    curves, named = training_curves(rows)
     law, envelope = isoflop.envelope(curves)
     draws = isoflop.bootstrap_envelope(curves, min(config.resamples, 1000), seed=config.seed)
     runs = len(curves.params)
-    findings = doctor.examine_envelope(envelope, curves, draws, max(config.budgets), named=named)
+    moved = ""
+    if len(whole) > len(rows):
+        try:
+            every = isoflop.envelope(training_curves(whole)[0])[0]
+            moved = f"the exponent of N* at {every.exponent:.3f} instead of {law.exponent:.3f}"
+        except ValueError:
+            moved = "no power law"
+    findings = [
+        *examine_rows(whole, config.vocabulary),
+        doctor.left_out(rows, whole, moved),
+        *doctor.examine_envelope(envelope, curves, draws, max(config.budgets), named=named),
+    ]
     result = describe_powers(law, draws, config, runs, findings) | {"approach": 1, "rows": len(rows)}
     table = Table(("FLOPs", "parameters of the lowest curve", "loss"), pick(envelope.tolist(), 20))
     lead = f"Approach 1: {runs} training curves, the lowest of them at {len(envelope)} FLOP counts."
@@ -169,21 +293,96 @@ def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     return FitPage(result, [lead], own)
 
 
+def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]) -> None:
+    """Add the exponents of N* by all approaches to a result, and the finding where they disagree.
+
+    Approaches 2 and 3 get the same resamples, so that the interval of their difference is that of paired draws.
+    """
+    config = planned_for(rows, config)
+    count, (groups, _) = min(config.resamples, COMPARED_RESAMPLES), groups_of(rows, config)
+    drawn = resamples(max(count, 1), len(rows), seed=config.seed, clusters=clusters_of(rows, config))[:, :count]
+    law, fitted, reason = law_of(config), None, ""
+    if {"log_params", "log_tokens"} <= set(law.features) and len(rows) >= len(law.parameters):
+        few = min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS)
+        fitted = fit(rows, law, replace(config.fit, starts=few))
+        reason = doctor.undetermined(fitted)
+
+    def minima(how: str) -> tuple[float, np.ndarray]:
+        options = curve_options(config, how)
+        found, _ = isoflop.approach_2(rows, groups, **options)
+        return found.exponent, isoflop.bootstrap_exponent(rows, groups, drawn, **options)[0]
+
+    def envelope() -> tuple[float, np.ndarray]:
+        curves, _ = training_curves(rows)
+        return isoflop.envelope(curves)[0].exponent, isoflop.bootstrap_envelope(curves, count, seed=config.seed)[0]
+
+    def parametric() -> tuple[float, np.ndarray]:
+        if fitted is None or reason:
+            raise ValueError(f"undetermined: {reason}" if reason else f"{law.name} has no N* here")
+        slopes = growth_of(fitted, fitted.theta[:, None], config)
+        if not count:
+            return float(slopes[0]), np.zeros(0)
+        boot = refit(fitted, drawn)
+        return float(slopes[0]), np.where(boot.converged_B, growth_of(fitted, boot.theta_PB, config), np.nan)
+
+    own = {1: "1, envelope", 2: f"2, {config.curve}", 3: f"3, {config.law}"}[result["approach"]]
+    ways = {"1, envelope": envelope, **{f"2, {how}": partial(minima, how) for how in ("parabola", "akima")}}
+    ways[f"3, {config.law}"] = parametric
+    table, draws = [], {}
+    for name, way in ways.items():
+        try:
+            value, draws[name] = way()
+        except ValueError as error:
+            table.append({"approach": name, "a": None, "interval": None, "refused": str(error).split(" (")[0]})
+            continue
+        interval = edges(draws[name], len(rows), 2, config.level, "normal")
+        if name == own and "exponents" in result:
+            value, interval = (result["exponents"]["a"].get(key) for key in ("value", "interval"))
+        refused = "" if np.isfinite(value) else "no best size"
+        table.append({"approach": name, "a": value, "interval": interval, "refused": refused})
+    result["approaches"] = table
+    found = {f"approach {row['approach']}": (row["a"], *row["interval"]) for row in table if row["interval"]}
+    paired = {
+        (f"approach {one}", f"approach {other}"): edges(draws[one] - draws[other], len(rows), 2, config.level, "normal")
+        for one in draws
+        for other in draws
+        if one < other and "1, envelope" not in (one, other)
+    }
+    under: dict[str, tuple[float, float, float]] = {}
+    for how in ("parabola", "akima") if fitted is not None and not reason and count else ():
+        value = next(row["a"] for row in table if row["approach"] == f"2, {how}")
+        options = curve_options(config, how)
+        simulated = [] if value is None else doctor.minima_under_law(fitted, groups, draws=count, **options)
+        if len(simulated) > 0.5 * count:
+            tail = 50 * (1 - config.level)
+            under[f"approach 2, {how}"] = (value, *np.percentile(simulated, [tail, 100 - tail]).tolist())
+    result["doctor"].append(doctor.disagreement(found, paired, under)._asdict())
+
+
 def by_name(fitted: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
     """Natural parameters by name."""
     return dict(zip(fitted.law.parameters, fitted.law.natural(theta), strict=True))
 
 
-def optima(fitted: Fit, theta_PS: np.ndarray, budgets: tuple[float, ...]) -> Optimum:
-    """N*, D* and loss at budgets; in closed form for Chinchilla's law, further columns at their medians."""
+def optima(fitted: Fit, theta_PS: np.ndarray, budgets: Sequence[float], at: Mapping[str, float]) -> Optimum:
+    """N*, D* and loss at budgets; in closed form for Chinchilla's law, further columns held at `at`."""
     if fitted.law is CHINCHILLA:
         return chinchilla_optimum(by_name(fitted, theta_PS), budgets)
-    return compute_optimal(fitted.law, theta_PS, budgets, at=medians(fitted))
+    return compute_optimal(fitted.law, theta_PS, budgets, at=at)
 
 
-def medians(fitted: Fit) -> dict[str, float]:
-    """The median of every further column the law reads."""
-    return {name: float(np.median(values)) for name, values in doctor.others(fitted).items()}
+def held_at(fitted: Fit, config: ScalingConfig) -> dict[str, float]:
+    """Values of the law's further columns at which optima are computed: `config.at`, else their medians.
+
+    Raises:
+      ValueError: `config.at` names a column that the law does not have.
+    """
+    found = {name: float(np.median(values)) for name, values in doctor.others(fitted).items()}
+    unknown = sorted(set(dict(config.at)) - set(found))
+    if unknown:
+        columns = f"its further columns are {', '.join(found)}" if found else "it has no further column"
+        raise ValueError(f"config.at names {unknown[0]!r}, which {fitted.law.name} does not use here; {columns}")
+    return found | dict(config.at)
 
 
 def converged_draws(fitted: Fit, boot: Bootstrap) -> np.ndarray:
@@ -204,9 +403,27 @@ def edges(
     return [float(edge) for edge in bootstrap_interval(finite, units, parameters, level, objective, estimate=estimate)]
 
 
-def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, whole: Rows) -> dict[str, Any]:
-    """Everything `fit.json` holds for approach 3; `whole` are the rows before any were left out."""
-    law, here, target = fitted.law, fitted.parameters, max(config.budgets)
+def growth_of(fitted: Fit, theta_PS: np.ndarray, config: ScalingConfig) -> np.ndarray:
+    """The slope of log N* over log C between the first and the last budget."""
+    ends = min(config.budgets), max(config.budgets)
+    ends = ends if ends[0] < ends[1] else (ends[0] / 10, ends[1])
+    sizes = np.log(optima(fitted, theta_PS, ends, held_at(fitted, config)).params)
+    return (sizes[1] - sizes[0]) / np.log(ends[1] / ends[0])
+
+
+def describe_fit(
+    fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, whole: Rows, reason: str = ""
+) -> dict[str, Any]:
+    """Everything `fit.json` holds for approach 3.
+
+    Args:
+      fitted: the fit.
+      boot: its bootstrap.
+      config: the settings, budgets included.
+      whole: the rows before any were left out.
+      reason: why no optimum is determined; see `scaling.undetermined`.
+    """
+    law, here, target, at = fitted.law, fitted.parameters, max(config.budgets), held_at(fitted, config)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
 
     def pair(draws: np.ndarray, estimate: float) -> list[float] | None:
@@ -215,8 +432,18 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
     natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
     values: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
     for name, draws in natural.items():
-        values[name] |= {"interval": pair(draws, values[name]["value"]), "se": float(np.std(draws, ddof=1))}
+        values[name] |= {"interval": pair(draws, values[name]["value"]), "se": spread_of(draws)}
+        if name in law.positive:
+            with np.errstate(divide="ignore"):
+                values[name]["log_se"] = spread_of(np.log(draws))
     intervals = "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
+    groups = groups_of(fitted.rows, config)[0]
+    sized = {"log_params", "log_tokens"} <= set(law.features)
+    findings = [
+        *examine_rows(whole, config.vocabulary),
+        *([doctor.outside_budgets(groups, fitted.rows)] if sized and groups.max() >= 0 else []),
+        *doctor.examine(fitted, target, boot, all_rows=whole, at=at),
+    ]
     result: dict[str, Any] = {
         "approach": 3,
         "law": law.name,
@@ -224,39 +451,54 @@ def describe_fit(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, who
         "rows": len(fitted.rows),
         "objective": fitted.config.objective,
         **{name: getattr(fitted, name) for name in ("value", "converged", "log_likelihood", "scale")},
+        "undetermined": reason,
+        "held": at,
         "level": config.level,
         "intervals": intervals if boot is not None else "none",
         "parameters": values,
-        "budgets": planned(fitted, boot, config, pair),
-        "off_optimum": off_optimum(law, fitted.theta, config.budgets[0], (0.25, 0.5, 2.0, 4.0), at=medians(fitted)),
-        "inference": serving(fitted, config),
-        "next_runs": suggest(fitted, target),
-        "doctor": [f._asdict() for f in doctor.examine(fitted, target, boot, all_rows=whole)],
+        "budgets": planned(fitted, boot, config, pair, reason),
+        "off_optimum": [] if reason else off_optimum(law, fitted.theta, config.budgets[0], OTHER_SIZES, at=at),
+        "inference": [] if reason else serving(fitted, config),
+        "next_runs": [] if reason else suggest(fitted, target),
+        "doctor": [f._asdict() for f in findings],
     }
-    if {"alpha", "beta"} <= set(law.parameters):
-        result["exponents"] = {}
-        for name, top, rest in (("a", "beta", "alpha"), ("b", "alpha", "beta")):
-            value = here[top] / (here[top] + here[rest])
-            result["exponents"][name] = {"value": value}
-            if natural:
-                result["exponents"][name]["interval"] = pair(natural[top] / (natural[top] + natural[rest]), value)
+    if reason or not np.isfinite(result["budgets"][0]["params"]):
+        return result
+    slope = float(growth_of(fitted, fitted.theta[:, None], config)[0])
+    draws = growth_of(fitted, converged_draws(fitted, boot), config) if boot is not None else np.zeros(0)
+    result["exponents"] = {
+        name: {"value": value} | ({"interval": pair(drawn, value)} if boot is not None else {})
+        for name, value, drawn in (("a", slope, draws), ("b", 1 - slope, 1 - draws))
+    }
     return result
 
 
-def planned(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: Any) -> list[dict[str, Any]]:
+def spread_of(draws: np.ndarray) -> float:
+    """The standard deviation of the finite draws."""
+    finite = draws[np.isfinite(draws)]
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+
+
+def planned(
+    fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: Any, reason: str = ""
+) -> list[dict[str, Any]]:
     """N*, D*, their ratio and the loss at every asked budget, with intervals, and one new run's loss there."""
-    best = optima(fitted, fitted.theta[:, None], config.budgets)
-    drawn = optima(fitted, converged_draws(fitted, boot), config.budgets) if boot is not None else None
+    names = ("params", "tokens", "ratio", "loss")
+    if reason:
+        return [{"flops": budget} | dict.fromkeys(names, math.nan) for budget in config.budgets]
+    at = held_at(fitted, config)
+    best = optima(fitted, fitted.theta[:, None], config.budgets, at)
+    drawn = optima(fitted, converged_draws(fitted, boot), config.budgets, at) if boot is not None else None
     table = []
     for c, budget in enumerate(config.budgets):
         row: dict[str, Any] = {"flops": budget}
-        for name in ("params", "tokens", "ratio", "loss"):
+        for name in names:
             row[name] = float(getattr(best, name)[c, 0])
             if drawn is not None:
                 row[f"{name}_interval"] = pair(getattr(drawn, name)[c], row[name])
         if boot is not None and np.isfinite(row["params"]):
             columns = {"params": [row["params"]], "tokens": [row["tokens"]], "loss": [1.0]}
-            there = make_rows(columns | {name: [value] for name, value in medians(fitted).items()}, "the optimum")
+            there = make_rows(columns | {name: [value] for name, value in at.items()}, "the optimum")
             row["run_interval"] = prediction_interval(fitted, boot, there, level=config.level)[:, 0].tolist()
         table.append(row)
     return table
@@ -264,10 +506,11 @@ def planned(fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: An
 
 def serving(fitted: Fit, config: ScalingConfig) -> list[dict[str, float]]:
     """The cheapest model of the first budget's loss when tokens will be served, for every number of them."""
-    best = optima(fitted, fitted.theta[:, None], config.budgets[:1])
+    at = held_at(fitted, config)
+    best = optima(fitted, fitted.theta[:, None], config.budgets[:1], at)
     loss, params, table = float(best.loss[0, 0]), float(best.params[0, 0]), []
     for tokens in config.inference_tokens if np.isfinite(loss) else ():
-        found = inference_optimum(fitted.law, fitted.theta, loss, tokens, at=medians(fitted))
+        found = inference_optimum(fitted.law, fitted.theta, loss, tokens, at=at)
         total = found.training_flops + found.inference_flops
         saved = 1 - total / (config.budgets[0] + 2 * params * tokens)
         table.append({"inference_tokens": tokens, "loss": loss, "saved": saved, **found._asdict()})
@@ -299,92 +542,6 @@ def describe_powers(
     return {"exponents": exponents, "budgets": table, "level": config.level, "doctor": found}
 
 
-def span(pair: list[float] | None) -> str:
-    """An interval in words; "not measured" without one."""
-    return f"{pair[0]:.4g} to {pair[1]:.4g}" if pair else "not measured"
-
-
-def summary(result: Mapping[str, Any]) -> list[str]:
-    """The fit and what follows from it, in sentences."""
-    texts = []
-    if result["approach"] == 3:
-        values = ", ".join(f"{name} = {found['value']:.5g}" for name, found in result["parameters"].items())
-        state = "converged" if result["converged"] else "did not converge"
-        texts.append(f"{result['formula']}, fitted to {result['rows']} runs: {values}. The fit {state}.")
-    if "exponents" in result:
-        a, b = result["exponents"]["a"], result["exponents"]["b"]
-        texts.append(
-            f"Optimal parameters grow as C^{a['value']:.3f} ({result['level']:.0%} interval "
-            f"{span(a.get('interval'))}), optimal tokens as C^{b['value']:.3f}."
-        )
-    for row in result["budgets"]:
-        at = f"At {short(row['flops'])} FLOPs"
-        if not np.isfinite(row["params"]):
-            texts.append(f"{at} this law has no best size between one and all.")
-            continue
-        params, ratio = (span(row.get(f"{name}_interval")) for name in ("params", "ratio"))
-        texts.append(
-            f"{at}: {row['params']:.3g} parameters ({params}), {row['tokens']:.3g} tokens, {row['ratio']:.3g} per "
-            f"parameter ({ratio})."
-        )
-    warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
-    if warnings:
-        texts.append(f"The doctor warns of: {', '.join(warnings)}.")
-    return texts
-
-
-def number_sections(result: Mapping[str, Any]) -> list[Section]:
-    """The law's parameters, the sizes to train at each budget, the next run to buy, the doctor's findings."""
-    sections = []
-    if "parameters" in result:
-        found = [{"name": name} | values for name, values in result["parameters"].items()]
-        columns = {"parameter": "name", "value": "value", "standard error": "se"}
-        table = table_of(found, columns | {f"{result['level']:.0%} interval": lambda row: span(row.get("interval"))})
-        caption = (
-            f"Objective {result['value']:.8g}, a sum over rows; residuals of log loss have scale "
-            f"{result['scale']:.3g}. Intervals: {result['intervals']}."
-        )
-        sections.append(Section("Parameters", table, caption))
-    sections.append(optimum_section(result))
-    if result.get("next_runs"):
-        columns = {"FLOPs of the run": "flops", "parameters": "params", "tokens": "tokens"}
-        table = table_of(result["next_runs"], columns | {"error of log N* before": "before", "after": "after"})
-        caption = (
-            "For each cost the size that takes most off the standard error of log N* at "
-            f"{short(max(row['flops'] for row in result['budgets']))} FLOPs, at the noise of the residuals; the law is "
-            "assumed to hold."
-        )
-        sections.append(Section("The next run to buy", table, caption))
-    findings = table_of(result["doctor"], {"verdict": "verdict", "examined": "name", "finding": "text"})
-    return [*sections, Section("Doctor", findings)]
-
-
-def optimum_section(result: Mapping[str, Any]) -> Section:
-    """Compute-optimal sizes at each budget, the cost of other sizes, and the change when tokens will be served."""
-    columns: dict[str, Any] = {"FLOPs": "flops", "N*": "params", "interval of N*": "params_interval", "D*": "tokens"}
-    columns |= {"D* / N*": "ratio", "interval of D* / N*": "ratio_interval"}
-    caption = "FLOPs = 6 x parameters x tokens."
-    more = []
-    if result["approach"] == 3:
-        columns |= {"loss": "loss", "one run's loss": "run_interval"}
-        other = {"size over N*": "factor", "parameters": "params", "tokens": "tokens", "loss": "loss"}
-        more = [
-            table_of(result["off_optimum"], other | {"excess loss": "excess", "share of the budget wasted": "wasted"})
-        ]
-        caption += " The second table is for the first budget: what a model of another size costs."
-    if result.get("inference"):
-        served = {"tokens served": "inference_tokens", "parameters": "params", "tokens": "tokens"}
-        served |= {
-            "training FLOPs": "training_flops",
-            "serving FLOPs": "inference_flops",
-            "FLOPs saved over N*": "saved",
-        }
-        more.append(table_of(result["inference"], served))
-        caption += " The third: the model of the same loss that is cheapest to train and serve."
-    rows = [row | {k: span(row.get(k)) for k in columns.values() if "interval" in k} for row in result["budgets"]]
-    return Section("What to train", [table_of(rows, columns), *more], caption)
-
-
 def finite(value: Any) -> Any:
     """The same with NaN and infinities as None, which JSON can hold."""
     if isinstance(value, dict):
@@ -401,19 +558,15 @@ def write_numbers(workdir: Path, numbers: Mapping[str, Any]) -> None:
 
 
 def fit_runs(workdir: Path, rows: Rows, config: ScalingConfig) -> FitPage:
-    """Fit runs by `config.approach` and write `fit.json`; the page is another step, `fit_page`."""
-    run = {1: run_envelope, 2: run_isoflop, 3: run_parametric}[config.approach]
-    found = run(rows.without_highest_losses(config.drop_highest), config, rows)
-    write_numbers(workdir, found.result)
-    return found
-
-
-def fit_page(workdir: Path, found: FitPage, source: str) -> Path:
-    """Write the report of a fit to the rows of `source`; returns its path.
+    """Fit runs by `config.approach`, compare it with the others, and write `fit.json`; the page is another step.
 
     Raises:
-      MissingMatplotlib: matplotlib is not installed.
+      ValueError: the approach has no result for these rows.
+      RowError: a column that the law or the settings need is missing or wrong.
     """
-    lead = Section("", paragraphs(*found.lead, *summary(found.result)))
-    sections = [lead, *number_sections(found.result), *found.own, config_section(workdir)]
-    return write_report(workdir, f"Scaling law from {found.result['rows']} runs", sections, subtitle=source)
+    run = {1: run_envelope, 2: run_isoflop, 3: run_parametric}[config.approach]
+    used = rows.without_highest_losses(config.drop_highest)
+    found = run(used, config, rows)
+    compare_approaches(used, config, found.result)
+    write_numbers(workdir, found.result)
+    return found

@@ -18,15 +18,8 @@ from scaling.tables import read_csv
 from tessera.reports import scaling as figures
 from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
 from tessera.reports.style import short
-from tessera.sweeps.fit_report import (
-    FitPage,
-    ScalingConfig,
-    number_sections,
-    run_isoflop,
-    run_parametric,
-    span,
-    write_numbers,
-)
+from tessera.sweeps.fit_page import FitPage, number_sections, span
+from tessera.sweeps.fit_report import ScalingConfig, run_isoflop, run_parametric, write_numbers
 
 
 @dataclass(frozen=True)
@@ -205,12 +198,13 @@ def isoflop_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
 def parametric_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
     """Approach 3 on the sweep: numbers, sentences to begin with, and sections."""
     result, _, own = run_parametric(rows, settings_of(rows, config, path, cluster="run"), rows)
-    a = result["exponents"]["a"]
-    text = (
-        f"The parametric fit ({result['formula']}) gives C^{a['value']:.3f} ({config.level:.0%} interval "
-        f"{span(a.get('interval'))}, whole runs resampled) and "
-        f"{'converged' if result['converged'] else 'did not converge'}."
-    )
+    text = f"The parametric fit ({result['formula']}) {'converged' if result['converged'] else 'did not converge'}"
+    if "exponents" in result:
+        a = result["exponents"]["a"]
+        text += f" and gives C^{a['value']:.3f} ({config.level:.0%} interval {span(a.get('interval'))}, "
+        text += "whole runs resampled)."
+    else:
+        text += f"; its optimum is undetermined: {result['undetermined'] or 'no size is best'}."
     sections = [replace(s, title=f"Parametric fit: {s.title.lower()}") for s in [*number_sections(result), *own]]
     return FitPage(result, [text], sections)
 

@@ -38,7 +38,7 @@ SWEEP = (
     *("--config.plan.least_steps=10", "--config.plan.tokens_per_parameter=(0.1, 1e4)", "--config.plan.warmup=4"),
     *("--config.train.eval_tokens=4096", "--config.report.resamples=20"),
 )
-FIT = ("--config=configs/chinchilla_fit.py", "--config.drop_highest=0", "--config.resamples=10")
+FIT = ("--config=configs/fit.py", "--config.resamples=10")
 # Script, flags, and files that must be there at the end.
 CASES = {
     "find_ticket": (SEARCH, ("tickets.csv",)),

@@ -1,0 +1,94 @@
+"""Check columns of a table of runs for slips of unit and counting, before anything is fitted to them."""
+
+import numpy as np
+
+from scaling.doctor import Finding
+from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
+
+# No language model has a larger vocabulary: a uniform guess over it is the largest plausible loss.
+LARGEST_VOCABULARY = 300_000
+# A run of fewer parameters or tokens is an exercise; a table where most are is in another unit.
+LEAST_SIZE = 1e4
+
+
+def _finding(name: str, text: str, fine: str, **numbers: int | float) -> Finding:
+    return Finding(name, "warning" if text else "fine", text or fine, numbers)
+
+
+def counted_flops(rows: Rows) -> Finding:
+    """Compare the column flops with 6 x params x tokens."""
+    ratio = rows["flops"] / (PER_PARAMETER_AND_TOKEN * rows["params"] * rows["tokens"])
+    low, middle, high = (float(x) for x in np.percentile(ratio, [0, 50, 100]))
+    numbers = {"least": low, "median": middle, "largest": high}
+    if high - low < 1e-6 and abs(middle - 1) < 1e-6:
+        return Finding("counted FLOPs", "fine", "FLOPs are 6 x params x tokens.", numbers)
+    text = f"FLOPs over 6 x params x tokens lie between {low:.3g} and {high:.3g} (median {middle:.3g})"
+    if 0.5 < middle < 2 and high < 3 * low:
+        verdict = "note" if high > 1.1 or low < 0.9 else "fine"
+        text += "; optima are for C = 6 N D, so budgets as counted in the table lie off by that factor."
+        return Finding("counted FLOPs", verdict, text, numbers)
+    text += ": is one of them in another unit, or counted otherwise (no embeddings, forward pass only)?"
+    return Finding("counted FLOPs", "warning", text, numbers)
+
+
+def size_units(rows: Rows) -> Finding:
+    """Find params or tokens that look like millions or billions."""
+    texts, numbers = [], {}
+    for name in ("params", "tokens"):
+        middle = numbers[name] = float(np.median(rows[name]))
+        if middle < LEAST_SIZE:
+            unit = "billions" if name == "tokens" or middle < 10 else "millions"
+            texts.append(f"Half of the runs have {middle:.3g} {name} or fewer: are they in {unit}? Counts are wanted.")
+    return _finding("units of sizes", " ".join(texts), "Params and tokens look like counts.", **numbers)
+
+
+def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
+    """Find losses above ln(vocabulary): perplexities, bits, or runs that learned nothing.
+
+    Args:
+      rows: the runs.
+      vocabulary: number of tokens; 0 if it is not known.
+    """
+    most = float(np.log(vocabulary or LARGEST_VOCABULARY))
+    over = np.flatnonzero(rows["loss"] > most)
+    named = f"{vocabulary:,}" if vocabulary else f"any vocabulary (of {LARGEST_VOCABULARY:,}, say)"
+    numbers = {"above": len(over), "largest": float(rows["loss"].max()), "ln_vocabulary": most}
+    fine = f"All losses are under ln({vocabulary}) = {most:.2f}." if vocabulary else "Losses look like nats per token."
+    if not len(over):
+        return Finding("unit of loss", "fine", fine, numbers)
+    text = f"{len(over)} of {len(rows)} losses are above a uniform guess over {named}, ln = {most:.2f} nats"
+    if vocabulary and rows["loss"].max() <= np.log2(vocabulary):
+        text += ": bits? Multiply them by ln 2."
+    elif np.median(rows["loss"]) > most:
+        text += ": perplexities? Take their logarithm."
+    else:
+        text += f" ({rows.places(over)}): these runs have learned nothing, or diverged; leave them out."
+    return Finding("unit of loss", "warning", text, numbers)
+
+
+def doubled_rows(rows: Rows) -> Finding:
+    """Find rows that are there more than once: same sizes, same loss."""
+    keys = np.stack([rows[name] for name in ("params", "tokens", "loss")], 1)
+    first = np.unique(keys, axis=0, return_index=True)[1]
+    again = np.setdiff1d(np.arange(len(rows)), first)
+    text = (
+        f"{len(again)} of {len(rows)} rows have sizes and loss of an earlier one ({rows.places(again)}): a run that is "
+    )
+    text += "there twice makes intervals too narrow."
+    return _finding("doubled rows", text if len(again) else "", "No row is there twice.", rows=len(again))
+
+
+def examine_rows(rows: Rows, vocabulary: int = 0) -> list[Finding]:
+    """Run all checks of a table's columns.
+
+    Args:
+      rows: the runs.
+      vocabulary: number of tokens, for the largest plausible loss; 0 if it is not known.
+
+    Example:
+      >>> import scaling
+      >>> rows = scaling.make_rows({"params": [1e9, 2e9], "tokens": [20.0, 40.0], "loss": [3.0, 2.8]})
+      >>> [finding.name for finding in scaling.examine_rows(rows) if finding.verdict == "warning"]
+      ['units of sizes']
+    """
+    return [counted_flops(rows), size_units(rows), loss_unit(rows, vocabulary), doubled_rows(rows)]

@@ -1,0 +1,130 @@
+"""The page of a fit: its numbers in sentences and tables, the doctor's findings, the sections of its approach."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tessera.reports.html import Section, config_section, paragraphs, table_of, write_report
+from tessera.reports.style import short
+
+
+class FitPage(NamedTuple):
+    """A fit: its numbers, what to say before them, and the sections of its own approach."""
+
+    result: dict[str, Any]
+    lead: list[str]
+    own: list[Section]
+
+
+def span(pair: list[float] | None) -> str:
+    """An interval in words; "not measured" without one."""
+    return f"{pair[0]:.4g} to {pair[1]:.4g}" if pair else "not measured"
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """The fit and what follows from it, in sentences."""
+    texts = []
+    if result["approach"] == 3:
+        values = ", ".join(f"{name} = {found['value']:.5g}" for name, found in result["parameters"].items())
+        state = "converged" if result["converged"] else "did not converge"
+        texts.append(f"{result['formula']}, fitted to {result['rows']} runs: {values}. The fit {state}.")
+        if result["undetermined"]:
+            texts.append(
+                f"The optimum is undetermined: {result['undetermined']}. Parameters mean little by themselves."
+            )
+        elif result["held"]:
+            held = ", ".join(f"{name} = {value:.4g}" for name, value in result["held"].items())
+            texts.append(f"Optima are for {held} (--config.at.{next(iter(result['held']))}=VALUE for another).")
+    if "exponents" in result:
+        a, b = result["exponents"]["a"], result["exponents"]["b"]
+        texts.append(
+            f"Optimal parameters grow as C^{a['value']:.3f} ({result['level']:.0%} interval "
+            f"{span(a.get('interval'))}), optimal tokens as C^{b['value']:.3f}."
+        )
+    for row in result["budgets"]:
+        at = f"At {short(row['flops'])} FLOPs"
+        if result.get("undetermined"):
+            continue
+        if not np.isfinite(row["params"]):
+            texts.append(f"{at} this law has no best size between one and all.")
+            continue
+        params, ratio = (span(row.get(f"{name}_interval")) for name in ("params", "ratio"))
+        texts.append(
+            f"{at}: {row['params']:.3g} parameters ({params}), {row['tokens']:.3g} tokens, {row['ratio']:.3g} per "
+            f"parameter ({ratio})."
+        )
+    warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
+    if warnings:
+        texts.append(f"The doctor warns of: {', '.join(warnings)}.")
+    return texts
+
+
+def number_sections(result: Mapping[str, Any]) -> list[Section]:
+    """The law's parameters, the sizes to train at each budget, the next run to buy, the doctor's findings."""
+    sections = []
+    if "parameters" in result:
+        found = [{"name": name} | values for name, values in result["parameters"].items()]
+        columns = {"parameter": "name", "value": "value", "standard error": "se", "of its logarithm": "log_se"}
+        table = table_of(found, columns | {f"{result['level']:.0%} interval": lambda row: span(row.get("interval"))})
+        caption = (
+            f"Objective {result['value']:.8g}, a sum over rows; residuals of log loss have scale "
+            f"{result['scale']:.3g}. Intervals: {result['intervals']}."
+        )
+        sections.append(Section("Parameters", table, caption))
+    if not result.get("undetermined"):
+        sections.append(optimum_section(result))
+    if "approaches" in result:
+        columns = {"approach": "approach", "N* grows as C^": "a"}
+        columns |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "": "refused"}
+        caption = "The same rows by all approaches. Where intervals do not fit together, the doctor says so."
+        sections.append(Section("All approaches", table_of(result["approaches"], columns), caption))
+    if result.get("next_runs"):
+        columns = {"FLOPs of the run": "flops", "parameters": "params", "tokens": "tokens"}
+        table = table_of(result["next_runs"], columns | {"error of log N* before": "before", "after": "after"})
+        caption = (
+            "For each cost the size that takes most off the standard error of log N* at "
+            f"{short(max(row['flops'] for row in result['budgets']))} FLOPs, at the noise of the residuals; the law is "
+            "assumed to hold."
+        )
+        sections.append(Section("The next run to buy", table, caption))
+    findings = table_of(result["doctor"], {"verdict": "verdict", "examined": "name", "finding": "text"})
+    return [*sections, Section("Doctor", findings)]
+
+
+def optimum_section(result: Mapping[str, Any]) -> Section:
+    """Compute-optimal sizes at each budget, the cost of other sizes, and the change when tokens will be served."""
+    columns: dict[str, Any] = {"FLOPs": "flops", "N*": "params", "interval of N*": "params_interval", "D*": "tokens"}
+    columns |= {"D* / N*": "ratio", "interval of D* / N*": "ratio_interval"}
+    caption = "FLOPs = 6 x parameters x tokens."
+    more = []
+    if result["approach"] == 3:
+        columns |= {"loss": "loss", "one run's loss": "run_interval"}
+        other = {"size over N*": "factor", "parameters": "params", "tokens": "tokens", "loss": "loss"}
+        more = [
+            table_of(result["off_optimum"], other | {"excess loss": "excess", "share of the budget wasted": "wasted"})
+        ]
+        caption += " The second table is for the first budget: what a model of another size costs."
+    if result.get("inference"):
+        served = {"tokens served": "inference_tokens", "parameters": "params", "tokens": "tokens"}
+        served |= {
+            "training FLOPs": "training_flops",
+            "serving FLOPs": "inference_flops",
+            "FLOPs saved over N*": "saved",
+        }
+        more.append(table_of(result["inference"], served))
+        caption += " The third: the model of the same loss that is cheapest to train and serve."
+    rows = [row | {k: span(row.get(k)) for k in columns.values() if "interval" in k} for row in result["budgets"]]
+    return Section("What to train", [table_of(rows, columns), *more], caption)
+
+
+def fit_page(workdir: Path, found: FitPage, source: str) -> Path:
+    """Write the report of a fit to the rows of `source`; returns its path.
+
+    Raises:
+      MissingMatplotlib: matplotlib is not installed.
+    """
+    lead = Section("", paragraphs(*found.lead, *summary(found.result)))
+    sections = [lead, *number_sections(found.result), *found.own, config_section(workdir)]
+    return write_report(workdir, f"Scaling law from {found.result['rows']} runs", sections, subtitle=source)
