@@ -1,6 +1,7 @@
 """Artifacts of a sweep: one file per readout, in a directory named by the hash of the run's settings."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,8 @@ from scaling.sweeps.plan import PlannedRun, Readout
 TrainFn = Callable[[PlannedRun, Path, Callable[[int], None]], Iterable[tuple[Readout, Mapping[str, Any]]]]
 """(run with its missing readouts, its directory, report(steps)) -> pairs of readout and measured columns, one by one.
 
-It must be picklable, may be killed at any moment, and is called again for the readouts that are missing.
+It must be picklable, may be killed at any moment, and is called again for the readouts that are missing. A
+FloatingPointError, or a loss that is not finite, is the result of a run that diverged: it is stored, not tried again.
 """
 
 Row = dict[str, Any]
@@ -52,8 +54,20 @@ class Store:
         return [row for readout in run.readouts if (row := self.row(run, readout)) is not None]
 
     def missing(self, run: PlannedRun) -> tuple[Readout, ...]:
-        """List the readouts without a file."""
-        return tuple(readout for readout in run.readouts if not self._readout(run, readout).exists())
+        """List the readouts without a file that the run has not diverged before."""
+        found = self.divergence(run)
+        last = found["steps"] if found else math.inf
+        return tuple(r for r in run.readouts if r.steps < last and not self._readout(run, r).exists())
+
+    def divergence(self, run: PlannedRun) -> Row | None:
+        """Read how a run diverged: steps of the first readout that it did not reach, error; None if it did not."""
+        path = self.path(run) / "diverged.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save_divergence(self, run: PlannedRun, readout: Readout, error: str) -> None:
+        """Write that a run diverged before a readout."""
+        row = {"run": run.name, **run.columns, "budget": readout.budget, "steps": readout.steps, "error": error}
+        write_text(self.path(run) / "diverged.json", json.dumps(row) + "\n")
 
     def save(self, run: PlannedRun, readout: Readout, measured: Mapping[str, Any]) -> None:
         """Write a readout: the run's columns, the readout's, and the measured ones."""
@@ -109,5 +123,12 @@ def carry_out(train: TrainFn, run: PlannedRun, directory: Path) -> None:
             wrote = time.monotonic()
             write_text(progress, str(done))
 
-    for readout, measured in train(rest, store.path(run), report):
-        store.save(run, readout, measured)
+    left = list(rest.readouts)
+    try:
+        for readout, measured in train(rest, store.path(run), report):
+            if not math.isfinite(measured.get("loss", 0.0)):
+                raise FloatingPointError(f"the loss at step {readout.steps} is {measured['loss']}")
+            store.save(run, readout, measured)
+            left.remove(readout)
+    except FloatingPointError as error:
+        store.save_divergence(run, left[0], str(error) or "the loss is not finite")

@@ -72,7 +72,7 @@ class Status:
 
     Attributes:
       runs: the plan.
-      states: of every run: "waiting", "running", "done", "failed" or "not needed".
+      states: of every run: "waiting", "running", "done", "diverged", "failed" or "not needed".
       steps: done by every run.
       losses: last loss of every run, None before the first readout.
       tries: how often every run was started.
@@ -119,7 +119,7 @@ def run_sweep(
       train: trains one run, see `scaling.sweeps.store.TrainFn`.
       store: of the artifacts; existing readouts are not trained again.
       executor: where runs are carried out.
-      path: of the CSV.
+      path: of the CSV. Runs that diverged are listed in `diverged.csv` beside it, and not started again.
       config: retries and polling.
       enough: called with the rows so far after every run, in the order of the plan; True ends the sweep, and later runs
         are left out of the CSV even if they are finished.
@@ -132,7 +132,7 @@ def run_sweep(
       The rows of the CSV.
 
     Raises:
-      RunFailed: after everything else is done, if runs failed more often than `config.retries`.
+      RunFailed: after everything else is done, if runs failed more often than `config.retries`, or all diverged.
 
     Example:
       A training function in a module of its own, since processes import it:
@@ -161,6 +161,8 @@ def run_sweep(
         watch(state.status)
     finally:
         executor.stop([job for _, job in state.running])
+    if not state.rows and "diverged" in state.status.states and not state.status.errors:
+        raise RunFailed(f"all runs diverged before their first readout; see {state.path.with_name('diverged.csv')}")
     if state.status.errors:
         lines = [f"  {state.runs[i].name}: {error}" for i, error in sorted(state.status.errors.items())]
         raise RunFailed(f"{len(lines)} of {len(state.runs)} runs failed; start again to retry:\n" + "\n".join(lines))
@@ -187,10 +189,12 @@ class _Sweep:
         self.running: list[tuple[int, Job]] = []
         self.waiting = list(range(len(self.runs)))
         self.rows: list[Row] = []
+        self.diverged: list[Row] = []
         self.next = 0  # the first run that is not in the CSV
         self.over = False
         self._check(self.runs)
         self._write("")
+        self.path.with_name("diverged.csv").unlink(missing_ok=True)
 
     def _check(self, runs: Sequence[PlannedRun]) -> None:
         """Refuse two runs of the same settings side by side: they would write the same files."""
@@ -235,13 +239,20 @@ class _Sweep:
             missing = self.store.missing(run)
             error = job.error() or (f"{len(missing)} readouts are missing" if missing else "")
             if not error:
-                self.status.states[i], self.status.steps[i] = "done", run.steps
+                self._end(i)
                 self.status.errors.pop(i, None)
             elif self.status.tries[i] <= self.config.retries:
                 self.status.states[i] = "waiting"
                 self.waiting.insert(0, i)
             else:
                 self.status.states[i], self.status.errors[i] = "failed", error
+
+    def _end(self, i: int) -> None:
+        """Mark a run that has no readout missing."""
+        if self.store.divergence(self.runs[i]):
+            self.status.states[i] = "diverged"
+        else:
+            self.status.states[i], self.status.steps[i] = "done", self.runs[i].steps
 
     def _look(self, i: int) -> None:
         rows = self.store.rows(self.runs[i])
@@ -254,14 +265,18 @@ class _Sweep:
             i = self.next
             if self.status.states[i] == "waiting" and not self.store.missing(self.runs[i]):
                 self._look(i)
-                self.status.states[i], self.status.steps[i] = "done", self.runs[i].steps
+                self._end(i)
                 self.waiting.remove(i)
-            if self.status.states[i] not in ("done", "failed"):
+            if self.status.states[i] not in ("done", "diverged", "failed"):
                 break
             self.next += 1
-            self.rows += self.store.rows(self.runs[i]) if self.status.states[i] == "done" else []
+            new = self.store.rows(self.runs[i]) if self.status.states[i] != "failed" else []
+            self.rows += new
             self._write(table(self.rows))
-            self.over = bool(self.enough and self.status.states[i] == "done" and self.enough(self.rows))
+            if self.status.states[i] == "diverged":
+                self.diverged.append(self.store.divergence(self.runs[i]) or {})
+                write_text(self.path.with_name("diverged.csv"), table(self.diverged))
+            self.over = bool(self.enough and new and self.enough(self.rows))
 
     def _write(self, text: str) -> None:
         # Appended where the file is a prefix of the text; else (a line cut short by a kill) replaced.
@@ -280,7 +295,7 @@ class _Sweep:
             i = self.waiting.pop(0)
             if not self.store.missing(self.runs[i]):
                 self._look(i)
-                self.status.states[i], self.status.steps[i] = "done", self.runs[i].steps
+                self._end(i)
                 continue
             chosen.append(i)
         if chosen:

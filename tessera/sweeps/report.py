@@ -1,5 +1,6 @@
 """The report of a sweep: IsoFLOP minima and their power law, a parametric fit, learning rates, gradient noise."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,6 +163,15 @@ def runs_section(rows: Rows) -> Section:
     return Section("Rows", table, fold=f"All {len(rows)} readouts")
 
 
+def diverged_runs(path: Path) -> Table:
+    """The runs that diverged: where, and what was said."""
+    with path.open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    names = ["run", *(n for n in ("params", "lr", "batch") if n in found[0]), "steps", "error"]
+    heads = ["before step" if name == "steps" else name for name in names]
+    return Table(heads, [[row[name] for name in names] for row in found])
+
+
 def settings_of(rows: Rows, config: ReportConfig, path: Path, **changes: Any) -> ScalingConfig:
     """The settings of a fit to the sweep's rows, which lie in `path`."""
     budgets = tuple(float(b) for b in np.unique(rows["budget"]))
@@ -243,6 +253,11 @@ def fit_sweep(workdir: Path, config: ReportConfig, *, length: int) -> FitPage:
         sections.append(lr_section(rows))
     if "gradient_signal" in rows.columns:
         sections.append(noise_section(rows if grid else best, length))
+    if (lost := workdir / "diverged.csv").exists():
+        diverged = diverged_runs(lost)
+        lead.append(f"{len(diverged.rows)} runs diverged: {', '.join(str(row[0]) for row in diverged.rows)}.")
+        caption = "A diverged run is a result: its readouts before are among the rows, and it is not started again."
+        sections.append(Section("Diverged runs", diverged, caption))
     write_numbers(workdir, results)
     lead += [text for part in parts.values() for text in part.lead]
     return FitPage(results, lead, [*sections, runs_section(rows)])

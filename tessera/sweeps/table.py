@@ -12,8 +12,11 @@ from scaling.sweeps.sweep import Status
 from tessera.infra.logger import clock
 
 # In the order in which runs are shown.
-STYLES = {"running": "bold", "failed": "red", "waiting": "dim", "not needed": "dim", "done": "green"}
-ENDED = ("done", "failed", "not needed")
+STYLES = {
+    **{"running": "bold", "failed": "red", "diverged": "yellow"},
+    **{"waiting": "dim", "not needed": "dim", "done": "green"},
+}
+ENDED = ("done", "diverged", "failed", "not needed")
 
 
 class SweepTable:
@@ -52,7 +55,7 @@ class SweepTable:
             print(self.line(status, now), file=self._stream, flush=True)
 
     def share(self, status: Status) -> float:
-        """Share of the sweep's FLOPs that is done; runs that are not needed or failed count as done."""
+        """Share of the sweep's FLOPs that is done; runs that are not needed, failed or diverged count as done."""
         progress = zip(status.runs, status.states, status.steps, strict=True)
         done = sum(run.cost if state in ENDED else steps * run.flops_per_step for run, state, steps in progress)
         total = sum(run.cost for run in status.runs)
@@ -66,11 +69,12 @@ class SweepTable:
 
     def line(self, status: Status, now: float) -> str:
         """One line: runs done, share of the FLOPs, time left, and the runs under way."""
-        done, failed = status.states.count("done"), status.states.count("failed")
+        done = status.states.count("done")
+        lost = [(status.states.count(state), state) for state in ("failed", "diverged")]
         progress = zip(status.runs, status.states, status.steps, strict=True)
         going = [f"{run.name} {steps / run.steps:.0%}" for run, state, steps in progress if state == "running"]
         parts = [f"runs {done}/{len(status.runs)}", f"{self.share(status):.1%} of FLOPs"]
-        parts += [f"{failed} failed" if failed else "", self.left(status, now)]
+        parts += [*(f"{count} {state}" for count, state in lost if count), self.left(status, now)]
         parts += [f"running: {', '.join(going[:8])}" if going else ""]
         return "  ".join(part for part in parts if part)
 

@@ -169,7 +169,7 @@ def train_run(
       of `tessera.optim.noise_scale` at the branch point, over sequences.
 
     Raises:
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: the loss is no longer finite; the sweep stores that as the run's result.
     """
     texts = load_texts(text, run.settings["model"]["length"], config.eval_tokens)
     trainer = Trainer(run, directory, texts, config, report)

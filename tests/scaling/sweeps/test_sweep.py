@@ -95,11 +95,26 @@ def test_failed_runs_are_tried_again_in_processes_of_their_own(tmp_path):
 
 
 def test_runs_that_keep_failing_are_named_and_the_others_kept(tmp_path):
-    with pytest.raises(RunFailed, match=r"1 of 4 runs failed(.|\n)*w16: the loss is nan near step 10"):
+    with pytest.raises(RunFailed, match=r"1 of 4 runs failed(.|\n)*w16: the disk is full"):
         carry_out(tmp_path, toy_sweep.fail_always)
     assert {row for row in read_csv(tmp_path / "runs.csv")["run"]} == {"w8", "w24", "w32"}
     rows = carry_out(tmp_path)
     assert [row["run"] for row in rows[::3]] == [run.name for run in toy_sweep.runs()]
+
+
+def test_a_run_that_diverges_is_a_result_and_not_trained_again(tmp_path):
+    states, engine = [], Inside()
+    rows = carry_out(tmp_path, toy_sweep.diverge, engine, watch=lambda status: states.append(list(status.states)))
+    assert states[-1] == ["done", "done", "diverged", "diverged"] and engine.calls == 4
+    assert [(row["width"], row["budget"]) for row in rows if row["width"] in (16, 24)] == [(16, 1e9)]
+    assert read_csv(tmp_path / "runs.csv")["loss"].tolist() == [row["loss"] for row in rows]
+    diverged = (tmp_path / "diverged.csv").read_text()
+    assert "the loss is nan near step 10" in diverged and "the loss at step" in diverged
+    engine = Inside()
+    assert carry_out(tmp_path, toy_sweep.diverge, engine) == rows and engine.calls == 0
+    assert (tmp_path / "diverged.csv").read_text() == diverged
+    with pytest.raises(RunFailed, match="all runs diverged"):
+        carry_out(tmp_path / "all", toy_sweep.diverge, runs=toy_sweep.runs(widths=(24,)))
 
 
 def test_a_killed_process_is_reported_by_its_signal(tmp_path):

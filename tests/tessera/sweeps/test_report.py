@@ -84,6 +84,15 @@ def shown(sections):
     return "".join(section_html(section) for section in sections)
 
 
+def test_runs_that_diverged_are_shown(tmp_path):
+    (tmp_path / "runs.csv").write_text(table(rows(sizes=3)))
+    (tmp_path / "diverged.csv").write_text("run,params,lr,budget,steps,error\nw9,81,0.5,1e9,40,the loss is nan\n")
+    found = fit_sweep(tmp_path, ReportConfig(resamples=5), length=64)
+    assert "1 runs diverged: w9." in found.lead
+    shown = next(section for section in found.own if section.title == "Diverged runs")
+    assert shown.content.rows == [["w9", "81", "0.5", "40", "the loss is nan"]]
+
+
 def test_refused_budgets_are_shown_as_refused():
     # All sizes are far too large for the smallest budget.
     found = as_rows(rows(shift=4.0, budgets=(1e9, *BUDGETS)))
