@@ -25,6 +25,8 @@ def get_config(variant: str = "neutral") -> ConfigDict:
     config = ConfigDict()
     if variant == "hoffmann":
         config.drop_highest = 5
+        # As published: intervals of the bootstrap alone, no other law.
+        config.misfit, config.laws = False, ()
         # FLOPs: what to train with, and the budgets the runs were made at.
         config.budgets = (1e21, 5.88e23, 1e25)
         config.isoflops = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)

@@ -11,6 +11,7 @@ from scaling.batch import Surface
 from scaling.fitting.bootstrap import Bootstrap, interval
 from scaling.fitting.fit import Fit
 from scaling.isoflop import Curves, Minimum, PowerLaw
+from scaling.misfit import Backtest
 from scaling.optimum import compute_optimal, log_loss_at
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 from tessera.reports import style
@@ -99,18 +100,42 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
 
 
 def residual_figure(fitted: Fit) -> Figure:
-    """Residuals of log loss against FLOPs, and against normal quantiles."""
-    figure, (left, right) = style.canvas(2, height=3.6)
-    residual = -100 * fitted.residuals
-    left.axhline(0, color=GRID, linewidth=1)
-    dots(left, fitted.rows["flops"], residual, PALETTE[0])
-    log_values(left, "x")
-    titles(left, "Residuals by size of run", "FLOPs", "observed over fitted loss - 1 (%)")
+    """Residuals of log loss against FLOPs, against tokens per parameter, and against normal quantiles."""
+    sized = "log_tokens" in fitted.law.features and "log_params" in fitted.law.features
+    figure, axes = style.canvas(2 + sized, height=3.6)
+    residual, rows = -100 * fitted.residuals, fitted.rows
+    against = {"By FLOPs": ("FLOPs", rows["flops"])}
+    if sized:
+        against["By tokens per parameter"] = ("tokens per parameter", rows["tokens"] / rows["params"])
+    for ax, (title, (name, values)) in zip(axes, against.items(), strict=False):
+        ax.axhline(0, color=GRID, linewidth=1)
+        dots(ax, values, residual, PALETTE[0])
+        log_values(ax, "x")
+        titles(ax, title, name, "observed / fitted loss - 1 (%)")
+    right = axes[-1]
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / len(residual)) for i in range(len(residual))])
     middle, spread = np.median(residual), np.subtract(*np.percentile(residual, [75, 25])) / 1.349
     right.plot(quantiles, middle + spread * quantiles, color=GRID, linewidth=1.2)
     dots(right, quantiles, np.sort(residual), PALETTE[0], alpha=1)
-    titles(right, "Against a normal distribution", "normal quantile", "residual (%); line from the quartiles")
+    titles(right, "Normal or not", "normal quantile", "residual (%); line: normal")
+    return figure
+
+
+def backtest_figure(tests: Sequence[Backtest]) -> Figure:
+    """Runs predicted from smaller ones: observed over predicted loss with the interval, a panel for each split."""
+    figure, axes = style.canvas(len(tests), width=9.6 if len(tests) > 1 else 5.6, height=3.8)
+    for ax, test in zip(axes, tests, strict=True):
+        order = np.argsort(test.held_out["flops"], kind="stable")
+        low, high = 100 * (test.interval[:, order] / np.sqrt(test.interval[0] * test.interval[1])[order] - 1)
+        seen = 100 * (test.held_out["loss"] / np.sqrt(test.interval[0] * test.interval[1]) - 1)[order]
+        # Runs of one budget stand beside each other.
+        place = np.arange(len(order))
+        ax.vlines(place, low, high, color=GRID, linewidth=2)
+        inside = (low <= seen) & (seen <= high)
+        dots(ax, place[inside], seen[inside], PALETTE[0], alpha=1)
+        dots(ax, place[~inside], seen[~inside], PALETTE[1], alpha=1, marker="s")
+        title = f"{test.rows} runs below {test.share:.2g} of the largest: {inside.sum()} of {len(order)} inside"
+        titles(ax, title, "runs predicted, by rising FLOPs", "observed / predicted loss - 1 (%)")
     return figure
 
 

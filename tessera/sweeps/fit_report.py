@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from scaling import doctor, isoflop
+from scaling import doctor, isoflop, misfit
 from scaling.fitting.bootstrap import Bootstrap, bootstrap, refit, resamples
 from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval
@@ -32,6 +32,8 @@ from tessera.sweeps.fit_page import FitPage
 SAME_SIZE = 0.02
 # Multiples of the best size whose cost is told.
 OTHER_SIZES = (0.25, 0.5, 2.0, 4.0)
+# Shares of the largest run's FLOPs below which a backtest fits.
+BACKTESTS = (1 / 10, 1 / 30)
 # Of the approaches that are only compared with.
 COMPARED_RESAMPLES, COMPARED_STARTS = 300, 500
 
@@ -60,6 +62,9 @@ class ScalingConfig:
       nearest: sizes of a budget that approach 2 uses, those nearest to the lowest loss; 0 for all.
       within: largest ratio of a size that approach 2 uses to that of the lowest loss; 0 for all.
       at: values of the law's further columns at which optima are computed, by name; their medians where not given.
+      misfit: whether intervals allow for a discrepancy of the law (approach 3): a new run's always, those of parameters
+        and optima where the law is rejected.
+      laws: published laws that the fitted one is compared with by held-out error (approach 3); empty for none.
       vocabulary: number of tokens, to find losses that no model has; 0 if it is not known.
       inference_tokens: tokens that will be served; for each, the model that reaches the first budget's loss with the
         fewest FLOPs of training and serving together (approach 3).
@@ -84,6 +89,8 @@ class ScalingConfig:
     nearest: int = 0
     within: float = 0.0
     at: tuple[tuple[str, float], ...] = ()
+    misfit: bool = True
+    laws: tuple[str, ...] = ("chinchilla", "kaplan")
     vocabulary: int = 0
     inference_tokens: tuple[float, ...] = ()
 
@@ -188,6 +195,8 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         if not reason:
             own.append(Section("Loss surface", partial(figures.surface_figure, fitted, config.budgets, at=at)))
     own.append(Section("Residuals", partial(figures.residual_figure, fitted)))
+    if not reason:
+        own += misfit_sections(rows, law, config, result)
     if boot is not None and len(law.parameters) > 1:
         target = max(config.budgets)
         names = ("alpha", "beta") if {"alpha", "beta"} <= set(law.parameters) else law.parameters[:2]
@@ -195,6 +204,66 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         picture = partial(figures.bootstrap_figure, fitted, boot, (names[0], names[1]), np.log(draws), target)
         own.append(Section("Bootstrap", picture))
     return FitPage(result, [], own)
+
+
+def misfit_sections(rows: Rows, law: Law, config: ScalingConfig, result: dict[str, Any]) -> list[Section]:
+    """Add the backtest and the comparison of laws to a result; their sections."""
+    sections, tests = [], []
+    # A coarser grid finds the same optima of fewer runs.
+    quick = replace(config.fit, starts=min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS))
+    for share in BACKTESTS:
+        try:
+            tests.append(misfit.backtest(rows, law, quick, share=share, level=config.level))
+        except ValueError:
+            continue
+    result["doctor"].append(misfit.examine_backtests(tests, config.level)._asdict())
+    result["backtest"] = [
+        {
+            **{"share": one.share, "rows": one.rows, "held_out": len(one.held_out)},
+            **{"inside": float(one.inside().mean()), "bias": one.bias},
+            "score": float(misfit.interval_score(one.interval, one.held_out["loss"], config.level).mean()),
+        }
+        for one in tests
+    ]
+    if tests:
+        columns = {"fitted below, of the largest run": "share", "runs": "rows", "runs predicted": "held_out"}
+        columns |= {
+            "inside their interval": "inside",
+            "mean log observed / predicted": "bias",
+            "interval score": "score",
+        }
+        caption = (
+            "The law fitted to small runs only, and the larger ones predicted: dots are observed losses over predicted "
+            f"ones, bars the {config.level:.0%} intervals."
+        )
+        picture = partial(figures.backtest_figure, tests)
+        sections.append(Section("Backtest", [picture, table_of(result["backtest"], columns)], caption))
+    result["laws"] = []
+    if config.laws:
+        others = [find_law(name) for name in config.laws if name != law.name]
+        others += [tie(law, beta="alpha")] if {"alpha", "beta"} <= set(law.parameters) & law.nonnegative else []
+        usable = [one for one in others if len(rows) > len(one.parameters) and columns_of(one) <= set(rows.columns)]
+        found = misfit.compare_laws(rows, [law, *usable], quick)
+        for i, one in enumerate(found):
+            row = {"law": one.law.name, "parameters": len(one.law.parameters), "held_out_error": one.error}
+            row |= {"log_likelihood": one.log_likelihood, "bic": one.bic, "chosen": i == 0}
+            result["laws"].append(row)
+        result["doctor"].append(misfit.examine_laws(found, law)._asdict())
+        columns = {"law": "law", "parameters": "parameters", "rms error of rows left out": "held_out_error"}
+        columns |= {"log likelihood": "log_likelihood", "BIC": "bic"}
+        columns["verdict"] = lambda row: "chosen" if row["chosen"] else ""
+        caption = (
+            "Fitted by least squares of log loss. Chosen: the law of fewest parameters that predicts rows left out as "
+            "well as the best, within the standard error of the difference."
+        )
+        sections.append(Section("Other laws", table_of(result["laws"], columns), caption))
+    return sections
+
+
+def columns_of(law: Law) -> set[str]:
+    """Columns that a law reads."""
+    needed = set(law.features) - law.optional
+    return {"sparsity" if name == "log_density" else name.removeprefix("log_") for name in needed}
 
 
 def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
@@ -425,9 +494,12 @@ def describe_fit(
     """
     law, here, target, at = fitted.law, fitted.parameters, max(config.budgets), held_at(fitted, config)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
+    tested = None if reason else misfit.lack_of_fit(fitted)
+    wrong = misfit.discrepancy(fitted) if config.misfit and boot is not None and not reason else None
 
-    def pair(draws: np.ndarray, estimate: float) -> list[float] | None:
-        return edges(draws, units, len(law.parameters), config.level, fitted.config.objective, estimate)
+    def pair(draws: np.ndarray, estimate: float | None) -> list[float] | None:
+        objective = "normal" if estimate is None else fitted.config.objective
+        return edges(draws, units, len(law.parameters), config.level, objective, estimate)
 
     natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
     values: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
@@ -437,11 +509,18 @@ def describe_fit(
             with np.errstate(divide="ignore"):
                 values[name]["log_se"] = spread_of(np.log(draws))
     intervals = "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
-    groups = groups_of(fitted.rows, config)[0]
     sized = {"log_params", "log_tokens"} <= set(law.features)
+    bent = None
+    if wrong is not None and sized and tested is not None and tested.rejected:
+        bent = wrong.optima(config.budgets, at=at, seed=config.seed)
+        intervals += (
+            "; the law is rejected, so those of optima and of the exponent are for the law with its discrepancy"
+        )
+    groups = groups_of(fitted.rows, config)[0]
     findings = [
         *examine_rows(whole, config.vocabulary),
         *([doctor.outside_budgets(groups, fitted.rows)] if sized and groups.max() >= 0 else []),
+        *([] if reason else [misfit.examine_law(fitted)]),
         *doctor.examine(fitted, target, boot, all_rows=whole, at=at),
     ]
     result: dict[str, Any] = {
@@ -456,7 +535,7 @@ def describe_fit(
         "level": config.level,
         "intervals": intervals if boot is not None else "none",
         "parameters": values,
-        "budgets": planned(fitted, boot, config, pair, reason),
+        "budgets": planned(fitted, boot, config, pair, wrong, bent, reason),
         "off_optimum": [] if reason else off_optimum(law, fitted.theta, config.budgets[0], OTHER_SIZES, at=at),
         "inference": [] if reason else serving(fitted, config),
         "next_runs": [] if reason else suggest(fitted, target),
@@ -466,8 +545,13 @@ def describe_fit(
         return result
     slope = float(growth_of(fitted, fitted.theta[:, None], config)[0])
     draws = growth_of(fitted, converged_draws(fitted, boot), config) if boot is not None else np.zeros(0)
+    if wrong is not None and bent is not None:
+        # Where the runs are: what a rejected law does beyond them is not known well enough for a slope.
+        ends = float(fitted.rows["flops"].min()), float(fitted.rows["flops"].max())
+        sizes = np.log(wrong.optima(ends, at=at, seed=config.seed).params)
+        draws = (sizes[1] - sizes[0]) / np.log(ends[1] / ends[0])
     result["exponents"] = {
-        name: {"value": value} | ({"interval": pair(drawn, value)} if boot is not None else {})
+        name: {"value": value} | ({"interval": pair(drawn, value if bent is None else None)} if boot else {})
         for name, value, drawn in (("a", slope, draws), ("b", 1 - slope, 1 - draws))
     }
     return result
@@ -480,7 +564,13 @@ def spread_of(draws: np.ndarray) -> float:
 
 
 def planned(
-    fitted: Fit, boot: Bootstrap | None, config: ScalingConfig, pair: Any, reason: str = ""
+    fitted: Fit,
+    boot: Bootstrap | None,
+    config: ScalingConfig,
+    pair: Any,
+    wrong: misfit.Discrepancy | None,
+    bent: Optimum | None,
+    reason: str = "",
 ) -> list[dict[str, Any]]:
     """N*, D*, their ratio and the loss at every asked budget, with intervals, and one new run's loss there."""
     names = ("params", "tokens", "ratio", "loss")
@@ -489,17 +579,19 @@ def planned(
     at = held_at(fitted, config)
     best = optima(fitted, fitted.theta[:, None], config.budgets, at)
     drawn = optima(fitted, converged_draws(fitted, boot), config.budgets, at) if boot is not None else None
+    drawn = drawn if bent is None else bent
     table = []
     for c, budget in enumerate(config.budgets):
         row: dict[str, Any] = {"flops": budget}
         for name in names:
             row[name] = float(getattr(best, name)[c, 0])
             if drawn is not None:
-                row[f"{name}_interval"] = pair(getattr(drawn, name)[c], row[name])
+                row[f"{name}_interval"] = pair(getattr(drawn, name)[c], row[name] if bent is None else None)
         if boot is not None and np.isfinite(row["params"]):
             columns = {"params": [row["params"]], "tokens": [row["tokens"]], "loss": [1.0]}
             there = make_rows(columns | {name: [value] for name, value in at.items()}, "the optimum")
-            row["run_interval"] = prediction_interval(fitted, boot, there, level=config.level)[:, 0].tolist()
+            interval = partial(prediction_interval, fitted, boot) if wrong is None else wrong.predict
+            row["run_interval"] = interval(there, level=config.level)[:, 0].tolist()
         table.append(row)
     return table
 

@@ -55,7 +55,7 @@ def test_fit_json_and_report(tmp_path, approach):
 
 
 def write(tmp_path, rows, **settings):
-    shared = {"runs": "x", "resamples": 30, "budgets": (1e20,), "fit": {"starts": 60}}
+    shared = {"runs": "x", "resamples": 30, "laws": (), "budgets": (1e20,), "fit": {"starts": 60}}
     return write_fit(tmp_path, rows, build(ScalingConfig, shared | settings))
 
 
@@ -107,7 +107,9 @@ def test_settings_are_checked():
 def neutral(path, **settings):
     """The settings of the config as it is, for a table, with few resamples."""
     given, _ = load_config("fit", ("fit_scaling",))
-    return build(ScalingConfig, given | {"runs": str(path), "resamples": 30, "fit": {"starts": 60}} | settings)
+    return build(
+        ScalingConfig, given | {"runs": str(path), "resamples": 30, "laws": (), "fit": {"starts": 60}} | settings
+    )
 
 
 def findings(result):

@@ -1,0 +1,474 @@
+"""Whether a law holds: lack-of-fit test, model discrepancy, backtest, comparison of laws by held-out error.
+
+A law is an approximation. Its discrepancy is modelled as a smooth random function of log FLOPs and log tokens per
+parameter (a Gaussian process, Kennedy & O'Hagan 2001) beside independent noise, on a law that is linear in its
+parameters near the fit (universal kriging). How large and how smooth it is, is averaged over by restricted likelihood,
+so intervals widen where residuals are not independent, and everywhere as far as the rows cannot exclude it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import stdtr
+from scipy.stats import f as f_distribution
+
+from scaling.doctor import Finding
+from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.fit import Fit, FitConfig, fit, polish
+from scaling.fitting.intervals import prediction_interval
+from scaling.laws import Law
+from scaling.optimum import Optimum, compute_optimal
+from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
+
+# Prior probability that a law holds exactly; lengths (decades) over which its discrepancy may change; its variances in
+# units of the noise's. Chosen on the tables of docs/fits.md, with simulated sweeps as the check.
+EXACT, LENGTHS, VARIANCES = 0.1, (0.5, 1.0, 2.0), tuple(np.geomspace(1e-2, 1e4, 13))
+REJECTED = 0.01
+# Sizes about the law's optimum, in log N, among which that of the law with its discrepancy is looked for.
+REACH = 3.0
+# Rows, evenly chosen by FLOPs, that a discrepancy is estimated from: its time grows with their cube.
+MOST_ROWS = 500
+
+
+def coordinates(law: Law, rows: Rows) -> Float[np.ndarray, "K R"]:
+    """Compute where rows lie: decades of FLOPs and of tokens per parameter, and the law's further features."""
+    features = {name: values[:, 0] / np.log(10) for name, values in law.gather(rows).items() if name.startswith("log_")}
+    others = [values[:, 0] for name, values in law.gather(rows).items() if not name.startswith("log_")]
+    if {"log_params", "log_tokens"} <= set(features):
+        size, data = features.pop("log_params"), features.pop("log_tokens")
+        return np.stack([size + data, data - size, *features.values(), *others])
+    return np.stack([*features.values(), *others])
+
+
+def slopes_of(fitted: Fit, rows: Rows) -> Float[np.ndarray, "R P"]:
+    """Differentiate log loss by raw parameters at the fit, by central differences."""
+    size, step = len(fitted.theta), 1e-5
+    shifts = step * np.concatenate([np.eye(size), -np.eye(size)], 1)
+    moved = fitted.law.predict(fitted.theta[:, None] + shifts, fitted.law.gather(rows))
+    return (moved[:, :size] - moved[:, size:]) / (2 * step)
+
+
+class LackOfFit(NamedTuple):
+    """An F test of smooth terms beside the law.
+
+    Attributes:
+      p: probability of as large a gain if the law were true.
+      terms: number of terms.
+      scale, scale_with: root mean square residual of log loss by least squares, without and with the terms.
+    """
+
+    p: float
+    terms: int
+    scale: float
+    scale_with: float
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the law is rejected at 1%."""
+        return self.p < REJECTED
+
+
+def lack_of_fit(fitted: Fit) -> LackOfFit:
+    """Test smooth extra terms: first and second powers of the rows' coordinates, beside the law's slopes.
+
+    By least squares whatever the objective of the fit: from its optimum, all parameters free.
+
+    Example:
+      >>> import numpy as np, scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> loss = rows["loss"] * (1 + 0.01 * np.log10(rows["flops"] / 1e20) ** 2)
+      >>> tables = rows, scaling.make_rows({**rows.columns, "loss": loss})
+      >>> [scaling.lack_of_fit(scaling.fit(x, law, starts=law.raw(truth)[:, None])).rejected for x in tables]
+      [False, True]
+    """
+    law, rows = fitted.law, fitted.rows
+    squares = polish(fitted.theta[:, None], np.ones((len(rows), 1)), rows, law, FitConfig(objective="normal"))
+    theta = squares.theta[:, 0] if np.isfinite(squares.theta).all() else fitted.theta
+    residual = np.log(rows["loss"]) - law.predict(theta[:, None], law.gather(rows))[:, 0]
+    at = replace(fitted, theta=theta)
+    base = _columns(slopes_of(at, rows))
+    place = coordinates(law, rows)
+    place = (place - place.mean(1, keepdims=True)) / np.maximum(place.std(1, keepdims=True), 1e-12)
+    place = place[place.std(1) > 0.5]
+    pairs = [place[i] * place[j] for i in range(len(place)) for j in range(i + 1)]
+    terms = np.stack([*place, *pairs], 1) if len(place) else np.zeros((len(rows), 0))
+    both = np.linalg.svd(np.concatenate([base, terms / np.maximum(np.linalg.norm(terms, axis=0), 1e-12)], 1), False)
+    full = both[0][:, : int((both[1] > 1e-6 * both[1][0]).sum())]
+    gained, spare = full.shape[1] - base.shape[1], len(rows) - full.shape[1]
+    before = float(np.sum((residual - base @ (base.T @ residual)) ** 2))
+    after = float(np.sum((residual - full @ (full.T @ residual)) ** 2))
+    scales = np.sqrt(before / len(rows)), np.sqrt(after / len(rows))
+    if gained < 1 or spare < 1 or before < 1e-18 * len(rows):
+        return LackOfFit(1.0, max(gained, 0), *map(float, scales))
+    ratio = max(before - after, 0.0) / gained / max(after / spare, 1e-300)
+    return LackOfFit(float(f_distribution.sf(ratio, gained, spare)), gained, *map(float, scales))
+
+
+def _columns(slopes_RP: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the columns, without those that rows do not determine."""
+    scale = np.linalg.norm(slopes_RP, axis=0)
+    left, values, _ = np.linalg.svd(slopes_RP / np.where(scale > 0, scale, 1.0), full_matrices=False)
+    return left[:, values > 1e-6 * values[0]]
+
+
+def examine_law(fitted: Fit) -> Finding:
+    """Report the lack-of-fit test as a finding."""
+    found = lack_of_fit(fitted)
+    numbers = {"p": found.p, "terms": found.terms, "scale": found.scale, "scale_with": found.scale_with}
+    text = f"{found.terms} smooth terms in the sizes bring the rms residual of log loss from {found.scale:.2g} to "
+    text += f"{found.scale_with:.2g} (F test, p = {found.p:.1g})"
+    if found.rejected:
+        text = f"The law is rejected: {text}. Beyond the runs it may bend further."
+        return Finding("lack of fit", "warning", text, numbers)
+    return Finding("lack of fit", "fine", f"The law is not rejected: {text}.", numbers)
+
+
+class Discrepancy(NamedTuple):
+    """The discrepancy of a fitted law, averaged over its size and length.
+
+    Attributes:
+      fitted: the fit.
+      share: posterior probability of every candidate [M], the exact law first.
+      settings: (length in decades, variance over that of the noise) of every candidate.
+      noise: standard deviation of the noise under every candidate.
+      spare: degrees of freedom.
+    """
+
+    fitted: Fit
+    share: Float[np.ndarray, " M"]
+    settings: tuple[tuple[float, float], ...]
+    noise: Float[np.ndarray, " M"]
+    spare: int
+
+    def predict(self, rows: Rows, *, level: float = 0.95) -> Float[np.ndarray, "2 R"]:
+        """Compute the prediction interval of one new run's loss at each row's sizes."""
+        likely = np.flatnonzero(self.share)
+        found = [self._law_and_discrepancy(rows, int(m)) for m in likely]
+        mean, variance = (np.array(parts) for parts in zip(*found, strict=True))
+        error = np.sqrt(self.noise[likely, None] ** 2 + variance)
+        return np.exp(_mixture(mean, error, self.share[likely], max(self.spare, 1), level))
+
+    def surfaces(self, rows: Rows, count: int = 400, *, seed: int = 42) -> Float[np.ndarray, "R B"]:
+        """Draw log losses without noise, law and discrepancy together, from their posterior."""
+        stream, drawn = np.random.default_rng(seed), []
+        for m, number in enumerate(stream.multinomial(count, self.share)):
+            if number:
+                mean, covariance = self._law_and_discrepancy(rows, m, joint=True)
+                values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+                normal = vectors @ (
+                    np.sqrt(np.maximum(values, 0))[:, None] * stream.standard_normal((len(mean), number))
+                )
+                drawn.append(
+                    mean[:, None] + normal * np.sqrt(self.spare / stream.chisquare(max(self.spare, 1), number))
+                )
+        return np.concatenate(drawn, 1)
+
+    def optima(
+        self, budgets: Sequence[float], *, at: Mapping[str, float] | None = None, count: int = 400, seed: int = 42
+    ) -> Optimum:
+        """Draw compute-optimal sizes at budgets [C, B]: the lowest points of drawn surfaces, near those of the law."""
+        fitted = self.fitted
+        best = compute_optimal(fitted.law, fitted.theta[:, None], budgets, at=at).params[:, 0]
+        sizes = best[:, None] * np.exp(np.linspace(-REACH, REACH, 101))
+        flops = np.repeat(np.asarray(budgets, float), sizes.shape[1])
+        columns = {"params": sizes.ravel(), "flops": flops, "loss": np.ones(sizes.size)}
+        others = {name: np.full(sizes.size, value) for name, value in (at or {}).items()}
+        loss = self.surfaces(make_rows(columns | others), count, seed=seed).reshape(*sizes.shape, -1)
+        lowest = np.clip(loss.argmin(1), 1, sizes.shape[1] - 2)
+        # The vertex of the parabola through the lowest point and its neighbors.
+        below, here, above = (np.take_along_axis(loss, lowest[:, None] + i, 1)[:, 0] for i in (-1, 0, 1))
+        aside = 0.5 * (below - above) / np.maximum(below - 2 * here + above, 1e-15)
+        step = 2 * REACH / (sizes.shape[1] - 1)
+        params = np.take_along_axis(sizes, lowest, 1) * np.exp(step * np.clip(aside, -0.5, 0.5))
+        tokens = np.asarray(budgets, float)[:, None] / (PER_PARAMETER_AND_TOKEN * params)
+        return Optimum(params, tokens, np.exp(loss.min(1)))
+
+    def _law_and_discrepancy(self, rows: Rows, m: int, *, joint: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [R] and variance [R], or covariance [R, R], of log loss at rows under one candidate."""
+        fitted, law, (length, variance) = self.fitted, self.fitted.law, self.settings[m]
+        slopes, there = slopes_of(fitted, fitted.rows), slopes_of(fitted, rows)
+        here, new = coordinates(law, fitted.rows), coordinates(law, rows)
+        cross = variance * _kernel(new, here, length)
+        inverse, step, spread = _solve(slopes, variance * _kernel(here, here, length), -fitted.residuals)
+        weights = cross @ inverse
+        mean = law.predict(fitted.theta[:, None], law.gather(rows))[:, 0] + there @ step
+        mean = mean + weights @ (-fitted.residuals - slopes @ step)
+        rest, square = there - weights @ slopes, self.noise[m] ** 2
+        if joint:
+            return mean, square * (variance * _kernel(new, new, length) - weights @ cross.T + rest @ spread @ rest.T)
+        explained = np.sum(weights * cross, 1)
+        return mean, square * (np.maximum(variance - explained, 0) + np.einsum("ij,jk,ik->i", rest, spread, rest))
+
+
+def discrepancy(fitted: Fit) -> Discrepancy:
+    """Estimate the discrepancy of a fitted law from its residuals.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> found = scaling.discrepancy(scaling.fit(rows, law, starts=law.raw(truth)[:, None]))
+      >>> low, high = found.predict(scaling.make_rows({"params": [1e9], "tokens": [2e10], "loss": [1.0]}))
+      >>> bool(0.002 < high[0] - low[0] < 0.1)
+      True
+    """
+    if len(fitted.rows) > MOST_ROWS:
+        few = np.argsort(fitted.rows["flops"], kind="stable")[
+            np.linspace(0, len(fitted.rows) - 1, MOST_ROWS).astype(int)
+        ]
+        fitted = replace(fitted, rows=fitted.rows.take(few), residuals=fitted.residuals[few])
+    slopes, residual = slopes_of(fitted, fitted.rows), -fitted.residuals
+    place, base = coordinates(fitted.law, fitted.rows), _columns(slopes)
+    # Contrasts that no parameter of the law can explain.
+    free = np.linalg.svd(base, full_matrices=True)[0][:, base.shape[1] :]
+    spare = free.shape[1]
+    settings = [(LENGTHS[0], 0.0), *((length, variance) for length in LENGTHS for variance in VARIANCES)]
+    likelihood, noise = [], []
+    for length in LENGTHS:
+        kernel = _kernel(place, place, length)
+        values, vectors = np.linalg.eigh(free.T @ kernel @ free)
+        seen = vectors.T @ (free.T @ residual)
+        for variance in [v for one, v in settings if one == length]:
+            scale = 1 + variance * np.maximum(values, 0)
+            square = max(float(np.mean(seen**2 / scale)), 1e-18) if spare else 1e-18
+            prior = EXACT if variance == 0 else (1 - EXACT) / (len(settings) - 1)
+            likelihood.append(np.log(prior) - 0.5 * (spare * np.log(square) + np.log(scale).sum()))
+            noise.append(np.sqrt(square))
+    share = np.exp(np.array(likelihood) - max(likelihood))
+    # What no one would ever draw costs time only.
+    share = np.where(share > 1e-4 * share.max(), share, 0.0)
+    share /= share.sum()
+    return Discrepancy(fitted, share, tuple(settings), np.array(noise), spare)
+
+
+def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
+    apart = sum((a[:, None] - b[None, :]) ** 2 for a, b in zip(one, other, strict=True))
+    return np.exp(-0.5 * apart / length**2)
+
+
+def _solve(slopes: np.ndarray, kernel: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Generalized least squares under 1 + kernel: its inverse, the step of the parameters, and their spread."""
+    inverse = np.linalg.inv(np.eye(len(kernel)) + kernel)
+    scale = np.linalg.norm(slopes, axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    unit = slopes / scale
+    spread = np.linalg.pinv(unit.T @ inverse @ unit, rcond=1e-13, hermitian=True) / np.outer(scale, scale)
+    return inverse, spread @ (slopes.T @ (inverse @ residual)), spread
+
+
+def _mixture(mean_MR: np.ndarray, error_MR: np.ndarray, share_M: np.ndarray, spare: int, level: float) -> np.ndarray:
+    """Central intervals [2, R] of a mixture of Student's t distributions."""
+    reach = 100 * error_MR.max(0)
+    ends = []
+    for share in (0.5 - level / 2, 0.5 + level / 2):
+        low, high = mean_MR.min(0) - reach, mean_MR.max(0) + reach
+        # Bisection: to a millionth of the spread, all rows at once.
+        for _ in range(40):
+            middle = (low + high) / 2
+            under = share_M @ stdtr(spare, (middle - mean_MR) / error_MR) < share
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        ends.append((low + high) / 2)
+    return np.stack(ends)
+
+
+class Backtest(NamedTuple):
+    """Predictions of the runs above a share of the largest run's FLOPs, from a fit to the runs below it.
+
+    Attributes:
+      share: of the largest run's FLOPs.
+      rows: number of runs fitted.
+      held_out: runs predicted.
+      interval: [2, H], with the discrepancy.
+      plain: [2, H], as if the law were exact; None without resamples.
+      bias: mean of log observed over predicted loss.
+    """
+
+    share: float
+    rows: int
+    held_out: Rows
+    interval: Float[np.ndarray, "2 H"]
+    plain: Float[np.ndarray, "2 H"] | None
+    bias: float
+
+    def inside(self, interval: Float[np.ndarray, "2 H"] | None = None) -> Float[np.ndarray, " H"]:
+        """Compute which losses lie in their interval, `interval` or the one with the discrepancy."""
+        low, high = self.interval if interval is None else interval
+        return ((low <= self.held_out["loss"]) & (self.held_out["loss"] <= high)).astype(float)
+
+
+def interval_score(
+    interval: Float[np.ndarray, "2 H"], loss: Float[np.ndarray, " H"], level: float = 0.95
+) -> Float[np.ndarray, " H"]:
+    """Compute the interval score of log losses (Gneiting & Raftery 2007, eq. 43): width, plus 2 / (1 - level) x miss.
+
+    Example:
+      >>> import numpy as np
+      >>> from scaling.misfit import interval_score
+      >>> interval_score(np.exp([[0.0, 0.0], [1.0, 1.0]]), np.exp([0.5, 1.1])).round(6).tolist()
+      [1.0, 5.0]
+    """
+    low, high, seen = np.log(interval[0]), np.log(interval[1]), np.log(loss)
+    return high - low + 2 / (1 - level) * (np.maximum(low - seen, 0) + np.maximum(seen - high, 0))
+
+
+def backtest(
+    rows: Rows,
+    law: Law,
+    config: FitConfig | None = None,
+    *,
+    share: float = 0.1,
+    resampled: int = 0,
+    level: float = 0.95,
+    seed: int = 42,
+) -> Backtest:
+    """Fit the runs below a share of the largest run's FLOPs and predict the others.
+
+    Args:
+      rows: all runs.
+      law: to fit.
+      config: of the fit.
+      share: of the largest FLOPs.
+      resampled: resamples for the interval without the discrepancy; 0 for none.
+      level: of the intervals.
+      seed: of the resamples.
+
+    Raises:
+      ValueError: no run above the share, or no more runs below than the law has parameters.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> found = scaling.backtest(rows, law, scaling.FitConfig(starts=60))
+      >>> found.rows, len(found.held_out), bool(abs(found.bias) < 0.01)
+      (21, 14, True)
+    """
+    below = rows["flops"] < share * rows["flops"].max()
+    if below.all() or below.sum() <= len(law.parameters) + 1:
+        raise ValueError(
+            f"{rows.source}: {int(below.sum())} of {len(rows)} runs are below {share:g} of the largest one's FLOPs; "
+            f"more than {len(law.parameters) + 1} are needed, and some above"
+        )
+    fitted, held_out = fit(rows.take(below), law, config), rows.take(~below)
+    plain = None
+    if resampled:
+        plain = prediction_interval(fitted, bootstrap(fitted, resampled, seed=seed), held_out, level=level)
+    predicted = law.predict(fitted.theta[:, None], law.gather(held_out))[:, 0]
+    bias = float(np.mean(np.log(held_out["loss"]) - predicted))
+    interval = discrepancy(fitted).predict(held_out, level=level)
+    return Backtest(share, int(below.sum()), held_out, interval, plain, bias)
+
+
+def examine_backtests(found: Sequence[Backtest], level: float = 0.95) -> Finding:
+    """Report backtests as a finding."""
+    if not found:
+        text = "There are too few runs below a tenth of the largest one to predict the rest from."
+        return Finding("backtest", "note", text, {"held_out": 0})
+    texts, numbers, warned = [], {}, False
+    for one in found:
+        held, inside = len(one.held_out), float(one.inside().mean())
+        names = f"{one.share:.3g}"
+        numbers |= {f"inside_{names}": inside, f"bias_{names}": one.bias, f"held_out_{names}": held}
+        texts.append(
+            f"fitted to {one.rows} runs below {one.share:.2g} of the largest, {round(inside * held)} of {held} others "
+            f"lie in their {level:.0%} intervals (observed over predicted loss: {np.exp(one.bias):.4f} on average)"
+        )
+        # A shortfall that chance explains in fewer than one case of a hundred, were runs independent.
+        warned |= inside < level - 2.6 * np.sqrt(level * (1 - level) / held)
+    text = "; ".join(texts) + "."
+    if warned:
+        text += " Predictions of larger runs from smaller ones were surer than they may be, and so may these."
+    return Finding("backtest", "warning" if warned else "fine", text[0].upper() + text[1:], numbers)
+
+
+class Candidate(NamedTuple):
+    """A law among others, fitted by least squares.
+
+    Attributes:
+      law: of the fit.
+      fitted: the fit.
+      held_out: log density of every row's log loss when the row is left out [R].
+      error: root mean square of the residuals of log loss when rows are left out.
+      log_likelihood: of all rows.
+      bic: Schwarz's criterion, less is better.
+    """
+
+    law: Law
+    fitted: Fit
+    held_out: Float[np.ndarray, " R"]
+    error: float
+    log_likelihood: float
+    bic: float
+
+
+def compare_laws(rows: Rows, laws: Sequence[Law], config: FitConfig | None = None) -> list[Candidate]:
+    """Compare laws by the error of rows left out one at a time, and by likelihood; the chosen law first.
+
+    Rows are left out by leverage: r / (1 - h) is exact for a linear law (PRESS, Allen 1974). Chosen is the law of
+    fewest parameters that predicts as well as the best within the standard error of their difference, so that of
+    nested laws that predict alike the smaller wins; of laws with equally many the better.
+
+    Args:
+      rows: with the columns that every law needs.
+      laws: candidates.
+      config: of the fits; the objective is least squares.
+
+    Example:
+      >>> import scaling
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> found = scaling.compare_laws(rows, [scaling.tie(law, beta="alpha"), law], scaling.FitConfig(starts=60))
+      >>> found[0].law.name
+      'chinchilla'
+    """
+    squares = replace(config or FitConfig(), objective="normal")
+    found = [_candidate(fit(rows, law, squares)) for law in laws]
+    best = max(found, key=lambda one: one.held_out.sum())
+
+    alike = [one for one in found if not _better(best, one)]
+    chosen = min(alike, key=lambda one: (len(one.law.parameters), -one.held_out.sum()))
+    rest = sorted((one for one in found if one is not chosen), key=lambda one: -one.held_out.sum())
+    return [chosen, *rest]
+
+
+def _better(one: Candidate, other: Candidate) -> bool:
+    """Whether a law predicts rows left out better than another, by more than the standard error of the difference."""
+    gained = one.held_out - other.held_out
+    return bool(gained.sum() > np.sqrt(len(gained)) * gained.std(ddof=1))
+
+
+def examine_laws(found: Sequence[Candidate], law: Law) -> Finding:
+    """Report a comparison of laws, of which `law` was fitted, as a finding."""
+    chosen, mine = found[0], next(one for one in found if one.law is law)
+    numbers = {"error": mine.error, "chosen_error": chosen.error, "laws": len(found)}
+    if chosen is mine or len(found) < 2:
+        text = f"Of {len(found)} laws, {law.name} is the smallest that predicts rows left out as well as any."
+        return Finding("other laws", "fine", text, numbers)
+    text = f"{chosen.law.name} ({len(chosen.law.parameters)} parameters) predicts rows left out with an rms error of "
+    text += f"{chosen.error:.2g} in log loss, {law.name} ({len(law.parameters)}) with {mine.error:.2g}"
+    better = _better(chosen, mine)
+    text += ": it is the better law here." if better else ": the smaller law does as well."
+    return Finding("other laws", "warning" if better else "note", text, numbers)
+
+
+def _candidate(fitted: Fit) -> Candidate:
+    base = _columns(slopes_of(fitted, fitted.rows))
+    count, spare = len(fitted.rows), max(len(fitted.rows) - base.shape[1] - 1, 1)
+    leverage = np.minimum(np.sum(base**2, 1), 1 - 1e-6)
+    left_out = fitted.residuals / (1 - leverage)
+    square = np.maximum((np.sum(fitted.residuals**2) - fitted.residuals * left_out) / spare, 1e-18)
+    # Variance of a row that is left out: noise, and the curve's without it.
+    variance = square / (1 - leverage)
+    density = -0.5 * (np.log(2 * np.pi * variance) + left_out**2 / variance)
+    likelihood = float(fitted.log_likelihood or 0.0)
+    bic = (len(fitted.law.parameters) + 1) * np.log(count) - 2 * likelihood
+    error = float(np.sqrt(np.mean(left_out**2)))
+    return Candidate(fitted.law, fitted, density, error, likelihood, float(bic))
