@@ -2,8 +2,9 @@
 
 What: `coverage`, how often 95% intervals hold the truth over sweeps simulated from Chinchilla's law; `planner`,
 surfaces on which the planner races an IsoFLOP grid for the grid's interval; `conventions`, a table of runs counted
-under every convention and fitted again (needs `--config.runs`).
-Cost: coverage of 1,000 sweeps 254 seconds of processor time, 100 races 72, conventions 13.
+under every convention and fitted again (needs `--config.runs`); `backtest`, public tables whose larger runs are
+predicted from the smaller (needs their directory as `--config.runs`); `laws`, how often the true law is picked.
+Cost: coverage of 1,000 sweeps 254 seconds of processor time, 100 races 72, conventions 13, backtest 20.
 Expected: docs/results/scaling_fits.md has what was measured.
 Command: python scripts/benchmarks/run.py --config=audit_fits:coverage
 """
@@ -14,6 +15,8 @@ VARIANTS = {
     "coverage": "how often 95% intervals hold the truth",
     "planner": "the planner against an IsoFLOP grid",
     "conventions": "exponents by convention of counting",
+    "backtest": "larger runs of public tables predicted from the smaller",
+    "laws": "how often the true law is picked among four",
 }
 
 
