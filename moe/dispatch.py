@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from moe.routing import Routing, is_routed, register
+from moe.routing import Routing, is_routed, mask_rows, register, take
 
 ExpertFn = Callable[[Array, Array], Array]
 """(rows_RD sorted by expert, sizes_E int32) -> rows [R, D']."""
@@ -168,6 +168,7 @@ def dense(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array,
       routing: of these tokens.
       experts: (x_ND, e) -> output of expert e (a Python int) on every token.
     """
+    x_ND = mask_rows(x_ND, routing.mask_N)
     total: Array | None = None
     for e in range(routing.num_experts):
         weight_N = jnp.where(routing.experts_NK == e, routing.weights_NK, 0).sum(axis=1)
@@ -175,7 +176,7 @@ def dense(x_ND: Float[Array, "N D"], routing: Routing, experts: Callable[[Array,
         out = out * weight_N[:, None].astype(out.dtype)
         total = out if total is None else total + out
     assert total is not None
-    return total
+    return mask_rows(total, routing.mask_N)
 
 
 def soft(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Float[Array, "N F"]:
@@ -193,11 +194,12 @@ def soft(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Floa
         raise ValueError("dispatch.soft needs Routing.slots, which only route.soft gives")
     _, e, p = routing.slots.dispatch_NEP.shape
     mix = {"preferred_element_type": jnp.float32}
-    x_ND = jnp.where(routing.mask_N[:, None], x_ND, 0)
+    x_ND = mask_rows(x_ND, routing.mask_N)
     slots_EPD = jnp.einsum("nep,nd->epd", routing.slots.dispatch_NEP, x_ND, **mix).astype(x_ND.dtype)
     y_RD = experts(slots_EPD.reshape(e * p, -1), jnp.full(e, p, jnp.int32))
     y_EPD = y_RD.reshape(e, p, -1)
-    return jnp.einsum("nep,epd->nd", routing.slots.combine_NEP, y_EPD, **mix).astype(y_RD.dtype)
+    y_ND = jnp.einsum("nep,epd->nd", routing.slots.combine_NEP, y_EPD, **mix).astype(y_RD.dtype)
+    return mask_rows(y_ND, routing.mask_N)
 
 
 def places(
@@ -206,8 +208,8 @@ def places(
     """Number every choice's place in its expert's buffer, and compare it with the expert capacity.
 
     All first choices come before all second ones. Among them "position" orders tokens as they come (Lepikhin et al.
-    2020, algorithm 1; causal) and "probability" by their largest weight (batch-prioritized routing: Riquelme et al.
-    2021, section 4.1; it looks ahead).
+    2020, algorithm 1; causal) and "probability" by the router's largest probability for one of their experts, before
+    any normalization of the weights (batch-prioritized routing: Riquelme et al. 2021, section 4.1; it looks ahead).
 
     Returns:
       Place [N, K], and whether the choice is routed and its place is below the capacity [N, K].
@@ -221,7 +223,8 @@ def places(
     e = routing.num_experts
     serve_N = jnp.arange(n)
     if drop == "probability":
-        serve_N = jnp.argsort(-jax.lax.stop_gradient(routing.weights_NK).max(axis=1), stable=True)
+        probs_NK = take(jax.lax.stop_gradient(routing.probs_NE), jnp.minimum(routing.experts_NK, e - 1))
+        serve_N = jnp.argsort(-jnp.where(is_routed(routing), probs_NK, 0.0).max(axis=1), stable=True)
     queue_A = routing.experts_NK[serve_N].T.reshape(-1)  # choice-major: k n_tokens + rank
     hot_AE = (queue_A[:, None] == jnp.arange(e)[None]).astype(jnp.int32)
     place_A = ((jnp.cumsum(hot_AE, axis=0) - 1) * hot_AE).sum(axis=1)
@@ -276,7 +279,7 @@ def capacity(
     e, c, k = routing.num_experts, places_per_expert, routing.k
     grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
     place_GMK, placed_GMK = jax.vmap(lambda r: places(r, c, drop))(grouped)
-    x_GMD = jnp.where(routing.mask_N[:, None], x_ND, 0).reshape(groups, -1, d)
+    x_GMD = mask_rows(x_ND, routing.mask_N).reshape(groups, -1, d)
     to, back = (_to_places, _from_places) if movement == "gather" else (_to_places_hot, _from_places_hot)
     index_GMK = jnp.where(placed_GMK, grouped.experts_NK * c + place_GMK, e * c)  # e c: out of range
     buffers_GSD = jax.vmap(lambda x, i: to(x, i, e * c))(x_GMD, index_GMK)
@@ -285,7 +288,7 @@ def capacity(
     y_GSF = y_RF.reshape(e, groups, c, -1).swapaxes(0, 1).reshape(groups, e * c, -1)
     weights_GMK = jnp.where(placed_GMK, grouped.weights_NK, 0.0)
     y_GMF = jax.vmap(back)(y_GSF, index_GMK, weights_GMK)
-    return y_GMF.reshape(n, -1), placed_GMK.reshape(n, k)
+    return mask_rows(y_GMF.reshape(n, -1), routing.mask_N), placed_GMK.reshape(n, k)
 
 
 def _to_places(x_MD: Array, index_MK: Array, places: int) -> Array:

@@ -15,14 +15,14 @@ Example:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import route
-from moe.routing import Routing, check_k
+from moe.routing import Routing, check_k, mask_rows
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,23 @@ class RouterConfig:
         """False if the router looks ahead even when tokens are decoded."""
         return ROUTERS[self.name].causal
 
+    def check_training(self) -> None:
+        """Refuse a router whose weights are constant: a softmax over one choice. Serving such a model is right.
+
+        Raises:
+          ValueError: no gradient of the model's loss would reach the router.
+        """
+        one = self.k == 1 < self.experts
+        constant = {"top_k": one and self.softmax == "after", "noisy": one, "uniform": one}
+        if self.name == "hierarchical":
+            constant["hierarchical"] = self.k == 1 < self.experts // self.groups or self.top_groups == 1 < self.groups
+        if constant.get(self.name):
+            settings = f"name={self.name!r}, k={self.k}" + ", top_groups=1" * (self.top_groups == 1 < self.groups)
+            raise ValueError(
+                f"router {settings}: the softmax over one choice is 1, so no gradient of the loss reaches the router; "
+                "train with k (and top_groups) of at least 2, or with softmax='before', 'switch' or 'sigmoid'"
+            )
+
 
 class Context(NamedTuple):
     """Inputs of a router besides its parameters, the activations and its config.
@@ -111,11 +128,13 @@ class RouterSpec:
       route: (params, x_ND float32, config, context) -> Routing.
       shapes: (config, width) -> shape of each parameter by name.
       causal: False if it looks ahead even when tokens are decoded.
+      balance: the choices that its balance loss counts, see `losses.load_balance`.
     """
 
     route: Callable[[Mapping[str, Array], Array, RouterConfig, Context], Routing]
     shapes: Callable[[RouterConfig, int], dict[str, tuple[int, ...]]] = _kernel_shapes
     causal: bool = True
+    balance: Literal["all", "first", "scores"] = "all"
 
 
 def _logits(params, x_ND, name="kernel"):
@@ -175,15 +194,21 @@ def _scored(params, x_ND, c, ctx, *, score, group_score):
 def _expert_choice(params, x_ND, c, ctx):
     n = x_ND.shape[0]
     capacity = min(n, max(1, int(c.capacity_factor * n / c.experts)))
-    return route.expert_choice(_logits(params, x_ND), capacity, ctx.mask_N)
+    places = None  # as many as the tokens without padding would have
+    if ctx.mask_N is not None:
+        places = jnp.maximum(1, (c.capacity_factor * ctx.mask_N.sum() / c.experts).astype(jnp.int32))
+    return route.expert_choice(_logits(params, x_ND), capacity, ctx.mask_N, places=places)
+
+
+def _unit(x, axis):
+    """Divide by the norm; a zero vector stays zero, and its gradient finite."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), 1e-12))
 
 
 def _soft(params, x_ND, c, ctx):
     # Tokens and slot parameters are normalized (section 2.3), so that large widths do not saturate the softmax.
-    unit = x_ND / jnp.maximum(jnp.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-6)
-    kernel_DS = params["kernel"].astype(jnp.float32)
-    kernel_DS = kernel_DS / jnp.maximum(jnp.linalg.norm(kernel_DS, axis=0, keepdims=True), 1e-6)
-    logits_NS = unit @ (params["scale"].reshape(1, 1) * kernel_DS)
+    kernel_DS = _unit(params["kernel"].astype(jnp.float32), axis=0)
+    logits_NS = _unit(x_ND, axis=1) @ (params["scale"].reshape(1, 1) * kernel_DS)
     return route.soft(logits_NS.reshape(-1, c.experts, c.slots), ctx.mask_N)
 
 
@@ -204,12 +229,13 @@ def _uniform(params, x_ND, c, ctx):
 ROUTERS: dict[str, RouterSpec] = {
     "top_k": RouterSpec(_top_k),
     "switch": RouterSpec(_switch),
-    "gshard": RouterSpec(_gshard),
+    "gshard": RouterSpec(_gshard, balance="first"),
     "noisy": RouterSpec(_noisy, lambda c, d: {"kernel": (d, c.experts), "noise": (d, c.experts)}),
     "hierarchical": RouterSpec(_hierarchical, _hierarchical_shapes),
     "sigmoid": RouterSpec(
         partial(_scored, score="sigmoid", group_score="top2"),
         lambda c, d: {"kernel": (d, c.experts), "bias": (c.experts,)},
+        balance="scores",
     ),
     "softmax_groups": RouterSpec(partial(_scored, score="softmax", group_score="max")),
     "expert_choice": RouterSpec(_expert_choice, causal=False),
@@ -243,15 +269,17 @@ def gate(
 
     Args:
       params: arrays by the names of `parameter_shapes`.
-      x_ND: activations of any float dtype; the router's arithmetic is float32.
+      x_ND: activations of any float dtype; the router's arithmetic is float32. Those of padding may be NaN.
       config: router and its options.
       mask_N: False for padding.
       key: for noise; None switches it off.
-      train: True balances the BASE router's assignment; other routers ignore it.
+      train: True balances the BASE router's assignment, and refuses constant weights (`RouterConfig.check_training`).
       tokens_N: token ids, for the hash router.
 
     Raises:
-      ValueError: the hash router without token ids.
+      ValueError: the hash router without token ids, or training with weights that have no gradient.
     """
-    context = Context(mask_N, key, train, tokens_N)
-    return ROUTERS[config.name].route(params, x_ND.astype(jnp.float32), config, context)
+    if train:
+        config.check_training()
+    x_ND = mask_rows(x_ND.astype(jnp.float32), mask_N)
+    return ROUTERS[config.name].route(params, x_ND, config, Context(mask_N, key, train, tokens_N))

@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
 from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture
-from moe.gate import RouterConfig, gate, parameter_shapes
+from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.parallel import Exchange, all_to_all
-from moe.routing import Routing, require_causal
+from moe.routing import Routing, mask_rows, require_causal
 
 
 @dataclass(frozen=True)
@@ -121,25 +121,32 @@ def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertA
 
     Args:
       routing: of this device's tokens.
-      config: coefficients. Importance and load are sums over one device's tokens and do not know `axes`.
+      config: coefficients.
       sequences: rows of equal length that make up the tokens.
       axes: mesh axes inside `jax.shard_map`.
     """
 
-    def mean(value: Float32[Array, ""]) -> Float32[Array, ""]:
-        return jax.lax.pmean(value, axes.tokens) if axes.tokens else value
+    tokens, choices = axes.tokens or None, ROUTERS[config.router.name].balance
+
+    def mean(value: Float32[Array, ""], of: Bool[Array, " M"]) -> Float32[Array, ""]:
+        """Average the devices' means, each by the number of things it is a mean of."""
+        if tokens is None:
+            return value
+        total, count = jax.lax.psum((value * of.sum(), of.sum().astype(jnp.float32)), tokens)
+        return total / jnp.maximum(count, 1.0)
 
     total = jnp.float32(0)
     if config.balance and config.balance_scope == "batch":
-        total += config.balance * losses.load_balance(routing, axis_name=axes.tokens or None)
+        total += config.balance * losses.load_balance(routing, choices=choices, axis_name=tokens)
     elif config.balance:
-        total += config.balance * mean(losses.load_balance(routing, sequences))
+        full = routing.mask_N.reshape(sequences, -1).any(axis=1)
+        total += config.balance * mean(losses.load_balance(routing, sequences, choices=choices), full)
     if config.importance:
-        total += config.importance * losses.importance_loss(routing)
+        total += config.importance * losses.importance_loss(routing, tokens)
     if config.load:
-        total += config.load * losses.load_loss(routing)
+        total += config.load * losses.load_loss(routing, tokens)
     if config.z:
-        total += config.z * mean(losses.z_loss(routing))
+        total += config.z * mean(losses.z_loss(routing), routing.mask_N)
     # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
     varying = axes.width is not None and axes.width in jax.typeof(total).mat.varying
     return jax.lax.pmean(total, axes.width) if varying else total
@@ -255,7 +262,7 @@ class MoE(nn.Module):
 
         Args:
           x_BTD: activations of any float dtype, which is that of the experts' products.
-          mask_BT: False for padding, which comes out as zeros (but for shared experts).
+          mask_BT: False for padding, which may be NaN and comes out as zeros.
           tokens_BT: token ids, for the hash router.
         """
         c, (b, t, d) = self.config, x_BTD.shape
@@ -274,8 +281,8 @@ class MoE(nn.Module):
         router = Router(c.router, self.width, c.router_scale, name="router")()
         params = kernels(ff=ff, stack=(c.router.experts // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
 
-        x_ND = x_BTD.reshape(b * t, d)
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
+        x_ND = mask_rows(x_BTD.reshape(b * t, d), mask_N)
         tokens_N = None if tokens_BT is None else tokens_BT.reshape(-1)
         with jax.named_scope("route"):
             routing = gate(router, x_ND, c.router, mask_N, key=keys[0], train=train, tokens_N=tokens_N)
@@ -296,7 +303,7 @@ class MoE(nn.Module):
             self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes))
             self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
-        return y_ND.reshape(b, t, d)
+        return mask_rows(y_ND, mask_N).reshape(b, t, d)
 
 
 def serving(config: MixtureConfig) -> MixtureConfig:

@@ -23,19 +23,21 @@ def load_balance(
     routing: Routing,
     groups: int = 1,
     *,
-    choices: Literal["all", "first"] = "all",
+    choices: Literal["all", "first", "scores"] = "all",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float32[Array, ""]:
     """Compute the load-balancing loss E sum_i f_i P_i (Fedus et al. 2021, eq. 4-6): 1 balanced, E collapsed.
 
     f_i is the share of choices of expert i (no gradient), P_i the mean probability of expert i. GShard's l_aux
     (Lepikhin et al. 2020, algorithm 1) is this with `choices="first"`, divided by E^2; DeepSeek-V3's sequence-wise loss
-    (eq. 17-20) is this with one group per sequence.
+    (eq. 17-20) is this with one group per sequence and `choices="scores"`.
 
     Args:
       routing: any routing.
-      groups: the mean over so many groups of consecutive tokens; 1 is the full batch. Groups of padding alone count 0.
-      choices: "all" K choices, or the "first" alone.
+      groups: the mean over so many groups of consecutive tokens; 1 is the full batch. Groups of padding alone do not
+        count.
+      choices: "all" K choices, the "first" alone, or the K highest "scores" (probabilities), whatever bias, groups or
+        noise made of them.
       axis_name: mapped axes over which f and P are averaged first, so that the global batch is balanced, not each
         device's (Qiu et al. 2025); with `groups=1`.
 
@@ -47,9 +49,13 @@ def load_balance(
         raise ValueError(f"{n} tokens do not divide into {groups} groups")
     if groups > 1 and axis_name is not None:
         raise ValueError(f"groups={groups} and axis_name={axis_name!r}: a balance is either per group or global")
-    experts_GMK = routing.experts_NK.reshape(groups, n // groups, -1)
+    experts_NK = routing.experts_NK
     if choices == "first":
-        experts_GMK = experts_GMK[:, :, :1]
+        experts_NK = experts_NK[:, :1]
+    elif choices == "scores":
+        best_NK = jax.lax.top_k(jax.lax.stop_gradient(routing.probs_NE), routing.k)[1]
+        experts_NK = jnp.where(routing.mask_N[:, None], best_NK, e)
+    experts_GMK = experts_NK.reshape(groups, n // groups, -1)
     counts_GE = jax.vmap(lambda experts: counts(experts, e))(experts_GMK)
     weight_GM1 = routing.mask_N.reshape(groups, -1, 1).astype(jnp.float32)
     sums_GE = (routing.probs_NE.reshape(groups, -1, e) * weight_GM1).sum(axis=1)
@@ -58,23 +64,36 @@ def load_balance(
         counts_GE, sums_GE, tokens_G1 = jax.lax.psum((counts_GE, sums_GE, tokens_G1), axis_name)
     f_GE = jax.lax.stop_gradient(counts_GE / jnp.maximum(counts_GE.sum(axis=-1, keepdims=True), 1.0))
     p_GE = sums_GE / jnp.maximum(tokens_G1, 1.0)
-    return e * (f_GE * p_GE).sum(axis=-1).mean()
+    return e * (f_GE * p_GE).sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
 
 
-def importance_loss(routing: Routing) -> Float32[Array, ""]:
-    """Compute the importance loss, CV(sum of gate weights per expert)^2 (Shazeer et al. 2017, eq. 6-7)."""
-    return squared_variation(importance(routing))
+def importance_loss(routing: Routing, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:
+    """Compute the importance loss, CV(sum of gate weights per expert)^2 (Shazeer et al. 2017, eq. 6-7).
+
+    Args:
+      routing: any routing.
+      axis_name: mapped axes over which the gate weights are summed too, for the loss of the global batch.
+    """
+    return squared_variation(_summed(importance(routing), axis_name))
 
 
-def load_loss(routing: Routing) -> Float32[Array, ""]:
+def load_loss(routing: Routing, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:
     """Compute the load loss, CV(load)^2 of the smooth load (Shazeer et al. 2017, appendix A, eq. 11).
+
+    Args:
+      routing: of `noisy_top_k` or `hierarchical`.
+      axis_name: mapped axes over which the load is summed too, for the loss of the global batch.
 
     Raises:
       ValueError: the router gave no smooth load (only `noisy_top_k` and `hierarchical` do).
     """
     if routing.load_NE is None:
         raise ValueError("the load loss needs Routing.load_NE: route with noisy_top_k or hierarchical")
-    return squared_variation(routing.load_NE.sum(axis=0))
+    return squared_variation(_summed(routing.load_NE.sum(axis=0), axis_name))
+
+
+def _summed(values_E: Array, axis_name: str | tuple[str, ...] | None) -> Array:
+    return values_E if axis_name is None else jax.lax.psum(values_E, axis_name)
 
 
 def z_loss(routing: Routing) -> Float32[Array, ""]:

@@ -113,6 +113,11 @@ def prepare(
     return jnp.where(mask_N[:, None], logits_NE, 0.0), mask_N
 
 
+def mask_rows(x_ND: Float[Array, "N D"], mask_N: Bool[Array, " N"] | None) -> Float[Array, "N D"]:
+    """Zero the rows of padding, whose values and cotangents may be NaN; a mask of None changes nothing."""
+    return x_ND if mask_N is None else jnp.where(mask_N[:, None], x_ND, 0)
+
+
 def check_k(k: int, experts: int) -> None:
     """Check the number of choices per token.
 

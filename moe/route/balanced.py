@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from moe.routing import Routing, make_routing, prepare, take
 
@@ -14,6 +14,7 @@ def auction(
     *,
     epsilon: float = 1e-3,
     rounds: int = 2000,
+    places: Int[Array, ""] | None = None,
 ) -> Int32[Array, " N"]:
     """Solve the assignment of tokens to experts, at most `capacity` each, by an auction (Bertsekas & Castanon 1989).
 
@@ -28,6 +29,7 @@ def auction(
       mask_N: False for padding, which has no place (its expert is E).
       epsilon: smallest raise of a bid: smaller is nearer the optimum and takes longer.
       rounds: bound on the rounds.
+      places: places per expert known at run time only, at most `capacity`; for a batch with padding.
 
     Raises:
       ValueError: fewer places than tokens, or epsilon not positive.
@@ -45,13 +47,17 @@ def auction(
     if epsilon <= 0:
         raise ValueError(f"epsilon={epsilon} must be positive, or equal bidders would never finish")
     held = min(capacity, n)
+    places = jnp.int32(capacity) if places is None else places
+    within_1C = jnp.arange(held)[None] < places
     hot_E = jnp.arange(e)[None]
 
     def auction_round(state):
         expert_N, bid_N, count = state
         held_NE = jnp.where(expert_N[:, None] == hot_E, bid_N[:, None], -jnp.inf)
-        lowest_E = jax.lax.top_k(held_NE.T, held)[0][:, -1]  # -inf while there are free places
-        price_E = jnp.where(jnp.isfinite(lowest_E) & (held == capacity), lowest_E, 0.0)
+        highest_EC = jax.lax.top_k(held_NE.T, held)[0]
+        # -inf while there are free places
+        lowest_E = jnp.take(highest_EC, places - 1, axis=1, mode="fill", fill_value=-jnp.inf)
+        price_E = jnp.where(jnp.isfinite(lowest_E), lowest_E, 0.0)
         net_NE = values_NE - price_E[None]
         best_N = net_NE.argmax(axis=-1)
         first_N = net_NE.max(axis=-1)
@@ -63,7 +69,7 @@ def auction(
         # Outbid: not among the `held` highest of its expert. Ties go to the lower token, so ranks, not values, decide.
         held_NE = jnp.where(expert_N[:, None] == hot_E, bid_N[:, None], -jnp.inf)
         winners_EC = jax.lax.top_k(held_NE.T, held)[1]
-        holds_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], winners_EC].set(True)
+        holds_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], winners_EC].set(within_1C)
         wins_N = (holds_EN.T & (expert_N[:, None] == hot_E)).any(axis=-1)
         return jnp.where(wins_N, expert_N, e), jnp.where(wins_N, bid_N, -jnp.inf), count + 1
 
@@ -73,7 +79,7 @@ def auction(
 
     start = (jnp.full(n, e, jnp.int32), jnp.full(n, -jnp.inf), jnp.int32(0))
     expert_N, _, _ = jax.lax.while_loop(unfinished, lambda s: _typed(auction_round(s)), start)
-    return _fill(expert_N, mask_N, e, capacity)
+    return _fill(expert_N, mask_N, e, places)
 
 
 def _typed(state):
@@ -82,10 +88,12 @@ def _typed(state):
     return expert_N.astype(jnp.int32), bid_N, count
 
 
-def _fill(expert_N: Int32[Array, " N"], mask_N: Bool[Array, " N"], experts: int, capacity: int) -> Int32[Array, " N"]:
+def _fill(
+    expert_N: Int32[Array, " N"], mask_N: Bool[Array, " N"], experts: int, places: Int[Array, ""]
+) -> Int32[Array, " N"]:
     """Assign tokens without an expert to the free places, both in order."""
     free_N = (expert_N == experts) & mask_N
-    places_E = capacity - (expert_N[:, None] == jnp.arange(experts)[None]).sum(axis=0)
+    places_E = places - (expert_N[:, None] == jnp.arange(experts)[None]).sum(axis=0)
     rank_N = jnp.cumsum(free_N) - 1
     filled_N = jnp.searchsorted(jnp.cumsum(places_E), rank_N, side="right")
     return jnp.where(free_N, filled_N, expert_N).astype(jnp.int32)
@@ -100,6 +108,8 @@ def base(
     rounds: int = 2000,
 ) -> Routing:
     """Route to one expert of ceil(N / E) tokens at most, weight sigmoid(logit) (BASE: Lewis et al. 2021, eq. 2, 4).
+
+    N counts tokens without padding.
 
     Args:
       logits_NE: token-expert affinities.
@@ -119,7 +129,8 @@ def base(
     n, e = logits_NE.shape
     if train:
         values_NE: Float32[Array, "N E"] = jax.lax.stop_gradient(logits_NE)
-        expert_N = auction(values_NE, -(-n // e), mask_N, epsilon=epsilon, rounds=rounds)
+        places = -(-mask_N.sum(dtype=jnp.int32) // e)
+        expert_N = auction(values_NE, -(-n // e), mask_N, epsilon=epsilon, rounds=rounds, places=places)
     else:
         expert_N = logits_NE.argmax(axis=-1)
     expert_N1 = jnp.minimum(expert_N, e - 1)[:, None]  # padding has expert E here, and from make_routing again

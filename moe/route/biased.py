@@ -65,7 +65,8 @@ def sigmoid_top_k(
       groups: blocks of consecutive experts (those of one node).
       top_groups: blocks a token's experts may come from.
       group_score: score of a block, see `limit_groups`.
-      normalize: divide the chosen scores by their sum.
+      normalize: divide the chosen scores by their sum. A single one is left as it is, since the quotient would be 1
+        and give the router no gradient.
       scale: factor on the weights (2.5 in V3).
       score: "sigmoid" (V3) or "softmax" (V2).
 
@@ -96,7 +97,7 @@ def sigmoid_top_k(
             raise ValueError(f"k={k} experts out of {top_groups} groups of {e // groups}: raise top_groups or lower k")
     experts_NK = jax.lax.top_k(select_NE, k)[1]
     weights_NK = take(scores_NE, experts_NK)
-    if normalize:
+    if normalize and k > 1:
         weights_NK /= jnp.maximum(weights_NK.sum(axis=-1, keepdims=True), 1e-20)
     probs_NE = scores_NE / jnp.maximum(scores_NE.sum(axis=-1, keepdims=True), 1e-20)
     return make_routing(experts_NK, scale * weights_NK, probs_NE, logits_NE, mask_N)

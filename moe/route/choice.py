@@ -2,12 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe.routing import Routing, Slots, make_routing, prepare
 
 
-def expert_choice(logits_NE: Float[Array, "N E"], capacity: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
+def expert_choice(
+    logits_NE: Float[Array, "N E"],
+    capacity: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    places: Int[Array, ""] | None = None,
+) -> Routing:
     """Let every expert choose its `capacity` most probable tokens (expert choice: Zhou et al. 2022, eq. 1-2).
 
     A token may have any number of experts, so K = E, with expert E and weight 0 where it was not chosen; `rows` is
@@ -17,6 +23,7 @@ def expert_choice(logits_NE: Float[Array, "N E"], capacity: int, mask_N: Bool[Ar
       logits_NE: router logits.
       capacity: tokens per expert, k in the paper (n c / e).
       mask_N: False for padding, which no expert chooses (it then has fewer than `capacity` tokens).
+      places: tokens per expert known at run time only, at most `capacity`; for a batch with padding.
 
     Raises:
       ValueError: capacity is not in 1..N.
@@ -34,7 +41,8 @@ def expert_choice(logits_NE: Float[Array, "N E"], capacity: int, mask_N: Bool[Ar
     probs_NE = jax.nn.softmax(logits_NE)
     wanted_EN = jnp.where(mask_N[None], probs_NE.T, -1.0)
     tokens_EC = jax.lax.top_k(jax.lax.stop_gradient(wanted_EN), capacity)[1]
-    chosen_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], tokens_EC].set(True)
+    within_1C = jnp.arange(capacity)[None] < (capacity if places is None else places)
+    chosen_EN = jnp.zeros((e, n), bool).at[jnp.arange(e)[:, None], tokens_EC].set(within_1C)
     experts_NE = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[None], (n, e))
     return make_routing(experts_NE, probs_NE, probs_NE, logits_NE, mask_N, chosen_EN.T, rows=e * capacity, causal=False)
 

@@ -58,6 +58,8 @@ def _constant(experts_NK: Int[Array, "N K"], experts: int, mask_N: Bool[Array, "
 def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
     """Route with perfect balance: choice j of token n has expert (n k + j) mod E; weights as in `replay`.
 
+    Tokens are numbered without padding.
+
     Raises:
       ValueError: k is not in 1..E.
 
@@ -69,13 +71,14 @@ def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | 
     """
     n, e = logits_NE.shape
     check_k(k, e)
-    return replay(logits_NE, (jnp.arange(n * k, dtype=jnp.int32) % e).reshape(n, k), mask_N)
+    position_N = jnp.arange(n, dtype=jnp.int32) if mask_N is None else jnp.cumsum(mask_N, dtype=jnp.int32) - 1
+    return replay(logits_NE, (k * position_N[:, None] + jnp.arange(k, dtype=jnp.int32)[None]) % e, mask_N)
 
 
 def replay(
     logits_NE: Float[Array, "N E"], experts_NK: Int[Array, "N K"], mask_N: Bool[Array, " N"] | None = None
 ) -> Routing:
-    """Route to given experts; weights are the softmax of their logits, so gradients reach the router.
+    """Route to given experts; weights are the softmax of their logits, with gradients to the router for k > 1.
 
     Args:
       logits_NE: router logits.

@@ -50,7 +50,7 @@ def noisy_top_k(
     Args:
       logits_NE: clean logits, x W_g.
       noise_NE: x W_noise; its softplus is the standard deviation of the noise.
-      k: choices.
+      k: choices; at 1 the weight is 1 and has no gradient.
       mask_N: False for padding.
       key: None switches the noise off, as in evaluation; the smooth load is then that of the clean logits.
 

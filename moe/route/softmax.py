@@ -44,8 +44,8 @@ def top_k(
       logits_NE: router logits.
       k: choices.
       mask_N: False for padding.
-      softmax: "after" selection, over the chosen logits, so that weights sum to one (Mixtral), or "before", over all
-        experts, so that weights are probabilities and sum to less.
+      softmax: "after" selection, over the chosen logits, so that weights sum to one (Mixtral; at k = 1 the weight is 1
+        and has no gradient), or "before", over all experts, so that weights are probabilities and sum to less.
       scale: factor on the weights.
 
     Raises:

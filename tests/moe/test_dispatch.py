@@ -157,7 +157,8 @@ def random_routing(seed, n, e, k):
     ids = np.stack([rng.permutation(e)[:k] for _ in range(n)]).astype(np.int32)
     logits, mask = prepare(jnp.zeros((n, e)), jnp.asarray(rng.random(n) < 0.8))
     routed = jnp.asarray(rng.random((n, k)) < 0.8)
-    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), jax.nn.softmax(logits), logits, mask, routed)
+    probs = jax.nn.softmax(jnp.asarray(rng.normal(size=(n, e)), jnp.float32))
+    return make_routing(jnp.asarray(ids), jnp.asarray(rng.random((n, k))), probs, logits, mask, routed)
 
 
 @settings(max_examples=30, deadline=None)
@@ -182,8 +183,9 @@ def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_prob
     drop = "probability" if by_probability else "position"
     place, placed = map(np.asarray, jax.jit(dispatch.places, static_argnums=(1, 2))(routing, capacity, drop))
     n, e, k = shape
-    ids, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
-    served = np.argsort(-weights.max(1), kind="stable") if by_probability else np.arange(n)
+    ids, probs = np.asarray(routing.experts_NK), np.asarray(routing.probs_NE)
+    best = [max([probs[t, i] for i in ids[t] if i < e], default=0) for t in range(n)]
+    served = np.argsort(-np.array(best), kind="stable") if by_probability else np.arange(n)
     used = np.zeros(e, int)
     for j in range(k):
         for t in served:
@@ -211,7 +213,8 @@ def test_dropped_choices_add_nothing(movement, drop):
 
 
 def test_capacity_by_probability_keeps_the_surest_tokens():
-    routing = route.switch(jnp.zeros((6, 2)).at[:, 0].set(jnp.array([1.0, 5.0, 2.0, 4.0, 3.0, 0.5])))
+    # Weights from a softmax over one choice are all 1: the order is that of the probabilities.
+    routing = route.top_k(jnp.zeros((6, 2)).at[:, 0].set(jnp.array([1.0, 5.0, 2.0, 4.0, 3.0, 0.5])), 1)
     assert np.asarray(dispatch.places(routing, 2, "position")[1])[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
     assert np.asarray(dispatch.places(routing, 2, "probability")[1])[:, 0].tolist() == [0, 1, 0, 1, 0, 0]
 

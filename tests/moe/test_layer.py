@@ -1,5 +1,6 @@
 """The Linen layer with every router, decoding, and the block of another library."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe import losses, metrics
 from moe.experts import MixtureConfig
 from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.layer import MoE, MoEConfig
@@ -106,13 +108,117 @@ def test_routers_that_look_ahead_are_refused_in_causal_decoding(router):
     jax.eval_shape(MoE(config(router), D, F).apply, {"params": params}, X)  # no causal model: nothing to refuse
 
 
-def test_padding_comes_out_as_zeros():
-    model, params = make(config())
-    mask = jnp.arange(T)[None] < jnp.array([[4], [6]])
-    apply = jax.jit(model.apply)
-    y = apply({"params": params}, jnp.where(mask[..., None], X, jnp.nan), mask)
-    assert (np.asarray(y)[~np.asarray(mask)] == 0).all()
-    np.testing.assert_allclose(y[0, :4], apply({"params": params}, X)[0, :4], rtol=1e-5, atol=1e-6)
+LIVE = np.array([1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], bool)  # of the B T tokens
+
+
+def dead(values, fill=jnp.nan):
+    """Values with NaN in the rows of padding."""
+    return jnp.where(LIVE[:, None], values, fill)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_sees_live_tokens_alone(name):
+    """Weights, losses, metrics and all gradients, with NaN in the padding's activations and cotangents."""
+    c = config(name).router
+    shapes = parameter_shapes(c, D)
+    params = {key: jax.random.normal(jax.random.key(i), shape) for i, (key, shape) in enumerate(shapes.items())}
+    x, tokens, c_NE = X.reshape(-1, D), TOKENS.reshape(-1), jnp.cos(jnp.arange(B * T * E)).reshape(-1, E)
+
+    @jax.jit
+    def run(params, x, mask, tokens, c_NE):
+        def f(params, x):
+            r = gate(params, x, c, mask, tokens_N=tokens)
+            hot_NKE = r.experts_NK[:, :, None] == jnp.arange(E)[None, None]
+            weights_NE = (r.weights_NK[:, :, None] * hot_NKE).sum(1)
+            found = losses.load_balance(r, choices=ROUTERS[name].balance), losses.z_loss(r), losses.importance_loss(r)
+            return (weights_NE * c_NE).sum() + sum(found), (weights_NE, found, metrics.summary(r))
+
+        (_, found), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)
+        return found, grads
+
+    (weights, *found), (dparams, dx) = run(params, dead(x), jnp.asarray(LIVE), tokens, dead(c_NE))
+    alone, (dparams_alone, dx_alone) = run(params, x[LIVE], None, tokens[LIVE], c_NE[LIVE])
+    assert (np.asarray(weights)[~LIVE] == 0).all() and (np.asarray(dx)[~LIVE] == 0).all()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        (weights[LIVE], *found, dparams, dx[LIVE]),
+        (*alone, dparams_alone, dx_alone),
+    )
+
+
+@pytest.mark.parametrize(
+    ("router", "mixture"),
+    [
+        ("top_k", {"activation": "gelu", "dispatch": "dense"}),
+        ("top_k", {"activation": "gelu", "dispatch": "capacity", "capacity_factor": 8.0, "movement": "einsum"}),
+        pytest.param("top_k", {}, marks=pytest.mark.slow),
+        pytest.param("expert_choice", {}, marks=pytest.mark.slow),
+        pytest.param("soft", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_layer_sees_live_tokens_alone(router, mixture):
+    """Outputs, auxiliary losses, metrics and all gradients; a sequence of padding alone counts nowhere."""
+    c = config(router, shared=1, biases=True, z=0.1, balance_scope="sequence", mixture=MixtureConfig(**mixture))
+    model, params = make(c)
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)  # biases too
+    out_BTD = jnp.sin(jnp.arange(B * T * D)).reshape(B, T, D)
+    key = jax.random.key(0) if c.mixture.dispatch == "capacity" else None  # a capacity holds in training
+
+    @jax.jit
+    def run(params, x, mask, out):
+        def f(params, x):
+            rngs = {} if key is None else {"router": key}
+            y, sown = model.apply({"params": params}, x, mask, rngs=rngs, mutable=["intermediates"])
+            sown = jax.tree.map(lambda leaf: leaf[0], sown["intermediates"], is_leaf=lambda leaf: type(leaf) is tuple)
+            return (y * out).sum() + sown["aux_loss"], (y, sown)
+
+        (_, (y, sown)), (dparams, dx) = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)
+        return (sown, dparams), (y, dx)
+
+    mask = jnp.asarray(LIVE[:T])
+    both = (jnp.stack([row, jnp.full_like(row, jnp.nan)]) for row in (dead(X.reshape(-1, D))[:T], out_BTD[0]))
+    (x, out), whole = both, jnp.stack([mask, jnp.zeros_like(mask)])
+    same, rows = run(params, x, whole, jnp.where(whole[..., None], out, jnp.nan))
+    same_alone, alone = run(params, X[:1, LIVE[:T]], None, out_BTD[:1, LIVE[:T]])
+    for found, expected in zip(rows, alone, strict=True):
+        assert (np.asarray(found)[~np.asarray(whole)] == 0).all()
+        np.testing.assert_allclose(found[whole], expected[0], rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), same, same_alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "learns"),
+    [
+        ("top_k", {}, False),
+        ("top_k", {"softmax": "before"}, True),
+        ("switch", {}, True),
+        ("noisy", {}, False),
+        ("hierarchical", {"groups": 2, "top_groups": 2}, False),
+        ("hierarchical", {"groups": 2, "top_groups": 1, "k": 2}, False),
+        ("hierarchical", {"groups": 2, "top_groups": 2, "k": 2}, True),
+        ("sigmoid", {}, True),
+        ("softmax_groups", {}, True),
+        ("base", {}, True),
+        ("uniform", {}, False),
+    ],
+)
+def test_one_choice_trains_a_router_or_is_refused(name, settings, learns):
+    """What is refused in training has no gradient in serving, and what is not has one for every kernel."""
+    c = RouterConfig(name, **({"experts": E, "k": 1} | settings))
+    params = {key: jax.random.normal(jax.random.key(3), shape) for key, shape in parameter_shapes(c, D).items()}
+
+    @jax.jit
+    @jax.grad
+    def served(params):
+        weights_NK = gate(params, X[0], c).weights_NK
+        return (weights_NK * jnp.cos(jnp.arange(weights_NK.size)).reshape(weights_NK.shape)).sum()
+
+    kernels = [np.abs(grad).max() for key, grad in served(params).items() if key in ("kernel", "inner")]
+    assert all(size > 1e-3 for size in kernels) if learns else min(kernels) < 1e-6
+    train = partial(jax.eval_shape, lambda p: gate(p, X[0], c, train=True), params)
+    refused = pytest.raises(ValueError, match="no gradient of the loss reaches the router")
+    with nullcontext() if learns else refused:
+        train()
 
 
 def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):

@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from moe import losses, metrics, route
+from moe.gate import RouterConfig
+from moe.layer import ExpertAxes, MoEConfig, auxiliary
 from moe.routing import make_routing
 
 
@@ -64,6 +66,23 @@ def test_global_balance_over_devices_is_that_of_the_whole_batch():
     logits = jax.random.normal(jax.random.key(0), (2, 6, 4))
     whole = losses.load_balance(route.top_k(logits.reshape(12, 4), 2))
     parts = jax.vmap(lambda x: losses.load_balance(route.top_k(x, 2), axis_name="data"), axis_name="data")(logits)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_the_auxiliary_losses_of_devices_are_those_of_all_their_tokens(scope):
+    """Devices with different numbers of tokens that are not padding, and of sequences that have any."""
+    config = MoEConfig(
+        router=RouterConfig("noisy", 4, 2), balance=0.5, balance_scope=scope, importance=0.3, load=0.2, z=0.1
+    )
+    logits = jax.random.normal(jax.random.key(0), (2, 6, 4)) + jnp.array([[[2.0, 0, 0, 0]], [[0, 0, 1.0, 0]]])
+    mask = jnp.array([[True] * 5 + [False], [True] * 2 + [False] * 4])
+
+    def loss(x, mask, sequences, axes):
+        return auxiliary(route.noisy_top_k(x, x / 3, 2, mask), config, sequences, ExpertAxes(tokens=axes))
+
+    whole = loss(logits.reshape(12, 4), mask.reshape(12), 4, ())
+    parts = jax.vmap(lambda x, mask: loss(x, mask, 2, ("data",)), axis_name="data")(logits, mask)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
@@ -146,6 +165,27 @@ def test_deepseek_v3s_gate():
     np.testing.assert_array_equal(np.sort(limited.experts_NK[0]), [2, 3])
     limited = route.sigmoid_top_k(logits, 2, groups=2, top_groups=1)
     np.testing.assert_array_equal(np.sort(limited.experts_NK[0]), [0, 1])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_deepseek_v3s_balance_loss_counts_the_scores_without_bias(groups):
+    """Eq. 17-20 in float64; biases and groups of experts send tokens elsewhere."""
+    k, logits = 2, np.random.default_rng(0).normal(size=(12, 8))
+    routing = route.sigmoid_top_k(
+        jnp.asarray(logits, jnp.float32), k, bias_E=jnp.linspace(-1, 1, 8), groups=4, top_groups=2
+    )
+    expected = []
+    for s in np.split(1 / (1 + np.exp(-logits)), groups):
+        chosen = (np.argsort(np.argsort(-s, axis=1), axis=1) < k).astype(float)
+        f = 8 / (k * len(s)) * chosen.sum(0)  # eq. 18
+        expected.append((f * (s / s.sum(1, keepdims=True)).mean(0)).sum())  # eq. 17, 19, 20
+    assert losses.load_balance(routing, groups, choices="scores") == pytest.approx(np.mean(expected), rel=1e-5)
+    assert abs(float(losses.load_balance(routing, groups)) - np.mean(expected)) > 1e-3
+
+
+def test_groups_of_padding_alone_do_not_count():
+    masked = with_probs(PROBS, mask=jnp.array([True, True, False, False]))
+    assert losses.load_balance(masked, groups=2) == pytest.approx(1.5, rel=1e-6)
 
 
 def test_loss_free_balancing_moves_the_bias_by_sign_and_balances():
