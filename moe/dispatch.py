@@ -16,6 +16,7 @@ Example:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -203,7 +204,7 @@ def soft(x_ND: Float[Array, "N D"], routing: Routing, experts: ExpertFn) -> Floa
 
 
 def places(
-    routing: Routing, capacity: int, drop: Literal["position", "probability"] = "position"
+    routing: Routing, capacity: int, drop: Literal["position", "probability"] = "position", groups: int = 1
 ) -> tuple[Int32[Array, "N K"], Bool[Array, "N K"]]:
     """Number every choice's place in its expert's buffer, and compare it with the expert capacity.
 
@@ -211,15 +212,27 @@ def places(
     2020, algorithm 1; causal) and "probability" by the router's largest probability for one of their experts, before
     any normalization of the weights (batch-prioritized routing: Riquelme et al. 2021, section 4.1; it looks ahead).
 
+    Args:
+      routing: any routing.
+      capacity: places of an expert in every group.
+      drop: the order.
+      groups: consecutive tokens that compete for places (a device's, a sequence's).
+
     Returns:
       Place [N, K], and whether the choice is routed and its place is below the capacity [N, K].
 
     Raises:
-      ValueError: capacity below 1.
+      ValueError: capacity below 1, or tokens that do not divide into the groups.
     """
     if capacity < 1:
         raise ValueError(f"capacity={capacity} places per expert: at least 1 is needed")
     n, k = routing.experts_NK.shape
+    if groups < 1 or n % groups:
+        raise ValueError(f"{n} tokens do not divide into {groups} groups")
+    if groups > 1:
+        cut = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
+        place_GMK, placed_GMK = jax.vmap(partial(places, capacity=capacity, drop=drop))(cut)
+        return place_GMK.reshape(n, k), placed_GMK.reshape(n, k)
     e = routing.num_experts
     serve_N = jnp.arange(n)
     if drop == "probability":
@@ -274,21 +287,19 @@ def capacity(
       ValueError: the tokens do not divide into the groups, or places_per_expert below 1.
     """
     n, d = x_ND.shape
-    if groups < 1 or n % groups:
-        raise ValueError(f"{n} tokens do not divide into {groups} groups")
     e, c, k = routing.num_experts, places_per_expert, routing.k
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
-    place_GMK, placed_GMK = jax.vmap(lambda r: places(r, c, drop))(grouped)
+    place_NK, placed_NK = places(routing, c, drop, groups)
     x_GMD = mask_rows(x_ND, routing.mask_N).reshape(groups, -1, d)
     to, back = (_to_places, _from_places) if movement == "gather" else (_to_places_hot, _from_places_hot)
-    index_GMK = jnp.where(placed_GMK, grouped.experts_NK * c + place_GMK, e * c)  # e c: out of range
+    index_NK = jnp.where(placed_NK, routing.experts_NK * c + place_NK, e * c)  # e c: out of range
+    index_GMK = index_NK.reshape(groups, -1, k)
     buffers_GSD = jax.vmap(lambda x, i: to(x, i, e * c))(x_GMD, index_GMK)
     rows_RD = buffers_GSD.reshape(groups, e, c, d).swapaxes(0, 1).reshape(-1, d)
     y_RF = experts(rows_RD, jnp.full(e, groups * c, jnp.int32))
     y_GSF = y_RF.reshape(e, groups, c, -1).swapaxes(0, 1).reshape(groups, e * c, -1)
-    weights_GMK = jnp.where(placed_GMK, grouped.weights_NK, 0.0)
+    weights_GMK = jnp.where(placed_NK, routing.weights_NK, 0.0).reshape(groups, -1, k)
     y_GMF = jax.vmap(back)(y_GSF, index_GMK, weights_GMK)
-    return mask_rows(y_GMF.reshape(n, -1), routing.mask_N), placed_GMK.reshape(n, k)
+    return mask_rows(y_GMF.reshape(n, -1), routing.mask_N), placed_NK
 
 
 def _to_places(x_MD: Array, index_MK: Array, places: int) -> Array:

@@ -49,7 +49,8 @@ class MixtureConfig:
       backend: the kernels of "dropless", see `moe.kernels.implementations.choose`; "auto" is the environment variable
         TESSERA_BACKEND where it is set.
       capacity_factor: for "capacity", see `dispatch.capacity_of`.
-      groups: for "capacity": groups of consecutive tokens that compete for places.
+      groups: for "capacity": groups of consecutive tokens that compete for places, on every device that has a part of
+        the tokens (Lepikhin et al. 2020, section 3.2).
       drop: for "capacity": "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
@@ -223,12 +224,11 @@ def mixture(
     if routing.slots is not None:
         return dispatch.soft(x_ND, routing, partial(run, dispatch="capacity")), None
     if config.dispatch == "capacity":
-        tokens = x_ND.shape[0] // config.groups
         return dispatch.capacity(
             x_ND,
             routing,
             partial(run, dispatch="capacity"),
-            dispatch.capacity_of(tokens, routing, config.capacity_factor),
+            _capacity(routing, config),
             groups=config.groups,
             drop=config.drop,
             movement=config.movement,
@@ -243,6 +243,15 @@ def mixture(
         how = {name: getattr(config, name) for name in ("backend", "dropout", "deterministic")}
         return fused(params, x_ND, routing, **how, key=key), None
     return dispatch.dropless(x_ND, routing, partial(run, backend=config.backend)), None
+
+
+def _capacity(routing: Routing, config: MixtureConfig) -> int:
+    return dispatch.capacity_of(routing.mask_N.shape[0] // config.groups, routing, config.capacity_factor)
+
+
+def placements(routing: Routing, config: MixtureConfig) -> tuple[Int[Array, "N K"], Bool[Array, "N K"]]:
+    """Number every choice's place under dispatch "capacity", and compare it with the capacity (`dispatch.places`)."""
+    return dispatch.places(routing, _capacity(routing, config), config.drop, config.groups)
 
 
 def _expert(params: Params, x_ND: Array, e: int, activation: Activation) -> Array:

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
-from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture
+from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture, placements
 from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.parallel import Exchange, all_to_all
-from moe.routing import Routing, mask_rows, require_causal
+from moe.routing import Routing, mask_rows, only, require_causal
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class MoEConfig:
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
         token decoded alone comes out as in its full sequence.
       balance: coefficient of the load-balance loss.
-      balance_scope: tokens over which it is taken: "batch" (all of them) or "sequence".
+      balance_scope: tokens over which it is taken: "batch" (all of a step; refused where a batch goes through the model
+        in parts), "microbatch" (all that go through the model at once, over all devices) or "sequence".
       importance, load, z: coefficients of the importance, load and z losses.
       bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
       router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).
@@ -77,12 +78,29 @@ class MoEConfig:
                 f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff} and "
                 f"shared={self.shared} at least 0"
             )
-        if self.balance_scope not in ("batch", "sequence"):
-            raise ValueError(f"balance_scope={self.balance_scope!r}: choose 'batch' or 'sequence'")
+        if self.balance_scope not in ("batch", "microbatch", "sequence"):
+            raise ValueError(f"balance_scope={self.balance_scope!r}: choose 'batch', 'microbatch' or 'sequence'")
         if self.load and self.router.name not in ("noisy", "hierarchical"):
             raise ValueError(f"load={self.load} needs the smooth load of the routers noisy and hierarchical")
         if self.bias_rate and self.router.name != "sigmoid":
             raise ValueError(f"bias_rate={self.bias_rate} moves the sigmoid router's bias, not {self.router.name}'s")
+
+    def check_parts(self, why: str) -> None:
+        """Refuse losses of the whole batch for a batch that goes through the model in parts.
+
+        Args:
+          why: what cuts it, for the message.
+
+        Raises:
+          ValueError: the mean over the parts would be another loss than the batch's.
+        """
+        nonlinear = (self.importance or self.load) and self.balance_scope != "microbatch"
+        if nonlinear or (self.balance and self.balance_scope == "batch"):
+            losses = " and ".join(name for name in ("balance", "importance", "load") if getattr(self, name))
+            raise ValueError(
+                f"balance_scope={self.balance_scope!r} with {why}: the mean of {losses} over parts of a batch is "
+                "another loss than the batch's; choose 'microbatch' to mean the parts', or for balance 'sequence'"
+            )
 
     def width_of(self, dense_ff: int) -> int:
         """Compute F from the width of the dense layer that the experts replace.
@@ -136,7 +154,7 @@ def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertA
         return total / jnp.maximum(count, 1.0)
 
     total = jnp.float32(0)
-    if config.balance and config.balance_scope == "batch":
+    if config.balance and config.balance_scope != "sequence":
         total += config.balance * losses.load_balance(routing, choices=choices, axis_name=tokens)
     elif config.balance:
         full = routing.mask_N.reshape(sequences, -1).any(axis=1)
@@ -294,7 +312,9 @@ class MoE(nn.Module):
                 y_ND, placed_NK = mixture(params, x_ND, routing, config, key=keys[1])
             else:
                 run = partial(expert_ffn, params, activation=config.activation, backend=config.backend)
-                y_ND, placed_NK = all_to_all(x_ND, routing, run, ep, exchange=self.axes.exchange), None
+                placed_NK = placements(routing, config)[1] if config.dispatch == "capacity" else None
+                sent = routing if placed_NK is None else only(routing, placed_NK)
+                y_ND = all_to_all(x_ND, sent, run, ep, exchange=self.axes.exchange)
         if c.shared:
             with jax.named_scope("shared"):
                 shared = kernels(ff=c.shared * ff, name="shared")()

@@ -49,17 +49,28 @@ def drop_fraction(routing: Routing, placed_NK: Bool[Array, "N K"]) -> Float32[Ar
     return (routed_NK & ~placed_NK).sum() / jnp.maximum(routed_NK.sum(), 1).astype(jnp.float32)
 
 
-def max_violation(load_E: Float[Array, " E"]) -> Float32[Array, ""]:
+def max_violation(load_E: Float[Array, "*L E"]) -> Float32[Array, "*L"]:
     """Compute MaxVio, (largest load - mean load) / mean load (Wang et al. 2024, eq. 4): 0 balanced, E - 1 collapsed."""
     load_E = load_E.astype(jnp.float32)
-    mean = load_E.mean()
-    return (load_E.max() - mean) / jnp.maximum(mean, 1e-20)
+    mean = load_E.mean(axis=-1)
+    return (load_E.max(axis=-1) - mean) / jnp.maximum(mean, 1e-20)
 
 
 def entropy(probs: Float[Array, "*N E"]) -> Float32[Array, "*N"]:
     """Compute the Shannon entropy over the last axis, in nats; at most ln E."""
     probs = probs.astype(jnp.float32)
     return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
+
+
+def of_load(share_E: Float[Array, "*L E"]) -> dict[str, Array]:
+    """Compute the metrics that follow from the load: max_violation and load_entropy (nats).
+
+    They are no means over tokens: those of a batch come from the load of all its tokens, not from those of its parts.
+
+    Args:
+      share_E: shares of the choices, which sum to one, with any leading layer axes.
+    """
+    return {"max_violation": max_violation(share_E), "load_entropy": entropy(share_E)}
 
 
 def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> dict[str, Array]:
@@ -79,9 +90,8 @@ def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> di
     tokens = jnp.maximum(weight_N.sum(), 1.0)
     return {
         "load": share_E,
-        "max_violation": max_violation(load_E),
+        **of_load(share_E),
         "entropy": (entropy(routing.probs_NE) * weight_N).sum() / tokens,
-        "load_entropy": entropy(share_E),
         "confidence": (routing.probs_NE.max(axis=-1) * weight_N).sum() / tokens,
         "drop_fraction": jnp.float32(0) if placed_NK is None else drop_fraction(routing, placed_NK),
     }

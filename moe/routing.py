@@ -155,6 +155,15 @@ def make_routing(
     )
 
 
+def only(routing: Routing, placed_NK: Bool[Array, "N K"]) -> Routing:
+    """Leave out the choices that are not in `placed_NK`, for example those beyond a capacity."""
+    return replace(
+        routing,
+        experts_NK=jnp.where(placed_NK, routing.experts_NK, routing.num_experts),
+        weights_NK=jnp.where(placed_NK, routing.weights_NK, 0.0),
+    )
+
+
 def is_routed(routing: Routing) -> Bool[Array, "N K"]:
     """Return True for every choice that has an expert."""
     return routing.experts_NK < routing.num_experts

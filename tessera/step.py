@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
+from moe.metrics import of_load
 from tessera.optim.noise_scale import noise_scale
 
 Metrics = dict[str, PyTree]  # mostly scalars
@@ -73,8 +74,9 @@ def make_train_step(
     `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
     moves outside the gradient, such as the biases of balanced routers.
 
-    Metrics: those of `loss_fn` and loss, grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient
-    norm are); with `noise_scale` also noise_signal and noise_trace, the two estimates to average over steps and divide.
+    Metrics: those of `loss_fn` (means over the parts of a batch, but for what follows from the routers' load), loss,
+    grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient norm are); with `noise_scale` also
+    noise_signal and noise_trace, the two estimates to average over steps and divide.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -107,6 +109,13 @@ def make_train_step(
     return step
 
 
+def router_metrics(metrics: Metrics) -> Metrics:
+    """The metrics with those of routers that follow from the load of all tokens, where there is a load."""
+    if "router/load" not in metrics:
+        return metrics
+    return metrics | {f"router/{name}": value for name, value in of_load(metrics["router/load"]).items()}
+
+
 def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: int) -> Callable[[PyTree], Any]:
     """`params -> (loss, metrics, gradient, mean squared norm of the parts' gradients)`."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -132,6 +141,7 @@ def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: i
         first = jax.tree.map(lambda x: x[0], xs)
         (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first[0], key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
-        return jax.lax.scan(body, (*zeros, jnp.zeros(())), xs)[0]
+        (loss, metrics, *rest), _ = jax.lax.scan(body, (*zeros, jnp.zeros(())), xs)
+        return loss, router_metrics(metrics), *rest
 
     return at_once if parts == 1 else accumulated

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
@@ -185,6 +186,10 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     settings = {name: c.model[name] for name in c.model if name != "moe" or c.model.mlp == "routed"}
     model = build(TransformerConfig, settings, "config.model", vocab_size=vocab_size)
     plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
+    if "routed" in model.pattern:
+        checked("config.model.moe.router", model.moe.router.check_training)
+        if step.grad_accum_steps > 1:
+            checked("config.model.moe", model.moe.check_parts, f"grad_accum_steps={step.grad_accum_steps}")
     return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss)
 
 
@@ -204,6 +209,8 @@ def under_plan(
 ) -> tuple[LossFn, Placement]:
     """Loss and placement under the plan; an empty one is data parallelism over the devices that divide the batch.
 
+    Routed experts then run under the plan "dp": left to the compiler, every device would compute all of them.
+
     Args:
       config: its plan is for all devices there are, see `Plan.fill`. Every part of gradient accumulation goes through
         the plan by itself.
@@ -214,9 +221,16 @@ def under_plan(
       PlanError: the plan does not fit the devices, the model or the batch.
       ValueError: several processes and a batch that does not divide by their devices.
     """
-    if not config.plan.axes:
-        return lm_loss(Decoder(config.model), config.z_loss), data_parallel(config.batch_size)
     devices = list(jax.devices() if devices is None else devices)
+    if not config.plan.axes:
+        mine = dividing(devices, accumulated_batch(config) if "routed" in config.model.pattern else config.batch_size)
+        if "routed" not in config.model.pattern or len(mine) == 1:
+            return lm_loss(Decoder(config.model), config.z_loss), data_parallel(mine)
+        try:
+            return under_plan(replace(config, plan=replace(config.plan, axes=f"dp={len(mine)}")), init, mine)
+        except PlanError as error:
+            logging.warning("without a plan every device computes all experts, since %s", error)
+            return lm_loss(Decoder(config.model), config.z_loss), data_parallel(mine)
     plan = config.plan.fill(len(devices))
     decoder = ShardedDecoder(config.model, plan, config.z_loss, devices[0].platform)
     decoder.check(accumulated_batch(config), config.length)
@@ -237,17 +251,21 @@ def accumulated_batch(config: RunConfig) -> int:
     return config.batch_size // parts
 
 
-def data_parallel(batch_size: int) -> Placement:
-    """The state on every device and the batch split over them; a single process takes as many as divide the batch.
+def dividing(devices: Sequence[Any], batch_size: int) -> list[Any]:
+    """As many of the devices as divide the batch; several processes need all of theirs.
 
     Raises:
       ValueError: several processes and a batch that does not divide by their devices.
     """
-    devices = jax.devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     if jax.process_count() > 1 and count != len(devices):
         raise ValueError(f"batch_size={batch_size} does not divide by the {len(devices)} devices of all processes")
-    mesh = Mesh(np.array(devices[:count]), ("data",))
+    return list(devices[:count])
+
+
+def data_parallel(devices: Sequence[Any]) -> Placement:
+    """The state on every device and the batch split over them."""
+    mesh = Mesh(np.array(devices), ("data",))
     return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
 
 

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from moe.layer import ExpertAxes, MoEConfig
-from moe.metrics import entropy, max_violation
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
 from sharding.inference.attention import cached_attention
@@ -34,13 +33,16 @@ from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, 
 from sharding.vocab_parallel import lookup, token_losses
 from tessera.models.remat import Remat
 from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, attention, param_shapes, rms_norm
-from tessera.step import LossFn
+from tessera.step import LossFn, router_metrics
 
 Micro = Mapping[str, Any]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
-ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups")
-"""Routers that choose for every token by itself and without noise, so that splitting the batch changes nothing."""
+NOISY = ("gshard", "noisy", "hierarchical")
+"""Routers that draw noise in training, on every device for its own tokens."""
+
+ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", *NOISY)
+"""Routers that choose for every token by itself, so that splitting the batch changes nothing but their noise."""
 
 ROUTER_MEANS = ("load", "entropy", "confidence", "drop_fraction")
 """Metrics of `moe.metrics.summary` that are means over tokens."""
@@ -53,11 +55,14 @@ class Stream(NamedTuple):
       x: residual stream [B, S, D].
       aux_loss: sum of the auxiliary losses so far, float32 []; None without routed layers.
       router: `ROUTER_MEANS` summed over this device's tokens, [L, E] or [L], those of the layers so far at the end.
+      key: for the noise of this device's routers from here on, and a sign of training; None switches noise and capacity
+        off, as in evaluation.
     """
 
     x: Any
     aux_loss: Any = None
     router: Any = None
+    key: Any = None
 
 
 class DecodeInputs(NamedTuple):
@@ -180,7 +185,8 @@ class ShardedDecoder:
         tokens_BT: Int[Array, "B T"] | None,
         attend: Callable[[int], Attend],
         *,
-        train: bool,
+        sow: bool,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Any]:
         """Run the blocks of one step of the scan: one, or with `moe.every` n > 1 the n blocks of its pattern.
 
@@ -190,15 +196,16 @@ class ShardedDecoder:
           positions_BT: rotary positions.
           tokens_BT: token ids, for the hash router.
           attend: index of a block in the pattern -> its attention.
-          train: also return what the routed block sowed into "intermediates" (None without one).
+          sow: also return what the routed block sowed into "intermediates" (None without one).
+          key: of routed experts in training; None is evaluation.
         """
         c, params, sown = self.config, self.gather(layer, self.layer_specs), None
         for i, mlp in enumerate(c.pattern):
             block = Block(self.local, explicit(self.tp, self.plan.sequence), attend(i), mlp, self.expert_axes)
             one = params if len(c.pattern) == 1 else params[f"layer_{i}"]
-            mutable = ["intermediates"] if train else []
-            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, mutable=mutable)
-            sown = state["intermediates"]["mlp"] if train and mlp == "routed" else sown
+            how: Any = {"mutable": ["intermediates"] if sow else [], "rngs": {} if key is None else {"router": key}}
+            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, **how)
+            sown = state["intermediates"]["mlp"] if sow and mlp == "routed" else sown
         return x_BSD, sown
 
     def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
@@ -219,8 +226,8 @@ class ShardedDecoder:
         cut = zigzag_positions if self.plan.context == "ring" else contiguous_positions
         return cut(jax.lax.axis_index("cp"), self.plan.size("cp"), length)
 
-    def begin(self, shared: PyTree, micro: Micro) -> Stream:
-        """Tokens int32 [B, T + 1] to the stream before the first layer."""
+    def begin(self, shared: PyTree, micro: Micro, key: Key[Array, ""] | None = None) -> Stream:
+        """Tokens int32 [B, T + 1] to the stream before the first layer; `key` as in `Stream`, equal on all devices."""
         tokens_BT = micro["tokens"]
         tokens_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1), axis=1)
         x_BSD = vary(self.embed(shared, tokens_BT), self.residual_axes)
@@ -228,15 +235,20 @@ class ShardedDecoder:
             return Stream(x_BSD)
         shapes = dict.fromkeys(ROUTER_MEANS, (self.units,)) | {"load": (self.units, self.config.moe.router.experts)}
         axes = self.token_axes + self.plan.present("tp")
-        return Stream(x_BSD, jnp.float32(0), {name: vary(jnp.zeros(shape), axes) for name, shape in shapes.items()})
+        for axis in self.token_axes if key is not None else ():  # not tp, whose devices route the same tokens
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        router = {name: vary(jnp.zeros(shape), axes) for name, shape in shapes.items()}
+        return Stream(x_BSD, jnp.float32(0), router, key)
 
     def layer(self, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
         """One step of the scan over layers (see `unit`) on the stream."""
         tokens_BT = micro["tokens"]
         positions_T = self.positions(tokens_BT.shape[1] - 1)
         positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
+        ids_BT = jnp.take(tokens_BT, positions_T, axis=1) if self.config.moe.router.name == "hash" else None
+        key, mine = (None, None) if stream.key is None else jax.random.split(stream.key)
         with jax.named_scope("layer"):
-            x_BSD, sown = self.unit(layer, stream.x, positions_BT, None, lambda _: self._attend(), train=True)
+            x_BSD, sown = self.unit(layer, stream.x, positions_BT, ids_BT, lambda _: self._attend(), sow=True, key=mine)
         if not self.routed:
             return Stream(x_BSD)
         found = jax.lax.stop_gradient(sown["routing"][0])
@@ -245,7 +257,7 @@ class ShardedDecoder:
         for name, sums in stream.router.items():
             new = vary(found[name] * positions_BT.size, sorted(jax.typeof(sums).mat.varying))
             router[name] = jnp.concatenate([sums[1:], new[None]])
-        return Stream(x_BSD, stream.aux_loss + sown["aux_loss"][0], router)
+        return Stream(x_BSD, stream.aux_loss + sown["aux_loss"][0], router, key)
 
     def head_loss(self, shared: PyTree, stream: Stream, micro: Micro) -> Sums:
         """Sums over this device's tokens: of the loss, of their number, and of the metrics.
@@ -329,7 +341,7 @@ class ShardedDecoder:
                 return over_cache
 
             layer = dequantize_layer(layer, self.config.dtype)
-            x_NTD, _ = self.unit(layer, x_NTD, positions_NT, inputs.tokens, attend, train=False)
+            x_NTD, _ = self.unit(layer, x_NTD, positions_NT, inputs.tokens, attend, sow=False)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
         units = jax.tree.leaves(params["blocks"])[0].shape[0]
@@ -400,26 +412,32 @@ class ShardedDecoder:
 def check_experts(config: MoEConfig, plan: Plan) -> None:
     """Refuse routed experts whose numbers under the plan would differ from those of one device.
 
+    Noise (jitter, the routers of `NOISY`) is drawn by every device for its own tokens, and a capacity is that of every
+    device's own tokens: the numbers of one device with so many times more `mixture.groups`.
+
     Raises:
-      PlanError: a router that looks at other tokens or draws noise, a capacity, expert dropout, auxiliary losses that
-        are no means over tokens, biases of experts under tensor parallelism.
+      PlanError: a router that looks at other tokens, expert dropout, noise, a capacity or losses of a whole batch under
+        pipeline stages, sequences split over cp, biases of experts under tensor parallelism.
     """
-    split_rows = plan.size("pp") > 1 and config.balance and config.balance_scope == "batch"
+    router, pp = config.router, plan.size("pp") > 1
     split_time = plan.size("cp") > 1 and config.balance and config.balance_scope == "sequence"
     wrong = {
-        f"router.name={config.router.name!r} (choose one of {', '.join(ROUTERS)})": config.router.name not in ROUTERS,
-        f"router.jitter={config.router.jitter}": config.router.jitter,
-        "mixture.dispatch='capacity' (choose 'dropless')": config.mixture.dispatch == "capacity",
+        f"router.name={router.name!r} (choose one of {', '.join(ROUTERS)})": router.name not in ROUTERS,
+        f"router.name={router.name!r} with pp > 1, where no noise is drawn": pp and router.name in NOISY,
+        f"router.jitter={router.jitter} with pp > 1, where no noise is drawn": pp and router.jitter,
+        "mixture.dispatch='capacity' with pp > 1 (choose 'dropless')": pp and config.mixture.dispatch == "capacity",
         f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
-        f"importance={config.importance}": config.importance,
-        f"load={config.load}": config.load,
         "balance_scope='sequence' with cp > 1 (choose 'batch')": split_time,
-        "balance_scope='batch' with pp > 1, where a batch is cut into microbatches (choose 'sequence')": split_rows,
         "biases with tp > 1": config.biases and plan.size("tp") > 1,
     }
     for setting, refused in wrong.items():
         if refused:
             raise PlanError(f"plan {plan.axes!r} and moe.{setting}: not the same numbers as on one device")
+    if pp:
+        try:
+            config.check_parts("pp > 1, whose stages run microbatches")
+        except ValueError as error:
+            raise PlanError(f"plan {plan.axes!r} and moe.{error}") from None
 
 
 def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
@@ -431,30 +449,21 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
     """
     axes = decoder.token_axes
 
-    def local_loss(params: PyTree, batch: Micro) -> tuple[jax.Array, dict[str, jax.Array]]:
-        stream = decoder.layers(params, decoder.begin(params, batch), batch)
+    def local_loss(params: PyTree, batch: Micro, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        stream = decoder.layers(params, decoder.begin(params, batch, key), batch)
         loss, weight, metrics = decoder.head_loss(params, stream, batch)
         with jax.named_scope("loss"):
             loss, weight, metrics = jax.lax.psum(vary_all((loss, weight, metrics), axes), axes)
         return jax.tree.map(lambda total: total / weight, (loss, metrics))
 
-    specs = (decoder.specs, {"tokens": PartitionSpec(decoder.batch_axes or None)})
+    specs = (decoder.specs, {"tokens": PartitionSpec(decoder.batch_axes or None)}, PartitionSpec())
     sharded = jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
 
     def loss_fn(params: PyTree, batch: Micro, key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del key
-        loss, metrics = sharded(params, {"tokens": batch["tokens"]})
+        loss, metrics = sharded(params, {"tokens": batch["tokens"]}, key if decoder.routed else None)
         return loss, router_metrics(metrics)
 
     return loss_fn
-
-
-def router_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The metrics with those of `moe.metrics.summary` that follow from the load of all tokens, if there are routers."""
-    if "router/load" not in metrics:
-        return metrics
-    load_LE = metrics["router/load"]
-    return metrics | {"router/max_violation": jax.vmap(max_violation)(load_LE), "router/load_entropy": entropy(load_LE)}
 
 
 def vary_all(tree: PyTree, axes: tuple[str, ...]) -> PyTree:

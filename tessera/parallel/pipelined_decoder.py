@@ -19,8 +19,8 @@ from sharding.pipeline.run import make_loss as make_forward
 from sharding.pipeline.stages import StageLayout, split_layers, stack_stages, unstack_stages
 from sharding.pipeline.ticks import StageFns
 from tessera.parallel import decoder as unpipelined
-from tessera.parallel.decoder import ROUTER_MEANS, ShardedDecoder, router_metrics
-from tessera.step import LossFn
+from tessera.parallel.decoder import ROUTER_MEANS, ShardedDecoder
+from tessera.step import LossFn, router_metrics
 
 
 def stage_layout(decoder: ShardedDecoder) -> StageLayout:

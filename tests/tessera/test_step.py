@@ -65,6 +65,21 @@ def test_gradient_accumulation_gives_the_update_of_the_whole_batch(parts, tx):
     assert_close(one["loss"], two["loss"])
 
 
+def test_what_follows_from_the_routers_load_is_of_the_whole_batch():
+    """Two parts, each at one expert alone, are a balanced batch."""
+    batch = {"load": jnp.array([[1.0, 0.0], [0.0, 1.0]] * 3)}
+
+    def routed(params, batch, key):
+        load = batch["load"].mean(0)[None]
+        return params["w"].sum(), {"router/load": load, "router/max_violation": 2 * load.max(-1) - 1}
+
+    step = make_train_step(routed, optax.sgd(0.1), StepConfig(grad_accum_steps=2))
+    _, metrics = jax.jit(step)(init_state({"w": jnp.ones(1)}, optax.sgd(0.1)), batch, KEY)
+    np.testing.assert_allclose(metrics["router/load"], [[0.5, 0.5]])
+    np.testing.assert_allclose(metrics["router/max_violation"], [0.0], atol=1e-6)
+    np.testing.assert_allclose(metrics["router/load_entropy"], [np.log(2)], rtol=1e-6)
+
+
 def test_a_batch_that_does_not_divide():
     params, batch = problem()
     with pytest.raises(ValueError, match="12 does not divide into grad_accum_steps=5"):

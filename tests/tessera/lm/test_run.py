@@ -2,6 +2,9 @@
 
 import io
 import random
+import re
+from contextlib import nullcontext
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,14 +12,29 @@ import pytest
 from rich.console import Console
 
 from configs import lm
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
-from tessera.lm.run import Placement, batch_share, build_run, data_parallel, results_table
+from tessera.lm.run import (
+    Placement,
+    RunConfig,
+    batch_share,
+    build_run,
+    data_parallel,
+    dividing,
+    first_state,
+    results_table,
+    run_config,
+    under_plan,
+)
 from tessera.lm.schema import SCHEMA
 from tessera.models.transformer import TransformerConfig
+from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding
+from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, ff=16)
 
@@ -65,6 +83,68 @@ def test_the_sizes_that_the_message_gives_do(tmp_path):
     build_run(settings(tmp_path, words=60, batch_size=batch))
 
 
+@pytest.mark.parametrize(
+    ("moe", "step", "message"),
+    [
+        (
+            {"router": {"k": 1}},
+            {},
+            "config.model.moe.router: router name='top_k', k=1: the softmax over one choice",
+        ),
+        (
+            {},
+            {"grad_accum_steps": 2},
+            "config.model.moe: balance_scope='batch' with grad_accum_steps=2: .*microbatch",
+        ),
+        (
+            {"balance_scope": "sequence", "importance": 0.1},
+            {"grad_accum_steps": 2},
+            "the mean of balance and importance over parts of a batch is another loss",
+        ),
+        ({"balance_scope": "microbatch", "importance": 0.1}, {"grad_accum_steps": 2}, None),
+        ({"balance_scope": "sequence"}, {"grad_accum_steps": 2}, None),
+        ({"balance": 0.0}, {"grad_accum_steps": 2}, None),
+    ],
+)
+def test_routers_and_losses_that_training_would_not_have_are_refused(tmp_path, moe, step, message):
+    config = settings(tmp_path)
+    config.model.mlp = "routed"
+    config.model.moe.update(moe)
+    config.step.update(step)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        run_config(config, 256)
+
+
+def test_experts_without_a_plan_run_on_the_devices_of_their_tokens():
+    """The compiled program has no collective inside its loops: no device waits for another between tiles."""
+    moe = MoEConfig(router=RouterConfig("top_k", 4, 2))
+    model = replace(MODEL, mlp="routed", moe=moe, layers=1, width=128, heads=2, ff=128, scan=False)
+    config = RunConfig(model, Plan(""), OptimizerConfig(), StepConfig(), 12, 128)
+    loss_fn, placement = under_plan(config)
+    assert placement.batch.mesh.devices.size == 6
+    params = jax.eval_shape(lambda: first_state(config).params)
+    arguments = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        (params, {"tokens": jax.ShapeDtypeStruct((12, 129), "int32")}),
+        (placement.state.params, {"tokens": placement.batch}),
+    )
+    step = jax.jit(jax.grad(lambda params, batch: loss_fn(params, batch, None)[0]))
+    text = step.lower(*arguments).compile().as_text()
+    heads = r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}"
+    computations = dict(re.findall(heads, text, re.MULTILINE | re.DOTALL))
+    inside = set(re.findall(r"body=%?([\w.\-]+)", text))
+    assert inside and re.search(r" all-reduce(-start)?\(", text) and "all-gather" not in text
+    while more := {
+        called
+        for name in inside
+        for called in re.findall(r"%([\w.\-]+)", computations[name])
+        if called in computations and called not in inside
+    }:
+        inside |= more
+    for name in inside:
+        assert not re.search(r" (all|reduce-scatter|collective)[\w\-]*\(", computations[name]), name
+
+
 def test_results_table():
     stream = io.StringIO()
     Console(file=stream, width=80).print(results_table("run", {"test": {"loss": np.log(2), "accuracy": 0.5}}))
@@ -74,7 +154,7 @@ def test_results_table():
 
 @pytest.mark.parametrize(("batch", "devices"), [(16, 8), (12, 6), (7, 7), (1, 1), (11, 1)])
 def test_as_many_devices_as_divide_the_batch(batch, devices):
-    placement = data_parallel(batch)
+    placement = data_parallel(dividing(jax.devices(), batch))
     rows = np.arange(batch * 3, dtype=np.float32).reshape(batch, 3)
     placed = placement.place({"x": rows})["x"]
     np.testing.assert_array_equal(placed, rows)
@@ -106,4 +186,4 @@ def test_rows_that_processes_share_in_part_are_refused():
 def test_one_process_feeds_the_whole_batch(axes):
     parts = ShardedDecoder(MODEL, Plan(axes))
     assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
-    assert data_parallel(8).share() == (0, 1)
+    assert data_parallel(jax.devices()).share() == (0, 1)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,17 +7,20 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import moe_lm
+from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import COMPUTE, path_name, resolve, shardings
+from tessera.infra.config import build
 from tessera.lm.run import RunConfig, under_plan
 from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
-from tessera.parallel.decoder import ShardedDecoder, check_experts, state_shardings
+from tessera.parallel.decoder import ShardedDecoder, check_experts, make_loss, state_shardings
 from tessera.step import StepConfig, init_state, make_train_step
 
 CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=4, ff=16)
@@ -105,8 +110,11 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
 @pytest.mark.parametrize(
     "axes, settings, words",
     [
-        ("dp=8", {"router": RouterConfig("noisy")}, "router.name='noisy' \\(choose one of top_k"),
-        ("dp=8", {"importance": 0.1}, "importance=0.1"),
+        ("dp=8", {"router": RouterConfig("base", k=1)}, "router.name='base' \\(choose one of top_k"),
+        ("pp=2", {"router": RouterConfig("noisy")}, "router.name='noisy' with pp > 1"),
+        ("pp=2", {"router": RouterConfig("switch", k=1, jitter=0.1)}, "router.jitter=0.1 with pp > 1"),
+        ("pp=2", {"mixture": MixtureConfig(dispatch="capacity")}, "mixture.dispatch='capacity' with pp > 1"),
+        ("pp=2", {"balance_scope": "sequence", "importance": 0.1}, "balance_scope='sequence' with pp > 1"),
         ("pp=2", {}, "balance_scope='batch' with pp > 1"),
         ("cp=2", {"balance_scope": "sequence"}, "balance_scope='sequence' with cp > 1"),
         ("tp=2", {"biases": True}, "biases with tp > 1"),
@@ -115,6 +123,81 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
 def test_experts_that_would_compute_something_else_are_refused(axes, settings, words):
     with pytest.raises(PlanError, match=words):
         check_experts(MoEConfig(**settings), Plan(axes))
+
+
+@pytest.mark.parametrize("arg", moe_lm.VARIANTS)
+@pytest.mark.parametrize("axes", ["dp=8", "ep=4, dp=2", "fsdp=4, tp=2"])
+def test_every_config_of_routed_models_has_plans(arg, axes):
+    config = moe_lm.get_config(arg)
+    model = build(TransformerConfig, config.model, "config.model", vocab_size=256)
+    ShardedDecoder(model, Plan(axes)).check(config.batch_size, config.length)
+
+
+# A capacity that drops, losses of all tokens, routers with noise that is off. Plan, groups on one device, experts.
+TRAINED = [
+    (
+        "ep=2, dp=2, tp=2",
+        4,
+        MoEConfig(
+            router=RouterConfig("switch", 8, 1),
+            mixture=MixtureConfig(dispatch="capacity", capacity_factor=0.75, groups=2, drop="probability"),
+            importance=0.3,
+            z=0.1,
+        ),
+    ),
+    ("dp=4", 4, MoEConfig(router=RouterConfig("hash", 8, 2), mixture=MixtureConfig(dispatch="capacity"), z=0.1)),
+    ("cp=2, dp=2", 0, MoEConfig(router=RouterConfig("noisy", 8, 2), importance=0.3, load=0.5, shared=1)),
+]
+
+
+@pytest.mark.parametrize(
+    "axes, groups, moe",
+    [pytest.param(*case, marks=pytest.mark.slow, id=case[0].replace(" ", "")) for case in TRAINED],
+)
+def test_training_of_experts_under_a_plan_is_that_of_one_device(axes, groups, moe):
+    """Loss, router metrics and gradients; a device's capacity is that of as many groups on one device."""
+    key = jax.random.key(2) if groups else None  # a capacity holds in training; the noisy router is compared without
+    batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
+    found = []
+    for mixture in (moe.mixture, replace(moe.mixture, groups=moe.mixture.groups * max(1, groups))):
+        config = replace(CONFIG, layers=1, mlp="routed", moe=replace(moe, mixture=mixture))
+        if not found:
+            mesh = make_mesh(Plan(axes), jax.devices()[: Plan(axes).devices])
+            loss_fn = make_loss(ShardedDecoder(config, Plan(axes)), mesh)
+            params = jax.jit(Decoder(config).init)(jax.random.key(0), batch["tokens"])["params"]
+        else:
+            loss_fn = lm_loss(Decoder(config))
+        found.append(jax.device_get(jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, key)))
+    (loss, metrics), grads = found[0]
+    (expected_loss, expected_metrics), expected = found[1]
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert metrics.keys() == expected_metrics.keys() and "router/max_violation" in metrics
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert (metrics["router/drop_fraction"] > 0).all() == (moe.mixture.dispatch == "capacity")
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max(), err_msg=path_name(path))
+
+
+@pytest.mark.slow
+def test_noise_under_a_plan_is_drawn_in_training_alone_and_anew_by_every_device():
+    moe = MoEConfig(router=RouterConfig("switch", 8, 1, jitter=0.5), balance=0.0)
+    config = replace(CONFIG, layers=1, mlp="routed", moe=moe)
+    row = jax.random.randint(jax.random.key(1), (1, 17), 0, 32, jnp.int32)
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), row)["params"]
+    loads = {}
+    for axes in ("dp=4, tp=2", "dp=1"):
+        plan = Plan(axes)
+        loss_fn = jax.jit(make_loss(ShardedDecoder(config, plan), make_mesh(plan, jax.devices()[: plan.devices])))
+        for key in (None, 0, 1):
+            rng = None if key is None else jax.random.key(key)
+            found = loss_fn(params, {"tokens": jnp.tile(row, (4, 1))}, rng)[1]["router/load"]
+            loads[axes, key] = np.asarray(found) * 4 * 16
+    np.testing.assert_allclose(loads["dp=4, tp=2", None], loads["dp=1", None], atol=1e-3)
+    assert np.abs(loads["dp=4, tp=2", 0] - loads["dp=4, tp=2", 1]).max() > 0.5
+    # The four rows are one text: with the same noise on every device all loads would be multiples of four.
+    assert (np.round(loads["dp=4, tp=2", 0]) % 4).any()
+    assert not (np.round(loads["dp=4, tp=2", None]) % 4).any()
 
 
 @pytest.mark.slow
