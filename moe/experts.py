@@ -1,7 +1,7 @@
-"""Expert feed-forward layers (SwiGLU, GELU, squared ReLU) on rows sorted by expert, and their mixture by a `Routing`.
+"""Expert feed-forward layers (SwiGLU, GELU, ...) on rows sorted by expert, and their mixture by a `Routing`.
 
-Parameters are a dict of stacked arrays: gate [E, D, F] (SwiGLU only), up [E, D, F], down [E, F, D], and optionally
-gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
+Parameters are a dict of stacked arrays: gate [E, D, F] (gated activations only), up [E, D, F], down [E, F, D], and
+optionally gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
 
 Axes: N tokens, D width, F feed-forward width, E experts, K choices, R rows sorted by expert.
 
@@ -15,7 +15,7 @@ Example:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -30,11 +30,34 @@ from moe.kernels.xla import mixture as xla_mixture
 from moe.routing import Routing
 
 Params = Mapping[str, Array]
-Activation = Literal["swiglu", "gelu", "relu2"]
-ACTIVATIONS = ("swiglu", "gelu", "relu2")
+Activation = Literal["swiglu", "geglu", "reglu", "gelu", "relu", "relu2"]
+ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2")
+GATED = ("swiglu", "geglu", "reglu")
 Dispatch = Literal["dropless", "capacity", "dense"]
 DISPATCHES = ("dropless", "capacity", "dense")
 Backend = Literal["auto", "xla", "tpu", "gpu", "tokamax", "tpu_interpret", "gpu_interpret"]
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Constants of a gated activation; gpt-oss has slope 1.702, limit 7 and offset 1 (OpenAI 2025, arXiv:2508.10925).
+
+    Attributes:
+      slope: factor inside the sigmoid of SwiGLU, gate * sigmoid(slope * gate).
+      limit: gate is clamped from above and up on both sides at this value; 0 does not clamp.
+      offset: added to up, after the clamp.
+    """
+
+    slope: float = 1.0
+    limit: float = 0.0
+    offset: float = 0.0
+
+    def __post_init__(self):
+        if self.limit < 0:
+            raise ValueError(f"limit={self.limit} must be positive, or 0 for none")
+
+
+PLAIN = Gating()
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,10 @@ class MixtureConfig:
     """Options of the expert computation: activation, dispatch algorithm and kernel backend.
 
     Attributes:
-      activation: "swiglu" (Shazeer 2020, eq. 6), "gelu" or "relu2" (squared ReLU: So et al. 2021, section 3.1).
+      activation: "swiglu", "geglu" or "reglu" (gated: Shazeer 2020, eq. 5-6), or without a gate "gelu", "relu" or
+        "relu2" (squared ReLU: So et al. 2021, section 3.1). GELU is the exact one.
+      gating: constants of a gated activation.
+      weigh: what the gate weights multiply: the experts' "output", or their "input" (Llama 4).
       dispatch: "dropless" sorts tokens by expert and multiplies ragged groups (Gale et al. 2022); "capacity" gives
         every expert a fixed number of places and multiplies one batch (Lepikhin et al. 2020); "dense" runs every expert
         on every token, a reference for tiny shapes.
@@ -64,6 +90,8 @@ class MixtureConfig:
     """
 
     activation: Activation = "swiglu"
+    gating: Gating = PLAIN
+    weigh: Literal["output", "input"] = "output"
     dispatch: Dispatch = "dropless"
     backend: Backend = "auto"
     capacity_factor: float = 1.25
@@ -76,6 +104,7 @@ class MixtureConfig:
     def __post_init__(self):
         choices = {
             "activation": ACTIVATIONS,
+            "weigh": ("output", "input"),
             "dispatch": DISPATCHES,
             "backend": NAMES,
             "drop": ("position", "probability"),
@@ -84,26 +113,55 @@ class MixtureConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.weigh == "input" and self.dispatch == "capacity":
+            raise ValueError("weigh='input' with dispatch='capacity': choose 'dropless'")
+        if self.gating != PLAIN and self.activation not in GATED:
+            raise ValueError(f"gating={self.gating} with activation={self.activation!r}: choose one of {GATED}")
         if self.capacity_factor <= 0 or self.groups < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor} must be positive, groups={self.groups} at least 1, "
                 f"dropout={self.dropout} in [0, 1)"
             )
 
+    @property
+    def plain(self) -> bool:
+        """Whether the experts are SwiGLU as published, weighted at their output: the fused kernels' case."""
+        return self.activation == "swiglu" and self.gating == PLAIN and self.weigh == "output"
+
+
+def kernel_names(activation: Activation) -> tuple[str, ...]:
+    """Return the kernels of a feed-forward layer by name."""
+    return ("gate", "up", "down") if activation in GATED else ("up", "down")
+
 
 def activate(
-    up: Float[Array, "*N F"], gate: Float[Array, "*N F"] | None, activation: Activation = "swiglu"
+    up: Float[Array, "*N F"],
+    gate: Float[Array, "*N F"] | None,
+    activation: Activation = "swiglu",
+    gating: Gating = PLAIN,
 ) -> Float[Array, "*N F"]:
-    """Apply SwiGLU, silu(gate) * up, exact GELU or squared ReLU, in float32; the result has up's dtype."""
+    """Apply SwiGLU, silu(gate) * up, or another of `ACTIVATIONS`, in float32; the result has up's dtype."""
+    functions = {
+        "swiglu": lambda x: x * jax.nn.sigmoid(gating.slope * x),
+        "geglu": partial(jax.nn.gelu, approximate=False),
+        "reglu": jax.nn.relu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "relu": jax.nn.relu,
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    }
     up32 = up.astype(jnp.float32)
-    if activation == "swiglu":
-        assert gate is not None
-        return (jax.nn.silu(gate.astype(jnp.float32)) * up32).astype(up.dtype)
-    hidden = jax.nn.gelu(up32, approximate=False) if activation == "gelu" else jnp.square(jax.nn.relu(up32))
-    return hidden.astype(up.dtype)
+    if activation not in GATED:
+        return functions[activation](up32).astype(up.dtype)
+    assert gate is not None
+    gate32 = gate.astype(jnp.float32)
+    if gating.limit:
+        gate32, up32 = jnp.minimum(gate32, gating.limit), jnp.clip(up32, -gating.limit, gating.limit)
+    return (functions[activation](gate32) * (up32 + gating.offset)).astype(up.dtype)
 
 
-def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swiglu") -> Float[Array, "*N D"]:
+def dense(
+    params: Params, x: Float[Array, "*N D"], activation: Activation = "swiglu", gating: Gating = PLAIN
+) -> Float[Array, "*N D"]:
     """Apply a dense feed-forward layer (parameters without the axis E); a shared expert is one for every token."""
 
     def product(x, name):
@@ -111,8 +169,8 @@ def dense(params: Params, x: Float[Array, "*N D"], activation: Activation = "swi
         bias = params.get(f"{name}_bias")
         return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-    gate = product(x, "gate") if activation == "swiglu" else None
-    return product(activate(product(x, "up"), gate, activation), "down")
+    gate = product(x, "gate") if activation in GATED else None
+    return product(activate(product(x, "up"), gate, activation, gating), "down")
 
 
 def drop_hidden(hidden: Float[Array, "*N F"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*N F"]:
@@ -129,6 +187,7 @@ def expert_ffn(
     sizes_E: Int[Array, " E"],
     activation: Activation = "swiglu",
     *,
+    gating: Gating = PLAIN,
     dispatch: Dispatch = "dropless",
     backend: str = "auto",
     dropout: float = 0.0,
@@ -140,7 +199,7 @@ def expert_ffn(
       params: stacked parameters, see the module's docstring; any float dtype, multiplied in that of the rows.
       rows_RD: rows sorted by expert.
       sizes_E: rows of every expert; rows past their sum become zeros.
-      activation: see `activate`.
+      activation, gating: see `MixtureConfig`.
       dispatch: how the rows came about: "dropless", groups of any size; "capacity", R / E rows for every expert, which
         are multiplied as one batch; "dense" runs every expert on every row, a reference for tiny shapes.
       backend: the kernels of "dropless", see `moe.kernels.implementations.choose`.
@@ -169,8 +228,8 @@ def expert_ffn(
             y += jnp.take(params[f"{name}_bias"].astype(y.dtype), expert_R, axis=0, mode="fill", fill_value=0)
         return y
 
-    gate_RF = product(rows_RD, "gate") if activation == "swiglu" else None
-    hidden_RF = activate(product(rows_RD, "up"), gate_RF, activation)
+    gate_RF = product(rows_RD, "gate") if activation in GATED else None
+    hidden_RF = activate(product(rows_RD, "up"), gate_RF, activation, gating)
     return product(drop_hidden(hidden_RF, dropout, key), "down")
 
 
@@ -220,7 +279,12 @@ def mixture(
       The weighted sums of the experts' outputs, and for dispatch "capacity" True for every choice that was not dropped
       (None for other dispatches).
     """
-    run = partial(expert_ffn, params, activation=config.activation, dropout=config.dropout, key=key)
+    hidden = {"activation": config.activation, "gating": config.gating}
+    if config.weigh == "input" and routing.slots is None:
+        k, config = routing.k, replace(config, weigh="output")
+        y_AD, _ = mixture(params, *weighed_choices(x_ND, routing), config, key=key)
+        return y_AD.reshape(-1, k, y_AD.shape[1]).sum(axis=1), None
+    run = partial(expert_ffn, params, **hidden, dropout=config.dropout, key=key)
     if routing.slots is not None:
         return dispatch.soft(x_ND, routing, partial(run, dispatch="capacity")), None
     if config.dispatch == "capacity":
@@ -236,13 +300,26 @@ def mixture(
     if config.dispatch == "dense":
         if config.dropout and key is not None:
             raise ValueError("dispatch='dense' has no expert dropout: choose 'dropless' or 'capacity'")
-        one = partial(_expert, params, activation=config.activation)
+        one = partial(_expert, params, **hidden)
         return dispatch.dense(x_ND, routing, one), None
-    plain = config.activation == "swiglu" and not any(name.endswith("_bias") for name in params)
-    if plain:
+    if config.plain and not any(name.endswith("_bias") for name in params):
         how = {name: getattr(config, name) for name in ("backend", "dropout", "deterministic")}
         return fused(params, x_ND, routing, **how, key=key), None
     return dispatch.dropless(x_ND, routing, partial(run, backend=config.backend)), None
+
+
+def weighed_choices(x_ND: Float[Array, "N D"], routing: Routing) -> tuple[Float[Array, "A D"], Routing]:
+    """Make every choice a token of its own, multiplied by its gate weight, with one choice of weight 1.
+
+    Returns:
+      The A = N K tokens, those of one token next to each other, and their routing.
+    """
+    n, k = routing.experts_NK.shape
+    x_NKD = x_ND[:, None] * routing.weights_NK[:, :, None].astype(x_ND.dtype)
+    each = {name: jnp.repeat(getattr(routing, name), k, axis=0) for name in ("probs_NE", "logits_NE", "mask_N")}
+    experts_A1 = routing.experts_NK.reshape(-1, 1)
+    weights_A1 = (experts_A1 < routing.num_experts).astype(jnp.float32)
+    return x_NKD.reshape(n * k, -1), replace(routing, experts_NK=experts_A1, weights_NK=weights_A1, **each)
 
 
 def _capacity(routing: Routing, config: MixtureConfig) -> int:
@@ -254,8 +331,8 @@ def placements(routing: Routing, config: MixtureConfig) -> tuple[Int[Array, "N K
     return dispatch.places(routing, _capacity(routing, config), config.drop, config.groups)
 
 
-def _expert(params: Params, x_ND: Array, e: int, activation: Activation) -> Array:
-    return dense({name: leaf[e] for name, leaf in params.items()}, x_ND, activation)
+def _expert(params: Params, x_ND: Array, e: int, activation: Activation, gating: Gating) -> Array:
+    return dense({name: leaf[e] for name, leaf in params.items()}, x_ND, activation, gating)
 
 
 def initialize(
@@ -268,7 +345,7 @@ def initialize(
     key: Key[Array, ""],
 ) -> dict[str, Array]:
     """Draw float32 expert parameters with variance 1 / fan-in and zero biases; `experts=0` makes a dense layer's."""
-    names = ("gate", "up", "down") if activation == "swiglu" else ("up", "down")
+    names = kernel_names(activation)
     stack = (experts,) if experts else ()
     params = {}
     for name, one in zip(names, jax.random.split(key, len(names)), strict=True):

@@ -33,8 +33,13 @@ class RouterConfig:
       name: a key of `ROUTERS`.
       experts: E.
       k: choices per token (in each chosen group, for "hierarchical").
+      bias: the logits have a learned bias (gpt-oss); not for "soft" and "hash".
       softmax: for "top_k": weights from a softmax "after" or "before" the selection.
-      jitter: for "switch": half the width of the multiplicative noise on the router's input in training.
+      score: for "sigmoid": scores of the experts, "sigmoid" of the logits (DeepSeek-V3), "softmax" (Ernie 4.5, DBRX)
+        or "sqrt_softplus" (DeepSeek-V4).
+      normalize: for "sigmoid": p of the p-norm by which the chosen scores are divided (2 in DBRX); 0 leaves them.
+      jitter: for "switch": half the width of the multiplicative noise on the router's input in training; for
+        "sparsemixer": half the relative distance from the best logit within which experts take part.
       groups: for "sigmoid", "softmax_groups" and "hierarchical": blocks of consecutive experts.
       top_groups: blocks a token's experts may come from.
       scale: for "top_k", "sigmoid" and "softmax_groups": factor on the weights.
@@ -51,7 +56,10 @@ class RouterConfig:
     name: str = "top_k"
     experts: int = 8
     k: int = 2
+    bias: bool = False
     softmax: str = "after"
+    score: str = "sigmoid"
+    normalize: float = 1.0
     jitter: float = 0.0
     groups: int = 1
     top_groups: int = 1
@@ -65,16 +73,20 @@ class RouterConfig:
             raise ValueError(f"name={self.name!r}: choose one of {', '.join(ROUTERS)}")
         if self.softmax not in ("before", "after"):
             raise ValueError(f"softmax={self.softmax!r}: choose 'before' or 'after'")
+        if self.score not in route.biased.SCORES:
+            raise ValueError(f"score={self.score!r}: choose one of {', '.join(route.biased.SCORES)}")
+        if self.bias and self.name in ("soft", "hash"):
+            raise ValueError(f"bias=True: the router {self.name!r} has no logits to add it to")
         check_k(self.k, self.experts)
         if self.groups < 1 or self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
             raise ValueError(
                 f"experts={self.experts} in groups={self.groups}, of which top_groups={self.top_groups}: groups must "
                 "divide the experts, and top_groups be in 1..groups"
             )
-        if self.slots < 1 or self.capacity_factor <= 0 or not 0 <= self.jitter < 1:
+        if self.slots < 1 or self.capacity_factor <= 0 or not 0 <= self.jitter < 1 or self.normalize < 0:
             raise ValueError(
                 f"slots={self.slots} must be at least 1, capacity_factor={self.capacity_factor} positive, "
-                f"jitter={self.jitter} in [0, 1)"
+                f"jitter={self.jitter} in [0, 1), normalize={self.normalize} at least 0"
             )
 
     @property
@@ -90,13 +102,15 @@ class RouterConfig:
         """
         one = self.k == 1 < self.experts
         constant = {"top_k": one and self.softmax == "after", "noisy": one, "uniform": one}
+        constant["sparsemixer"] = self.jitter == 0
         if self.name == "hierarchical":
             constant["hierarchical"] = self.k == 1 < self.experts // self.groups or self.top_groups == 1 < self.groups
         if constant.get(self.name):
             settings = f"name={self.name!r}, k={self.k}" + ", top_groups=1" * (self.top_groups == 1 < self.groups)
+            choose = "k (and top_groups) of at least 2, or with softmax='before', 'switch' or 'sigmoid'"
             raise ValueError(
                 f"router {settings}: the softmax over one choice is 1, so no gradient of the loss reaches the router; "
-                "train with k (and top_groups) of at least 2, or with softmax='before', 'switch' or 'sigmoid'"
+                f"train with {'jitter above 0' if self.name == 'sparsemixer' else choose}"
             )
 
 
@@ -138,7 +152,10 @@ class RouterSpec:
 
 
 def _logits(params, x_ND, name="kernel"):
-    return jnp.einsum("nd,de->ne", x_ND, params[name].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits_NE = jnp.einsum("nd,de->ne", x_ND, params[name].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    if name == "kernel" and "logit_bias" in params:
+        logits_NE += params["logit_bias"].astype(jnp.float32)[None]
+    return logits_NE
 
 
 def _top_k(params, x_ND, c, ctx):
@@ -176,7 +193,15 @@ def _hierarchical_shapes(c, width):
     return {"kernel": groups, "noise": groups, "inner": experts, "inner_noise": experts}
 
 
-def _scored(params, x_ND, c, ctx, *, score, group_score):
+def _sparsemixer(params, x_ND, c, ctx):
+    return route.sparsemixer(_logits(params, x_ND), c.k, ctx.mask_N, epsilon=c.jitter, key=ctx.key)
+
+
+def _sigmoid(params, x_ND, c, ctx):
+    return _scored(params, x_ND, c, ctx, score=c.score, group_score="top2", normalize=c.normalize)
+
+
+def _scored(params, x_ND, c, ctx, *, score, group_score, normalize):
     return route.sigmoid_top_k(
         _logits(params, x_ND),
         c.k,
@@ -185,7 +210,7 @@ def _scored(params, x_ND, c, ctx, *, score, group_score):
         groups=c.groups,
         top_groups=c.top_groups,
         group_score=group_score,
-        normalize=score == "sigmoid",
+        normalize=normalize,
         scale=c.scale,
         score=score,
     )
@@ -233,11 +258,12 @@ ROUTERS: dict[str, RouterSpec] = {
     "noisy": RouterSpec(_noisy, lambda c, d: {"kernel": (d, c.experts), "noise": (d, c.experts)}),
     "hierarchical": RouterSpec(_hierarchical, _hierarchical_shapes),
     "sigmoid": RouterSpec(
-        partial(_scored, score="sigmoid", group_score="top2"),
+        _sigmoid,
         lambda c, d: {"kernel": (d, c.experts), "bias": (c.experts,)},
         balance="scores",
     ),
-    "softmax_groups": RouterSpec(partial(_scored, score="softmax", group_score="max")),
+    "softmax_groups": RouterSpec(partial(_scored, score="softmax", group_score="max", normalize=0.0)),
+    "sparsemixer": RouterSpec(_sparsemixer),
     "expert_choice": RouterSpec(_expert_choice, causal=False),
     "soft": RouterSpec(_soft, lambda c, d: {"kernel": (d, c.experts * c.slots), "scale": (1,)}, causal=False),
     "base": RouterSpec(_base),
@@ -249,10 +275,11 @@ ROUTERS: dict[str, RouterSpec] = {
 def parameter_shapes(config: RouterConfig, width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a router's parameters by name: "kernel", and others where it has them.
 
-    Kernels start random, "noise" kernels and "bias" at zero, "scale" at one. "bias" gets no gradient: it is moved by
-    `route.update_bias` after the optimizer.
+    Kernels start random, "noise" kernels and biases at zero, "scale" at one. "bias" gets no gradient: it is moved by
+    `route.update_bias` after the optimizer. "logit_bias" (`RouterConfig.bias`) is learned like a kernel.
     """
-    return ROUTERS[config.name].shapes(config, width)
+    shapes = ROUTERS[config.name].shapes(config, width)
+    return shapes | ({"logit_bias": shapes["kernel"][1:]} if config.bias else {})
 
 
 def gate(

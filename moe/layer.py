@@ -1,7 +1,7 @@
 """Mixture-of-experts layer in Flax Linen: parameters, router, experts, shared experts and auxiliary losses.
 
     router/{kernel [D, E], ...}    experts/{gate [E, D, F], up [E, D, F], down [E, F, D]}/kernel (and /bias)
-    shared/{gate [D, S F], up [D, S F], down [S F, D]}/kernel
+    shared/{gate [D, S F], up [D, S F], down [S F, D]}/kernel    shared_gate/kernel [D, 1]
 
 Axes: B batch, T tokens of a sequence, N = B T, D width, F feed-forward width of one expert, E experts, S shared
   experts.
@@ -24,10 +24,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
-from moe.experts import Activation, MixtureConfig, dense, expert_ffn, mixture, placements
+from moe.experts import (
+    Activation,
+    MixtureConfig,
+    dense,
+    expert_ffn,
+    kernel_names,
+    mixture,
+    placements,
+    weighed_choices,
+)
 from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.parallel import Exchange, all_to_all
-from moe.routing import Routing, mask_rows, only, require_causal
+from moe.routing import Routing, first_experts, is_routed, mask_rows, only, require_causal
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,10 @@ class MoEConfig:
       granularity: fine-grained experts: each is so many times narrower (Dai et al. 2024, section 3.1; give `router` so
         many times more experts and choices).
       shared: S, experts of width F that every token passes, unweighted (Dai et al. 2024, section 3.2).
+      shared_gate: the output of the shared experts is multiplied by sigmoid(x w), a number per token (Qwen2-MoE).
+      identity: the last so many of the router's experts return their input (zero-computation experts: LongCat-Flash
+        2025, section 2.1); they have no parameters.
+      null: the last so many of the router's experts before them return zeros (MoE++: Jin et al. 2024, section 3.1).
       biases: experts have biases.
       router: which experts a token goes to.
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
@@ -61,6 +74,9 @@ class MoEConfig:
     ff: int = 0
     granularity: int = 1
     shared: int = 0
+    shared_gate: bool = False
+    identity: int = 0
+    null: int = 0
     biases: bool = False
     router: RouterConfig = RouterConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -78,12 +94,33 @@ class MoEConfig:
                 f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff} and "
                 f"shared={self.shared} at least 0"
             )
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate=True without shared experts: set shared to at least 1")
+        if (
+            min(self.identity, self.null) < 0
+            or self.stack < 1
+            or (self.stack < self.router.experts and self.router.name == "soft")
+        ):
+            raise ValueError(
+                f"identity={self.identity} and null={self.null} of router.experts={self.router.experts}: at least one "
+                "other expert is needed, and another router than 'soft'"
+            )
         if self.balance_scope not in ("batch", "microbatch", "sequence"):
             raise ValueError(f"balance_scope={self.balance_scope!r}: choose 'batch', 'microbatch' or 'sequence'")
         if self.load and self.router.name not in ("noisy", "hierarchical"):
             raise ValueError(f"load={self.load} needs the smooth load of the routers noisy and hierarchical")
         if self.bias_rate and self.router.name != "sigmoid":
             raise ValueError(f"bias_rate={self.bias_rate} moves the sigmoid router's bias, not {self.router.name}'s")
+
+    @property
+    def stack(self) -> int:
+        """Experts that have parameters."""
+        return self.router.experts - self.identity - self.null
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is SwiGLU experts without biases and others beside them, as conversions need it."""
+        return self.mixture.plain and not (self.shared or self.biases or self.identity or self.null)
 
     def check_parts(self, why: str) -> None:
         """Refuse losses of the whole batch for a batch that goes through the model in parts.
@@ -184,9 +221,8 @@ class Kernels(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Array]:
         """Return the parameters by the names that `moe.experts` takes."""
-        names = ("gate", "up", "down") if self.activation == "swiglu" else ("up", "down")
         params: dict[str, Array] = {}
-        for name in names:
+        for name in kernel_names(self.activation):
             ends = (self.ff, self.width) if name == "down" else (self.width, self.ff)
             scale = self.scale * (self.output_scale if name == "down" else 1.0)
             params |= Kernel((*self.stack, *ends), len(self.stack), scale, self.biases, name=name)(name)
@@ -297,7 +333,7 @@ class MoE(nn.Module):
         ep, tp = self.axes.experts, self.axes.width
         ff = self.ff // (jax.lax.axis_size(tp) if tp else 1)
         router = Router(c.router, self.width, c.router_scale, name="router")()
-        params = kernels(ff=ff, stack=(c.router.experts // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
+        params = kernels(ff=ff, stack=(c.stack // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
 
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
         x_ND = mask_rows(x_BTD.reshape(b * t, d), mask_N)
@@ -307,23 +343,41 @@ class MoE(nn.Module):
         if self.causal and not train and not self.is_initializing():
             require_causal(routing)
         config = c.mixture if train else serving(c.mixture)
+        hidden = {"activation": config.activation, "gating": config.gating}
+        sent = routing if c.stack == c.router.experts else first_experts(routing, c.stack)
         with jax.named_scope("experts"):
             if ep is None:
-                y_ND, placed_NK = mixture(params, x_ND, routing, config, key=keys[1])
+                y_ND, placed_NK = mixture(params, x_ND, sent, config, key=keys[1])
             else:
-                run = partial(expert_ffn, params, activation=config.activation, backend=config.backend)
-                placed_NK = placements(routing, config)[1] if config.dispatch == "capacity" else None
-                sent = routing if placed_NK is None else only(routing, placed_NK)
-                y_ND = all_to_all(x_ND, sent, run, ep, exchange=self.axes.exchange)
+                run = partial(expert_ffn, params, **hidden, backend=config.backend)
+                placed_NK = placements(sent, config)[1] if config.dispatch == "capacity" else None
+                sent = sent if placed_NK is None else only(sent, placed_NK)
+                rows = x_ND
+                if config.weigh == "input":
+                    rows, sent = weighed_choices(x_ND, sent)
+                y_ND = all_to_all(rows, sent, run, ep, exchange=self.axes.exchange).reshape(b * t, -1, d).sum(axis=1)
+        if c.stack < c.router.experts:
+            free_NK = is_routed(routing) & (routing.experts_NK >= c.stack)
+            placed_NK = None if placed_NK is None else placed_NK | free_NK  # no capacity holds for them
+            same_NK = free_NK & (routing.experts_NK >= c.router.experts - c.identity)
+            y_ND += _part((jnp.where(same_NK, routing.weights_NK, 0).sum(1)[:, None] * x_ND).astype(y_ND.dtype), tp)
         if c.shared:
             with jax.named_scope("shared"):
-                shared = kernels(ff=c.shared * ff, name="shared")()
-                y_ND += dense(shared, x_ND, c.mixture.activation)
+                shared = dense(kernels(ff=c.shared * ff, name="shared")(), x_ND, **hidden)
+                if c.shared_gate:
+                    gate_D1 = Kernel((self.width, 1), 0, self.scale, False, name="shared_gate")("kernel")["kernel"]
+                    shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)
+                y_ND += shared
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes))
             self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return mask_rows(y_ND, mask_N).reshape(b, t, d)
+
+
+def _part(x: Array, axis: str | None) -> Array:
+    """Return this device's part of a sum over an axis that all its devices know."""
+    return x if axis is None else x / jax.lax.axis_size(axis)
 
 
 def serving(config: MixtureConfig) -> MixtureConfig:

@@ -164,6 +164,13 @@ def only(routing: Routing, placed_NK: Bool[Array, "N K"]) -> Routing:
     )
 
 
+def first_experts(routing: Routing, experts: int) -> Routing:
+    """Leave out the choices of all but the first so many experts."""
+    narrow = {name: getattr(routing, name)[:, :experts] for name in ("probs_NE", "logits_NE")}
+    routing = only(routing, routing.experts_NK < experts)
+    return replace(routing, experts_NK=jnp.minimum(routing.experts_NK, experts), **narrow, load_NE=None)
+
+
 def is_routed(routing: Routing) -> Bool[Array, "N K"]:
     """Return True for every choice that has an expert."""
     return routing.experts_NK < routing.num_experts

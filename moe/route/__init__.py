@@ -12,7 +12,7 @@ from moe.route.balanced import auction, base
 from moe.route.biased import limit_groups, sigmoid_top_k, update_bias
 from moe.route.choice import expert_choice, soft
 from moe.route.fixed import hash_tokens, replay, uniform
-from moe.route.noisy import hierarchical, noisy_top_k, smooth_load
+from moe.route.noisy import hierarchical, noisy_top_k, smooth_load, sparsemixer
 from moe.route.softmax import gshard, jitter, switch, top_k
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "sigmoid_top_k",
     "smooth_load",
     "soft",
+    "sparsemixer",
     "switch",
     "top_k",
     "uniform",

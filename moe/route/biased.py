@@ -8,6 +8,14 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from moe.routing import Routing, check_k, make_routing, prepare, take
 
+SCORES = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+    # The square root has no gradient at 0, which softplus reaches in float32 near a logit of -104.
+    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), 1e-30)),
+}
+"""Scores of the experts from router logits."""
+
 
 def limit_groups(
     scores_NE: Float32[Array, "N E"], groups: int, top_groups: int, group_score: Literal["top2", "max"]
@@ -51,9 +59,9 @@ def sigmoid_top_k(
     groups: int = 1,
     top_groups: int = 1,
     group_score: Literal["top2", "max"] = "top2",
-    normalize: bool = True,
+    normalize: float = 1.0,
     scale: float = 1.0,
-    score: Literal["sigmoid", "softmax"] = "sigmoid",
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid",
 ) -> Routing:
     """Route by the k largest score + bias; weights are the scores without bias (DeepSeek-V3 2024, eq. 12-16).
 
@@ -65,10 +73,10 @@ def sigmoid_top_k(
       groups: blocks of consecutive experts (those of one node).
       top_groups: blocks a token's experts may come from.
       group_score: score of a block, see `limit_groups`.
-      normalize: divide the chosen scores by their sum. A single one is left as it is, since the quotient would be 1
-        and give the router no gradient.
+      normalize: p of the p-norm by which the chosen scores are divided: 1 is their sum (V3), 2 the Euclidean norm
+        (DBRX), 0 leaves them. A single one is left as it is: the quotient would be 1 and give the router no gradient.
       scale: factor on the weights (2.5 in V3).
-      score: "sigmoid" (V3) or "softmax" (V2).
+      score: "sigmoid" (V3), "softmax" (V2, Ernie 4.5) or "sqrt_softplus", sqrt(log(1 + exp(logit))) (V4).
 
     Returns:
       A routing whose `probs_NE` are the scores over their sum (V3, eq. 19).
@@ -80,14 +88,14 @@ def sigmoid_top_k(
       >>> import jax.numpy as jnp
       >>> from moe import route
       >>> bias_E = jnp.array([5.0, 0.0, 0.0])
-      >>> routing = route.sigmoid_top_k(jnp.array([[0.0, 0.0, 9.0]]), k=1, bias_E=bias_E, normalize=False)
+      >>> routing = route.sigmoid_top_k(jnp.array([[0.0, 0.0, 9.0]]), k=1, bias_E=bias_E, normalize=0.0)
       >>> routing.experts_NK.tolist(), routing.weights_NK.tolist()
       ([[0]], [[0.5]])
     """
     logits_NE, mask_N = prepare(logits_NE, mask_N)
     e = logits_NE.shape[-1]
     check_k(k, e)
-    scores_NE = jax.nn.sigmoid(logits_NE) if score == "sigmoid" else jax.nn.softmax(logits_NE)
+    scores_NE = SCORES[score](logits_NE)
     select_NE = jax.lax.stop_gradient(scores_NE)
     if bias_E is not None:
         select_NE = select_NE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None]
@@ -98,7 +106,7 @@ def sigmoid_top_k(
     experts_NK = jax.lax.top_k(select_NE, k)[1]
     weights_NK = take(scores_NE, experts_NK)
     if normalize and k > 1:
-        weights_NK /= jnp.maximum(weights_NK.sum(axis=-1, keepdims=True), 1e-20)
+        weights_NK /= jnp.maximum(jnp.linalg.norm(weights_NK, normalize, axis=-1, keepdims=True), 1e-20)
     probs_NE = scores_NE / jnp.maximum(scores_NE.sum(axis=-1, keepdims=True), 1e-20)
     return make_routing(experts_NK, scale * weights_NK, probs_NE, logits_NE, mask_N)
 

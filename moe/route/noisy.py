@@ -1,4 +1,4 @@
-"""Noisy top-k gating and the two-level gate of Shazeer et al. (2017)."""
+"""Routers with noise: noisy top-k gating, the two-level gate of Shazeer et al. (2017), and SparseMixer."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Key
 
-from moe.routing import Routing, check_k, is_routed, make_routing, prepare
+from moe.routing import Routing, check_k, is_routed, make_routing, prepare, take
 
 # Softplus underflows for very negative inputs, and the load divides by it.
 SMALLEST_NOISE = 1e-6
@@ -83,6 +83,62 @@ def noisy_top_k(
         mask_N,
         load_NE=jnp.where(mask_N[:, None], load_NE, 0.0),
     )
+
+
+def sparsemixer(
+    logits_NE: Float[Array, "N E"],
+    k: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    epsilon: float = 0.01,
+    key: Key[Array, ""] | None = None,
+) -> Routing:
+    """Route by SparseMixer-v2: k experts one after the other, each drawn, with Heun's gradient (Liu et al. 2024, GRIN).
+
+    Each choice is among the experts not yet chosen whose logits are near the best of these: (best - logit) /
+    max(|logit|, best) at most 2 epsilon. Its weight is the softmax over them. In training it is drawn by that softmax,
+    and where it is not the most probable one the weight is a third in three of four cases, while the gradient is always
+    that of the softmax (arXiv:2409.12136, section 2; transformers' Phi-MoE).
+
+    Args:
+      logits_NE: router logits.
+      k: choices, 2 in Phi-3.5-MoE.
+      mask_N: False for padding.
+      epsilon: half the width of the band.
+      key: None takes the most probable experts, as in evaluation.
+
+    Raises:
+      ValueError: k is not in 1..E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> routing = route.sparsemixer(jnp.array([[4.0, 3.99, 1.0]]), k=2)
+      >>> routing.experts_NK.tolist(), routing.weights_NK.round(2).tolist()
+      ([[0, 1]], [[0.5, 1.0]])
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    e = logits_NE.shape[-1]
+    check_k(k, e)
+    left_NE = jnp.ones(logits_NE.shape, bool)
+    found = []
+    for i in range(k):
+        values_NE = jax.lax.stop_gradient(jnp.where(left_NE, logits_NE, -jnp.inf))
+        best_N1 = values_NE.max(axis=-1, keepdims=True)
+        far_NE = (best_N1 - logits_NE) / jnp.maximum(jnp.abs(logits_NE), best_N1) > 2 * epsilon
+        probs_NE = jax.nn.softmax(jnp.where(far_NE | ~left_NE, -jnp.inf, logits_NE))
+        expert_N1 = probs_NE.argmax(axis=-1, keepdims=True)
+        weight_N1 = take(probs_NE, expert_N1)
+        if key is not None:
+            draw, heun = jax.random.split(jax.random.fold_in(key, i))
+            likely_N1, expert_N1 = expert_N1, jax.random.categorical(draw, jnp.log(probs_NE), axis=-1)[:, None]
+            weight_N1 = take(probs_NE, expert_N1)
+            whole_N1 = (expert_N1 == likely_N1) | jax.random.bernoulli(heun, 0.25, expert_N1.shape)
+            weight_N1 += jax.lax.stop_gradient(jnp.where(whole_N1, 0.0, weight_N1 * (1 / 3 - 1)))
+        found.append((expert_N1, weight_N1))
+        left_NE &= expert_N1 != jnp.arange(e)[None]
+    experts_NK, weights_NK = (jnp.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
+    return make_routing(experts_NK, weights_NK, jax.nn.softmax(logits_NE), logits_NE, mask_N)
 
 
 def hierarchical(

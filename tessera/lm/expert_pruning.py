@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from lottery import masks as masks_lib
 from lottery.coupled import Groups, Member, keep_units
+from moe.experts import kernel_names
 from tessera.models.lm_loss import at, replaced, router_paths
 from tessera.models.transformer import TransformerConfig
 
 # Axis of the experts from the end, by name of the router's parameter.
-ROUTER_AXES = {"kernel": -1, "noise": -1, "bias": -1}
-KERNELS = ("gate", "up", "down")
+ROUTER_AXES = {"kernel": -1, "noise": -1, "bias": -1, "logit_bias": -1}
 
 
 def expert_groups(config: TransformerConfig) -> Groups:
@@ -35,7 +35,9 @@ def expert_groups(config: TransformerConfig) -> Groups:
     if config.moe.router.name in ("hierarchical", "soft", "hash"):
         raise ValueError(f"the router {config.moe.router.name!r} has no column per expert to be pruned")
     lead = (0,) if config.scan else ()
-    names = KERNELS if config.moe.mixture.activation == "swiglu" else KERNELS[1:]
+    if config.moe.stack < config.moe.router.experts:
+        raise ValueError("experts without parameters (moe.identity, moe.null) cannot be pruned")
+    names = kernel_names(config.moe.mixture.activation)
     groups = {}
     for path in router_paths(config):
         name = "/".join(path)

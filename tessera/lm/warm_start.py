@@ -166,8 +166,10 @@ def convert(
         if (before, now) == ("swiglu", "routed"):
             mlp = _upcycled(mlp, target, start, key=one)
         elif (before, now) == ("routed", "swiglu"):
-            if source.moe.shared or source.moe.mixture.activation != "swiglu" or source.moe.biases:
-                raise ValueError("experts can be merged into a dense SwiGLU layer without shared experts and biases")
+            if not source.moe.plain:
+                raise ValueError(
+                    "only plain SwiGLU experts (no shared experts, biases, ...) can be merged into a dense layer"
+                )
             start_from = dense[i]["mlp"] if dense[i] is not None else None
             mlp = merge(mlp, start_from, method=start.method, density=start.density, scale=start.scale, key=one)
         made.append({**block, "mlp": mlp})
@@ -180,8 +182,8 @@ def _upcycled(
     dense: Mapping[str, Any], target: TransformerConfig, start: StartConfig, *, key: Key[Array, ""]
 ) -> PyTree:
     moe = target.moe
-    if moe.shared or moe.mixture.activation != "swiglu" or moe.biases:
-        raise ValueError("a dense SwiGLU layer can become SwiGLU experts without shared experts and biases")
+    if not moe.plain:
+        raise ValueError("a dense SwiGLU layer can only become plain SwiGLU experts (no shared experts, biases, ...)")
     if not keeps_outputs(moe):
         logging.log_first_n(
             logging.WARNING, "%s's weights do not sum to one: outputs change at first", 1, moe.router.name

@@ -38,7 +38,7 @@ from tessera.step import LossFn, router_metrics
 Micro = Mapping[str, Any]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
-NOISY = ("gshard", "noisy", "hierarchical")
+NOISY = ("gshard", "noisy", "hierarchical", "sparsemixer")
 """Routers that draw noise in training, on every device for its own tokens."""
 
 ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", *NOISY)

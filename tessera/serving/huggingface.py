@@ -248,8 +248,8 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     """
     routed = config.mlp == "routed"
     moe, router = config.moe, config.moe.router
-    plain = moe.every == 1 and not moe.shared and not moe.biases and moe.mixture.activation == "swiglu"
-    weights = router.name == "top_k" and router.softmax == "after" and router.scale == 1
+    plain = moe.every == 1 and moe.plain
+    weights = router.name == "top_k" and router.softmax == "after" and router.scale == 1 and not router.bias
     if routed and not (plain and weights and moe.mixture.dispatch != "capacity"):
         raise NotConvertible(
             "Mixtral has SwiGLU experts in every layer, weighted by a softmax over the chosen ones, without shared "

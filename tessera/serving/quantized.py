@@ -92,7 +92,7 @@ def watch(
     if mlp != "routed":
         seen |= _watch_feed(block["mlp"], y_MD)
         return seen
-    if config.moe.mixture.activation != "swiglu" or config.moe.biases:
+    if not replace(config.moe, shared=0, shared_gate=False).plain:
         raise ValueError("experts are quantised with calibration if they are SwiGLU without biases; use method='rtn'")
     router = jax.tree.map(jnp.asarray, block["mlp"].get("router", {}))
     routing = gate(router, y_MD, config.moe.router, tokens_N=jnp.asarray(tokens_NT).reshape(-1))

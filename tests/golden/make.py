@@ -7,8 +7,11 @@ says which version made what. Tests read them through the fixture `golden`.
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import peft
@@ -16,7 +19,16 @@ import torch
 import transformers
 from peft.utils.merge_utils import ties
 from torch.nn import functional
+from transformers.models.dbrx.modeling_dbrx import DbrxFFN
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 HERE = Path(__file__).parent
 COMMAND = "make golden"
@@ -223,33 +235,224 @@ def decoder_logits(params, tokens, c, width, layers):
     return norm(x, p["final_norm/gain"]) @ head
 
 
-def make_mixtral():
-    """Mixtral's feed-forward block, its weights in the order of `moe.layer.MoE` (inputs first)."""
-    width, ff, experts = 8, 12, 4
-    block = MixtralSparseMoeBlock(
-        transformers.MixtralConfig(
-            hidden_size=width,
-            intermediate_size=ff,
-            num_local_experts=experts,
-            num_experts_per_tok=2,
-            router_jitter_noise=0.0,
-            experts_implementation="eager",
-        )
-    ).eval()
-    x = normal(2, 6, width)
-    with torch.no_grad():
-        for i, parameter in enumerate(block.parameters()):
-            parameter.copy_(torch.tensor(0.5 * normal(*parameter.shape, seed=i + 1)))
-        out = block(torch.tensor(x))
-    weights = dict(block.named_parameters())
-    gate, up = weights["experts.gate_up_proj"].transpose(1, 2).chunk(2, -1)
-    down = weights["experts.down_proj"].transpose(1, 2)
-    kernels = {"gate": gate, "up": up, "down": down}
-    params = {
-        "router": {"kernel": weights["gate.weight"].T},
-        "experts": {name: {"kernel": kernel} for name, kernel in kernels.items()},
+WIDTH, FF = 6, 5
+
+
+def packed(get, experts=None):
+    """Kernels of experts stored as [E, 2 F, D], the gate first, and [E, D, F]."""
+    gate, up = get("experts.gate_up_proj")[:experts].transpose(1, 2).chunk(2, -1)
+    return {
+        "gate": {"kernel": gate},
+        "up": {"kernel": up},
+        "down": {"kernel": get("experts.down_proj").transpose(1, 2)},
     }
-    return {"x": x, "params": params, "out": out[0] if isinstance(out, tuple) else out}
+
+
+def interleaved(get):
+    """gpt-oss: gate and up alternate in [E, D, 2 F], with biases."""
+    both, biases = get("experts.gate_up_proj"), get("experts.gate_up_proj_bias")
+    down = {"kernel": get("experts.down_proj"), "bias": get("experts.down_proj_bias")}
+    cut = {name: {"kernel": both[..., i::2], "bias": biases[..., i::2]} for i, name in enumerate(("gate", "up"))}
+    return {**cut, "down": down}
+
+
+def inputs_first(get):
+    """Llama 4: [E, D, 2 F] and [E, F, D]."""
+    gate, up = get("experts.gate_up_proj").chunk(2, -1)
+    return {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": get("experts.down_proj")}}
+
+
+def flattened(get):
+    """DBRX: [E F, D] each."""
+    gate, up, down = (get(f"experts.mlp.{name}").unflatten(0, (-1, FF)) for name in ("w1", "v1", "w2"))
+    names = {"gate": gate.transpose(1, 2), "up": up.transpose(1, 2), "down": down}
+    return {name: {"kernel": kernel} for name, kernel in names.items()}
+
+
+def shared(get, name):
+    """The shared experts."""
+    return {part: {"kernel": get(f"{name}.{part}_proj.weight").T} for part in ("gate", "up", "down")}
+
+
+class Family(NamedTuple):
+    """One feed-forward block of transformers and where it has the parameters of `moe.layer.MoE`."""
+
+    block: type
+    config: object
+    router: str
+    experts: Callable = packed
+    bias: str = ""
+    shared: str = ""
+    arguments: tuple = ()
+
+    def tree(self, get):
+        """Parameters (or gradients) by the names of `moe.layer.MoE`, from a function of transformers' names."""
+        found = {"router": {"kernel": get(f"{self.router}.weight").T}, "experts": self.experts(get)}
+        if self.bias:
+            bias = get(self.bias).flatten()
+            found["router"]["logit_bias" if self.bias == f"{self.router}.bias" else "bias"] = bias
+        if self.shared:
+            found["shared"] = shared(get, self.shared)
+        if self.block is Qwen2MoeSparseMoeBlock:
+            found["shared_gate"] = {"kernel": get("shared_expert_gate.weight").T}
+        return found
+
+
+SIZES = {"hidden_size": WIDTH, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+
+
+def mixtral(**changes):
+    """A configuration of Mixtral."""
+    sizes = {"intermediate_size": FF, "num_local_experts": 4, "router_jitter_noise": 0.0}
+    return transformers.MixtralConfig(**SIZES | sizes | changes)
+
+
+def deepseek_v3(**changes):
+    """A configuration of DeepSeek-V3, eight experts in four groups."""
+    sizes = {"moe_intermediate_size": FF, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+    return transformers.DeepseekV3Config(**SIZES | sizes | {"num_experts_per_tok": 3} | changes)
+
+
+FAMILIES = {
+    "mixtral": Family(MixtralSparseMoeBlock, mixtral(), "gate"),
+    "geglu": Family(MixtralSparseMoeBlock, mixtral(hidden_act="gelu"), "gate"),
+    "reglu": Family(MixtralSparseMoeBlock, mixtral(hidden_act="relu"), "gate"),
+    "qwen2_moe": Family(
+        Qwen2MoeSparseMoeBlock,
+        transformers.Qwen2MoeConfig(
+            **SIZES,
+            moe_intermediate_size=FF,
+            shared_expert_intermediate_size=2 * FF,
+            num_experts=4,
+            norm_topk_prob=False,
+        ),
+        "gate",
+        shared="shared_expert",
+    ),
+    "gpt_oss": Family(
+        GptOssMLP,
+        transformers.GptOssConfig(
+            **SIZES, intermediate_size=FF, num_local_experts=4, swiglu_alpha=1.3, swiglu_limit=1.5
+        ),
+        "router",
+        interleaved,
+        bias="router.bias",
+    ),
+    "llama4": Family(
+        Llama4TextMoe,
+        transformers.Llama4TextConfig(**SIZES, intermediate_size=FF, num_local_experts=4),
+        "router",
+        inputs_first,
+        shared="shared_expert",
+    ),
+    "deepseek_v3": Family(
+        DeepseekV3MoE,
+        deepseek_v3(norm_topk_prob=True, routed_scaling_factor=2.5),
+        "gate",
+        bias="gate.e_score_correction_bias",
+        shared="shared_experts",
+    ),
+    "deepseek_v3_unnormalized": Family(
+        DeepseekV3MoE,
+        deepseek_v3(norm_topk_prob=False, routed_scaling_factor=1.5),
+        "gate",
+        bias="gate.e_score_correction_bias",
+        shared="shared_experts",
+    ),
+    "dbrx": Family(
+        DbrxFFN,
+        transformers.DbrxConfig(
+            d_model=WIDTH,
+            ffn_config={
+                "hidden_size": WIDTH,
+                "ffn_hidden_size": FF,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": 2.0,
+            },
+        ),
+        "router.layer",
+        flattened,
+    ),
+    "ernie4_5": Family(
+        Ernie4_5_MoeSparseMoeBlock,
+        transformers.Ernie4_5_MoeConfig(
+            hidden_size=WIDTH,
+            moe_intermediate_size=FF,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=2,
+            experts_implementation="eager",
+        ),
+        "gate",
+        bias="gate.moe_statics.e_score_correction_bias",
+        shared="shared_experts",
+    ),
+    "deepseek_v4": Family(
+        DeepseekV4SparseMoeBlock,
+        transformers.DeepseekV4Config(
+            **SIZES,
+            num_hidden_layers=1,
+            moe_intermediate_size=FF,
+            n_routed_experts=4,
+            mlp_layer_types=["moe"],
+            scoring_func="sqrtsoftplus",
+            routed_scaling_factor=1.5,
+            swiglu_limit=1.5,
+        ),
+        "gate",
+        bias="gate.e_score_correction_bias",
+        shared="shared_experts",
+        arguments=(0,),
+    ),
+    "longcat": Family(
+        LongcatFlashMoE,
+        transformers.LongcatFlashConfig(
+            hidden_size=WIDTH,
+            expert_ffn_hidden_size=FF,
+            n_routed_experts=4,
+            zero_expert_num=2,
+            moe_topk=3,
+            routed_scaling_factor=1.5,
+            experts_implementation="eager",
+        ),
+        "router.classifier",
+        partial(packed, experts=4),
+        bias="router.e_score_correction_bias",
+    ),
+    "phimoe": Family(
+        PhimoeSparseMoeBlock,
+        transformers.PhimoeConfig(**SIZES, intermediate_size=FF, num_local_experts=4, router_jitter_noise=0.4),
+        "router",
+    ),
+}
+
+
+def make_families():
+    """Feed-forward blocks of families of models: outputs, and gradients of a weighted sum of them."""
+    found, cotangent = {}, normal(2, 6, WIDTH, seed=100)
+    for name, family in FAMILIES.items():
+        block = family.block(family.config, *family.arguments).eval()
+        leaves = dict(block.named_parameters()) | dict(block.named_buffers())
+        with torch.no_grad():
+            for i, leaf in enumerate(leaves.values()):
+                leaf.copy_(torch.tensor(0.5 * normal(*leaf.shape, seed=i + 1)))
+        x = torch.tensor(normal(2, 6, WIDTH), requires_grad=True)
+        out = block(x)
+        out = (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+        (out * torch.tensor(cotangent)).sum().backward()
+
+        def gradient(leaf, leaves=leaves):
+            return torch.zeros_like(leaves[leaf]) if leaves[leaf].grad is None else leaves[leaf].grad
+
+        found[name] = {
+            "params": family.tree(leaves.__getitem__),
+            "x": x,
+            "out": out,
+            "dx": x.grad,
+            "gradients": family.tree(gradient),
+        }
+    return found | {"cotangent": cotangent}
 
 
 def make_merging():
@@ -381,12 +584,12 @@ TORCH, TRANSFORMERS, PEFT = (f"{lib.__name__} {lib.__version__}" for lib in (tor
 FILES = {
     "convolutions": (make_convolutions, TORCH),
     "decoders": (make_decoders, TORCH),
+    "families": (make_families, TRANSFORMERS),
     "huggingface": (make_huggingface, TRANSFORMERS),
     "layers": (make_layers, TORCH),
     "lenet": (make_lenet, TORCH),
     "losses": (make_losses, TORCH),
     "merging": (make_merging, PEFT),
-    "mixtral": (make_mixtral, TRANSFORMERS),
     "optimizers": (make_optimizers, TORCH),
     "smollm2": (make_smollm2, TRANSFORMERS),
 }

@@ -49,13 +49,16 @@ def by_hand(params, x, routing, activation="swiglu"):
             if e < E:
                 v = np.asarray(x[n], np.float64)
                 up = v @ p["up"][e] + bias["up"][e]
-                if activation == "swiglu":
-                    gate = v @ p["gate"][e] + bias["gate"][e]
-                    hidden = gate / (1 + np.exp(-gate)) * up
-                elif activation == "gelu":
-                    hidden = 0.5 * up * (1 + erf(up / np.sqrt(2)))
-                else:
-                    hidden = np.maximum(up, 0) ** 2
+                gated = activation in experts.GATED
+                z = v @ p["gate"][e] + bias["gate"][e] if gated else up
+                hidden = {
+                    "swiglu": z / (1 + np.exp(-z)),
+                    "geglu": 0.5 * z * (1 + erf(z / np.sqrt(2))),
+                    "reglu": np.maximum(z, 0),
+                    "gelu": 0.5 * z * (1 + erf(z / np.sqrt(2))),
+                    "relu": np.maximum(z, 0),
+                    "relu2": np.maximum(z, 0) ** 2,
+                }[activation] * (up if gated else 1)
                 out[n] += w * (hidden @ p["down"][e] + bias["down"][e])
     return out
 

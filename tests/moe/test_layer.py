@@ -1,4 +1,4 @@
-"""The Linen layer with every router, decoding, and the block of another library."""
+"""The Linen layer with every router, with padding, and in decoding."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe import losses, metrics
-from moe.experts import MixtureConfig
+from moe.experts import Gating, MixtureConfig
 from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
 from moe.layer import MoE, MoEConfig
 
@@ -200,6 +200,8 @@ def test_a_layer_sees_live_tokens_alone(router, mixture):
         ("softmax_groups", {}, True),
         ("base", {}, True),
         ("uniform", {}, False),
+        ("sparsemixer", {"k": 2}, False),
+        ("sparsemixer", {"jitter": 0.9}, True),
     ],
 )
 def test_one_choice_trains_a_router_or_is_refused(name, settings, learns):
@@ -221,12 +223,6 @@ def test_one_choice_trains_a_router_or_is_refused(name, settings, learns):
         train()
 
 
-def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):
-    case = jax.tree.map(jnp.asarray, golden("mixtral"))
-    ours = jax.jit(MoE(config(), D, F).apply)({"params": case["params"]}, case["x"])
-    np.testing.assert_allclose(ours, case["out"], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("make_config", "message"),
     [
@@ -235,6 +231,13 @@ def test_top_k_equals_mixtrals_block_in_hugging_face_transformers(golden):
         (lambda: MoEConfig(load=0.1), "needs the smooth load"),
         (lambda: MoEConfig(bias_rate=0.1), "bias_rate=0.1 moves the sigmoid router's bias"),
         (lambda: MoEConfig(granularity=5).width_of(12), "ff=12 does not divide into granularity=5"),
+        (lambda: MoEConfig(shared_gate=True), "shared_gate=True without shared experts"),
+        (lambda: MoEConfig(identity=4, null=4), "identity=4 and null=4 of router.experts=8"),
+        (lambda: MoEConfig(identity=1, router=RouterConfig("soft")), "another router than 'soft'"),
+        (lambda: MixtureConfig(weigh="input", dispatch="capacity"), "weigh='input' with dispatch='capacity'"),
+        (lambda: MixtureConfig("relu", Gating(limit=7.0)), "with activation='relu': choose one of"),
+        (lambda: RouterConfig(score="tanh"), "score='tanh': choose one of sigmoid, softmax, sqrt_softplus"),
+        (lambda: RouterConfig("hash", bias=True), "bias=True: the router 'hash' has no logits"),
         (lambda: RouterConfig("nearest"), "name='nearest': choose one of top_k"),
         (lambda: RouterConfig(experts=4, k=5), "k=5 choices among 4"),
         (lambda: RouterConfig(experts=6, groups=4), "groups must divide"),

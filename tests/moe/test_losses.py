@@ -188,6 +188,30 @@ def test_groups_of_padding_alone_do_not_count():
     assert losses.load_balance(masked, groups=2) == pytest.approx(1.5, rel=1e-6)
 
 
+def test_sparsemixer_draws_from_the_band_with_heuns_weights():
+    """GRIN (Liu et al. 2024): the softmax over the band, thirds in three of four cases, the gradient of the softmax."""
+    logits = jnp.array([[4.0, 3.8, 3.5, 2.0]])  # (4 - 3.5) / 4 is within 2 epsilon = 0.2, (4 - 2) / 4 is not
+    band = np.exp([4.0, 3.8, 3.5]) / np.exp([4.0, 3.8, 3.5]).sum()
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def first(logits, key):
+        routing = route.sparsemixer(logits, 2, epsilon=0.1, key=key)
+        return routing.weights_NK[0, 0], routing.experts_NK[0]
+
+    (weights, experts), grads = jax.jit(
+        jax.vmap(lambda key: (first(logits, key), jax.grad(lambda x: first(x, key)[0])(logits)[0]))
+    )(keys)
+    assert (np.asarray(experts[:, 0]) != np.asarray(experts[:, 1])).all()
+    np.testing.assert_allclose(np.bincount(experts[:, 0], minlength=4) / 4000, [*band, 0], atol=0.03)
+    for e in range(3):
+        chosen = np.asarray(experts[:, 0]) == e
+        whole = np.isclose(weights[chosen], band[e], rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(weights)[chosen][~whole], band[e] / 3, rtol=1e-5)
+        assert whole.mean() == pytest.approx(1 if e == 0 else 0.25, abs=0.04)
+        softmax = band[e] * (np.eye(4)[e] - [*band, 0])
+        np.testing.assert_allclose(grads[chosen], np.broadcast_to(softmax, (chosen.sum(), 4)), rtol=1e-4, atol=1e-6)
+
+
 def test_loss_free_balancing_moves_the_bias_by_sign_and_balances():
     np.testing.assert_allclose(route.update_bias(jnp.zeros(3), jnp.array([4.0, 1.0, 1.0]), 0.1), [-0.1, 0.1, 0.1])
     logits = jax.random.normal(jax.random.key(0), (256, 8)) + jnp.linspace(2, -2, 8)[None]

@@ -53,6 +53,16 @@ CASES = {
     "sigmoid_biased": Case(
         lambda x, m, key, k: route.sigmoid_top_k(x, k, m, bias_E=jnp.linspace(-0.1, 0.1, x.shape[-1])), follows=False
     ),
+    "scored": Case(
+        lambda x, m, key, k: route.sigmoid_top_k(x, k, m, score="sqrt_softplus", normalize=2.0), sums_to_one=False
+    ),
+    "sparsemixer": Case(lambda x, m, key, k: route.sparsemixer(x, k, m, epsilon=0.2), sums_to_one=False),
+    "sparsemixer_drawn": Case(
+        lambda x, m, key, k: route.sparsemixer(x, k, m, epsilon=0.2, key=key),
+        sums_to_one=False,
+        follows=False,
+        learns=False,  # the gradient is not that of the drawn weight, by design
+    ),
     "grouped_top_k": Case(
         lambda x, m, key, k: route.sigmoid_top_k(
             x, k, m, groups=4, top_groups=4 if k == x.shape[-1] else 2, group_score="max", score="softmax"
@@ -214,7 +224,7 @@ def test_padding_goes_nowhere_and_is_not_seen(name):
 
     grads = jax.jit(jax.grad(f))(x)
     assert np.isfinite(grads).all() and (np.asarray(grads)[padding] == 0).all()
-    if name in ("hash", "uniform", "gshard_random", "expert_choice", "base"):
+    if name in ("hash", "gshard_random", "expert_choice"):
         return  # these depend on the place of a token, or on how many there are
     alone = call(name, x[mask], key=key)
     np.testing.assert_array_equal(routing.experts_NK[~padding], alone.experts_NK)
@@ -238,7 +248,7 @@ def test_only_routers_that_do_not_look_ahead_may_decode(name):
             require_causal(routing)
         return
     require_causal(routing)
-    if name in ("noisy", "gshard_random", "hierarchical_noisy"):
+    if name in ("noisy", "gshard_random", "hierarchical_noisy", "sparsemixer_drawn"):
         return  # random
     # Tokens after the sixth do not change the first six.
     other = call(name, jnp.concatenate([logits()[:6], logits(6, seed=9)]))

@@ -101,7 +101,7 @@ def test_blocks_are_split_and_joined_by_either_layout(scan):
     [
         (replace(routed(), layers=4), StartConfig(), "2 layers there, 4 here"),
         (replace(routed(), ff=32), StartConfig(), "experts/down/kernel: .* there, .* needed"),
-        (replace(routed(), moe=MoEConfig(shared=1)), StartConfig(), "without shared experts"),
+        (replace(routed(), moe=MoEConfig(shared=1)), StartConfig(), "plain SwiGLU experts"),
     ],
     ids=["layers", "width", "shared"],
 )

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import moe_lm
-from moe.experts import MixtureConfig
+from moe.experts import Gating, MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.errors import PlanError
@@ -147,6 +147,18 @@ TRAINED = [
     ),
     ("dp=4", 4, MoEConfig(router=RouterConfig("hash", 8, 2), mixture=MixtureConfig(dispatch="capacity"), z=0.1)),
     ("cp=2, dp=2", 0, MoEConfig(router=RouterConfig("noisy", 8, 2), importance=0.3, load=0.5, shared=1)),
+    (
+        "ep=2, tp=2, dp=2",
+        0,
+        MoEConfig(
+            router=RouterConfig("sigmoid", 10, 3, bias=True, score="softmax", normalize=2.0),
+            mixture=MixtureConfig("geglu", Gating(limit=0.5, offset=1.0), "input"),
+            identity=1,
+            null=1,
+            shared=1,
+            shared_gate=True,
+        ),
+    ),
 ]
 
 
