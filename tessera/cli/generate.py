@@ -25,14 +25,18 @@ def main(invocation: Invocation) -> int:
     sampling = build(Sampling, c.sampling, "config.sampling")
     plan, draft = build(Plan, {}, "config", axes=c.plan), build(DraftConfig, c.draft, "config.draft")
     engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft)
-    stream = TextStream(loaded.tokenizer)
+    prompt = loaded.tokenizer.encode(c.prompt).tolist()
+    stream, given = TextStream(loaded.tokenizer, prompt=prompt), 0
 
     def show(text):
-        sys.stdout.write(stream.feed(text.tokens, final=bool(text.finish)))
+        nonlocal given
+        tokens, logprobs, finish = text.since(given)
+        given += len(tokens)
+        sys.stdout.write(stream.feed(tokens, logprobs, final=bool(finish)).text)
         sys.stdout.flush()
 
     sys.stdout.write(c.prompt)
-    checked("config.prompt", engine.submit, loaded.tokenizer.encode(c.prompt).tolist(), sampling, show)
+    checked("config.prompt", engine.submit, prompt, sampling, show)
     engine.run()
     sys.stdout.write("\n")
     return 0

@@ -1,6 +1,7 @@
 """Serve a model over HTTP: `tessera serve --config.model.dir=runs/lm` (extra `serve`)."""
 
 import os
+import signal
 
 from absl import logging
 from rich.console import Console
@@ -11,7 +12,6 @@ from tessera.cli.main import Invocation
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import build, checked
 from tessera.serving import schema
-from tessera.serving.app import AppConfig, make_app
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
 from tessera.serving.programs import ServeConfig
 from tessera.serving.service import Service
@@ -24,20 +24,34 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def main(invocation: Invocation) -> int:
     """Config -> engine -> server until SIGINT or SIGTERM. Returns the exit status."""
     try:
-        import uvicorn
+        from tessera.serving.app import make_app
+        from tessera.serving.process import bind, make_server
     except ImportError as error:
         raise ImportError("the server needs the extra `serve`: pip install 'tessera-jax[serve]'") from error
     c = invocation.config
     source = build(SourceConfig, c.model, "config.model")
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     plan = build(Plan, {}, "config", axes=c.plan)
-    settings = build(AppConfig, c.app, "config.app", api_key=os.environ.get(c.api_key_variable, ""))
+    key = os.environ.get(c.api_key_variable, "").strip()
+    settings = build(schema.AppConfig, c.app, "config.app", api_key=key)
     draft = build(DraftConfig, c.draft, "config.draft")
-    engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft)
-    if c.host not in LOOPBACK and not settings.api_key:
-        logging.warning("%s is reachable from elsewhere and %s is not set: anybody may ask", c.host, c.api_key_variable)
-    app = make_app(Service(engine), loaded.tokenizer, settings)
-    Console().print(f"serving {settings.model} from {source.dir} on http://{c.host}:{c.port}/v1", soft_wrap=True)
-    patience = int(settings.patience) + 1
-    uvicorn.run(app, host=c.host, port=c.port, log_level="warning", timeout_graceful_shutdown=patience)
-    return 0
+    console = Console()
+    with bind(c.host, c.port) as socket:  # first: a port in use is told before the model is loaded
+        host, port = socket.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft)
+        if c.host not in LOOPBACK and not key:
+            logging.warning(
+                "%s is reachable from elsewhere and %s is not set: anybody may ask", c.host, c.api_key_variable
+            )
+        service = Service(engine, warm_up=settings.warm_up)
+        app = make_app(service, loaded.tokenizer, settings)
+
+        def ready() -> None:
+            console.print(f"serving {settings.model} from {source.dir} on {address}", soft_wrap=True)
+
+        server = make_server(app, service, settings, ready)
+        if settings.warm_up:
+            console.print("compiling the programs of all prompt lengths; /health is 503 until it is done")
+        server.run(sockets=[socket])
+    return 1 if server.failed else 128 + signal.SIGINT if server.signum == signal.SIGINT else 0

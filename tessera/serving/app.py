@@ -1,79 +1,71 @@
-"""The HTTP server: OpenAI's completions, chat and models, health and Prometheus metrics (extra `serve`).
+"""The HTTP API: OpenAI's completions, chat and models, health, Prometheus metrics, OpenAPI document (extra `serve`).
 
-Every error is JSON as OpenAI's clients expect it: 400 a body that is not understood, 401 a wrong key, 404 another
-model, 413 a body too large, 429 a full queue, 500 a text that failed, 503 shutting down or a dead engine, 504 a request
-that took too long.
+Every error is JSON as OpenAI's clients expect it, with one of the statuses `STATUSES`.
 """
 
 import asyncio
 import contextlib
+import functools
 import hmac
+import ipaddress
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+import tessera
 from tessera.data.text import Tokenizer
 from tessera.serving import metrics
-from tessera.serving.protocol import (
-    Asked,
-    BadRequest,
-    choice,
-    error_body,
-    read_body,
-    response,
-    token_logprobs,
-    usage,
-)
-from tessera.serving.requests import LARGEST, OutOfRange, PromptTooLong, QueueFull, Request, check_whole, is_number
+from tessera.serving.protocol import Asked, BadRequest, choice, error_body, openapi, read_body, response, usage
+from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Request, show
+from tessera.serving.schema import AppConfig
 from tessera.serving.service import DEAD, Draining, EngineDead, Service
-from tessera.serving.text import TextStream
+from tessera.serving.text import Delta, TextStream
 
 NAMES = {"stop_tokens": "stop_token_ids"}  # settings that a body calls otherwise
 FAILED = "the model failed; the log says why"
 LOOK = 0.25  # seconds between two looks at whether the client is still there
+STATUSES = {
+    400: "a body or a host name that is not understood",
+    401: "a wrong or missing API key",
+    403: "a page of another site asks",
+    404: "another model, or no such path",
+    405: "another method",
+    408: "a body that took too long to arrive",
+    413: "a body too large",
+    415: "a body that is not declared as JSON",
+    429: "a full queue",
+    500: "a text that failed",
+    503: "shutting down, or a dead engine",
+    504: "a request that took too long",
+}
+INVALID = "invalid_request_error"
 
 
-@dataclass(frozen=True)
-class AppConfig:
-    """What the server promises and refuses.
+class Refused(Exception):
+    """An answer other than 200: its status, message, kind, parameter and code."""
 
-    Attributes:
-      model: name of the model in the API.
-      api_key: that requests must bring; "" asks for none.
-      timeout: seconds a request may take, waiting included.
-      max_tokens: tokens drawn where a request does not say.
-      max_choices: choices (prompts times n) of one HTTP request at most.
-      max_body: bytes of a request at most.
-      patience: seconds that running requests get at shutdown.
-    """
+    def __init__(self, status: int, message: str, kind: str = INVALID, parameter: str = "", code: str = ""):
+        super().__init__(message)
+        self.status, self.kind, self.parameter, self.code = status, kind, parameter, code
 
-    model: str = "tessera"
-    api_key: str = ""
-    timeout: float = 300.0
-    max_tokens: int = 64
-    max_choices: int = 16
-    max_body: int = 2**20
-    patience: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_choices", "max_body"):
-            check_whole(name, getattr(self, name), 1, LARGEST)
-        for name in ("timeout", "patience"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise OutOfRange(name, getattr(self, name), "a number of seconds, 0 or more")
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error as JSON."""
+        return error_body(str(self), self.kind, self.parameter, self.code)
 
 
-def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Any:
-    """The ASGI application; starting it starts the service, stopping it stops the service.
-
-    Raises:
-      ImportError: the extra `serve` is not installed.
-    """
-    starlette = _starlette()
-    pages = Pages(service, tokenizer, config, starlette)
+def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
+    """The ASGI application; starting it starts the service, stopping it stops the service."""
+    pages = Pages(service, tokenizer, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -81,22 +73,37 @@ def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Any:
         yield
         await asyncio.to_thread(service.stop, config.patience)
 
+    async def refused(request: Any, error: Any) -> Response:
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return JSONResponse(error.body, error.status, headers)
+
+    async def unrouted(request: Any, error: Any) -> Response:
+        return JSONResponse(error_body(str(error.detail), INVALID), error.status_code, error.headers)
+
+    async def failed(request: Any, error: Any) -> Response:
+        return JSONResponse(error_body(FAILED, "server_error"), 500)
+
+    async def left(request: Any, error: Any) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
     routes = [
-        starlette.Route("/v1/completions", pages.completions, methods=["POST"]),
-        starlette.Route("/v1/chat/completions", pages.chat, methods=["POST"]),
-        starlette.Route("/v1/models", pages.models),
-        starlette.Route("/v1/models/{name:path}", pages.models),
-        starlette.Route("/health", pages.health),
-        starlette.Route("/metrics", pages.metrics),
+        Route("/v1/completions", pages.completions, methods=["POST"]),
+        Route("/v1/chat/completions", pages.chat, methods=["POST"]),
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{name:path}", pages.models),
+        Route("/health", pages.health),
+        Route("/metrics", pages.metrics),
+        Route("/openapi.json", pages.openapi),
     ]
-    return starlette.Starlette(routes=routes, lifespan=lifespan)
+    handlers = {Refused: refused, HTTPException: unrouted, ClientDisconnect: left, Exception: failed}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 class Pages:
     """The handlers of the routes."""
 
-    def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig, starlette: Any):
-        self.service, self.tokenizer, self.config, self.starlette = service, tokenizer, config, starlette
+    def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig):
+        self.service, self.tokenizer, self.config = service, tokenizer, config
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""
@@ -108,23 +115,24 @@ class Pages:
 
     async def models(self, request: Any) -> Any:
         """GET /v1/models and /v1/models/NAME."""
-        if not self._allowed(request):
-            return self._error(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
+        self._admit(request)
         one = {"id": self.config.model, "object": "model", "created": 0, "owned_by": "tessera"}
         name = request.path_params.get("name")
         if name is None:
-            return self.starlette.JSONResponse({"object": "list", "data": [one]})
-        if name != self.config.model:
-            return self._unknown_model(name)
-        return self.starlette.JSONResponse(one)
+            return JSONResponse({"object": "list", "data": [one]})
+        self._check_model(name)
+        return JSONResponse(one)
+
+    async def openapi(self, request: Any) -> Any:
+        """GET /openapi.json."""
+        return JSONResponse(openapi(tessera.__version__, STATUSES))
 
     async def health(self, request: Any) -> Any:
-        """GET /health: 200 while the engine runs and takes requests."""
-        service = self.service
-        if service.alive and not service.draining and not service.dead:
-            return self.starlette.JSONResponse({"status": "ok"})
-        reason = DEAD if service.dead else "shutting down" if service.draining else "not started"
-        return self.starlette.JSONResponse({"status": "unavailable", "reason": reason}, 503)
+        """GET /health: 200 while the engine runs, its programs are compiled, and it takes requests."""
+        reason = self.service.unready
+        if not reason:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "unavailable", "reason": reason}, 503)
 
     async def metrics(self, request: Any) -> Any:
         """GET /metrics."""
@@ -145,100 +153,72 @@ class Pages:
             *metrics.histogram("first_token_seconds", "From request to first token.", self.service.first_token),
             *metrics.histogram("request_seconds", "From request to last token.", self.service.duration),
         ]
-        return self.starlette.Response("\n".join(lines) + "\n", media_type=metrics.CONTENT_TYPE)
+        return Response("\n".join(lines) + "\n", media_type=metrics.CONTENT_TYPE)
 
     async def _answer(self, request: Any, *, chat: bool) -> Any:
-        if not self._allowed(request):
-            return self._error(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
-        body = await self._body(request)
-        if body is None:
-            return self._error(413, f"a body has at most {self.config.max_body} bytes", "invalid_request_error")
-        c, invalid = self.config, "invalid_request_error"
+        self._admit(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "the body must be JSON: send the header Content-Type: application/json")
+        data, c = await self._body(request), self.config
+        read = functools.partial(read_body, chat=chat, limit=c.max_tokens, max_choices=c.max_choices)
         try:
-            asked = read_body(
-                json.loads(body), self.tokenizer, chat=chat, limit=c.max_tokens, max_choices=c.max_choices
-            )
-            if asked.model != c.model:
-                return self._unknown_model(asked.model)
+            asked = await asyncio.to_thread(read, data, self.tokenizer)  # a long prompt takes a while
+            self._check_model(asked.body.model)
             requests, events = self.service.submit(asked.prompts, asked.samplings)
         except BadRequest as error:
-            return self._error(400, str(error), invalid, error.parameter, error.code)
+            raise Refused(400, str(error), parameter=error.parameter) from error
         except PromptTooLong as error:
-            return self._error(400, str(error), invalid, "prompt", "context_length_exceeded")
+            raise Refused(400, str(error), INVALID, "prompt", "context_length_exceeded") from error
         except QueueFull as error:
-            return self._error(429, str(error), "rate_limit_error", code="queue_full")
-        except Draining as error:
-            return self._error(503, str(error), "server_error", code="shutting_down")
-        except EngineDead as error:
-            return self._error(503, str(error), "server_error", code="engine_dead")
+            raise Refused(429, str(error), "rate_limit_error", code="queue_full") from error
+        except (Draining, EngineDead) as error:
+            raise _unavailable(error) from error
         except OutOfRange as error:  # a token outside the vocabulary
             name = NAMES.get(error.parameter, error.parameter)
             message = str(error).replace(f"{error.parameter}=", f"{name}=", 1)
-            return self._error(400, message, invalid, name)
-        except RecursionError:
-            return self._error(400, "the body is nested too deeply", invalid)
-        except ValueError as error:  # also a body that is no JSON
-            return self._error(400, str(error), invalid)
-        if asked.stream:
-            stream = self._stream(request, asked, requests, events)
-            return self.starlette.StreamingResponse(stream, media_type="text/event-stream")
-        return await self._whole(request, asked, requests, events)
-
-    async def _whole(self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]) -> Any:
-        try:
-            texts = [""] * len(requests)
-            ends: list[str] = [""] * len(requests)
-            async for index, text, finish, _ in self._follow(request, asked, requests, events):
-                texts[index] += text
-                ends[index] = finish or ends[index]
-        except TimeoutError:
-            return self._error(504, f"not done within {self.config.timeout} s", "server_error", code="timeout")
-        except EngineDead as error:
-            return self._error(503, str(error), "server_error", code="engine_dead")
-        if any(one.finish == "error" for one in requests):
-            return self._error(500, FAILED, "server_error")
-        if any(one.finish == "cancelled" for one in requests) and "cancelled" in ends:
-            return self._error(503, "the request was let go of", "server_error", code="shutting_down")
-        choices = []
-        for index, (text, finish) in enumerate(zip(texts, ends, strict=True)):
-            logprobs = token_logprobs(requests[index], 0, self.tokenizer) if asked.logprobs else None
-            choices.append(choice(asked, index, text, finish, logprobs, delta=False))
-        answer = response(asked, _identity(), choices, self.config.model, delta=False)
-        return self.starlette.JSONResponse(answer | {"usage": usage(requests)})
+            raise Refused(400, message, INVALID, name) from error
+        streams = [TextStream(self.tokenizer, asked.stop, one.prompt) for one in requests]
+        follow = self._follow(request, requests, events, streams)
+        if asked.body.stream:
+            stream = self._stream(asked, requests, streams, follow)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        texts, ends = [Delta()] * len(requests), [""] * len(requests)
+        async for index, delta, finish in follow:
+            texts[index] += delta
+            ends[index] = finish
+        choices = [choice(asked, i, texts[i], ends[i], streamed=False) for i in range(len(requests))]
+        answer = response(asked, _identity(), choices, c.model, streamed=False)
+        return JSONResponse(answer | {"usage": usage(asked, requests, sum(one.count for one in streams))})
 
     async def _stream(
-        self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]
+        self,
+        asked: Asked,
+        requests: list[Request],
+        streams: list[TextStream],
+        follow: AsyncIterator[tuple[int, Delta, str]],
     ) -> AsyncIterator[str]:
-        identity = _identity()
+        identity, model = _identity(), self.config.model
         try:
-            async for index, text, finish, start in self._follow(request, asked, requests, events):
-                if requests[index].finish == "error":
-                    yield _event(error_body(FAILED, "server_error"))
-                    return
-                logprobs = token_logprobs(requests[index], start, self.tokenizer) if asked.logprobs else None
-                if text or finish or logprobs:
-                    entry = choice(asked, index, text, finish or None, logprobs, delta=True)
-                    yield _event(response(asked, identity, [entry], self.config.model, delta=True))
-        except TimeoutError:
-            yield _event(error_body(f"not done within {self.config.timeout} s", "server_error", code="timeout"))
+            async for index, delta, finish in follow:
+                if delta or finish:
+                    entry = choice(asked, index, delta, finish or None, streamed=True)
+                    yield _event(response(asked, identity, [entry], model, streamed=True))
+        except Refused as error:
+            yield _event(error.body)
             return
-        except EngineDead as error:
-            yield _event(error_body(str(error), "server_error", code="engine_dead"))
-            return
-        if asked.usage:
-            yield _event(response(asked, identity, [], self.config.model, delta=True) | {"usage": usage(requests)})
+        if asked.body.stream_options.include_usage:
+            counts = usage(asked, requests, sum(one.count for one in streams))
+            yield _event(response(asked, identity, [], model, streamed=True) | {"usage": counts})
         yield "data: [DONE]\n\n"
 
     async def _follow(
-        self, request: Any, asked: Asked, requests: list[Request], events: asyncio.Queue[int]
-    ) -> AsyncIterator[tuple[int, str, str, int]]:
-        """(index, new text, reason it ended or "", tokens given before); lets go of requests when the client has left.
+        self, request: Any, requests: list[Request], events: asyncio.Queue[int], streams: list[TextStream]
+    ) -> AsyncIterator[tuple[int, Delta, str]]:
+        """(index, what is new, reason it ended or ""); lets go of requests when the client has left.
 
         Raises:
-          TimeoutError: it took too long.
-          EngineDead: nothing will come any more.
+          Refused: it took too long, failed, or was ended by a shutdown or a dead engine.
         """
-        streams = [TextStream(self.tokenizer, asked.stop) for _ in requests]
         given, done = [0] * len(requests), [False] * len(requests)
         until = time.monotonic() + self.config.timeout
         try:
@@ -250,45 +230,79 @@ class Pages:
                 if await request.is_disconnected():
                     return
                 if time.monotonic() > until:
-                    raise TimeoutError
+                    raise Refused(504, f"not done within {self.config.timeout} s", "server_error", code="timeout")
                 if self.service.dead and (index < 0 or requests[index].finish == "error"):
-                    raise EngineDead(DEAD)
+                    raise _unavailable(EngineDead(DEAD))
+                if self.service.expired or (index >= 0 and requests[index].finish == "cancelled" and not done[index]):
+                    raise _unavailable(Draining("the server shut down before the text was done"))
                 if index < 0 or done[index]:
                     continue
                 one, stream = requests[index], streams[index]
-                finish, start = one.finish, given[index]  # read before the tokens: they may still grow
-                given[index] = len(one.tokens)
-                text = stream.feed(one.tokens[: given[index]], final=bool(finish))
-                finish = "stop" if stream.stopped else finish
-                done[index] = bool(finish)
+                tokens, logprobs, finish = one.since(given[index])
+                if finish == "error":
+                    raise Refused(500, FAILED, "server_error")
+                given[index] += len(tokens)
+                delta = stream.feed(tokens, logprobs, final=bool(finish))
                 if stream.stopped:
+                    finish = "stop"
                     self.service.release([one])
-                yield index, text, finish, start
+                done[index] = bool(finish)
+                yield index, delta, finish
         finally:
             self.service.release(requests)
 
-    async def _body(self, request: Any) -> bytes | None:
+    async def _body(self, request: Any) -> bytes:
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.config.max_body:
-                return None
-            parts.append(part)
+        try:
+            async with asyncio.timeout(self.config.slow):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.config.max_body:
+                        raise Refused(413, f"a body has at most {self.config.max_body} bytes")
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {self.config.slow} s") from None
         return b"".join(parts)
 
-    def _allowed(self, request: Any) -> bool:
+    def _admit(self, request: Any) -> None:
+        """Refuse a wrong key, and what a page of another site can send: it knows no key, but reaches this machine."""
+        headers = request.headers
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            raise Refused(403, f"a page of {show(origin)} may not use this server")
         if not self.config.api_key:
-            return True
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self.config.api_key.encode())
+            if not _is_own(host, self.config.hosts):
+                hint = "name it in config.app.hosts, or set an API key"
+                raise Refused(400, f"the host {show(host)} is not a name of this server: {hint}")
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # A header is bytes, shown as latin-1; clients write a key in UTF-8 or in latin-1.
+        sent = given.strip().encode("latin-1")
+        right = any(
+            hmac.compare_digest(sent, self.config.api_key.encode(encoding, "replace"))
+            for encoding in ("utf-8", "latin-1")
+        )
+        if scheme.lower() != "bearer" or not right:
+            raise Refused(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
 
-    def _unknown_model(self, name: str) -> Any:
-        message = f"the model {name!r} does not exist; this server has {self.config.model!r}"
-        return self._error(404, message, "invalid_request_error", "model", "model_not_found")
+    def _check_model(self, name: str) -> None:
+        if name != self.config.model:
+            message = f"the model {show(name)} does not exist; this server has {self.config.model!r}"
+            raise Refused(404, message, INVALID, "model", "model_not_found")
 
-    def _error(self, status: int, message: str, kind: str, parameter: str = "", code: str = "") -> Any:
-        headers = {"Retry-After": "1"} if status == 429 else None
-        return self.starlette.JSONResponse(error_body(message, kind, parameter, code), status, headers)
+
+def _unavailable(error: Draining | EngineDead) -> Refused:
+    code = "shutting_down" if isinstance(error, Draining) else "engine_dead"
+    return Refused(503, str(error), "server_error", code=code)
+
+
+def _is_own(host: str, names: tuple[str, ...]) -> bool:
+    """Whether a Host header is localhost, an address or one of some names: no name that a stranger's DNS may hold."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in ("localhost", *(one.lower() for one in names)) or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -297,22 +311,3 @@ def _event(body: dict[str, Any]) -> str:
 
 def _identity() -> str:
     return f"cmpl-{uuid.uuid4().hex}"
-
-
-@dataclass(frozen=True)
-class _Parts:
-    Starlette: Callable
-    Route: Callable
-    JSONResponse: Callable
-    Response: Callable
-    StreamingResponse: Callable
-
-
-def _starlette() -> _Parts:
-    try:
-        from starlette.applications import Starlette
-        from starlette.responses import JSONResponse, Response, StreamingResponse
-        from starlette.routing import Route
-    except ImportError as error:
-        raise ImportError("the server needs the extra `serve`: pip install 'tessera-jax[serve]'") from error
-    return _Parts(Starlette, Route, JSONResponse, Response, StreamingResponse)

@@ -55,6 +55,21 @@ class Engine:
         """Requests that have a slot."""
         return sum(request is not None for request in self.slots)
 
+    def warm_up(self) -> None:
+        """Compile the programs of all shapes, by running them without a text; before the first step."""
+        sizes = self.programs.config
+        rows, longest = sizes.rows * self.programs.parts, min(sizes.chunk, sizes.length - 1)
+        widths = [size for size in sizes.buckets() if size // 2 < longest]
+        for width in widths:
+            for fresh in (True, False) if sizes.length - 1 > sizes.chunk else (True,):
+                chunk = Rows(np.zeros((rows, width), np.int32), *np.zeros((3, rows), np.int32))
+                settings = Settings(*(array[[0] * rows] for array in self._settings))
+                self._state, _ = self.programs.extend(self.params, self._state, chunk, settings, fresh=fresh)
+        settings = Settings(*(array.copy() for array in self._settings))
+        budget = np.zeros(len(self.slots), np.int32)
+        self._state, _ = self.programs.generate(self.params, self._state, self._last, budget, settings)
+        jax.block_until_ready(self._state)
+
     def submit(
         self, prompt: Sequence[int], sampling: Sampling = DEFAULT, notify: Callable[[Request], None] | None = None
     ) -> Request:

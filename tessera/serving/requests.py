@@ -140,6 +140,12 @@ class Request:
     slot: int = -1
     number: int = -1
 
+    def since(self, start: int) -> tuple[list[int], list[float], str]:
+        """Tokens from number `start` on, their log-probabilities and `finish`, all of one moment; from any thread."""
+        finish = self.finish  # first: what is added after it is read was not the end
+        count = len(self.logprobs)  # each is added after its token
+        return self.tokens[start:count], self.logprobs[start:count], finish
+
     @property
     def reading(self) -> bool:
         """Whether part of the prompt is still to be read."""

@@ -1,6 +1,7 @@
 """An engine in a thread of its own, and requests as asynchronous streams for a server's event loop."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -33,11 +34,13 @@ class Service:
 
     Args:
       engine: nobody else may call its `step`.
+      warm_up: compile its programs before the first step.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, warm_up: bool = False):
         self.engine = engine
-        self.draining = False
+        self.warm = not warm_up
+        self._end = math.inf  # when what still runs is ended
         self.first_token = Histogram(SECONDS)
         self.duration = Histogram(SECONDS)
         self.refused = 0
@@ -60,11 +63,32 @@ class Service:
         """Whether the engine has ended other than by `stop`: no request will ever go on."""
         return self._died or (self._thread.ident is not None and not self.alive and not self._stop)
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._end < math.inf
+
+    @property
+    def expired(self) -> bool:
+        """Whether what still runs is ended."""
+        return time.monotonic() >= self._end
+
+    @property
+    def unready(self) -> str:
+        """Why a request would not be answered now; "" if it would."""
+        if self.dead or self.draining:
+            return DEAD if self.dead else "shutting down"
+        return "" if self.alive and self.warm else "compiling" if self.alive else "not started"
+
+    def drain(self, patience: float) -> None:
+        """Refuse new requests from now on, and end what runs in `patience` seconds; a second call changes nothing."""
+        if not self.draining:
+            self._end = time.monotonic() + patience
+
     def stop(self, patience: float = 0.0) -> None:
-        """Refuse new requests, let those that run finish for `patience` seconds, end the rest, join the thread."""
-        self.draining = True
-        until = time.monotonic() + patience
-        while self.engine.busy and self.alive and time.monotonic() < until:
+        """`drain`, wait for what runs, end the rest, join the thread."""
+        self.drain(patience)
+        while self.engine.busy and self.alive and not self.expired:
             time.sleep(0.02)
         self._stop = True
         self._wake.set()
@@ -125,6 +149,9 @@ class Service:
 
     def _loop(self) -> None:
         try:
+            if not self.warm:
+                self.engine.warm_up()
+                self.warm = True
             self._steps()
         except BaseException:
             logging.exception("the engine is dead: every request ends, and new ones are refused")

@@ -1,50 +1,138 @@
 """Incremental detokenization: an incomplete character, or what may begin a stop string, is held back."""
 
+import os
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tessera.data.text import Tokenizer
 
 UNDECODED = "�"  # what a tokenizer shows for bytes that are not UTF-8 (yet)
+CHARACTER = 4  # bytes of the longest character, and so the most of UNDECODED that the next token can still change
+CONTEXT = 8  # tokens before a text that are decoded with its beginning
+WINDOW = 64  # tokens that are decoded together at most
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is new in a text.
+
+    Attributes:
+      text: the letters.
+      tokens: the text that each of its tokens added.
+      logprobs: of each of these tokens.
+      offsets: where each of them begins, in letters from the beginning of the text.
+    """
+
+    text: str = ""
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    offsets: tuple[int, ...] = ()
+
+    def __add__(self, other: "Delta") -> "Delta":
+        """This part and the one after it."""
+        return Delta(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens)
 
 
 class TextStream:
-    """Decodes one text step by step; what is given out joins to the text that ends before the first stop string.
+    """Decodes one text token by token; its deltas join to the text up to the stop string that is first complete.
+
+    The text of a token is what it adds to the decoded tokens before it, so a tokenizer that drops the space in front of
+    a text (SentencePiece's, as in Llama 2) does not drop it here. Every token is decoded together with a few others,
+    so time is linear in the text.
 
     Args:
       tokenizer: of the model.
-      stop: strings that end the text; they are not part of it.
+      stop: strings that end the text; they are not part of it, nor are tokens that begin at or after them.
+      prompt: tokens that the text continues.
+
+    Attributes:
+      stopped: whether a stop string has ended the text.
+      count: tokens given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
-        self.stopped = False
-        self._given = 0
+        self.stopped, self.count = False, 0
+        self._window = list(prompt[-CONTEXT:])
+        self._complete = len(self._window)  # tokens of the window that are decoded for good
+        self._before = self._decode()  # text of the window that has been added
+        self._open = False  # whether the window ends in what is not decoded yet
+        self._text, self._first = "", 0  # added and not given out, and where it begins
+        self._drawn: deque[tuple[int, str, float]] = deque()  # tokens not given out: where each begins, text, logprob
 
-    def feed(self, tokens: Sequence[int], *, final: bool = False) -> str:
-        """The text that is new.
+    def feed(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None, *, final: bool = False) -> Delta:
+        """What is new.
 
         Args:
-          tokens: all tokens so far.
+          tokens: that were drawn after those fed before.
+          logprobs: of each of them; None for zeros.
           final: no more will come: give out what waited.
         """
         if self.stopped:
-            return ""
-        text = self.tokenizer.decode(np.asarray(tokens, np.int32)) if len(tokens) else ""
-        ends = [place for word in self.stop if (place := text.find(word)) >= 0]
-        if ends:
-            self.stopped, end = True, min(ends)
-        elif final:
-            end = len(text)
-        else:
-            end = len(text.rstrip(UNDECODED)) - self._held(text.rstrip(UNDECODED))
-        new = text[self._given : max(end, self._given)]
-        self._given = max(end, self._given)
-        return new
+            return Delta()
+        for token, logprob in zip(tokens, logprobs or [0.0] * len(tokens), strict=True):
+            begin = self._first + len(self._text)
+            added = self._append(token)
+            self._drawn.append((begin, added, logprob))
+            self._text += added
+        if final:
+            rest = self._decode()[len(self._before) :]
+            self._text += rest
+            if rest and self._drawn:
+                begin, added, logprob = self._drawn.pop()
+                self._drawn.append((begin, added + rest, logprob))
+        found = [(place + len(word), place) for word in self.stop if (place := self._text.find(word)) >= 0]
+        self.stopped = bool(found)
+        size = min(found)[1] if found else len(self._text) - (0 if final else self._held())
+        return self._give(size, final=final)
 
-    def _held(self, text: str) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+    def _append(self, token: int) -> str:
+        """The text that one more token adds."""
+        self._window.append(token)
+        text = self._decode()
+        undecoded = min(len(text) - len(text.rstrip(UNDECODED)), CHARACTER)
+        known = text[: len(text) - undecoded]
+        same = len(os.path.commonprefix([known, self._before]))
+        added, self._before = known[same:], max(known, self._before, key=len)
+        latest, self._open = self._window[self._complete :], bool(undecoded)
+        if not undecoded and (text := self._decode(latest)):
+            self._window, self._complete, self._before = latest, len(latest), text
+        elif len(self._window) > WINDOW:  # a long run of what is no UTF-8, or of tokens without text
+            self._window = self._window[-2 * CHARACTER :]
+            self._complete = len(self._window)
+            text = self._decode()
+            self._before = text[: len(text) - undecoded]
+        return added
+
+    def _decode(self, tokens: Sequence[int] | None = None) -> str:
+        tokens = self._window if tokens is None else tokens
+        return self.tokenizer.decode(np.asarray(tokens, np.int32)) if tokens else ""
+
+    def _give(self, size: int, *, final: bool) -> Delta:
+        """The first letters that wait, and the tokens that are complete with them."""
+        text, end = self._text[:size], self._first + size
+        found = []
+        while self._drawn:
+            begin, added, _ = self._drawn[0]
+            grows = len(self._drawn) == 1 and self._open  # the next token may show more of its bytes
+            whole = begin < end and (self.stopped or begin + len(added) <= end and not grows)
+            if not whole and (self.stopped or not final):
+                break
+            begin, added, logprob = self._drawn.popleft()
+            found.append((begin, added[: end - begin], logprob))
+        self._first, self._text = end, self._text[size:]
+        self.count += len(found)
+        offsets, tokens, logprobs = zip(*found, strict=True) if found else ((), (), ())
+        return Delta(text, tokens, logprobs, offsets)
+
+    def _held(self) -> int:
+        """Letters at the end that may be the beginning of a stop string."""
         longest = max((len(word) for word in self.stop), default=1) - 1
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(word.startswith(text[-n:]) for word in self.stop)), 0)
+        lengths = range(min(longest, len(self._text)), 0, -1)
+        return next((n for n in lengths if any(word.startswith(self._text[-n:]) for word in self.stop)), 0)

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import tiny_model as tiny
 
 from tessera.serving.engine import Engine, generate_all
+from tessera.serving.programs import make_programs
 from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling
 
 RNG = np.random.default_rng(0)
@@ -92,6 +94,17 @@ def test_a_text_ends_at_a_stop_token_at_its_limit_or_where_there_is_no_room():
     assert ended.finish == "stop" and ended.tokens == free.tokens[: free.tokens.index(stop)]
     full = generate_all(engine, [list(range(60))], [Sampling(max_tokens=50)])[0]
     assert full.finish == "length" and len(full.tokens) == tiny.SIZES.length - 60
+
+
+def test_after_the_warm_up_nothing_is_compiled(caplog):
+    """Prompts of all lengths, chunked and not; and the warm-up changes no text."""
+    made = make_programs(tiny.programs()[0].decoder, tiny.SIZES)
+    engine, expected = Engine(made, tiny.programs()[1], queue=100), generate_all(tiny.engine(), PROMPTS, SAMPLINGS)
+    engine.warm_up()
+    with jax.log_compiles():
+        texts = generate_all(engine, [*PROMPTS, *([1] * n for n in range(1, 64))], [*SAMPLINGS, *[Sampling()] * 63])
+    assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
+    assert [text.tokens for text in texts[: len(PROMPTS)]] == [text.tokens for text in expected]
 
 
 def test_what_cannot_be_served_is_refused():

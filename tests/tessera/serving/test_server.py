@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -12,15 +13,24 @@ from dataclasses import replace
 
 import pytest
 import tiny_model as tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tessera.data.text import ByteTokenizer
-from tessera.serving.app import AppConfig, make_app
+from tessera.infra.errors import ConfigError
+from tessera.serving.schema import AppConfig
 from tessera.serving.service import Service
-from tessera.serving.text import TextStream
 
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
+pytest.importorskip("pydantic")
+
+import openai
+from bodies import BODIES, CHAT, COMPLETION
+
+from tessera.serving.app import make_app
+from tessera.serving.process import bind, make_server
 
 KEY = "a key"
 CONFIG = AppConfig(model="tiny", api_key=KEY, patience=0.2)
@@ -30,9 +40,11 @@ SLOW = 0.1  # seconds between two steps where a text shall take a while
 class Running:
     """A server on a free port of the loopback interface, with a gate in front of every step of its engine."""
 
-    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0):
+    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0, warm_up=None):
         self.engine = tiny.engine(sizes, queue)
-        self.service = Service(self.engine)
+        if warm_up is not None:
+            self.engine.warm_up = warm_up
+        self.service, self.said = Service(self.engine, warm_up=warm_up is not None), []
         self.gate = threading.Event()
         self.gate.set()
         step = self.engine.step
@@ -46,9 +58,7 @@ class Running:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         app = make_app(self.service, ByteTokenizer(), config)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(config.patience) + 2)
-        )
+        self.server = make_server(app, self.service, config, lambda: self.said.append("ready"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         self.wait(lambda: self.server.started)
@@ -69,7 +79,7 @@ class Running:
     def post(self, body, path="completions"):
         """Status and answer of a body, which is sent as it is if it is a string."""
         data = body if isinstance(body, str) else json.dumps(body)
-        headers = {"Authorization": f"Bearer {KEY}"}
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.address}/v1/{path}", data.encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
@@ -102,7 +112,7 @@ def server():
 def test_a_completion_whole_and_streamed_is_the_same_text(server):
     client = server.client()
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 3, "temperature": 0.8}
-    whole = client.completions.create(**asked, logprobs=1)
+    whole = client.completions.create(**asked, logprobs=0)
     assert whole.choices[0].finish_reason == "length" and whole.object == "text_completion"
     assert whole.usage.prompt_tokens == 5 and whole.usage.completion_tokens == 12
     assert len(whole.choices[0].logprobs.token_logprobs) == 12 and max(whole.choices[0].logprobs.token_logprobs) <= 0
@@ -227,6 +237,120 @@ def test_a_request_that_takes_too_long_is_ended():
         server.wait(lambda: server.engine.running == 0)
 
 
+def raw(server, data, seconds=10.0):
+    """What a socket that sends some bytes and then nothing more gets before the server closes it."""
+    with socket.create_connection(server.socket.getsockname(), timeout=seconds) as found:
+        found.sendall(data)
+        parts = []
+        while part := found.recv(2**16):
+            parts.append(part)
+        return b"".join(parts)
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer a key\r\n"
+HEAD += b"Content-Type: application/json\r\nContent-Length: 1000\r\n"
+
+
+def test_slow_clients_are_let_go_of():
+    with running(config=replace(CONFIG, slow=0.3, timeout=60.0)) as server:
+        begun = time.monotonic()
+        answers = []
+        for data in (b"", b"GET /hea", HEAD, HEAD + b'\r\n{"model"'):
+            thread = threading.Thread(target=lambda data=data: answers.append(raw(server, data)))
+            thread.start()
+        server.wait(lambda: len(answers) == 4)
+        assert time.monotonic() - begun < 5 and not server.server.server_state.connections
+        assert sorted(answer[:12] for answer in answers) == [b"", b"", b"", b"HTTP/1.1 408"]
+
+        # One that asks for much and reads nothing: more than the kernel's buffers hold.
+        app, size = server.server.config.loaded_app, 2**24
+
+        async def large(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"a" * size, "more_body": True})
+            await send({"type": "http.response.body", "body": b"a" * size})
+
+        server.server.config.loaded_app = large
+        with socket.create_connection(server.socket.getsockname()) as found:
+            found.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            server.wait(lambda: server.server.server_state.connections)
+            server.wait(lambda: not server.server.server_state.connections, 5)
+        server.server.config.loaded_app = app
+
+
+def test_who_may_ask(server):
+    """A page of another site can send a request to a server on loopback, under a name of its own; it gets no answer."""
+
+    def status(server, path="models", data=None, **headers):
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(f"{server.address}/v1/{path}", data, sent)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            assert "error" in json.loads(error.read())
+            return error.code
+
+    own = server.address.removeprefix("http://")
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert status(server, **key) == status(server, Authorization=f"bearer  {KEY}") == 200
+    assert status(server, Authorization=KEY) == status(server) == 401
+    assert status(server, **key, Origin="https://evil.example") == status(server, **key, Origin="null") == 403
+    assert status(server, **key, Origin=f"http://{own}") == status(server, **key, Host="my-service") == 200
+    for kind, wanted in (("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/json", 400)):
+        assert status(server, "completions", b"{}", **key, Content_Type=kind) == wanted
+    assert status(server, "completions", b"{}", **key, Content_Type="Application/JSON; charset=utf-8") == 400
+    assert status(server, "nothing") == 404 and status(server, "completions") == 405
+    with running(config=replace(CONFIG, api_key="", hosts=("My-Service",))) as other:
+        for host, wanted in (("evil.example", 400), ("evil.example:80", 400), ("[::1", 400), ("", 400)):
+            assert status(other, Host=host) == wanted
+        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "my-service:80", "10.0.0.1"):
+            assert status(other, Host=host) == 200
+    letters = "clé-ключ"
+    with running(config=replace(CONFIG, api_key=letters)) as other:
+        sent = f"Bearer {letters}".encode().decode("latin-1")  # the bytes of UTF-8, as curl sends them
+        assert status(other, Authorization=sent) == 200 and status(other, Authorization="Bearer cl") == 401
+    with running(config=replace(CONFIG, api_key="clé")) as other:
+        assert status(other, Authorization="Bearer clé") == 200  # latin-1, as urllib sends it
+
+
+@settings(max_examples=60)
+@given(BODIES, st.booleans(), st.booleans())
+def test_no_body_is_an_error_of_the_server(server, body, chat, known):
+    if known:  # a body that may be answered
+        body = body | (CHAT if chat else COMPLETION) | {"max_tokens": 2, "max_completion_tokens": None, "stream": False}
+    status, answer = server.post(body, "chat/completions" if chat else "completions")
+    assert status == 200 and answer["choices"] or 400 <= status < 500 and answer["error"]["message"]
+
+
+def test_the_document_is_served(server):
+    assert "/v1/completions" in json.loads(server.get("/openapi.json"))["paths"]
+
+
+def test_a_busy_port_is_one_line(server):
+    address = server.socket.getsockname()
+    with pytest.raises(ConfigError, match=rf"config.port={address[1]}: .*in use"):
+        bind(*address).listen()
+    with pytest.raises(ConfigError, match="no.such.host"):
+        bind("no.such.host.invalid", 80)
+    with pytest.raises(ConfigError, match="config.port=70000"):
+        bind("127.0.0.1", 70000)
+
+
+def test_health_is_503_until_all_programs_are_compiled():
+    compiled = threading.Event()
+    with running(warm_up=compiled.wait) as server:
+        with pytest.raises(urllib.error.HTTPError, match="503") as error:
+            server.get("/health")
+        assert json.loads(error.value.read())["reason"] == "compiling" and not server.said
+        compiled.set()
+        server.wait(lambda: server.said == ["ready"])
+        assert "ok" in server.get("/health")
+    with running(warm_up=lambda: 1 / 0) as server:  # no memory for a program, say
+        server.wait(lambda: not server.thread.is_alive())
+        assert server.server.failed and not server.said
+
+
 def test_a_shutdown_lets_what_runs_finish():
     server = Running(pause=0.005, config=replace(CONFIG, patience=20.0))
     answers = []
@@ -237,6 +361,75 @@ def test_a_shutdown_lets_what_runs_finish():
     server.stop()
     thread.join(60)
     assert answers[0].usage.completion_tokens == 30
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_shutdown_cuts_off_is_told(signum, caplog):
+    server = Running(pause=SLOW, config=replace(CONFIG, patience=0.5, timeout=60.0))
+    asked, answers, streamed = {"model": "tiny", "prompt": "a", "max_tokens": 60}, [], []
+
+    def stream():
+        try:
+            streamed.extend(server.client().completions.create(**asked, stream=True))
+        except openai.APIError as error:
+            streamed.append(error)
+
+    threads = [threading.Thread(target=lambda: answers.append(server.post(asked))), threading.Thread(target=stream)]
+    for thread in threads:
+        thread.start()
+    server.wait(lambda: server.engine.running == 2 and streamed)
+    begun = time.monotonic()
+    server.server.handle_exit(signum, None)
+    assert server.service.draining and "shutting down" in server.service.unready
+    for thread in (*threads, server.thread):
+        thread.join(20)
+    assert 0.5 <= time.monotonic() - begun < 3 and server.server.signum == signum
+    status, answer = answers[0]
+    assert status == 503 and answer["error"]["code"] == "shutting_down"
+    assert "shut down before" in str(streamed[-1]) and len(streamed) > 1
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+def test_usage_and_log_probabilities_end_where_the_text_ends(server, monkeypatch):
+    """Where nobody tells the engine that the text has ended, too: all tokens after a stop string are drawn."""
+    monkeypatch.setattr(server.engine, "cancel", lambda request: None)
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "seed": 1, "logprobs": 0}
+    whole = client.completions.create(**asked).choices[0]
+    place = next(i for i, letter in enumerate(whole.text) if i > 3 and letter.isascii())
+    asked |= {"stop": whole.text[place]}
+    one = client.completions.create(**asked)
+    place = whole.text.index(whole.text[place])
+    assert one.choices[0].text == whole.text[:place]
+    count = whole.logprobs.text_offset.index(place)
+    assert one.choices[0].logprobs.tokens == whole.logprobs.tokens[:count]
+    assert one.choices[0].logprobs.token_logprobs == whole.logprobs.token_logprobs[:count]
+    assert one.usage.completion_tokens == count
+    two = client.completions.create(**asked | {"n": 2, "prompt": ["hello", "you"]})
+    assert two.usage.prompt_tokens == 8, "a prompt is read once, however many texts go on from it"
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        parts = [getattr(chunk.logprobs, name) for chunk in chunks]
+        assert sum(parts, []) == getattr(one.choices[0].logprobs, name)
+    assert "".join(chunk.text for chunk in chunks) == one.choices[0].text
+
+
+def test_streamed_log_probabilities_come_once_while_the_engine_goes_on(server):
+    """The engine's thread adds tokens while a chunk is written."""
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 60, "seed": 2, "logprobs": 0}
+    whole = client.completions.create(**asked).choices[0].logprobs.token_logprobs
+    for _ in range(5):
+        chunks = client.completions.create(**asked, stream=True)
+        assert [value for chunk in chunks for value in chunk.choices[0].logprobs.token_logprobs] == whole
+    messages = [{"role": "user", "content": "a"}]
+    chat = {"model": "tiny", "messages": messages, "max_tokens": 20, "seed": 2, "logprobs": True}
+    one = client.chat.completions.create(**chat)
+    assert bytes(sum((token.bytes for token in one.choices[0].logprobs.content), [])).decode() == (
+        one.choices[0].message.content
+    )
+    parts = client.chat.completions.create(**chat, stream=True)
+    assert [token for part in parts for token in part.choices[0].logprobs.content] == one.choices[0].logprobs.content
 
 
 @pytest.mark.slow
@@ -258,16 +451,6 @@ def test_two_hundred_requests_at_once_lose_none():
         assert server.engine.counts["finished_length"] == 201
 
 
-def test_a_stream_holds_back_half_characters_and_what_may_be_a_stop_string():
-    tokens = list("né stop".encode())
-    stream, pieces = TextStream(ByteTokenizer(), ["stop"]), []
-    for i in range(1, len(tokens) + 1):
-        pieces.append(stream.feed(tokens[:i]))
-    assert pieces == ["n", "", "é", " ", "", "", "", ""] and stream.stopped
-    other = TextStream(ByteTokenizer(), ["stop"])
-    assert other.feed(list(b"a sto")) + other.feed(list(b"a sto"), final=True) == "a sto"
-
-
 HUGE = "1" + "0" * 400
 WRONG = {
     "top_k": (2**31, -2, 10**30, 5.0, 1e30, "NaN", "Infinity", HUGE, "5.5", True, '"5"', []),
@@ -281,7 +464,7 @@ WRONG = {
     "max_completion_tokens": (0, -1, 2**31, 1e30, HUGE),
     "n": (0, -1, 17, 2**63, 1.0, "NaN", "Infinity", HUGE, True),
     "seed": (2**63, -(2**63) - 1, 1.0, "NaN", "Infinity", HUGE),
-    "logprobs": (-1, 6, 1.0, "NaN", HUGE, '"all"'),
+    "logprobs": (-1, 1, 5, 0.0, "NaN", HUGE, '"all"', True),
     "logit_bias": ('{"5": 1}', '{"5": NaN}', '{"99999999999": 100}', 3),
     "stop": (5, "[1]", '{"a": 1}', '["a","b","c","d","e"]', "NaN", True),
     "stop_token_ids": (5, "[-1]", "[256]", "[2147483648]", f"[{HUGE}]", "[1.0]", "[NaN]", '"ab"', "[true]", "{}"),
@@ -295,7 +478,6 @@ WRONG = {
         5,
         "NaN",
         '["a", 5]',
-        '"\\ud800"',
     ),
     "stream": (1, '"yes"', "NaN"),
     "stream_options": (5, '"usage"', "[1]"),
