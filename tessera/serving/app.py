@@ -125,7 +125,7 @@ class Pages:
 
     async def openapi(self, request: Any) -> Any:
         """GET /openapi.json."""
-        return JSONResponse(openapi(tessera.__version__, STATUSES))
+        return JSONResponse(openapi(tessera.__version__, self.config.model, STATUSES))
 
     async def health(self, request: Any) -> Any:
         """GET /health: 200 while the engine runs, its programs are compiled, and it takes requests."""

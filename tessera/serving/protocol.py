@@ -274,19 +274,22 @@ def error_body(message: str, kind: str, parameter: str = "", code: str = "") -> 
     return Error(error=ErrorDetail(message=message, type=kind, param=parameter or None, code=code or None)).model_dump()
 
 
-def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
+def openapi(version: str, model: str, statuses: dict[int, str]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the server.
 
     Args:
       version: of this program.
+      model: name of the model that is served.
       statuses: of errors, with their meanings.
     """
     from pydantic.json_schema import models_json_schema
 
     _, found = models_json_schema(
-        [(model, "validation") for model in (CompletionBody, ChatBody, Error)],
+        [(kind, "validation") for kind in (CompletionBody, ChatBody, Error)],
         ref_template="#/components/schemas/{model}",
     )
+    for kind in (CompletionBody, ChatBody):
+        found["$defs"][kind.__name__]["properties"]["model"]["enum"] = [model]
 
     def content(name: str) -> dict[str, Any]:
         return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
@@ -301,7 +304,7 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
             about["requestBody"] = {"required": True, "content": content(body)}
         return {method: about if public else about | {"security": [{"key": []}]}}
 
-    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Tessera", "version": version},

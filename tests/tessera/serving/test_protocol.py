@@ -119,7 +119,7 @@ def test_any_bytes_are_refused(data):
 
 
 def test_the_document_describes_every_field():
-    document = openapi("1.0", {400: "no"})
+    document = openapi("1.0", "tiny", {400: "no"})
     schemas = document["components"]["schemas"]
     for kind in (CompletionBody, ChatBody):
         fields = schemas[kind.__name__]["properties"]
