@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -101,7 +102,8 @@ def train(
       place: host batch -> device batch.
 
     Raises:
-      NonFiniteLoss: found without waiting for each step's result, so a few steps later, but naming the right step.
+      NonFiniteLoss: found without waiting for each step's result, so a few steps later, but naming the right step; or,
+        before a save, in the state.
       Interrupted: SIGTERM or SIGINT (a second one ends at once).
       CheckpointDamaged, CheckpointMismatch: from the checkpoints.
     """
@@ -135,7 +137,8 @@ def train(
                 validation = evaluation = evaluate(state)
                 logger.write(step, validation, kind="eval")
             if save:
-                guard.drain()  # nothing that is not finite is ever saved
+                guard.drain()  # nothing that is not finite is ever saved: neither what went into an update,
+                guard.check_state(step, ids, state)  # nor what came out of it
                 if last:
                     evaluation = {}  # of this state it is not known yet: saved first, it outlives a failure to evaluate
                 extra = {"evaluation": evaluation}
@@ -194,12 +197,12 @@ def evaluate(
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or its gradient was not finite.
+    """The loss, its gradient or the state after an update was not finite.
 
     `step` counts from 1, `ids` are the rows of its batch, `checkpoint` is the step of the last good one (or None).
     """
 
-    def __init__(self, step: int, loss: float, ids: Any, checkpoint: int | None):
+    def __init__(self, step: int, loss: float | None, ids: Any, checkpoint: int | None):
         self.step, self.loss, self.ids, self.checkpoint = step, loss, ids, checkpoint
         rows = "unknown (the batches carry no ids)" if ids is None else str([int(i) for i in np.ravel(ids)])
         saved = (
@@ -207,9 +210,11 @@ class NonFiniteLoss(ArithmeticError):
             if checkpoint is None
             else f"the last good checkpoint is step {checkpoint}"
         )
+        what = f"the loss or its gradient is not finite at step {step} (loss {loss})"
+        if loss is None:
+            what = f"the weights or the optimizer's state are not finite after step {step}"
         super().__init__(
-            f"the loss or its gradient is not finite at step {step} (loss {loss}), batch ids {rows}; {saved}. "
-            "A lower learning rate, more warmup or gradient clipping usually helps"
+            f"{what}, batch ids {rows}; {saved}. A lower learning rate, more warmup or gradient clipping usually helps"
         )
 
 
@@ -248,6 +253,12 @@ class NanGuard:
         while self._pending:
             self._check(*self._pending.popleft())
 
+    def check_state(self, step: int, ids: Any, state: PyTree) -> None:
+        """Raise `NonFiniteLoss` unless all floating-point numbers of the state after a step are finite."""
+        if not bool(_finite(state)):
+            self._checkpoints.wait()
+            raise NonFiniteLoss(step, None, ids, max(self._checkpoints.steps(), default=None))
+
     def _check(self, step: int, ids: Any, metrics: dict[str, jax.Array]) -> None:
         if bool(metrics["finite"]):
             return
@@ -256,6 +267,13 @@ class NanGuard:
         )
         self._checkpoints.wait()
         raise NonFiniteLoss(step, float(metrics["loss"]), ids, max(self._checkpoints.steps(), default=None))
+
+
+@jax.jit
+def _finite(tree: PyTree) -> jax.Array:
+    """Whether all floating-point numbers of a tree are finite, bool []."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all() if floats else jnp.array(True)
 
 
 class Signals:

@@ -9,6 +9,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
+from tessera.infra.lock import hold
 from tessera.infra.memo import Memo
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
@@ -49,5 +50,6 @@ def main(invocation: Invocation) -> None:
     workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config, defaults=invocation.defaults)
     memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
-    found = analyze(search, memo, settings, levels)
+    with hold(workdir):
+        found = analyze(search, memo, settings, levels)
     print_report(analysis_report, workdir, search, found, settings)

@@ -11,6 +11,7 @@ from lottery.summary import write_csv
 from tessera.cli import train
 from tessera.cli.main import Invocation
 from tessera.infra.config import ConfigError
+from tessera.infra.lock import hold
 from tessera.infra.schema import Changes, Schema
 from tessera.infra.workdir import locate, prepare
 from tessera.lm import schema as lm_schema
@@ -47,22 +48,23 @@ def main(invocation: Invocation) -> int:
     prepare(root, config, name=invocation.name, defaults=invocation.defaults)
     # Seeds of an arm are one program: compiled once, found again by the others and after a restart.
     jax.config.update("jax_compilation_cache_dir", str((root / "compiled").absolute()))
-    runs = []
-    for arm in config.arms:
-        for seed in config.seeds:
-            workdir = root / f"{arm}-{seed}"
-            if not comparison.finished(workdir):
-                named = replace(
-                    invocation,
-                    config=(one := settings_of(config, arm, seed)),
-                    name=f"{arm}-{seed}",
-                    workdir=str(workdir),
-                    defaults=lm_schema.SCHEMA.defaults(one),
-                )
-                status = train.main(named)
-                if status:
-                    return status
-            runs.append(comparison.read_run(workdir, arm, seed))
+    with hold(root):
+        runs = []
+        for arm in config.arms:
+            for seed in config.seeds:
+                workdir = root / f"{arm}-{seed}"
+                if not comparison.finished(workdir):
+                    named = replace(
+                        invocation,
+                        config=(one := settings_of(config, arm, seed)),
+                        name=f"{arm}-{seed}",
+                        workdir=str(workdir),
+                        defaults=lm_schema.SCHEMA.defaults(one),
+                    )
+                    status = train.main(named)
+                    if status:
+                        return status
+                runs.append(comparison.read_run(workdir, arm, seed))
     tables = {
         "Validation loss, nats per token": comparison.loss_rows(runs),
         f"Validation loss, paired with {config.against} seed by seed": comparison.difference_rows(runs, config.against),

@@ -7,6 +7,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
+from tessera.infra.lock import hold
 from tessera.infra.logger import Progress
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
@@ -29,7 +30,7 @@ def main(invocation: Invocation) -> None:
     )
     store = LevelStore(workdir / "levels")
     first_layer = FirstLayer(store)
-    with Progress(setup.search.levels + 1, "levels", every=0) as levels:
+    with hold(workdir), Progress(setup.search.levels + 1, "levels", every=0) as levels:
 
         def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
             levels.advance(level - levels.done)

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from tessera.cli.main import Invocation
 from tessera.infra.config import build
+from tessera.infra.lock import hold
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
@@ -20,7 +21,8 @@ def main(invocation: Invocation) -> None:
     config = build(ScalingConfig, invocation.config)
     rows = load_runs(config)
     workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
-    fitted = fit_runs(workdir, rows, config)
+    with hold(workdir):
+        fitted = fit_runs(workdir, rows, config)
     result, console = fitted.result, Console()
     if "parameters" in result:
         table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")

@@ -11,10 +11,13 @@ import importlib
 import os
 import re
 import sys
+import threading
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+LINGER = 60.0  # seconds until a program that has failed is ended, whatever still runs in it
 
 
 @dataclass(frozen=True)
@@ -171,19 +174,19 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
       name: a key of `COMMANDS`, or a command of a script's own.
       argv: the words behind the program's name; those of this process by default.
 
-    Wrong settings end the program with status 2, the module's `ERRORS` with 1, each with one message instead of a
-    traceback; Ctrl-C with 130.
+    Wrong settings end the program with status 2, the module's `ERRORS`, a directory in use and a full disk with 1, each
+    with one message instead of a traceback; Ctrl-C with 130.
     """
     command = name if isinstance(name, Command) else COMMANDS[name]
     argv = list(sys.argv[1:] if argv is None else argv)
     options, overrides = parse_flags(command, argv, prog=_program(name, command))
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
-    from tessera.infra.errors import ConfigError
+    from tessera.infra.errors import ConfigError, DiskFull, WorkdirInUse, disk_full
 
     errors: tuple[type[BaseException], ...] = ()
+    values = vars(options)
     try:
-        values = vars(options)
         config, config_name = _load(command, values)
         module = importlib.import_module(command.module)
         errors = module.ERRORS
@@ -198,10 +201,23 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         if command.hosts:
             join_processes(invocation.hosts)
         raise SystemExit(module.main(invocation) or 0)
-    except ConfigError as error:
-        _fail(error, 2)
-    except errors as error:
-        _fail(error, 1)
+    except Exception as error:
+        # What failed may have left threads behind that wait for each other, such as a save's.
+        last_resort = threading.Timer(LINGER, os._exit, [1])
+        last_resort.daemon = True
+        last_resort.start()
+        if disk_full(error):
+            place = "the disk is full; free space and run the same command again"
+            print(f"error: {error if isinstance(error, DiskFull) else place}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # nothing can be saved any more, and the rest would say so again
+        if isinstance(error, ConfigError):
+            _fail(error, 2)
+        if isinstance(error, (*errors, WorkdirInUse)):
+            _fail(error, 1)
+        if isinstance(error, OSError) and values["workdir"] and str(error.filename).startswith(values["workdir"]):
+            _fail(f"--workdir={values['workdir']}: {error.strerror} ({error.filename})", 1)
+        raise
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
@@ -340,12 +356,25 @@ def _begin(values: Mapping[str, Any]) -> None:
     # Libraries read absl's flags; none of them are set here.
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(_said_once)
+    sys.excepthook = _excepthook
     # Libraries tell of every file they write at the level of information.
     logging.set_verbosity({-1: logging.WARNING, 0: logging.INFO}.get(values["verbosity"], logging.DEBUG))
     if values["cpu_devices"]:
         import jax
 
         jax.config.update("jax_num_cpu_devices", values["cpu_devices"])
+
+
+def _said_once(record: Any) -> bool:
+    """Whether to log a record: not what Orbax's threads say of a failed save, which the program raises itself."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's own, but for what callbacks of a failed save say of the event loop that is gone with it."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def join_processes(hosts: Mapping[str, Any]) -> None:

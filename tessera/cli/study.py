@@ -8,6 +8,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
+from tessera.infra.lock import hold
 from tessera.infra.memo import Memo
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.reports.html import print_report
@@ -46,7 +47,8 @@ def main(invocation: Invocation) -> None:
     workdir = prepare(invocation.workdir, config, name=invocation.name, defaults=invocation.defaults)
     begun = time.monotonic()
     memo = Memo(workdir / "memo", lambda part: console.log(f"{time.monotonic() - begun:6.0f} s  {part}"))
-    study = checked("config.study", STUDIES[name], config, memo)
+    with hold(workdir):
+        study = checked("config.study", STUDIES[name], config, memo)
     for text in study.findings:
         console.print(text)
     console.print(f"{time.monotonic() - begun:.0f} s")

@@ -14,6 +14,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.data.text import TextConfig, load_text
 from tessera.infra.config import build, checked
+from tessera.infra.lock import hold
 from tessera.infra.schema import differences
 from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
 from tessera.reports.html import print_report
@@ -56,12 +57,13 @@ def main(invocation: Invocation) -> None:
         report = replace(report, target=report.target or 10 * max(r.budget for run in runs for r in run.readouts))
         table = checked("config.planner", first_table, runs, planner)
         more = partial(choose_runs, runs=runs, config=planner, target=report.target)
-    with SweepTable() as watch:
+    executor = checked("config.engine", make_executor, engine, workdir / "logs", compile_cache(workdir / "compiled"))
+    with hold(workdir), SweepTable() as watch:
         run_sweep(
             table,
             partial(train_run, text=text, config=trial),
             Store(workdir / "runs"),
-            make_executor(engine, workdir / "logs", compile_cache(workdir / "compiled")),
+            executor,
             workdir / "runs.csv",
             SweepConfig(retries=engine.retries),
             enough=partial(enough, config=report) if report.stop_at else None,

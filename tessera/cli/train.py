@@ -9,6 +9,7 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
 from tessera.infra.config import build
+from tessera.infra.lock import hold
 from tessera.infra.logger import Logger
 from tessera.infra.workdir import WorkdirMismatch, prepare
 from tessera.lm import schema as lm_schema
@@ -40,7 +41,7 @@ def main(invocation: Invocation) -> int:
     run = build_run(c)
     workdir = prepare(invocation.workdir, run.settings, name=invocation.name, defaults=invocation.defaults)
     logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=first_process)
-    with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
+    with hold(workdir), logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
         try:
             result = train(
                 run.step_fn,

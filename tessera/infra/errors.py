@@ -1,7 +1,8 @@
-"""What is wrong with a setting, in one line. Imports nothing, so that `--help` and wrong flags are answered at once."""
+"""What is wrong, in one line. Imports nothing of ours, so that `--help` and wrong flags are answered at once."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class ConfigError(ValueError):
@@ -32,3 +33,35 @@ def no_such(path: str, kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{path}: no such {kind}; {hint}There are: {', '.join(names) or 'none'}"
+
+
+class WorkdirInUse(RuntimeError):
+    """Another process writes the directory."""
+
+
+class DiskFull(OSError):
+    """No space is left where a run writes; what was saved before is whole."""
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a full disk or quota, told by the system or by Orbax.
+
+    Example:
+      >>> disk_full(OSError(errno.ENOSPC, "no space")), disk_full(ValueError("RESOURCE_EXHAUSTED: out of memory"))
+      (True, False)
+    """
+    return any(
+        isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(one)
+        for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all that it came from."""
+    seen, waiting = set[int](), [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

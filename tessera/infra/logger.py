@@ -6,6 +6,7 @@ Rows go to JSON lines always, to TensorBoard and Weights & Biases on request.
 same bytes. Wall-clock measurements (kind "time") go to `timing.jsonl`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -166,8 +167,9 @@ def _start_wandb(workdir: Path) -> Any:
         raise ImportError(
             "logging to Weights & Biases needs the extra `wandb`: pip install 'tessera-jax[wandb]' (or log.wandb=False)"
         ) from error
-    # One workdir is one run there too: a resumed run goes on in the same curves.
-    return wandb.init(project="tessera", id=workdir.resolve().name, name=workdir.name, dir=str(workdir), resume="allow")
+    # One workdir is one run there too, and another one's of the same name another: a resumed run goes on in its curves.
+    place = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project="tessera", id=place, name=workdir.name, dir=str(workdir), resume="allow")
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """A run's directory: the config, the versions, the code and the command that made it."""
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ import jax
 from ml_collections import ConfigDict
 
 from sharding.multihost.xla_flags import VARIABLES
+from tessera.infra.errors import disk_full
+from tessera.infra.lock import hold
 from tessera.infra.logger import write_text
 
 PACKAGES = (
@@ -68,10 +71,26 @@ def prepare(
 
     Raises:
       WorkdirMismatch: the directory was made with other settings, each is named with both values; or it has no
-        config.json and holds other files.
+        config.json and holds other files; or it cannot be written.
+      WorkdirInUse: another process writes it, see `hold`, which a command calls again for as long as it writes.
     """
     settings, known = resolve(config), resolve(defaults or {})
     path = locate(workdir, settings, name=name, defaults=known)
+    try:
+        _prepare(path, settings, name, known, grows)
+    except OSError as error:
+        if disk_full(error):
+            raise
+        why = error.strerror or error
+        raise WorkdirMismatch(f"--workdir={path}: {why}; a directory that can be written is needed") from error
+    return path
+
+
+def _prepare(
+    path: Path, settings: dict[str, Any], name: str, known: dict[str, Any], grows: Sequence[str]
+) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     found = path / "config.json"
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     foreign = [name for name in names if not HARMLESS.fullmatch(name)]
@@ -80,22 +99,19 @@ def prepare(
             f"{path} has no config.json, so no run made it, but it holds {', '.join(foreign[:10])}; use a new or empty "
             "--workdir"
         )
+    more: dict[str, Any] = {}
     if found.exists():
         old, new = read_settings(path), flatten(settings)
         more = {key: new[key] for key in grows if flatten(old).get(key, new[key]) < new[key]}
         check_same(flatten(old) | more, settings, path, known)
+    with hold(path):
         if more and jax.process_index() == 0:
             _write_json(found, settings)
-    if jax.process_index() == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        if not found.exists():
-            seed = settings.get("seed")
+        if jax.process_index() == 0 and not found.exists():
+            made = {"format": FORMAT, "name": name, "seed": settings.get("seed"), **revision(), **_surroundings()}
             _write_json(path / "versions.json", versions())
-            _write_json(
-                path / "run.json", {"format": FORMAT, "name": name, "seed": seed, **revision(), **_surroundings()}
-            )
+            _write_json(path / "run.json", made)
             _write_json(found, settings)  # last: a directory with a config is a complete one
-    return path
 
 
 def locate(

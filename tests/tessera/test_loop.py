@@ -54,13 +54,13 @@ TX = optax.adamw(0.1)
 STEP = make_train_step(loss_fn, TX, StepConfig(ema=0.5))
 
 
-def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, **options):
+def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, step_fn=STEP, **options):
     stream = stream or Stream()
     eval_fn = jax.jit(lambda params, batch: {"loss": jnp.mean((batch @ params["w"]) ** 2)})
     held_out = np.random.default_rng(99).normal(size=(2, 8, 4)).astype(np.float32)
     with Logger(workdir) as logger, Checkpoints(workdir / "checkpoints", CheckpointConfig(every, keep, best)) as saved:
         result = train(
-            STEP,
+            step_fn,
             lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
             stream,
             LoopConfig(steps, log_every=2, eval_every=4, **options),
@@ -160,6 +160,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_checkpoint(tmp_path,
         for kept in saved.steps():
             state = saved.restore(kept, init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5))).state
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("step", [5, 20])
+def test_an_update_that_overflows_is_never_saved(tmp_path, step):
+    """Its loss and gradient are finite: only the weights after it are not, and after the last step nobody looks."""
+
+    def overflows(state, batch, key):
+        state, metrics = STEP(state, batch, key)
+        params = jax.tree.map(lambda w: w * jnp.where(state.step == step, jnp.inf, 1), state.params)
+        return state.replace(params=params), metrics
+
+    with pytest.raises(NonFiniteLoss, match=f"state are not finite after step {step}, batch ids") as caught:
+        run(tmp_path, step_fn=overflows)
+    assert caught.value.checkpoint == (step - 5 or None)
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        assert max(saved.steps(), default=0) == step - 5
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, whole):

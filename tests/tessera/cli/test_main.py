@@ -177,6 +177,43 @@ def run(*argv, **options):
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
 
 
+FAILING = """
+import dataclasses, sys, threading, types
+from tessera.cli import main as cli
+from tessera.infra.schema import Schema
+
+def main(invocation):
+    {body}
+
+cli.LINGER = 1.0
+schema = Schema(dataclasses.make_dataclass("Empty", []))
+module = types.SimpleNamespace(SCHEMA=schema, ERRORS=(ZeroDivisionError,), main=main)
+sys.modules["failing"] = module
+cli._load = lambda command, values: ({{}}, "failing")
+cli.run(cli.Command("failing", "failing", "Fail."), ["--workdir=runs/x"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "raise OSError(28, 'No space left on device')",
+            "error: the disk is full; free space and run the same command",
+        ),
+        (
+            "raise PermissionError(13, 'Permission denied', 'runs/x/a')",
+            "error: --workdir=runs/x: Permission denied (runs",
+        ),
+        ("threading.Thread(target=threading.Event().wait).start(); 1 / 0", "error: division by zero"),
+    ],
+    ids=["full disk", "read-only", "a thread that waits for ever"],
+)
+def test_a_failure_ends_the_program_with_one_line(body, message):
+    found = run("-c", FAILING.format(body=body))
+    assert found.returncode == 1 and found.stderr.startswith(message) and len(found.stderr.splitlines()) == 1
+
+
 def test_help_imports_no_jax_and_lists_configs_and_variants():
     code = (
         "import sys; sys.argv = ['train.py', '--help']\n"

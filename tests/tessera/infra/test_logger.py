@@ -4,7 +4,9 @@ import builtins
 import io
 import json
 import math
+import sys
 import tempfile
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,15 @@ def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", fake)
     with pytest.raises(ImportError, match=r"tessera-jax\[wandb\]"):
         Logger(tmp_path, wandb=True)
+
+
+def test_workdirs_of_one_name_are_two_runs_of_weights_and_biases(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.append(options["id"])))
+    monkeypatch.chdir(tmp_path)
+    for workdir in (tmp_path / "a" / "lm", tmp_path / "b" / "lm", "a/lm", tmp_path / "a" / ".." / "b" / "lm"):
+        Logger(workdir, wandb=True)
+    assert started[0] != started[1] and started[2:] == started[:2] and all(len(one) <= 64 for one in started)
 
 
 def test_progress_as_plain_lines():
