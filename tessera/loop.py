@@ -173,27 +173,28 @@ def _restore(
 
 
 def evaluate(
-    eval_fn: Callable[[PyTree, Any], Mapping[str, jax.Array]], params: PyTree, batches: Iterable[Any]
+    eval_fn: Callable[[PyTree, Any], Mapping[str, jax.Array]], params: PyTree, batches: Iterable[tuple[Any, float]]
 ) -> dict[str, float]:
-    """Mean over batches of the metrics of each.
+    """Weighted mean over batches of the metrics of each.
 
     Args:
       eval_fn: (params, batch) -> metrics, scalars that are means over the batch; jit it outside.
       params: parameters.
-      batches: equal-sized batches. The sums stay on device until the end, so batches overlap.
+      batches: equal-sized batches with their weights, see `tessera.data.loader.held_out_batches`. The sums stay on
+        device until the end, so batches overlap.
 
     Raises:
       ValueError: there was no batch.
     """
     total: Any = None
-    count = 0
-    for batch in batches:
-        metrics = dict(eval_fn(params, batch))
+    weights = 0.0
+    for batch, weight in batches:
+        metrics = jax.tree.map(lambda value, weight=weight: value * weight, dict(eval_fn(params, batch)))
         total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
-        count += 1
-    if not count:
+        weights += weight
+    if total is None:
         raise ValueError("no batch to evaluate on: the split is smaller than one batch, or eval.batches is 0")
-    return {name: float(value) / count for name, value in sorted(jax.device_get(total).items())}
+    return {name: float(value) / weights for name, value in sorted(jax.device_get(total).items())}
 
 
 class NonFiniteLoss(ArithmeticError):

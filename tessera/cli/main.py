@@ -302,14 +302,16 @@ def invoke(
     """The complete settings of a command line as an `Invocation`.
 
     Raises:
-      ConfigError: an override of no setting, or of the wrong type.
+      ConfigError: an override of no setting, or of the wrong type; a seed out of range.
     """
     from ml_collections import ConfigDict
 
     from tessera.infra import schema as schemas
+    from tessera.infra.errors import check_seeds
 
     given = schemas.assign(schema, config, overrides)
     complete = schema.complete(given)
+    check_seeds(complete)
     defaults = schema.defaults(complete)
     flags = {key: value for key, value in values.items() if key not in ("config", "workdir", "fields", "print_config")}
     return Invocation(ConfigDict(complete), name, values.get("workdir", ""), flags, defaults)

@@ -67,8 +67,9 @@ def main(invocation: Invocation) -> int:
     loss_fn = jax.jit(lm_loss(Decoder(loaded.config)))
 
     def loss(params):
-        parts = np.split(held_out, max(1, len(held_out) // 32))
-        return float(np.mean([loss_fn(params, {"tokens": part})[1]["cross_entropy"] for part in parts]))
+        parts = np.split(held_out, range(32, len(held_out), 32))
+        losses = [loss_fn(params, {"tokens": part})[1]["cross_entropy"] for part in parts]
+        return float(np.average(losses, weights=[len(part) for part in parts]))
 
     exact = loss(loaded.params)
     console.print(

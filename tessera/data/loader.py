@@ -1,7 +1,8 @@
 """Batches in an order that is a pure function of a seed, the same after a restart and on any number of processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import grain
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from tessera.data.images import Images
+from tessera.infra.errors import check_seed
 
 
 def index_block(*, seed: int, start: int, steps: int, batch_size: int, size: int) -> Int32[np.ndarray, "steps batch"]:
@@ -18,10 +20,11 @@ def index_block(*, seed: int, start: int, steps: int, batch_size: int, size: int
     batch may straddle two epochs, so no example is ever left out, and blocks cut from the stream at any steps agree.
 
     Raises:
-      ValueError: for a negative `seed`, `start` or `steps`, or a `batch_size` or `size` below 1.
+      ValueError: for a `seed` out of range, a negative `start` or `steps`, or a `batch_size` or `size` below 1.
     """
-    for name, value, least in (("seed", seed, 0), ("start", start, 0), ("steps", steps, 0)):
-        _at_least(name, value, least)
+    check_seed("seed", seed)
+    for name, value in (("start", start), ("steps", steps)):
+        _at_least(name, value, 0)
     _at_least("batch_size", batch_size, 1)
     _at_least("size", size, 1)
     begin, end = start * batch_size, (start + steps) * batch_size
@@ -68,7 +71,7 @@ def token_batches(
     Returns:
       Iterator of {"tokens": int32 [b, length + 1], "ids": int64 [b] window numbers} with b = batch_size /
       process_count. Its `get_state()` is a small dict of JSON values; `set_state` of it in a fresh iterator goes on
-      with the same batches.
+      with the same batches, and is a ValueError in one of other batches, windows or another seed.
 
     Raises:
       ValueError: sizes below 1, fewer tokens than one window, a batch that does not divide by the processes, or (with
@@ -88,6 +91,37 @@ def token_batches(
         shuffle=shuffle,
         repeat=repeat,
     )
+
+
+def held_out_batches(
+    tokens: Integer[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    length: int,
+    limit: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[dict[str, np.ndarray], float]]:
+    """Iterate once over the first windows of a stream in its order, as equal batches with weights.
+
+    The sum of weight times a batch's mean, over the sum of weights, is the mean over the windows. Those that fill no
+    batch are not left out, nor do they ask for another shape: they come with window 0 repeated behind them, and a batch
+    of window 0 alone follows with the negative weight that takes it out again.
+
+    Args:
+      limit: batches at most, the partial one included.
+      tokens, batch_size, length, process_index, process_count: as in `token_batches`; same errors.
+    """
+    share = {"process_index": process_index, "process_count": process_count}
+    full = token_batches(tokens, batch_size=batch_size, length=length, seed=0, shuffle=False, repeat=False, **share)
+    yield from ((batch, 1.0) for batch in islice(full, limit))
+    windows = (len(tokens) - 1) // length
+    left = windows % batch_size
+    if left and windows // batch_size < limit:
+        first, padded = np.zeros(batch_size, np.int64), np.zeros(batch_size, np.int64)
+        padded[:left] = np.arange(windows - left, windows)
+        for ids_B, weight in ((padded, 1.0), (first, left / batch_size - 1)):
+            yield _gather_windows(tokens, length, ids_B[process_index::process_count]), weight
 
 
 def image_batches(
@@ -117,7 +151,7 @@ def image_batches(
     )
 
 
-def _gather_windows(tokens: np.ndarray, length: int, ids: Sequence[int]) -> dict[str, np.ndarray]:
+def _gather_windows(tokens: np.ndarray, length: int, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     ids_B = np.asarray(ids, np.int64)
     return {"tokens": tokens[ids_B[:, None] * length + np.arange(length + 1)].astype(np.int32), "ids": ids_B}
 
@@ -139,7 +173,7 @@ def _iterate(
     repeat: bool,
 ) -> grain.DatasetIterator:
     _at_least("batch_size", batch_size, 1)
-    _at_least("seed", seed, 0)
+    check_seed("seed", seed)
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must lie in [0, process_count={process_count})")
     if batch_size % process_count:
@@ -156,7 +190,29 @@ def _iterate(
     # Only indices travel through grain one by one; each batch is one gather.
     share = order[process_index::process_count].batch(batch_size // process_count, drop_remainder=True, batch_fn=gather)
     # The data is in memory: one thread, a few batches ahead, hides the gather behind the training step.
-    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    batches = iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return _Resumable(batches, {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None})
+
+
+class _Resumable(grain.DatasetIterator):
+    """An iterator whose state says what it is a position in."""
+
+    def __init__(self, batches: grain.DatasetIterator, order: dict[str, Any]):
+        super().__init__(batches)
+        self._order = order
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._parent.get_state(), "order": self._order}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        there = state.pop("order", self._order)  # 0.1 wrote none
+        if there != self._order:
+            raise ValueError(f"the position of an iterator over {there} is none in one over {self._order}")
+        self._parent.set_state(state)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

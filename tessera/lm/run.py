@@ -21,9 +21,10 @@ from rich.table import Table
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.data.loader import token_batches
+from tessera.data.loader import held_out_batches, token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.config import ConfigError, build, checked
+from tessera.infra.errors import check_seeds
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig, evaluate
@@ -96,8 +97,9 @@ class Run(NamedTuple):
       step_fn: (state, batch, key) -> (state, metrics), see `tessera.step.make_train_step`.
       init_fn: resumed -> the first state, placed; one that is `resumed` is needed for its shapes alone.
       loader: split -> this process's part of its batches, shuffled, for ever; see `tessera.data.loader.token_batches`.
-      held_out: split -> the first `config.eval.batches` batches of it, in its order.
-      eval_fn: (state, split) -> loss and accuracy on `held_out`, with averaged weights where there are any.
+      held_out: split -> the first `config.eval.batches` full batches of it, in its order.
+      eval_fn: (state, split) -> loss and accuracy on the first `config.eval.batches` batches, a last partial one
+        included, with averaged weights where there are any.
       schedule: step -> learning rate.
     """
 
@@ -125,8 +127,9 @@ def build_run(c: ConfigDict) -> Run:
       ConfigError: a setting that is wrong, by its path, or a text that is too small.
       DataUnavailable: the text is neither there nor to be had.
     """
+    check_seeds(c.to_dict())
     for name, value, least in (
-        ("seed", c.seed, 0),
+        ("steps", c.steps, 1),
         ("batch_size", c.batch_size, 1),
         ("length", c.length, 1),
         ("eval.batches", c.eval.batches, 1),
@@ -163,10 +166,14 @@ def build_run(c: ConfigDict) -> Run:
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
         return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
 
+    def weighed(split: str) -> Iterator[tuple[Any, float]]:
+        sizes = {"batch_size": config.batch_size, "length": config.length, "limit": c.eval.batches}
+        found = held_out_batches(getattr(splits, split), **sizes, process_index=index, process_count=count)
+        return ((placement.place({"tokens": batch["tokens"]}), weight) for batch, weight in found)
+
     def eval_fn(state: TrainState, split: str) -> dict[str, float]:
         params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-        batches = (placement.place({"tokens": batch["tokens"]}) for batch in held_out(split))
-        return evaluate(eval_step, params, batches)
+        return evaluate(eval_step, params, weighed(split))
 
     settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
     settings |= {"data_sha256": splits.content_hash}
@@ -260,6 +267,9 @@ def dividing(devices: Sequence[Any], batch_size: int) -> list[Any]:
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     if jax.process_count() > 1 and count != len(devices):
         raise ValueError(f"batch_size={batch_size} does not divide by the {len(devices)} devices of all processes")
+    if count < len(devices):
+        said = "batch_size=%d uses %d of %d devices; a multiple of %d uses all"
+        logging.warning(said, batch_size, count, len(devices), len(devices))
     return list(devices[:count])
 
 

@@ -67,7 +67,7 @@ def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, step_fn=STEP
             key=jax.random.key(3),
             logger=logger,
             checkpoints=saved,
-            evaluate=lambda state: evaluate(eval_fn, state.ema, held_out),
+            evaluate=lambda state: evaluate(eval_fn, state.ema, [(batch, 1.0) for batch in held_out]),
             schedule=lambda step: 0.1 / (1 + step),
         )
         return result, saved.steps()
@@ -208,9 +208,9 @@ def test_no_evaluation_no_schedule_no_ids(tmp_path):
         assert [row["step"] for row in logger.rows()] == [3]
 
 
-def test_evaluation_is_a_mean_over_batches():
-    batches = [np.float32(1), np.float32(2), np.float32(6)]
-    assert evaluate(lambda p, b: {"a": p * b, "b": b}, jnp.float32(2), batches) == {"a": 6.0, "b": 3.0}
+def test_evaluation_is_a_weighted_mean_over_batches():
+    batches = [(np.float32(1), 1.0), (np.float32(2), 1.0), (np.float32(7), 0.5), (np.float32(3), -0.5)]
+    assert evaluate(lambda p, b: {"a": p * b, "b": b}, jnp.float32(2), batches) == {"a": 5.0, "b": 2.5}
     with pytest.raises(ValueError, match="no batch to evaluate"):
         evaluate(lambda p, b: {}, 0.0, [])
 

@@ -160,6 +160,19 @@ def test_wrong_flags_are_one_line(argv, message, capsys):
     assert status.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("command", "override"),
+    [
+        ("train", ("seed", "-1")),
+        ("find-ticket", ("seeds", "0,1099511627776")),
+        ("serve", ("sampling.seed", "4294967296")),
+    ],
+)
+def test_a_seed_of_any_command_is_checked(command, override):
+    with pytest.raises(ConfigError, match=rf"config\.{override[0]}=.*: a seed is a whole number in 0"):
+        cli.invoke(schema_of(command), load_config(cli.COMMANDS[command].config)[0], [override], "x", {})
+
+
 def test_a_config_of_ones_own_that_fails_is_named(tmp_path):
     for text, message in (
         ("def get_config(:", "SyntaxError"),

@@ -65,7 +65,9 @@ def test_texts_that_are_large_enough_are_taken(tmp_path):
         ({"data": {"test": 0.01}}, r"the test text has 3\d tokens; .*batch_size of at most 2 or .*length of at most"),
         ({"length": 5000}, r"the train text has \d+ tokens; at least 5001 are needed"),
         ({"batch_size": 0}, "config.batch_size=0: at least 1 is needed"),
-        ({"seed": -1}, "config.seed=-1: at least 0 is needed"),
+        ({"seed": -1}, "config.seed=-1: a seed is a whole number in 0"),
+        ({"seed": 2**40}, "config.seed=1099511627776: a seed is a whole number in 0"),
+        ({"steps": 0}, "config.steps=0: at least 1 is needed"),
         ({"eval": {"batches": 0}}, "config.eval.batches=0: at least 1 is needed"),
     ],
 )
@@ -153,8 +155,10 @@ def test_results_table():
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(16, 8), (12, 6), (7, 7), (1, 1), (11, 1)])
-def test_as_many_devices_as_divide_the_batch(batch, devices):
+def test_as_many_devices_as_divide_the_batch(batch, devices, caplog):
     placement = data_parallel(dividing(jax.devices(), batch))
+    said = f"batch_size={batch} uses {devices} of 8 devices; a multiple of 8 uses all"
+    assert [record.getMessage() for record in caplog.records] == ([said] if devices < 8 else [])
     rows = np.arange(batch * 3, dtype=np.float32).reshape(batch, 3)
     placed = placement.place({"x": rows})["x"]
     np.testing.assert_array_equal(placed, rows)

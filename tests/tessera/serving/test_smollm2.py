@@ -1,0 +1,61 @@
+"""SmolLM2-135M-Instruct, which somebody else trained, against transformers; `make smollm2` brings it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sharding.plan import Plan
+from tessera.models.lm_loss import lm_loss
+from tessera.models.transformer import Decoder
+from tessera.serving.load import SourceConfig, load, make_engine
+from tessera.serving.programs import ServeConfig
+from tessera.serving.requests import Sampling
+
+MODEL = Path(__file__).parents[3] / ".cache" / "smollm2"
+pytestmark = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason=f"no {MODEL}: make smollm2")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(SourceConfig(str(MODEL)))
+
+
+def losses(model, rows):
+    loss = jax.jit(lm_loss(Decoder(model.config)))
+    return [float(loss(model.params, {"tokens": row[None]}, None)[0]) for row in rows]
+
+
+def text(case):
+    return case.tobytes().decode()
+
+
+def test_tokens_and_the_loss_of_a_text_are_those_of_transformers(model, golden):
+    case = golden("smollm2")
+    found = model.tokenizer.encode(text(case["text"]))[: len(case["tokens"])]
+    np.testing.assert_array_equal(found, case["tokens"])
+    rows = case["tokens"].astype(np.int32).reshape(40, 513)
+    np.testing.assert_allclose(losses(model, rows[:1]), case["losses"][:1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_perplexity_of_twenty_thousand_tokens_is_that_of_transformers(model, golden):
+    case = golden("smollm2")
+    found = losses(model, case["tokens"].astype(np.int32).reshape(40, 513))
+    np.testing.assert_allclose(found, case["losses"], rtol=1e-3)
+    assert np.exp(np.mean(found)) == pytest.approx(np.exp(np.mean(case["losses"])), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chat", "story"])
+def test_greedy_texts_are_those_of_transformers_up_to_their_end(name, golden):
+    case = golden("smollm2")[name]
+    engine, loaded = make_engine(SourceConfig(str(MODEL)), Plan(), ServeConfig(slots=1, length=512))
+    prompt = loaded.tokenizer.encode(text(case["prompt"])).tolist()
+    request = engine.submit(prompt, Sampling(temperature=0.0, max_tokens=200))
+    engine.run()
+    wanted = [token for token in case["tokens"].tolist() if token not in loaded.format.ends]
+    assert request.tokens == wanted and request.finish == ("stop" if len(wanted) < 200 else "length")
+    if name == "chat":
+        assert loaded.tokenizer.decode(np.asarray(request.tokens)) == "The capital of France is Paris."
