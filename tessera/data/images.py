@@ -2,6 +2,7 @@
 
 import difflib
 import gzip
+import lzma
 import math
 import tarfile
 import zlib
@@ -194,25 +195,28 @@ def load_idx(config: ImageConfig) -> Raw:
         Remote(filename, tuple(place + filename for place in places), f"md5:{md5}")
         for filename, md5 in zip(MNIST_FILES, hashes, strict=True)
     ]
-    train, train_labels, test, test_labels = map(read_idx, fetch(remotes, config.dir, name=config.name))
+    files = fetch(remotes, config.dir, name=config.name)
+    train, train_labels, test, test_labels = map(read_idx, files, (3, 1, 3, 1))
     return Raw(train[..., None], train_labels, test[..., None], test_labels, white=255, validation=5000)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped IDX file of unsigned bytes as a uint8 array of the shape in its header.
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """A gzipped IDX file of unsigned bytes as a uint8 array of `ndim` dimensions, of the shape in its header.
 
     Raises:
-      ValueError: naming the file, when it does not decompress, has another type or another size than its header says.
+      ValueError: naming the file, when it does not decompress, has another type, other dimensions or another size than
+        its header says.
     """
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file ({error}); delete it to download it again") from error
     # Two zero bytes, the type (8 is unsigned byte), the number of dimensions, then each as big-endian 32 bits.
-    ndim = data[3] if len(data) >= 4 else 0
     header = 4 + 4 * ndim
-    if data[:3] != b"\0\0\x08" or ndim == 0 or len(data) < header:
+    if data[:3] != b"\0\0\x08" or len(data) < header:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it begins {data[:4].hex(' ') or 'and ends'}")
+    if data[3] != ndim:
+        raise ValueError(f"{path} has {data[3]} dimensions; {ndim} are needed")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, offset=4))
     expected = header + math.prod(shape)
     if len(data) != expected:
@@ -237,9 +241,12 @@ def _read_cifar_archive(path: Path) -> list[np.ndarray]:
     try:
         with tarfile.open(path) as archive:
             members = [archive.extractfile(f"{CIFAR10_FOLDER}/{filename}") for filename in CIFAR10_FILES]
+            if None in members:
+                raise KeyError("a folder where a file should be")
             return [_read_cifar(m.read(), f"{path}:{m.name}") for m in members if m is not None]
-    except (KeyError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to download it again") from error
+    except (KeyError, OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        why = " ".join(str(error).split())  # tarfile's has a line for every format
+        raise ValueError(f"{path} is damaged ({why}); delete it to download it again") from error
 
 
 def _read_cifar(data: bytes, where: str) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from tessera.data.download import Remote, cache_dir, fetch
+from tessera.infra.logger import read_object
 
 TINYSHAKESPEARE = Remote(
     "tinyshakespeare.txt",
@@ -67,8 +68,8 @@ class ByteTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ByteTokenizer":
-        """Check the marker; ValueError if the file holds another tokenizer."""
-        if json.loads(Path(path).read_text(encoding="utf-8")).get("tessera_tokenizer") != "bytes":
+        """Check the marker; ValueError if the file holds another tokenizer or is damaged."""
+        if read_object(path).get("tessera_tokenizer") != "bytes":
             raise ValueError(f"{path} does not hold a byte tokenizer")
         return cls()
 
@@ -129,8 +130,18 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPETokenizer":
-        """Read a byte-level BPE tokenizer in the JSON format of the `tokenizers` package."""
-        return cls(_import_tokenizers().Tokenizer.from_file(str(path)))
+        """Read a byte-level BPE tokenizer in the JSON format of the `tokenizers` package.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is no such tokenizer.
+        """
+        package = _import_tokenizers()
+        read_object(path)
+        try:
+            return cls(package.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the package raises bare ones
+            raise ValueError(f"{path} is no tokenizer of the `tokenizers` package: {error}") from error
 
 
 TOKENIZERS = {"bytes": ByteTokenizer, "bpe": BPETokenizer}

@@ -28,18 +28,42 @@ TIMING = "timing.jsonl"
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """Read JSON lines; "nan", "inf" and "-inf" come back as floats, an unfinished last line is left out."""
+    """Read JSON lines; "nan", "inf" and "-inf" come back as floats, an unfinished last line is left out.
+
+    So is everything from the first line on that is no row, an object with a `step` and a `kind`: it was written while
+    the process was killed, and nothing after it can be trusted.
+    """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # written while the process was killed: nothing after it can be trusted
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+            break
         rows.append({key: float(v) if v in ("nan", "inf", "-inf") else v for key, v in row.items()})
     return rows
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON file of one object.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is damaged, or holds something else.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes().decode())
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: a JSON object is needed, and it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: a JSON object is needed ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: a JSON object is needed, and it holds a {type(found).__name__}")
+    return found
 
 
 def load_history(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

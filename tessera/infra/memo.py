@@ -25,12 +25,22 @@ class Memo:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def rows(self, name: str, make: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
-        """The rows called `name`, read from `name`.json or made by make(*arguments) and written there."""
+        """The rows called `name`, read from `name`.json or made by make(*arguments) and written there.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
         path = self.directory / f"{name}.json"
         if not path.exists():
             self.say(name)
             write_text(path, json.dumps(make(*arguments)))
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_bytes().decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to have it computed again") from error
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise ValueError(f"{path} is damaged: a list of objects is needed; delete it to have it computed again")
+        return found
 
     def tree(self, name: str, like: PyTree, make: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """The arrays called `name`, loaded from that folder (into the shapes of `like`) or made and saved there."""

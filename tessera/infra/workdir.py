@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from sharding.multihost.xla_flags import VARIABLES
 from tessera.infra.errors import disk_full
 from tessera.infra.lock import hold
-from tessera.infra.logger import write_text
+from tessera.infra.logger import read_object, write_text
 
 PACKAGES = (
     "tessera-jax",
@@ -86,9 +86,7 @@ def prepare(
     return path
 
 
-def _prepare(
-    path: Path, settings: dict[str, Any], name: str, known: dict[str, Any], grows: Sequence[str]
-) -> None:
+def _prepare(path: Path, settings: dict[str, Any], name: str, known: dict[str, Any], grows: Sequence[str]) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     found = path / "config.json"
@@ -143,15 +141,12 @@ def read_settings(workdir: Path | str) -> dict[str, Any]:
     """
     path = Path(workdir)
     try:
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        run = path / "run.json"
-        made = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+        settings, run = read_object(path / "config.json"), path / "run.json"
+        made = read_object(run) if run.exists() else {}
     except FileNotFoundError:
         raise FileNotFoundError(f"no run in {path}: config.json is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WorkdirMismatch(f"{path}: config.json or run.json is damaged ({error})") from error
-    if not isinstance(settings, dict) or not isinstance(made, dict):
-        raise WorkdirMismatch(f"{path}: config.json and run.json must each hold one JSON object")
+    except ValueError as error:
+        raise WorkdirMismatch(str(error)) from error
     if made.get("format") != FORMAT:
         raise WorkdirMismatch(
             f"{path} was made by another version of Tessera (files of format {made.get('format', 1)}, not {FORMAT}): "

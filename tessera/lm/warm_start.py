@@ -84,12 +84,17 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
     Raises:
       FileNotFoundError: no run, or no checkpoint, is there.
       CheckpointDamaged: the checkpoint cannot be read.
+      ValueError: a run of another kind, or settings of no model.
     """
     path = Path(workdir)
     settings = read_settings(path)
-    params = jax.tree.map(np.asarray, CheckpointReader(path / "checkpoints").restore_newest().state["params"])
-    vocabulary = params["embed"]["table"].shape[0]
-    return params, build(TransformerConfig, settings["model"], f"{path}/config.json: model", vocab_size=vocabulary)
+    state = CheckpointReader(path / "checkpoints").restore_newest().state
+    try:
+        params = jax.tree.map(np.asarray, state["params"])
+        vocabulary, model = params["embed"]["table"].shape[0], settings["model"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no run of a language model: it has no {error}") from error
+    return params, build(TransformerConfig, model, f"{path}/config.json: model", vocab_size=vocabulary)
 
 
 def recorded_load(workdir: Path | str) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
-from tessera.infra.logger import write_text
+from tessera.infra.logger import read_object, write_text
 from tessera.models.transformer import RopeScaling, TransformerConfig, param_shapes
 
 SHARD_BYTES = 4 * 2**30
@@ -90,6 +90,10 @@ QWEN2 = LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts_per_tok"),
+)
 FAMILIES = {
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -142,16 +146,26 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     Raises:
       FileNotFoundError: no config.json.
       NotConvertible: not one of `FAMILIES`, or with an entry that changes what the model computes and has no
-        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights.
+        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights; or sizes
+        that are none.
+      ValueError: a damaged config.json.
     """
     path = Path(directory) / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"no Hugging Face model in {directory}: config.json is missing")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_object(path)
     kind = found.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotConvertible(f"{path}: model_type={kind!r} has no counterpart here; {', '.join(FAMILIES)} load")
     c = FAMILIES[kind] | found
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(c.get(name) or {}, dict):
+            raise NotConvertible(f"{path}: {name}={c[name]!r} must be an object")
+    for name, default in FAMILIES[kind].items():
+        if name in SIZES and not (c[name] is None and (default is None or name == "num_key_value_heads")):
+            _check_number(path, name, c[name], whole=True)
+    for name in ("rms_norm_eps", "rope_theta"):
+        _check_number(path, name, c[name], whole=False)
     rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
@@ -202,12 +216,27 @@ def read_format(directory: Path | str) -> TextFormat:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_object(file) if file.exists() else {}
+
+
+def _check_number(path: Path, name: str, value: Any, *, whole: bool) -> None:
+    valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not (valid and 0 < value < 2**31):
+        kind = "whole number" if whole else "number"
+        raise NotConvertible(f"{path}: {name}={value!r} must be a {kind} above 0 and below 2^31")
 
 
 def read_config(directory: Path | str) -> TransformerConfig:
     """The model that a directory's config.json describes; raises what `read_settings` does."""
-    c = read_settings(directory)
+    try:
+        return _config(read_settings(directory))
+    except NotConvertible:
+        raise
+    except ValueError as error:  # sizes that do not go together
+        raise NotConvertible(f"{directory}/{CONFIG}: {error}") from error
+
+
+def _config(c: dict[str, Any]) -> TransformerConfig:
     moe: dict[str, Any] = {}
     if c["model_type"] == "mixtral":
         router = RouterConfig("top_k", c["num_local_experts"], c["num_experts_per_tok"])
@@ -224,7 +253,7 @@ def read_config(directory: Path | str) -> TransformerConfig:
         qk_norm=c["model_type"] == "qwen3",
         rope_theta=float(c["rope_theta"]),
         rope_scaling=_rope_scaling(c),
-        norm_eps=c["rms_norm_eps"],
+        norm_eps=float(c["rms_norm_eps"]),
         tied=bool(c["tie_word_embeddings"]),
         **moe,
     )
@@ -475,10 +504,13 @@ def _names(path: str, config: TransformerConfig) -> Iterator[tuple[tuple[int, ..
 
 
 def _inward(tensor: np.ndarray, shape: tuple[int, ...], path: str, name: str) -> np.ndarray:
-    stored = _stored_shape(path, shape)
-    if tensor.shape != stored:
-        raise NotConvertible(f"{name} has shape {tensor.shape}; config.json asks for {stored}")
+    _check_shape(name, tensor.shape, path, shape)
     return np.asarray(tensor.T if path.endswith("kernel") else tensor, np.float32).reshape(shape)
+
+
+def _check_shape(name: str, found: tuple[int, ...], path: str, shape: tuple[int, ...]) -> None:
+    if found != (stored := _stored_shape(path, shape)):
+        raise NotConvertible(f"{name} has shape {found}; config.json asks for {stored}")
 
 
 def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -511,7 +543,9 @@ def _open(directory: Path) -> dict[str, Any]:
     safe_open = _safetensors().safe_open
     files = sorted(file.name for file in directory.glob("*.safetensors"))
     if (directory / INDEX).exists():
-        where: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        where = read_object(directory / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise NotConvertible(f"{directory / INDEX} is damaged: weight_map must name a file for every tensor")
         files = sorted(set(where.values()))
     elif "model.safetensors" in files:
         files = ["model.safetensors"]
@@ -523,7 +557,14 @@ def _open(directory: Path) -> dict[str, Any]:
         )
     if missing := [name for name in files if not (directory / name).exists()]:
         raise FileNotFoundError(f"{directory / INDEX} names {', '.join(missing)}: not there")
-    handles = {name: safe_open(directory / name, framework="numpy") for name in files}
+    handles = {}
+    for name in files:
+        try:
+            handles[name] = safe_open(directory / name, framework="numpy")
+        except OSError:
+            raise
+        except Exception as error:  # safetensors' own kind
+            raise NotConvertible(f"{directory / name} is damaged: {error}") from error
     if not (directory / INDEX).exists():
         return {name: handle for handle in handles.values() for name in handle.keys()}
     inside = {file: set(handle.keys()) for file, handle in handles.items()}
@@ -533,10 +574,24 @@ def _open(directory: Path) -> dict[str, Any]:
 
 
 def _check_names(directory: Path, tensors: dict[str, Any], config: TransformerConfig) -> None:
-    """Refuse a directory that lacks a tensor, has one that no parameter asks for, or a quantized one."""
-    wanted = tensor_names(config)
-    if missing := sorted(wanted - tensors.keys()):
-        raise NotConvertible(f"{directory} has no tensor {some(missing)}")
+    """Refuse tensors that are missing, of another shape, quantized or asked for by no parameter; none is read."""
+    try:
+        leaves = list(_leaves(config))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise NotConvertible(f"{directory}: no model has the sizes of its config.json ({error})") from error
+    wanted: set[str] = set()
+    missing: list[str] = []
+    for path, shape in leaves:
+        for index, name in _names(path, config):
+            if name in tensors:
+                wanted.add(name)
+                _check_shape(name, tuple(tensors[name].get_slice(name).get_shape()), path, shape[len(index) :])
+            else:
+                missing.append(name)
+            if len(missing) > 1000:  # a config.json of any number of layers
+                break
+    if missing:
+        raise NotConvertible(f"{directory} has no tensor {some(sorted(missing))}")
     kinds = {name: tensors[name].get_slice(name).get_dtype() for name in sorted(wanted)}
     if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
         raise NotConvertible(f"{directory} has quantized weights: {some(quantized)}; {', '.join(DTYPES)} load")
@@ -579,4 +634,4 @@ def _safetensors() -> Any:
 def is_directory(path: Path | str) -> bool:
     """Whether a directory looks like Hugging Face's rather than a run's."""
     file = Path(path) / CONFIG
-    return file.exists() and "model_type" in json.loads(file.read_text(encoding="utf-8"))
+    return file.exists() and "model_type" in read_object(file)

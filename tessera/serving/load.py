@@ -16,7 +16,7 @@ from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.data.download import cache_dir
 from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
-from tessera.infra.logger import write_text
+from tessera.infra.logger import read_object, write_text
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
@@ -176,9 +176,12 @@ def read_calibration(path: Path | str, tokenizer: Tokenizer, rows: int = 32, len
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has fewer than `length` tokens.
+      ValueError: it has fewer than `length` tokens, or is not UTF-8 text.
     """
-    tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    try:
+        tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if len(tokens) < length:
         raise ValueError(f"{path} has {len(tokens)} tokens; calibration needs {length}")
     starts = np.linspace(0, len(tokens) - length, rows).astype(int)
@@ -190,15 +193,18 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
 
     Raises:
       FileNotFoundError: the BPE is not where the run left it, or a directory has no tokenizer.json.
+      ValueError: a file is damaged.
     """
     if gguf.is_gguf(path):
         return BPETokenizer(gguf.read_tokenizer(path))
     if (path / "tokenizer.json").exists():
         return BPETokenizer.load(path / "tokenizer.json")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    data: dict[str, Any] = settings.get("data") or {}
+    settings = read_object(path / "config.json")
+    data: Any = settings.get("data") or {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}/config.json: data={data!r} must be a group of settings")
     if data.get("tokenizer") == "bpe":
-        name = f"bpe-{data['vocab_size']}-{settings['data_sha256'][:32]}.json"
+        name = f"bpe-{data.get('vocab_size')}-{str(settings.get('data_sha256'))[:32]}.json"
         saved = cache_dir() / "tokenizers" / name
         if not saved.exists():
             raise FileNotFoundError(f"the run's tokenizer {saved} is gone; give its file as tokenizer")

@@ -60,8 +60,8 @@ def test_truncate_drops_later_rows_and_unfinished_lines(tmp_path):
 
 
 def test_rows_after_a_garbled_line_are_not_trusted(tmp_path):
-    (tmp_path / METRICS).write_text('{"step": 1}\nxx\n{"step": 2}\n')
-    assert read_rows(tmp_path / METRICS) == [{"step": 1}]
+    (tmp_path / METRICS).write_text('{"step": 1, "kind": "train"}\nxx\n{"step": 2}\n')
+    assert read_rows(tmp_path / METRICS) == [{"step": 1, "kind": "train"}]
     assert read_rows(tmp_path / "absent") == []
 
 

@@ -51,7 +51,7 @@ def test_a_setting_that_was_added_later_is_its_default(tmp_path):
         ("run.json", "{}", "made by another version of Tessera .*another --workdir"),
         ("run.json", '{"format": 3}', "files of format 3, not 2"),
         ("run.json", "[1", "damaged"),
-        ("config.json", "[]", "one JSON object"),
+        ("config.json", "[]", "a JSON object is needed, and it holds a list"),
         ("config.json", "\udcff".encode("utf-8", "surrogatepass"), "damaged"),
     ],
 )

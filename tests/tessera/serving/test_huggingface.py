@@ -128,7 +128,7 @@ UNREADABLE = {
     "scales": ("llama", {}, add(f"{GATE}.weight_scale", "model.norm.weight"), "weight_scale"),
     "fewer layers in the config": ("llama", {"num_hidden_layers": 1}, None, r"9 tensors .*model\.layers\.1"),
     "more layers in the config": ("llama", {"num_hidden_layers": 3}, None, r"no tensor model\.layers\.2.* and 4 more"),
-    "fewer experts in the config": ("mixtral", {"num_local_experts": 2}, None, r"12 tensors .*experts\.2"),
+    "fewer experts in the config": ("mixtral", {"num_local_experts": 2}, None, r"gate\.weight has shape \(4, 32\)"),
     "another head beside tied tables": (
         "llama-tied",
         {},

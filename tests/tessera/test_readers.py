@@ -1,0 +1,156 @@
+"""Every reader of files meets damaged ones: it reads them, or says in one error which file, and what it should be."""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessera.data.images import _read_cifar_archive, read_idx
+from tessera.data.text import BPETokenizer, ByteTokenizer
+from tessera.infra.logger import read_rows
+from tessera.infra.memo import Memo
+from tessera.infra.workdir import FORMAT, read_settings
+from tessera.models.transformer import TransformerConfig
+from tessera.serving.huggingface import is_directory, read_config, write_config
+from tessera.serving.load import own_tokenizer, read_calibration
+
+LLAMA = TransformerConfig(vocab_size=256, layers=2, width=16, heads=4, kv_heads=2, ff=16)
+ROWS = [{"step": 1, "kind": "train", "loss": 0.5}, {"step": 2, "kind": "eval", "loss": "nan"}]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+BPE = {
+    "version": "1.0",
+    "added_tokens": [{"id": 0, "content": "a", "special": True, **dict.fromkeys(FLAGS, False)}],
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "unk_token": None, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader of one file.
+
+    Attributes:
+      read: called with the file's path.
+      sound: what a sound file holds: bytes, or a JSON value.
+      rest: files beside it, JSON values by name.
+    """
+
+    read: Callable[[Path], Any]
+    sound: Any
+    rest: tuple[tuple[str, Any], ...] = ()
+
+
+def memo_rows(path):
+    return Memo(path.parent).rows(path.stem, list)
+
+
+READERS = {
+    "metrics.jsonl": Reader(read_rows, "".join(json.dumps(row) + "\n" for row in ROWS).encode()),
+    "config.json": Reader(
+        lambda path: read_settings(path.parent), {"seed": 1, "model": {"width": 8}}, (("run.json", {"format": FORMAT}),)
+    ),
+    "run.json": Reader(
+        lambda path: read_settings(path.parent), {"format": FORMAT, "name": "x"}, (("config.json", {"seed": 1}),)
+    ),
+    "memo.json": Reader(memo_rows, ROWS),
+    "bytes.json": Reader(ByteTokenizer.load, {"tessera_tokenizer": "bytes"}),
+    "bpe.json": Reader(BPETokenizer.load, BPE),
+    "images.gz": Reader(lambda path: read_idx(path, 3), gzip.compress(b"\0\0\x08\3" + b"\0\0\0\2" * 3 + bytes(8))),
+    "labels.gz": Reader(lambda path: read_idx(path, 1), gzip.compress(b"\0\0\x08\1" + b"\0\0\0\2" + bytes(2))),
+    "cifar.tar.gz": Reader(_read_cifar_archive, gzip.compress(bytes(512))),
+    "config.json of a model": Reader(lambda path: read_config(path.parent), write_config(LLAMA)),
+    "config.json that may be a model": Reader(lambda path: is_directory(path.parent), write_config(LLAMA)),
+    "config.json with a tokenizer": Reader(
+        lambda path: own_tokenizer(path.parent, LLAMA), {"data": {"tokenizer": "bytes"}, "data_sha256": "0" * 64}
+    ),
+    "text": Reader(lambda path: read_calibration(path, ByteTokenizer(), 1, 4), "text of é".encode()),
+}
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from([2**40, 10**30])
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
+
+
+def damaged(data, sound):
+    """Bytes of a sound file with some of it replaced: values of its JSON, or bytes."""
+    if not isinstance(sound, bytes):
+        sound = json.loads(json.dumps(sound))
+        for _ in range(data.draw(st.integers(0, 2))):
+            parent, key, here = None, None, sound
+            while isinstance(here, dict | list) and here and (parent is None or data.draw(st.booleans())):
+                parent = here
+                key = data.draw(st.sampled_from(sorted(here) if isinstance(here, dict) else range(len(here))))
+                here = here[key]
+            if parent is None or data.draw(st.integers(0, 9)) == 0:
+                sound = data.draw(VALUES)
+            elif data.draw(st.integers(0, 3)) == 0:
+                del parent[key]
+            else:
+                parent[key] = data.draw(VALUES)
+        sound = json.dumps(sound).encode()
+        if data.draw(st.booleans()):
+            return sound
+    for _ in range(data.draw(st.integers(1, 2))):
+        begin = data.draw(st.integers(0, len(sound)))
+        size = data.draw(st.sampled_from([0, 1, 4, len(sound)]))
+        sound = sound[:begin] + data.draw(st.binary(max_size=4)) + sound[begin + size :]
+    return sound
+
+
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_named(name, data, tmp_path_factory):
+    reader = READERS[name]
+    path = tmp_path_factory.getbasetemp() / "readers" / name.replace(" ", "_") / name.split()[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for other, value in reader.rest:
+        (path.parent / other).write_text(json.dumps(value))
+    path.write_bytes(damaged(data, reader.sound))
+    try:
+        reader.read(path)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path) in str(error) or str(path.parent) in str(error), error
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "cifar.tar.gz"])
+def test_a_sound_file_is_read(name, tmp_path):
+    reader = READERS[name]
+    path = tmp_path / name.split()[0]
+    for other, value in (*reader.rest, (path.name, reader.sound)):
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        (tmp_path / other).write_bytes(data)
+    reader.read(path)
+
+
+def test_what_json_can_do_to_a_reader_is_one_line(tmp_path):
+    for text in (b"[" * 100_000, b"1" * 5000, b'{"a": ' * 5000, b"\xed\xa0\x80"):
+        for name, reader in READERS.items():
+            if isinstance(reader.sound, bytes):
+                continue
+            (path := tmp_path / name.split()[0]).write_bytes(text)
+            with pytest.raises(ValueError, match="damaged|no tokenizer|format|version"):
+                reader.read(path)
+
+
+def test_sizes_of_a_config_allocate_nothing(tmp_path):
+    """A config.json of some hundred bytes that asks for an exbibyte."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from tessera.serving.huggingface import NotConvertible, load_directory
+
+    safetensors.save_file({"model.embed_tokens.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    for changes in ({"vocab_size": 2**30, "hidden_size": 2**30}, {"num_hidden_layers": 2**31 - 1}, {"vocab_size": 4}):
+        (tmp_path / "config.json").write_text(json.dumps(write_config(LLAMA) | changes))
+        with pytest.raises(NotConvertible, match="asks for|has no tensor|no model has"):
+            load_directory(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(NotConvertible, match="model.safetensors is damaged"):
+        load_directory(tmp_path)
