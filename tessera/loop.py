@@ -110,7 +110,8 @@ def train(
     state, start, evaluation = _restore(init, batches, checkpoints, logger)
     step_jit = jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
     guard = NanGuard(checkpoints, logger)
-    with Signals() as signals, Progress(config.steps, "train", start=start, active=logger.active) as progress:
+    bar = Progress(config.steps, "train", start=start, active=logger.active, begins="compiling")
+    with Signals() as signals, bar as progress:
         clock, timed = time.perf_counter(), start
         for step in range(start + 1, config.steps + 1):
             batch = dict(next(batches))

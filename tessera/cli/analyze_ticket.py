@@ -12,7 +12,7 @@ from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.lock import hold
 from tessera.infra.memo import Memo
 from tessera.infra.schema import Schema
-from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.infra.workdir import WorkdirMismatch
 from tessera.reports.html import print_report
 from tessera.tickets.probe_report import analysis_report, analyze
 from tessera.tickets.probes import AnalysisConfig
@@ -47,7 +47,7 @@ def main(invocation: Invocation) -> None:
     missing = [level for level in levels if level not in have]
     if missing:
         raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
-    workdir = prepare(invocation.workdir or str(Path(config.search) / "analysis"), config, defaults=invocation.defaults)
+    workdir = invocation.prepare(workdir=str(Path(config.search) / "analysis"))
     memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")
     with hold(workdir):

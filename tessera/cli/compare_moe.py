@@ -13,7 +13,7 @@ from tessera.cli.main import Invocation
 from tessera.infra.config import ConfigError
 from tessera.infra.lock import hold
 from tessera.infra.schema import Changes, Schema
-from tessera.infra.workdir import locate, prepare
+from tessera.infra.workdir import locate
 from tessera.lm import schema as lm_schema
 from tessera.lm.run import build_run
 from tessera.reports import comparison
@@ -45,7 +45,7 @@ def main(invocation: Invocation) -> int:
         todo = [seed for seed in config.seeds if not comparison.finished(root / f"{arm}-{seed}")]
         if todo:
             check(config, arm, todo[0])
-    prepare(root, config, name=invocation.name, defaults=invocation.defaults)
+    invocation.prepare(whole=True)
     # Seeds of an arm are one program: compiled once, found again by the others and after a restart.
     jax.config.update("jax_compilation_cache_dir", str((root / "compiled").absolute()))
     with hold(root):

@@ -9,7 +9,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
 from tessera.infra.lock import hold
 from tessera.infra.logger import Progress
-from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.infra.workdir import WorkdirMismatch
 from tessera.reports.html import print_report
 from tessera.tickets import schema
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
@@ -24,10 +24,7 @@ def main(invocation: Invocation) -> None:
     setup = make_setup(invocation.config)
     # A finished search goes on to more levels where their densities do not depend on their number.
     extends = setup.search.schedule == "geometric" and not setup.search.density
-    grows = ("search.levels",) if extends else ()
-    workdir = prepare(
-        invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults, grows=grows
-    )
+    workdir = invocation.prepare(whole=True, grows=("search.levels",) if extends else ())
     store = LevelStore(workdir / "levels")
     first_layer = FirstLayer(store)
     with hold(workdir), Progress(setup.search.levels + 1, "levels", every=0) as levels:
@@ -35,7 +32,7 @@ def main(invocation: Invocation) -> None:
         def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
             levels.advance(level - levels.done)
             total = setup.ticket.steps - starts.start_step
-            with Progress(total, f"level {level:2d} x{len(starts.names)}", parent=levels) as bar:
+            with Progress(total, f"level {level:2d} x{len(starts.names)}", parent=levels, begins="compiling") as bar:
                 return setup.train(
                     starts, store.unfinished(level), lambda n, row: bar.advance(n, **row) if row else bar.skip(n)
                 )

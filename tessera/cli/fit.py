@@ -7,7 +7,7 @@ from tessera.cli.main import Invocation
 from tessera.infra.config import build
 from tessera.infra.lock import hold
 from tessera.infra.schema import Schema
-from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.infra.workdir import WorkdirMismatch
 from tessera.reports.html import print_report
 from tessera.sweeps.fit_page import fit_page, span, summary
 from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs
@@ -20,7 +20,7 @@ def main(invocation: Invocation) -> None:
     """Config -> rows -> fit -> fit.json, report."""
     config = build(ScalingConfig, invocation.config)
     rows = load_runs(config)
-    workdir = prepare(invocation.workdir, invocation.config, name=invocation.name, defaults=invocation.defaults)
+    workdir = invocation.prepare()
     with hold(workdir):
         fitted = fit_runs(workdir, rows, config)
     result, console = fitted.result, Console()

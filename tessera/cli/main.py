@@ -15,6 +15,7 @@ import threading
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 LINGER = 60.0  # seconds until a program that has failed is ended, whatever still runs in it
@@ -124,6 +125,7 @@ class Invocation:
       workdir: "" for the default.
       flags: values of all other flags by name.
       defaults: default of every setting that has one, dotted path -> value.
+      prepared: directories that `prepare` made or checked, the run's own first, each with a hash of all settings.
     """
 
     config: Any
@@ -133,11 +135,44 @@ class Invocation:
         default_factory=lambda: {flag.name: flag.default for flag in COMMON if flag.name != "workdir"}
     )
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    prepared: list[tuple[Path, str]] = field(default_factory=list)
+
+    def prepare(
+        self, settings: Any = None, *, workdir: str = "", whole: bool = False, grows: Sequence[str] = ()
+    ) -> Path:
+        """Make or check the run's directory, see `tessera.infra.workdir.prepare`, and say which it is.
+
+        Args:
+          settings: what makes this run this run; the config by default.
+          workdir: the directory where no `--workdir` is given; "" is that of `tessera.infra.workdir.prepare`.
+          grows: see `tessera.infra.workdir.prepare`.
+          whole: nothing but these settings decides what the run gives: where it was finished with them, `run` ends.
+
+        Raises:
+          AlreadyFinished: it was; see `whole`.
+        """
+        from tessera.infra import workdir as workdirs
+        from tessera.infra.checkpoint import agreed
+
+        settings = self.config if settings is None else settings
+        path = workdirs.prepare(self.workdir or workdir, settings, name=self.name, defaults=self.defaults, grows=grows)
+        key = workdirs.config_hash({"config": workdirs.resolve(self.config), "run": workdirs.resolve(settings)})
+        first = not self.prepared
+        self.prepared.append((path, key))
+        if first and whole and agreed(workdirs.was_finished(path, key)):
+            raise AlreadyFinished(path)
+        if first:
+            print(f"{self.name}: {path}", file=sys.stderr, flush=True)
+        return path
 
     @property
     def hosts(self) -> dict[str, Any]:
         """Values of the flags `HOSTS`."""
         return {flag.name: self.flags[flag.name] for flag in HOSTS}
+
+
+class AlreadyFinished(Exception):
+    """A run with the same settings came to its end in this directory."""
 
 
 def main(argv: Sequence[str] | None = None) -> typing.NoReturn:
@@ -200,7 +235,16 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         _begin(values)
         if command.hosts:
             join_processes(invocation.hosts)
-        raise SystemExit(module.main(invocation) or 0)
+        status = module.main(invocation) or 0
+        if invocation.prepared and not status:
+            from tessera.infra.workdir import mark_finished
+
+            mark_finished(*invocation.prepared[0])
+        raise SystemExit(status)
+    except AlreadyFinished as found:
+        (path,) = found.args
+        print(f"already finished: {path}/report.html (remove that file to have it made again)")
+        raise SystemExit(0) from None
     except Exception as error:
         # What failed may have left threads behind that wait for each other, such as a save's.
         last_resort = threading.Timer(LINGER, os._exit, [1])
@@ -212,7 +256,7 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
             sys.stdout.flush()
             os._exit(1)  # nothing can be saved any more, and the rest would say so again
         if isinstance(error, ConfigError):
-            _fail(error, 2)
+            _fail(f"{error}{_more_devices(str(error))}", 2)
         if isinstance(error, (*errors, WorkdirInUse)):
             _fail(error, 1)
         if isinstance(error, OSError) and values["workdir"] and str(error.filename).startswith(values["workdir"]):
@@ -352,7 +396,7 @@ def _load(command: Command, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _begin(values: Mapping[str, Any]) -> None:
-    """Logging and devices, before the first use of JAX."""
+    """Logging, devices and the cache of compiled programs, before the first use of JAX."""
     from absl import flags, logging
 
     # Libraries read absl's flags; none of them are set here.
@@ -362,10 +406,24 @@ def _begin(values: Mapping[str, Any]) -> None:
     sys.excepthook = _excepthook
     # Libraries tell of every file they write at the level of information.
     logging.set_verbosity({-1: logging.WARNING, 0: logging.INFO}.get(values["verbosity"], logging.DEBUG))
-    if values["cpu_devices"]:
-        import jax
+    import jax
 
+    if values["cpu_devices"]:
         jax.config.update("jax_num_cpu_devices", values["cpu_devices"])
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        from tessera.infra.workdir import compiled_dir
+
+        jax.config.update("jax_compilation_cache_dir", str(compiled_dir()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _more_devices(message: str) -> str:
+    """How to have the devices that a plan asks for, on a machine without an accelerator."""
+    wanted = re.search(r"makes (\d+) devices and there (?:is|are) \d+", message)
+    jax = sys.modules.get("jax")
+    if wanted is None or jax is None or jax.default_backend() != "cpu":
+        return ""
+    return f"; --cpu_devices={wanted[1]} splits this machine's CPU into so many, to try it"
 
 
 def _said_once(record: Any) -> bool:
@@ -408,5 +466,8 @@ def _program(name: str | Command, command: Command) -> str:
 
 
 def _fail(error: object, status: int) -> typing.NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    text, root = str(error), Path(__file__).parents[2]
+    if (root / "setup.py").exists():  # a checkout: what is installed is this, not a package of a registry
+        text = text.replace("pip install 'tessera-jax[", f"pip install -e '{root}[")
+    print(f"error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(status) from None

@@ -10,7 +10,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
 from tessera.infra.lock import hold
 from tessera.infra.memo import Memo
-from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.infra.workdir import WorkdirMismatch
 from tessera.reports.html import print_report
 from tessera.tickets.studies import (
     ablations,
@@ -44,7 +44,7 @@ def main(invocation: Invocation) -> None:
     """Config -> memo on disk -> table, picture, page."""
     config, console = invocation.config, Console()
     name = checked("config.name", _known, config.get("name", ""))
-    workdir = prepare(invocation.workdir, config, name=invocation.name, defaults=invocation.defaults)
+    workdir = invocation.prepare(whole=True)
     begun = time.monotonic()
     memo = Memo(workdir / "memo", lambda part: console.log(f"{time.monotonic() - begun:6.0f} s  {part}"))
     with hold(workdir):

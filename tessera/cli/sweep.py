@@ -16,7 +16,7 @@ from tessera.data.text import TextConfig, load_text
 from tessera.infra.config import build, checked
 from tessera.infra.lock import hold
 from tessera.infra.schema import differences
-from tessera.infra.workdir import WorkdirMismatch, prepare, resolve
+from tessera.infra.workdir import WorkdirMismatch, resolve
 from tessera.reports.html import print_report
 from tessera.sweeps import schema
 from tessera.sweeps.programs import TrialConfig
@@ -44,12 +44,7 @@ def main(invocation: Invocation) -> None:
     runs = checked("config.plan", plan_runs, family, plan, resolve(common))
     # Where runs are carried out, and what is read off their rows, is not part of what they are.
     settings = {name: value for name, value in resolve(c).items() if name not in ("engine", "report", "planner")}
-    workdir = prepare(
-        invocation.workdir,
-        settings | {"data_sha256": splits.content_hash},
-        name=invocation.name,
-        defaults=invocation.defaults,
-    )
+    workdir = invocation.prepare(settings | {"data_sha256": splits.content_hash}, whole=True)
     console = Console()
     table, more = runs, None
     if planner.begin:

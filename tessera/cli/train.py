@@ -11,7 +11,7 @@ from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, Checkp
 from tessera.infra.config import build
 from tessera.infra.lock import hold
 from tessera.infra.logger import Logger
-from tessera.infra.workdir import WorkdirMismatch, prepare
+from tessera.infra.workdir import WorkdirMismatch
 from tessera.lm import schema as lm_schema
 from tessera.lm.run import build_run, results_table
 from tessera.loop import Interrupted, NonFiniteLoss, train
@@ -39,7 +39,7 @@ def main(invocation: Invocation) -> int:
     c, first_process = invocation.config, jax.process_index() == 0
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     run = build_run(c)
-    workdir = prepare(invocation.workdir, run.settings, name=invocation.name, defaults=invocation.defaults)
+    workdir = invocation.prepare(run.settings, whole=True)
     logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=first_process)
     with hold(workdir), logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
         try:

@@ -1,5 +1,6 @@
 """Find the files of a data set on disk, or download them once with their checksums verified."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -61,17 +62,22 @@ def fetch(remotes: Sequence[Remote], directory: str, *, name: str) -> list[Path]
       DataUnavailable: at the first file that no URL yields, naming every file that is still missing.
       ImportError: a file is missing, and so is the extra `data` that downloads it.
     """
+    place = home(directory, name)
+    was_there = place.exists()
     paths = {remote: find(remote.filename, directory, name=name) for remote in remotes}
     missing = [remote for remote, path in paths.items() if path is None]
     for position, remote in enumerate(missing):
         failures = []
         for url in remote.urls:
             try:
-                paths[remote] = _download(url, remote, home(directory, name))
+                paths[remote] = _download(url, remote, place)
                 break
             except (OSError, ValueError) as error:  # no connection, HTTP error, full disk; or a wrong checksum
                 failures.append(f"{url}: {str(error) or type(error).__name__}")
         else:
+            if not was_there:
+                with contextlib.suppress(OSError):  # a file that came before the one that did not stays
+                    place.rmdir()
             raise DataUnavailable(_explain(missing[position:], failures, directory, name))
     return [path for path in paths.values() if path is not None]
 
@@ -115,15 +121,17 @@ class _Bar:
     """What pooch asks of a progress bar (`total`, `update`, `reset`, `close`), drawn by rich."""
 
     def __init__(self, progress: Progress, description: str):
-        self._progress = progress
-        self._task = progress.add_task(description, total=None)
+        self._progress, self._description = progress, description
+        self._task: Any = None  # drawn once the server has answered
 
     @property
     def total(self) -> float | None:
-        return self._progress.tasks[0].total
+        return self._progress.tasks[0].total if self._progress.tasks else None
 
     @total.setter
     def total(self, size: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(self._description)
         self._progress.update(self._task, total=size)
 
     def update(self, size: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
+from sharding.errors import PlanError
 from tessera.infra.errors import ConfigError, unknown
 
 __all__ = ["ConfigError", "build", "checked", "describe_type", "unknown"]
@@ -67,6 +68,8 @@ def _is_default(value: Any, default: Any) -> bool:
 def checked(path: str, make: Callable[..., T], *arguments: Any, **named: Any) -> T:
     """Call `make`, turning its own complaint about values (ValueError, FileNotFoundError) into a ConfigError.
 
+    One about a plan names `config.plan`, whatever was made under it.
+
     Args:
       path: the settings it is made from, for the message ("config.optimizer").
       make: what to call.
@@ -77,6 +80,8 @@ def checked(path: str, make: Callable[..., T], *arguments: Any, **named: Any) ->
         return make(*arguments, **named)
     except ConfigError:
         raise
+    except PlanError as error:  # from whatever was made under it
+        raise ConfigError(f"config.plan: {error}") from error
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{path}: {error}") from error
 

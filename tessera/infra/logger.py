@@ -200,6 +200,7 @@ class Progress:
     """Context manager around `total` units of work; bars may be nested.
 
     On a terminal this is a rich bar. In a file or a pipe it prints one line every `every` seconds and one at the end.
+    `begins` says what goes on before the first unit is done, such as compiling.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class Progress:
         active: bool = True,
         parent: "Progress | None" = None,
         stream: Any = None,
+        begins: str = "",
     ):
         self.total, self.description, self.done = total, description, start
         self._start, self._every, self._active = start, every, active
@@ -220,7 +222,7 @@ class Progress:
         self._bars: bars.Progress | None = None
         self._said = start
         self._counted = False
-        self._postfix = ""
+        self._postfix = self._begins = begins
 
     def __enter__(self) -> "Progress":
         self._began = self._spoke = time.monotonic()
@@ -239,13 +241,17 @@ class Progress:
             if shared is None:
                 self._bars.start()
             self._task = self._bars.add_task(
-                self.description, total=self.total, completed=self._start, rate="", postfix=""
+                self.description, total=self.total, completed=self._start, rate="", postfix=self._begins
             )
+        elif self._active and self._begins and self.done < self.total:
+            print(f"{self.description} {self.done}/{self.total}  {self._begins}", file=self._stream, flush=True)
         return self
 
     def advance(self, n: int = 1, **postfix: float | str) -> None:
         """Count `n` more units; `postfix` values (such as loss) are shown next to the bar until replaced."""
         self.done += n
+        if n and self._postfix == self._begins:
+            self._postfix = ""
         if postfix:
             self._postfix = " ".join(f"{key} {_short(value)}" for key, value in postfix.items())
         if not self._active:

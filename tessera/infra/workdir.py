@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sharding.multihost.xla_flags import VARIABLES
+from tessera.data.download import cache_dir
 from tessera.infra.errors import disk_full
 from tessera.infra.lock import hold
 from tessera.infra.logger import read_object, write_text
@@ -36,6 +37,7 @@ PACKAGES = (
 )
 
 
+FINISHED = "finished.json"  # what a command writes last
 # Of the files of a workdir; 0.1 wrote none.
 FORMAT = 2
 # What may lie in a directory before a run makes it its own: records of a start that was killed, and a job's log.
@@ -110,6 +112,35 @@ def _prepare(path: Path, settings: dict[str, Any], name: str, known: dict[str, A
             _write_json(path / "versions.json", versions())
             _write_json(path / "run.json", made)
             _write_json(found, settings)  # last: a directory with a config is a complete one
+
+
+def was_finished(path: Path, key: str) -> bool:
+    """Whether `mark_finished` was called with this key and the report is still there."""
+    try:
+        found = read_object(path / FINISHED)
+    except (FileNotFoundError, ValueError):
+        return False
+    return found.get("settings") == key and (path / "report.html").exists()
+
+
+def mark_finished(path: Path, key: str) -> None:
+    """Note that a run came to its end; `key` is a hash of all that decides what it gives."""
+    if jax.process_index() == 0:
+        _write_json(path / FINISHED, {"settings": key})
+
+
+def compiled_dir() -> Path:
+    """Directory of compiled programs in the user's cache, one for every version of JAX and kind of processor.
+
+    A program compiled for a processor of another kind may not run, and home directories are shared by machines.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    kind = hashlib.sha256(f"{platform.machine()}{features}".encode()).hexdigest()[:8]
+    return cache_dir() / f"jax-{jax.__version__}-{kind}"
 
 
 def locate(

@@ -227,6 +227,57 @@ def test_a_failure_ends_the_program_with_one_line(body, message):
     assert found.returncode == 1 and found.stderr.startswith(message) and len(found.stderr.splitlines()) == 1
 
 
+FINISHING = """
+import dataclasses, pathlib, sys, types
+from tessera.cli import main as cli
+from tessera.infra.schema import Schema
+
+def main(invocation):
+    workdir = invocation.prepare({"seed": 1}, whole=True)
+    print("works")
+    (workdir / "report.html").write_text("")
+    return 1 if "fails" in sys.argv else 0
+
+schema = Schema(dataclasses.make_dataclass("Empty", [("seed", int, dataclasses.field(default=1))]))
+sys.modules["finishing"] = types.SimpleNamespace(SCHEMA=schema, ERRORS=(), main=main)
+cli._load = lambda command, values: ({}, "finishing")
+
+def run(*more):
+    try:
+        cli.run(cli.Command("finishing", "finishing", "Finish."), [f"--workdir={sys.argv[1]}", *more])
+    except SystemExit as stop:
+        print(stop.code)
+
+sys.argv.append("fails")
+run()
+sys.argv.pop()
+run()
+run()
+run("--config.seed=2")
+pathlib.Path(sys.argv[1], "report.html").unlink()
+run()
+"""
+
+
+def test_a_finished_run_says_so_and_ends(tmp_path):
+    """Not one that failed, nor with another setting, nor where its report is gone."""
+    found = run("-c", FINISHING, str(tmp_path / "run"))
+    works = ["works", "0"]
+    done = f"already finished: {tmp_path / 'run'}/report.html (remove that file to have it made again)"
+    assert found.stdout.splitlines() == ["works", "1", *works, done, "0", *works, *works], found.stderr
+    assert found.stderr.splitlines().count(f"finishing: {tmp_path / 'run'}") == 4
+
+
+def test_what_a_message_adds_for_this_machine(capsys):
+    assert cli._more_devices("config.plan: plan 'tp=2': tp=2 makes 2 devices and there are 1; nearest").startswith(
+        "; --cpu_devices=2 splits"
+    )
+    assert cli._more_devices("config.lr: float expected") == ""
+    with pytest.raises(SystemExit):
+        cli._fail("it needs the extra `hf`: pip install 'tessera-jax[hf]'", 1)
+    assert f"pip install -e '{ROOT}[hf]'" in capsys.readouterr().err
+
+
 def test_help_imports_no_jax_and_lists_configs_and_variants():
     code = (
         "import sys; sys.argv = ['train.py', '--help']\n"

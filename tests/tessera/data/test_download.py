@@ -104,7 +104,7 @@ def test_wrong_checksum_leaves_no_file(tmp_path, server):
     assert [p for p in (tmp_path / "data").rglob("*") if p.is_file()] == []
 
 
-def test_offline_is_one_error_naming_everything_missing(tmp_path, nowhere):
+def test_offline_is_one_error_naming_everything_missing(tmp_path, nowhere, capsys):
     (tmp_path / "b.bin").write_bytes(b"here")
     remotes = [
         remote("a.bin", f"{nowhere}/a1", f"{nowhere}/a2", instead="the folder a"),
@@ -119,6 +119,8 @@ def test_offline_is_one_error_naming_everything_missing(tmp_path, nowhere):
     assert str(tmp_path / "set") in message and "--config.data.dir=" in message and "the folder a" in message
     assert "b.bin" not in message
     assert f"tried {nowhere}/c" not in message, "one failed file is enough to know"
+    # Nothing is left that looks like the beginning of a download.
+    assert not (tmp_path / "set").exists() and "0/" not in "".join(capsys.readouterr())
 
 
 def test_what_came_before_a_failure_is_kept_and_not_asked_for(tmp_path, server, nowhere):

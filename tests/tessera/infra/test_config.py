@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tessera.infra.config import ConfigError, build
+from sharding.plan import Plan
+from tessera.infra.config import ConfigError, build, checked
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,10 @@ def test_extra_fields_come_from_the_program():
     assert build(Outer, {"flag": True}, steps=3) == Outer(3, flag=True)
     with pytest.raises(ConfigError, match=r"config\.model\.steps: this is set by the program"):
         build(Outer, {"steps": 1}, "config.model", steps=3)
+
+
+@pytest.mark.parametrize("axes", ["zz=2", "tp=0"])
+def test_a_wrong_plan_is_blamed_on_the_plan(axes):
+    for path in ("config.sharding", "config.model"):
+        with pytest.raises(ConfigError, match="^config.plan: plan "):
+            checked(path, Plan, axes)
