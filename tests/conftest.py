@@ -16,8 +16,8 @@ if os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A test compiles a program to run it once on small arrays: without LLVM's expensive passes that takes half the processor
-# time. Child processes read the variable. TESSERA_TEST_OPTIMIZE=1 compiles as users do.
+# A test compiles a program to run it once on small arrays: without LLVM's expensive passes that takes half
+# the time. Child processes read the variable. TESSERA_TEST_OPTIMIZE=1 compiles as users do.
 if not int(os.environ.get("TESSERA_TEST_OPTIMIZE", "0")):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
