@@ -8,7 +8,7 @@ request ends that request alone. One thread calls `step`; `submit` and `cancel` 
 import contextlib
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,10 +31,11 @@ class Engine:
       programs: from `make_programs`, or two of them in `Speculating`.
       params: from `programs.place`.
       queue: requests that may wait for a slot.
+      ends: tokens that end every text, the model's end of text; they are not part of it.
     """
 
-    def __init__(self, programs: Programs | Speculating, params: PyTree, queue: int = 64):
-        self.programs, self.params, self.queue = programs, params, queue
+    def __init__(self, programs: Programs | Speculating, params: PyTree, queue: int = 64, ends: Collection[int] = ()):
+        self.programs, self.params, self.queue, self.ends = programs, params, queue, frozenset(ends)
         slots = programs.config.slots
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * slots
@@ -264,7 +265,7 @@ class Engine:
         return min(request.sampling.max_tokens, context) - len(request.tokens)
 
     def _add(self, request: Request, token: int, logprob: float, *, last: bool = True) -> None:
-        if token in request.sampling.stop_tokens:
+        if token in self.ends or token in request.sampling.stop_tokens:
             self._end(request, "stop")
             return
         request.tokens.append(token)

@@ -227,15 +227,16 @@ def make_engine(
     loaded = load(source)
     _check_length(loaded, source, sizes)
     programs, params = _programs(loaded, source, plan, sizes)
+    ends = loaded.format.ends
     if not draft.dir:
-        return Engine(programs, programs.place(params), queue), loaded._replace(params=None)
+        return Engine(programs, programs.place(params), queue, ends), loaded._replace(params=None)
     small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
     split = plan if draft.plan == "same" else Plan(draft.plan)
     drafted = load(small)
     _check_length(drafted, small, sizes)
     drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
-    return Engine(both, both.place(params, draft_params), queue), loaded._replace(params=None)
+    return Engine(both, both.place(params, draft_params), queue, ends), loaded._replace(params=None)
 
 
 def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> None:

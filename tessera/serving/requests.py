@@ -123,8 +123,8 @@ class Request:
       notify: called with the request after tokens came, and once more when it ends; must return quickly.
       tokens: drawn so far.
       logprobs: of each of them under the model.
-      finish: "" while it runs, then "stop" (a stop token), "length" (max_tokens, or the end of the context),
-        "cancelled" or "error" (its own, or of a step that all requests share).
+      finish: "" while it runs, then "stop" (a stop token, or the model's end of text), "length" (max_tokens, or the
+        end of the context), "cancelled" or "error" (its own, or of a step that all requests share).
       read: tokens of the prompt in the cache.
       slot: where it is decoded; -1 while it waits and when it is done.
       number: order of arrival at its engine.

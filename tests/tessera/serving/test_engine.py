@@ -48,6 +48,15 @@ def test_several_tokens_a_call_are_the_same_tokens(axes):
     assert [text.tokens for text in four] == [text.tokens for text in one]
 
 
+def test_the_end_of_text_ends_a_text_and_is_not_part_of_it():
+    made, params = tiny.programs()
+    asked = Sampling(temperature=0.0, max_tokens=20)
+    whole = generate_all(tiny.engine(), [[1, 2, 3]], [asked])[0].tokens
+    end = next(token for i, token in enumerate(whole) if i and token not in whole[:i])
+    text = generate_all(Engine(made, params, ends=(end,)), [[1, 2, 3]], [asked])[0]
+    assert text.tokens == whole[: whole.index(end)] and text.finish == "stop"
+
+
 def test_slots_are_given_in_order_and_a_long_prompt_does_not_stop_the_others():
     engine = tiny.engine()
     short = engine.submit([1, 2, 3], Sampling(max_tokens=40))
