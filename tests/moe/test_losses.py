@@ -183,6 +183,17 @@ def test_deepseek_v3s_balance_loss_counts_the_scores_without_bias(groups):
     assert abs(float(losses.load_balance(routing, groups)) - np.mean(expected)) > 1e-3
 
 
+def test_mixtrals_auxiliary_loss_in_transformers_is_k_times_ours_over_all_layers():
+    """`load_balancing_loss_func` written out in float64: layers joined, f summed over the k choices."""
+    k, layers = 2, np.random.default_rng(1).normal(size=(3, 12, 4)) + np.array([1.0, 0, 0, 0])
+    logits = layers.reshape(-1, 4)
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    chosen = np.eye(4)[np.argsort(-probs, axis=1)[:, :k]]  # [N, k, E]
+    theirs = 4 * (chosen.mean(0) * probs.mean(0)).sum()
+    ours = losses.load_balance(route.top_k(jnp.asarray(logits, jnp.float32), k))
+    assert k * ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_groups_of_padding_alone_do_not_count():
     masked = with_probs(PROBS, mask=jnp.array([True, True, False, False]))
     assert losses.load_balance(masked, groups=2) == pytest.approx(1.5, rel=1e-6)
