@@ -17,47 +17,23 @@ Example:
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import dispatch
+from moe.activations import ACTIVATIONS, GATED, PLAIN, Activation, Gating, activate, kernel_names
 from moe.kernels import Combine, SwiGLU, grouped_matmul
 from moe.kernels.implementations import NAMES, choose
 from moe.kernels.xla import mixture as xla_mixture
 from moe.routing import Routing
 
 Params = Mapping[str, Array]
-Activation = Literal["swiglu", "geglu", "reglu", "gelu", "relu", "relu2"]
-ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2")
-GATED = ("swiglu", "geglu", "reglu")
 Dispatch = Literal["dropless", "capacity", "dense"]
 DISPATCHES = ("dropless", "capacity", "dense")
 Backend = Literal["auto", "xla", "tpu", "gpu", "tokamax", "tpu_interpret", "gpu_interpret"]
-
-
-@dataclass(frozen=True)
-class Gating:
-    """Constants of a gated activation; gpt-oss has slope 1.702, limit 7 and offset 1 (OpenAI 2025, arXiv:2508.10925).
-
-    Attributes:
-      slope: factor inside the sigmoid of SwiGLU, gate * sigmoid(slope * gate).
-      limit: gate is clamped from above and up on both sides at this value; 0 does not clamp.
-      offset: added to up, after the clamp.
-    """
-
-    slope: float = 1.0
-    limit: float = 0.0
-    offset: float = 0.0
-
-    def __post_init__(self):
-        if self.limit < 0:
-            raise ValueError(f"limit={self.limit} must be positive, or 0 for none")
-
-
-PLAIN = Gating()
 
 
 @dataclass(frozen=True)
@@ -127,36 +103,6 @@ class MixtureConfig:
     def plain(self) -> bool:
         """Whether the experts are SwiGLU as published, weighted at their output: the fused kernels' case."""
         return self.activation == "swiglu" and self.gating == PLAIN and self.weigh == "output"
-
-
-def kernel_names(activation: Activation) -> tuple[str, ...]:
-    """Return the kernels of a feed-forward layer by name."""
-    return ("gate", "up", "down") if activation in GATED else ("up", "down")
-
-
-def activate(
-    up: Float[Array, "*N F"],
-    gate: Float[Array, "*N F"] | None,
-    activation: Activation = "swiglu",
-    gating: Gating = PLAIN,
-) -> Float[Array, "*N F"]:
-    """Apply SwiGLU, silu(gate) * up, or another of `ACTIVATIONS`, in float32; the result has up's dtype."""
-    functions = {
-        "swiglu": lambda x: x * jax.nn.sigmoid(gating.slope * x),
-        "geglu": partial(jax.nn.gelu, approximate=False),
-        "reglu": jax.nn.relu,
-        "gelu": partial(jax.nn.gelu, approximate=False),
-        "relu": jax.nn.relu,
-        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    }
-    up32 = up.astype(jnp.float32)
-    if activation not in GATED:
-        return functions[activation](up32).astype(up.dtype)
-    assert gate is not None
-    gate32 = gate.astype(jnp.float32)
-    if gating.limit:
-        gate32, up32 = jnp.minimum(gate32, gating.limit), jnp.clip(up32, -gating.limit, gating.limit)
-    return (functions[activation](gate32) * (up32 + gating.offset)).astype(up.dtype)
 
 
 def dense(
@@ -279,7 +225,7 @@ def mixture(
       The weighted sums of the experts' outputs, and for dispatch "capacity" True for every choice that was not dropped
       (None for other dispatches).
     """
-    hidden = {"activation": config.activation, "gating": config.gating}
+    hidden: Any = {"activation": config.activation, "gating": config.gating}
     if config.weigh == "input" and routing.slots is None:
         k, config = routing.k, replace(config, weigh="output")
         y_AD, _ = mixture(params, *weighed_choices(x_ND, routing), config, key=key)
@@ -316,7 +262,7 @@ def weighed_choices(x_ND: Float[Array, "N D"], routing: Routing) -> tuple[Float[
     """
     n, k = routing.experts_NK.shape
     x_NKD = x_ND[:, None] * routing.weights_NK[:, :, None].astype(x_ND.dtype)
-    each = {name: jnp.repeat(getattr(routing, name), k, axis=0) for name in ("probs_NE", "logits_NE", "mask_N")}
+    each: Any = {name: jnp.repeat(getattr(routing, name), k, axis=0) for name in ("probs_NE", "logits_NE", "mask_N")}
     experts_A1 = routing.experts_NK.reshape(-1, 1)
     weights_A1 = (experts_A1 < routing.num_experts).astype(jnp.float32)
     return x_NKD.reshape(n * k, -1), replace(routing, experts_NK=experts_A1, weights_NK=weights_A1, **each)

@@ -17,6 +17,7 @@ Example:
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,17 +26,16 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from moe import losses, metrics
 from moe.experts import (
-    Activation,
     MixtureConfig,
     dense,
     expert_ffn,
-    kernel_names,
     mixture,
     placements,
     weighed_choices,
 )
-from moe.gate import ROUTERS, RouterConfig, gate, parameter_shapes
+from moe.gate import ROUTERS, RouterConfig, gate
 from moe.parallel import Exchange, all_to_all
+from moe.parameters import Kernel, Kernels, Router
 from moe.routing import Routing, first_experts, is_routed, mask_rows, only, require_causal
 
 
@@ -207,68 +207,6 @@ def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertA
     return jax.lax.pmean(total, axes.width) if varying else total
 
 
-class Kernels(nn.Module):
-    """Parameters of a (stacked) feed-forward layer: kernels [*stack, D, F] and [*stack, F, D], and biases."""
-
-    width: int
-    ff: int
-    stack: tuple[int, ...] = ()
-    activation: Activation = "swiglu"
-    biases: bool = False
-    scale: float = 1.0
-    output_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        """Return the parameters by the names that `moe.experts` takes."""
-        params: dict[str, Array] = {}
-        for name in kernel_names(self.activation):
-            ends = (self.ff, self.width) if name == "down" else (self.width, self.ff)
-            scale = self.scale * (self.output_scale if name == "down" else 1.0)
-            params |= Kernel((*self.stack, *ends), len(self.stack), scale, self.biases, name=name)(name)
-        return params
-
-
-class Kernel(nn.Module):
-    """One stack of kernels with initial variance scale^2 / fan-in, and a zero bias."""
-
-    shape: tuple[int, ...]
-    batch_axes: int
-    scale: float
-    biases: bool
-
-    @nn.compact
-    def __call__(self, name: str) -> dict[str, Array]:
-        """Return {name: kernel} and, with biases, {name_bias: bias}."""
-        init = nn.initializers.variance_scaling(
-            self.scale**2, "fan_in", "truncated_normal", batch_axis=tuple(range(self.batch_axes))
-        )
-        params = {name: self.param("kernel", init, self.shape, jnp.float32)}
-        if self.biases:
-            shape = (*self.shape[:-2], self.shape[-1])
-            params[f"{name}_bias"] = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        return params
-
-
-class Router(nn.Module):
-    """Parameters of a router by the names of `gate.parameter_shapes`."""
-
-    config: RouterConfig
-    width: int
-    scale: float = 1.0
-
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        """Return the parameters by name."""
-        start = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
-        inits = {"kernel": start, "inner": start, "scale": nn.initializers.ones}
-        shapes = parameter_shapes(self.config, self.width)
-        return {
-            name: self.param(name, inits.get(name, nn.initializers.zeros), shape, jnp.float32)
-            for name, shape in shapes.items()
-        }
-
-
 class MoE(nn.Module):
     """Mixture-of-experts layer in place of a feed-forward layer (Shazeer et al. 2017).
 
@@ -331,7 +269,8 @@ class MoE(nn.Module):
             output_scale=self.output_scale,
         )
         ep, tp = self.axes.experts, self.axes.width
-        ff = self.ff // (jax.lax.axis_size(tp) if tp else 1)
+        ways = jax.lax.axis_size(tp) if tp else 1
+        ff = self.ff // ways
         router = Router(c.router, self.width, c.router_scale, name="router")()
         params = kernels(ff=ff, stack=(c.stack // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
 
@@ -343,7 +282,7 @@ class MoE(nn.Module):
         if self.causal and not train and not self.is_initializing():
             require_causal(routing)
         config = c.mixture if train else serving(c.mixture)
-        hidden = {"activation": config.activation, "gating": config.gating}
+        hidden: Any = {"activation": config.activation, "gating": config.gating}
         sent = routing if c.stack == c.router.experts else first_experts(routing, c.stack)
         with jax.named_scope("experts"):
             if ep is None:
@@ -360,7 +299,8 @@ class MoE(nn.Module):
             free_NK = is_routed(routing) & (routing.experts_NK >= c.stack)
             placed_NK = None if placed_NK is None else placed_NK | free_NK  # no capacity holds for them
             same_NK = free_NK & (routing.experts_NK >= c.router.experts - c.identity)
-            y_ND += _part((jnp.where(same_NK, routing.weights_NK, 0).sum(1)[:, None] * x_ND).astype(y_ND.dtype), tp)
+            same_N1 = jnp.where(same_NK, routing.weights_NK, 0).sum(axis=1, keepdims=True) / ways  # summed over tp
+            y_ND += (same_N1 * x_ND).astype(y_ND.dtype)
         if c.shared:
             with jax.named_scope("shared"):
                 shared = dense(kernels(ff=c.shared * ff, name="shared")(), x_ND, **hidden)
@@ -373,11 +313,6 @@ class MoE(nn.Module):
             self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return mask_rows(y_ND, mask_N).reshape(b, t, d)
-
-
-def _part(x: Array, axis: str | None) -> Array:
-    """Return this device's part of a sum over an axis that all its devices know."""
-    return x if axis is None else x / jax.lax.axis_size(axis)
 
 
 def serving(config: MixtureConfig) -> MixtureConfig:

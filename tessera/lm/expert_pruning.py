@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from lottery import masks as masks_lib
 from lottery.coupled import Groups, Member, keep_units
-from moe.experts import kernel_names
+from moe.activations import kernel_names
 from tessera.models.lm_loss import at, replaced, router_paths
 from tessera.models.transformer import TransformerConfig
 

@@ -235,8 +235,9 @@ class ShardedDecoder:
             return Stream(x_BSD)
         shapes = dict.fromkeys(ROUTER_MEANS, (self.units,)) | {"load": (self.units, self.config.moe.router.experts)}
         axes = self.token_axes + self.plan.present("tp")
-        for axis in self.token_axes if key is not None else ():  # not tp, whose devices route the same tokens
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        if key is not None:
+            for axis in self.token_axes:  # not tp, whose devices route the same tokens
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         router = {name: vary(jnp.zeros(shape), axes) for name, shape in shapes.items()}
         return Stream(x_BSD, jnp.float32(0), router, key)
 
