@@ -43,8 +43,6 @@ class MixtureConfig:
     Attributes:
       activation: "swiglu", "geglu" or "reglu" (gated: Shazeer 2020, eq. 5-6), or without a gate "gelu", "relu" or
         "relu2" (squared ReLU: So et al. 2021, section 3.1). GELU is the exact one.
-      gating: constants of a gated activation.
-      weigh: what the gate weights multiply: the experts' "output", or their "input" (Llama 4).
       dispatch: "dropless" sorts tokens by expert and multiplies ragged groups (Gale et al. 2022); "capacity" gives
         every expert a fixed number of places and multiplies one batch (Lepikhin et al. 2020); "dense" runs every expert
         on every token, a reference for tiny shapes.
@@ -58,6 +56,8 @@ class MixtureConfig:
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
       deterministic: for backend "gpu": a token's rows are summed in a fixed order, without which no run is reproducible
         bit for bit. False uses atomic additions in the kernel; see `grouped_matmul`.
+      gating: constants of a gated activation.
+      weigh: what the gate weights multiply: the experts' "output", or their "input" (Llama 4).
 
     Example:
       >>> import moe
@@ -66,8 +66,6 @@ class MixtureConfig:
     """
 
     activation: Activation = "swiglu"
-    gating: Gating = PLAIN
-    weigh: Literal["output", "input"] = "output"
     dispatch: Dispatch = "dropless"
     backend: Backend = "auto"
     capacity_factor: float = 1.25
@@ -76,6 +74,8 @@ class MixtureConfig:
     movement: Literal["gather", "einsum"] = "gather"
     dropout: float = 0.0
     deterministic: bool = True
+    gating: Gating = PLAIN
+    weigh: Literal["output", "input"] = "output"
 
     def __post_init__(self):
         choices = {

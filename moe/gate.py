@@ -33,11 +33,7 @@ class RouterConfig:
       name: a key of `ROUTERS`.
       experts: E.
       k: choices per token (in each chosen group, for "hierarchical").
-      bias: the logits have a learned bias (gpt-oss); not for "soft" and "hash".
       softmax: for "top_k": weights from a softmax "after" or "before" the selection.
-      score: for "sigmoid": scores of the experts, "sigmoid" of the logits (DeepSeek-V3), "softmax" (Ernie 4.5, DBRX)
-        or "sqrt_softplus" (DeepSeek-V4).
-      normalize: for "sigmoid": p of the p-norm by which the chosen scores are divided (2 in DBRX); 0 leaves them.
       jitter: for "switch": half the width of the multiplicative noise on the router's input in training; for
         "sparsemixer": half the relative distance from the best logit within which experts take part.
       groups: for "sigmoid", "softmax_groups" and "hierarchical": blocks of consecutive experts.
@@ -46,6 +42,10 @@ class RouterConfig:
       capacity_factor: for "expert_choice": tokens per expert over N / E, the mean number of experts a token gets.
       slots: for "soft": P.
       seed: for "hash".
+      bias: the logits have a learned bias (gpt-oss); not for "soft" and "hash".
+      score: for "sigmoid": scores of the experts, "sigmoid" of the logits (DeepSeek-V3), "softmax" (Ernie 4.5, DBRX)
+        or "sqrt_softplus" (DeepSeek-V4).
+      normalize: for "sigmoid": p of the p-norm by which the chosen scores are divided (2 in DBRX); 0 leaves them.
 
     Example:
       >>> import moe
@@ -56,10 +56,7 @@ class RouterConfig:
     name: str = "top_k"
     experts: int = 8
     k: int = 2
-    bias: bool = False
     softmax: str = "after"
-    score: str = "sigmoid"
-    normalize: float = 1.0
     jitter: float = 0.0
     groups: int = 1
     top_groups: int = 1
@@ -67,6 +64,9 @@ class RouterConfig:
     capacity_factor: float = 2.0
     slots: int = 1
     seed: int = 0
+    bias: bool = False
+    score: str = "sigmoid"
+    normalize: float = 1.0
 
     def __post_init__(self):
         if self.name not in ROUTERS:

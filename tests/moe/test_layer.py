@@ -235,7 +235,7 @@ def test_one_choice_trains_a_router_or_is_refused(name, settings, learns):
         (lambda: MoEConfig(identity=4, null=4), "identity=4 and null=4 of router.experts=8"),
         (lambda: MoEConfig(identity=1, router=RouterConfig("soft")), "another router than 'soft'"),
         (lambda: MixtureConfig(weigh="input", dispatch="capacity"), "weigh='input' with dispatch='capacity'"),
-        (lambda: MixtureConfig("relu", Gating(limit=7.0)), "with activation='relu': choose one of"),
+        (lambda: MixtureConfig("relu", gating=Gating(limit=7.0)), "with activation='relu': choose one of"),
         (lambda: RouterConfig(score="tanh"), "score='tanh': choose one of sigmoid, softmax, sqrt_softplus"),
         (lambda: RouterConfig("hash", bias=True), "bias=True: the router 'hash' has no logits"),
         (lambda: RouterConfig("nearest"), "name='nearest': choose one of top_k"),

@@ -152,7 +152,7 @@ TRAINED = [
         0,
         MoEConfig(
             router=RouterConfig("sigmoid", 10, 3, bias=True, score="softmax", normalize=2.0),
-            mixture=MixtureConfig("geglu", Gating(limit=0.5, offset=1.0), "input"),
+            mixture=MixtureConfig("geglu", gating=Gating(limit=0.5, offset=1.0), weigh="input"),
             identity=1,
             null=1,
             shared=1,
