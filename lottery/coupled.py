@@ -6,12 +6,14 @@ removed unit is zero in all of them, so that `lottery.compact` can cut it out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from lottery import structures
 from lottery.masks import flatten
 from lottery.prune import drop_lowest
 
@@ -24,7 +26,8 @@ class Member:
 
     Attributes:
       path: '/'-joined path of the leaf.
-      axes: the axes along which the leaf's slices are counted; their sizes are the group's grid of units.
+      axes: the axes along which the leaf's slices are counted; their sizes are the group's grid of units. The first
+        ones stack layers, if the path is one of a stack: each layer then has a group of its own.
       repeat: that many neighbors along the last of `axes` belong to one unit (query heads that share a key head).
 
     Example:
@@ -57,7 +60,7 @@ def mlp_neurons(layers: Sequence[str]) -> dict[str, tuple[Member, ...]]:
 
 
 def decoder_neurons(prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
-    """List the feed-forward neurons of a decoder with scanned SwiGLU blocks: units are (layer, neuron).
+    """List the feed-forward neurons of a decoder with scanned SwiGLU blocks, a group in every block.
 
     Example:
       >>> list(lottery.coupled.decoder_neurons())
@@ -73,7 +76,7 @@ def decoder_neurons(prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
 
 
 def decoder_heads(heads: int, kv_heads: int, prefix: str = "blocks") -> dict[str, tuple[Member, ...]]:
-    """List the attention heads of a decoder with scanned blocks: units are (layer, key/value head and its query heads).
+    """List the attention heads of a decoder with scanned blocks: a unit is a key/value head and its query heads.
 
     Raises:
       ValueError: kv_heads does not divide heads.
@@ -95,6 +98,8 @@ def keep_units(
     scores: PyTree, masks: PyTree, which: PyTree, groups: Groups, counts: Mapping[str, int | Array]
 ) -> PyTree:
     """Prune coupled units until counts[group] of every group stay, those with the highest mean score.
+
+    Groups of a scanned model are those of its blocks, "blocks_0/mlp", "blocks_1/mlp", ..., as `unit_counts` lists them.
 
     A unit is alive if any of its weights is. Ties go by index; counts above the number alive change nothing. Runs under
     jit and vmap.
@@ -120,10 +125,15 @@ def keep_units(
       ([[True, False]], [[True], [False]])
     """
     mask, score, chosen = flatten(masks), flatten(scores), flatten(which)
-    if set(counts) - set(groups):
-        raise ValueError(f"counts for {sorted(set(counts) - set(groups))}; groups: {', '.join(groups)}")
+    shapes = {path: leaf.shape for path, leaf in mask.items()}
+    layers = {name: _layers(name, members, shapes, chosen) for name, members in groups.items()}
+    known = [layer for names in layers.values() for layer in names]
+    if set(counts) - set(known):
+        raise ValueError(f"counts for {sorted(set(counts) - set(known))}; groups: {', '.join(known)}")
     result = dict(mask)
-    for name in counts:
+    for name, names in layers.items():
+        if not set(names) & set(counts):
+            continue
         grids = []
         for member in groups[name]:
             if not chosen.get(member.path):
@@ -141,25 +151,41 @@ def keep_units(
             total += _pool(member, jnp.where(m, score[member.path].astype(jnp.float32), 0)).sum(-1)
             alive |= _pool(member, m).any(-1)
             size += m.size // int(np.prod(grids[0]))
-        count = jnp.sum(alive, dtype=jnp.int32) - counts[name]
-        stays = drop_lowest((total / size).ravel(), alive.ravel(), count).reshape(grids[0])
+        rows, flags = ((total / size).reshape(len(names), -1), alive.reshape(len(names), -1))
+        now = jnp.sum(flags, axis=1, dtype=jnp.int32)
+        left = jnp.stack([jnp.asarray(counts.get(layer, now[i]), jnp.int32) for i, layer in enumerate(names)])
+        stays = jax.vmap(drop_lowest)(rows, flags, now - left).reshape(grids[0])
         for member in groups[name]:
             result[member.path] = result[member.path] & _expand(member, stays, mask[member.path].shape)
     return jax.tree.unflatten(jax.tree.structure(masks), list(result.values()))
 
 
 def unit_counts(params: PyTree, groups: Groups) -> dict[str, int]:
-    """Count the units of every group in parameters (or shapes) of one network.
+    """Count the units of every group, those of each block of a scanned model, in parameters or shapes of one network.
 
     Example:
       >>> params = {"dense0": {"kernel": jnp.zeros((4, 3))}, "output": {"kernel": jnp.zeros((3, 2))}}
       >>> lottery.coupled.unit_counts(params, lottery.coupled.mlp_neurons(("dense0", "output")))
       {'dense0': 3}
     """
-    leaves = flatten(params)
-    return {
-        name: int(np.prod(_grid(members[0], leaves[members[0].path].shape, name))) for name, members in groups.items()
-    }
+    shapes, found = {path: leaf.shape for path, leaf in flatten(params).items()}, {}
+    for name, members in groups.items():
+        layers = _layers(name, members, shapes, {})
+        size = int(np.prod(_grid(members[0], shapes[members[0].path], name)))
+        found |= dict.fromkeys(layers, size // len(layers))
+    return found
+
+
+def _layers(
+    name: str, members: tuple[Member, ...], shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The names of a group's layers; the last axis of a grid is of units, however many the leaf stacks."""
+    if not members or members[0].path not in shapes:
+        return (name,)
+    path, axes = members[0].path, members[0].axes
+    found = structures.layout(path, shapes[path], chosen.get(path) or True)
+    batch = min(found.batch, len(axes) - 1)
+    return structures.numbered(name, tuple(shapes[path][axis] for axis in axes[:batch]), found.parts[:batch])
 
 
 def _grid(member: Member, shape: tuple[int, ...], group: str) -> tuple[int, ...]:

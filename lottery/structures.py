@@ -37,6 +37,7 @@ __all__ = [
     "matrices",
     "n_of_m",
     "neurons",
+    "numbered",
     "parse",
     "slices",
 ]
@@ -436,17 +437,23 @@ def layers(
       ('tower/kernel[0]', 'tower/kernel[1]')
     """
     batch = at(path, shape, structure, chosen).batch
-    return _names(path, tuple(shape[:batch]), layout(path, shape, chosen).parts[:batch])
+    return numbered(path, tuple(shape[:batch]), layout(path, shape, chosen).parts[:batch])
 
 
 @functools.cache
-def _names(path: str, stack: tuple[int, ...], parts: tuple[str, ...]) -> tuple[str, ...]:
-    numbered = [part for part in parts if re.search(rf"(^|/){part}/", path)]
+def numbered(path: str, stack: tuple[int, ...], parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Number a path for every index of a stack, behind its parts of these names, else at its end.
+
+    Example:
+      >>> lottery.structures.numbered("blocks/mlp", (2,), ("blocks",))
+      ('blocks_0/mlp', 'blocks_1/mlp')
+    """
+    stacked = [part for part in parts if re.search(rf"(^|/){part}/", path)]
     names = []
     for index in np.ndindex(*stack):
         name = path
-        for part, i in zip(numbered, index, strict=False):
+        for part, i in zip(stacked, index, strict=False):
             name = re.sub(rf"(^|/){part}/", rf"\g<1>{part}_{i}/", name, count=1)
-        rest = ",".join(map(str, index[len(numbered) :]))
+        rest = ",".join(map(str, index[len(stacked) :]))
         names.append(f"{name}[{rest}]" if rest else name)
     return tuple(names)

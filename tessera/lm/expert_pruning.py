@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
 from lottery import masks as masks_lib
-from lottery.coupled import Groups, Member, keep_units
+from lottery.coupled import Groups, Member, keep_units, unit_counts
 from moe.activations import kernel_names
 from tessera.models.lm_loss import at, replaced, router_paths
 from tessera.models.transformer import TransformerConfig
@@ -47,26 +47,22 @@ def expert_groups(config: TransformerConfig) -> Groups:
 
 
 def load_scores(params: PyTree, load_LE: Float[Array, "L E"], config: TransformerConfig) -> PyTree:
-    """Scores like the parameters: every weight of an expert has the rank of its load within its layer, others 0.
-
-    Ranks, not loads: units of all layers of a scan compete, and every layer is to keep as many.
-    """
-    rank_LE = jnp.argsort(jnp.argsort(load_LE, axis=1, stable=True), axis=1, stable=True).astype(jnp.float32)
+    """Scores like the parameters: every weight of an expert has the load of the expert, others 0."""
     scores = jax.tree.map(jnp.zeros_like, params)
     for i, path in enumerate(router_paths(config)):
-        rank = rank_LE if config.scan else rank_LE[i]
+        load = load_LE if config.scan else load_LE[i]
         mlp = at(params, path)
-        experts = jax.tree.map(lambda leaf, rank=rank: _along(rank, leaf, rank.ndim), mlp["experts"])
-        router = {name: _along(rank, leaf, leaf.ndim) for name, leaf in mlp["router"].items() if name in ROUTER_AXES}
+        experts = jax.tree.map(lambda leaf, load=load: _along(load, leaf, load.ndim), mlp["experts"])
+        router = {name: _along(load, leaf, leaf.ndim) for name, leaf in mlp["router"].items() if name in ROUTER_AXES}
         scores = replaced(scores, path, {**mlp, "experts": experts, "router": router})
     return scores
 
 
-def _along(rank: Array, leaf: Array, end: int) -> Array:
-    """Ranks [*L, E] in the shape of a leaf [*L, ..., E, ...] whose axis of experts ends at `end`."""
-    middle = (1,) * (end - rank.ndim)
+def _along(load: Array, leaf: Array, end: int) -> Array:
+    """Loads [*L, E] in the shape of a leaf [*L, ..., E, ...] whose axis of experts ends at `end`."""
+    middle = (1,) * (end - load.ndim)
     tail = (1,) * (leaf.ndim - end)
-    return jnp.broadcast_to(rank.reshape(*rank.shape[:-1], *middle, rank.shape[-1], *tail), leaf.shape)
+    return jnp.broadcast_to(load.reshape(*load.shape[:-1], *middle, load.shape[-1], *tail), leaf.shape)
 
 
 def prune_experts(
@@ -96,7 +92,7 @@ def prune_experts(
     if load_LE.shape != (layers, router.experts):
         raise ValueError(f"load of shape {load_LE.shape}: {(layers, router.experts)} is needed")
     which = masks_lib.prunable(params, rules=((r"/(experts|router)/.*kernel$", True), (r".*", False)))
-    counts = {name: keep * (layers if config.scan else 1) for name in groups}
+    counts = dict.fromkeys(unit_counts(params, groups), keep)
     scores = load_scores(params, jnp.asarray(load_LE, jnp.float32), config)
     return keep_units(scores, masks_lib.ones(params), which, groups, counts)
 

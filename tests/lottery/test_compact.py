@@ -72,11 +72,11 @@ def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     params = Decoder(config).init(jax.random.key(1), tokens)["params"]
     which = masks.prunable(params)
     groups = coupled.decoder_neurons() | coupled.decoder_heads(4, kv_heads)
-    assert coupled.unit_counts(params, groups) == {"blocks/mlp": 24, "blocks/attention": 2 * kv_heads}
-    counts = {"blocks/mlp": 11, "blocks/attention": kv_heads}
-    # Layer 1's heads are worth more, so that the layers keep different numbers and one is padded.
+    units = {"blocks_0/mlp": 12, "blocks_1/mlp": 12, "blocks_0/attention": kv_heads, "blocks_1/attention": kv_heads}
+    assert coupled.unit_counts(params, groups) == units
+    # The layers keep different numbers, and one is padded.
+    counts = {"blocks_0/mlp": 5, "blocks_1/mlp": 6, "blocks_0/attention": 1, "blocks_1/attention": kv_heads - 1}
     score = criteria.magnitude(params)
-    score["blocks"]["attention"] = jax.tree.map(lambda s: s.at[1].mul(1.2), score["blocks"]["attention"])
     mask = coupled.keep_units(score, masks.ones(params), which, groups, counts)
     ticket = masks.apply(params, mask)
     small, sizes = compact.compact_decoder(ticket)
@@ -95,12 +95,15 @@ def test_single_leaf_heads_and_stacked_layouts():
     params = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(1), tokens))["params"]
     which = masks.prunable(params, (("mlp/", False),))
     found = prune.units(params, which, "head")
-    assert set(found.values()) == {8} and len(found) == 4
+    assert set(found.values()) == {4} and len(found) == 2 * 4
     which = masks.prunable(params, (("attention/", False),))
-    assert prune.units(params, which, "neuron")["blocks/mlp/down/kernel"] == 2 * 16
-    assert prune.units(params, which, "4x4")["blocks/mlp/gate/kernel"] == 2 * 4 * 3
+    assert prune.units(params, which, "neuron")["blocks_1/mlp/down/kernel"] == 16
+    assert prune.units(params, which, "4x4")["blocks_1/mlp/gate/kernel"] == 4 * 3
     moe = {"blocks": {"mlp": {"experts": {"up": {"kernel": jnp.zeros((2, 5, 4, 6))}}}}}
-    assert prune.units(moe, masks.prunable(moe), "expert") == {"blocks/mlp/experts/up/kernel": 10}
+    assert prune.units(moe, masks.prunable(moe), "expert") == {
+        "blocks_0/mlp/experts/up/kernel": 5,
+        "blocks_1/mlp/experts/up/kernel": 5,
+    }
     with pytest.raises(ValueError, match="blocks/mlp/down/kernel: .*no axis of heads"):
         prune.units(params, masks.prunable(params, (("(gate|up|attention).*", False),)), "head")
 

@@ -61,7 +61,7 @@ def test_masks_are_the_lotterys():
     which = masks_lib.prunable(params, ((r"/experts/", True), (r".*", False)))
     assert masks_lib.density(masks, which) == 0.5
     # The structure "expert" of `lottery.prune` takes the same ones, leaf by leaf, from these scores.
-    removals = {path: 6 for path in prune.units(params, which, "expert")}
+    removals = {path: 3 for path in prune.units(params, which, "expert")}
     scores = load_scores(params, jnp.asarray(LOAD), CONFIG)
     again = prune.remove(scores, masks_lib.ones(params), which, removals, "expert")
     chex.assert_trees_all_equal(again["blocks"]["layer_1"]["mlp"]["experts"], mlp["experts"])
