@@ -6,7 +6,6 @@ A layer has fewer than 2**31 weights, so its own counts are plain int32; sums ov
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -24,12 +23,11 @@ def split(count: int | np.integer | Int[Array | np.ndarray, "..."]) -> Int[Array
       >>> lottery.counting.split(70_000_000_000).tolist()
       [17089843, 3072]
     """
-    if count_is_host := not isinstance(count, jax.Array) and np.asarray(count).dtype != np.int32:
-        count = np.asarray(count, np.int64)
-    elif count.shape[-1:] == (2,):
-        return jnp.asarray(count)
-    pair = (np if count_is_host else jnp).stack([count >> BITS, count & LOW], -1)
-    return jnp.asarray(pair, jnp.int32)
+    if isinstance(count, int) or (isinstance(count, np.ndarray | np.integer) and count.dtype != np.int32):
+        wide = np.asarray(count, np.int64)
+        return jnp.asarray(np.stack([wide >> BITS, wide & LOW], -1), jnp.int32)
+    count = jnp.asarray(count)
+    return count if count.shape[-1:] == (2,) else jnp.stack([count >> BITS, count & LOW], -1)
 
 
 def total(counts: Sequence[Int[Array, "..."]]) -> Int[Array, "2"]:
@@ -39,8 +37,8 @@ def total(counts: Sequence[Int[Array, "..."]]) -> Int[Array, "2"]:
       >>> lottery.counting.total([jnp.full(40, 2**31 - 1)]).tolist(), divmod(40 * (2**31 - 1), 4096)
       ([20971519, 4056], (20971519, 4056))
     """
-    parts = [split(jnp.ravel(count)[:, None])[:, 0] for count in counts]
-    return _carry(sum(jnp.sum(part, axis=0) for part in parts))
+    flat = jnp.concatenate([jnp.ravel(count) for count in counts])
+    return _carry(jnp.sum(split(flat[:, None])[:, 0], axis=0))
 
 
 def subtract(a: Int[Array, "*#G 2"], b: Int[Array, "*#G 2"]) -> Int[Array, "*G 2"]:

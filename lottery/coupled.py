@@ -168,7 +168,8 @@ def unit_counts(params: PyTree, groups: Groups) -> dict[str, int]:
       >>> lottery.coupled.unit_counts(params, lottery.coupled.mlp_neurons(("dense0", "output")))
       {'dense0': 3}
     """
-    shapes, found = {path: leaf.shape for path, leaf in flatten(params).items()}, {}
+    shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
+    found: dict[str, int] = {}
     for name, members in groups.items():
         layers = _layers(name, members, shapes, {})
         size = int(np.prod(_grid(members[0], shapes[members[0].path], name)))

@@ -206,7 +206,8 @@ def count(masks: PyTree, which: PyTree) -> dict[str, Array]:
       >>> lottery.masks.count({"kernel": jnp.array([True, False, True])}, {"kernel": True})
       {'kernel': Array(2, dtype=int32)}
     """
-    result, leaves = {}, flatten(masks)
+    result: dict[str, Array] = {}
+    leaves = flatten(masks)
     for path, chosen in flatten(which).items():
         if chosen:
             mask = leaves[path]

@@ -95,7 +95,8 @@ def shapes(params: PyTree, which: PyTree, structure: str | Structure = "unstruct
       >>> lottery.prune.shapes(params, lottery.masks.prunable(params))
       {'blocks_0/up/kernel': (3, 4), 'blocks_1/up/kernel': (3, 4)}
     """
-    found, leaves = {}, flatten(params)
+    found: dict[str, tuple[int, ...]] = {}
+    leaves = flatten(params)
     for path, chosen in flatten(which).items():
         if chosen:
             shape = leaves[path].shape
@@ -190,7 +191,8 @@ def units(params: PyTree, which: PyTree, structure: str | Structure = "unstructu
       >>> lottery.prune.units(params, {"kernel": True}, "4x2"), lottery.prune.units(params, {"kernel": True}, "neuron")
       ({'kernel': 4}, {'kernel': 4})
     """
-    found, leaves = {}, flatten(params)
+    found: dict[str, int] = {}
+    leaves = flatten(params)
     for path, chosen in flatten(which).items():
         if chosen:
             scores, mask = (jax.ShapeDtypeStruct(leaves[path].shape, dtype) for dtype in (jnp.float32, jnp.bool_))
@@ -208,7 +210,8 @@ def alive_units(masks: PyTree, which: PyTree, structure: str | Structure = "unst
       >>> lottery.prune.alive_units(mask, {"kernel": True}, "neuron")
       {'kernel': Array(1, dtype=int32)}
     """
-    found, leaves = {}, flatten(masks)
+    found: dict[str, Array] = {}
+    leaves = flatten(masks)
     for path, chosen in flatten(which).items():
         if chosen:
             names = structures.layers(path, leaves[path].shape, chosen, structure)
@@ -323,21 +326,21 @@ def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
     chosen = {path: choice for path, choice in flatten(which).items() if choice}
     layers = {path: structures.layers(path, mask[path].shape, chosen[path], structure) for path in chosen}
     everything = set(numbers) == {EVERYTHING}
-    wrong = set(numbers) - {name for names in layers.values() for name in names}
+    known = [name for names in layers.values() for name in names]
+    wrong = sorted(set(numbers) - set(known))
     if wrong and not everything:
-        able = [name for names in layers.values() for name in names]
-        raise ValueError(f"count for {', '.join(sorted(wrong))}: not a prunable layer; prunable: {', '.join(able)}")
+        raise ValueError(f"count for {', '.join(wrong)}: not a prunable layer; prunable: {', '.join(known)}")
     pruned = dict(mask)
     used = [path for path in chosen if everything or not numbers.keys().isdisjoint(layers[path])]
     rules = [structures.at(path, mask[path].shape, structure, chosen[path]) for path in used]
     pooled = [_pool(path, structure, score[path], mask[path], chosen[path]) for path in used]
-    parts = []
+    parts: list[tuple[Array, ...]] = []
     for path, rule, (unit_score, alive) in zip(used, rules, pooled, strict=True):
         unit_score = unit_score.astype(jnp.float32)
         able = alive & ~jnp.isposinf(unit_score) if rule.protects else alive
         parts.append(tuple(x.reshape(len(layers[path]), -1) for x in (unit_score, alive, able)))
 
-    def gone(parts: list[tuple[Array, Array, Array]], number: Array) -> list[Array]:
+    def gone(parts: list[tuple[Array, ...]], number: Array) -> list[Array]:
         count = counting.subtract(_total(alive for _, alive, _ in parts), number) if stay else number
         return _lowest([(unit_score, able) for unit_score, _, able in parts], count)
 
