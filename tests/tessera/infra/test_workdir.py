@@ -105,3 +105,15 @@ def test_references_are_resolved():
     lr = FieldReference(0.5)
     assert resolve(ConfigDict({"lr": lr, "b": {"lr": lr}})) == {"lr": 0.5, "b": {"lr": 0.5}}
     assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1}) != config_hash({"a": 1})
+
+
+def test_a_number_that_may_grow_is_replaced_by_a_larger_one_only(tmp_path):
+    path = prepare(tmp_path / "run", config(steps=3))
+    assert prepare(path, config(steps=5), grows=("steps",)) == path
+    assert json.loads((path / "config.json").read_text())["steps"] == 5
+    with pytest.raises(WorkdirMismatch, match="steps: 5 there, 4 now"):
+        prepare(path, config(steps=4), grows=("steps",))
+    with pytest.raises(WorkdirMismatch, match="steps: 5 there, 6 now"):
+        prepare(path, config(steps=6))
+    with pytest.raises(WorkdirMismatch, match="lr: 0.1 there, 0.2 now"):
+        prepare(path, config(steps=6, lr=0.2), grows=("steps",))
