@@ -39,7 +39,7 @@ __getattr__, __dir__, __all__ = attach(
         "flops": ("Shape", "appendix_f", "exact_matmuls", "parameters"),
         "doctor": ("Finding", "examine", "undetermined"),
         "plausible": ("examine_rows",),
-        "misfit": ("backtest", "compare_laws", "discrepancy", "lack_of_fit"),
+        "misfit": ("backtest", "compare_laws", "lack_of_fit"),
         "planner": ("acquire_runs", "half_width", "next_run"),
         "batch": ("critical_batch", "fit_rule", "fit_surface"),
         "coverage": ("isoflop_design",),

@@ -1,54 +1,22 @@
-"""Whether a law holds: lack-of-fit test, model discrepancy, backtest, comparison of laws by held-out error.
+"""Whether a law holds: lack-of-fit test, backtest, comparison of laws by held-out error."""
 
-A law is an approximation. Its discrepancy is modelled as a smooth random function of log FLOPs and log tokens per
-parameter (a Gaussian process, Kennedy & O'Hagan 2001) beside independent noise, on a law that is linear in its
-parameters near the fit (universal kriging). How large and how smooth it is, is averaged over by restricted likelihood,
-so intervals widen where residuals are not independent, and everywhere as far as the rows cannot exclude it.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import stdtr
 from scipy.stats import f as f_distribution
 
 from scaling.doctor import Finding
 from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.discrepancy import basis, coordinates, slopes_of
 from scaling.fitting.fit import Fit, FitConfig, fit, polish
 from scaling.fitting.intervals import prediction_interval
 from scaling.laws import Law
-from scaling.optimum import Optimum, compute_optimal
-from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
+from scaling.rows import Rows
 
-# Prior probability that a law holds exactly; lengths (decades) over which its discrepancy may change; its variances in
-# units of the noise's. Chosen on the tables of docs/fits.md, with simulated sweeps as the check.
-EXACT, LENGTHS, VARIANCES = 0.1, (0.5, 1.0, 2.0), tuple(np.geomspace(1e-2, 1e4, 13))
 REJECTED = 0.01
-# Sizes about the law's optimum, in log N, among which that of the law with its discrepancy is looked for.
-REACH = 3.0
-# Rows, evenly chosen by FLOPs, that a discrepancy is estimated from: its time grows with their cube.
-MOST_ROWS = 500
-
-
-def coordinates(law: Law, rows: Rows) -> Float[np.ndarray, "K R"]:
-    """Compute where rows lie: decades of FLOPs and of tokens per parameter, and the law's further features."""
-    features = {name: values[:, 0] / np.log(10) for name, values in law.gather(rows).items() if name.startswith("log_")}
-    others = [values[:, 0] for name, values in law.gather(rows).items() if not name.startswith("log_")]
-    if {"log_params", "log_tokens"} <= set(features):
-        size, data = features.pop("log_params"), features.pop("log_tokens")
-        return np.stack([size + data, data - size, *features.values(), *others])
-    return np.stack([*features.values(), *others])
-
-
-def slopes_of(fitted: Fit, rows: Rows) -> Float[np.ndarray, "R P"]:
-    """Differentiate log loss by raw parameters at the fit, by central differences."""
-    size, step = len(fitted.theta), 1e-5
-    shifts = step * np.concatenate([np.eye(size), -np.eye(size)], 1)
-    moved = fitted.law.predict(fitted.theta[:, None] + shifts, fitted.law.gather(rows))
-    return (moved[:, :size] - moved[:, size:]) / (2 * step)
 
 
 class LackOfFit(NamedTuple):
@@ -90,8 +58,7 @@ def lack_of_fit(fitted: Fit) -> LackOfFit:
     squares = polish(fitted.theta[:, None], np.ones((len(rows), 1)), rows, law, FitConfig(objective="normal"))
     theta = squares.theta[:, 0] if np.isfinite(squares.theta).all() else fitted.theta
     residual = np.log(rows["loss"]) - law.predict(theta[:, None], law.gather(rows))[:, 0]
-    at = replace(fitted, theta=theta)
-    base = _columns(slopes_of(at, rows))
+    base = basis(slopes_of(law, theta, rows))
     place = coordinates(law, rows)
     place = (place - place.mean(1, keepdims=True)) / np.maximum(place.std(1, keepdims=True), 1e-12)
     place = place[place.std(1) > 0.5]
@@ -109,13 +76,6 @@ def lack_of_fit(fitted: Fit) -> LackOfFit:
     return LackOfFit(float(f_distribution.sf(ratio, gained, spare)), gained, *map(float, scales))
 
 
-def _columns(slopes_RP: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of the columns, without those that rows do not determine."""
-    scale = np.linalg.norm(slopes_RP, axis=0)
-    left, values, _ = np.linalg.svd(slopes_RP / np.where(scale > 0, scale, 1.0), full_matrices=False)
-    return left[:, values > 1e-6 * values[0]]
-
-
 def examine_law(fitted: Fit) -> Finding:
     """Report the lack-of-fit test as a finding."""
     found = lack_of_fit(fitted)
@@ -126,155 +86,6 @@ def examine_law(fitted: Fit) -> Finding:
         text = f"The law is rejected: {text}. Beyond the runs it may bend further."
         return Finding("lack of fit", "warning", text, numbers)
     return Finding("lack of fit", "fine", f"The law is not rejected: {text}.", numbers)
-
-
-class Discrepancy(NamedTuple):
-    """The discrepancy of a fitted law, averaged over its size and length.
-
-    Attributes:
-      fitted: the fit.
-      share: posterior probability of every candidate [M], the exact law first.
-      settings: (length in decades, variance over that of the noise) of every candidate.
-      noise: standard deviation of the noise under every candidate.
-      spare: degrees of freedom.
-    """
-
-    fitted: Fit
-    share: Float[np.ndarray, " M"]
-    settings: tuple[tuple[float, float], ...]
-    noise: Float[np.ndarray, " M"]
-    spare: int
-
-    def predict(self, rows: Rows, *, level: float = 0.95) -> Float[np.ndarray, "2 R"]:
-        """Compute the prediction interval of one new run's loss at each row's sizes."""
-        likely = np.flatnonzero(self.share)
-        found = [self._law_and_discrepancy(rows, int(m)) for m in likely]
-        mean, variance = (np.array(parts) for parts in zip(*found, strict=True))
-        error = np.sqrt(self.noise[likely, None] ** 2 + variance)
-        return np.exp(_mixture(mean, error, self.share[likely], max(self.spare, 1), level))
-
-    def surfaces(self, rows: Rows, count: int = 400, *, seed: int = 42) -> Float[np.ndarray, "R B"]:
-        """Draw log losses without noise, law and discrepancy together, from their posterior."""
-        stream, drawn = np.random.default_rng(seed), []
-        for m, number in enumerate(stream.multinomial(count, self.share)):
-            if number:
-                mean, covariance = self._law_and_discrepancy(rows, m, joint=True)
-                values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-                normal = vectors @ (
-                    np.sqrt(np.maximum(values, 0))[:, None] * stream.standard_normal((len(mean), number))
-                )
-                drawn.append(
-                    mean[:, None] + normal * np.sqrt(self.spare / stream.chisquare(max(self.spare, 1), number))
-                )
-        return np.concatenate(drawn, 1)
-
-    def optima(
-        self, budgets: Sequence[float], *, at: Mapping[str, float] | None = None, count: int = 400, seed: int = 42
-    ) -> Optimum:
-        """Draw compute-optimal sizes at budgets [C, B]: the lowest points of drawn surfaces, near those of the law."""
-        fitted = self.fitted
-        best = compute_optimal(fitted.law, fitted.theta[:, None], budgets, at=at).params[:, 0]
-        sizes = best[:, None] * np.exp(np.linspace(-REACH, REACH, 101))
-        flops = np.repeat(np.asarray(budgets, float), sizes.shape[1])
-        columns = {"params": sizes.ravel(), "flops": flops, "loss": np.ones(sizes.size)}
-        others = {name: np.full(sizes.size, value) for name, value in (at or {}).items()}
-        loss = self.surfaces(make_rows(columns | others), count, seed=seed).reshape(*sizes.shape, -1)
-        lowest = np.clip(loss.argmin(1), 1, sizes.shape[1] - 2)
-        # The vertex of the parabola through the lowest point and its neighbors.
-        below, here, above = (np.take_along_axis(loss, lowest[:, None] + i, 1)[:, 0] for i in (-1, 0, 1))
-        aside = 0.5 * (below - above) / np.maximum(below - 2 * here + above, 1e-15)
-        step = 2 * REACH / (sizes.shape[1] - 1)
-        params = np.take_along_axis(sizes, lowest, 1) * np.exp(step * np.clip(aside, -0.5, 0.5))
-        tokens = np.asarray(budgets, float)[:, None] / (PER_PARAMETER_AND_TOKEN * params)
-        return Optimum(params, tokens, np.exp(loss.min(1)))
-
-    def _law_and_discrepancy(self, rows: Rows, m: int, *, joint: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [R] and variance [R], or covariance [R, R], of log loss at rows under one candidate."""
-        fitted, law, (length, variance) = self.fitted, self.fitted.law, self.settings[m]
-        slopes, there = slopes_of(fitted, fitted.rows), slopes_of(fitted, rows)
-        here, new = coordinates(law, fitted.rows), coordinates(law, rows)
-        cross = variance * _kernel(new, here, length)
-        inverse, step, spread = _solve(slopes, variance * _kernel(here, here, length), -fitted.residuals)
-        weights = cross @ inverse
-        mean = law.predict(fitted.theta[:, None], law.gather(rows))[:, 0] + there @ step
-        mean = mean + weights @ (-fitted.residuals - slopes @ step)
-        rest, square = there - weights @ slopes, self.noise[m] ** 2
-        if joint:
-            return mean, square * (variance * _kernel(new, new, length) - weights @ cross.T + rest @ spread @ rest.T)
-        explained = np.sum(weights * cross, 1)
-        return mean, square * (np.maximum(variance - explained, 0) + np.einsum("ij,jk,ik->i", rest, spread, rest))
-
-
-def discrepancy(fitted: Fit) -> Discrepancy:
-    """Estimate the discrepancy of a fitted law from its residuals.
-
-    Example:
-      >>> import scaling
-      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
-      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
-      >>> law = scaling.find_law("chinchilla")
-      >>> found = scaling.discrepancy(scaling.fit(rows, law, starts=law.raw(truth)[:, None]))
-      >>> low, high = found.predict(scaling.make_rows({"params": [1e9], "tokens": [2e10], "loss": [1.0]}))
-      >>> bool(0.002 < high[0] - low[0] < 0.1)
-      True
-    """
-    if len(fitted.rows) > MOST_ROWS:
-        few = np.argsort(fitted.rows["flops"], kind="stable")[
-            np.linspace(0, len(fitted.rows) - 1, MOST_ROWS).astype(int)
-        ]
-        fitted = replace(fitted, rows=fitted.rows.take(few), residuals=fitted.residuals[few])
-    slopes, residual = slopes_of(fitted, fitted.rows), -fitted.residuals
-    place, base = coordinates(fitted.law, fitted.rows), _columns(slopes)
-    # Contrasts that no parameter of the law can explain.
-    free = np.linalg.svd(base, full_matrices=True)[0][:, base.shape[1] :]
-    spare = free.shape[1]
-    settings = [(LENGTHS[0], 0.0), *((length, variance) for length in LENGTHS for variance in VARIANCES)]
-    likelihood, noise = [], []
-    for length in LENGTHS:
-        kernel = _kernel(place, place, length)
-        values, vectors = np.linalg.eigh(free.T @ kernel @ free)
-        seen = vectors.T @ (free.T @ residual)
-        for variance in [v for one, v in settings if one == length]:
-            scale = 1 + variance * np.maximum(values, 0)
-            square = max(float(np.mean(seen**2 / scale)), 1e-18) if spare else 1e-18
-            prior = EXACT if variance == 0 else (1 - EXACT) / (len(settings) - 1)
-            likelihood.append(np.log(prior) - 0.5 * (spare * np.log(square) + np.log(scale).sum()))
-            noise.append(np.sqrt(square))
-    share = np.exp(np.array(likelihood) - max(likelihood))
-    # What no one would ever draw costs time only.
-    share = np.where(share > 1e-4 * share.max(), share, 0.0)
-    share /= share.sum()
-    return Discrepancy(fitted, share, tuple(settings), np.array(noise), spare)
-
-
-def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
-    apart = sum((a[:, None] - b[None, :]) ** 2 for a, b in zip(one, other, strict=True))
-    return np.exp(-0.5 * apart / length**2)
-
-
-def _solve(slopes: np.ndarray, kernel: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Generalized least squares under 1 + kernel: its inverse, the step of the parameters, and their spread."""
-    inverse = np.linalg.inv(np.eye(len(kernel)) + kernel)
-    scale = np.linalg.norm(slopes, axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
-    unit = slopes / scale
-    spread = np.linalg.pinv(unit.T @ inverse @ unit, rcond=1e-13, hermitian=True) / np.outer(scale, scale)
-    return inverse, spread @ (slopes.T @ (inverse @ residual)), spread
-
-
-def _mixture(mean_MR: np.ndarray, error_MR: np.ndarray, share_M: np.ndarray, spare: int, level: float) -> np.ndarray:
-    """Central intervals [2, R] of a mixture of Student's t distributions."""
-    reach = 100 * error_MR.max(0)
-    ends = []
-    for share in (0.5 - level / 2, 0.5 + level / 2):
-        low, high = mean_MR.min(0) - reach, mean_MR.max(0) + reach
-        # Bisection: to a millionth of the spread, all rows at once.
-        for _ in range(40):
-            middle = (low + high) / 2
-            under = share_M @ stdtr(spare, (middle - mean_MR) / error_MR) < share
-            low, high = np.where(under, middle, low), np.where(under, high, middle)
-        ends.append((low + high) / 2)
-    return np.stack(ends)
 
 
 class Backtest(NamedTuple):
@@ -362,7 +173,7 @@ def backtest(
         plain = prediction_interval(fitted, bootstrap(fitted, resampled, seed=seed), held_out, level=level)
     predicted = law.predict(fitted.theta[:, None], law.gather(held_out))[:, 0]
     bias = float(np.mean(np.log(held_out["loss"]) - predicted))
-    interval = discrepancy(fitted).predict(held_out, level=level)
+    interval = fitted.discrepancy().predict(held_out, level=level)
     return Backtest(share, int(below.sum()), held_out, interval, plain, bias)
 
 
@@ -460,7 +271,7 @@ def examine_laws(found: Sequence[Candidate], law: Law) -> Finding:
 
 
 def _candidate(fitted: Fit) -> Candidate:
-    base = _columns(slopes_of(fitted, fitted.rows))
+    base = basis(slopes_of(fitted.law, fitted.theta, fitted.rows))
     count, spare = len(fitted.rows), max(len(fitted.rows) - base.shape[1] - 1, 1)
     leverage = np.minimum(np.sum(base**2, 1), 1 - 1e-6)
     left_out = fitted.residuals / (1 - leverage)

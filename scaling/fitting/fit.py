@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from scaling.fitting.discrepancy import Discrepancy, estimate_discrepancy
 from scaling.fitting.solve import Problem, Solved, solve
 from scaling.laws import Law
 from scaling.rows import Rows
@@ -58,7 +59,15 @@ class Search(NamedTuple):
     ended: Solved
 
 
-@dataclass(frozen=True)
+class Prediction(NamedTuple):
+    """Losses [R] that a fit predicts, and the ends of the interval of one new run at each place."""
+
+    loss: Float[np.ndarray, " R"]
+    low: Float[np.ndarray, " R"]
+    high: Float[np.ndarray, " R"]
+
+
+@dataclass(frozen=True, repr=False)
 class Fit:
     """A fitted law.
 
@@ -118,6 +127,41 @@ class Fit:
         if self.config.objective == "normal":
             return -count * (0.5 * np.log(2 * np.pi * scale**2) + 0.5)
         return None
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value:.5g}" for name, value in self.parameters.items())
+        state = "converged" if self.converged else "not converged"
+        return f"Fit({self.law.name} to {len(self.rows)} rows, {state}: {values})"
+
+    def summary(self) -> str:
+        """Describe the fit in lines: law, rows, parameters, objective, residuals."""
+        lines = [f"{self.law.name}: {self.law.formula}" if self.law.formula else self.law.name]
+        lines += [f"  {name} = {value:.6g}" for name, value in self.parameters.items()]
+        state = "converged" if self.converged else "did not converge"
+        lines.append(f"{len(self.rows)} rows of {self.rows.source}, {self.config.objective}: {self.value:.6g}, {state}")
+        lines.append(f"residuals of log loss: scale {self.scale:.3g}, largest {np.abs(self.residuals).max():.3g}")
+        return "\n".join(lines)
+
+    def discrepancy(self) -> Discrepancy:
+        """Estimate what the law misses from the residuals; see `scaling.fitting.discrepancy`."""
+        return estimate_discrepancy(self.law, self.theta, self.rows, self.residuals)
+
+    def predict(self, rows: Rows, *, level: float = 0.95) -> Prediction:
+        """Predict losses at rows' sizes (their losses are not used), with the interval of one new run each.
+
+        Example:
+          >>> import scaling
+          >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+          >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+          >>> law = scaling.find_law("chinchilla")
+          >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+          >>> new = scaling.make_rows({"params": [1e9], "tokens": [2e10], "loss": [1.0]})
+          >>> predicted = fitted.predict(new)
+          >>> bool(predicted.low[0] < predicted.loss[0] < predicted.high[0])
+          True
+        """
+        loss = np.exp(self.law.predict(self.theta[:, None], self.law.gather(rows))[:, 0])
+        return Prediction(loss, *self.discrepancy().predict(rows, level=level))
 
 
 def thresholds(config: FitConfig) -> list[float]:

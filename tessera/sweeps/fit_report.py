@@ -13,6 +13,7 @@ import numpy as np
 
 from scaling import doctor, isoflop, misfit
 from scaling.fitting.bootstrap import Bootstrap, bootstrap, refit, resamples
+from scaling.fitting.discrepancy import Discrepancy
 from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval
 from scaling.laws import Law, restrict, tie
@@ -495,7 +496,7 @@ def describe_fit(
     law, here, target, at = fitted.law, fitted.parameters, max(config.budgets), held_at(fitted, config)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
     tested = None if reason else misfit.lack_of_fit(fitted)
-    wrong = misfit.discrepancy(fitted) if config.misfit and boot is not None and not reason else None
+    wrong = fitted.discrepancy() if config.misfit and boot is not None and not reason else None
 
     def pair(draws: np.ndarray, estimate: float | None) -> list[float] | None:
         objective = "normal" if estimate is None else fitted.config.objective
@@ -568,7 +569,7 @@ def planned(
     boot: Bootstrap | None,
     config: ScalingConfig,
     pair: Any,
-    wrong: misfit.Discrepancy | None,
+    wrong: Discrepancy | None,
     bent: Optimum | None,
     reason: str = "",
 ) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def test_the_f_test_is_that_of_linear_regression():
     x = np.stack([np.log10(rows["flops"]), np.log10(rows["tokens"] / rows["params"])])
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     extra = np.stack([x[0], x[1], x[0] ** 2, x[1] * x[0], x[1] ** 2], 1)
-    slopes = misfit.slopes_of(one, rows)
+    slopes = misfit.slopes_of(CHINCHILLA, one.theta, rows)
     squares = []
     for design in (slopes, np.concatenate([slopes, extra], 1)):
         unit = design / np.linalg.norm(design, axis=0)
@@ -52,7 +52,7 @@ def test_a_true_law_is_rejected_as_often_as_the_level_says():
 
 def test_kriging_is_the_conditional_of_a_gaussian():
     one = fitted(sweep(0.004, budgets=4, sizes=5))
-    found = misfit.discrepancy(one)
+    found = one.discrepancy()
     new = make_rows({"params": [1e9, 3e9], "tokens": [3e10, 1e11], "loss": [1.0, 1.0]})
     m = int(np.argmax(found.share))
     length, variance = found.settings[m]
@@ -60,7 +60,7 @@ def test_kriging_is_the_conditional_of_a_gaussian():
     # Flat prior on parameters as a limit: joint covariance of observations and new values, conditioned by hand.
     both = np.concatenate([misfit.coordinates(CHINCHILLA, one.rows), misfit.coordinates(CHINCHILLA, new)], 1)
     apart = ((both[:, :, None] - both[:, None, :]) ** 2).sum(0)
-    slopes = np.concatenate([misfit.slopes_of(one, one.rows), misfit.slopes_of(one, new)])
+    slopes = np.concatenate([misfit.slopes_of(CHINCHILLA, one.theta, rows) for rows in (one.rows, new)])
     slopes = slopes / np.linalg.norm(slopes[:20], axis=0)
     prior = variance * np.exp(-0.5 * apart / length**2) + 1e6 * slopes @ slopes.T
     seen = prior[:20, :20] + np.eye(20)
@@ -79,7 +79,7 @@ def test_intervals_hold_new_runs_whether_the_law_is_true_or_not():
     for bend in (0.0, 0.01):
         held = []
         for seed in range(5):
-            found = misfit.discrepancy(fitted(sweep(bend, seed=seed, budgets=4, sizes=7)))
+            found = fitted(sweep(bend, seed=seed, budgets=4, sizes=7)).discrepancy()
             again = sweep(bend, seed=100 + seed, budgets=4, sizes=7)
             low, high = found.predict(again)
             held.append(np.mean((low <= again["loss"]) & (again["loss"] <= high)))
@@ -92,14 +92,14 @@ def test_intervals_hold_new_runs_whether_the_law_is_true_or_not():
 def test_optima_of_a_bent_law_are_found():
     rows = sweep(0.01, noise=0.001)
     one = fitted(rows)
-    draws = misfit.discrepancy(one).optima([1e20]).params[0]
+    draws = one.discrepancy().optima([1e20]).params[0]
     low, high = np.percentile(draws, [0.5, 99.5])
     size = np.geomspace(1e7, 1e11, 4001)
     tokens = 1e20 / 6 / size
     place = 0.3 * np.log10(tokens / size / 20)
     loss = EPOCH["E"] + EPOCH["A"] / size ** EPOCH["alpha"] + EPOCH["B"] / tokens ** EPOCH["beta"]
     assert low < size[np.argmin(loss * (1 + 0.01 * place**2))] < high and high < 3 * low
-    exact = misfit.discrepancy(fitted(sweep(noise=0.001)))
+    exact = fitted(sweep(noise=0.001)).discrepancy()
     best = float(chinchilla_optimum(EPOCH, [1e20]).params[0, 0])
     low, high = np.percentile(exact.optima([1e20]).params[0], [2.5, 97.5])
     assert low < best < high
@@ -130,7 +130,7 @@ def test_errors_of_rows_left_out_are_those_of_refits():
         rest = rows.take(np.arange(12) != i)
         refit = fit(rest, law, squares, starts=candidate.fitted.theta[:, None])
         predicted = law.predict(refit.theta[:, None], law.gather(rows))[i, 0]
-        h = np.sum(misfit._columns(misfit.slopes_of(candidate.fitted, rows))[i] ** 2)
+        h = np.sum(misfit.basis(misfit.slopes_of(law, candidate.fitted.theta, rows))[i] ** 2)
         assert candidate.fitted.residuals[i] / (1 - h) == pytest.approx(predicted - np.log(rows["loss"][i]), rel=0.1)
 
 
