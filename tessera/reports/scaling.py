@@ -13,7 +13,7 @@ from scaling.fitting.fit import Fit
 from scaling.isoflop import Curves, Minimum, PowerLaw
 from scaling.misfit import Backtest
 from scaling.optimum import compute_optimal, log_loss_at
-from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
+from scaling.rows import Rows
 from tessera.reports import style
 from tessera.reports.style import GRID, INK, MUTED, PALETTE, Axes, Figure, dots, log_values, note, ramp, short, titles
 
@@ -44,9 +44,11 @@ def isoflop_figure(
         dots(ax, sizes, loss, color, 3.5)
         line = np.geomspace(sizes.min() / 1.15, sizes.max() * 1.15, 80)
         if fitted is not None:
-            tokens = budgets[number] / (PER_PARAMETER_AND_TOKEN * line)
-            height = np.exp(log_loss_at(fitted.law, fitted.theta[:, None], line, tokens, at)[:, 0])
-            best = compute_optimal(fitted.law, fitted.theta[:, None], [budgets[number]], at=at)
+            mine, theta = rows.take(groups == number), fitted.theta[:, None]
+            # FLOPs as the table counts them need not be 6 N D.
+            product = float(np.median(mine["params"] * mine["tokens"] / mine["flops"]))
+            height = np.exp(log_loss_at(fitted.law, theta, line, budgets[number] * product / line, at)[:, 0])
+            best = compute_optimal(fitted.law, theta, [budgets[number]], at=at, tokens_per_flop=product)
             ax.plot(line, height, color=color, linewidth=1.3)
             if line[0] <= best.params[0, 0] <= line[-1]:
                 _diamond(ax, best.params[0], best.loss[0])

@@ -20,7 +20,7 @@ class FitPage(NamedTuple):
 
 def span(pair: list[float] | None) -> str:
     """An interval in words; "not measured" without one."""
-    return f"{pair[0]:.4g} to {pair[1]:.4g}" if pair else "not measured"
+    return f"{short(pair[0])} to {short(pair[1])}" if pair else "not measured"
 
 
 def summary(result: Mapping[str, Any]) -> list[str]:
@@ -52,8 +52,13 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             continue
         params, ratio = (span(row.get(f"{name}_interval")) for name in ("params", "ratio"))
         texts.append(
-            f"{at}: {row['params']:.3g} parameters ({params}), {row['tokens']:.3g} tokens, {row['ratio']:.3g} per "
-            f"parameter ({ratio})."
+            f"{at}: {short(row['params'])} parameters ({params}), {short(row['tokens'])} tokens, "
+            f"{row['ratio']:.3g} per parameter ({ratio})."
+        )
+    if result.get("rejected"):
+        texts.append(
+            "The law is rejected by its residuals: intervals of optima and of a new run allow for what it misses, and "
+            "need not hold the law's own values."
         )
     warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
     if warnings:
@@ -76,8 +81,8 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
     if not result.get("undetermined"):
         sections.append(optimum_section(result))
     if "approaches" in result:
-        columns = {"approach": "approach", "N* grows as C^": "a"}
-        columns |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "": "refused"}
+        columns = {"approach": lambda row: f"approach {row['approach']}", "N* grows as C^": "a"}
+        columns |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "none because": "refused"}
         caption = "The same rows by all approaches. Where intervals do not fit together, the doctor says so."
         sections.append(Section("All approaches", table_of(result["approaches"], columns), caption))
     if result.get("next_runs"):
@@ -89,7 +94,8 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
             "assumed to hold."
         )
         sections.append(Section("The next run to buy", table, caption))
-    findings = table_of(result["doctor"], {"verdict": "verdict", "examined": "name", "finding": "text"})
+    worst_first = sorted(result["doctor"], key=lambda found: ("warning", "note", "fine").index(found["verdict"]))
+    findings = table_of(worst_first, {"verdict": "verdict", "examined": "name", "finding": "text"})
     return [*sections, Section("Doctor", findings)]
 
 

@@ -203,7 +203,8 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         names = ("alpha", "beta") if {"alpha", "beta"} <= set(law.parameters) else law.parameters[:2]
         draws = np.full(1, np.nan) if reason else optima(fitted, converged_draws(fitted, boot), (target,), at).params[0]
         picture = partial(figures.bootstrap_figure, fitted, boot, (names[0], names[1]), np.log(draws), target)
-        own.append(Section("Bootstrap", picture))
+        caption = "The fit to every resample, as if the law held." if result["rejected"] else ""
+        own.append(Section("Bootstrap", picture, caption))
     return FitPage(result, [], own)
 
 
@@ -532,6 +533,7 @@ def describe_fit(
         "objective": fitted.config.objective,
         **{name: getattr(fitted, name) for name in ("value", "converged", "log_likelihood", "scale")},
         "undetermined": reason,
+        "rejected": bent is not None,
         "held": at,
         "level": config.level,
         "intervals": intervals if boot is not None else "none",
