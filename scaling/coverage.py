@@ -11,6 +11,7 @@ from scaling.fitting.bootstrap import refit, resamples
 from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval, profile
 from scaling.laws import Law
+from scaling.misfit import lack_of_fit
 from scaling.optimum import chinchilla_optimum
 from scaling.published import CHINCHILLA
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
@@ -39,6 +40,8 @@ class Coverage(NamedTuple):
       intervals: [2, sweeps] by quantity.
       truth: true values by quantity.
       new_run: share of new runs whose loss fell into its prediction interval.
+      discrepant_run: the same with the discrepancy of the law allowed for; NaN if it was not asked for.
+      rejected: share of sweeps whose law was rejected by the lack-of-fit test; NaN likewise.
       profiled: share of sweeps whose profile-likelihood interval held the true value, by parameter.
       sweeps: number of them.
       converged: whether each sweep's fit converged.
@@ -48,6 +51,8 @@ class Coverage(NamedTuple):
     intervals: dict[str, Float[np.ndarray, "2 S"]]
     truth: dict[str, float]
     new_run: float
+    discrepant_run: float
+    rejected: float
     profiled: dict[str, float]
     sweeps: int
     converged: Bool[np.ndarray, " S"]
@@ -109,6 +114,7 @@ def simulate_coverage(
     config: FitConfig | None = None,
     tail: Tail = "normal",
     profiled: tuple[str, ...] = (),
+    misfit: bool = False,
     seed: int = 0,
 ) -> Coverage:
     """Simulate sweeps from a known law, fit and bootstrap each, and count how often intervals hold the true values.
@@ -124,6 +130,7 @@ def simulate_coverage(
       config: of the fits; "normal" if None, which fits the noise that is drawn.
       tail: of the noise; "student" is Student's t with 4 degrees of freedom, scaled to the standard deviation.
       profiled: parameters whose profile likelihood is counted too.
+      misfit: whether the discrepancy's intervals and the lack-of-fit test are counted too.
       seed: of noise and resamples.
     """
     config = config or FitConfig(objective="normal")
@@ -133,7 +140,7 @@ def simulate_coverage(
     exact = {name: float(np.squeeze(f(_by_name(law, theta)))) for name, f in quantities.items()}
     edges: dict[str, list[np.ndarray]] = {name: [] for name in quantities}
     held: dict[str, list[bool]] = {name: [] for name in profiled}
-    fell, converged = [], []
+    fell, bent, rejected, converged = [], [], [], []
     for sweep in range(sweeps):
         drawn, again = (np.exp(mean + noise * _draw(rng, len(rows), tail)) for _ in range(2))
         seen = Rows({**rows.columns, "loss": drawn}, rows.source)
@@ -147,12 +154,17 @@ def simulate_coverage(
             edges[name].append(bootstrap_interval(f(draws), *sizes, level, config.objective, estimate=at))
         low, high = prediction_interval(fitted, boot, rows, level=level)
         fell.append(np.mean((low <= again) & (again <= high)))
+        if misfit:
+            low, high = fitted.discrepancy().predict(rows, level=level)
+            bent.append(np.mean((low <= again) & (again <= high)))
+            rejected.append(lack_of_fit(fitted).rejected)
         for name in profiled:
             held[name].append(_profile_holds(fitted, name, truth[name], level))
     stacked = {name: np.stack(found, 1) for name, found in edges.items()}
     share = {n: float(np.mean((e[0] <= exact[n]) & (exact[n] <= e[1]))) for n, e in stacked.items()}
+    found = [float(np.mean(values)) if misfit else float("nan") for values in (bent, rejected)]
     by_profile = {name: float(np.mean(found)) for name, found in held.items()}
-    return Coverage(share, stacked, exact, float(np.mean(fell)), by_profile, sweeps, np.array(converged))
+    return Coverage(share, stacked, exact, float(np.mean(fell)), *found, by_profile, sweeps, np.array(converged))
 
 
 def _draw(rng: np.random.Generator, count: int, tail: Tail) -> np.ndarray:

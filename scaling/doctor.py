@@ -10,7 +10,7 @@ from scipy.stats import chi2, f
 
 from scaling.evaluate import Terms
 from scaling.fitting.bootstrap import Bootstrap, refit
-from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds
+from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds, weights_of
 from scaling.fitting.intervals import relative_likelihood
 from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
 from scaling.laws import Law
@@ -225,7 +225,7 @@ def dropped(fitted: Fit, all_rows: Rows, budget: float, at: At = None) -> Findin
     """Compute the effect on N* of fitting all rows, when some were left out before the fit."""
     if len(all_rows) == len(fitted.rows):
         return left_out(fitted.rows, all_rows)
-    refitted = polish(fitted.basins_PK[:, :1], np.ones((len(all_rows), 1)), all_rows, fitted.law, fitted.config)
+    refitted = polish(fitted.basins_PK[:, :1], weights_of(all_rows, fitted.config), all_rows, fitted.law, fitted.config)
     moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], refitted.theta], 1), budget, at)
     shift = float(moved[1] - moved[0])
     effect = f"N* at {budget:.3g} FLOPs at {np.exp(shift):.3f} times this fit's" if np.isfinite(shift) else ""

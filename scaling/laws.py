@@ -194,18 +194,20 @@ def custom_law(
     starts: Mapping[str, Sequence[float]],
     columns: Sequence[str],
     formula: str = "",
+    signed: Sequence[str] = (),
 ) -> Law:
-    """Make a law from any function of columns, with named positive parameters.
+    """Make a law from any function of columns, with named parameters, positive unless they are `signed`.
 
     Args:
       name: for messages.
       predict: (natural parameters by name [1, S], columns by name [R, 1]) -> losses [R, S], positive, in jax.numpy.
-      starts: natural (positive) starting values by parameter.
+      starts: natural starting values by parameter.
       columns: the columns it uses.
       formula: in text.
+      signed: parameters that may be negative.
 
     Raises:
-      ValueError: a starting value that is not positive.
+      ValueError: a starting value of a parameter that is not signed, and not positive.
 
     Example:
       >>> import jax.numpy as jnp, scaling
@@ -222,14 +224,21 @@ def custom_law(
       {'A': 20.0, 'E': 1.5}
     """
     for parameter, values in starts.items():
-        if not len(values) or min(values) <= 0:
-            raise ValueError(f"{name}: starts of {parameter} are {tuple(values)}; parameters must be positive")
+        if not len(values) or (min(values) <= 0 and parameter not in signed):
+            raise ValueError(
+                f"{name}: starts of {parameter} are {tuple(values)}; parameters must be positive unless they are signed"
+            )
+    positive = frozenset(starts) - set(signed)
 
     def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
-        return jnp.log(predict({key: jnp.exp(value) for key, value in theta.items()}, features))
+        natural = {key: jnp.exp(value) if key in positive else value for key, value in theta.items()}
+        return jnp.log(predict(natural, features))
 
-    grid = {key: tuple(float(np.log(value)) for value in values) for key, values in starts.items()}
-    return Law(name, tuple(starts), frozenset(starts), tuple(columns), log_loss, grid, formula=formula)
+    grid = {
+        key: tuple(float(np.log(value)) if key in positive else float(value) for value in values)
+        for key, values in starts.items()
+    }
+    return Law(name, tuple(starts), positive, tuple(columns), log_loss, grid, formula=formula)
 
 
 def _free_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:

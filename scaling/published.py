@@ -30,6 +30,13 @@ CURVE = power_law(
     formula="E + A / D^alpha, a learning curve",
 )
 
+COMPUTE = power_law(
+    "compute",
+    (("A", (("alpha", "log_flops", -1.0),)), ("E", ())),
+    {"A": (0.0, 2.5, 5.0, 10.0), "E": (-1.0, 0.0, 0.5, 1.0), "alpha": (0.02, 0.05, 0.1, 0.3)},
+    formula="E + A / C^alpha, of FLOPs alone: the frontier of best runs (Kaplan et al. 2020, eq. 1.3 with a floor)",
+)
+
 # a_D of the paper is B^(1 / b_D); N counts non-zero parameters.
 SPARSITY = power_law(
     "sparsity",
@@ -194,7 +201,8 @@ ROUTED = Law(
 )
 
 LAWS: dict[str, Law] = {
-    law.name: law for law in (CHINCHILLA, KAPLAN, CURVE, DATA_CONSTRAINED, SPARSITY, ROUTED, FINE_GRAINED, JOINT)
+    law.name: law
+    for law in (CHINCHILLA, KAPLAN, CURVE, COMPUTE, DATA_CONSTRAINED, SPARSITY, ROUTED, FINE_GRAINED, JOINT)
 }
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scaling.fitting.discrepancy import Discrepancy, estimate_discrepancy
 from scaling.fitting.solve import Problem, Solved, solve
 from scaling.laws import Law
-from scaling.rows import Rows
+from scaling.rows import RowError, Rows
 
 Objective = Literal["huber", "laplace", "normal"]
 
@@ -32,6 +32,7 @@ class FitConfig:
       tol: relative predicted decrease of the objective at which a fit has converged.
       keep: most distinct end points that are polished.
       starts: most starts, evenly chosen from the law's grid; 0 for all.
+      weights: column of the rows' weights in the objective; "" for equal ones.
 
     Example:
       >>> import scaling
@@ -46,6 +47,7 @@ class FitConfig:
     tol: float = 1e-11
     keep: int = 32
     starts: int = 0
+    weights: str = ""
 
     def __post_init__(self):
         if not self.delta > 0:
@@ -171,6 +173,22 @@ def thresholds(config: FitConfig) -> list[float]:
     under any run's noise. The square is a threshold above any residual.
     """
     return {"huber": [config.delta], "laplace": [1e-3, 1e-4, 1e-5, 1e-6], "normal": [1e3]}[config.objective]
+
+
+def weights_of(rows: Rows, config: FitConfig) -> Float[np.ndarray, "R 1"]:
+    """Read the weights of rows in the objective; ones without a column for them.
+
+    Raises:
+      scaling.rows.RowError: the column is missing, not numeric or negative.
+    """
+    if not config.weights:
+        return np.ones((len(rows), 1))
+    weights = rows.need([config.weights])[config.weights]
+    bad = np.flatnonzero(weights < 0)
+    if len(bad):
+        problems = [(int(i) + 1, config.weights, f"{weights[i]} is a negative weight") for i in bad]
+        raise RowError(problems, rows.source, rows.lines)
+    return weights[:, None]
 
 
 def make_problem(rows: Rows, law: Law, delta: float, *, centered: bool = True) -> Problem:
@@ -309,10 +327,9 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
     if starts is None and config.starts:
         start_PS = start_PS[:, :: -(-start_PS.shape[1] // config.starts)]
     problem = make_problem(rows, law, thresholds(config)[0])
-    one = np.ones((len(rows), 1))
     ended = solve(
         start_PS,
-        one,
+        weights_of(rows, config),
         problem,
         law,
         newton=False,
@@ -351,7 +368,7 @@ def fit_near(fitted: Fit, rows: Rows, *, spread: float = 0.3) -> Fit:
 def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, search: Search) -> Fit:
     """Polish candidates, select the distinct optima, and make the record."""
     problem = make_problem(rows, law, thresholds(config)[0])
-    solved = polish(theta_PS, np.ones((len(rows), 1)), rows, law, config)
+    solved = polish(theta_PS, weights_of(rows, config), rows, law, config)
     order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
     if not np.isfinite(solved.value[order[0]]):
         raise ValueError(f"{law.name}: no finite fit to {rows.source}; hold a parameter, or give other starts")

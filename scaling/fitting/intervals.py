@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import f, norm, t
 
 from scaling.fitting.bootstrap import Bootstrap, interval
-from scaling.fitting.fit import Fit, polish, thresholds
+from scaling.fitting.fit import Fit, polish, thresholds, weights_of
 from scaling.rows import Rows
 
 
@@ -78,7 +78,7 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
     values = np.asarray(values, float)
     theta = np.repeat(fitted.theta[:, None], len(values), 1)
     theta[index] = np.log(values) if name in law.positive else values
-    solved = polish(theta, np.ones((len(fitted.rows), 1)), fitted.rows, law, fitted.config, held=(index,))
+    solved = polish(theta, weights_of(fitted.rows, fitted.config), fitted.rows, law, fitted.config, held=(index,))
     spare = max(len(fitted.rows) - len(law.parameters), 1)
     threshold = float(f.ppf(level, 1, spare))
     if fitted.config.objective == "normal":

@@ -96,10 +96,13 @@ def coverage(config: Any) -> None:
             config=FitConfig(objective=objective),
             tail=tail,
             profiled=("alpha", "beta"),
+            misfit=True,
         )
         name = f"{budgets * sizes} runs, {tail} noise {noise:.1%}, {objective}"
         rows.append([name, *found.share.values(), *found.profiled.values(), found.new_run])
+        rows[-1] += [found.discrepant_run, found.rejected]
     columns = ["sweep and fit", *CHINCHILLA_QUANTITIES, "alpha (profile)", "beta (profile)", "a new run"]
+    columns += ["with discrepancy", "law rejected"]
     show(f"Share of {config.sweeps} simulated sweeps whose 95% interval holds the truth", columns, rows)
 
 

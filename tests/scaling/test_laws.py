@@ -29,6 +29,7 @@ TRUTH = {
     "chinchilla": {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28},
     "kaplan": {"N_c": 6.4e13, "D_c": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103},
     "curve": {"A": 300.0, "E": 2.0, "alpha": 0.3},
+    "compute": {"A": 30.0, "E": 1.7, "alpha": 0.05},
     "data_constrained": {
         "A": 521.0, "B": 1488.0, "E": 1.87, "alpha": 0.35, "beta": 0.35, "R_D": 15.4, "R_N": 5.3,
     },
@@ -71,6 +72,8 @@ def by_hand(name, t, row):
         return ((t["N_c"] / n) ** (t["alpha_N"] / t["alpha_D"]) + t["D_c"] / d) ** t["alpha_D"]
     if name == "curve":
         return t["E"] + t["A"] / d ** t["alpha"]
+    if name == "compute":
+        return t["E"] + t["A"] / row["flops"] ** t["alpha"]
     if name == "sparsity":
         factor = t["a_S"] * (1 - row["sparsity"]) ** t["b_S"] + t["c_S"]
         return factor / n ** t["b_N"] + t["B"] / d ** t["b_D"] + t["c"]
@@ -114,13 +117,13 @@ def assert_recovered(law, truth, noise, tolerance):
         assert distance < tolerance, f"{law.name}: {name} is {got}, truth {value}"
 
 
-@pytest.mark.parametrize("name", ["chinchilla", "curve", "kaplan"])
+@pytest.mark.parametrize("name", ["chinchilla", "curve", "compute", "kaplan"])
 def test_truth_is_recovered_exactly_without_noise(name):
     assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LAWS if name not in ("chinchilla", "curve", "kaplan")])
+@pytest.mark.parametrize("name", [name for name in LAWS if name not in ("chinchilla", "curve", "compute", "kaplan")])
 def test_truth_is_recovered_exactly_without_noise_larger_laws(name):
     assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-4)
 
@@ -188,6 +191,15 @@ def test_a_custom_law_is_fitted():
     found = fit(rows, law)
     assert found.converged
     assert found.parameters == pytest.approx({"floor": 1.5, "height": 3.0, "length": 4.0}, rel=1e-6)
+    slope = custom_law(
+        "line",
+        lambda p, x: p["height"] + p["slope"] * jnp.log(x["dose"]),
+        {"height": (1.0, 3.0), "slope": (-0.1, 0.1)},
+        columns=("dose",),
+        signed=("slope",),
+    )
+    falling = make_rows({**rows.columns, "dose": dose + 1, "loss": 3 - 0.4 * np.log(dose + 1)})
+    assert fit(falling, slope).parameters == pytest.approx({"height": 3.0, "slope": -0.4}, rel=1e-6)
     with pytest.raises(ValueError, match="starts of floor"):
         custom_law("bad", predict, {"floor": (0.0,)}, columns=())
 

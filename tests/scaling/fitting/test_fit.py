@@ -6,7 +6,7 @@ from scaling.fitting.bootstrap import bootstrap, refit, resamples, search_again
 from scaling.fitting.fit import FitConfig, fit, huber_sum
 from scaling.laws import tie
 from scaling.published import CHINCHILLA, find_law
-from scaling.rows import make_rows
+from scaling.rows import RowError, make_rows
 from scaling.tables import read_csv
 
 # Besiroglu et al. (2024): estimates, and standard errors from 4000 resamples.
@@ -158,6 +158,21 @@ def test_exponents_are_held_at_zero_where_loss_rises(name):
     residual = law.predict(fitted.theta[:, None] + 1e-4 * np.eye(len(fitted.theta)), law.gather(fitted.rows))
     moved = huber_sum(residual - np.log(loss)[:, None], 1e-3)
     assert (np.delete(moved, rising) >= fitted.value * (1 - 1e-9)).all()
+
+
+def test_a_weight_of_two_is_a_row_that_is_there_twice():
+    rng = np.random.default_rng(0)
+    tokens = np.geomspace(1e7, 1e10, 12)
+    loss = (2 + 300 / tokens**0.3) * np.exp(0.01 * rng.standard_normal(12))
+    weight = np.array([1.0, 2.0, 0.0] * 4)
+    columns = {"params": np.ones(12), "tokens": tokens, "loss": loss}
+    weighed = fit(make_rows(columns | {"w": weight}), find_law("curve"), FitConfig(weights="w"))
+    twice = fit(make_rows(columns).take(np.repeat(np.arange(12), weight.astype(int))), find_law("curve"))
+    np.testing.assert_allclose(weighed.theta, twice.theta, rtol=1e-7)
+    assert weighed.value == pytest.approx(twice.value, rel=1e-9)
+    np.testing.assert_allclose(refit(weighed, np.ones((12, 1))).theta_PB[:, 0], twice.theta, rtol=1e-7)
+    with pytest.raises(RowError, match="row 1, column 'w': -1.0 is a negative weight"):
+        fit(make_rows(columns | {"w": -weight}), find_law("curve"), FitConfig(weights="w"))
 
 
 def test_tied_exponents_are_the_law_of_gadre_et_al():
