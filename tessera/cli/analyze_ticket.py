@@ -9,10 +9,9 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
-from tessera.infra.lock import hold
 from tessera.infra.memo import Memo
 from tessera.infra.schema import Schema
-from tessera.infra.workdir import WorkdirMismatch
+from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
 from tessera.tickets.probe_report import analysis_report, analyze
 from tessera.tickets.probes import AnalysisConfig

@@ -11,9 +11,8 @@ from lottery.summary import write_csv
 from tessera.cli import train
 from tessera.cli.main import Invocation
 from tessera.infra.config import ConfigError
-from tessera.infra.lock import hold
 from tessera.infra.schema import Changes, Schema
-from tessera.infra.workdir import locate
+from tessera.infra.workdir import hold, locate
 from tessera.lm import schema as lm_schema
 from tessera.lm.run import build_run
 from tessera.reports import comparison

@@ -7,9 +7,8 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import checked
-from tessera.infra.lock import hold
 from tessera.infra.logger import Progress
-from tessera.infra.workdir import WorkdirMismatch
+from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
 from tessera.tickets import schema
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table

@@ -5,9 +5,8 @@ from rich.table import Table
 
 from tessera.cli.main import Invocation
 from tessera.infra.config import build
-from tessera.infra.lock import hold
 from tessera.infra.schema import Schema
-from tessera.infra.workdir import WorkdirMismatch
+from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
 from tessera.sweeps.fit_page import fit_page, span, summary
 from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs

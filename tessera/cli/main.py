@@ -351,7 +351,7 @@ def invoke(
     from ml_collections import ConfigDict
 
     from tessera.infra import schema as schemas
-    from tessera.infra.errors import check_seeds
+    from tessera.infra.config import check_seeds
 
     given = schemas.assign(schema, config, overrides)
     complete = schema.complete(given)

@@ -14,9 +14,8 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.data.text import TextConfig, load_text
 from tessera.infra.config import build, checked
-from tessera.infra.lock import hold
 from tessera.infra.schema import differences
-from tessera.infra.workdir import WorkdirMismatch, resolve
+from tessera.infra.workdir import WorkdirMismatch, hold, resolve
 from tessera.reports.html import print_report
 from tessera.sweeps import schema
 from tessera.sweeps.programs import TrialConfig

@@ -9,9 +9,8 @@ from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
 from tessera.infra.config import build
-from tessera.infra.lock import hold
 from tessera.infra.logger import Logger
-from tessera.infra.workdir import WorkdirMismatch
+from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.lm import schema as lm_schema
 from tessera.lm.run import build_run, results_table
 from tessera.loop import Interrupted, NonFiniteLoss, train

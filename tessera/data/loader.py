@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from tessera.data.images import Images
-from tessera.infra.errors import check_seed
+from tessera.infra.config import check_seed
 
 
 def index_block(*, seed: int, start: int, steps: int, batch_size: int, size: int) -> Int32[np.ndarray, "steps batch"]:

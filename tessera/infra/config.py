@@ -8,6 +8,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from sharding.errors import PlanError
 from tessera.infra.errors import ConfigError, unknown
 
-__all__ = ["ConfigError", "build", "checked", "describe_type", "unknown"]
+__all__ = ["ConfigError", "build", "check_seed", "check_seeds", "checked", "describe_type", "unknown"]
 
 T = TypeVar("T")
 
@@ -92,6 +93,30 @@ def _mapping(config: Any, path: str) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config)
     raise ConfigError(f"{path}: a group of settings expected, got {config!r} ({type(config).__name__})")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise ConfigError unless a seed is a whole number in 0..2^32-1, what every generator here takes as it is.
+
+    JAX's keys drop the bits above, so that 0 and 2^40 would be one seed; NumPy's generators refuse a negative one.
+
+    Example:
+      >>> check_seed("config.seed", 2**32 - 1)
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
+        text = str(value) if not isinstance(value, int) or value.bit_length() < 200 else "a larger number"
+        raise ConfigError(f"{name}={text}: a seed is a whole number in 0..{2**32 - 1}")
+
+
+def check_seeds(settings: Mapping, path: str = "config") -> None:
+    """`check_seed` for every setting called `seed` or `seeds`, at any depth."""
+    for key, value in settings.items():
+        place = f"{path}.{key}"
+        if isinstance(value, Mapping):
+            check_seeds(value, place)
+        elif key in ("seed", "seeds"):
+            for one in value if isinstance(value, list | tuple) else [value]:
+                check_seed(place, one)
 
 
 def describe_type(hint: Any) -> str:

@@ -2,8 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
+from collections.abc import Iterable, Iterator
 
 
 class ConfigError(ValueError):
@@ -34,30 +33,6 @@ def no_such(path: str, kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{path}: no such {kind}; {hint}There are: {', '.join(names) or 'none'}"
-
-
-def check_seed(name: str, value: object) -> None:
-    """Raise ConfigError unless a seed is a whole number in 0..2^32-1, what every generator here takes as it is.
-
-    JAX's keys drop the bits above, so that 0 and 2^40 would be one seed; NumPy's generators refuse a negative one.
-
-    Example:
-      >>> check_seed("config.seed", 2**32 - 1)
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
-        text = str(value) if not isinstance(value, int) or value.bit_length() < 200 else "a larger number"
-        raise ConfigError(f"{name}={text}: a seed is a whole number in 0..{2**32 - 1}")
-
-
-def check_seeds(settings: Mapping, path: str = "config") -> None:
-    """`check_seed` for every setting called `seed` or `seeds`, at any depth."""
-    for key, value in settings.items():
-        place = f"{path}.{key}"
-        if isinstance(value, Mapping):
-            check_seeds(value, place)
-        elif key in ("seed", "seeds"):
-            for one in value if isinstance(value, list | tuple) else [value]:
-                check_seed(place, one)
 
 
 class WorkdirInUse(RuntimeError):

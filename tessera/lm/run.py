@@ -23,8 +23,7 @@ from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.loader import held_out_batches, token_batches
 from tessera.data.text import TextConfig, TextSplits, load_text
-from tessera.infra.config import ConfigError, build, checked
-from tessera.infra.errors import check_seeds
+from tessera.infra.config import ConfigError, build, check_seeds, checked
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
 from tessera.loop import LoopConfig, evaluate

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tessera.data.images import Images
 from tessera.data.loader import held_out_batches, image_batches, index_block, token_batches
-from tessera.infra.errors import check_seed
+from tessera.infra.config import check_seed
 
 TOKENS = (np.arange(1003) % 256).astype(np.uint16)  # 100 windows of 10, and a tail of 2
 PICTURES = Images(np.random.default_rng(0).random((37, 4, 4, 1), np.float32), np.arange(37, dtype=np.int32) % 10)
