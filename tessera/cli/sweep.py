@@ -1,5 +1,7 @@
 """Carry out a sweep and fit it: `tessera sweep --config=isoflop:tiny --workdir=runs/isoflop`."""
 
+import errno
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +26,7 @@ from tessera.sweeps.table import SweepTable
 from tessera.sweeps.train import check_texts, compile_cache, train_run
 
 SCHEMA = schema.SCHEMA
+FULL = 2**16  # bytes that a full disk may show as free
 ERRORS = (DataUnavailable, WorkdirMismatch, RunFailed, ImportError)
 
 
@@ -53,17 +56,22 @@ def main(invocation: Invocation) -> None:
         more = partial(choose_runs, runs=runs, config=planner, target=report.target)
     executor = checked("config.engine", make_executor, engine, workdir / "logs", compile_cache(workdir / "compiled"))
     with hold(workdir), SweepTable() as watch:
-        run_sweep(
-            table,
-            partial(train_run, text=text, config=trial),
-            Store(workdir / "runs"),
-            executor,
-            workdir / "runs.csv",
-            SweepConfig(retries=engine.retries),
-            enough=partial(enough, config=report) if report.stop_at else None,
-            more=more,
-            watch=watch,
-        )
+        try:
+            run_sweep(
+                table,
+                partial(train_run, text=text, config=trial),
+                Store(workdir / "runs"),
+                executor,
+                workdir / "runs.csv",
+                SweepConfig(retries=engine.retries),
+                enough=partial(enough, config=report) if report.stop_at else None,
+                more=more,
+                watch=watch,
+            )
+        except RunFailed as error:
+            if shutil.disk_usage(workdir).free < FULL:  # what failed could not even say so in its log
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
     found = fit_sweep(workdir, report, length=family.length)
     for line in found.lead:
         console.print(line, soft_wrap=True)
