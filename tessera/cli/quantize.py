@@ -48,9 +48,9 @@ def main(invocation: Invocation) -> int:
     c, console = invocation.config, Console()
     source = build(SourceConfig, c.model, "config.model")
     loaded = checked("config.model", load, source)
-    settings = read_settings(source.dir)
+    settings = checked("config.model.dir", read_settings, source.dir)
     where = f"{source.dir}/config.json: data"
-    splits = checked(where, load_text, build(TextConfig, settings["data"], where))
+    splits = checked(where, load_text, build(TextConfig, settings.get("data"), where))
     shortest = min(len(splits.train), len(splits.validation))
     if not 1 <= c.length <= shortest - 2:
         raise ConfigError(
