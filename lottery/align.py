@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from lottery.masks import flatten
+from lottery.structures import refuse_biases
 
 __all__ = [
     "chain_spec",
@@ -92,6 +93,7 @@ def open_decoder(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """
     stacked = tree["blocks"]
     layers, width, groups, dim = stacked["attention"]["key"]["kernel"].shape
+    refuse_biases(stacked["attention"], "aligned")
     opened = {name: leaf for name, leaf in tree.items() if name != "blocks"}
     for i in range(layers):
         block = jax.tree.map(lambda x: x[i], stacked)  # noqa: B023

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from lottery.structures import refuse_biases
+
 __all__ = ["compact_decoder", "compact_experts", "compact_mlp", "renumber"]
 
 
@@ -84,7 +86,7 @@ def compact_decoder(params: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], di
       (smaller params, numpy; {"heads", "kv_heads", "head_dim", "ff"}: the sizes of the smaller model).
 
     Raises:
-      ValueError: query heads are no multiple of key/value heads.
+      ValueError: query heads are no multiple of key/value heads; queries, keys and values have biases.
 
     Example:
       >>> shapes = {"query": (1, 8, 4, 2), "key": (1, 8, 2, 2), "value": (1, 8, 2, 2), "output": (1, 4, 2, 8)}
@@ -111,6 +113,7 @@ def compact_decoder(params: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], di
 
 
 def _compact_attention(attention: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, int]]:
+    refuse_biases(attention, "cut")
     q, k, v, o = (attention[name]["kernel"] for name in ("query", "key", "value", "output"))
     layers, width, heads, dim = q.shape
     groups = k.shape[2]

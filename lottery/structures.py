@@ -13,12 +13,12 @@ that goes layer by layer, counts, rates, densities, random masks, goes by these 
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 __all__ = [
     "EQUINOX",
@@ -457,3 +457,9 @@ def numbered(path: str, stack: tuple[int, ...], parts: tuple[str, ...]) -> tuple
         rest = ",".join(map(str, index[len(stacked) :]))
         names.append(f"{name}[{rest}]" if rest else name)
     return tuple(names)
+
+
+def refuse_biases(attention: Mapping[str, PyTree], what: str) -> None:
+    """Raise ValueError if queries, keys or values have biases, which the functions on a decoder's heads leave alone."""
+    if biased := [name for name in ("query", "key", "value") if "bias" in attention[name]]:
+        raise ValueError(f"blocks/attention has biases on {', '.join(biased)}; heads with biases are not {what}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import compact, coupled, criteria, masks, prune
+from lottery import align, compact, coupled, criteria, masks, prune
 from moe import dispatch, experts, route
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.models.vision import LeNet, MLPConfig
@@ -87,6 +87,15 @@ def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     got = Decoder(small_config).apply({"params": small}, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
     assert not np.allclose(want, Decoder(config).apply({"params": params}, tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [compact.compact_decoder, align.open_decoder])
+def test_heads_with_biases_are_refused_and_not_forgotten(function):
+    config = TransformerConfig(vocab_size=8, layers=1, width=8, heads=2, ff=8, qkv_bias=True)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    with pytest.raises(ValueError, match="biases on query, key, value"):
+        function(zeros)
 
 
 def test_single_leaf_heads_and_stacked_layouts():
