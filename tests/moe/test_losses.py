@@ -81,8 +81,8 @@ def test_the_auxiliary_losses_of_devices_are_those_of_all_their_tokens(scope):
     def loss(x, mask, sequences, axes):
         return auxiliary(route.noisy_top_k(x, x / 3, 2, mask), config, sequences, ExpertAxes(tokens=axes))
 
-    whole = loss(logits.reshape(12, 4), mask.reshape(12), 4, ())
-    parts = jax.vmap(lambda x, mask: loss(x, mask, 2, ("data",)), axis_name="data")(logits, mask)
+    whole = jax.jit(lambda x, mask: loss(x, mask, 4, ()))(logits.reshape(12, 4), mask.reshape(12))
+    parts = jax.jit(jax.vmap(lambda x, mask: loss(x, mask, 2, ("data",)), axis_name="data"))(logits, mask)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
