@@ -63,6 +63,7 @@ def block_sparse_matmul(
             f"x of {x.shape} and blocks of {blocks.shape} for a weight of {structure.shape} with {structure.live} live "
             f"blocks: ({x.shape[0]}, {k}) and {(structure.live, b, b)} are needed"
         )
+    checks.fixed(x=x)
     checks.multiplied(x.dtype, "x")
     if x.dtype != blocks.dtype:
         raise TypeError(f"x is {x.dtype} and blocks are {blocks.dtype}: cast one to the other")

@@ -22,6 +22,19 @@ def multiplied(dtype: Any, what: str) -> None:
         )
 
 
+def fixed(**arrays: Any) -> None:
+    """Check that shapes are numbers: tiles are cut for a shape while tracing.
+
+    Raises:
+      ValueError: naming the array with a symbolic dimension (`jax.export`).
+    """
+    for what, array in arrays.items():
+        if not all(isinstance(size, int) for size in array.shape):
+            raise ValueError(
+                f"{what} has shape {array.shape}: the kernels need sizes that are numbers; export a program for each"
+            )
+
+
 def numbers(array: Array, what: str) -> None:
     """Check that an array of sizes or of row numbers has an integer dtype.
 

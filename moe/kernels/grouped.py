@@ -54,7 +54,8 @@ def grouped_matmul(
 
     Products are in x's dtype, sums in float32. Rows past sum(group_sizes) are zeros (and add nothing to a Combine);
     what x, `gather`, `tokens` and `weights` have there is not used. Differentiable in x, w and the weights of Combine;
-    quantized weights are for inference. Works under jit, vmap (a loop over calls), scan and shard_map.
+    quantized weights are for inference. Works under jit, vmap (a loop over calls), scan and shard_map; not under
+    forward-mode differentiation (`jax.jvp`), nor with symbolic dimensions (`jax.export`).
 
     Values are checked where they are known, that is outside jit. Inside it, sizes below zero and row numbers out of
     range give unspecified rows, unless the program is transformed by `jax.experimental.checkify.checkify`.
@@ -79,8 +80,8 @@ def grouped_matmul(
       (M, N), or (num_tokens, N) with Combine.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown backend, or one that the platform compiled for cannot
-        run; outside jit also negative sizes and row numbers out of range.
+      ValueError: shapes that do not fit together or are symbolic, an unknown backend, or one that the platform compiled
+        for cannot run; outside jit also negative sizes and row numbers out of range.
       TypeError: dtypes that do not match or that the kernels do not multiply (integer, complex, float64), or a gradient
         through quantized weights.
       ImportError: backend "tokamax" without the package.
@@ -114,6 +115,7 @@ def _check(operands: GroupedOperands, epilogue: str, out_dtype: np.dtype) -> Non
     x, w = operands.x, operands.w
     if x.ndim != 2 or operands.sizes.ndim != 1:
         raise ValueError(f"x of shape {x.shape} and group_sizes of {operands.sizes.shape}: (T, K) and (G,) are needed")
+    checks.fixed(x=x, group_sizes=operands.sizes, gather=x if operands.gather is None else operands.gather)
     checks.multiplied(x.dtype, "x")
     checks.multiplied(out_dtype, "out_dtype")
     integers = {"group_sizes": operands.sizes, "gather": operands.gather, "Combine.tokens": operands.tokens}

@@ -71,8 +71,8 @@ def contraction_steps(group_sizes_G: Int[Array, " G"], *, rows: int, tile: int, 
 
 
 def group_bounds(group_sizes_G: Int[Array, " G"], rows: int) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
-    """First row of every group, and one past its last; sizes beyond `rows` are cut off."""
-    ends = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), rows)
+    """First row of every group, and one past its last; sizes beyond `rows` are cut off, those below 0 are 0."""
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes_G.astype(jnp.int32), 0)), rows)
     return jnp.append(jnp.zeros_like(ends[:1]), ends[:-1]), ends
 
 

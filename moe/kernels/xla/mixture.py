@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, Int
 from moe.kernels import checks
 from moe.kernels.grouped import grouped_matmul
 from moe.kernels.implementations import align, platform, tiling, zeros
-from moe.kernels.metadata import Steps, contraction_steps, matmul_steps
 from moe.kernels.spec import Combine, SwiGLU, swiglu, swiglu_gradient
-from moe.kernels.xla.ops import _by_height, _rows, _slice, _working, _write
+from moe.kernels.xla.ops import _by_height, _slice, _write, add, over_tiles
 
 
 class Mixture(NamedTuple):
@@ -58,7 +57,9 @@ def mixture(
 
     Raises:
       TypeError: a dtype that the kernels do not multiply.
+      ValueError: symbolic dimensions.
     """
+    checks.fixed(x=x_TD, tokens=tokens_M)
     checks.multiplied(x_TD.dtype, "x")
     if platform(x_TD) == "gpu":
         # A loop over tiles waits for the host in every turn.
@@ -78,13 +79,13 @@ def _mixture(tile, operands):
 
 
 def _mixture_fwd(tile, operands):
-    out, gate_MF, up_MF = _looped(partial(_forward, tile=tile, save_residuals=True))(operands)
-    return out, (operands, gate_MF, up_MF)
+    out, *residuals = _looped(partial(_forward, tile=tile, save_residuals=True))(operands)
+    return out, (operands, *residuals)
 
 
 def _mixture_bwd(tile, saved, dout_TD):
-    operands, gate_MF, up_MF = saved
-    grads = _looped(partial(_backward, tile=tile))(operands, gate_MF, up_MF, dout_TD.astype(operands.x.dtype))
+    operands, *residuals = saved
+    grads = _looped(partial(_backward, tile=tile))(operands, *residuals, dout_TD.astype(operands.x.dtype))
     return (Mixture(*grads[:4], None, None, grads[4]),)
 
 
@@ -108,13 +109,12 @@ def _pad(value: Array, tile: int) -> Array:
 def _forward(o: Mixture, *, tile: int, save_residuals: bool) -> tuple[Array, ...]:
     """Compute the output, and with `save_residuals` the gate and up activations (M, F)."""
     rows, dtype = o.tokens.shape[0], o.x.dtype
-    steps = matmul_steps(o.sizes, rows=rows, tile=tile, align=1)
     residuals = (zeros((rows, o.gate.shape[2]), dtype, o.x),) * (2 if save_residuals else 0)
 
-    def step(s: Array, carry):
+    def step(group, fresh, start, end, mine_R, carry):
+        del fresh
         out_TD, residuals = carry
-        start, end, mine_R = _rows(steps, s, tile, rows)
-        tokens_R, group = _slice(o.tokens, start, tile), steps.b[s]
+        tokens_R = _slice(o.tokens, start, tile)
         x_RD = o.x.at[tokens_R].get(mode="clip")
 
         def products(height):
@@ -129,42 +129,29 @@ def _forward(o: Mixture, *, tile: int, save_residuals: bool) -> tuple[Array, ...
         return out_TD, tuple(_write(a, start, mine_R, b) for a, b in zip(residuals, more, strict=True))
 
     start = (zeros(o.x.shape, jnp.float32, o.x), residuals)
-    out_TD, residuals = jax.lax.fori_loop(0, _working(steps), step, start)
+    out_TD, residuals = over_tiles(o.sizes, rows, tile, step, start)
     return out_TD.astype(dtype), *residuals
 
 
 def _backward(o: Mixture, gate_MF: Array, up_MF: Array, dout_TD: Array, *, tile: int) -> tuple[Array, ...]:
     """Compute the cotangents of x, gate, up, down and weights."""
-    rows = o.tokens.shape[0]
-    steps = contraction_steps(o.sizes, rows=rows, tile=tile, align=1)
-    groups = o.sizes.shape[0]
-    first_G = jnp.searchsorted(steps.o, jnp.arange(groups + 1, dtype=jnp.int32))
-    one = partial(_tile_backward, o, gate_MF, up_MF, dout_TD, steps, tile)
 
-    def group(g, carry):
+    def step(group, fresh, start, end, mine_R, carry):
         dx_TD, dweights_M, kernels = carry
-        # Entries from `count` on repeat the last step and are not the last group's.
-        begin, end = first_G[g], jnp.minimum(first_G[g + 1], steps.count)
+        place = (group, start, end, mine_R)
+        dx_TD, dweights_M, products = _tile_backward(o, gate_MF, up_MF, dout_TD, tile, place, dx_TD, dweights_M)
+        return dx_TD, dweights_M, tuple(add(k, group, fresh, p) for k, p in zip(kernels, products, strict=True))
 
-        def more(s, carry):
-            dx_TD, dweights_M, sums = carry
-            dx_TD, dweights_M, products = one(s, g, dx_TD, dweights_M)
-            return dx_TD, dweights_M, tuple(a + b for a, b in zip(sums, products, strict=True))
-
-        carry = jax.lax.fori_loop(begin + 1, end, more, one(begin, g, dx_TD, dweights_M))
-        kernels = tuple(k.at[g].set(s.astype(k.dtype)) for k, s in zip(kernels, carry[2], strict=True))
-        return carry[0], carry[1], kernels
-
-    kernels = tuple(zeros(w.shape, w.dtype, o.x) for w in (o.gate, o.up, o.down))
-    start = (zeros(o.x.shape, jnp.float32, o.x), zeros((rows,), jnp.float32, o.x), kernels)
-    dx_TD, dweights_M, kernels = jax.lax.fori_loop(0, groups, group, start)
-    return dx_TD.astype(o.x.dtype), *kernels, dweights_M.astype(o.weights.dtype)
+    w = (o.gate, o.up, o.down)
+    kernels = tuple((zeros(each.shape[1:], jnp.float32, o.x), zeros(each.shape, each.dtype, o.x)) for each in w)
+    carry = (zeros(o.x.shape, jnp.float32, o.x), zeros(o.weights.shape, jnp.float32, o.x), kernels)
+    dx_TD, dweights_M, kernels = over_tiles(o.sizes, o.tokens.shape[0], tile, step, carry)
+    return dx_TD.astype(o.x.dtype), *(out for _, out in kernels), dweights_M.astype(o.weights.dtype)
 
 
-def _tile_backward(o: Mixture, gate_MF, up_MF, dout_TD, steps: Steps, tile: int, s, group, dx_TD, dweights_M):
+def _tile_backward(o: Mixture, gate_MF, up_MF, dout_TD, tile: int, place, dx_TD, dweights_M):
     """Add a tile's cotangents of x and weights, and compute its part of those of gate, up and down (float32)."""
-    dtype = o.x.dtype
-    start, end, mine_R = _rows(steps, s, tile, o.tokens.shape[0])
+    dtype, (group, start, end, mine_R) = o.x.dtype, place
     mine_R1, tokens_R = mine_R[:, None], _slice(o.tokens, start, tile)
     # Rows of other groups may be NaN.
     x_RD, dout_RD = (jnp.where(mine_R1, a.at[tokens_R].get(mode="clip"), 0) for a in (o.x, dout_TD))

@@ -1,10 +1,9 @@
-"""xla backend: plain JAX loops over live tiles, driven by the same metadata as the Pallas kernels, on any platform.
+"""xla backend: plain JAX loops over the tiles of groups and over live blocks, on any platform.
 
 On GPUs, where every turn of a loop would wait for the host, XLA's ragged and dense products (`xla/ragged.py`).
 
 A group's first tile begins at its first row, so that no tile is multiplied for two groups, and its last is multiplied
-in the fewest rows that cover it. Loops are `fori_loop`s over the steps with live 1, without autodiff (the callers have
-custom_vjp).
+in the fewest rows that cover it. Loops are without autodiff (the callers have custom_vjp).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.kernels.implementations import by_platform, zeros
-from moe.kernels.metadata import contraction_steps, matmul_steps
 from moe.kernels.spec import (
     BlockOperands,
     BlockSpec,
@@ -42,9 +40,11 @@ SHORTEST = 16
 
 
 def _heights(tile: int) -> tuple[int, ...]:
-    """Return the heights at which a tile may be multiplied: most groups end in a partly filled one."""
-    shares = (tile // 8, tile // 4, tile // 2, 3 * tile // 4)
-    return (*(height for height in shares if height >= SHORTEST), tile)
+    """Return the heights at which a tile may be multiplied: most groups end in a partly filled one.
+
+    Each is a branch of every loop, and makes the gradient of a layer a quarter longer to compile.
+    """
+    return (tile // 2, tile) if tile // 2 >= SHORTEST else (tile,)
 
 
 def _by_height(end: Array, tile: int, product: Callable[[int], Any]) -> Any:
@@ -52,8 +52,7 @@ def _by_height(end: Array, tile: int, product: Callable[[int], Any]) -> Any:
     heights = _heights(tile)
     if len(heights) == 1:
         return product(tile)
-    index = jnp.sum(end > jnp.array(heights[:-1], jnp.int32), dtype=jnp.int32)
-    return jax.lax.switch(index, [partial(product, height) for height in heights])
+    return jax.lax.cond(end > heights[0], *(partial(product, height) for height in heights[::-1]))
 
 
 def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = False):
@@ -64,7 +63,6 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, *, interpret: bool = F
 def _grouped(operands: GroupedOperands, spec: GroupedSpec):
     x_TK, rows = operands.x, operands.rows
     tile = min(spec.tiling.rows, rows)
-    steps = matmul_steps(operands.sizes, rows=rows, tile=tile, align=1)
     columns = operands.w[0].shape[1 if spec.transpose else 2]
     combine = spec.epilogue == "combine"
     dtype = jnp.float32 if combine else spec.out_dtype
@@ -82,18 +80,17 @@ def _grouped(operands: GroupedOperands, spec: GroupedSpec):
         # Without residuals there is one output.
         return tuple(jnp.pad(each.astype(dtype), ((0, tile - height), (0, 0))) for each in found[: len(outs)])
 
-    def step(s, outs):
-        start, end, mine_R = _rows(steps, s, tile, rows)
+    def step(group, fresh, start, end, mine_R, outs):
+        del fresh
         x_RK = _take(x_TK, operands.gather, start, tile)
-        found = _by_height(end, tile, partial(products, x_RK, steps.b[s]))
+        found = _by_height(end, tile, partial(products, x_RK, group))
         if combine:
             weights_R = 1.0 if operands.weights is None else _slice(operands.weights, start, tile)[:, None]
             values_RN = jnp.where(mine_R[:, None], found[0] * weights_R, 0)
             return (outs[0].at[_slice(operands.tokens, start, tile)].add(values_RN),)
         return tuple(_write(out, start, mine_R, value) for out, value in zip(outs, found, strict=True))
 
-    # Steps with live 0 come last and would write zeros over zeros.
-    outs = jax.lax.fori_loop(0, _working(steps), step, outs)
+    outs = over_tiles(operands.sizes, rows, tile, step, outs)
     return outs if spec.save_residuals else outs[0].astype(spec.out_dtype)
 
 
@@ -105,30 +102,67 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, *, interpret:
 def _contract(operands: ContractionOperands, spec: ContractionSpec):
     rows = operands.dy.shape[0]
     tile = min(spec.tiling.rows, rows)
-    steps = contraction_steps(operands.sizes, rows=rows, tile=tile, align=1)
     shape = (operands.sizes.shape[0], operands.x.shape[1], operands.dy.shape[1])
-    # Groups outside, so that the sums of one stay in the cache and are written once.
-    first_G = jnp.searchsorted(steps.o, jnp.arange(shape[0] + 1, dtype=jnp.int32))
 
-    def product(s):
-        start, end, mine_R = _rows(steps, s, tile, rows)
+    def step(group, fresh, start, end, mine_R, sums):
         # In both operands: rows of other groups may be NaN, and NaN times zero is NaN.
         x_RK = jnp.where(mine_R[:, None], _take(operands.x, operands.gather, start, tile), 0)
         dy_RN = jnp.where(mine_R[:, None], _slice(operands.dy, start, tile), 0)
 
-        def first(height):
+        def product(height):
             dims = (((0,), (0,)), ((), ()))
             return jax.lax.dot_general(x_RK[:height], dy_RN[:height], dims, preferred_element_type=jnp.float32)
 
-        return _by_height(end, tile, first)
+        return add(sums, group, fresh, _by_height(end, tile, product))
 
-    def group(g, out_GKN):
-        # Entries from `count` on repeat the last step and are not the last group's.
-        begin, end = first_G[g], jnp.minimum(first_G[g + 1], steps.count)
-        sum_KN = jax.lax.fori_loop(begin + 1, end, lambda s, sum_KN: sum_KN + product(s), product(begin))
-        return out_GKN.at[g].set(sum_KN.astype(spec.out_dtype))
+    sums = zeros(shape[1:], jnp.float32, operands.x), zeros(shape, spec.out_dtype, operands.x)
+    return over_tiles(operands.sizes, rows, tile, step, sums)[1]
 
-    return jax.lax.fori_loop(0, shape[0], group, zeros(shape, spec.out_dtype, operands.x))
+
+def over_tiles(sizes_G: Array, rows: int, tile: int, body: Callable[..., Any], carry: Any) -> Any:
+    """Loop over the tiles of all groups: each begins at its group's first row, or where the last tile ended.
+
+    No table of steps: what has to be computed to make one takes longer to compile than a dense layer.
+
+    Args:
+      sizes_G: rows of each group.
+      rows: of x.
+      tile: rows of a tile.
+      body: (group, fresh, start, end, mine_R, carry) -> carry, with whether it is the group's first tile, the first row
+        to load, the end of the tile's rows counted from there, and a mask of its rows among the `tile` that are loaded.
+      carry: at the start.
+    """
+    # Running sums of what is not negative, as one sum under a triangle.
+    before_GG = jnp.tri(sizes_G.shape[0], dtype=bool)
+    sizes_G = jnp.maximum(sizes_G.astype(jnp.int32), 0)
+    ends_G = jnp.minimum(jnp.sum(jnp.where(before_GG, sizes_G[None], 0), axis=1), rows)
+    row_R = jnp.arange(tile, dtype=jnp.int32)
+
+    def step(state):
+        first, carry = state
+        group = jnp.sum(ends_G <= first, dtype=jnp.int32)
+        end = jnp.minimum(ends_G[group], first + tile)
+        # The last tile is moved back rather than padded, so its rows are shifted.
+        start = jnp.minimum(first, rows - tile)
+        mine_R = (row_R >= first - start) & (row_R < end - start)
+        fresh = (first == 0) | (first == ends_G[jnp.maximum(group - 1, 0)])
+        return end, body(group, fresh, start, end - start, mine_R, carry)
+
+    return jax.lax.while_loop(lambda state: state[0] < ends_G[-1], step, (zeros((), jnp.int32, sizes_G), carry))[1]
+
+
+def add(sums: tuple[Array, Array], group: Array, fresh: Array, product_KN: Array) -> tuple[Array, Array]:
+    """Add a tile's product to the sums of its group, which stay in the cache, and write them to the output.
+
+    Args:
+      sums: (K, N) float32 of the group, or of the one before if it is fresh, and the output (G, K, N).
+      group: of the tile.
+      fresh: whether it is the group's first tile.
+      product_KN: of the tile, float32.
+    """
+    sum_KN, out_GKN = sums
+    sum_KN = jnp.where(fresh, product_KN, sum_KN + product_KN)
+    return sum_KN, jax.lax.dynamic_update_index_in_dim(out_GKN, sum_KN.astype(out_GKN.dtype), group, 0)
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec, *, interpret: bool = False):
@@ -186,20 +220,6 @@ def _block_contract(operands: BlockOperands, spec: BlockSpec):
         return out_Bbb.at[steps.o[s]].set(sum_bb.astype(spec.out_dtype))
 
     return jax.lax.fori_loop(0, steps.count, step, zeros((spec.outputs, b, b), spec.out_dtype, x_MK))
-
-
-def _working(steps):
-    """Count the steps to run: the first `count`, without those of live 0 at their end."""
-    return jnp.sum(jnp.where(jnp.arange(steps.live.shape[0]) < steps.count, steps.live, 0))
-
-
-def _rows(steps, s, tile, rows):
-    """Return the first row to load for step s, the end of its rows, and a mask of its rows among `tile` from there."""
-    # The last tile is moved back rather than padded, so its rows are shifted.
-    start = jnp.minimum(steps.a[s], rows - tile)
-    shift = steps.a[s] - start
-    begin, end, row_R = shift + steps.begin[s], shift + steps.end[s], jnp.arange(tile)
-    return start, end, (row_R >= begin) & (row_R < end)
 
 
 def _slice(x, start, size):

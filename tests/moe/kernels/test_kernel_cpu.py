@@ -22,8 +22,8 @@ def both(x, dy, sizes):
 
 
 def test_heights_cover_the_tile():
-    assert ops._heights(TILE) == (16, 32, 64, 96, 128)
-    assert ops._heights(24) == (18, 24) and ops._heights(8) == (8,)
+    assert ops._heights(TILE) == (64, 128)
+    assert ops._heights(32) == (16, 32) and ops._heights(24) == (24,)
 
 
 @pytest.mark.parametrize(

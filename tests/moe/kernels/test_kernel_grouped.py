@@ -2,6 +2,7 @@ import re
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import kernel_reference as reference
 import numpy as np
@@ -243,6 +244,34 @@ def test_nothing_to_multiply_is_zeros(shape):
     m, k, n = shape
     out = cpu(jnp.ones((m, k)), jnp.ones((3, k, n)), jnp.array([1, 0, 2]))
     assert out.shape == (m, n) and not out.any()
+
+
+def test_forward_mode_and_symbolic_shapes_are_refused():
+    x, w, sizes = arrays(SIZES["uneven"])
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: cpu(x, w, sizes), (x,), (x,))
+    (rows,) = jax.export.symbolic_shape("rows")
+    many, tokens = (jax.ShapeDtypeStruct(shape, d) for shape, d in (((rows, K), x.dtype), ((rows,), jnp.int32)))
+    for f, shape, name in (
+        (lambda x: cpu(x, w, sizes), many, "x"),
+        (lambda t: cpu(x, w, sizes, gather=t), tokens, "g"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\w* has shape \(rows.*sizes that are numbers"):
+            jax.export.export(jax.jit(f))(shape)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_gradient_has_one_loop_and_two_heights(groups):
+    """What a program compiles: a body for each height of a tile, once for each product."""
+    shapes = ((64, 8), (groups, 8, 4)), ((64, 4),)
+    x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes[0], *shapes[1]))
+
+    def both(x, w, dy):
+        out, pull = jax.vjp(lambda x, w: cpu(x, w, jnp.zeros(groups, jnp.int32), tiling=Tiling(rows=32)), x, w)
+        return out, pull(dy)
+
+    text = jax.jit(both).lower(x, w, dy).as_text()
+    assert text.count("stablehlo.while") == 3 and text.count("stablehlo.dot_general") == 2 * 3
 
 
 def test_no_transposed_copy_of_the_weight():
