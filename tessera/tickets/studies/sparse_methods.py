@@ -26,9 +26,10 @@ class SparseConfig:
     Attributes:
       methods: names in `METHODS`.
       moves: steps between moves of SET and RigL.
-      until: part of training after which nothing moves.
+      until: part of training after which nothing moves, and the straight-through mask is not chosen anew.
       fraction: of the weights that move at first.
-      pruned: part of training after which the cubic schedule has reached its density.
+      pruned: part of training after which the cubic schedule, and that of the straight-through mask, has reached its
+        density.
       every: steps between its prunings, between choices of the straight-through mask, and between checks of the
         early-bird detector.
       window: masks that the early-bird detector compares, see `lottery.dynamic.early_bird`.
@@ -172,12 +173,12 @@ def _moving(grow: str) -> Callable[[MethodInputs], Result]:
 
 
 def straight_through(inputs: MethodInputs) -> Result:
-    """Magnitude masks with a straight-through estimator (DPF)."""
+    """Magnitude masks with a straight-through estimator (DPF): a ramp to the density, at last the mask is trained."""
+    ramp, until = (round(part * inputs.setup.ticket.steps) for part in (inputs.study.pruned, inputs.study.until))
+    optimizer, which, counts, every = inputs.setup.optimizer, inputs.which, inputs.counts, inputs.study.every
     return _in_state(
         inputs,
-        lambda m, key: dynamic.straight_through(
-            inputs.setup.optimizer, inputs.which, inputs.counts, inputs.study.every
-        ),
+        lambda m, key: dynamic.straight_through(optimizer, which, counts, every, ramp=ramp, until=max(ramp, until)),
         False,
     )
 
