@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lottery import criteria, masks, prune, structures, supermask
+from lottery import criteria, imp, masks, prune, structures, supermask
 
 DENSE = np.asarray(jax.random.normal(jax.random.key(0), (8, 6)))  # [I, O]
 CONV = np.asarray(jax.random.normal(jax.random.key(1), (3, 3, 4, 8)))  # [h, w, I, O]
@@ -120,3 +120,15 @@ def test_a_stack_of_ones_own_is_cut_into_its_layers():
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(ValueError, match="two leaves have the path a/kernel"):
         masks.flatten({"a/kernel": jnp.ones((2, 2)), "a": {"kernel": jnp.ones((2, 2))}})
+
+
+def test_a_search_takes_the_layouts_of_ones_own_model():
+    init_fn = lambda key: {"net": {"weight": jax.random.normal(key, (3, 8)), "bias": jnp.zeros(3)}}  # noqa: E731
+    train_fn = lambda starts, level: imp.Trained(starts.params, [{} for _ in starts.names])  # noqa: E731
+    config = imp.SearchConfig(levels=1, rate=0.5, structure="2:4", arms=("ticket",), layouts=structures.EQUINOX)
+    rows = imp.search(init_fn, train_fn, imp.Memory(), config)
+    mask, weights = rows.ticket(seed=0, level=1)
+    groups = np.abs(np.asarray(rows.ticket(seed=0, level=0)[1]["net"]["weight"])).reshape(3, 2, 4)
+    want = (groups >= np.sort(groups, axis=2)[..., 2:3]).reshape(3, 8)
+    np.testing.assert_array_equal(mask["net"]["weight"], want)
+    assert np.all((np.asarray(weights["net"]["weight"]) != 0) == want) and rows[-1]["layers"] == {"net/weight": 0.5}
