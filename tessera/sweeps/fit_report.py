@@ -63,8 +63,8 @@ class ScalingConfig:
       nearest: sizes of a budget that approach 2 uses, those nearest to the lowest loss; 0 for all.
       within: largest ratio of a size that approach 2 uses to that of the lowest loss; 0 for all.
       at: values of the law's further columns at which optima are computed, by name; their medians where not given.
-      misfit: whether intervals allow for a discrepancy of the law (approach 3): a new run's always, those of parameters
-        and optima where the law is rejected.
+      misfit: whether intervals allow for a discrepancy of the law (approach 3), a new run's always, those of optima
+        where the law is rejected, and whether large runs are predicted from small ones.
       laws: published laws that the fitted one is compared with by held-out error (approach 3); empty for none.
       vocabulary: number of tokens, to find losses that no model has; 0 if it is not known.
       inference_tokens: tokens that will be served; for each, the model that reaches the first budget's loss with the
@@ -212,13 +212,15 @@ def misfit_sections(rows: Rows, law: Law, config: ScalingConfig, result: dict[st
     """Add the backtest and the comparison of laws to a result; their sections."""
     sections, tests = [], []
     # A coarser grid finds the same optima of fewer runs.
-    quick = replace(config.fit, starts=min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS))
-    for share in BACKTESTS:
+    few = min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS)
+    quick = replace(config.fit, starts=few, keep=min(config.fit.keep, 8))
+    for share in BACKTESTS if config.misfit else ():
         try:
             tests.append(misfit.backtest(rows, law, quick, share=share, level=config.level))
         except ValueError:
             continue
-    result["doctor"].append(misfit.examine_backtests(tests, config.level)._asdict())
+    if config.misfit:
+        result["doctor"].append(misfit.examine_backtests(tests, config.level)._asdict())
     result["backtest"] = [
         {
             **{"share": one.share, "rows": one.rows, "held_out": len(one.held_out)},

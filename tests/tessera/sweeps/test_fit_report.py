@@ -36,7 +36,7 @@ def test_fit_json_and_report(tmp_path, approach):
         "approach": approach,
         "resamples": 40,
         "budgets": (1e20, 1e22),
-        "fit": {"starts": 60},
+        "fit": {"starts": 60, "keep": 4},
     }
     result, page = write_fit(tmp_path, sweep(), build(ScalingConfig, settings))
     saved = json.loads((tmp_path / "fit.json").read_text())
@@ -55,7 +55,7 @@ def test_fit_json_and_report(tmp_path, approach):
 
 
 def write(tmp_path, rows, **settings):
-    shared = {"runs": "x", "resamples": 30, "laws": (), "budgets": (1e20,), "fit": {"starts": 60}}
+    shared = {"runs": "x", "resamples": 30, "laws": (), "budgets": (1e20,), "fit": {"starts": 60, "keep": 4}}
     return write_fit(tmp_path, rows, build(ScalingConfig, shared | settings))
 
 
@@ -82,7 +82,9 @@ def test_a_law_without_a_best_size_is_reported(tmp_path):
 
 
 def test_serving_many_tokens_asks_for_a_smaller_model(tmp_path):
-    result, _ = write(tmp_path, sweep(), inference_tokens=(0.0, 1e12))
+    result = fit_runs(
+        tmp_path, sweep(), neutral("x", budgets=(1e20,), resamples=0, inference_tokens=(0.0, 1e12))
+    ).result
     none, much = result["inference"]
     assert none["params"] == pytest.approx(result["budgets"][0]["params"], rel=1e-3)
     assert much["params"] < none["params"] and much["saved"] > 0
@@ -107,9 +109,8 @@ def test_settings_are_checked():
 def neutral(path, **settings):
     """The settings of the config as it is, for a table, with few resamples."""
     given, _ = load_config("fit", ("fit_scaling",))
-    return build(
-        ScalingConfig, given | {"runs": str(path), "resamples": 30, "laws": (), "fit": {"starts": 60}} | settings
-    )
+    quick = {"resamples": 30, "laws": (), "misfit": False, "fit": {"starts": 60, "keep": 4}}
+    return build(ScalingConfig, given | {"runs": str(path)} | quick | settings)
 
 
 def findings(result):
@@ -129,7 +130,7 @@ def test_the_neutral_config_plans_beyond_the_largest_run_and_drops_nothing(tmp_p
         "3, chinchilla",
     ]
     # All say what was dropped when something is.
-    fewer = fit_runs(tmp_path, rows, neutral("sweep.csv", approach=approach, drop_highest=3)).result
+    fewer = fit_runs(tmp_path, rows, neutral("sweep.csv", approach=approach, resamples=0, drop_highest=3)).result
     assert "3 of 32 rows" in findings(fewer)["dropped rows"]["text"] and fewer["rows"] == 29
 
 
@@ -195,7 +196,7 @@ def test_the_growth_of_a_law_with_further_columns_is_that_of_its_own_optima(tmp_
     )
     found = {}
     for at in ({}, {"sparsity": 0.9}):
-        config = neutral("x", law="sparsity", resamples=0, at=at, fit={"starts": 648})
+        config = neutral("x", law="sparsity", resamples=0, at=at, fit={"starts": 100, "keep": 4})
         result = fit_runs(tmp_path, rows, config).result
         assert result["held"] == {"sparsity": at.get("sparsity", 0.5)}
         assert result["exponents"]["a"]["value"] == pytest.approx(0.28 / 0.525, rel=1e-3)
@@ -233,11 +234,11 @@ PUBLIC = {
     ],
     "llama3_isoflop": [({"approach": 2}, lambda r: r["exponents"]["b"]["value"], 0.535, 0.015)],
     "marin_comma_isoflop": [
-        ({"approach": 2, "resamples": 200}, lambda r: r["exponents"]["a"]["value"], 0.426, 0.01),
-        ({"approach": 2, "resamples": 200}, lambda r: r["approaches"][3]["a"], 0.345, 0.01),
-        ({"approach": 2, "resamples": 200}, lambda r: findings(r)["approaches disagree"]["verdict"] == "warning", 1, 0),
-        ({"approach": 2, "resamples": 200}, lambda r: findings(r)["counted FLOPs"]["numbers"]["least"], 0.74, 0.005),
-        ({"approach": 2, "resamples": 200}, lambda r: findings(r)["counted FLOPs"]["numbers"]["largest"], 1.07, 0.005),
+        ({"approach": 2, "resamples": 150}, lambda r: r["exponents"]["a"]["value"], 0.426, 0.01),
+        ({"approach": 2, "resamples": 150}, lambda r: r["approaches"][3]["a"], 0.345, 0.01),
+        ({"approach": 2, "resamples": 150}, lambda r: findings(r)["approaches disagree"]["verdict"] == "warning", 1, 0),
+        ({"approach": 2, "resamples": 150}, lambda r: findings(r)["counted FLOPs"]["numbers"]["least"], 0.74, 0.005),
+        ({"approach": 2, "resamples": 150}, lambda r: findings(r)["counted FLOPs"]["numbers"]["largest"], 1.07, 0.005),
     ],
     "frantar_t5_sparsity": [
         ({"law": "sparsity", "resamples": 0}, lambda r: r["value"] / 48, 4.8801e-6, 4.8801e-10),
@@ -257,7 +258,10 @@ PUBLIC = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("table", PUBLIC)
+SLOW = ("muennighoff_data_constrained",)  # no sum of powers: it is compiled
+
+
+@pytest.mark.parametrize("table", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in PUBLIC])
 def test_public_tables_give_their_sources_answers(tmp_path, shared_data, table):
     path, found = shared_data(f"scaling/public/{table}.csv"), {}
     rows = load_runs(neutral(path))
