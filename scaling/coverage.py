@@ -162,9 +162,11 @@ def simulate_coverage(
             held[name].append(_profile_holds(fitted, name, truth[name], level))
     stacked = {name: np.stack(found, 1) for name, found in edges.items()}
     share = {n: float(np.mean((e[0] <= exact[n]) & (exact[n] <= e[1]))) for n, e in stacked.items()}
-    found = [float(np.mean(values)) if misfit else float("nan") for values in (bent, rejected)]
+    bent_run, refused = (float(np.mean(values)) if misfit else float("nan") for values in (bent, rejected))
     by_profile = {name: float(np.mean(found)) for name, found in held.items()}
-    return Coverage(share, stacked, exact, float(np.mean(fell)), *found, by_profile, sweeps, np.array(converged))
+    return Coverage(
+        share, stacked, exact, float(np.mean(fell)), bent_run, refused, by_profile, sweeps, np.array(converged)
+    )
 
 
 def _draw(rng: np.random.Generator, count: int, tail: Tail) -> np.ndarray:

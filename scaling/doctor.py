@@ -376,7 +376,7 @@ def lost_fits(boot: Bootstrap) -> Finding:
 def outside_budgets(groups: Int[np.ndarray, " R"], rows: Rows, used: str = "IsoFLOP curves") -> Finding:
     """Count rows outside every budget."""
     out = np.flatnonzero(groups < 0)
-    numbers = {"rows": len(out), "budgets": int(groups.max(initial=-1)) + 1}
+    numbers: dict[str, float] = {"rows": len(out), "budgets": int(groups.max(initial=-1)) + 1}
     if not len(out):
         text = f"All {len(rows)} rows are at one of {numbers['budgets']} budgets."
         return Finding("rows outside budgets", "fine", text, numbers)
@@ -468,7 +468,7 @@ def disagreement(
             texts.append(
                 f"{name} would give C^{low:.3f} to C^{high:.3f} if the fitted law were true, not C^{value:.3f}"
             )
-    numbers = {"approaches": len(names), "disagreements": len(texts)}
+    numbers: dict[str, float] = {"approaches": len(names), "disagreements": len(texts)}
     if not texts:
         text = f"The exponents of N* by {len(names)} approaches agree within their intervals."
         return Finding("approaches disagree", "fine", text, numbers)

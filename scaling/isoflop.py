@@ -93,9 +93,12 @@ def find_budgets(rows: Rows, *, span: float = 1.5) -> tuple[Int[np.ndarray, " R"
       ([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2], ['6.0e+18', '1.3e+20', '3.0e+21'])
     """
     named = rows.columns.get("budget")
-    by_name = named is not None and named.dtype.kind == "f"
-    first = np.unique(named, return_inverse=True)[1] if by_name else group_budgets(rows["flops"])
-    groups, budgets = np.full(len(rows), -1), []
+    if named is not None and named.dtype.kind == "f":
+        first = np.unique(named, return_inverse=True)[1]
+    else:
+        first = group_budgets(rows["flops"])
+    groups = np.full(len(rows), -1)
+    budgets: list[float] = []
     for group in np.unique(first):
         mine = first == group
         flops = rows["flops"][mine]

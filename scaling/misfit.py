@@ -182,7 +182,8 @@ def examine_backtests(found: Sequence[Backtest], level: float = 0.95) -> Finding
     if not found:
         text = "There are too few runs below a tenth of the largest one to predict the rest from."
         return Finding("backtest", "note", text, {"held_out": 0})
-    texts, numbers, warned = [], {}, False
+    texts, warned = [], False
+    numbers: dict[str, float] = {}
     for one in found:
         held, inside = len(one.held_out), float(one.inside().mean())
         names = f"{one.share:.3g}"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scaling.doctor import Finding
+from scaling.doctor import Finding, Verdict
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 # No language model has a larger vocabulary: a uniform guess over it is the largest plausible loss.
@@ -24,7 +24,7 @@ def counted_flops(rows: Rows) -> Finding:
         return Finding("counted FLOPs", "fine", "FLOPs are 6 x params x tokens.", numbers)
     text = f"FLOPs over 6 x params x tokens lie between {low:.3g} and {high:.3g} (median {middle:.3g})"
     if 0.5 < middle < 2 and high < 3 * low:
-        verdict = "note" if high > 1.1 or low < 0.9 else "fine"
+        verdict: Verdict = "note" if high > 1.1 or low < 0.9 else "fine"
         text += "; optima are for C = 6 N D, so budgets as counted in the table lie off by that factor."
         return Finding("counted FLOPs", verdict, text, numbers)
     text += ": is one of them in another unit, or counted otherwise (no embeddings, forward pass only)?"

@@ -164,7 +164,8 @@ def backtests(config: Any) -> None:
 
     "before" are the bootstrap's intervals, "after" those with the discrepancy.
     """
-    fitting, table, pooled, minima = FitConfig(starts=600), [], [], np.zeros(3, int)
+    fitting, pooled, minima = FitConfig(starts=600), [], np.zeros(3, int)
+    table: list[tuple[object, ...]] = []
     for name, law in TABLES.items():
         whole = read_csv(Path(config.runs) / f"{name}.csv")
         tests = [

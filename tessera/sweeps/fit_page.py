@@ -81,10 +81,10 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
     if not result.get("undetermined"):
         sections.append(optimum_section(result))
     if "approaches" in result:
-        columns = {"approach": lambda row: f"approach {row['approach']}", "N* grows as C^": "a"}
-        columns |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "none because": "refused"}
+        shown: dict[str, Any] = {"approach": lambda row: f"approach {row['approach']}", "N* grows as C^": "a"}
+        shown |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "none because": "refused"}
         caption = "The same rows by all approaches. Where intervals do not fit together, the doctor says so."
-        sections.append(Section("All approaches", table_of(result["approaches"], columns), caption))
+        sections.append(Section("All approaches", table_of(result["approaches"], shown), caption))
     if result.get("next_runs"):
         columns = {"FLOPs of the run": "flops", "parameters": "params", "tokens": "tokens"}
         table = table_of(result["next_runs"], columns | {"error of log N* before": "before", "after": "after"})

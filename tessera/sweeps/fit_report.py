@@ -1,9 +1,10 @@
 """Fit runs by one of the three approaches of Hoffmann et al. 2022, and write the result: `fit.json` and the report."""
 
 import importlib.util
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -253,14 +254,18 @@ def misfit_sections(rows: Rows, law: Law, config: ScalingConfig, result: dict[st
             row |= {"log_likelihood": one.log_likelihood, "bic": one.bic, "chosen": i == 0}
             result["laws"].append(row)
         result["doctor"].append(misfit.examine_laws(found, law)._asdict())
-        columns = {"law": "law", "parameters": "parameters", "rms error of rows left out": "held_out_error"}
-        columns |= {"log likelihood": "log_likelihood", "BIC": "bic"}
-        columns["verdict"] = lambda row: "chosen" if row["chosen"] else ""
+        shown: dict[str, Any] = {
+            "law": "law",
+            "parameters": "parameters",
+            "rms error of rows left out": "held_out_error",
+        }
+        shown |= {"log likelihood": "log_likelihood", "BIC": "bic"}
+        shown["verdict"] = lambda row: "chosen" if row["chosen"] else ""
         caption = (
             "Fitted by least squares of log loss. Chosen: the law of fewest parameters that predicts rows left out as "
             "well as the best, within the standard error of the difference."
         )
-        sections.append(Section("Other laws", table_of(result["laws"], columns), caption))
+        sections.append(Section("Other laws", table_of(result["laws"], shown), caption))
     return sections
 
 
@@ -399,9 +404,11 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         return float(slopes[0]), np.where(boot.converged_B, growth_of(fitted, boot.theta_PB, config), np.nan)
 
     own = {1: "1, envelope", 2: f"2, {config.curve}", 3: f"3, {config.law}"}[result["approach"]]
-    ways = {"1, envelope": envelope, **{f"2, {how}": partial(minima, how) for how in ("parabola", "akima")}}
+    ways: dict[str, Callable[[], tuple[float, np.ndarray]]] = {"1, envelope": envelope}
+    ways |= {f"2, {how}": partial(minima, how) for how in ("parabola", "akima")}
     ways[f"3, {config.law}"] = parametric
-    table, draws = [], {}
+    table: list[dict[str, Any]] = []
+    draws: dict[str, np.ndarray] = {}
     for name, way in ways.items():
         try:
             value, draws[name] = way()
@@ -417,15 +424,16 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
     found = {f"approach {row['approach']}": (row["a"], *row["interval"]) for row in table if row["interval"]}
     paired = {
         (f"approach {one}", f"approach {other}"): edges(draws[one] - draws[other], len(rows), 2, config.level, "normal")
-        for one in draws
-        for other in draws
-        if one < other and "1, envelope" not in (one, other)
+        for one, other in itertools.combinations(draws, 2)
+        if one != "1, envelope"
     }
     under: dict[str, tuple[float, float, float]] = {}
     for how in ("parabola", "akima") if fitted is not None and not reason and count else ():
         value = next(row["a"] for row in table if row["approach"] == f"2, {how}")
         options = curve_options(config, how)
-        simulated = [] if value is None else doctor.minima_under_law(fitted, groups, draws=count, **options)
+        if value is None or fitted is None:
+            continue
+        simulated = doctor.minima_under_law(fitted, groups, draws=count, **options)
         if len(simulated) > 0.5 * count:
             tail = 50 * (1 - config.level)
             under[f"approach 2, {how}"] = (value, *np.percentile(simulated, [tail, 100 - tail]).tolist())
