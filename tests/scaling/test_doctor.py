@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.stats import f
 
 from scaling import doctor
+from scaling.coverage import EPOCH, isoflop_design
 from scaling.fitting.bootstrap import bootstrap
 from scaling.fitting.fit import FitConfig, fit
-from scaling.isoflop import Curves, Minimum, PowerLaw, envelope
+from scaling.isoflop import Curves, Minimum, PowerLaw, envelope, find_budgets
+from scaling.isoflop import minimum as minimum_of
 from scaling.published import CHINCHILLA, JOINT
 from scaling.rows import make_rows
 from scaling.tables import read_csv
@@ -104,3 +109,56 @@ def test_an_envelope_of_edge_sizes_is_warned_of():
     assert findings["edge minima"].verdict == "warning" and findings["edge minima"].numbers["share"] < 0.5
     assert findings["runs"].verdict == "note"
     assert findings["extrapolation"].verdict == "warning"
+
+
+def fitted_sweep():
+    rows = isoflop_design(EPOCH, budgets=4, sizes=7, noise=0.003)
+    return fit(rows, CHINCHILLA, FitConfig(objective="normal"), starts=CHINCHILLA.raw(EPOCH)[:, None])
+
+
+def test_optima_that_are_as_likely_are_told_with_their_distance():
+    one = fitted_sweep()
+    assert doctor.near_optima(one, 1e22).verdict == "fine"
+    other = one.theta + np.array([np.log(2.0), 0, 0, 0, 0])
+    # n log(1 + 0.05) is 1.4 for 28 rows, under chi-squared's 3.84; n log(1 + 0.2) is 5.1.
+    both = {"basins_PK": np.stack([one.theta, other], 1)}
+    near = doctor.near_optima(replace(one, **both, basin_values=one.value * np.array([1, 1.05])), 1e22)
+    assert near.verdict == "warning" and "A " in near.text
+    # N* goes as A^(1 / (alpha + beta)).
+    exponent = 1 / (one.parameters["alpha"] + one.parameters["beta"])
+    assert near.numbers["log_shift"] == pytest.approx(np.log(2) * exponent)
+    assert doctor.near_optima(replace(one, **both, basin_values=one.value * np.array([1, 1.2])), 1e22).verdict == "fine"
+
+
+def test_unconverged_resamples_are_counted():
+    boot = bootstrap(fitted_sweep(), 20)
+    assert doctor.lost_fits(boot).verdict == "fine"
+    lost = doctor.lost_fits(boot._replace(converged_B=np.arange(20) > 2))
+    assert lost.verdict == "warning" and lost.text.startswith("3 of 20 resamples did not converge")
+
+
+def test_a_cubic_term_is_found_where_there_is_one():
+    x, stream = np.linspace(-2, 2, 9), np.random.default_rng(0)
+    for skew, verdict in ((0.0, "fine"), (0.01, "warning")):
+        found = []
+        for budget in (1e18, 1e19, 1e20):
+            loss = 3 + 0.05 * x**2 + skew * x**3 + 0.003 * stream.standard_normal(9)
+            found.append(minimum_of(np.exp(x), loss, budget))
+        finding = doctor.cubic_term(found)
+        assert finding.verdict == verdict
+        # The F test of one more column a budget, with the squares added over budgets.
+        squares = [sum(9 * getattr(m, name) ** 2 for m in found) for name in ("scatter", "cubic_scatter")]
+        assert finding.numbers["p"] == pytest.approx(f.sf((squares[0] - squares[1]) / 3 / (squares[1] / 15), 3, 15))
+
+
+def test_approaches_disagree_by_paired_draws_or_by_what_the_law_would_give():
+    found = {"approach 2": (0.43, 0.36, 0.46), "approach 3": (0.345, 0.29, 0.41)}
+    pair = ("approach 2", "approach 3")
+    assert doctor.disagreement(found).verdict == "fine"
+    assert doctor.disagreement(found, {pair: [0.01, 0.14]}).verdict == "warning"
+    assert doctor.disagreement(found, {pair: [-0.01, 0.14]}).verdict == "fine"
+    assert doctor.disagreement(found, None, {"approach 2": (0.43, 0.33, 0.37)}).verdict == "warning"
+    one = fitted_sweep()
+    exponents = doctor.minima_under_law(one, find_budgets(one.rows)[0], draws=20)
+    a = one.parameters["beta"] / (one.parameters["alpha"] + one.parameters["beta"])
+    assert np.percentile(exponents, 5) - 0.05 < a < np.percentile(exponents, 95) + 0.05
