@@ -175,7 +175,8 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     """Find outliers by the residuals' robust scale, and the effect of leaving them out on N* at the budget."""
     middle = np.median(fitted.residuals)
     scale = 1.4826 * np.median(np.abs(fitted.residuals - middle))
-    far = np.flatnonzero(np.abs(fitted.residuals - middle) > threshold * scale)
+    # Residuals of 1e-9 are rounding.
+    far = np.flatnonzero(np.abs(fitted.residuals - middle) > threshold * max(scale, 1e-9))
     if not len(far) or len(fitted.rows) - len(far) < len(fitted.law.parameters):
         return Finding(
             "outliers", "fine", f"No row is further than {threshold:g} robust standard deviations.", {"rows": 0}
@@ -197,8 +198,8 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     verdict: Verdict = "note"
     if boot is not None:
         spread = float(np.nanstd(_log_optimum(fitted, boot.theta_PB[:, boot.converged_B][:, :200], budget, at)))
-        numbers["standard_errors"] = abs(shift) / spread
-        text += f", {abs(shift) / spread:.2f} of its standard error"
+        numbers["standard_errors"] = abs(shift) / max(spread, 1e-12)
+        text += f", {numbers['standard_errors']:.2f} of its standard error"
         verdict = "warning" if abs(shift) > 0.5 * spread else "note"
     return Finding("outliers", verdict, text + ".", numbers)
 
@@ -344,8 +345,10 @@ def near_optima(fitted: Fit, budget: float, at: At = None) -> Finding:
 
     An optimum counts as near while its likelihood ratio to the best is under chi-squared's 95% point for one parameter.
     """
-    close = np.flatnonzero(relative_likelihood(fitted, fitted.basin_values) < chi2.ppf(0.95, 1))
-    close = close[(close > 0) & (fitted.basin_values[close] > 0)]
+    close = np.arange(0)
+    if fitted.value > 1e-18 * len(fitted.rows):  # residuals of 1e-9 are rounding: no likelihood to compare
+        close = np.flatnonzero(relative_likelihood(fitted, fitted.basin_values) < chi2.ppf(0.95, 1))
+        close = close[close > 0]
     if not len(close):
         return Finding("near-equal optima", "fine", "No other optimum comes near the best.", {"optima": 1})
     natural = fitted.law.natural(fitted.basins_PK)
