@@ -234,7 +234,7 @@ def dropped(fitted: Fit, all_rows: Rows, budget: float, at: At = None) -> Findin
 
 
 def left_out(rows: Rows, all_rows: Rows, effect: str = "", **numbers: float) -> Finding:
-    """Tell how many rows were left out before a fit, and the effect of keeping them, in words and numbers."""
+    """Tell how many rows were left out before a fit, and the effect of leaving them in, as text and numbers."""
     count = len(all_rows) - len(rows)
     if not count:
         return Finding("dropped rows", "fine", "No row was left out.", {"rows": 0})

@@ -19,7 +19,7 @@ class FitPage(NamedTuple):
 
 
 def span(pair: list[float] | None) -> str:
-    """An interval in words; "not measured" without one."""
+    """An interval as text; "not measured" without one."""
     return f"{short(pair[0])} to {short(pair[1])}" if pair else "not measured"
 
 

@@ -20,7 +20,7 @@ from tessera.reports import scaling as figures
 from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
 from tessera.reports.style import short
 from tessera.sweeps.fit_page import FitPage, number_sections, span
-from tessera.sweeps.fit_report import ScalingConfig, run_isoflop, run_parametric, write_numbers
+from tessera.sweeps.fit_report import ScalingConfig, groups_of, run_isoflop, run_parametric, write_numbers
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ def isoflop_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
         f"{len(result['minima']) - len(refused)} of {len(result['minima'])} budgets have a minimum inside their sizes. "
         f"Optimal parameters grow as C^{a['value']:.3f} ({config.level:.0%} interval {span(a['interval'])})."
     ]
+    try:
+        spline, _ = isoflop.approach_2(rows, groups_of(rows, settings)[0], how="akima")
+        lead.append(f"Akima splines in place of the parabolas give C^{spline.exponent:.3f}.")
+    except ValueError:
+        lead.append("Akima splines in place of the parabolas have too few minima for a power law.")
     for m in refused:
         asked = budgets[int(np.argmin(np.abs(np.log(np.array(budgets) / m["budget"]))))]
         lead.append(f"Refused at {short(asked)} FLOPs: {m['refused']}.")

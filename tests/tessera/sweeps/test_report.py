@@ -71,6 +71,7 @@ def test_a_sweep_is_fitted_both_ways(tmp_path):
     low, high = fit["isoflop"]["exponents"]["a"]["interval"]
     assert low < truth < high
     assert lead[0].startswith("8 runs of 8 sizes, 32 readouts at 4 budgets") and "4 of 4 budgets" in lead[1]
+    assert any(text.startswith("Akima splines in place of the parabolas give C^0.") for text in lead)
     for title in ("IsoFLOP curves", "Minima", "Gradient noise", "Rows", "Parametric fit: doctor"):
         assert f"<h2>{title}" in page
     assert not re.search(r'(src|href)="http', page)
