@@ -542,16 +542,16 @@ def _open(directory: Path) -> dict[str, Any]:
     """Tensor name -> open file: of the index, else model.safetensors, else the only file there is."""
     safe_open = _safetensors().safe_open
     files = sorted(file.name for file in directory.glob("*.safetensors"))
-    if (directory / INDEX).exists():
-        where = read_object(directory / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise NotConvertible(f"{directory / INDEX} is damaged: weight_map must name a file for every tensor")
+    where: Any = read_object(directory / INDEX).get("weight_map") if (directory / INDEX).exists() else {}
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise NotConvertible(f"{directory / INDEX} is damaged: weight_map must name a file for every tensor")
+    if where:
         files = sorted(set(where.values()))
     elif "model.safetensors" in files:
         files = ["model.safetensors"]
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {directory}")
-    if len(files) > 1 and not (directory / INDEX).exists():
+    if len(files) > 1 and not where:
         raise NotConvertible(
             f"{directory} has {', '.join(files)} and neither model.safetensors nor {INDEX}: which are the model's?"
         )
@@ -565,7 +565,7 @@ def _open(directory: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # safetensors' own kind
             raise NotConvertible(f"{directory / name} is damaged: {error}") from error
-    if not (directory / INDEX).exists():
+    if not where:
         return {name: handle for handle in handles.values() for name in handle.keys()}
     inside = {file: set(handle.keys()) for file, handle in handles.items()}
     if wrong := [f"{name} in {file}" for name, file in where.items() if name not in inside[file]]:

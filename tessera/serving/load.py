@@ -121,20 +121,21 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
 
     Raises:
       FileExistsError: the directory exists.
-      NotConvertible: a model that is neither Llama nor Mixtral.
+      NotConvertible: a model of none of `huggingface.FAMILIES`.
       ImportError: the extra `hf` is not installed.
     """
     target = Path(directory)
     if target.exists():
         raise FileExistsError(f"{target} exists; name a new directory to export to")
     text = loaded.format
-    tokens = {"bos_token_id": text.begin, "eos_token_id": text.ends[0] if len(text.ends) == 1 else list(text.ends)}
-    tokens = {name: found for name, found in tokens.items() if found is not None and found != []}
+    tokens: dict[str, Any] = {} if text.begin is None else {"bos_token_id": text.begin}
+    if text.ends:
+        tokens["eos_token_id"] = text.ends[0] if len(text.ends) == 1 else list(text.ends)
     more = {"max_position_embeddings": text.positions} if text.positions else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        huggingface.save_directory(staging, loaded.params, loaded.config, dtype, **more, **tokens)
+        huggingface.save_directory(staging, loaded.params, loaded.config, dtype, **(tokens | more))
         tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, BPETokenizer) else BPETokenizer.of_bytes()
         tokenizer.save(staging / "tokenizer.json")
         names = {"bos_token": text.begin, "eos_token": text.ends[0] if text.ends else None}
