@@ -17,7 +17,7 @@ def lines(path):
 @pytest.mark.parametrize("reader", ["Ticket researcher", "MoE engineer", "Scaling-law analyst"])
 def test_a_reading_path_has_at_most_1500_lines(reader):
     files = re.findall(r"`([\w/]+\.py)`", PATHS[reader])
-    assert len(files) >= 5
+    assert len(files) >= 4
     assert sum(map(lines, files)) <= 1500, {file: lines(file) for file in files}
 
 
