@@ -177,7 +177,14 @@ def test_commands_run_short(name, directory):
 @pytest.mark.docs
 def test_fit_on_a_table_of_runs(directory, shared_data):
     runs = shared_data("scaling/chinchilla_figure4.csv")
-    out = run(directory, script("fit_scaling"), f"--config.runs={runs}", "--config.resamples=50", "--workdir=runs/fit")
+    out = run(
+        directory,
+        script("fit_scaling"),
+        "--config=fit:hoffmann",
+        f"--config.runs={runs}",
+        "--config.resamples=50",
+        "--workdir=runs/fit",
+    )
     assert "477.8" in out
 
 
