@@ -22,7 +22,7 @@ HAIKU = {"net/~/dense": {"w": DENSE, "b": np.zeros(6)}, "net/~/conv": {"w": CONV
 NNX = {"dense": {"kernel": {"value": DENSE}, "bias": {"value": np.zeros(6)}}, "conv": {"kernel": {"value": CONV}}}
 
 
-def kept(tree, structure, layouts=()):
+def halved(tree, structure, layouts=()):
     """The masks of half of each leaf's units."""
     tree = jax.tree.map(jnp.asarray, tree)
     which = masks.prunable(tree, layouts=layouts)
@@ -32,7 +32,7 @@ def kept(tree, structure, layouts=()):
 
 @pytest.mark.parametrize("structure", ["2:4", "4x2", "neuron"])
 def test_other_libraries_trees_get_the_masks_of_flax(structure):
-    flax = kept(FLAX, structure)
+    flax = halved(FLAX, structure)
     dense, conv = np.asarray(flax["dense/kernel"]), np.asarray(flax["conv/kernel"])
     if structure == "2:4":  # against NumPy: the two largest of four consecutive inputs of each output
         groups = np.abs(DENSE).reshape(2, 4, 6)
@@ -41,13 +41,13 @@ def test_other_libraries_trees_get_the_masks_of_flax(structure):
         # Of a convolution, four channels at one place, as NVIDIA's ASP has it.
         groups = np.abs(CONV)
         np.testing.assert_array_equal(conv, groups >= np.sort(groups, axis=2)[:, :, 2:3])
-    equinox = kept(EQUINOX, structure, structures.EQUINOX)
+    equinox = halved(EQUINOX, structure, structures.EQUINOX)
     np.testing.assert_array_equal(equinox["dense/weight"], dense.T)
     np.testing.assert_array_equal(equinox["conv/weight"], conv.transpose(3, 2, 0, 1))
-    haiku = kept(HAIKU, structure, structures.HAIKU)
+    haiku = halved(HAIKU, structure, structures.HAIKU)
     np.testing.assert_array_equal(haiku["net/~/dense/w"], dense)
     np.testing.assert_array_equal(haiku["net/~/conv/w"], conv)
-    nnx = kept(NNX, structure)
+    nnx = halved(NNX, structure)
     np.testing.assert_array_equal(nnx["dense/kernel/value"], dense)
     np.testing.assert_array_equal(nnx["conv/kernel/value"], conv)
     for tree, path in ((flax, "embed/kernel"), (equinox, "embed/weight"), (equinox, "layer_norm/weight")):
