@@ -11,16 +11,17 @@ import jax
 import numpy as np
 import pytest
 
+CPU = os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu"
+# A test compiles a program to run it once on small arrays: at LLVM's first level of optimization that takes about half
+# the time. (Level 0 is faster still, and wrong: it gives other gradients of max pooling.) Child processes read the
+# variable; TESSERA_TEST_OPTIMIZE=1 compiles as users do.
+if CPU and not int(os.environ.get("TESSERA_TEST_OPTIMIZE", "0")):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 # Before any other use of JAX: the device count is read once.
-if os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu":
+if CPU:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A test compiles a program to run it once on small arrays: without LLVM's expensive passes that takes half
-# the time. Child processes read the variable. TESSERA_TEST_OPTIMIZE=1 compiles as users do.
-if not int(os.environ.get("TESSERA_TEST_OPTIMIZE", "0")):
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many small objects that live: at Python's own thresholds a tenth of the suite's time is the collector's.
 gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"))
