@@ -50,6 +50,7 @@ def train(tx, steps=150, loss_fn=loss_fn, params=PARAMS):
 # Learning rates that suit the problem; 0.02 for every name that is not here.
 RATES = {"adadelta": 30.0, "adagrad": 0.3, "lars": 1.0, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3, "sm3": 0.3}
 RATES |= dict.fromkeys(("cocob", "dadapt_adamw", "dog", "dowg", "momo", "prodigy", "schedule_free_sgd"), 1.0)
+RATES["simplified_ademamix"] = 0.005  # its momentum is a sum, not a mean
 NAMES = [*OPTIMIZERS, "sam"]
 
 
