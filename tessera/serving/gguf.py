@@ -1,6 +1,6 @@
 """GGUF files of Llama architecture, as llama.cpp runs them.
 
-Quantized tensors (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K ...) are widened to float32 one at a time by the `gguf` package (extra
+Quantized tensors (Q8_0, Q4_1 ...) are widened to float32 one at a time by the `gguf` package (extra
 `hf`). llama.cpp pairs rotary channels 2 i and 2 i + 1 where Hugging Face and this project pair i and i + h / 2, so the
 rows of its query and key projections are stored interleaved and are put back here.
 """
@@ -77,31 +77,23 @@ def read_tokenizer(file: Path | str) -> Any:
     Raises:
       NotConvertible: another kind of tokenizer.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     fields = _fields(_open(file))
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-    digits = [pre_tokenizers.Digits(individual_digits=True)]
-    llama3 = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+"
-    )
     # The regular expression of GPT-2 is ByteLevel's own.
-    splits: dict[str, list[Any]] = {
-        "gpt-2": [],
-        "smollm": digits,
-        "llama-bpe": [pre_tokenizers.Split(Regex(llama3), "isolated")],
-    }
-    if kind != "gpt2" or split not in splits:
+    splits: dict[str, list[Any]] = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
+    if kind != "gpt2" or split not in splits or fields.get("tokenizer.ggml.add_bos_token"):
         raise NotConvertible(
             f"{file}: tokenizer {kind!r} with splits {split!r} is not read; byte-level BPE ('gpt2') with "
-            f"{', '.join(map(repr, splits))} is: give the model's tokenizer.json as tokenizer"
+            f"{', '.join(map(repr, splits))} and no token before the text is: give the model's tokenizer.json as "
+            "tokenizer"
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    found = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split != "llama-bpe")
+    found = Tokenizer(models.BPE(vocabulary, merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     found.pre_tokenizer = pre_tokenizers.Sequence([*splits[split], byte_level])
     found.decoder = decoders.ByteLevel()
     special = [token for token, of_type in zip(tokens, types, strict=True) if of_type == CONTROL]

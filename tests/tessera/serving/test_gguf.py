@@ -140,11 +140,12 @@ def test_a_file_that_is_none_is_said(tmp_path):
         load_gguf(tmp_path / "text.gguf")
 
 
-def tokenizer_file(path, model, split="gpt-2", kind="gpt2"):
+def tokenizer_file(path, model, split="gpt-2", kind="gpt2", begins=False):
     writer = gguf.GGUFWriter(path, "llama")
     vocabulary = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(split)
+    writer.add_add_bos_token(begins)
     writer.add_token_list([*vocabulary, "<|end|>"])
     writer.add_token_types([1] * len(vocabulary) + [3])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
@@ -165,6 +166,9 @@ def test_a_tokenizer_comes_with_its_splits_and_special_tokens(tmp_path):
     assert found.encode("a b<|end|>c").tolist().count(end) == 1 and found.decode(np.asarray([end])) == ""
     digits = BPETokenizer(read_tokenizer(tokenizer_file(tmp_path / "b.gguf", model, "smollm")))
     assert len(digits.encode("12345")) == 5 > len(found.encode("12345"))
+    begins = tokenizer_file(tmp_path / "d.gguf", model, begins=True)
+    with pytest.raises(NotConvertible, match="no token before the text"):
+        read_tokenizer(begins)
     with pytest.raises(NotConvertible, match="tokenizer 'llama' .*tokenizer.json"):
         read_tokenizer(tokenizer_file(tmp_path / "c.gguf", model, kind="llama"))
 
