@@ -4,11 +4,13 @@ Parameters of the dtypes in `DTYPES` are stored; numpy alone cannot read 8-bit f
 
 A masked leaf is two tensors: `<path>` with the surviving values in the order of the flat index, and `<path>.mask`, the
 mask's bits packed into bytes (numpy's packbits, first weight in the highest bit). Its shape is in the header's
-metadata. A leaf without zeros in its mask is one plain tensor.
+metadata. A leaf without zeros in its mask is one plain tensor. The metadata hold the SHA-256 of the file, taken with 64
+zeros in its place; files of the first format, which had none, are read.
 
 `load` needs numpy and the standard library only: copy this function into any project that should read tickets.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ from lottery import masks as masks_lib
 
 __all__ = ["DTYPES", "FORMAT", "load", "save", "unflatten"]
 
-FORMAT = "tessera-ticket-1"
+FORMAT = "tessera-ticket-2"
 DTYPES = ("float64", "float32", "float16", "bfloat16", "bool") + tuple(
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 )
@@ -49,7 +51,7 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
       'ticket.safetensors'
     """
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save as encode
     except ImportError as error:
         raise ImportError("saving tickets needs the extra `hf`: pip install 'tessera-jax[hf]'") from error
     masks_lib.check(masks, params)
@@ -67,11 +69,14 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
             continue
         tensors[name], tensors[f"{name}.mask"] = values[mask], np.packbits(mask.ravel())
         shapes[name] = list(values.shape)
-    header = {**(metadata or {}), "format": FORMAT, "shapes": json.dumps(shapes)}
+    blank = "0" * 64
+    header = {**(metadata or {}), "format": FORMAT, "shapes": json.dumps(shapes), "sha256": blank}
+    data = encode(tensors, header)
+    digest = hashlib.sha256(data).hexdigest()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, header)
+    partial.write_bytes(data.replace(f'"sha256":"{blank}"'.encode(), f'"sha256":"{digest}"'.encode(), 1))
     partial.replace(path)
     return path
 
@@ -80,7 +85,7 @@ def load(path):
     """Load a ticket: ({path: dense array}, {path: bool mask}, metadata). numpy only; bfloat16 comes as float32.
 
     Raises:
-      ValueError: the file is not a ticket.
+      ValueError: the file is not a ticket, or is damaged; nothing larger than the file's own content is allocated.
 
     Example:
       >>> import tempfile
@@ -90,29 +95,51 @@ def load(path):
       >>> params["kernel"].tolist(), masks["kernel"].tolist()
       ([1.0, 0.0], [True, False])
     """
+    import hashlib
     import json
+    import math
 
     import numpy as np
 
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
     types |= {f"{sign.upper()}{8 * size}": f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)}
+
+    def need(condition, what):
+        if not condition:
+            raise ValueError(f"{path}: {what}")
+
+    def is_shape(x):
+        return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+
     with open(path, "rb") as file:
         data = file.read()
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        raise ValueError(f"{path}: not a safetensors file, or cut off")
-    header = json.loads(data[8 : 8 + size])
-    metadata = header.pop("__metadata__", {})
-    if metadata.get("format") != "tessera-ticket-1":
-        raise ValueError(f"{path}: format {metadata.get('format')!r}, not 'tessera-ticket-1'")
-    shapes = json.loads(metadata["shapes"])
+    need(8 <= len(data) and size <= len(data) - 8, "not a safetensors file, or cut off")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.pop("__metadata__", {})
+        kind, digest = metadata.get("format"), metadata.get("sha256")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: its header is no JSON object") from error
+    need(kind in ("tessera-ticket-1", "tessera-ticket-2"), f"format {kind!r}, not 'tessera-ticket-1' or '-2'")
+    if kind != "tessera-ticket-1":
+        need(isinstance(digest, str) and len(digest) == 64, "damaged: no SHA-256 in its header")
+        blank = data[: 8 + size].replace(digest.encode(errors="replace"), b"0" * 64, 1) + data[8 + size :]
+        need(hashlib.sha256(blank).hexdigest() == digest, "damaged, or cut off: its SHA-256 differs")
+    try:
+        shapes = json.loads(metadata["shapes"])
+        entries = {name: (types[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: a header that `save` does not write ({error!r})") from error
+    need(isinstance(shapes, dict) and all(map(is_shape, shapes.values())), "damaged: shapes must be lists of sizes")
     tensors = {}
-    for name, entry in header.items():
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        if end > len(data):
-            raise ValueError(f"{path}: {name} is cut off")
-        array = np.frombuffer(data[begin:end], types[entry["dtype"]]).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":
+    for name, (dtype, shape, *offsets) in entries.items():
+        need(is_shape(shape) and is_shape(offsets) and len(offsets) == 2, f"damaged: shape or offsets of {name}")
+        begin, end = (8 + size + offset for offset in offsets)
+        need(end <= len(data), f"{name} is cut off")
+        need(end - begin == math.prod(shape) * np.dtype(dtype).itemsize, f"damaged: {name} is not {dtype} {shape}")
+        array = np.frombuffer(data[begin:end], dtype).reshape(shape)
+        if header[name]["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = array
     params, masks = {}, {}
@@ -120,8 +147,11 @@ def load(path):
         if name not in shapes:
             params[name], masks[name] = tensors[name], np.ones(tensors[name].shape, bool)
             continue
-        count = int(np.prod(shapes[name]))
-        mask = np.unpackbits(tensors[f"{name}.mask"], count=count).astype(bool).reshape(shapes[name])
+        count, bits = math.prod(shapes[name]), tensors.get(f"{name}.mask")
+        fits = bits is not None and bits.dtype == np.uint8 and bits.shape == (-(-count // 8),)
+        need(fits, f"damaged: {name}.mask does not hold {count} bits")
+        mask = np.unpackbits(bits, count=count).astype(bool).reshape(shapes[name])
+        need(tensors[name].shape == (mask.sum(),), f"damaged: {name} has not as many values as its mask")
         dense = np.zeros(shapes[name], tensors[name].dtype)
         dense[mask] = tensors[name]
         params[name], masks[name] = dense, mask

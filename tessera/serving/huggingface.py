@@ -7,6 +7,7 @@ Tensors are read and written one at a time. Hugging Face stores a projection as 
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|\d{5}\.part")
+SUMS = "crc32"  # in the metadata of an export's files: the CRC-32 of every tensor's bytes
 MARK = {"written_by": "tessera"}  # in every file of an export: nothing without it is replaced or removed
 STAGING = ".tessera-export"  # folder inside the directory that the files are written to before they are moved
 
@@ -326,13 +328,40 @@ def load_directory(
 
     Raises:
       FileNotFoundError: no config or no safetensors.
-      NotConvertible: another architecture; tensors missing, of other shapes, quantized, or that no parameter asks for.
+      NotConvertible: another architecture; tensors missing, of other shapes, quantized, damaged, or that no parameter
+        asks for.
       ImportError: the extra `hf` is not installed.
     """
     config = read_config(directory)
     tensors = _open(Path(directory))
     _check_names(Path(directory), tensors, config)
-    return assemble(config, lambda name: tensors[name].get_tensor(name), place), config
+    return assemble(config, _reader(Path(directory), tensors), place), config
+
+
+def _bytes(tensor: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1))
+
+
+def _reader(directory: Path, tensors: dict[str, Any]) -> Callable[[str], np.ndarray]:
+    """Reads a tensor by name and compares it with the CRC-32 that `save_directory` wrote, where there is one."""
+    sums: dict[int, Any] = {}
+
+    def read(name: str) -> np.ndarray:
+        file, tensor = tensors[name], tensors[name].get_tensor(name)
+        if id(file) not in sums:
+            sums[id(file)] = read_sums(file)
+        if sums[id(file)].get(name, found := zlib.crc32(_bytes(tensor))) != found:
+            raise NotConvertible(f"{directory} is damaged: the checksum of {name} differs from the one written with it")
+        return tensor
+
+    def read_sums(file: Any) -> dict[str, int]:
+        try:
+            found = json.loads((file.metadata() or {}).get(SUMS, "{}"))
+            return {str(name): int(value) for name, value in found.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise NotConvertible(f"{directory} is damaged: {SUMS} of a file are no numbers by tensor") from error
+
+    return read
 
 
 def assemble(
@@ -398,7 +427,8 @@ def save_directory(
 
     def flush() -> None:
         if held:
-            save_file(held, staging / f"{len(files):05}.part", {"format": "pt"} | MARK)
+            sums = json.dumps({name: zlib.crc32(_bytes(tensor)) for name, tensor in held.items()})
+            save_file(held, staging / f"{len(files):05}.part", {"format": "pt", SUMS: sums} | MARK)
             files.append(list(held))
             held.clear()
 

@@ -1,6 +1,8 @@
 """Tickets on disk, read by a function that knows nothing of the package, and by safetensors itself."""
 
 import inspect
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,12 @@ def test_a_mask_costs_one_bit_a_weight_and_pruned_weights_nothing(tmp_path):
 def test_wrong_files_and_masks_are_refused(tmp_path):
     path = export.save(tmp_path / "t.safetensors", PARAMS, MASKS)
     whole = path.read_bytes()
-    for data, message in [(whole[:-5], "cut off"), (whole[:20], "cut off"), (b"", "cut off")]:
+    for data, message in [
+        (whole[:-5], "cut off"),
+        (whole[:20], "cut off"),
+        (b"", "cut off"),
+        (whole + b"0", "SHA-256"),
+    ]:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             export.load(path)
@@ -85,3 +92,71 @@ def test_paths_that_collide_are_refused(tmp_path):
     for flat in ({"a": np.zeros(1), "a/b": np.zeros(1)}, {"a/b": np.zeros(1), "a": np.zeros(1)}):
         with pytest.raises(ValueError, match="a leaf and a folder"):
             export.unflatten(flat)
+
+
+def small(tmp_path):
+    params = {"a": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.arange(3)}
+    return export.save(tmp_path / "t.safetensors", params, {"a": params["a"] > 2, "b": jnp.ones(3, bool)})
+
+
+def test_every_flipped_bit_is_seen(tmp_path):
+    path = small(tmp_path)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            export.load(path)
+
+
+def first_format(header):
+    """A file as it was before there were checksums, of any header."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+A = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+MASK = {"dtype": "U8", "shape": [1], "data_offsets": [4, 5]}
+META = {"format": "tessera-ticket-1", "shapes": '{"a": [2, 2]}'}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": A, "a.mask": MASK}, "has not as many values"),
+        (
+            {"a": A, "a.mask": MASK, "__metadata__": META | {"shapes": '{"a": [1000000, 1000000]}'}},
+            "1000000000000 bits",
+        ),
+        ({"a": A | {"shape": [10**12]}}, "damaged: a is not"),
+        ({"a": A | {"data_offsets": [-8, -4]}}, "shape or offsets of a"),
+        ({"a": A | {"data_offsets": [0, 400]}}, "a is cut off"),
+        ({"a": A | {"data_offsets": [4]}}, "shape or offsets of a"),
+        ({"a": A | {"dtype": "F8"}}, "header that `save` does not write"),
+        ({"a": A}, "a.mask does not hold 4 bits"),
+        ({"a": 3}, "header that `save` does not write"),
+        ({"a": A, "__metadata__": META | {"shapes": "[]"}}, "lists of sizes"),
+        ({"a": A, "__metadata__": 3}, "no JSON object"),
+        ([], "no JSON object"),
+    ],
+)
+def test_damaged_headers_without_a_checksum_are_named(tmp_path, header, message):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(first_format({"__metadata__": META} | header if isinstance(header, dict) else header))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{re.escape(message)}"):
+        export.load(path)
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    path = tmp_path / "t.safetensors"
+    header = {
+        "__metadata__": META,
+        "a": A | {"shape": [2], "data_offsets": [0, 8]},
+        "a.mask": MASK | {"data_offsets": [8, 9]},
+    }
+    data = first_format(header)[:-16] + np.array([1.5, -2], "<f4").tobytes() + bytes([0b01010000])
+    path.write_bytes(data)
+    params, found, _ = export.load(path)
+    assert params["a"].tolist() == [[0, 1.5], [0, -2]]
+    assert found["a"].tolist() == [[False, True], [False, True]]

@@ -325,3 +325,20 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
     with pytest.raises(NotConvertible):
         save_directory(made, {**small(1), "final_norm": {}}, SMALL, shard_bytes=100)
     assert contents(made) == before and sorted(x.name for x in made.iterdir()) == sorted(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flipped_bit_in_a_weight_of_an_export_is_seen(dtype, tmp_path):
+    pytest.importorskip("safetensors")
+    made = save_directory(tmp_path / "model", small(0), SMALL, dtype, shard_bytes=500)
+    for path in made.glob("*.safetensors"):
+        whole = path.read_bytes()
+        begin = 8 + int.from_bytes(whole[:8], "little")
+        for place in range(begin, len(whole), 97):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(NotConvertible, match=r"is damaged: the checksum of [a-z_]+\.[a-z_.0-9]+ differs"):
+                load_directory(made)
+        path.write_bytes(whole)
+    assert load_directory(made)[0]
