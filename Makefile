@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel bench coverage golden lock lint clean
+.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster bench coverage golden lock lint clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -37,7 +37,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu and not wheel'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu and not wheel and not cluster'
 
 # Every kernel test that needs no accelerator, the slow ones too: interpreted, and compiled for TPUs ahead of time by the libtpu
 # that this JAX asks for. It has a directory of its own, as elsewhere JAX would look for a TPU with it; without it those tests
@@ -69,6 +69,12 @@ test-docs: $(VENV)/installed
 # A wheel is built and tried in an empty environment outside the checkout (needs a package index).
 test-wheel: $(VENV)/installed
 	$(BIN)/python -m pytest -m wheel tests/test_package.py
+
+# A SLURM, a Ray cluster of two nodes and Open MPI, all on this machine: as root, with Debian's slurm-wlm, munge and
+# openmpi-bin. What is not installed is skipped. Ten minutes, of which SLURM waits two before it requeues a job.
+test-cluster: $(VENV)/installed
+	$(PIP) $(LOCK:%=--constraint %) -e '.[slurm,ray]'
+	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=xml

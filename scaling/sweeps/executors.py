@@ -4,6 +4,8 @@ An executor starts calls (a picklable function and its arguments) as jobs. A job
 error: what a run produces, it writes to a directory that every host sees.
 """
 
+import getpass
+import math
 import os
 import pickle
 import signal
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
+# After which a job that has left the queue without a result has failed: a shared file system may show results late.
+GONE_SECONDS = 20.0
 
 # One thread each: products of a tiny model gain nothing from a second one, a second run does.
 ONE_THREAD = {
@@ -171,15 +175,53 @@ class Submitted:
     """A job of submitit."""
 
     job: Any
+    queue: "SlurmQueue | None" = None
+    _gone_since: float | None = None
 
     def done(self) -> bool:
-        """Whether it has ended."""
-        return bool(self.job.done())
+        """Whether it has ended.
+
+        submitit learns of a cancelled job from SLURM's accounting only. Where there is none, a job that is neither in
+        the queue nor, some seconds later, has a result has ended too.
+        """
+        if self.job.done():
+            return True
+        if self.queue is None or self.job.state != "UNKNOWN" or self.queue.has(self.job.job_id):
+            self._gone_since = None
+            return False
+        now = time.monotonic()
+        self._gone_since = now if self._gone_since is None else self._gone_since
+        return now - self._gone_since > GONE_SECONDS
 
     def error(self) -> str:
         """What it raised."""
+        if not self.job.done():
+            return f"job {self.job.job_id} left the queue without a result: cancelled or killed"
         found = self.job.exception()
-        return "" if found is None else _last_line(found)
+        if found is None:
+            return ""
+        # submitit puts the job's traceback between lines of dashes, and the paths of its logs below them.
+        parts = str(found).split("-" * 22)
+        return _last_line(parts[1]) if len(parts) > 2 else _last_line(found)
+
+
+class SlurmQueue:
+    """The numbers of this user's jobs that wait or run, looked up every few seconds."""
+
+    def __init__(self) -> None:
+        self._jobs: set[str] = set()
+        self._read = -math.inf
+
+    def has(self, job: str) -> bool:
+        """Whether a job (12_3 of an array) waits or runs; also True where the queue cannot be read."""
+        if time.monotonic() - self._read > GONE_SECONDS / 4:
+            command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+            try:
+                found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            except (OSError, subprocess.SubprocessError):
+                return True
+            self._jobs, self._read = set(found.stdout.split()), time.monotonic()
+        return job in self._jobs
 
 
 class Submitit:
@@ -210,12 +252,13 @@ class Submitit:
         self.executor.update_parameters(slurm_array_parallelism=slots, cpus_per_task=1, **dict(parameters or {}))
         # The scheduler has the queue: an array is submitted at once.
         self.slots = slots if self.executor.cluster in ("local", "debug") else 10_000
+        self._queue = SlurmQueue() if self.executor.cluster == "slurm" else None
 
     def submit(self, calls: Sequence[Call]) -> list[Submitted]:
         """Submit calls as one array."""
         with self.executor.batch():
             jobs = [self.executor.submit(function, *arguments) for function, arguments in calls]
-        return [Submitted(job) for job in jobs]
+        return [Submitted(job, self._queue) for job in jobs]
 
     def wait(self, seconds: float) -> None:
         """Sleep; a scheduler is not polled more often than every few seconds."""
@@ -289,7 +332,7 @@ def _invoke(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     function(*arguments)
 
 
-def _last_line(error: BaseException) -> str:
+def _last_line(error: BaseException | str) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 

@@ -246,6 +246,31 @@ def test_submitit_carries_a_sweep_out(tmp_path, monkeypatch, name):
     assert len(rows) == 12 and (tmp_path / "runs.csv").read_bytes() == (tmp_path / "full" / "runs.csv").read_bytes()
 
 
+class Lost:
+    """A job of submitit that was cancelled where SLURM keeps no accounts: it never has a result."""
+
+    job_id, state = "7_1", "UNKNOWN"
+
+    def done(self):
+        return False
+
+
+def test_a_job_that_left_the_queue_without_a_result_has_failed(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\ncat $(dirname $0)/jobs\n")
+    squeue.chmod(0o755)
+    (tmp_path / "jobs").write_text("7_0\n7_1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(executors, "GONE_SECONDS", 0.0)
+    job = executors.Submitted(Lost(), executors.SlurmQueue())
+    assert not job.done() and not job.done()
+    (tmp_path / "jobs").write_text("7_0\n")
+    assert not job.done()  # its result may still be on the way
+    assert job.done() and job.error() == "job 7_1 left the queue without a result: cancelled or killed"
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert not executors.Submitted(Lost(), executors.SlurmQueue()).done()
+
+
 @pytest.mark.slow
 def test_ray_carries_a_sweep_out(tmp_path, monkeypatch):
     pytest.importorskip("ray")
