@@ -113,7 +113,7 @@ def dynamic(
     many grow, from zero, at the largest gradients or at random, among all that did not survive. A weight that is
     dropped and grown in one move keeps its value and its moments, as in the published code (google-research/rigl,
     sparse_optimizers_base.py); other grown weights begin with moments of zero. That step moves connections and trains
-    nothing.
+    nothing. The number that moves is rounded, where the published code cuts it down: at most one more a layer.
 
     Args:
       inner: the optimizer, without masking of its own. Where a step from moments of zero would be thousands of times

@@ -126,30 +126,39 @@ def test_gradual_pruning_follows_zhu_and_guptas_equation(scope):
         assert not np.any(kept[1:] & ~kept[:-1])
 
 
-def test_straight_through_trains_dense_weights_behind_the_largest_against_numpy():
-    counts = {"kernel": 3}
-    which = {"kernel": True}
-    start = np.array([[0.5, -0.4, 0.3], [0.2, 0.1, -0.05]], np.float32)
-    target = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, -1.0]], np.float32)
-    tx = dynamic.straight_through(optax.sgd(0.1), which, counts)
-    dense = {"kernel": jnp.asarray(start)}
-    state = tx.init(dense)
-    params = masks.apply(dense, dynamic.masks_of(state))
-    reference = start.astype(np.float64)
+@pytest.mark.parametrize(("every", "ramp"), [(1, 0), (2, 6)])
+def test_straight_through_is_dpf_with_momentum_and_decay_against_numpy(every, ramp):
+    """Against Lin et al. 2020, algorithm 1, as PyTorch trains it (unofficial: INCHEON-CHO/Dynamic_Model_Pruning_with_Feedback).
 
-    def masked(w):
-        keep = np.zeros(w.size, bool)
-        keep[np.argsort(-np.abs(w).ravel())[:3]] = True
-        return np.where(keep.reshape(w.shape), w, 0)
-
-    for _ in range(12):
-        np.testing.assert_allclose(params["kernel"], masked(reference), atol=1e-6)
-        gradient = params["kernel"] - target
-        updates, state = tx.update({"kernel": gradient}, state, params)
+    There masks are chosen before the forward pass over all layers together, by the cubic, the threshold itself out;
+    gradients at the sparse weights, momentum and decay move all dense weights.
+    """
+    rate, momentum, decay, size, left = 0.1, 0.9, 0.01, 12, 3
+    which = {"a": {"kernel": True}, "b": {"kernel": True}}
+    dense = np.random.default_rng(3).normal(size=(2, 2, 3)) * 0.3
+    target = np.zeros((2, 2, 3))
+    target[0, 1], target[1, 0, 0] = [1.0, 1.0, -1.0], 0.2
+    tree = lambda x: {"a": {"kernel": jnp.asarray(x[0], jnp.float32)}, "b": {"kernel": jnp.asarray(x[1], jnp.float32)}}  # noqa: E731
+    flat = lambda t: np.stack([t["a"]["kernel"], t["b"]["kernel"]])  # noqa: E731
+    inner = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=momentum))
+    tx = dynamic.straight_through(inner, which, {"*": left}, every, ramp=ramp)
+    state = tx.init(tree(dense))
+    params = masks.apply(tree(dense), dynamic.masks_of(state))
+    buffer, mask = np.zeros_like(dense), np.ones(dense.shape, bool)
+    first = None
+    for step in range(12):
+        if step % every == 0:
+            part = min(step / ramp, 1) if ramp else 1
+            count = round(left + (size - left) * (1 - part) ** 3)
+            mask = np.abs(dense) >= np.sort(np.abs(dense).ravel())[size - count]
+        first = mask if first is None else first
+        np.testing.assert_allclose(flat(params), dense * mask, atol=2e-6)
+        updates, state = tx.update(tree(dense * mask - target), state, params)
         params = optax.apply_updates(params, updates)
-        reference = reference - 0.1 * (masked(reference) - target)
-        assert int(jnp.sum(params["kernel"] != 0)) == 3
-    assert np.all(np.asarray(dynamic.masks_of(state)["kernel"]) == (target != 0)), "pruned weights came back"
+        buffer = momentum * buffer + (dense * mask - target) + decay * dense
+        dense = dense - rate * buffer
+    np.testing.assert_allclose(flat(state.dense), dense, atol=2e-6)
+    assert np.any(mask & ~first) or ramp, "pruned weights came back"
 
 
 def test_early_bird_stops_when_the_window_is_full_of_close_masks():
@@ -189,45 +198,50 @@ def test_wrong_requests_are_refused(call, message):
         call()
 
 
-def published(weights, moments, mask, gradient, fraction):
-    """One move of google-research/rigl, sparse_optimizers_base.py, generic_mask_update, in NumPy."""
+def published(weights, moments, mask, gradient, count):
+    """One move of google-research/rigl, sparse_optimizers_base.py, generic_mask_update, in NumPy.
+
+    There `count`, of weights that move, is int(fraction * alive); here it is rounded, at most one more.
+    """
     drop, grow = np.abs(weights).ravel(), np.abs(gradient).ravel()
-    ones = int(mask.sum())
-    keep = ones - round(fraction * ones)
+    keep = int(mask.sum()) - count
     first = np.zeros(mask.size)
     first[np.argsort(-np.where(mask.ravel(), drop, -1), kind="stable")[:keep]] = 1
     lifted = np.where(first == 1, grow.min() - 1, grow)
     second = np.zeros(mask.size)
-    second[np.argsort(-lifted, kind="stable")[: ones - keep]] = 1
+    second[np.argsort(-lifted, kind="stable")[:count]] = 1
     new = (second == 1) & ~mask.ravel()
     after = ((first + second) > 0).reshape(mask.shape)
     reset = lambda x: np.where(new, 0, x.ravel()).reshape(x.shape) * after  # noqa: E731
     return reset(weights), reset(moments), after
 
 
-def test_a_move_is_the_published_one_also_for_what_is_dropped_and_grown_at_once():
+@pytest.mark.parametrize(
+    # The cosine at step k of 8; 12 weights are alive, the published count is the floor of the product.
+    ("fraction", "step", "count", "floor"),
+    [(0.5, 4, 3, 3), (0.4, 4, 2, 2), (0.3, 2, 3, 3), (0.55, 3, 5, 4), (0.25, 6, 0, 0), (0.5, 8, 0, 0)],
+)
+def test_a_move_is_the_published_one_also_for_what_is_dropped_and_grown_at_once(fraction, step, count, floor):
+    annealed = fraction / 2 * (1 + np.cos(np.pi * step / 8))
+    assert (round(annealed * 12), int(annealed * 12)) == (count, floor)
     generator = np.random.default_rng(0)
-    weights, mask = generator.normal(size=(4, 6)).astype(np.float32), generator.random((4, 6)) < 0.5
-    moments, gradient = (generator.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
+    weights, moments, gradient = (generator.normal(size=(4, 6)).astype(np.float32) for _ in range(3))
+    mask = np.isin(np.arange(24), generator.permutation(24)[:12]).reshape(4, 6)
     weights, moments = weights * mask, moments * mask
     smallest = np.argmin(np.where(mask, np.abs(weights), np.inf))
     gradient.flat[smallest] = 9.0  # goes and comes back
-    config = dynamic.DynamicConfig(every=1, until=2, fraction=0.4)
-    tx = dynamic.dynamic(
-        optax.sgd(0.1, momentum=0.9),
-        {"kernel": jnp.asarray(mask)},
-        {"kernel": True},
-        config,
-        key=KEY,
-    )
+    config = dynamic.DynamicConfig(every=1, until=8, fraction=fraction)
+    tx = dynamic.dynamic(optax.sgd(0.1, momentum=0.9), {"kernel": jnp.asarray(mask)}, {"kernel": True}, config, key=KEY)
     params = {"kernel": jnp.asarray(weights)}
     state = tx.init(params)
     trace = state.inner[0]._replace(trace={"kernel": jnp.asarray(moments)})
-    state = state._replace(step=jnp.int32(1), inner=(trace, *state.inner[1:]))
+    state = state._replace(step=jnp.int32(step), inner=(trace, *state.inner[1:]))
     updates, state = tx.update({"kernel": jnp.asarray(gradient)}, state, params)
-    # The cosine at step 1 of 2 halves the fraction.
-    want = published(weights, moments, mask, gradient, 0.2)
     got = optax.apply_updates(params, updates)["kernel"], state.inner[0].trace["kernel"], state.masks["kernel"]
+    if step == 8:  # `until`: there the published code moves int(0 * alive) weights, and here training goes on
+        np.testing.assert_array_equal(got[2], mask)
+        return
+    want = published(weights, moments, mask, gradient, count)
     for one, two in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, two)
     assert want[0].flat[smallest] != 0
