@@ -1,6 +1,6 @@
 """The report of a lottery search: findings, tables with intervals, figures, the settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tessera.reports.lottery import Point, arm_name, arms, main_arm, paired_poin
 from tessera.reports.style import plus_minus
 
 EARLY, FINAL, STOP = "early_stop_test_accuracy", "final_test_accuracy", "early_stop_step"
+WHEN = {EARLY: " at early stopping", FINAL: " at the end of training"}
 ROUNDING = 1e-9  # equal accuracies summed in another order may differ by this much
 
 
@@ -57,63 +58,102 @@ class FirstLayer:
 
 
 def lottery_report(
-    workdir: Path | str, rows: Rows, masks: Mapping[int, np.ndarray] | None = None, mean_image: np.ndarray | None = None
+    workdir: Path | str,
+    rows: Rows,
+    masks: Mapping[int, np.ndarray] | None = None,
+    mean_image: np.ndarray | None = None,
+    value: str = "",
 ) -> Path:
     """Write `report.html` and `figures/*.png` of a search in `workdir`; settings are read from its `config.json`.
 
+    Rows of one's own search need the measurement `value` only. Further sections are drawn where the rows have them:
+    "early_stop_step" with "best_validation_loss"; "curve", a dict of lists step, validation_accuracy, validation_loss.
+
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, made if absent; without a `config.json` the page has no settings.
       rows: rows of the search, at least those of level 0; see `lottery.imp.search`.
       masks: level -> bool [seeds, pixels, units], the ticket's first layer (`FirstLayer.masks`); drawn if given.
       mean_image: mean training image, [H, W] or [H, W, C]; says how pixels lie, so needed to draw masks.
+      value: the accuracy, a fraction, by which arms are compared; "" takes early_stop_test_accuracy or
+        final_test_accuracy, what the rows have.
 
     Raises:
-      ValueError: no rows.
+      ValueError: no rows, or none with the value.
       MissingMatplotlib: matplotlib is not installed; nothing is written.
     """
     if not rows:
         raise ValueError("a report needs at least the rows of level 0, got none")
+    value = value or next((name for name in WHEN if _have(rows, name)), "")
+    if not value or not _have(rows, value):
+        keys = ", ".join(dict.fromkeys(key for row in rows for key in row))
+        raise ValueError(f"a report needs value=, an accuracy in the rows ({value!r} is none of theirs): {keys}")
+    Path(workdir).mkdir(parents=True, exist_ok=True)
     config = read_json(Path(workdir) / "config.json")
-    sections = [Section("", paragraphs(describe(rows, config), findings(rows)), caveats(rows)), *figure_sections(rows)]
+    lead = paragraphs(describe(rows, config), findings(rows, value), caveats(rows, value))
+    sections = [Section("", lead), *figure_sections(rows, value)]
     if arms(rows) and masks and mean_image is not None:
         sections.append(first_layer_section(rows, masks, np.asarray(mean_image)))
-    sections += [*number_sections(rows), config_section(workdir)]
+    details = " Every network by itself is in tickets.csv." * (Path(workdir) / "tickets.csv").exists()
+    sections += number_sections(rows, value, details)
+    sections += [config_section(workdir)] * bool(config)
     name = config.get("data", {}).get("name", "")
     title = f"Lottery tickets{' on ' + name if name else ''}"
     return write_report(workdir, title, sections)
 
 
-CAPTIONS = {
-    "Accuracy at early stopping": "Test accuracy of the weights with the lowest validation loss. Each line begins at "
-    "the dense network (100%, dotted line) and gets sparser to the right. {bands}",
-    "Differences, seed by seed": "Mean of the differences between networks of the same seed; above zero the {name} is "
-    "more accurate. Pairing takes out what the seeds have in common. The left panel is cut where accuracy collapses. "
-    "{bands}",
-    "Accuracy at the end of training": "As the first figure, for the weights after the last step. {bands}",
-    "Speed and fit": "Left: a lower line learns faster. Right: the validation loss at that step.",
-    "Learning curves": "Means over seeds; each line is labeled with its weights remaining, the dense network is "
-    "dashed. The climb from chance at the start is cut off in the upper panels.",
-    "Layers": "Mask of the {name}. Layers pruned at the same rate lie on top of each other.",
-}
+def _have(rows: Rows, *keys: str) -> bool:
+    """Whether some row has the keys."""
+    return any(all(row.get(key) is not None for key in keys) for row in rows)
 
 
-def figure_sections(rows: Rows) -> list[Section]:
+def figure_sections(rows: Rows, value: str = EARLY) -> list[Section]:
     """Accuracy, differences, speed, learning curves and layers; with the dense network alone its learning curves."""
     main = main_arm(rows)
-    bands = "Bands are 95% intervals of the mean over seeds." if several_seeds(rows) else "One seed, so no intervals."
-    drawn = (
-        partial(figures.accuracy_figure, rows, EARLY),
-        partial(figures.difference_figure, rows, EARLY, main),
-        partial(figures.accuracy_figure, rows, FINAL),
-        partial(figures.speed_figure, rows),
-        partial(figures.curves_figure, rows),
-        partial(figures.layer_figure, rows, main),
+    name, bands = arm_name(main), "Bands are 95% intervals of the mean over seeds."
+    bands = bands if several_seeds(rows) else "One seed, so no intervals."
+    weights = "the weights with the lowest validation loss" if value == EARLY else "the trained weights"
+    sections = []
+
+    def add(title: str, caption: str, figure: Callable[..., Any], *arguments: Any, needs: tuple[str, ...]) -> None:
+        if _have(rows, *needs):
+            sections.append(Section(title, partial(figure, rows, *arguments), caption))
+
+    curves = (
+        "Means over seeds; each line is labeled with its weights remaining, the dense network is dashed. The climb "
+        "from chance at the start is cut off in the upper panels."
     )
-    sections = [
-        Section(title, figure, caption.format(name=arm_name(main), bands=bands))
-        for (title, caption), figure in zip(CAPTIONS.items(), drawn, strict=True)
-    ]
-    return sections if arms(rows) else [section for section in sections if section.title == "Learning curves"]
+    if not arms(rows):
+        add("Learning curves", curves, figures.curves_figure, needs=("curve",))
+        return sections
+    add(
+        f"Accuracy{WHEN.get(value, '')}",
+        f"Test accuracy of {weights}. Each line begins at the dense network (100%, dotted line) and gets sparser to "
+        f"the right. {bands}",
+        figures.accuracy_figure,
+        value,
+        needs=(value,),
+    )
+    add(
+        "Differences, seed by seed",
+        f"Mean of the differences between networks of the same seed; above zero the {name} is more accurate. Pairing "
+        f"takes out what the seeds have in common. The left panel is cut where accuracy collapses. {bands}",
+        figures.difference_figure,
+        value,
+        main,
+        needs=(value,),
+    )
+    if value != FINAL:
+        title, caption = (
+            "Accuracy at the end of training",
+            f"As the first figure, for the weights after the last step. {bands}",
+        )
+        add(title, caption, figures.accuracy_figure, FINAL, needs=(FINAL,))
+    caption = "Left: a lower line learns faster. Right: the validation loss at that step."
+    add("Speed and fit", caption, figures.speed_figure, needs=(STOP, "best_validation_loss"))
+    add("Learning curves", curves, figures.curves_figure, needs=("curve",))
+    caption = f"Mask of the {name}. Layers pruned at the same rate lie on top of each other."
+    add("Layers", caption, figures.layer_figure, main, needs=("layers",))
+    return sections
 
 
 def first_layer_section(rows: Rows, masks: Mapping[int, np.ndarray], mean_image: np.ndarray) -> Section:
@@ -135,17 +175,19 @@ def first_layer_section(rows: Rows, masks: Mapping[int, np.ndarray], mean_image:
     return Section("First layer over the pixels", parts, caption)
 
 
-def number_sections(rows: Rows) -> list[Section]:
-    """Tables of means and intervals: accuracy at early stopping; folded away, at the end, and early-stopping steps."""
+def number_sections(rows: Rows, value: str = EARLY, details: str = "") -> list[Section]:
+    """Tables of means and intervals: accuracy; folded away, at the end if that is another, and early-stopping steps."""
     how = "Mean over seeds ± half-width of the 95% interval." if several_seeds(rows) else "One seed: no intervals."
     marked = " Highlighted: on average at least as accurate as the dense network." if arms(rows) else ""
-    early: list[Any] = ["<h3>Test accuracy at early stopping (%)</h3>", level_table(rows, EARLY)]
-    more: list[Any] = ["<h3>Test accuracy at the end of training (%)</h3>", level_table(rows, FINAL)]
-    more += ["<h3>Step of the lowest validation loss</h3>", level_table(rows, STOP, 1)]
-    return [
-        Section("Numbers", early, f"{how}{marked} Every network by itself is in tickets.csv."),
-        Section("More numbers", more, how, fold="Accuracy at the end of training, early-stopping step"),
-    ]
+    title = f"<h3>Test accuracy{WHEN.get(value, '')} (%)</h3>"
+    sections = [Section("Numbers", [title, level_table(rows, value)], f"{how}{marked}{details}")]
+    more: list[Any] = []
+    if value != FINAL and _have(rows, FINAL):
+        more += ["<h3>Test accuracy at the end of training (%)</h3>", level_table(rows, FINAL)]
+    if _have(rows, STOP):
+        more += ["<h3>Step of the lowest validation loss</h3>", level_table(rows, STOP, 1)]
+    fold = "Accuracy at the end of training, early-stopping step"
+    return sections + [Section("More numbers", more, how, fold=fold)] * bool(more)
 
 
 def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
@@ -237,31 +279,31 @@ def matching(rows: Rows, value: str = EARLY) -> Point | None:
     return found[-1] if found else None
 
 
-def findings(rows: Rows) -> str:
+def findings(rows: Rows, value: str = EARLY) -> str:
     """Where the ticket matches the dense network, its lead over the controls, and its speed, in a few sentences."""
-    arm, lines = main_arm(rows), series(rows, EARLY)
+    arm, lines, when = main_arm(rows), series(rows, value), WHEN.get(value, "")
     if DENSE not in lines:
         return "The dense network has no test accuracy, so nothing can be compared with it."
     dense, name = lines[DENSE][0], arm_name(arm)
     base = accuracy(dense)
-    differences = paired_points(rows, EARLY, arm, DENSE)
+    differences = paired_points(rows, value, arm, DENSE)
     if not differences:
-        return f"The dense network reaches a test accuracy of {base} at early stopping."
-    point = matching(rows)
+        return f"The dense network reaches a test accuracy of {base}{when}."
+    point = matching(rows, value)
     if point is None:
         near = max(differences, key=lambda p: p.mean)
         return (
-            f"At no level is the {name} on average as accurate as the dense network ({base} at early stopping); it "
+            f"At no level is the {name} on average as accurate as the dense network ({base}{when}); it "
             f"comes nearest at {percent(near.density)} of the weights, {points(near)}."
         )
 
-    def there(value: str, other: str) -> list[Point]:
-        return [p for p in paired_points(rows, value, arm, other) if p.level == point.level]
+    def there(name: str, other: str) -> list[Point]:
+        return [p for p in paired_points(rows, name, arm, other) if p.level == point.level]
 
     own = next(p for p in lines[arm] if p.level == point.level)
     texts = [
         f"Down to {percent(point.density)} of the weights the {name} is on average at least as accurate as the dense "
-        f"network: {accuracy(own)} against {base} at early stopping, a difference of "
+        f"network: {accuracy(own)} against {base}{when}, a difference of "
         f"{points(point)}."
     ]
     short = [p for p in differences if p.density > point.density and p.mean < -ROUNDING]
@@ -271,21 +313,21 @@ def findings(rows: Rows) -> str:
     elif short:
         where = ", ".join(f"{percent(p.density)} ({signed(100 * p.mean)} points)" for p in short)
         texts.append(f"It falls short on the way at {where}.")
-    leads = [f"{points(p)} over {arm_name(other)}" for other in arms(rows) for p in there(EARLY, other)]
+    leads = [f"{points(p)} over {arm_name(other)}" for other in arms(rows) for p in there(value, other)]
     if leads:
         texts.append(f"Its lead there: {', '.join(leads)}.")
-    for p in there(STOP, DENSE):
+    for p in there(STOP, DENSE) if _have(rows, STOP) else ():
         when = "earlier than" if p.mean < 0 else "later than" if p.mean > 0 else "apart from"
         known = f" (95% interval of the change {signed(p.low, 0)} to {signed(p.high, 0)})" * bool(np.isfinite(p.half))
         texts.append(f"Its validation loss is lowest {abs(p.mean):,.0f} steps {when} the dense network's{known}.")
     return " ".join(texts)
 
 
-def caveats(rows: Rows) -> str:
+def caveats(rows: Rows, value: str = EARLY) -> str:
     """How far the findings can be trusted: the intervals over all levels, and how they were made."""
-    dense = series(rows, EARLY).get(DENSE, [])
+    dense = series(rows, value).get(DENSE, [])
     texts = []
-    differences = [p for p in paired_points(rows, EARLY, main_arm(rows), DENSE) if np.isfinite(p.half)]
+    differences = [p for p in paired_points(rows, value, main_arm(rows), DENSE) if np.isfinite(p.half)]
     if differences:
         better, worse = [p for p in differences if p.low > 0], [p for p in differences if p.high < 0]
         sparsest = f" (sparsest: {percent(better[-1].density)})" if better else ""

@@ -47,6 +47,20 @@ def test_ticket_report_of_any_search(tmp_path, seeds, levels):
         assert table[4] == ["3", "12.5", "8", f"91.00 ± {half:.2f}", f"76.00 ± {half:.2f}"]
 
 
+def test_the_page_of_ones_own_rows_shows_what_they_have(tmp_path):
+    rows = [
+        {key: row[key] for key in ("level", "arm", "seed", "density", "alive", "prunable", "layers")}
+        | {"my_accuracy": row["final_test_accuracy"]}
+        for row in ticket_rows()
+    ]
+    with pytest.raises(ValueError, match="value=, an accuracy in the rows .*prunable, layers, my_accuracy"):
+        lottery_report(tmp_path, rows)
+    found = read(lottery_report(tmp_path / "new", rows, value="my_accuracy"))
+    assert "Down to 12.5% of the weights the winning ticket" in found.text
+    assert all(name in found.text for name in ("Differences, seed by seed", "Layers", "91.00"))
+    assert not any(name in found.text for name in ("Speed and fit", "Learning curves", "early stopping", "Settings"))
+
+
 def test_cells_at_least_as_accurate_as_the_dense_network_are_marked():
     table = level_table(ticket_rows(), "early_stop_test_accuracy")
     assert table.marked == {(1, 3), (2, 3), (3, 3)}
