@@ -20,7 +20,7 @@ def get_config(variant: str = "mnist") -> ConfigDict:
     tiny = variant == "tiny"
     config = ConfigDict()
     config.name = "sparse_training"
-    config.seeds = (0, 1) if tiny else (0, 1, 2)
+    config.seeds = (0, 1) if tiny else (0, 1, 2, 3, 4)
     config.lr = 1.2e-3
     config.data = ConfigDict({"name": "digits" if tiny else "mnist"})
     config.data.update({"validation": 100 if tiny else 1000, "shrink": 1 if tiny else 2})

@@ -1,11 +1,12 @@
 """Sparse networks without a search: sparse training, gradual pruning, early-bird tickets, supermasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from lottery import criteria, dynamic, prune, supermask
@@ -78,6 +79,16 @@ class MethodInputs:
     counts: Mapping[str, int]
 
     @property
+    def density(self) -> float:
+        """Share of the prunable weights that stay."""
+        shapes = jax.eval_shape(self.setup.network.init, jax.random.key(0))
+        return sum(self.counts.values()) / sum(prune.sizes(shapes, self.which).values())
+
+    def part(self, share: float) -> int:
+        """Steps in a share of the run."""
+        return round(share * self.setup.ticket.steps)
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Of the networks, in the stack's order."""
         return self.setup.search.seeds
@@ -107,6 +118,20 @@ def make_inputs(setup: Setup, study: SparseConfig, config: Any) -> tuple[MethodI
     return MethodInputs(setup, study, config, initial, which, counts[-1]), counts
 
 
+def sparse_share(alive: np.ndarray, dense_gradient: np.ndarray | float = 0.0) -> float:
+    """Training FLOPs as the papers count them (Evci et al. 2020), as a share of a dense run's of as many steps.
+
+    A weight has three products a step: forward, gradient of the inputs, its own gradient. A dead one needs none, or
+    the last alone where the method looks at it. Exact where all weights are used equally often, as in fully connected
+    networks.
+
+    Args:
+      alive: share of the weights that are alive, by step.
+      dense_gradient: 1 at steps that need the gradients of dead weights, else 0.
+    """
+    return float(np.mean(alive + dense_gradient * (1 - alive) / 3))
+
+
 def lifted(network: Network, effective: Callable[[PyTree], PyTree]) -> Network:
     """`network` on trees from which `effective` makes its weights; batch statistics do not move."""
     return Network(
@@ -117,10 +142,19 @@ def lifted(network: Network, effective: Callable[[PyTree], PyTree]) -> Network:
 
 
 class Result(NamedTuple):
-    """Rows (seed, final_test_accuracy, final_test_loss, perhaps note) and masks [seeds, ...]."""
+    """What a method gives.
+
+    Attributes:
+      rows: seed, final_test_accuracy, final_test_loss, perhaps a note; one a network.
+      masks: [seeds, ...].
+      sparse: of every network, `sparse_share` of its steps.
+      found: of every network, the share of the steps after which its mask is final.
+    """
 
     rows: list[dict[str, Any]]
     masks: PyTree
+    sparse: Sequence[float]
+    found: Sequence[float]
 
 
 def advance(
@@ -148,7 +182,26 @@ def rows_of(programs: Programs, state: Any, seeds: tuple[int, ...]) -> list[dict
     return [{"seed": seed} | row for seed, row in zip(seeds, measure(programs, state), strict=True)]
 
 
-def _in_state(inputs: MethodInputs, make: Callable[[PyTree, Array], Any], masked: bool) -> Result:
+def fixed(inputs: MethodInputs, masks: PyTree) -> Result:
+    """Train from the initializations under masks [seeds, ...] that do not change."""
+    programs = inputs.setup.programs_for(inputs.setup.optimizer)
+    _, state = advance(inputs, programs, masks_lib.apply(inputs.initial, masks), masks, None, inputs.seeds)
+    density = jax.jit(jax.vmap(lambda mask: masks_lib.density(mask, inputs.which)))(masks)
+    rows = rows_of(programs, state, inputs.seeds)
+    return Result(rows, masks, np.asarray(density).tolist(), [0.0] * len(rows))
+
+
+def one_shot(inputs: MethodInputs, half: MethodInputs) -> Result:
+    """A ticket by one pruning: half of the steps train the dense network, half its ticket; `half` has that schedule."""
+    programs = half.setup.programs_for(half.setup.optimizer)
+    _, state = advance(half, programs, half.initial, masks_lib.ones(half.initial), None, half.seeds)
+    found = fixed(half, jax.jit(jax.vmap(half.largest))(state.params))
+    return found._replace(sparse=[(1 + density) / 2 for density in found.sparse], found=[0.5] * len(found.rows))
+
+
+def _in_state(
+    inputs: MethodInputs, make: Callable[[PyTree, Array], Any], masked: bool, sparse: float, found: float
+) -> Result:
     """Train with a transformation that carries masks; `make(mask, key)`, and whether it starts from random masks."""
     full = masks_lib.ones(inputs.initial)
     begin = inputs.random() if masked else full
@@ -159,37 +212,54 @@ def _in_state(inputs: MethodInputs, make: Callable[[PyTree, Array], Any], masked
     # The state carries mask and key; those given here are for the shapes only.
     programs = inputs.setup.programs_for(make(jax.tree.map(lambda leaf: leaf[0], begin), keys[0]))
     _, state = advance(inputs, programs, params, full, state, inputs.seeds)
-    return Result(rows_of(programs, state, inputs.seeds), dynamic.masks_of(state.opt_state))
+    rows = rows_of(programs, state, inputs.seeds)
+    return Result(rows, dynamic.masks_of(state.opt_state), [sparse] * len(rows), [found] * len(rows))
+
+
+def _densities(inputs: MethodInputs) -> np.ndarray:
+    """Share of weights alive at every step of the cubic schedule [steps]."""
+    steps, study = inputs.setup.ticket.steps, inputs.study
+    end = inputs.part(study.pruned)
+    at = np.arange(steps)
+    at = np.where(at < end, at // study.every * study.every, end)
+    return np.asarray(dynamic.cubic_density(at, dynamic.GradualConfig(inputs.density, 0, end, study.every)))
 
 
 def _moving(grow: str) -> Callable[[MethodInputs], Result]:
     def train(inputs: MethodInputs) -> Result:
-        steps, study = inputs.setup.ticket.steps, inputs.study
-        config = dynamic.DynamicConfig(grow, study.moves, round(study.until * steps), study.fraction)
-        inner = inputs.setup.optimizer
-        return _in_state(inputs, lambda m, key: dynamic.dynamic(inner, m, inputs.which, config, key=key), True)
+        steps, study, inner = inputs.setup.ticket.steps, inputs.study, inputs.setup.optimizer
+        config = dynamic.DynamicConfig(grow, study.moves, inputs.part(study.until), study.fraction)
+        moves = np.isin(np.arange(steps), range(study.moves, config.until, study.moves))
+        sparse = sparse_share(np.full(steps, inputs.density), moves & (grow == "gradient"))
+        make = lambda m, key: dynamic.dynamic(inner, m, inputs.which, config, key=key)  # noqa: E731
+        return _in_state(inputs, make, True, sparse, moves.sum() * study.moves / steps)
 
     return train
 
 
 def straight_through(inputs: MethodInputs) -> Result:
     """Magnitude masks with a straight-through estimator (DPF): a ramp to the density, at last the mask is trained."""
-    ramp, until = (round(part * inputs.setup.ticket.steps) for part in (inputs.study.pruned, inputs.study.until))
+    ramp, until = inputs.part(inputs.study.pruned), inputs.part(inputs.study.until)
+    until = max(ramp, until)
     optimizer, which, counts, every = inputs.setup.optimizer, inputs.which, inputs.counts, inputs.study.every
+    alive = _densities(inputs)
     return _in_state(
         inputs,
-        lambda m, key: dynamic.straight_through(optimizer, which, counts, every, ramp=ramp, until=max(ramp, until)),
+        lambda m, key: dynamic.straight_through(optimizer, which, counts, every, ramp=ramp, until=until),
         False,
+        # The weights behind the mask need their gradients as long as they may come back.
+        sparse_share(alive, np.arange(len(alive)) < until),
+        until / len(alive),
     )
 
 
 def gradual(inputs: MethodInputs) -> Result:
     """The cubic schedule: with scope "uniform" in every layer, otherwise over all of them together."""
-    total = sum(prune.sizes(jax.eval_shape(inputs.setup.network.init, jax.random.key(0)), inputs.which).values())
-    end = round(inputs.study.pruned * inputs.setup.ticket.steps)
+    end = inputs.part(inputs.study.pruned)
     scope = "layer" if inputs.setup.search.scope == "uniform" else "global"
-    config = dynamic.GradualConfig(sum(inputs.counts.values()) / total, 0, end, min(inputs.study.every, end), scope)
-    return _in_state(inputs, lambda m, key: dynamic.gradual(inputs.setup.optimizer, inputs.which, config), False)
+    config = dynamic.GradualConfig(inputs.density, 0, end, min(inputs.study.every, end), scope)
+    make = lambda m, key: dynamic.gradual(inputs.setup.optimizer, inputs.which, config)  # noqa: E731
+    return _in_state(inputs, make, False, sparse_share(_densities(inputs)), end / inputs.setup.ticket.steps)
 
 
 def early_bird(inputs: MethodInputs) -> Result:
@@ -199,6 +269,7 @@ def early_bird(inputs: MethodInputs) -> Result:
         lambda bird, params: dynamic.observe(bird, inputs.largest(params), inputs.which, study.threshold)[:2]
     )
     found: list[tuple[dict[str, Any], PyTree]] = []
+    steps: list[float] = []
     for i, seed in enumerate(inputs.seeds):
         params = one(lambda leaf: leaf[i : i + 1], inputs.initial)  # noqa: B023
         bird = dynamic.early_bird(one(lambda leaf: leaf[0], params), study.window)
@@ -219,7 +290,10 @@ def early_bird(inputs: MethodInputs) -> Result:
         else:
             state, note = state.replace(params=params), "never settled: pruned at the end"
         found.append((rows_of(programs, state, (seed,))[0] | {"note": note}, mask))
-    return Result([row for row, _ in found], one(lambda *leaf: jnp.concatenate(leaf), *[mask for _, mask in found]))
+        steps.append(step / inputs.setup.ticket.steps)
+    masks = one(lambda *leaf: jnp.concatenate(leaf), *[mask for _, mask in found])
+    sparse = [part + (1 - part) * inputs.density for part in steps]
+    return Result([row for row, _ in found], masks, sparse, steps)
 
 
 def popup(inputs: MethodInputs) -> Result:
@@ -247,7 +321,9 @@ def popup(inputs: MethodInputs) -> Result:
     tree = jax.jit(jax.vmap(draw))(inputs.initial, keys)
     _, state = advance(inputs, programs, tree, masks_lib.ones(tree), None, inputs.seeds)
     masks = jax.jit(jax.vmap(lambda s: supermask.popup_masks(s, which, inputs.counts)))(state.params["scores"])
-    return Result(rows_of(programs, state, inputs.seeds), masks)
+    rows = rows_of(programs, state, inputs.seeds)
+    # The gradients of all scores are needed.
+    return Result(rows, masks, [sparse_share(np.array([inputs.density]), 1.0)] * len(rows), [1.0] * len(rows))
 
 
 class Method(NamedTuple):

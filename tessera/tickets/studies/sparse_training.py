@@ -1,21 +1,35 @@
-"""Sparse networks at equal density: lottery tickets beside sparse training (SET, RigL, DPF), pruning and supermasks.
+"""Sparse networks at equal compute: lottery tickets beside sparse training (SET, RigL, DPF), pruning and supermasks.
 
 All methods train the same architecture from the same seeds' initializations on the same batches and end with the same
-number of weights. What differs, and is in the table, is how many steps one network costs in all.
+number of weights. They are ranked where each executed the same training FLOPs, the search for its mask included: a mask
+is multiplied in and saves none. Beside that, each in one run, where only the search for tickets takes more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
+from lottery import imp, prune, summary
 from lottery import masks as masks_lib
-from lottery import prune
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
-from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.studies.sparse_methods import METHODS, Method, MethodInputs, SparseConfig, make_inputs
+from tessera.reports.style import Figure, canvas, deferred
+from tessera.tickets.setup import Setup, make_setup, with_steps
+from tessera.tickets.studies.sparse_methods import (
+    METHODS,
+    MethodInputs,
+    Result,
+    SparseConfig,
+    fixed,
+    make_inputs,
+    one_shot,
+)
 from tessera.tickets.studies.study import DENSE, Comparison, Study, column, run_search, same
 
 # Arms of the search that make rows here, and what they are called.
@@ -23,8 +37,13 @@ SEARCHED = {"ticket": "ticket (iterative)", "random_mask": "random mask, fixed",
 TICKET = SEARCHED["ticket"]
 
 
+# What trains when, and what a row's `budget` says.
+EQUAL, ONE_RUN = "equal", "one run"
+ONE_SHOT = "ticket (one shot)"
+
+
 def run(config: Any, memo: Memo) -> Study:
-    """Search for tickets, train with every other method, compare."""
+    """Search for tickets, train with every other method, once in one run and once with the whole search's steps."""
     study = build(SparseConfig, config.study, "config.study")
     setup = make_setup(config)
     wrong = [arm for arm in setup.search.arms if arm not in SEARCHED]
@@ -34,58 +53,144 @@ def run(config: Any, memo: Memo) -> Study:
             f"rewind {setup.search.rewind}, levels {setup.search.levels}"
         )
     inputs, _ = make_inputs(setup, study, config)
-    rows = _searched(setup, memo, config)
+    _, found = run_search(setup, memo, config)
+    steps, runs = setup.ticket.steps, found.levels + 1
+    rows = _searched(found, steps)
     for name in study.methods:
-        rows += memo.rows(name, _trained, inputs, METHODS[name])
-    return _study(rows, setup)
+        rows += memo.rows(name, _trained, inputs, METHODS[name].name, METHODS[name].train)
+
+    whole, half = (replace(inputs, setup=with_steps(setup, config, steps=n)) for n in (runs * steps, runs * steps // 2))
+    masks = {DENSE: masks_lib.ones(inputs.initial)}
+    masks |= {SEARCHED[arm]: _masks(found, arm, inputs.seeds) for arm in setup.search.arms if arm != "ticket"}
+    training: dict[str, Callable[[MethodInputs], Result]] = {
+        **{name: partial(fixed, masks=tree) for name, tree in masks.items()},
+        ONE_SHOT: partial(one_shot, half=half),
+        **{METHODS[name].name: METHODS[name].train for name in study.methods},
+    }
+    equal = [row | {"budget": EQUAL} for row in rows if row["method"] == TICKET]
+    for name, train in training.items():
+        equal += memo.rows(f"equal {name}", _trained, whole, name, train, EQUAL)
+    return _study([*rows, *equal], steps, runs, step_flops(setup))
 
 
-def _searched(setup: Setup, memo: Memo, config: Any) -> list[dict[str, Any]]:
+def _masks(found: imp.Result, arm: str, seeds: Sequence[int]) -> PyTree:
+    """Masks [seeds, ...] of an arm's last level."""
+    return jax.tree.map(lambda *leaf: jnp.stack(leaf), *[found.ticket(seed, found.levels, arm)[0] for seed in seeds])
+
+
+def _searched(found: imp.Result, steps: int) -> list[dict[str, Any]]:
     """Rows of the dense networks and of the last level's arms."""
-    _, rows = run_search(setup, memo, config)
-    steps, levels = setup.ticket.steps, setup.search.levels
-    return [
-        _row(
-            SEARCHED.get(row["arm"], DENSE),
+    density = {(row["level"], row["arm"], row["seed"]): row["alive"] / row["prunable"] for row in found}
+
+    def searched(row: Mapping[str, Any]) -> dict[str, Any]:
+        arm, seed, last = row["arm"], row["seed"], found.levels
+        alive = [density[level, arm if level else DENSE, seed] for level in range(row["level"] + 1)]
+        used = alive if arm == "ticket" else alive[-1:]
+        return _row(
+            SEARCHED.get(arm, DENSE),
             row,
-            row["alive"] / row["prunable"],
-            (levels + 1) * steps if row["arm"] == "ticket" else steps,
+            alive[-1],
+            steps * len(used),
+            float(np.mean(used)),
+            last / (last + 1) if arm == "ticket" else 0.0,
         )
-        for row in rows
-        if row["level"] in (0, levels)
-    ]
+
+    return [searched(row) for row in found if row["level"] in (0, found.levels)]
 
 
-def _trained(inputs: MethodInputs, method: Method) -> list[dict[str, Any]]:
-    found, masks = method.train(inputs)
+def _trained(
+    inputs: MethodInputs, name: str, train: Callable[[MethodInputs], Result], budget: str = ONE_RUN
+) -> list[dict[str, Any]]:
+    result = train(inputs)
     shapes = jax.eval_shape(inputs.setup.network.init, jax.random.key(0))
     total = sum(prune.sizes(shapes, inputs.which).values())
-    alive = np.asarray(jax.vmap(lambda mask: sum(masks_lib.count(mask, inputs.which).values()))(masks))
+    alive = np.asarray(jax.vmap(lambda mask: sum(masks_lib.count(mask, inputs.which).values()))(result.masks))
     steps = inputs.setup.ticket.steps
-    return [_row(method.name, row, int(n) / total, steps) for row, n in zip(found, alive, strict=True)]
-
-
-def _row(method: str, row: Mapping[str, Any], density: float, steps: int) -> dict[str, Any]:
-    measured = {name: row[name] for name in ("seed", "final_test_accuracy", "final_test_loss")}
-    return {"method": method, **measured, "density": density, "steps": steps, "note": row.get("note", "")}
-
-
-def _study(rows: list[dict[str, Any]], setup: Setup) -> Study:
-    arms = Comparison(rows, "method")
-    ranked = sorted(arms.arms, key=lambda name: -arms.mean(name, 0))
-    means = [f"{name} {100 * arms.mean(name, 0):.2f}%" for name in ranked]
-    findings = [
-        f"At {arms.density(0)} of the weights, from the best mean down: {', '.join(means)}; "
-        f"the dense networks have {100 * np.mean(arms.dense):.2f}%."
+    return [
+        _row(name, row, int(n) / total, steps, sparse, found, budget)
+        for row, n, sparse, found in zip(result.rows, alive, result.sparse, result.found, strict=True)
     ]
-    caption = (
-        f"Test accuracy after the last of {setup.ticket.steps} steps (an iterative ticket's last run). Small marks are "
-        "seeds, large ones means with 95% intervals; dotted: the mean of the dense networks."
+
+
+def _row(
+    method: str,
+    row: Mapping[str, Any],
+    density: float,
+    steps: int,
+    sparse: float,
+    found: float,
+    budget: str = ONE_RUN,
+) -> dict[str, Any]:
+    """`steps` were executed; `sparse` and `found` are shares of them, see `sparse_methods.Result`."""
+    measured = {name: row[name] for name in ("seed", "final_test_accuracy", "final_test_loss")}
+    shares = {"density": density, "steps": steps, "sparse_steps": sparse * steps, "found": found}
+    return {"method": method, **measured, **shares, "budget": budget, "note": row.get("note", "")}
+
+
+def step_flops(setup: Setup) -> float:
+    """FLOPs that XLA counts in the gradient of one batch's loss, masks or not."""
+    params = jax.eval_shape(setup.network.init, jax.random.key(0))
+    example = setup.splits.train
+    batch = tuple(
+        jax.ShapeDtypeStruct((setup.ticket.batch_size, *x.shape[1:]), x.dtype) for x in (example.images, example.labels)
+    )
+    return float(jax.jit(jax.grad(setup.loss)).lower(params, batch).cost_analysis()["flops"])
+
+
+def _study(rows: list[dict[str, Any]], steps: int, runs: int, flops: float) -> Study:
+    """The page: `steps` of one run, `runs` of the search, executed `flops` of a step."""
+    equal, once = (Comparison([row for row in rows if row["budget"] == b], "method") for b in (EQUAL, ONE_RUN))
+    for arms in (equal, once):
+        arms.arms.sort(key=lambda name, arms=arms: -arms.mean(name, 0))
+    heads = (
+        f"Equal training FLOPs: {runs * steps} steps each, the search included",
+        f"One run of {steps} steps each, an iterative ticket's search beside it",
     )
     columns = {
-        "steps in all": lambda mine: mine[0]["steps"],
+        "executed (GFLOP)": lambda mine: f"{mine[0]['steps'] * flops / 1e9:.3g}",
+        "sparse count (GFLOP)": lambda mine: f"{np.mean(column(mine, 'sparse_steps')) * flops / 1e9:.3g}",
+        "until the mask is final": lambda mine: f"{np.mean(column(mine, 'found')):.0%}",
         "remarks": lambda mine: "; ".join(dict.fromkeys(note for note in column(mine, "note") if note)),
     }
-    table = arms.table({TICKET: "ticket"} if TICKET in arms.arms else {}, columns)
-    figure = arms.figure({"Ways to a sparse network": same(ranked)})
-    return Study("Ways to a sparse network, at equal density", findings, table, figure, caption, rows)
+    base = {TICKET: "ticket"} if TICKET in equal.arms else {}
+    tables = {head: arms.table(base, columns) for head, arms in zip(heads, (equal, once), strict=True)}
+    caption = (
+        "Test accuracy after the last step. Small marks are seeds, large ones means with 95% intervals; dotted: the "
+        "mean of the dense networks of as many steps. Executed: a mask is multiplied in and saves nothing. The sparse "
+        "count leaves out, as the papers do, products of dead weights. Neither has updates and the choice of masks."
+    )
+    panels = ((f"{runs * steps} steps each, search included", equal), (f"{steps} steps, the search beside it", once))
+    return Study(
+        "Ways to a sparse network, at equal compute",
+        [*_findings(equal, heads[0], base), *_findings(once, heads[1], {})],
+        tables,
+        _figure(panels),
+        caption,
+        rows,
+    )
+
+
+def _findings(arms: Comparison, head: str, base: Mapping[str, str]) -> list[str]:
+    means = [f"{name} {100 * arms.mean(name, 0):.2f}%" for name in arms.arms]
+    found = [
+        f"{head}, {arms.density(0)} of the weights. From the best mean down: {', '.join(means)}; the dense networks "
+        f"have {100 * np.mean(arms.dense):.2f}%."
+    ]
+    for ticket in base:
+        intervals = {name: summary.interval(arms.gains(name, ticket, 0)) for name in arms.arms if name != ticket}
+        ahead = [name for name, (mean, half, n) in intervals.items() if n > 1 and mean > half]
+        behind = [name for name, (mean, half, n) in intervals.items() if n > 1 and mean < -half]
+        even = [name for name in intervals if name not in (*ahead, *behind)]
+        sides = {"ahead of": ahead, "behind": behind, "not told apart from": even}
+        found += [
+            f"{side[0].upper()}{side[1:]} the {ticket}: {', '.join(names)}." for side, names in sides.items() if names
+        ]
+    return found
+
+
+@deferred
+def _figure(panels: Sequence[tuple[str, Comparison]]) -> Figure:
+    figure, axes = canvas(len(panels), width=10.4, height=1.3 + 0.36 * max(len(arms.arms) for _, arms in panels))
+    for ax, (title, arms) in zip(axes, panels, strict=True):
+        arms.draw(ax, title, same(arms.arms))
+    return figure

@@ -21,14 +21,19 @@ DENSE = summary.DENSE
 
 
 class Study(NamedTuple):
-    """Title, findings in sentences, the table, the picture with its caption, and all rows for the CSV file."""
+    """Title, findings in sentences, a table or several by heading, the picture with its caption, rows for the CSV."""
 
     title: str
     findings: Sequence[str]
-    table: Table
+    table: Table | Mapping[str, Table]
     figure: Figure | Callable[[], Figure]
     caption: str
     rows: Rows
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """The tables by heading."""
+        return {"Numbers": self.table} if isinstance(self.table, Table) else self.table
 
 
 def write_study(workdir: Path | str, study: Study) -> Path:
@@ -43,17 +48,19 @@ def write_study(workdir: Path | str, study: Study) -> Path:
     sections = [
         Section("", paragraphs(*study.findings)),
         Section("Picture", study.figure, study.caption),
-        Section("Numbers", study.table),
+        *(Section(heading, table) for heading, table in study.tables.items()),
         config_section(workdir),
     ]
     return write_report(workdir, study.title, sections)
 
 
 def markdown(study: Study) -> str:
-    """Findings and table as Markdown, for docs/results."""
-    lines = [*(f"- {text}" for text in study.findings), "", "| " + " | ".join(study.table.columns) + " |"]
-    lines.append("|" + "---|" * len(study.table.columns))
-    lines += ["| " + " | ".join(write_number(cell) for cell in row) + " |" for row in study.table.rows]
+    """Findings and tables as Markdown, for docs/results."""
+    lines = [f"- {text}" for text in study.findings]
+    for heading, table in study.tables.items():
+        lines += ["", f"**{heading}**"] if len(study.tables) > 1 else []
+        lines += ["", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+        lines += ["| " + " | ".join(write_number(cell) for cell in row) + " |" for row in table.rows]
     return "\n".join(lines) + "\n"
 
 

@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from tessera.infra.config import ConfigError
 from tessera.models.registry import Network
+from tessera.tickets.studies import sparse_training
 from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_network
 from tessera.tickets.studies.compared_masks import compare
 from tessera.tickets.studies.sources import changed
-from tessera.tickets.studies.sparse_methods import SparseConfig
-from tessera.tickets.studies.study import Comparison
+from tessera.tickets.studies.sparse_methods import SparseConfig, sparse_share
+from tessera.tickets.studies.study import Comparison, markdown
 
 CONFIG = ConfigDict(
     {
@@ -118,3 +119,42 @@ def test_ablations_that_could_not_be_run(settings, message):
 def test_settings_of_sparse_training_that_could_not_be_run(settings, message):
     with pytest.raises(ValueError, match=message):
         SparseConfig(**settings)
+
+
+def test_the_sparse_count_is_the_published_one():
+    # Evci et al. 2020: one of every dT + 1 steps of RigL takes 2 f_S + f_D, the others 3 f_S; f is one forward pass.
+    sparse, dense, between = 5.0, 100.0, 49
+    moves = np.arange(4 * (between + 1)) % (between + 1) == between
+    rigl = (3 * sparse * between + 2 * sparse + dense) / (between + 1)
+    assert sparse_share(np.full(len(moves), sparse / dense), moves) == pytest.approx(rigl / (3 * dense), rel=1e-12)
+    assert sparse_share(np.array([1.0, 0.5, 0.0])) == 0.5
+
+
+def test_methods_are_ranked_at_equal_executed_flops():
+    steps, runs = 10, 3
+    accuracy = {"dense": 0.9, sparse_training.TICKET: 0.8, "RigL": 0.7}
+    rows = [
+        sparse_training._row(
+            method,
+            {"seed": seed, "final_test_accuracy": value + gain + 0.01 * seed, "final_test_loss": 1.0},
+            0.1,
+            steps * (1 if budget != sparse_training.EQUAL and method != sparse_training.TICKET else runs),
+            0.5,
+            2 / 3,
+            budget,
+        )
+        for budget in (sparse_training.ONE_RUN, sparse_training.EQUAL)
+        for method, value in accuracy.items()
+        for gain in (0.15 if budget == sparse_training.EQUAL and method == "RigL" else 0.0,)
+        for seed in range(3)
+    ]
+    study = sparse_training._study(rows, steps, runs, flops=2e9)
+    equal, once = study.tables.values()
+    assert equal.columns[2:5] == ["executed (GFLOP)", "sparse count (GFLOP)", "until the mask is final"]
+    assert [row[1:5] for row in equal.rows] == [
+        [name, "60", "30", "67%"] for name in ("dense", "RigL", "ticket (iterative)")
+    ]
+    assert [row[2] for row in once.rows] == ["20", "60", "20"] and once.rows[1][1] == "ticket (iterative)"
+    assert study.findings[1] == "Ahead of the ticket (iterative): RigL."
+    text = markdown(study)
+    assert all(f"**{heading}**" in text for heading in study.tables)
