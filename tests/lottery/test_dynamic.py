@@ -128,7 +128,7 @@ def test_gradual_pruning_follows_zhu_and_guptas_equation(scope):
 
 @pytest.mark.parametrize(("every", "ramp"), [(1, 0), (2, 6)])
 def test_straight_through_is_dpf_with_momentum_and_decay_against_numpy(every, ramp):
-    """Against Lin et al. 2020, algorithm 1, as PyTorch trains it (unofficial: INCHEON-CHO/Dynamic_Model_Pruning_with_Feedback).
+    """Against Lin et al. 2020, algorithm 1, as PyTorch code trains it (INCHEON-CHO/Dynamic_Model_Pruning_...).
 
     There masks are chosen before the forward pass over all layers together, by the cubic, the threshold itself out;
     gradients at the sparse weights, momentum and decay move all dense weights.
@@ -138,7 +138,8 @@ def test_straight_through_is_dpf_with_momentum_and_decay_against_numpy(every, ra
     dense = np.random.default_rng(3).normal(size=(2, 2, 3)) * 0.3
     target = np.zeros((2, 2, 3))
     target[0, 1], target[1, 0, 0] = [1.0, 1.0, -1.0], 0.2
-    tree = lambda x: {"a": {"kernel": jnp.asarray(x[0], jnp.float32)}, "b": {"kernel": jnp.asarray(x[1], jnp.float32)}}  # noqa: E731
+    one = lambda part: {"kernel": jnp.asarray(part, jnp.float32)}  # noqa: E731
+    tree = lambda x: {"a": one(x[0]), "b": one(x[1])}  # noqa: E731
     flat = lambda t: np.stack([t["a"]["kernel"], t["b"]["kernel"]])  # noqa: E731
     inner = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=momentum))
     tx = dynamic.straight_through(inner, which, {"*": left}, every, ramp=ramp)

@@ -122,8 +122,8 @@ def sparse_share(alive: np.ndarray, dense_gradient: np.ndarray | float = 0.0) ->
     """Training FLOPs as the papers count them (Evci et al. 2020), as a share of a dense run's of as many steps.
 
     A weight has three products a step: forward, gradient of the inputs, its own gradient. A dead one needs none, or
-    the last alone where the method looks at it. Exact where all weights are used equally often, as in fully connected
-    networks.
+    the last alone where the method looks at it. All weights count alike, those of the first layer, which have no
+    gradient of the inputs, and of convolutions too.
 
     Args:
       alive: share of the weights that are alive, by step.

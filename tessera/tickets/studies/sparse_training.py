@@ -19,6 +19,7 @@ from lottery import imp, prune, summary
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
+from tessera.reports.html import Table
 from tessera.reports.style import Figure, canvas, deferred
 from tessera.tickets.setup import Setup, make_setup, with_steps
 from tessera.tickets.studies.sparse_methods import (
@@ -153,12 +154,14 @@ def _study(rows: list[dict[str, Any]], steps: int, runs: int, flops: float) -> S
         "remarks": lambda mine: "; ".join(dict.fromkeys(note for note in column(mine, "note") if note)),
     }
     base = {TICKET: "ticket"} if TICKET in equal.arms else {}
-    tables = {head: arms.table(base, columns) for head, arms in zip(heads, (equal, once), strict=True)}
+    tables = {head: _results_first(arms.table(base, columns)) for head, arms in zip(heads, (equal, once), strict=True)}
     caption = (
         "Test accuracy after the last step. Small marks are seeds, large ones means with 95% intervals; dotted: the "
         "mean of the dense networks of as many steps. Executed: a mask is multiplied in and saves nothing. The sparse "
         "count leaves out, as the papers do, products of dead weights. Neither has updates and the choice of masks."
     )
+    hidden = sorted({name for arms in (equal, once) for name in arms.arms if name not in _near(arms)})
+    caption += f" Left out, far below: {', '.join(hidden)}." * bool(hidden)
     panels = ((f"{runs * steps} steps each, search included", equal), (f"{steps} steps, the search beside it", once))
     return Study(
         "Ways to a sparse network, at equal compute",
@@ -188,9 +191,22 @@ def _findings(arms: Comparison, head: str, base: Mapping[str, str]) -> list[str]
     return found
 
 
+def _results_first(table: Table, at: int = 2, count: int = 4) -> Table:
+    """The table with its `count` columns of costs and remarks from `at` on moved to the end."""
+    move = lambda row: [*row[:at], *row[at + count :], *row[at : at + count]]  # noqa: E731
+    return Table(move(table.columns), [move(row) for row in table.rows])
+
+
+def _near(arms: Comparison) -> list[str]:
+    """Arms that are drawn: one much worse than the others would leave them no room."""
+    means = [arms.mean(name, 0) for name in arms.arms]
+    least = np.median(means) - 3 * (max(means) - np.median(means))
+    return [name for name, mean in zip(arms.arms, means, strict=True) if mean >= least]
+
+
 @deferred
 def _figure(panels: Sequence[tuple[str, Comparison]]) -> Figure:
     figure, axes = canvas(len(panels), width=10.4, height=1.3 + 0.36 * max(len(arms.arms) for _, arms in panels))
     for ax, (title, arms) in zip(axes, panels, strict=True):
-        arms.draw(ax, title, same(arms.arms))
+        arms.draw(ax, title, same(_near(arms)))
     return figure
