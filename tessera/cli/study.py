@@ -20,6 +20,7 @@ from tessera.tickets.studies import (
     schema,
     sources,
     sparse_training,
+    strong,
     transfer,
 )
 from tessera.tickets.studies.study import write_study
@@ -32,6 +33,7 @@ STUDIES = {
     "rewinding": rewinding.run,
     "sources": sources.run,
     "sparse_training": sparse_training.run,
+    "strong": strong.run,
     "transfer": transfer.run,
 }
 

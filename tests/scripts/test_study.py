@@ -37,6 +37,7 @@ def script(name, *arguments):
         "distribution:tiny",
         "rewinding:tiny",
         "sparse_training:tiny",
+        "strong:tiny",
         "ablations:tiny",
     ],
 )

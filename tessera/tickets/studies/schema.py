@@ -14,6 +14,7 @@ from tessera.tickets.studies.population import PopulationConfig
 from tessera.tickets.studies.rewinding import RewindingConfig
 from tessera.tickets.studies.sources import SourcesConfig
 from tessera.tickets.studies.sparse_training import SparseConfig
+from tessera.tickets.studies.strong import StrongConfig
 from tessera.tickets.studies.transfer import TransferConfig
 
 STUDIES: dict[str, type] = {
@@ -24,6 +25,7 @@ STUDIES: dict[str, type] = {
     "rewinding": RewindingConfig,
     "sources": SourcesConfig,
     "sparse_training": SparseConfig,
+    "strong": StrongConfig,
     "transfer": TransferConfig,
 }
 
