@@ -18,9 +18,9 @@ from typing import Any
 
 from tessera.cli.main import Command, Flag, Invocation, run
 
-SUITES = ("lottery", "moe", "kernels", "fits", "inference", "audit")
+SUITES = ("lottery", "moe", "kernels", "sparsity", "fits", "inference", "audit")
 # What `--all` runs: the configs for a CPU.
-CPU = ("bench_lottery", "bench_moe", "bench_kernels:cpu", "bench_fits", "bench_inference")
+CPU = ("bench_lottery", "bench_moe", "bench_kernels:cpu", "bench_sparsity", "bench_fits", "bench_inference")
 COMMAND = Command(
     "scripts.benchmarks.run",
     "benchmarks/run",
