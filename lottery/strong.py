@@ -96,7 +96,7 @@ class LogShare(NamedTuple):
     """The natural logarithm of the share of all masks with at most `threshold` errors, with a 95% interval.
 
     Attributes:
-      mean: over independent populations; -inf where none found such a mask.
+      mean: over independent populations; -inf where one of them found no such mask.
       half: half-width of the Student-t interval over them.
       each: of every population.
       level: the temperature that it was read at.
@@ -356,7 +356,6 @@ def growth(x: Float[np.ndarray, " M"], log_counts: Float[np.ndarray, " M"]) -> l
     best = int(np.argmin([np.sum(left(gap) ** 2) for gap in tries]))
     around = tries[max(best - 1, 0)], tries[min(best + 1, len(tries) - 1)]
     gap = float(minimize_scalar(lambda gap: float(np.sum(left(gap) ** 2)), bounds=around, method="bounded").x)
-    shift = np.exp(gap) - x.min()
-    constant = np.mean(y - np.log(x + shift))
-    found.append(law("linear", (float(constant), float(shift)), left(gap)))
+    constant = np.mean(y - np.log(x - x.min() + np.exp(gap)))
+    found.append(law("linear", (float(constant), float(np.exp(gap) - x.min())), left(gap)))
     return sorted(found, key=lambda one: -one.log_likelihood)
