@@ -351,8 +351,7 @@ def growth(x: Float[np.ndarray, " M"], log_counts: Float[np.ndarray, " M"]) -> l
         return difference - difference.mean()
 
     # The gap is min x + b; beyond these bounds the law is a constant, or infinite at the smallest size.
-    bounds = np.log(x.max()) + np.array([-40.0, 20.0])
-    tries = np.linspace(*bounds, 200)
+    tries = np.log(x.max()) + np.linspace(-40.0, 20.0, 200)
     best = int(np.argmin([np.sum(left(gap) ** 2) for gap in tries]))
     around = tries[max(best - 1, 0)], tries[min(best + 1, len(tries) - 1)]
     gap = float(minimize_scalar(lambda gap: float(np.sum(left(gap) ** 2)), bounds=around, method="bounded").x)

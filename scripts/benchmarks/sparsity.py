@@ -78,7 +78,7 @@ def rows(config: Any) -> Iterator[Row]:
             yield from counted(chip, *shape)
 
 
-def mask_of(shape: tuple[int, int], density: float, block: int = 1, seed: int = 0) -> np.ndarray:
+def mask_of(shape: tuple[int, ...], density: float, block: int = 1, seed: int = 0) -> np.ndarray:
     """A random mask with round(density * blocks) live blocks."""
     units = shape[0] // block, shape[1] // block
     live = np.zeros(units[0] * units[1], bool)

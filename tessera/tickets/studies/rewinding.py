@@ -38,7 +38,7 @@ def run(config: Any, memo: Memo) -> Study:
     setup = make_setup(config)
     if not setup.search.rewind or setup.search.rewind_optimizer or setup.search.arms != ("ticket",):
         raise ConfigError("config.search: rewind above 0, rewind_optimizer False and arms ('ticket',) are needed here")
-    search, rows = run_search(setup, memo, config, "late")
+    search, late = run_search(setup, memo, config, "late")
     # The dense networks are the same; what survivors go back to differs.
     early = replace(setup, search=replace(setup.search, rewind=0), ticket=replace(setup.ticket, rewind=0))
     store = LevelStore(memo.directory / "early")
@@ -46,7 +46,7 @@ def run(config: Any, memo: Memo) -> Study:
         tree, dense = search.level(0)
         store.save(0, {**tree, "reset": imp.initial_weights(setup.network.init, setup.search)}, dense)
     _, more = run_search(early, memo, config, "early")
-    rows = [*(row for row in _named(more, 0) if row["level"]), *_named(rows, setup.search.rewind)]
+    rows = [*(row for row in _named(more, 0) if row["level"]), *_named(late, setup.search.rewind)]
     return _study(rows, study, setup)
 
 

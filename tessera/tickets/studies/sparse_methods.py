@@ -222,7 +222,9 @@ def _densities(inputs: MethodInputs) -> np.ndarray:
     end = inputs.part(study.pruned)
     at = np.arange(steps)
     at = np.where(at < end, at // study.every * study.every, end)
-    return np.asarray(dynamic.cubic_density(at, dynamic.GradualConfig(inputs.density, 0, end, study.every)))
+    return np.asarray(
+        dynamic.cubic_density(jnp.asarray(at), dynamic.GradualConfig(inputs.density, 0, end, study.every))
+    )
 
 
 def _moving(grow: str) -> Callable[[MethodInputs], Result]:

@@ -135,14 +135,16 @@ def step_flops(setup: Setup) -> float:
     batch = tuple(
         jax.ShapeDtypeStruct((setup.ticket.batch_size, *x.shape[1:]), x.dtype) for x in (example.images, example.labels)
     )
-    return float(jax.jit(jax.grad(setup.loss)).lower(params, batch).cost_analysis()["flops"])
+    counted = jax.jit(jax.grad(setup.loss)).lower(params, batch).cost_analysis()
+    return float((counted or {})["flops"])
 
 
 def _study(rows: list[dict[str, Any]], steps: int, runs: int, flops: float) -> Study:
     """The page: `steps` of one run, `runs` of the search, executed `flops` of a step."""
     equal, once = (Comparison([row for row in rows if row["budget"] == b], "method") for b in (EQUAL, ONE_RUN))
     for arms in (equal, once):
-        arms.arms.sort(key=lambda name, arms=arms: -arms.mean(name, 0))
+        means = {name: arms.mean(name, 0) for name in arms.arms}
+        arms.arms.sort(key=means.__getitem__, reverse=True)
     heads = (
         f"Equal training FLOPs: {runs * steps} steps each, the search included",
         f"One run of {steps} steps each, an iterative ticket's search beside it",

@@ -80,7 +80,7 @@ def only(splits: ImageSplits, classes: Sequence[int]) -> ImageSplits:
         keep = np.isin(part.labels, classes)
         return Images(part.images[keep], np.searchsorted(np.sort(classes), part.labels[keep]).astype(np.int32))
 
-    return ImageSplits(*(chosen(part) for part in splits[:3]), len(classes))
+    return ImageSplits(chosen(splits.train), chosen(splits.validation), chosen(splits.test), len(classes))
 
 
 def errors_of(network: Network, params: PyTree, which: PyTree, images: Array, labels: Array) -> jax.tree_util.Partial:
@@ -94,7 +94,7 @@ def errors_of(network: Network, params: PyTree, which: PyTree, images: Array, la
             part = mask[begin : begin + leaf.size].reshape(leaf.shape)
             parts.append(leaf * part if prunable else leaf)
             begin += leaf.size * bool(prunable)
-        logits = network.apply(structure.unflatten(parts), images)
+        logits = network.apply(jax.tree.unflatten(structure, parts), images)
         return jnp.sum(jnp.argmax(logits, -1) != labels).astype(jnp.float32)
 
     return jax.tree_util.Partial(jax.vmap(one, in_axes=(None, None, None, 0)), leaves, images, labels)
@@ -295,11 +295,11 @@ def _figure(cells: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]], study:
                 for ax, shift in ((axes[0], 0.0), (axes[1], total)):
                     ax.plot([width] * len(logs), logs - shift, "o", color=color, markersize=3, alpha=0.4)
         widths = list(means)
-        middle, half, total = (np.asarray([means[width][i] for width in widths]) for i in range(3))
+        middle, halves, totals = (np.asarray([means[width][i] for width in widths]) for i in range(3))
         label = f"{depth} hidden layer{'s' * (depth > 1)}"
         look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "linewidth": 1.4}
-        axes[0].errorbar(widths, middle, half, label=label, **look)
-        axes[1].errorbar(widths, middle - total, half, label=label, **look)
+        axes[0].errorbar(widths, middle, halves, label=label, **look)
+        axes[1].errorbar(widths, middle - totals, halves, label=label, **look)
     depth = study.depths[len(study.depths) // 2]
     for width, color in zip(study.widths, ramp(len(study.widths)), strict=True):
         points: dict[float, list[float]] = {}
@@ -307,8 +307,10 @@ def _figure(cells: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]], study:
             for accuracy, value in row["curve"]:
                 points.setdefault(accuracy, []).append(value / LOG10)
         known = sorted(accuracy for accuracy, values in points.items() if len(values) == len(cells[depth, width]))
-        values = [np.mean(points[accuracy]) for accuracy in known]
-        axes[2].plot([100 * a for a in known], values, "o-", color=color, markersize=4, label=f"width {width}")
+        means_by_accuracy = [np.mean(points[accuracy]) for accuracy in known]
+        axes[2].plot(
+            [100 * a for a in known], means_by_accuracy, "o-", color=color, markersize=4, label=f"width {width}"
+        )
     for ax in axes[:2]:
         ax.set_xticks(study.widths, [str(width) for width in study.widths])
     axes[1].axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))

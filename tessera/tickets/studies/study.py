@@ -64,7 +64,7 @@ def markdown(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_search(setup: Setup, memo: Memo, config: Any, folder: str = "levels") -> tuple[Finished, list[imp.Row]]:
+def run_search(setup: Setup, memo: Memo, config: Any, folder: str = "levels") -> tuple[Finished, imp.Result]:
     """Run, or go on with, the setup's search, its levels stored in `folder` of the study's directory."""
     store = LevelStore(memo.directory / folder)
 
