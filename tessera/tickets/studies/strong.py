@@ -182,13 +182,13 @@ def _study(rows: list[dict[str, Any]], study: StrongConfig, setup: Setup) -> Stu
         for width in study.widths
     }
     tables = {
-        f"Subnetworks with the dense network's accuracy less {100 * study.less:g} points": Table(
+        f"Subnetworks within {100 * study.less:g} point of the dense network's accuracy": Table(
             HEAD, [_line(*place, mine, "log_share") for place, mine in cells.items()]
         ),
         f"Subnetworks with {100 * study.fixed:g}% accuracy": Table(
             HEAD, [_line(*place, mine, "log_share_fixed") for place, mine in cells.items()]
         ),
-        "Laws of growth with width, by log likelihood": _laws(rows, study),
+        "Laws of growth, by log likelihood less the best": _laws(rows, study),
     }
     caption = (
         f"{len(setup.search.seeds)} random networks of every size, {rows[0]['images']} images of "
@@ -214,38 +214,33 @@ def _line(depth: int, width: int, mine: Sequence[Mapping[str, Any]], key: str) -
         share, half, _ = summary.interval(row[key] / LOG10 for row in found)
         known = f" ± {half:.1f}" if np.isfinite(half) else ""
         one = np.mean([row["half"] for row in found if row["half"] is not None] or [np.nan]) / LOG10
-        cells = [f"{share:.1f}{known}", f"{total + share:.1f}{known}", f"{(total + share) / total:.0%}", f"{one:.1f}"]
+        own = f"{one:.1f}" if key == "log_share" else None
+        cells = [f"{share:.1f}{known}", f"{total + share:.1f}{known}", f"{(total + share) / total:.0%}", own]
     dense = f"{100 * np.mean([row['dense_accuracy'] for row in mine]):.1f}"
     return [depth, width, mine[0]["weights"], dense, *cells, f"{len(found)} of {len(mine)}"]
 
 
 def _laws(rows: Sequence[Mapping[str, Any]], study: StrongConfig) -> Table:
+    """Laws of growth with width at each depth, with depth at each width; likelihoods less the best."""
     body: list[list[Any]] = []
-    for depth in study.depths:
+    held = [("depth", depth, ("width", "weights")) for depth in study.depths]
+    if len(set(study.depths)) > 2:
+        held += [("width", width, ("depth", "weights")) for width in study.widths]
+    for fixed, at, sizes in held:
         for key, name in (("log_share", "dense less a point"), ("log_share_fixed", f"{study.fixed:.0%}")):
-            mine = [row for row in rows if row["depth"] == depth and row[key] is not None]
-            if len({row["width"] for row in mine}) < 3:
-                continue
-            for size in ("width", "weights"):
+            mine = [row for row in rows if row[fixed] == at and row[key] is not None]
+            for size in sizes:
+                if len({row[size] for row in mine}) < 3:
+                    continue
                 laws = strong.growth(np.asarray([float(row[size]) for row in mine]), log_counts(mine, key))
                 by = {law.law: law for law in laws}
                 likelihoods = [
                     f"{by[law].log_likelihood - laws[0].log_likelihood:.1f}"
                     for law in ("exponential", "power", "linear")
                 ]
-                slope = by["exponential"].coefficients[1] / np.log(2)
-                body.append([depth, name, size, len(mine), *likelihoods, laws[0].law, f"{slope:.3g}"])
-    head = (
-        "depth",
-        "accuracy",
-        "size",
-        "networks",
-        "exponential",
-        "power",
-        "linear",
-        "likeliest",
-        "bits a unit of size",
-    )
+                bits = f"{by['exponential'].coefficients[1] / np.log(2):.3g}"
+                body.append([f"{fixed} {at}", name, size, len(mine), *likelihoods, laws[0].law, bits])
+    head = ("of", "accuracy", "with", "networks", "exponential", "power", "linear", "likeliest", "bits a unit of size")
     return Table(head, body)
 
 
