@@ -1,12 +1,12 @@
 """How good are tickets, and how heavy is their tail, over a grid of widths and depths, on MNIST?
 
-What: for every width and depth, many fully connected networks are trained, pruned once by magnitude to 80% and to 20% of
-each layer, rewound and trained again; how many are as accurate as their own dense network, the spread of test accuracy,
+What: for every width and depth, many fully connected networks are trained, pruned once by magnitude to 80% and to 20%
+of each layer, rewound and trained again; how many are as accurate as their own dense network, the spread of accuracy,
 and the extreme value index of minus the test loss at several thresholds with its measured coverage and power.
 `:tiny` is a minute on digits.
 Cost: see docs/results/ticket_distribution_mnist.md.
-Expected: at 80% of the weights about half of the tickets or more win, at 20% none; the median rises and the spread falls
-with width.
+Expected: at 80% of the weights about half of the tickets or more win, at 20% none; the median rises and the spread
+falls with width.
 Command: python scripts/study.py --config=configs/study_distribution.py --config.data.dir=DATA --workdir=runs/grid
 """
 
