@@ -90,7 +90,7 @@ def test_a_finished_search_is_analysed(tmp_path):
     [
         (("analyze_ticket", "--config.search="), "config.search: the workdir of a finished search is needed"),
         (("analyze_ticket", "--config.search=/nowhere"), "has no config.json"),
-        (("study", "--config.name=stability"), "'stability' is not one of distribution"),
+        (("study", "--config.name=stability"), "config.name='stability': no such setting; did you mean 'instability'?"),
         (
             ("study", "--config=configs/study_sparse_training.py:tiny", "--config.search.scope=global"),
             "config.search.scope: 'global' gives layers no counts to share",
