@@ -64,7 +64,7 @@ bench: $(VENV)/installed
 
 # Commands and code blocks of README and docs, run shortened.
 test-docs: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py tests/lottery/test_docs.py
 
 # A wheel is built and tried in an empty environment outside the checkout (needs a package index).
 test-wheel: $(VENV)/installed

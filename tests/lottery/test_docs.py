@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lottery import criteria, imp, masks, structures
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tickets.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
 def test_the_example_prunes_whole_blocks_to_the_allocated_counts():
     scope: dict = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
