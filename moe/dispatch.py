@@ -233,16 +233,30 @@ def places(
         cut = jax.tree.map(lambda leaf: leaf.reshape(groups, n // groups, *leaf.shape[1:]), routing)
         place_GMK, placed_GMK = jax.vmap(partial(places, capacity=capacity, drop=drop))(cut)
         return place_GMK.reshape(n, k), placed_GMK.reshape(n, k)
-    e = routing.num_experts
+    place_NK = number(routing, routing.experts_NK, routing.num_experts, drop)
+    return place_NK, is_routed(routing) & (place_NK < capacity)
+
+
+def number(
+    routing: Routing, queues_NK: Int[Array, "N K"], queues: int, drop: Literal["position", "probability"] = "position"
+) -> Int32[Array, "N K"]:
+    """Number the choices of every queue in the order of `places`.
+
+    Args:
+      routing: any routing.
+      queues_NK: queue of every choice, an expert for instance or a device; those outside 0..queues-1 have no number.
+      queues: how many there are.
+      drop: the order.
+    """
+    (n, k), e = queues_NK.shape, routing.num_experts
     serve_N = jnp.arange(n)
     if drop == "probability":
         probs_NK = take(jax.lax.stop_gradient(routing.probs_NE), jnp.minimum(routing.experts_NK, e - 1))
         serve_N = jnp.argsort(-jnp.where(is_routed(routing), probs_NK, 0.0).max(axis=1), stable=True)
-    queue_A = routing.experts_NK[serve_N].T.reshape(-1)  # choice-major: k n_tokens + rank
-    hot_AE = (queue_A[:, None] == jnp.arange(e)[None]).astype(jnp.int32)
-    place_A = ((jnp.cumsum(hot_AE, axis=0) - 1) * hot_AE).sum(axis=1)
-    place_NK = jnp.zeros((n, k), jnp.int32).at[serve_N].set(place_A.reshape(k, n).T, unique_indices=True)
-    return place_NK, is_routed(routing) & (place_NK < capacity)
+    queue_A = queues_NK[serve_N].T.reshape(-1)  # choice-major: k n_tokens + rank
+    hot_AQ = (queue_A[:, None] == jnp.arange(queues)[None]).astype(jnp.int32)
+    place_A = ((jnp.cumsum(hot_AQ, axis=0) - 1) * hot_AQ).sum(axis=1)
+    return jnp.zeros((n, k), jnp.int32).at[serve_N].set(place_A.reshape(k, n).T, unique_indices=True)
 
 
 def capacity_of(tokens: int, routing: Routing, factor: float, multiple: int = 1) -> int:

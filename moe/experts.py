@@ -51,13 +51,16 @@ class MixtureConfig:
       capacity_factor: for "capacity", see `dispatch.capacity_of`.
       groups: for "capacity": groups of consecutive tokens that compete for places, on every device that has a part of
         the tokens (Lepikhin et al. 2020, section 3.2).
-      drop: for "capacity": "position" or "probability", see `dispatch.places`.
+      drop: for "capacity" and `slack`: "position" or "probability", see `dispatch.places`.
       movement: for "capacity": "gather" or "einsum".
       dropout: rate of expert dropout, on the hidden activations of experts (Fedus et al. 2021, section 2.4).
       deterministic: for backend "gpu": a token's rows are summed in a fixed order, without which no run is reproducible
         bit for bit. False uses atomic additions in the kernel; see `grouped_matmul`.
       gating: constants of a gated activation.
       weigh: what the gate weights multiply: the experts' "output", or their "input" (Llama 4).
+      slack: for "dropless" under expert parallelism: rows that a device has room to receive over those of a balanced
+        load; what does not fit is dropped, in training only (MaxText's ragged_buffer_factor). 0 has room for the rows
+        of all devices and drops nothing.
 
     Example:
       >>> import moe
@@ -76,6 +79,7 @@ class MixtureConfig:
     deterministic: bool = True
     gating: Gating = PLAIN
     weigh: Literal["output", "input"] = "output"
+    slack: float = 0.0
 
     def __post_init__(self):
         choices = {
@@ -93,6 +97,10 @@ class MixtureConfig:
             raise ValueError("weigh='input' with dispatch='capacity': choose 'dropless'")
         if self.gating != PLAIN and self.activation not in GATED:
             raise ValueError(f"gating={self.gating} with activation={self.activation!r}: choose one of {GATED}")
+        if self.slack and (self.slack < 1 or self.dispatch != "dropless"):
+            raise ValueError(
+                f"slack={self.slack} with dispatch={self.dispatch!r}: 0, or at least 1 (a balanced load) with 'dropless'"
+            )
         if self.capacity_factor <= 0 or self.groups < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor} must be positive, groups={self.groups} at least 1, "

@@ -34,7 +34,7 @@ from moe.experts import (
     weighed_choices,
 )
 from moe.gate import ROUTERS, RouterConfig, gate
-from moe.parallel import Exchange, all_to_all
+from moe.parallel import Exchange, all_to_all, bounded_all_to_all
 from moe.parameters import Kernel, Kernels, Router
 from moe.routing import Routing, first_experts, is_routed, mask_rows, only, require_causal
 
@@ -294,7 +294,13 @@ class MoE(nn.Module):
                 rows = x_ND
                 if config.weigh == "input":
                     rows, sent = weighed_choices(x_ND, sent)
-                y_ND = all_to_all(rows, sent, run, ep, exchange=self.axes.exchange).reshape(b * t, -1, d).sum(axis=1)
+                how: Any = {"exchange": self.axes.exchange}
+                if config.slack:
+                    y_ND, placed_NK = bounded_all_to_all(rows, sent, run, ep, config.slack, drop=config.drop, **how)
+                    placed_NK = placed_NK.reshape(b * t, -1)
+                else:
+                    y_ND = all_to_all(rows, sent, run, ep, **how)
+                y_ND = y_ND.reshape(b * t, -1, d).sum(axis=1)
         if c.stack < c.router.experts:
             free_NK = is_routed(routing) & (routing.experts_NK >= c.stack)
             placed_NK = None if placed_NK is None else placed_NK | free_NK  # no capacity holds for them
@@ -316,5 +322,5 @@ class MoE(nn.Module):
 
 
 def serving(config: MixtureConfig) -> MixtureConfig:
-    """Return the options without an expert capacity, so that no token depends on the others of its batch."""
-    return replace(config, dispatch="dropless") if config.dispatch == "capacity" else config
+    """Return the options without capacity and bounded buffers, so that no token depends on the others of its batch."""
+    return replace(config, dispatch="dropless" if config.dispatch == "capacity" else config.dispatch, slack=0.0)

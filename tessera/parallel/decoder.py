@@ -427,6 +427,7 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
         f"router.name={router.name!r} with pp > 1, where no noise is drawn": pp and router.name in NOISY,
         f"router.jitter={router.jitter} with pp > 1, where no noise is drawn": pp and router.jitter,
         "mixture.dispatch='capacity' with pp > 1 (choose 'dropless')": pp and config.mixture.dispatch == "capacity",
+        f"mixture.slack={config.mixture.slack} with pp > 1, where nothing is dropped": pp and config.mixture.slack,
         f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
         "balance_scope='sequence' with cp > 1 (choose 'batch')": split_time,
         "biases with tp > 1": config.biases and plan.size("tp") > 1,

@@ -8,6 +8,7 @@ K key/value heads of size h, F feed-forward channels, V vocabulary.
 """
 
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -120,8 +121,8 @@ def local_sizes(
         h=config.head_size,
         F=config.ff_size // tp,
         V=config.vocab_size // tp,
-        # Nothing is dropped, so every device has buffers for the tokens of all devices (`moe.parallel.all_to_all`).
-        M=rows * t * moe.router.k * ep if routed else 0,
+        # Where nothing may be dropped every device has buffers for the tokens of all devices (`moe.parallel.all_to_all`).
+        M=math.ceil(rows * t * moe.router.k * min(ep, moe.mixture.slack or ep)) if routed else 0,
         W=moe.width_of(config.ff_size) // tp if routed else 0,
         E=moe.router.experts // ep if routed else 0,
         layers=layers,
