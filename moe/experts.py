@@ -99,7 +99,7 @@ class MixtureConfig:
             raise ValueError(f"gating={self.gating} with activation={self.activation!r}: choose one of {GATED}")
         if self.slack and (self.slack < 1 or self.dispatch != "dropless"):
             raise ValueError(
-                f"slack={self.slack} with dispatch={self.dispatch!r}: 0, or at least 1 (a balanced load) with 'dropless'"
+                f"slack={self.slack}, dispatch={self.dispatch!r}: 0, or at least 1 (a balanced load) with 'dropless'"
             )
         if self.capacity_factor <= 0 or self.groups < 1 or not 0 <= self.dropout < 1:
             raise ValueError(

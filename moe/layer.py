@@ -2,9 +2,10 @@
 
     router/{kernel [D, E], ...}    experts/{gate [E, D, F], up [E, D, F], down [E, F, D]}/kernel (and /bias)
     shared/{gate [D, S F], up [D, S F], down [S F, D]}/kernel    shared_gate/kernel [D, 1]
+    latent_in/kernel [D, Z]    latent_out/kernel [Z, D]    (with Z, that of the experts' kernels in place of D)
 
 Axes: B batch, T tokens of a sequence, N = B T, D width, F feed-forward width of one expert, E experts, S shared
-  experts.
+  experts, Z width of the experts' latents.
 
 Example:
   >>> import jax, jax.numpy as jnp
@@ -50,6 +51,8 @@ class MoEConfig:
         many times more experts and choices).
       shared: S, experts of width F that every token passes, unweighted (Dai et al. 2024, section 3.2).
       shared_gate: the output of the shared experts is multiplied by sigmoid(x w), a number per token (Qwen2-MoE).
+      latent: Z, width of the routed experts' inputs and outputs, between two projections that all of them share
+        (Nemotron 3's LatentMoE); 0 is D without projections.
       identity: the last so many of the router's experts return their input (zero-computation experts: LongCat-Flash
         2025, section 2.1); they have no parameters.
       null: the last so many of the router's experts before them return zeros (MoE++: Jin et al. 2024, section 3.1).
@@ -87,12 +90,13 @@ class MoEConfig:
     z: float = 0.0
     bias_rate: float = 0.0
     router_scale: float = 1.0
+    latent: int = 0
 
     def __post_init__(self):
-        if self.every < 1 or self.granularity < 1 or self.ff < 0 or self.shared < 0:
+        if self.every < 1 or self.granularity < 1 or min(self.ff, self.shared, self.latent) < 0:
             raise ValueError(
-                f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff} and "
-                f"shared={self.shared} at least 0"
+                f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff}, "
+                f"shared={self.shared} and latent={self.latent} at least 0"
             )
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate=True without shared experts: set shared to at least 1")
@@ -119,8 +123,8 @@ class MoEConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether the layer is SwiGLU experts without biases and others beside them, as conversions need it."""
-        return self.mixture.plain and not (self.shared or self.biases or self.identity or self.null)
+        """Whether the layer is SwiGLU experts alone, without biases and latents, as conversions need it."""
+        return self.mixture.plain and not (self.shared or self.latent or self.biases or self.identity or self.null)
 
     def check_parts(self, why: str) -> None:
         """Refuse losses of the whole batch for a batch that goes through the model in parts.
@@ -262,7 +266,6 @@ class MoE(nn.Module):
         keys = jax.random.split(self.make_rng("router")) if train else (None, None)
         kernels = partial(
             Kernels,
-            width=self.width,
             activation=c.mixture.activation,
             biases=c.biases,
             scale=self.scale,
@@ -272,7 +275,8 @@ class MoE(nn.Module):
         ways = jax.lax.axis_size(tp) if tp else 1
         ff = self.ff // ways
         router = Router(c.router, self.width, c.router_scale, name="router")()
-        params = kernels(ff=ff, stack=(c.stack // (jax.lax.axis_size(ep) if ep else 1),), name="experts")()
+        stack = (c.stack // (jax.lax.axis_size(ep) if ep else 1),)
+        params = kernels(width=c.latent or d, ff=ff, stack=stack, name="experts")()
 
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
         x_ND = mask_rows(x_BTD.reshape(b * t, d), mask_N)
@@ -284,23 +288,31 @@ class MoE(nn.Module):
         config = c.mixture if train else serving(c.mixture)
         hidden: Any = {"activation": config.activation, "gating": config.gating}
         sent = routing if c.stack == c.router.experts else first_experts(routing, c.stack)
+        z_NZ = x_ND
+        if c.latent:
+            z_NZ = x_ND @ Kernel((d, c.latent), 0, self.scale, False, name="latent_in")("kernel")["kernel"].astype(
+                x_ND.dtype
+            )
         with jax.named_scope("experts"):
             if ep is None:
-                y_ND, placed_NK = mixture(params, x_ND, sent, config, key=keys[1])
+                y_ND, placed_NK = mixture(params, z_NZ, sent, config, key=keys[1])
             else:
                 run = partial(expert_ffn, params, **hidden, backend=config.backend)
                 placed_NK = placements(sent, config)[1] if config.dispatch == "capacity" else None
                 sent = sent if placed_NK is None else only(sent, placed_NK)
-                rows = x_ND
+                rows = z_NZ
                 if config.weigh == "input":
-                    rows, sent = weighed_choices(x_ND, sent)
+                    rows, sent = weighed_choices(z_NZ, sent)
                 how: Any = {"exchange": self.axes.exchange}
                 if config.slack:
                     y_ND, placed_NK = bounded_all_to_all(rows, sent, run, ep, config.slack, drop=config.drop, **how)
                     placed_NK = placed_NK.reshape(b * t, -1)
                 else:
                     y_ND = all_to_all(rows, sent, run, ep, **how)
-                y_ND = y_ND.reshape(b * t, -1, d).sum(axis=1)
+                y_ND = y_ND.reshape(b * t, -1, z_NZ.shape[1]).sum(axis=1)
+            if c.latent:
+                project = Kernel((c.latent, d), 0, self.scale * self.output_scale, False, name="latent_out")
+                y_ND = y_ND @ project("kernel")["kernel"].astype(y_ND.dtype)
         if c.stack < c.router.experts:
             free_NK = is_routed(routing) & (routing.experts_NK >= c.stack)
             placed_NK = None if placed_NK is None else placed_NK | free_NK  # no capacity holds for them
@@ -309,7 +321,7 @@ class MoE(nn.Module):
             y_ND += (same_N1 * x_ND).astype(y_ND.dtype)
         if c.shared:
             with jax.named_scope("shared"):
-                shared = dense(kernels(ff=c.shared * ff, name="shared")(), x_ND, **hidden)
+                shared = dense(kernels(width=d, ff=c.shared * ff, name="shared")(), x_ND, **hidden)
                 if c.shared_gate:
                     gate_D1 = Kernel((self.width, 1), 0, self.scale, False, name="shared_gate")("kernel")["kernel"]
                     shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)

@@ -121,7 +121,7 @@ def local_sizes(
         h=config.head_size,
         F=config.ff_size // tp,
         V=config.vocab_size // tp,
-        # Where nothing may be dropped every device has buffers for the tokens of all devices (`moe.parallel.all_to_all`).
+        # Where nothing may be dropped every device has buffers for the rows of all devices (`moe.parallel.all_to_all`).
         M=math.ceil(rows * t * moe.router.k * min(ep, moe.mixture.slack or ep)) if routed else 0,
         W=moe.width_of(config.ff_size) // tp if routed else 0,
         E=moe.router.experts // ep if routed else 0,

@@ -27,6 +27,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -269,9 +270,14 @@ def flattened(get):
     return {name: {"kernel": kernel} for name, kernel in names.items()}
 
 
-def shared(get, name):
+def ungated(get):
+    """Nemotron-H: [E, F, Z] and [E, Z, F]."""
+    return {name: {"kernel": get(f"experts.{name}_proj").transpose(1, 2)} for name in ("up", "down")}
+
+
+def shared(get, name, parts):
     """The shared experts."""
-    return {part: {"kernel": get(f"{name}.{part}_proj.weight").T} for part in ("gate", "up", "down")}
+    return {part: {"kernel": get(f"{name}.{part}_proj.weight").T} for part in parts}
 
 
 class Family(NamedTuple):
@@ -292,7 +298,10 @@ class Family(NamedTuple):
             bias = get(self.bias).flatten()
             found["router"]["logit_bias" if self.bias == f"{self.router}.bias" else "bias"] = bias
         if self.shared:
-            found["shared"] = shared(get, self.shared)
+            found["shared"] = shared(get, self.shared, found["experts"])
+        if self.block is NemotronHMoE:
+            for ours, theirs in (("latent_in", "fc1_latent_proj"), ("latent_out", "fc2_latent_proj")):
+                found[ours] = {"kernel": get(f"{theirs}.weight").T}
         if self.block is Qwen2MoeSparseMoeBlock:
             found["shared_gate"] = {"kernel": get("shared_expert_gate.weight").T}
         return found
@@ -419,6 +428,27 @@ FAMILIES = {
         "router.classifier",
         partial(packed, experts=4),
         bias="router.e_score_correction_bias",
+    ),
+    "nemotron_h": Family(
+        NemotronHMoE,
+        transformers.NemotronHConfig(
+            hidden_size=WIDTH,
+            moe_latent_size=4,
+            moe_intermediate_size=FF,
+            moe_shared_expert_intermediate_size=2 * FF,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            mlp_hidden_act="relu2",
+            experts_implementation="eager",
+        ),
+        "gate",
+        ungated,
+        bias="gate.e_score_correction_bias",
+        shared="shared_experts",
     ),
     "phimoe": Family(
         PhimoeSparseMoeBlock,

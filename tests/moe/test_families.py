@@ -37,6 +37,7 @@ FAMILIES = {
         router=RouterConfig("sigmoid", 6, 3, score="softmax", normalize=0.0, scale=1.5),
         identity=2,
     ),
+    "nemotron_h": MoEConfig(router=replace(GROUPS, scale=2.5), latent=4, shared=2, mixture=MixtureConfig("relu2")),
     "phimoe": MoEConfig(router=RouterConfig("sparsemixer", 4, 2, jitter=0.4)),
 }
 
@@ -44,7 +45,8 @@ FAMILIES = {
 @pytest.mark.parametrize(
     ("name", "dispatch"),
     [("gpt_oss", "dropless"), ("llama4", "dropless")]
-    + [(name, "dense") for name in ("qwen2_moe", "deepseek_v3", "dbrx", "deepseek_v4", "longcat", "phimoe")]
+    + [(name, "dense") for name in ("qwen2_moe", "deepseek_v3", "dbrx", "deepseek_v4")]
+    + [(name, "dense") for name in ("longcat", "nemotron_h", "phimoe")]
     + [
         pytest.param(name, "dropless", marks=pytest.mark.slow) for name in FAMILIES if name not in ("gpt_oss", "llama4")
     ],
