@@ -46,6 +46,8 @@ class RouterConfig:
       score: for "sigmoid": scores of the experts, "sigmoid" of the logits (DeepSeek-V3), "softmax" (Ernie 4.5, DBRX)
         or "sqrt_softplus" (DeepSeek-V4).
       normalize: for "sigmoid": p of the p-norm by which the chosen scores are divided (2 in DBRX); 0 leaves them.
+      skew: for "uniform": imbalance of the forced load, for benchmarks: expert e has a share proportional to
+        (e + 1)^-skew.
 
     Example:
       >>> import moe
@@ -67,6 +69,7 @@ class RouterConfig:
     bias: bool = False
     score: str = "sigmoid"
     normalize: float = 1.0
+    skew: float = 0.0
 
     def __post_init__(self):
         if self.name not in ROUTERS:
@@ -83,10 +86,15 @@ class RouterConfig:
                 f"experts={self.experts} in groups={self.groups}, of which top_groups={self.top_groups}: groups must "
                 "divide the experts, and top_groups be in 1..groups"
             )
-        if self.slots < 1 or self.capacity_factor <= 0 or not 0 <= self.jitter < 1 or self.normalize < 0:
+        if (
+            self.slots < 1
+            or self.capacity_factor <= 0
+            or not 0 <= self.jitter < 1
+            or min(self.normalize, self.skew) < 0
+        ):
             raise ValueError(
                 f"slots={self.slots} must be at least 1, capacity_factor={self.capacity_factor} positive, "
-                f"jitter={self.jitter} in [0, 1), normalize={self.normalize} at least 0"
+                f"jitter={self.jitter} in [0, 1), normalize={self.normalize} and skew={self.skew} at least 0"
             )
 
     @property
@@ -241,6 +249,10 @@ def _base(params, x_ND, c, ctx):
     return route.base(_logits(params, x_ND), ctx.mask_N, train=ctx.train)
 
 
+def _sinkhorn(params, x_ND, c, ctx):
+    return route.sinkhorn(_logits(params, x_ND), c.k, ctx.mask_N, train=ctx.train)
+
+
 def _hash(params, x_ND, c, ctx):
     if ctx.tokens_N is None:
         raise ValueError("the hash router routes token ids: pass tokens_N= to moe.gate.gate, or tokens_BT to MoE")
@@ -248,7 +260,7 @@ def _hash(params, x_ND, c, ctx):
 
 
 def _uniform(params, x_ND, c, ctx):
-    return route.uniform(_logits(params, x_ND), c.k, ctx.mask_N)
+    return route.uniform(_logits(params, x_ND), c.k, ctx.mask_N, skew=c.skew)
 
 
 ROUTERS: dict[str, RouterSpec] = {
@@ -267,6 +279,7 @@ ROUTERS: dict[str, RouterSpec] = {
     "expert_choice": RouterSpec(_expert_choice, causal=False),
     "soft": RouterSpec(_soft, lambda c, d: {"kernel": (d, c.experts * c.slots), "scale": (1,)}, causal=False),
     "base": RouterSpec(_base),
+    "sinkhorn": RouterSpec(_sinkhorn),
     "hash": RouterSpec(_hash, lambda c, d: {}),
     "uniform": RouterSpec(_uniform),
 }
@@ -300,7 +313,8 @@ def gate(
       config: router and its options.
       mask_N: False for padding.
       key: for noise; None switches it off.
-      train: True balances the BASE router's assignment, and refuses constant weights (`RouterConfig.check_training`).
+      train: True balances the assignment of the routers BASE and Sinkhorn, and refuses constant weights
+        (`RouterConfig.check_training`).
       tokens_N: token ids, for the hash router.
 
     Raises:

@@ -8,7 +8,7 @@ Example:
   (4, 2)
 """
 
-from moe.route.balanced import auction, base
+from moe.route.balanced import auction, balance, base, sinkhorn
 from moe.route.biased import limit_groups, sigmoid_top_k, update_bias
 from moe.route.choice import expert_choice, soft
 from moe.route.fixed import hash_tokens, replay, uniform
@@ -17,6 +17,7 @@ from moe.route.softmax import gshard, jitter, switch, top_k
 
 __all__ = [
     "auction",
+    "balance",
     "base",
     "expert_choice",
     "gshard",
@@ -27,6 +28,7 @@ __all__ = [
     "noisy_top_k",
     "replay",
     "sigmoid_top_k",
+    "sinkhorn",
     "smooth_load",
     "soft",
     "sparsemixer",

@@ -1,10 +1,10 @@
-"""BASE layers: balanced assignment of tokens to experts by Bertsekas's auction, on the device."""
+"""Balanced assignment of tokens to experts on the device: BASE layers, by Bertsekas's auction, and Sinkhorn routing."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from moe.routing import Routing, make_routing, prepare, take
+from moe.routing import Routing, check_k, make_routing, prepare, take
 
 
 def auction(
@@ -136,3 +136,85 @@ def base(
     expert_N1 = jnp.minimum(expert_N, e - 1)[:, None]  # padding has expert E here, and from make_routing again
     weights_N1 = jax.nn.sigmoid(take(logits_NE, expert_N1))
     return make_routing(expert_N1, weights_N1, jax.nn.softmax(logits_NE), logits_NE, mask_N, causal=not train)
+
+
+def balance(
+    logits_NE: Float[Array, "N E"],
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    tolerance: float = 1e-3,
+    rounds: int = 100,
+) -> Float32[Array, "N E"]:
+    """Scale exp(logits) by rows and columns until tokens sum to 1 and experts to N / E (Sinkhorn & Knopp 1967).
+
+    Args:
+      logits_NE: router logits.
+      mask_N: False for padding, whose rows are zeros and which N does not count.
+      tolerance: stops when no expert's sum is further from N / E, as a share of it.
+      rounds: bound on the iterations.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> route.balance(jnp.log(jnp.array([[1.0, 1.0], [3.0, 1.0]])), tolerance=1e-6).sum(axis=0).round(3).tolist()
+      [1.0, 1.0]
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    share = mask_N.sum() / logits_NE.shape[1]
+
+    def rows(columns_E):
+        return jnp.where(mask_N[:, None], jax.nn.softmax(logits_NE + columns_E[None]), 0.0)
+
+    def unbalanced(state):
+        _, sums_E, count = state
+        return (jnp.abs(sums_E - share).max() > tolerance * share) & (count < rounds)
+
+    def sinkhorn_round(state):
+        columns_E, sums_E, count = state
+        columns_E += jnp.log(share) - jnp.log(jnp.maximum(sums_E, 1e-30))
+        return columns_E, rows(columns_E).sum(axis=0), count + 1
+
+    start_E = jnp.zeros(logits_NE.shape[1])
+    return rows(jax.lax.while_loop(unbalanced, sinkhorn_round, (start_E, rows(start_E).sum(axis=0), 0))[0])
+
+
+def sinkhorn(
+    logits_NE: Float[Array, "N E"],
+    k: int,
+    mask_N: Bool[Array, " N"] | None = None,
+    *,
+    train: bool = True,
+    tolerance: float = 1e-3,
+    rounds: int = 100,
+) -> Routing:
+    """Route by the k largest entries of the balanced matrix (S-BASE: Clark et al. 2022, section 3.2.1; Megatron-LM).
+
+    Weights are the softmax probabilities of the logits, for k = 1 the sigmoid, as in Megatron-LM. The load is near
+    balance without an auxiliary loss, and not exactly balanced, as entries are fractions.
+
+    Args:
+      logits_NE: router logits.
+      k: choices.
+      mask_N: False for padding.
+      train: False chooses by the logits themselves, which is causal.
+      tolerance, rounds: see `balance`.
+
+    Raises:
+      ValueError: k is not in 1..E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import route
+      >>> logits_NE = jnp.array([[2.0, 1.0], [2.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
+      >>> [route.sinkhorn(logits_NE, 1, train=train).experts_NK.ravel().tolist() for train in (True, False)]
+      [[1, 0, 1, 0], [0, 0, 0, 0]]
+    """
+    logits_NE, mask_N = prepare(logits_NE, mask_N)
+    check_k(k, logits_NE.shape[-1])
+    select_NE = jax.lax.stop_gradient(logits_NE)
+    if train:
+        select_NE = balance(select_NE, mask_N, tolerance=tolerance, rounds=rounds)
+    experts_NK = jax.lax.top_k(select_NE, k)[1]
+    probs_NE = jax.nn.softmax(logits_NE)
+    weights_NK = take(jax.nn.sigmoid(logits_NE) if k == 1 else probs_NE, experts_NK)
+    return make_routing(experts_NK, weights_NK, probs_NE, logits_NE, mask_N, causal=not train)

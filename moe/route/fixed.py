@@ -1,7 +1,8 @@
-"""Routers without learned choices: hash of the token id, forced uniform load and replayed choices (for benchmarks)."""
+"""Routers without learned choices: hash of the token id, forced load and replayed choices (for benchmarks)."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from moe.routing import Routing, check_k, make_routing, prepare, take
@@ -55,24 +56,56 @@ def _constant(experts_NK: Int[Array, "N K"], experts: int, mask_N: Bool[Array, "
     return make_routing(experts_NK, jnp.full((n, k), 1 / k), jax.nn.softmax(logits_NE), logits_NE, mask_N)
 
 
-def uniform(logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | None = None) -> Routing:
-    """Route with perfect balance: choice j of token n has expert (n k + j) mod E; weights as in `replay`.
+def uniform(
+    logits_NE: Float[Array, "N E"], k: int, mask_N: Bool[Array, " N"] | None = None, *, skew: float = 0.0
+) -> Routing:
+    """Route with a forced load, balanced or of a chosen imbalance; weights as in `replay`.
 
-    Tokens are numbered without padding.
+    Without skew choice j of token n has expert (n k + j) mod E. With skew the load of expert e is proportional to
+    (e + 1)^-skew (Zipf's law), at most one choice a token, by systematic sampling (Madow 1949): k points one apart on
+    the running sum of the loads, whose offsets, the multiples of the golden ratio, fill [0, 1) evenly.
+
+    Args:
+      logits_NE: router logits, for the weights.
+      k: choices.
+      mask_N: False for padding; tokens are numbered without it.
+      skew: exponent of the loads; 0 is perfect balance.
 
     Raises:
-      ValueError: k is not in 1..E.
+      ValueError: k is not in 1..E, or skew is negative.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from moe import route
+      >>> from moe import metrics, route
       >>> route.uniform(jnp.zeros((3, 4)), k=2).experts_NK.tolist()
       [[0, 1], [2, 3], [0, 1]]
+      >>> metrics.load(route.uniform(jnp.zeros((1000, 4)), k=1, skew=1.0)).tolist()  # 480, 240, 160, 120
+      [481.0, 239.0, 160.0, 120.0]
     """
     n, e = logits_NE.shape
     check_k(k, e)
+    if skew < 0:
+        raise ValueError(f"skew={skew}: 0 is a balanced load, above 0 the first experts have more")
     position_N = jnp.arange(n, dtype=jnp.int32) if mask_N is None else jnp.cumsum(mask_N, dtype=jnp.int32) - 1
-    return replay(logits_NE, (k * position_N[:, None] + jnp.arange(k, dtype=jnp.int32)[None]) % e, mask_N)
+    choice_K = jnp.arange(k, dtype=jnp.int32)
+    if not skew:
+        return replay(logits_NE, (k * position_N[:, None] + choice_K[None]) % e, mask_N)
+    # 32-bit arithmetic wraps around, as the fraction of a multiple does.
+    offset_N = (position_N.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)) >> 8
+    point_NK = offset_N.astype(jnp.float32)[:, None] / 2**24 + choice_K[None]
+    ends_E = jnp.asarray(np.cumsum(zipf_loads(e, k, skew))[:-1], jnp.float32)
+    return replay(logits_NE, jnp.searchsorted(ends_E, point_NK, side="right").astype(jnp.int32), mask_N)
+
+
+def zipf_loads(experts: int, k: int, skew: float) -> np.ndarray:
+    """Compute the choices of every expert per token, proportional to (e + 1)^-skew, at most 1 and k in all."""
+    wanted_E = (np.arange(experts) + 1.0) ** -skew
+    for full in range(k + 1):  # the first experts have all tokens
+        load_E = np.ones(experts)
+        load_E[full:] = (k - full) * wanted_E[full:] / max(wanted_E[full:].sum(), 1e-300)
+        if load_E.max() <= 1:
+            break
+    return load_E
 
 
 def replay(

@@ -81,6 +81,7 @@ CASES = {
     "hash": Case(
         lambda x, m, key, k: route.hash_tokens(jnp.arange(len(x)), x.shape[-1], k, m), follows=False, learns=False
     ),
+    "sinkhorn": Case(lambda x, m, key, k: route.sinkhorn(x, k, m), sums_to_one=False, causal=False, follows=False),
     "uniform": Case(lambda x, m, key, k: route.uniform(x, k, m), follows=False),
     "replay": Case(
         lambda x, m, key, k: route.replay(x, jnp.stack([jnp.roll(jnp.arange(x.shape[-1]), 3)[:k]] * len(x)), m),
@@ -299,3 +300,48 @@ def test_groups_are_routed_by_themselves():
 def test_impossible_routings_are_refused_with_their_numbers(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sinkhorn_is_alternating_normalization():
+    """Of exp(logits), by rows and by columns until both hold, in float64."""
+    x, mask = 2 * logits(40) + 3 * (jnp.arange(E) == 2)[None], jnp.arange(40) % 5 != 1
+    plan = np.exp(np.asarray(x, np.float64))[np.asarray(mask)]
+    for _ in range(3000):
+        plan /= plan.sum(axis=0, keepdims=True) * E / len(plan)
+        plan /= plan.sum(axis=1, keepdims=True)
+
+    @jax.jit
+    def run(x):
+        exact = {"tolerance": 1e-5, "rounds": 3000}
+        trained, served = (route.sinkhorn(x, 2, mask, train=train, **exact) for train in (True, False))
+        plain = route.top_k(x, 2, mask)
+        loads = jnp.stack([metrics.load(trained), metrics.load(plain)])
+        same = (served.experts_NK == plain.experts_NK).all()
+        return route.balance(x, mask, **exact), trained, metrics.max_violation(loads), same, jax.nn.softmax(x)
+
+    found, routing, violation, same, probs = jax.tree.map(np.asarray, run(x))
+    mask = np.asarray(mask)
+    np.testing.assert_allclose(found[mask], plan, atol=1e-4)
+    assert not found[~mask].any()
+    experts = np.argsort(-plan, axis=1)[:, :2]
+    np.testing.assert_array_equal(routing.experts_NK[mask], experts)
+    np.testing.assert_allclose(routing.weights_NK[mask], np.take_along_axis(probs[mask], experts, 1), rtol=1e-6)
+    assert violation[0] < violation[1] / 2 and same
+
+
+@pytest.mark.parametrize(("experts", "k", "skew"), [(8, 1, 1.0), (8, 2, 0.5), (6, 3, 2.0), (5, 5, 1.0)])
+def test_a_forced_load_follows_zipfs_law_up_to_one_choice_a_token(experts, k, skew):
+    low, high = 0.0, 1e9  # the factor at which the loads, at most 1, sum to k
+    for _ in range(200):
+        factor = (low + high) / 2
+        wanted = np.minimum(1, factor / np.arange(1, experts + 1) ** skew)
+        low, high = (factor, high) if wanted.sum() < k else (low, factor)
+    run = jax.jit(partial(route.uniform, k=k, skew=skew))
+    routing = run(jnp.zeros((1000, experts)), mask_N=jnp.arange(1000) % 4 != 0)
+    assert_valid(routing)
+    np.testing.assert_allclose(metrics.load(routing), 750 * wanted, atol=3)
+
+
+def test_a_negative_skew_is_refused():
+    with pytest.raises(ValueError, match="skew=-1"):
+        route.uniform(jnp.zeros((4, 4)), 2, skew=-1.0)
