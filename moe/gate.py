@@ -48,6 +48,9 @@ class RouterConfig:
       normalize: for "sigmoid": p of the p-norm by which the chosen scores are divided (2 in DBRX); 0 leaves them.
       skew: for "uniform": imbalance of the forced load, for benchmarks: expert e has a share proportional to
         (e + 1)^-skew.
+      penalty: for "relu": first coefficient of the penalty on the weights (`losses.relu_penalty`), for which k is the
+        mean number of choices to reach.
+      penalty_rate: for "relu": factor by which a step raises or lowers it; 1 leaves it.
 
     Example:
       >>> import moe
@@ -70,6 +73,8 @@ class RouterConfig:
     score: str = "sigmoid"
     normalize: float = 1.0
     skew: float = 0.0
+    penalty: float = 1e-8
+    penalty_rate: float = 1.2
 
     def __post_init__(self):
         if self.name not in ROUTERS:
@@ -81,6 +86,8 @@ class RouterConfig:
         if self.bias and self.name in ("soft", "hash"):
             raise ValueError(f"bias=True: the router {self.name!r} has no logits to add it to")
         check_k(self.k, self.experts)
+        if self.penalty < 0 or self.penalty_rate < 1:
+            raise ValueError(f"penalty={self.penalty} must be at least 0, penalty_rate={self.penalty_rate} at least 1")
         if self.groups < 1 or self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
             raise ValueError(
                 f"experts={self.experts} in groups={self.groups}, of which top_groups={self.top_groups}: groups must "
@@ -253,6 +260,10 @@ def _sinkhorn(params, x_ND, c, ctx):
     return route.sinkhorn(_logits(params, x_ND), c.k, ctx.mask_N, train=ctx.train)
 
 
+def _relu(params, x_ND, c, ctx):
+    return route.relu(_logits(params, x_ND), ctx.mask_N)
+
+
 def _hash(params, x_ND, c, ctx):
     if ctx.tokens_N is None:
         raise ValueError("the hash router routes token ids: pass tokens_N= to moe.gate.gate, or tokens_BT to MoE")
@@ -276,6 +287,7 @@ ROUTERS: dict[str, RouterSpec] = {
     ),
     "softmax_groups": RouterSpec(partial(_scored, score="softmax", group_score="max", normalize=0.0)),
     "sparsemixer": RouterSpec(_sparsemixer),
+    "relu": RouterSpec(_relu, lambda c, d: {"kernel": (d, c.experts), "penalty": (1,)}),
     "expert_choice": RouterSpec(_expert_choice, causal=False),
     "soft": RouterSpec(_soft, lambda c, d: {"kernel": (d, c.experts * c.slots), "scale": (1,)}, causal=False),
     "base": RouterSpec(_base),
@@ -288,8 +300,9 @@ ROUTERS: dict[str, RouterSpec] = {
 def parameter_shapes(config: RouterConfig, width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a router's parameters by name: "kernel", and others where it has them.
 
-    Kernels start random, "noise" kernels and biases at zero, "scale" at one. "bias" gets no gradient: it is moved by
-    `route.update_bias` after the optimizer. "logit_bias" (`RouterConfig.bias`) is learned like a kernel.
+    Kernels start random, "noise" kernels and biases at zero, "scale" at one, "penalty" at `RouterConfig.penalty`.
+    "bias" and "penalty" get no gradient: `route.update_bias` and `route.update_penalty` move them after the
+    optimizer. "logit_bias" (`RouterConfig.bias`) is learned like a kernel.
     """
     shapes = ROUTERS[config.name].shapes(config, width)
     return shapes | ({"logit_bias": shapes["kernel"][1:]} if config.bias else {})

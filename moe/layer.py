@@ -135,9 +135,11 @@ class MoEConfig:
         Raises:
           ValueError: the mean over the parts would be another loss than the batch's.
         """
-        nonlinear = (self.importance or self.load) and self.balance_scope != "microbatch"
+        penalty = self.router.name == "relu"
+        nonlinear = (self.importance or self.load or penalty) and self.balance_scope != "microbatch"
         if nonlinear or (self.balance and self.balance_scope == "batch"):
-            losses = " and ".join(name for name in ("balance", "importance", "load") if getattr(self, name))
+            names = [name for name in ("balance", "importance", "load") if getattr(self, name)]
+            losses = " and ".join(names + ["the router's penalty"] * penalty)
             raise ValueError(
                 f"balance_scope={self.balance_scope!r} with {why}: the mean of {losses} over parts of a batch is "
                 "another loss than the batch's; choose 'microbatch' to mean the parts', or for balance 'sequence'"
@@ -175,7 +177,13 @@ class ExpertAxes:
 ONE_DEVICE = ExpertAxes()
 
 
-def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertAxes = ONE_DEVICE) -> Float32[Array, ""]:
+def auxiliary(
+    routing: Routing,
+    config: MoEConfig,
+    sequences: int,
+    axes: ExpertAxes = ONE_DEVICE,
+    penalty: Float[Array, "1"] | None = None,
+) -> Float32[Array, ""]:
     """Sum the layer's auxiliary losses times their coefficients, over the tokens of all devices and equal on each.
 
     Args:
@@ -183,6 +191,7 @@ def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertA
       config: coefficients.
       sequences: rows of equal length that make up the tokens.
       axes: mesh axes inside `jax.shard_map`.
+      penalty: coefficient of the penalty of the router "relu", a parameter of it.
     """
 
     tokens, choices = axes.tokens or None, ROUTERS[config.router.name].balance
@@ -206,6 +215,8 @@ def auxiliary(routing: Routing, config: MoEConfig, sequences: int, axes: ExpertA
         total += config.load * losses.load_loss(routing, tokens)
     if config.z:
         total += config.z * mean(losses.z_loss(routing), routing.mask_N)
+    if penalty is not None:
+        total += jax.lax.stop_gradient(penalty.sum()) * losses.relu_penalty(routing, config.router.k, tokens)
     # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
     varying = axes.width is not None and axes.width in jax.typeof(total).mat.varying
     return jax.lax.pmean(total, axes.width) if varying else total
@@ -327,7 +338,7 @@ class MoE(nn.Module):
                     shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)
                 y_ND += shared
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes))
+            self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes, router.get("penalty")))
             self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return mask_rows(y_ND, mask_N).reshape(b, t, d)

@@ -67,6 +67,25 @@ def load_balance(
     return e * (f_GE * p_GE).sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
 
 
+def relu_penalty(routing: Routing, k: int, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:
+    """Compute the penalty of ReLU routing, mean over tokens of sum_e f_e w_e (ReMoE: Wang et al. 2024).
+
+    f_e is the load of expert e over that of a balanced one with k choices a token (no gradient), so that busy experts
+    are held back more.
+
+    Args:
+      routing: of `route.relu`.
+      k: choices that a token should have.
+      axis_name: mapped axes over which load and mean are taken too, for the loss of the global batch.
+    """
+    e = routing.num_experts
+    tokens = routing.mask_N.sum().astype(jnp.float32)
+    totals = (counts(routing.experts_NK, e), importance(routing), tokens)
+    load_E, weights_E, tokens = totals if axis_name is None else jax.lax.psum(totals, axis_name)
+    f_E = jax.lax.stop_gradient(load_E) * e / (k * jnp.maximum(tokens, 1.0))
+    return (f_E * weights_E).sum() / jnp.maximum(tokens, 1.0)
+
+
 def importance_loss(routing: Routing, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:
     """Compute the importance loss, CV(sum of gate weights per expert)^2 (Shazeer et al. 2017, eq. 6-7).
 

@@ -82,7 +82,7 @@ def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> di
 
     Returns:
       load [E], shares of the choices, one in all; max_violation, entropy (mean over tokens, nats), load_entropy (nats),
-      confidence (mean largest probability), drop_fraction: scalars.
+      confidence (mean largest probability), choices (routed ones per token), drop_fraction: scalars.
     """
     load_E = load(routing)
     share_E = load_E / jnp.maximum(load_E.sum(), 1.0)
@@ -93,5 +93,6 @@ def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> di
         **of_load(share_E),
         "entropy": (entropy(routing.probs_NE) * weight_N).sum() / tokens,
         "confidence": (routing.probs_NE.max(axis=-1) * weight_N).sum() / tokens,
+        "choices": load_E.sum() / tokens,
         "drop_fraction": jnp.float32(0) if placed_NK is None else drop_fraction(routing, placed_NK),
     }

@@ -72,7 +72,8 @@ class Router(nn.Module):
     def __call__(self) -> dict[str, Array]:
         """Return the parameters by name."""
         start = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
-        inits = {"kernel": start, "inner": start, "scale": nn.initializers.ones}
+        penalty = nn.initializers.constant(self.config.penalty)
+        inits = {"kernel": start, "inner": start, "scale": nn.initializers.ones, "penalty": penalty}
         shapes = parameter_shapes(self.config, self.width)
         return {
             name: self.param(name, inits.get(name, nn.initializers.zeros), shape, jnp.float32)

@@ -13,6 +13,7 @@ from moe.route.biased import limit_groups, sigmoid_top_k, update_bias
 from moe.route.choice import expert_choice, soft
 from moe.route.fixed import hash_tokens, replay, uniform
 from moe.route.noisy import hierarchical, noisy_top_k, smooth_load, sparsemixer
+from moe.route.relu import relu, update_penalty
 from moe.route.softmax import gshard, jitter, switch, top_k
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "jitter",
     "limit_groups",
     "noisy_top_k",
+    "relu",
     "replay",
     "sigmoid_top_k",
     "sinkhorn",
@@ -36,4 +38,5 @@ __all__ = [
     "top_k",
     "uniform",
     "update_bias",
+    "update_penalty",
 ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, PyTree
 
-from moe.route import update_bias
+from moe.route import update_bias, update_penalty
 from moe.specialization import joint_counts
 from tessera.losses import next_token_loss
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -46,7 +46,7 @@ def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
     The metrics are cross_entropy (nats per token) and accuracy. With routed layers the auxiliary losses of all layers
     are added, a key (given in training) switches noise, capacity and expert dropout on, and the metrics have aux_loss
     and, for L routed layers, router/load [L, E] (shares of the choices), router/max_violation, router/entropy,
-    router/load_entropy, router/confidence and router/drop_fraction [L].
+    router/load_entropy, router/confidence, router/choices and router/drop_fraction [L].
 
     Args:
       model: the decoder.
@@ -88,15 +88,23 @@ def make_eval(loss_fn: LossFn) -> Callable[[PyTree, Mapping[str, Any]], dict[str
 def make_adjust(config: TransformerConfig) -> Callable[[PyTree, Metrics], PyTree] | None:
     """`adjust(params, metrics)` for `make_train_step`: moves the routers' biases by the loads of the step's batch.
 
-    None where nothing moves outside the gradient (moe.bias_rate is 0 or there are no routed layers).
+    Of ReLU routers it moves the penalty, by the choices of all layers. None where nothing moves outside the gradient
+    (another router and moe.bias_rate 0, or no routed layers).
     """
     paths = router_paths(config)
-    if not paths or not config.moe.bias_rate:
+    router = config.moe.router
+    if not paths or not (config.moe.bias_rate or router.name == "relu"):
         return None
 
     def adjust(params: PyTree, metrics: Metrics) -> PyTree:
         load_LE = metrics["router/load"]
         for i, path in enumerate(paths):
+            if router.name == "relu":
+                name, choices = (*path, "router", "penalty"), metrics["router/choices"].mean()
+                penalty = at(params, name)
+                choices = jnp.broadcast_to(choices, penalty.shape)
+                params = replaced(params, name, update_penalty(penalty, choices, router.k, router.penalty_rate))
+                continue
             load = load_LE if config.scan else load_LE[i]
             bias = at(params, (*path, "router", "bias"))
             params = replaced(params, (*path, "router", "bias"), update_bias(bias, load, config.moe.bias_rate))

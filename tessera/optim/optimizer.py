@@ -174,7 +174,7 @@ def decayed(params: PyTree) -> PyTree:
     """Tree of bools: True for kernels and tables, False for gains and biases, whatever is stacked in front of them."""
 
     def is_matrix(path, leaf):
-        return leaf.ndim >= 2 and path_name(path).split("/")[-1] not in ("gain", "bias", "scale")
+        return leaf.ndim >= 2 and path_name(path).split("/")[-1] not in ("gain", "bias", "scale", "penalty")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -41,10 +41,10 @@ Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 NOISY = ("gshard", "noisy", "hierarchical", "sparsemixer")
 """Routers that draw noise in training, on every device for its own tokens."""
 
-ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", *NOISY)
+ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", "relu", *NOISY)
 """Routers that choose for every token by itself, so that splitting the batch changes nothing but their noise."""
 
-ROUTER_MEANS = ("load", "entropy", "confidence", "drop_fraction")
+ROUTER_MEANS = ("load", "entropy", "confidence", "choices", "drop_fraction")
 """Metrics of `moe.metrics.summary` that are means over tokens."""
 
 

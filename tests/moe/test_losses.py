@@ -281,5 +281,33 @@ def test_summary_by_hand():
     assert found["max_violation"] == pytest.approx(0.5)
     assert found["entropy"] == pytest.approx(np.mean([stats.entropy(p) for p in PROBS]), rel=1e-5)
     assert found["load_entropy"] == pytest.approx(stats.entropy([0.75, 0.25]), rel=1e-5)
-    assert found["confidence"] == pytest.approx(0.7)
+    assert found["confidence"] == pytest.approx(0.7) and found["choices"] == 1
     assert found["drop_fraction"] == pytest.approx(0.25)
+
+
+def test_the_penalty_of_relu_routing_by_hand():
+    """Wang et al. (2024): mean over tokens of the weights, each times its expert's load over a balanced one."""
+    rng, k = np.random.default_rng(0), 2
+    logits, mask = rng.normal(size=(20, 6)) + 0.3 * np.arange(6) - 0.7, np.arange(20) % 5 != 2
+    weights = np.maximum(logits[mask], 0)
+    share = (weights > 0).sum(axis=0) * 6 / (k * len(weights))
+    run = jax.jit(jax.value_and_grad(lambda x: losses.relu_penalty(route.relu(x, jnp.asarray(mask)), k)))
+    value, gradient = run(jnp.asarray(logits, jnp.float32))
+    assert value == pytest.approx((weights * share).sum() / len(weights), rel=1e-5)
+    expected = (logits > 0) * mask[:, None] * share / len(weights)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_the_penalty_brings_relu_routing_to_k_choices():
+    """Against a loss that wants every expert."""
+
+    def step(state, _):
+        logits, penalty = state
+        routing = route.relu(logits)
+        choices = metrics.summary(routing)["choices"]
+        grad = jax.grad(lambda x: penalty * losses.relu_penalty(route.relu(x), 2) - 0.1 * jnp.tanh(x).mean())(logits)
+        return (logits - 2.0 * grad, route.update_penalty(penalty, choices, 2, 1.05)), choices
+
+    start = (jax.random.normal(jax.random.key(0), (64, 8)), jnp.float32(1e-3))
+    (_, penalty), choices = jax.lax.scan(step, start, None, length=600)
+    assert choices[0] > 3.5 and choices[-100:].mean() == pytest.approx(2, abs=0.3) and penalty > 1e-3

@@ -81,6 +81,7 @@ CASES = {
     "hash": Case(
         lambda x, m, key, k: route.hash_tokens(jnp.arange(len(x)), x.shape[-1], k, m), follows=False, learns=False
     ),
+    "relu": Case(lambda x, m, key, k: route.relu(x, m), sums_to_one=False, follows=False),
     "sinkhorn": Case(lambda x, m, key, k: route.sinkhorn(x, k, m), sums_to_one=False, causal=False, follows=False),
     "uniform": Case(lambda x, m, key, k: route.uniform(x, k, m), follows=False),
     "replay": Case(
@@ -183,7 +184,7 @@ def test_jit_vmap_and_scan_give_what_plain_calls_do(name):
 def test_one_expert(name):
     routing = call(name, logits(e=1), k=1)
     assert_valid(routing)
-    assert (routing.experts_NK == 0).all()
+    assert (routing.experts_NK == 0).all() or name == "relu"
     np.testing.assert_allclose(routing.probs_NE, 1, rtol=1e-6)
 
 
@@ -191,7 +192,7 @@ def test_one_expert(name):
 def test_k_equal_to_e_takes_every_expert(name):
     routing = call(name, logits(), k=E)
     assert_valid(routing)
-    if name != "expert_choice":
+    if name not in ("expert_choice", "relu"):
         np.testing.assert_array_equal(np.sort(routing.experts_NK, -1), np.broadcast_to(np.arange(E), (N, E)))
 
 

@@ -92,6 +92,17 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
     np.testing.assert_array_equal(np.asarray(table).sum(2)[0], 2 * np.bincount(np.asarray(TOKENS).ravel() % 3))
 
 
+def test_the_penalty_of_relu_routers_moves_with_the_choices_of_all_layers():
+    moe = MoEConfig(router=RouterConfig("relu", 4, 1, penalty=0.5, penalty_rate=1.25), balance=0.0)
+    model, params = make(moe=moe, layers=2)
+    _, found = jax.jit(lm_loss(model))(params, {"tokens": TOKENS}, KEY)
+    path = (*router_paths(model.config)[0], "router", "penalty")
+    np.testing.assert_allclose(at(params, path), 0.5)
+    assert found["aux_loss"] > 0
+    assert found["router/choices"].shape == (2,) and found["router/choices"].mean() > 1
+    np.testing.assert_allclose(at(make_adjust(model.config)(params, found), path), 0.5 * 1.25)
+
+
 def test_greedy_tokens_of_single_texts_are_the_teacher_forced_ones():
     """Decoded row by row, token by token, with a capacity in training that drops choices and none in decoding."""
     capacity = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
