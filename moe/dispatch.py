@@ -17,12 +17,13 @@ Example:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from moe.kernels import checks
 from moe.routing import Routing, is_routed, mask_rows, register, take
 
 ExpertFn = Callable[[Array, Array], Array]
@@ -60,14 +61,18 @@ def plan(routing: Routing) -> Plan:
     return plan_rows(routing.experts_NK, routing.num_experts, routing.rows)
 
 
-def plan_rows(experts_NK: Int[Array, "N K"], num_experts: int, rows: int) -> Plan:
+def plan_rows(experts_NK: Int[Array, "N K"], num_experts: int, rows: Any) -> Plan:
     """Sort expert ids, as `plan` does; ids outside 0..E-1 (padding, experts of other devices) are not routed.
 
     Args:
       experts_NK: expert ids.
       num_experts: E.
       rows: upper bound of the ids in range.
+
+    Raises:
+      ValueError: symbolic dimensions (`jax.export`), which only dispatch "dense" has.
     """
+    checks.fixed(experts=experts_NK)
     n, k = experts_NK.shape
     a, e = n * k, num_experts
     experts_A = experts_NK.reshape(a).astype(jnp.int32)
@@ -259,7 +264,7 @@ def number(
     return jnp.zeros((n, k), jnp.int32).at[serve_N].set(place_A.reshape(k, n).T, unique_indices=True)
 
 
-def capacity_of(tokens: int, routing: Routing, factor: float, multiple: int = 1) -> int:
+def capacity_of(tokens: Any, routing: Routing, factor: float, multiple: int = 1) -> int:
     """Compute the expert capacity, ceil(factor * choices / experts), rounded up (Fedus et al. 2021, eq. 3).
 
     Args:
@@ -268,6 +273,7 @@ def capacity_of(tokens: int, routing: Routing, factor: float, multiple: int = 1)
       factor: 1 is exactly enough for perfect balance.
       multiple: of which the result is a multiple (a tile).
     """
+    checks.fixed(logits=routing.logits_NE)
     wanted = -(-int(factor * tokens * routing.k + 0.999999) // routing.num_experts)
     return max(1, -(-wanted // multiple)) * multiple
 

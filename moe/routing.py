@@ -50,7 +50,7 @@ class Routing:
       load_NE: smooth load P(x, i), differentiable, whose sum over tokens estimates the load (Shazeer et al. 2017,
         appendix A); None for other routers.
       slots: dispatch and combine weights of Soft MoE; None for other routers.
-      rows: static; upper bound of the routed choices (N K, fewer with expert choice).
+      rows: static int; upper bound of the routed choices (N K, fewer with expert choice).
       causal: static; False if a token's routing depends on tokens after it.
 
     Example:
@@ -68,7 +68,7 @@ class Routing:
     mask_N: Bool[Array, " N"]
     load_NE: Float32[Array, "N E"] | None = None
     slots: Slots | None = None
-    rows: int = 0
+    rows: Any = 0
     causal: bool = True
 
     @property

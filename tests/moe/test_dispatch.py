@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,7 +125,12 @@ def few_rows(e, k, n, ff=5, collapsed=False):
 @pytest.mark.parametrize("fused", [True, False], ids=["mixture", "expert_ffn"])
 @pytest.mark.parametrize(
     ("e", "k", "n", "collapsed"),
-    [(8, 2, 1, False), (64, 1, 16, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)],
+    [(8, 2, 1, False), (64, 1, 16, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)]
+    + [(2, 2, 4, False)]  # with the rows below of MegaBlocks' tests
+    + [
+        pytest.param(*case, False, marks=pytest.mark.slow)
+        for case in ((2, 1, 4), (8, 8, 64), (128, 4, 1024), (512, 1, 1024))
+    ],
 )
 def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapsed, fused):
     params, x, c, routing = few_rows(e, k, n, collapsed=collapsed)
@@ -152,6 +158,48 @@ def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapse
 
         theirs = jax.tree.map(np.asarray, jax.grad(plain)(wide))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours(args), theirs)
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "k"),
+    [(1, 100, 3), (256, 100, 3)]
+    + [
+        pytest.param(n, width, k, marks=pytest.mark.slow)
+        for n, width, k in ((1, 128, 4), (1, 600, 2), (512, 100, 4), (256, 128, 3), (512, 600, 3))
+    ],
+)
+def test_gelu_experts_with_biases_at_the_sizes_of_scattermoes_tests(n, width, k):
+    """Eight experts 4 width / k wide, a single token, odd widths: outputs and gradients against float64."""
+    ff = 4 * width // k
+    params = experts.initialize(width, ff, 8, "gelu", biases=True, key=jax.random.key(0))
+    params |= {name: leaf + 0.02 * jnp.sin(jnp.arange(leaf.size).reshape(leaf.shape)) for name, leaf in params.items()}
+    x, c = (jax.random.normal(jax.random.key(i), (n, width)) for i in (1, 2))
+    routing = route.top_k(jax.random.normal(jax.random.key(3), (n, 8)), k, softmax="before")
+
+    @jax.jit
+    def ours(*args):
+        def layer(params, x, weights):
+            config = experts.MixtureConfig("gelu")
+            return experts.mixture(params, x, replace(routing, weights_NK=weights), config)[0]
+
+        out, pull = jax.vjp(layer, *args)
+        return out, pull(c)
+
+    args = (params, x, routing.weights_NK)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), args)
+        ids_NK = np.asarray(routing.experts_NK)
+        hot_NKE = np.eye(8)[ids_NK]
+
+        def plain(params, x, weights):
+            """Every expert on every token, of which a token's own are weighed."""
+            hidden = jnp.einsum("nd,edf->nef", x, params["up"]) + params["up_bias"][None]
+            out = jnp.einsum("nef,efd->ned", jax.nn.gelu(hidden, approximate=False), params["down"])
+            return jnp.einsum("ned,nke,nk->nd", out + params["down_bias"][None], hot_NKE, weights)
+
+        out, pull = jax.vjp(plain, *wide)
+        theirs = jax.tree.map(np.asarray, (out, pull(jnp.asarray(np.asarray(c, np.float64)))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-5), ours(*args), theirs)
 
 
 def random_routing(seed, n, e, k):
@@ -278,3 +326,27 @@ def test_expert_dropout_drops_hidden_units_and_keeps_the_mean():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_symbolic_batches_and_forward_mode_work_or_are_refused():
+    """`jax.export` with a batch of any size, and `jax.jvp`: dispatch "dense" has both, the others say they do not."""
+    params, router = experts.initialize(D, F, E, key=jax.random.key(0)), jax.random.normal(jax.random.key(1), (D, E))
+    (n,) = jax.export.symbolic_shape("n")
+    shape, x = jax.ShapeDtypeStruct((n, D), jnp.float32), jax.random.normal(jax.random.key(2), (5, D))
+
+    def layer(way):
+        config = experts.MixtureConfig(dispatch=way)
+        return lambda x: experts.mixture(params, x, route.top_k(x @ router, 2), config)[0]
+
+    for way in ("dropless", "capacity"):
+        with pytest.raises(ValueError, match=r"has shape \(n, .*sizes that are numbers; export a program for each"):
+            jax.export.export(jax.jit(layer(way)))(shape)
+    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
+        jax.jvp(layer("dropless"), (x,), (x,))
+    plain = layer("dense")
+    expected = jax.jit(layer("dropless"))(x)
+    np.testing.assert_allclose(jax.export.export(jax.jit(plain))(shape).call(x), expected, rtol=1e-5, atol=1e-5)
+    slope = jax.jit(lambda x: jax.jvp(plain, (x,), (jnp.ones_like(x),)))(x)[1]
+    weights = jnp.cos(x)
+    gradient = jax.jit(jax.grad(lambda x: (layer("dropless")(x) * weights).sum()))(x)
+    np.testing.assert_allclose((slope * weights).sum(), gradient.sum(), rtol=1e-4)

@@ -22,8 +22,8 @@ def both(x, dy, sizes):
 
 
 def test_heights_cover_the_tile():
-    assert ops._heights(TILE) == (64, 128)
-    assert ops._heights(32) == (16, 32) and ops._heights(24) == (24,)
+    assert ops._heights(TILE) == (48, 128)
+    assert ops._heights(48) == (18, 48) and ops._heights(40) == (40,)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_heights_cover_the_tile():
         [0, 0, 300, 0, 0, 0],
         [1, 2, 3, 4, 5, 6],
         [0] * 6,
-        [129, 0, 127, 1, 0, 20],
+        [129, 0, 127, 1, 0, 40],
         [10, 10, 10, 10, 10, 250],
         [295, 1, 1, 1, 1, 1],  # the last tiles would reach past the end
         [0, 0, 0, 0, 0, 300],
