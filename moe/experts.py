@@ -1,7 +1,8 @@
 """Expert feed-forward layers (SwiGLU, GELU, ...) on rows sorted by expert, and their mixture by a `Routing`.
 
 Parameters are a dict of stacked arrays: gate [E, D, F] (gated activations only), up [E, D, F], down [E, F, D], and
-optionally gate_bias [E, F], up_bias [E, F], down_bias [E, D]. A dense or shared layer has the same without the axis E.
+optionally gate_bias [E, F], up_bias [E, F], down_bias [E, D]. For serving with dispatch "dropless" the stacked arrays
+may be `moe.kernels.Quantized`. A dense or shared layer has the same without the axis E.
 
 Axes: N tokens, D width, F feed-forward width, E experts, K choices, R rows sorted by expert.
 
@@ -25,12 +26,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe import dispatch
 from moe.activations import ACTIVATIONS, GATED, PLAIN, Activation, Gating, activate, kernel_names
-from moe.kernels import Combine, SwiGLU, grouped_matmul
+from moe.kernels import Combine, Quantized, SwiGLU, grouped_matmul
 from moe.kernels.implementations import NAMES, choose
 from moe.kernels.xla import mixture as xla_mixture
 from moe.routing import Routing
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Any]
 Dispatch = Literal["dropless", "capacity", "dense"]
 DISPATCHES = ("dropless", "capacity", "dense")
 Backend = Literal["auto", "xla", "tpu", "gpu", "tokamax", "tpu_interpret", "gpu_interpret"]
@@ -170,7 +171,7 @@ def expert_ffn(
     expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), row_R, side="right")  # E past the sum
 
     def product(x_RD, name):
-        w = params[name].astype(x_RD.dtype)
+        w = _kernel(params[name], x_RD.dtype)
         if dispatch == "capacity":
             y = jnp.einsum("ecd,edf->ecf", x_RD.reshape(w.shape[0], -1, w.shape[1]), w).reshape(r, -1)
         elif dispatch == "dense":
@@ -202,14 +203,20 @@ def fused(
     Arguments as in `mixture`; parameters without biases.
     """
     plan, backend = dispatch.plan(routing), choose(backend, x_ND)
-    gate, up, down = (params[name].astype(x_ND.dtype) for name in ("gate", "up", "down"))
+    gate, up, down = (_kernel(params[name], x_ND.dtype) for name in ("gate", "up", "down"))
     weights_R = routing.weights_NK.reshape(-1)[plan.order_R]
-    if backend == "xla" and (key is None or not dropout) and x_ND.size and gate.size:
+    plain = not isinstance(gate, Quantized)
+    if backend == "xla" and plain and (key is None or not dropout) and x_ND.size and gate.size:
         return xla_mixture.mixture(x_ND, gate, up, down, plan.sizes_E, plan.tokens_R, weights_R)
     multiply = partial(grouped_matmul, backend=backend, deterministic=deterministic)
     hidden_RF = multiply(x_ND, (gate, up), plan.sizes_E, gather=plan.tokens_R, epilogue=SwiGLU())
     hidden_RF = drop_hidden(hidden_RF, dropout, key)
     return multiply(hidden_RF, down, plan.sizes_E, epilogue=Combine(plan.tokens_R, weights_R, x_ND.shape[0]))
+
+
+def _kernel(w: Array | Quantized, dtype: Any) -> Array | Quantized:
+    """Cast kernels; quantized ones are widened by the products, a tile's expert at a time."""
+    return w if isinstance(w, Quantized) else w.astype(dtype)
 
 
 def mixture(

@@ -10,6 +10,8 @@ Example:
   ((4, 8, 16), (4, 16, 8))
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -30,9 +32,9 @@ class Kernels(nn.Module):
     output_scale: float = 1.0
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
+    def __call__(self) -> dict[str, Any]:
         """Return the parameters by the names that `moe.experts` takes."""
-        params: dict[str, Array] = {}
+        params: dict[str, Any] = {}
         for name in kernel_names(self.activation):
             ends = (self.ff, self.width) if name == "down" else (self.width, self.ff)
             scale = self.scale * (self.output_scale if name == "down" else 1.0)
@@ -49,7 +51,7 @@ class Kernel(nn.Module):
     biases: bool
 
     @nn.compact
-    def __call__(self, name: str) -> dict[str, Array]:
+    def __call__(self, name: str) -> dict[str, Any]:
         """Return {name: kernel} and, with biases, {name_bias: bias}."""
         init = nn.initializers.variance_scaling(
             self.scale**2, "fan_in", "truncated_normal", batch_axis=tuple(range(self.batch_axes))

@@ -122,7 +122,7 @@ def gather_params(
     is reduce-scattered in that dtype and then summed over `vary_over` in float32, already as one shard.
 
     Args:
-      params: float32 shards of one device.
+      params: float32 shards of one device; quantized kernels (with `scales`) stay as they are.
       specs: PartitionSpec of every leaf, of the same rank.
       dtype: of kernels and tables; gains and routers stay in float32 and are replicated.
       fsdp: the mesh axis, None if the plan has none.
@@ -141,7 +141,9 @@ def gather_params(
       ('all-gather', 1024)
     """
 
-    def gather(path: tuple, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def gather(path: tuple, leaf: Any, spec: PartitionSpec) -> Any:
+        if _is_quantized(leaf):
+            return vary(leaf, vary_over)
         dimension = next((i for i, entry in enumerate(spec) if fsdp and fsdp in _axes(entry)), None)
         leaf = vary(leaf, vary_over)
         if leaf.ndim < 2 or re.search(FULL_PRECISION, path_name(path)):
@@ -152,7 +154,11 @@ def gather_params(
         with jax.named_scope("gather_params"):
             return jax.lax.all_gather(leaf, fsdp, axis=dimension, tiled=True)
 
-    return jax.tree_util.tree_map_with_path(gather, params, specs)
+    return jax.tree_util.tree_map_with_path(gather, params, specs, is_leaf=_is_quantized)
+
+
+def _is_quantized(node: Any) -> bool:
+    return hasattr(node, "scales")
 
 
 def keep_gathers_out(policy: Callable[..., Any], fsdp: str | None) -> Callable[..., Any]:

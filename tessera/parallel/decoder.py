@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from moe.kernels import Quantized
 from moe.layer import ExpertAxes, MoEConfig
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
@@ -28,7 +29,7 @@ from sharding.inference.kv_cache import Cache, Read
 from sharding.inference.quantize import dequantize, is_quantized
 from sharding.pipeline.stages import split_layers
 from sharding.plan import DATA_AXES, Plan
-from sharding.rules import mirrored_specs, param_specs, shardings
+from sharding.rules import mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
 from tessera.models.remat import Remat
@@ -163,6 +164,11 @@ class ShardedDecoder:
         """Mesh axes that split routed experts and their tokens."""
         exchange: Any = {"tpu": "ragged", "gpu": "ragged", "cpu": "padded"}.get(self.platform, "auto")
         return ExpertAxes(self.axis("ep"), self.tp, self.token_axes, exchange)
+
+    def _stays_quantized(self, path: str, kernel: Any) -> bool:
+        """Whether a quantized kernel is one of experts in 8 bits, of which the grouped matmul widens the live ones."""
+        right = self.config.moe.mixture.dispatch == "dropless" and not self.plan.present("fsdp")
+        return right and "/experts/" in path and kernel.values.dtype == jnp.int8 and kernel.channel is None
 
     def gather(self, params: PyTree, specs: PyTree) -> PyTree:
         """All-gather parameters over fsdp (ZeRO-3), in the compute dtype: `sharding.tensor_parallel.gather_params`."""
@@ -341,7 +347,7 @@ class ShardedDecoder:
 
                 return over_cache
 
-            layer = dequantize_layer(layer, self.config.dtype)
+            layer = dequantize_layer(layer, self.config.dtype, self._stays_quantized)
             x_NTD, _ = self.unit(layer, x_NTD, positions_NT, inputs.tokens, attend, sow=False)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
@@ -491,7 +497,20 @@ def batch_sharding(decoder: ShardedDecoder, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(decoder.batch_axes or None))
 
 
-def dequantize_layer(layer: PyTree, dtype: str) -> PyTree:
-    """A block's parameters with float kernels in place of quantized ones."""
-    convert = partial(dequantize, dtype=DTYPES[dtype])
-    return jax.tree.map(lambda node: convert(node) if is_quantized(node) else node, layer, is_leaf=is_quantized)
+def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str, Any], bool] = lambda path, node: False) -> PyTree:
+    """A block's parameters with float kernels in place of quantized ones.
+
+    Args:
+      layer: parameters of one block.
+      dtype: of the float kernels.
+      keep: (path, quantized kernel) -> whether the grouped matmul of experts takes it as it is.
+    """
+
+    def convert(path: tuple, node: Any) -> Any:
+        if not is_quantized(node):
+            return node
+        if keep(path_name(path), node):
+            return Quantized(node.values, node.scales)
+        return dequantize(node, DTYPES[dtype])
+
+    return jax.tree_util.tree_map_with_path(convert, layer, is_leaf=is_quantized)

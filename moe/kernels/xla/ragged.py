@@ -65,8 +65,8 @@ def contract(operands: ContractionOperands, spec: ContractionSpec, dot: Dot = xl
 def combine(rows_MN: Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) -> jax.Array:
     """Combine after a kernel: sum each token's weighted rows, in the order of the rows where the spec asks for it.
 
-    Without that by XLA's scatter, atomic additions on GPUs; with it there are none. Where every token has the same
-    number of rows, as in dropless routing, they are gathered and summed; else the tokens' first rows are added, then
+    Without that by XLA's scatter, atomic additions on GPUs; with it there are none. Where no token has more rows than
+    M / T, as in dropless routing, they are gathered and summed; else the tokens' first rows are added, then
     their second, and so on.
 
     Args:
@@ -96,14 +96,14 @@ def combine(rows_MN: Array, tokens_M: Any, weights_M: Any, spec: GroupedSpec) ->
         out_TN = zeros((t, rows_MN.shape[1]), jnp.float32, rows_MN)
         return jax.lax.fori_loop(zeros((), jnp.int32, rows_MN), jnp.max(counts_T), add, out_TN)
 
-    each, rest = divmod(m, t)
-    if rest or not each:
-        return by_rank().astype(spec.out_dtype)
+    most = -(-m // t)  # a token's rows in dropless dispatch
 
     def at_once():
-        return jnp.sum(weighted(order_M.reshape(t, each)), axis=1)
+        rank_1K = jnp.arange(most, dtype=jnp.int32)[None]
+        rows_TKN = weighted(order_M[jnp.minimum(starts_T[:, None] + rank_1K, m - 1)])
+        return jnp.sum(jnp.where((rank_1K < counts_T[:, None])[..., None], rows_TKN, 0), axis=1)
 
-    return jax.lax.cond(jnp.all(counts_T == each), at_once, by_rank).astype(spec.out_dtype)
+    return jax.lax.cond(jnp.all(counts_T <= most), at_once, by_rank).astype(spec.out_dtype)
 
 
 def block_matmul(operands: BlockOperands, spec: BlockSpec):

@@ -169,6 +169,22 @@ def test_products_without_loops_against_float64(tokens):
     np.testing.assert_allclose(dw, reference.contract(rows, dy[:live], SIZES), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "count"),
+    [([3, 0, 1, 1, 0, 2, 3], 4), ([1, 1, 0, 1, 3, 1, 1], 4), ([5, 0, 7], 8), ([0, 1, 1, 0], 2)],
+    ids=["two each at most", "five of one", "fewer rows than tokens", "two each"],
+)
+def test_a_combine_after_a_kernel_sums_every_tokens_rows(tokens, count):
+    rows, weights = np.random.default_rng(0).normal(size=(len(tokens), 5)), np.arange(len(tokens)) + 0.5
+    expected = np.zeros((count, 5))
+    np.add.at(expected, tokens, rows * weights[:, None])
+    spec = GroupedSpec(FLOAT, TILING, "combine", num_tokens=count)
+    found = jax.jit(lambda *arrays: ragged.combine(*arrays, spec))(
+        jnp.asarray(rows, jnp.float32), jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask", [np.array([[1, 0, 0], [1, 0, 1]], bool), np.ones((2, 3), bool)])
 def test_block_products_without_loops_against_the_dense_product(mask):
     rng = np.random.default_rng(0)
