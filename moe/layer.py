@@ -35,6 +35,7 @@ from moe.experts import (
     weighed_choices,
 )
 from moe.gate import ROUTERS, RouterConfig, gate
+from moe.kernels.implementations import varying
 from moe.parallel import Exchange, all_to_all, bounded_all_to_all
 from moe.parameters import Kernel, Kernels, Router
 from moe.routing import Routing, first_experts, is_routed, mask_rows, only, require_causal
@@ -216,10 +217,12 @@ def auxiliary(
     if config.z:
         total += config.z * mean(losses.z_loss(routing), routing.mask_N)
     if penalty is not None:
-        total += jax.lax.stop_gradient(penalty.sum()) * losses.relu_penalty(routing, config.router.k, tokens)
+        coefficient = jax.lax.stop_gradient(penalty.sum())
+        if tokens and varying(coefficient):  # equal on all devices, of which the mean tells JAX
+            coefficient = jax.lax.pmean(coefficient, tuple(sorted(varying(coefficient))))
+        total += coefficient * losses.relu_penalty(routing, config.router.k, tokens)
     # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
-    varying = axes.width is not None and axes.width in jax.typeof(total).mat.varying
-    return jax.lax.pmean(total, axes.width) if varying else total
+    return jax.lax.pmean(total, axes.width) if axes.width is not None and axes.width in varying(total) else total
 
 
 class MoE(nn.Module):
