@@ -214,7 +214,7 @@ def fused(
     return multiply(hidden_RF, down, plan.sizes_E, epilogue=Combine(plan.tokens_R, weights_R, x_ND.shape[0]))
 
 
-def _kernel(w: Array | Quantized, dtype: Any) -> Array | Quantized:
+def _kernel(w: Any, dtype: Any) -> Any:
     """Cast kernels; quantized ones are widened by the products, a tile's expert at a time."""
     return w if isinstance(w, Quantized) else w.astype(dtype)
 
