@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 CPU = os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu"
-# A test compiles a program to run it once on small arrays: with what LLVM and XLA do for speed switched off that takes a
+# A test compiles a program to run it once on small arrays: without what LLVM and XLA do for speed that takes a
 # third of the time. With the fusion emitters, the only way to generate code that JAX 0.12 has left, level 0 gives NaN
 # gradients of max pooling. Child processes read the variable; TESSERA_TEST_OPTIMIZE=1 compiles as users do.
 FLAGS = (
@@ -46,6 +47,29 @@ if find_spec("hypothesis"):
     # An example that compiles, or waits for a busy core, takes longer than any deadline and is not wrong.
     settings.register_profile("tessera", deadline=None)
     settings.load_profile("tessera")
+
+# Linux allows a process 65,530 memory maps, and a compiled program takes some: those of the whole suite are too many.
+MAPS = 30_000
+
+
+def memory_maps() -> int:
+    """Memory maps of this process; 0 where the system does not say."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_let_go():
+    """Between modules, when half of `MAPS` is reached."""
+    yield
+    if memory_maps() > MAPS // 2:
+        jax.clear_caches()
+        gc.collect()
+    if (left := memory_maps()) > MAPS:
+        warnings.warn(f"this process has {left} memory maps, of 65,530 that Linux allows", stacklevel=1)
+
 
 SHARED_DATA = Path(os.environ.get("TESSERA_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
