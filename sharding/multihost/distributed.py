@@ -120,6 +120,10 @@ def initialize(limits: Limits = Limits(), *, coordinator: str = "", processes: i
         # Under SLURM and Open MPI JAX shows a process the one GPU of its number on the host.
         for platform in ("cuda", "rocm"):
             jax.config.update(f"jax_{platform}_visible_devices", "all")
+    if processes and (found := jax.process_count()) != processes:  # JAX goes by what process 0 was told
+        raise DistributedError(
+            f"process {index} was told of {processes} processes, process 0 of {found}: start all with the same number"
+        )
     return True
 
 

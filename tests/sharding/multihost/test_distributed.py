@@ -47,6 +47,7 @@ def asked(monkeypatch):
             monkeypatch.delenv(name)
     calls = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.update(arguments))
+    monkeypatch.setattr(jax, "process_count", lambda: calls["num_processes"])
     return calls
 
 
@@ -129,8 +130,8 @@ JOIN = """
 import sys, time
 from sharding.multihost.distributed import DistributedError, Limits, initialize
 try:
-    initialize(Limits(join=int(sys.argv[2]), silence=int(sys.argv[3])), coordinator=sys.argv[1], processes=2,
-               index=int(sys.argv[4]))
+    initialize(Limits(join=int(sys.argv[2]), silence=int(sys.argv[3]), leave=5), coordinator=sys.argv[1],
+               processes=int(sys.argv[5]), index=int(sys.argv[4]))
 except DistributedError as error:
     print("refused:", error, flush=True)
     sys.exit(3)
@@ -139,9 +140,9 @@ time.sleep(600)
 """
 
 
-def join(address, index, *, seconds=2, silence=10):
+def join(address, index, *, seconds=2, silence=10, processes=2):
     return subprocess.Popen(
-        [sys.executable, "-c", JOIN, address, str(seconds), str(silence), str(index)],
+        [sys.executable, "-c", JOIN, address, str(seconds), str(silence), str(index), str(processes)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -170,6 +171,48 @@ def test_a_missing_host_is_an_error_that_names_it(index, text):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3 and text in output, output
     assert "within 2 s" in output and time.monotonic() - start < 40
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_another_number_of_processes_is_refused_by_the_one_that_was_told_it():
+    address = free_address()
+    first, second = join(address, 0, seconds=60), join(address, 1, seconds=60, processes=3)
+    output, _ = second.communicate(timeout=90)
+    expected = "refused: process 1 was told of 3 processes, process 0 of 2: start all with the same number"
+    assert expected in output.splitlines() and second.returncode != 0, output
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_strangers_at_the_coordinators_port_keep_nobody_out():
+    address = free_address()
+    first = join(address, 0, seconds=60)
+    host, port = address.split(":")
+    sockets, limit = [], time.monotonic() + 30
+    while len(sockets) < 20 and time.monotonic() < limit:
+        try:
+            sockets.append(socket.create_connection((host, int(port)), 1))
+            sockets[-1].sendall(bytes(range(256)) if len(sockets) % 2 else b"")  # some say nothing at all
+        except OSError:
+            time.sleep(0.1)
+    assert len(sockets) == 20
+    second = join(address, 1, seconds=60)
+    assert [process.stdout.readline() for process in (first, second)] == ["joined\n"] * 2
+    for process in (first, second):
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_a_stranger_in_the_coordinators_place_is_an_error_in_time():
+    with socket.create_server(("localhost", 0)) as stranger:  # takes connections and never answers
+        process = join(f"localhost:{stranger.getsockname()[1]}", 1)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "process 0 does not answer" in output and output.count("\n") == 1, output
 
 
 @pytest.mark.slow
