@@ -13,15 +13,11 @@ from scaling.fitting.intervals import bootstrap_interval, prediction_interval, p
 from scaling.laws import Law
 from scaling.misfit import lack_of_fit
 from scaling.optimum import chinchilla_optimum
-from scaling.published import CHINCHILLA
+from scaling.published import CHINCHILLA, EPOCH
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
 
 Quantities = Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]]
 Tail = Literal["normal", "student"]
-
-
-# Estimates of Besiroglu et al. (2024) from the runs of Hoffmann et al. (2022).
-EPOCH = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
 
 # Quantities of Chinchilla's law: its parameters, the exponent a, and N* inside and beyond the runs.
 CHINCHILLA_QUANTITIES: Quantities = {

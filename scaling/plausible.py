@@ -3,12 +3,16 @@
 import numpy as np
 
 from scaling.doctor import Finding, Verdict
+from scaling.published import CHINCHILLA, EPOCH
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 # No language model has a larger vocabulary: a uniform guess over it is the largest plausible loss.
 LARGEST_VOCABULARY = 300_000
 # A run of fewer parameters or tokens is an exercise; a table where most are is in another unit.
 LEAST_SIZE = 1e4
+# Medians of published tables in nats lie between 0.86 and 1.28 times Besiroglu et al.'s (2024) fit to the runs of
+# Hoffmann et al. (2022), see docs/fits.md; bits are 1.44 times nats.
+YARDSTICK = 1.35
 
 
 def _finding(name: str, text: str, fine: str, **numbers: int | float) -> Finding:
@@ -43,27 +47,48 @@ def size_units(rows: Rows) -> Finding:
 
 
 def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
-    """Find losses above ln(vocabulary): perplexities, bits, or runs that learned nothing.
+    """Find losses that are no nats per token: perplexities, bits, or runs that learned nothing.
+
+    Losses above ln(vocabulary) are worse than a uniform guess. Below it, the median over the runs of language-model
+    size is compared with the published fit of Hoffmann et al.'s runs: tables in nats lie within a factor of YARDSTICK
+    of it, whatever their text (docs/fits.md).
 
     Args:
       rows: the runs.
       vocabulary: number of tokens; 0 if it is not known.
     """
-    most = float(np.log(vocabulary or LARGEST_VOCABULARY))
-    over = np.flatnonzero(rows["loss"] > most)
-    named = f"{vocabulary:,}" if vocabulary else f"any vocabulary (of {LARGEST_VOCABULARY:,}, say)"
-    numbers = {"above": len(over), "largest": float(rows["loss"].max()), "ln_vocabulary": most}
+    loss, most = rows["loss"], float(np.log(vocabulary or LARGEST_VOCABULARY))
+    over = np.flatnonzero(loss > most)
+    numbers = {"above": len(over), "largest": float(loss.max()), "ln_vocabulary": most}
+    ratio, guess = 1.0, "perplexities? Take their logarithm"
+    usual = np.flatnonzero((rows["params"] > 1e7) & (rows["tokens"] > 1e8))
+    if 2 * len(usual) >= len(rows):
+        features = CHINCHILLA.gather(rows.take(usual))
+        law = np.exp(CHINCHILLA.predict(CHINCHILLA.raw(EPOCH)[:, None], features)[:, 0])
+        ratio = numbers["over_published"] = float(np.median(loss[usual] / law))
+        as_nats = {
+            guess: float(np.median(np.log(np.maximum(loss[usual], 1.001)) / law)),
+            "bits? Multiply them by ln 2": ratio * np.log(2),
+        }
+        guess = min(as_nats, key=lambda name: abs(np.log(as_nats[name])))
+    text = f"The median loss is {ratio:.2f} times that of Hoffmann et al.'s runs at these sizes"
+    if len(over):
+        named = f"{vocabulary:,}" if vocabulary else f"any vocabulary (of {LARGEST_VOCABULARY:,}, say)"
+        text = f"{len(over)} of {len(rows)} losses are above a uniform guess over {named}, ln = {most:.2f} nats"
+        gap = loss[over].min() / loss[loss <= most].max(initial=1e-9)
+        if vocabulary and loss.max() <= np.log2(vocabulary):
+            text += ": bits? Multiply them by ln 2."
+        elif np.median(loss) > most or gap < 1.5:  # diverged runs stand apart from the others
+            text += f": {guess}."
+        else:
+            text += f" ({rows.places(over)}): these runs have learned nothing, or diverged; leave them out."
+        return Finding("unit of loss", "warning", text, numbers)
+    if ratio > YARDSTICK:
+        return Finding("unit of loss", "warning", f"{text}: {guess}.", numbers)
+    if ratio < 1 / YARDSTICK:
+        return Finding("unit of loss", "note", f"{text}: is it per byte? Nats per token are wanted.", numbers)
     fine = f"All losses are under ln({vocabulary}) = {most:.2f}." if vocabulary else "Losses look like nats per token."
-    if not len(over):
-        return Finding("unit of loss", "fine", fine, numbers)
-    text = f"{len(over)} of {len(rows)} losses are above a uniform guess over {named}, ln = {most:.2f} nats"
-    if vocabulary and rows["loss"].max() <= np.log2(vocabulary):
-        text += ": bits? Multiply them by ln 2."
-    elif np.median(rows["loss"]) > most:
-        text += ": perplexities? Take their logarithm."
-    else:
-        text += f" ({rows.places(over)}): these runs have learned nothing, or diverged; leave them out."
-    return Finding("unit of loss", "warning", text, numbers)
+    return Finding("unit of loss", "fine", fine, numbers)
 
 
 def doubled_rows(rows: Rows) -> Finding:

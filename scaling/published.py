@@ -200,6 +200,9 @@ ROUTED = Law(
     "E_start + E_span (Clark et al. 2022, eq. 1 and 12; N active parameters)",
 )
 
+# Chinchilla's law as Besiroglu et al. (2024) estimated it from the runs of Hoffmann et al. (2022).
+EPOCH = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
+
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (CHINCHILLA, KAPLAN, CURVE, COMPUTE, DATA_CONSTRAINED, SPARSITY, ROUTED, FINE_GRAINED, JOINT)

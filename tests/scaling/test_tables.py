@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -31,18 +32,29 @@ def test_the_same_runs_from_every_format(tmp_path, name, encoding):
     assert len(rows.columns) == (5 if name == "plain.csv" else 4)
 
 
+def test_parquet_without_its_extra_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "runs.parquet").touch()
+    with pytest.raises(ImportError, match="runs.parquet: Parquet needs the extra `data`"):
+        read_rows(tmp_path / "runs.parquet")
+
+
 def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
     path = tmp_path / "runs.parquet"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        path.touch()
-        with pytest.raises(ImportError, match="runs.parquet: Parquet needs the extra `data`"):
-            read_rows(path)
-        return
-    parquet.write_table(pyarrow.table({"parameter_count": PARAMS, "tokens": TOKENS, "loss": LOSS}), path)
-    np.testing.assert_allclose(read_rows(path, {"params": "parameter_count"})["params"], PARAMS)
+    table = {"parameter_count": ["1.2B", "300M", "5M"], "tokens": TOKENS, "loss": pyarrow.array(LOSS, "float32")}
+    parquet.write_table(pyarrow.table(table), path)
+    rows = read_rows(path, {"params": "parameter_count"})
+    for name, values in (("params", PARAMS), ("tokens", TOKENS), ("loss", LOSS)):
+        np.testing.assert_allclose(rows[name], values)
+    parquet.write_table(pyarrow.table(table | {"loss": [2.5, None, 4.0]}), path)
+    with pytest.raises(RowError, match="runs.parquet: row 2, column 'loss'"):
+        read_rows(path, {"params": "parameter_count"})
+    path.write_bytes(b"params,tokens,loss")
+    with pytest.raises(ValueError, match="runs.parquet: not a Parquet file"):
+        read_rows(path)
 
 
 def test_columns_are_mapped(tmp_path):
