@@ -10,7 +10,7 @@ from scipy.stats import chi2, f
 
 from scaling.evaluate import Terms
 from scaling.fitting.bootstrap import Bootstrap, refit
-from scaling.fitting.fit import Fit, huber_sum, make_problem, polish, thresholds, weights_of
+from scaling.fitting.fit import Fit, make_problem, polish, row_losses, weights_of
 from scaling.fitting.intervals import relative_likelihood
 from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
 from scaling.laws import Law
@@ -72,14 +72,13 @@ def starts(fitted: Fit) -> Finding:
 
 def _objective(fitted: Fit) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """Make the mean objective with its gradient by central differences, all columns in one call."""
-    delta = thresholds(fitted.config)[-1]
-    problem = make_problem(fitted.rows, fitted.law, delta)
+    weights = weights_of(fitted.rows, fitted.config)
+    problem = make_problem(fitted.rows, fitted.law, fitted.config)
 
     def value_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
         step = 1e-6
         shifts = np.concatenate([np.zeros((len(theta), 1)), step * np.eye(len(theta)), -step * np.eye(len(theta))], 1)
-        residual = fitted.law.predict(theta[:, None] + shifts, problem.features) - problem.target_R1
-        values = huber_sum(residual, delta) / len(fitted.rows)
+        values = np.sum(weights * row_losses(theta[:, None] + shifts, problem, fitted.law)[0], 0) / len(fitted.rows)
         values = np.where(np.isfinite(values), values, 1e10)
         return float(values[0]), (values[1 : 1 + len(theta)] - values[1 + len(theta) :]) / (2 * step)
 
@@ -92,10 +91,9 @@ def _stopped(fitted: Fit, *, scale: float) -> tuple[float, np.ndarray, int]:
     Returns the sum over rows at the end, the raw parameters and the number of steps.
     """
     mean = _objective(fitted)
-    delta = thresholds(fitted.config)[-1]
-    problem = make_problem(fitted.rows, fitted.law, delta)
     start = fitted.search.start_PS
-    initial = huber_sum(fitted.law.predict(start, problem.features) - problem.target_R1, delta)
+    problem = make_problem(fitted.rows, fitted.law, fitted.config)
+    initial = np.sum(weights_of(fitted.rows, fitted.config) * row_losses(start, problem, fitted.law)[0], 0)
     first = start[:, int(np.nanargmin(np.where(np.isfinite(initial), initial, np.inf)))]
 
     def scaled(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -336,7 +334,7 @@ def _term_shares(fitted: Fit) -> list[float]:
     if not law.terms:
         return []
     features = law.gather(fitted.rows)
-    terms = Terms(law.terms, law.parameters, features, dict.fromkeys(features, 0.0))
+    terms = Terms(law.terms, law.parameters, features, dict.fromkeys(features, 0.0), held=law.held)
     return [float(share.max()) for share in terms.shares(fitted.theta[:, None])[1]]
 
 

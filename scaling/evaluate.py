@@ -49,6 +49,8 @@ class Terms:
       features: [R, 1] by name.
       means: of the features; zeros give phi = theta.
       dtype: of all arithmetic.
+      held: raw values of coefficients and exponents that are no parameters; a term whose coefficient is held is not
+        centered.
     """
 
     def __init__(
@@ -58,28 +60,36 @@ class Terms:
         features: Mapping[str, Float[np.ndarray, "R 1"]],
         means: Mapping[str, float],
         dtype: Any = np.float64,
+        held: Mapping[str, float] | None = None,
     ):
-        one_R1 = np.ones_like(next(iter(features.values())))
+        one_R1, held = np.ones_like(next(iter(features.values()))), held or {}
         self.size = len(names)
-        self.where = [[names.index(c)] + [names.index(exponent) for exponent, _, _ in factors] for c, factors in terms]
+        self.where: list[list[int]] = []
         self.dtype = np.dtype(dtype)
-        design = [
-            np.concatenate([one_R1] + [sign * (features[f] - means[f]) for _, f, sign in factors], 1)
-            for _, factors in terms
-        ]
+        design, self.fixed = [], []
+        for coefficient, factors in terms:
+            parts = [(coefficient, one_R1)]
+            for exponent, feature, sign in factors:
+                mixed = coefficient not in held and exponent not in held
+                parts.append((exponent, sign * (features[feature] - (means[feature] if mixed else 0.0))))
+            free = [(name, column) for name, column in parts if name not in held]
+            self.where.append([names.index(name) for name, _ in free])
+            design.append(np.concatenate([column for _, column in free] or [one_R1[:, :0]], 1))
+            offset = [held[name] * column for name, column in parts if name in held]
+            self.fixed.append(sum(offset).astype(dtype) if offset else None)
         self.design = [matrix.astype(dtype) for matrix in design]
         self.pairs = [(k, n) for k in range(len(terms)) for n in range(k + 1)]
         self.entries = {
             (k, n): [(a, b) for a in range(len(self.where[k])) for b in range(len(self.where[n])) if k != n or b <= a]
             for k, n in self.pairs
         }
-        meet = np.bincount(np.concatenate(self.where), minlength=self.size)
+        meet = np.bincount(np.concatenate(self.where).astype(int), minlength=self.size)
         # (a + b)^2 <= 2 (a^2 + b^2): squares by term bound the square of the sum over terms that share an exponent.
         self.squares = [
             (matrix**2 * meet[index]).T.astype(dtype) for index, matrix in zip(self.where, design, strict=True)
         ]
         self.products = {
-            (k, n): np.stack([design[k][:, a] * design[n][:, b] for a, b in entries]).astype(dtype)
+            (k, n): np.array([design[k][:, a] * design[n][:, b] for a, b in entries]).astype(dtype)
             for (k, n), entries in self.entries.items()
         }
 
@@ -97,8 +107,11 @@ class Terms:
         powers = []
         for k, (index, matrix) in enumerate(zip(self.where, self.design, strict=True)):
             power = buffers.get(f"term {k}", len(matrix), count)
-            if len(index) == 1:  # the same on every row
+            fixed = self.fixed[k]
+            if len(index) == 1 and fixed is None:  # the same on every row
                 np.copyto(power, np.exp(phi_PS[index]))
+            elif fixed is not None:
+                np.exp(np.add(matrix @ phi_PS[index], fixed, out=power), out=power)
             else:
                 # A column of the design times a row of phi is an outer product: BLAS sums a term's factors in one go.
                 np.exp(np.matmul(matrix, phi_PS[index], out=power), out=power)
@@ -107,7 +120,10 @@ class Terms:
         # Somewhere a term overflows, or all of them vanish: relative to the largest term nothing does.
         far = 1 / np.finfo(self.dtype).tiny ** 0.8
         if not (1 / far < total.min() and total.max() < far):
-            parts = [matrix @ phi_PS[index] for index, matrix in zip(self.where, self.design, strict=True)]
+            parts = [
+                matrix @ phi_PS[index] + (0 if fixed is None else fixed)
+                for index, matrix, fixed in zip(self.where, self.design, self.fixed, strict=True)
+            ]
             top = np.maximum.reduce(parts)
             powers = [np.exp(part - top) for part in parts]
             total = sum(powers[1:], powers[0])
@@ -124,6 +140,8 @@ class Terms:
     ) -> None:
         """Add a pair of terms' sums over rows to a lower triangle, at the places of their parameters."""
         k, n = pair
+        if not self.entries[pair]:
+            return
         summed = self.products[pair] @ weighed_RS
         for row, (a, b) in zip(summed, self.entries[pair], strict=True):
             i, j = self.where[k][a], self.where[n][b]
@@ -162,6 +180,7 @@ def predict(
     log_loss: LogLoss,
     names: tuple[str, ...],
     terms: tuple[Term, ...] = (),
+    held: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "R S"]:
     """Predict log losses of rows under raw parameters, float64.
 
@@ -171,11 +190,12 @@ def predict(
       log_loss: the law.
       names: of its parameters, in the order of theta.
       terms: its power-law terms, if it is a sum of them and nothing else.
+      held: raw values in them that are no parameters.
     """
     theta_PS = np.asarray(theta_PS, np.float64)
     if terms:
         with np.errstate(all="ignore"):
-            return Terms(terms, names, features, dict.fromkeys(features, 0.0)).shares(theta_PS)[0]
+            return Terms(terms, names, features, dict.fromkeys(features, 0.0), held=held).shares(theta_PS)[0]
     rows = len(next(iter(features.values())))
     with jax.enable_x64(True):
         inputs = {name: jnp.asarray(pad_rows(np.asarray(x, np.float64), repeat=True)) for name, x in features.items()}

@@ -39,6 +39,7 @@ class Law:
       optional: features that are 0 when the row has no such column (log of 1: no sparsity, one expert).
       terms: of a sum of power laws: fits then have curvatures in closed form.
       nonnegative: exponents that fits hold at `least` or above: loss does not rise with size or data.
+      held: raw values of what stands in `terms` and is no parameter any more; see `restrict`.
 
     Example:
       >>> import numpy as np, scaling
@@ -60,6 +61,7 @@ class Law:
     optional: frozenset[str] = field(default_factory=frozenset)
     terms: tuple[Term, ...] = ()
     nonnegative: frozenset[str] = field(default_factory=frozenset)
+    held: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def least(self) -> float:
@@ -103,7 +105,7 @@ class Law:
         self, theta: Float[np.ndarray, "P S"], features: Mapping[str, Float[np.ndarray, "R 1"]]
     ) -> Float[np.ndarray, "R S"]:
         """Predict log losses of rows under raw parameters, float64."""
-        return predict(theta, features, self.log_loss, self.parameters, self.terms)
+        return predict(theta, features, self.log_loss, self.parameters, self.terms, self.held)
 
 
 def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, " R"]:
@@ -242,17 +244,14 @@ def custom_law(
 
 
 def _free_terms(law: Law, held: Mapping[str, float]) -> tuple[Term, ...]:
-    """The remaining terms with raw values held, if they still are power-law terms: coefficients or exponents of 0."""
+    """The remaining terms with raw values held: without vanished ones, and without factors of exponent 0."""
     free: list[Term] = []
     for coefficient, factors in law.terms:
-        if held.get(coefficient) == -np.inf:
-            continue
-        if coefficient in held or any(held.get(exponent, 0.0) != 0.0 for exponent, _, _ in factors):
-            return ()
-        free.append((coefficient, tuple(factor for factor in factors if factor[0] not in held)))
+        if held.get(coefficient) != -np.inf:
+            free.append((coefficient, tuple(factor for factor in factors if held.get(factor[0]) != 0.0)))
     used = {name for coefficient, factors in free for name in (coefficient, *(factor[0] for factor in factors))}
     # A parameter without a remaining term has no closed form.
-    return tuple(free) if used == set(law.parameters) - set(held) else ()
+    return tuple(free) if set(law.parameters) - set(held) <= used else ()
 
 
 def restrict(law: Law, **values: float) -> Law:
@@ -269,7 +268,7 @@ def restrict(law: Law, **values: float) -> Law:
     unknown = sorted(set(values) - set(law.parameters))
     if unknown:
         raise ValueError(f"{law.name} has no parameter {unknown[0]!r}; it has {', '.join(law.parameters)}")
-    held = {n: (np.log(v) if v else -np.inf) if n in law.positive else v for n, v in values.items()}
+    held = {n: float(np.log(v) if v else -np.inf) if n in law.positive else v for n, v in values.items()}
     free = tuple(name for name in law.parameters if name not in held)
 
     def log_loss(theta: Mapping[str, Array], features: Mapping[str, Array]) -> Array:
@@ -288,6 +287,7 @@ def restrict(law: Law, **values: float) -> Law:
         optional=law.optional,
         terms=_free_terms(law, held),
         nonnegative=law.nonnegative - set(held),
+        held={**law.held, **held},
     )
 
 

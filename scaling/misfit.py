@@ -241,7 +241,7 @@ def compare_laws(rows: Rows, laws: Sequence[Law], config: FitConfig | None = Non
       >>> found[0].law.name
       'chinchilla'
     """
-    squares = replace(config or FitConfig(), objective="normal")
+    squares = replace(config or FitConfig(), objective="normal", residuals="log", overprediction=1.0, weights="")
     found = [_candidate(fit(rows, law, squares)) for law in laws]
     best = max(found, key=lambda one: one.held_out.sum())
 

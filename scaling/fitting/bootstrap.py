@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from scaling.fitting.fit import Fit, fit, huber_sum, make_problem, polish, thresholds, weights_of
+from scaling.fitting.fit import Fit, fit, make_problem, polish, row_losses, weights_of
 
 
 class Bootstrap(NamedTuple):
@@ -125,10 +125,7 @@ def refit(fitted: Fit, counts_RB: Float[np.ndarray, "R B"]) -> Bootstrap:
       >>> bool(refit(fitted, without_first).converged_B[0])
       True
     """
-    delta = thresholds(fitted.config)[-1]
-    problem = make_problem(fitted.rows, fitted.law, delta)
-    residual_RK = fitted.law.predict(fitted.basins_PK, problem.features) - problem.target_R1
-    loss_RK = np.stack([huber_sum(residual_RK[i : i + 1], delta) for i in range(len(residual_RK))])
+    loss_RK, _ = row_losses(fitted.basins_PK, make_problem(fitted.rows, fitted.law, fitted.config), fitted.law)
     counts_RB = counts_RB * weights_of(fitted.rows, fitted.config) if fitted.config.weights else counts_RB
     basin_B = np.argmin(counts_RB.T @ loss_RK, axis=1)
     solved = polish(fitted.basins_PK[:, basin_B], counts_RB, fitted.rows, fitted.law, fitted.config)

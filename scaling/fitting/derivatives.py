@@ -5,10 +5,12 @@ form: with p_k the share of term k in the loss and z_k its row of (1, +-features
 over rows is a product of a fixed matrix with weights. That needs six arrays of rows x fits where automatic
 differentiation needs thirty, and runs in numpy: nothing to compile.
 
-Writing psi for Huber's derivative, there are two curvatures, as lower triangles:
+Residuals are of log L, or of L itself ("linear"): there the terms take the place of their shares. A loss that the law
+predicts too high may count `over` times. Writing psi for Huber's derivative, there are two curvatures, as lower
+triangles:
 
 - IRLS: J' diag(w psi(r) / r) J, which majorizes, so its step descends from anywhere; its diagonal damps both;
-- Newton: J' diag(w [|r| <= delta]) J + sum_r w psi(r) Hessian(log L), exact, so convergence is quadratic.
+- Newton: J' diag(w [|r| <= delta]) J + sum_r w psi(r) Hessian(log L or L), exact, so convergence is quadratic.
 """
 
 from collections.abc import Callable
@@ -50,9 +52,10 @@ def lower(size: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(size) for j in range(i + 1)]
 
 
-def _weigh(residual_RS: Any, weights_RS: Any, delta: Any, xp: Any) -> Weights:
+def _weigh(residual_RS: Any, weights_RS: Any, delta: Any, over: Any, xp: Any) -> Weights:
     """With c = clip(r), Huber's loss is c (r - c / 2), and psi / r is min(1, delta / |r|)."""
     large = xp.abs(residual_RS)
+    weights_RS = weights_RS * xp.where(residual_RS > 0, over, 1.0)
     clipped = xp.clip(residual_RS, -delta, delta)
     pull = weights_RS * clipped
     return Weights(
@@ -63,14 +66,17 @@ def _weigh(residual_RS: Any, weights_RS: Any, delta: Any, xp: Any) -> Weights:
     )
 
 
-def by_autodiff(predict: Callable[..., Array], target_R1: Array, delta: Array, *, newton: bool) -> Evaluate:
+def by_autodiff(
+    predict: Callable[..., Array], target_R1: Array, delta: Array, *, newton: bool, over: Array | float = 1.0
+) -> Evaluate:
     """Make the evaluation of any law by automatic differentiation.
 
     Args:
-      predict: P arrays [1, S] -> log losses [R, S].
-      target_R1: log losses of the rows.
+      predict: P arrays [1, S] -> log losses, or losses, [R, S].
+      target_R1: the rows'.
       delta: Huber's threshold.
       newton: Newton's curvature, else that of IRLS, at a third of the cost.
+      over: factor on the loss of positive residuals.
     """
 
     def evaluate(phi_PS: Array, weights_RS: Array) -> Point:
@@ -79,7 +85,7 @@ def by_autodiff(predict: Callable[..., Array], target_R1: Array, delta: Array, *
         basis = [tuple(jnp.full((1, count), float(i == j)) for j in range(size)) for i in range(size)]
         value_RS, push = jax.linearize(predict, *columns)
         slopes = [push(*direction) for direction in basis]
-        parts = _weigh(value_RS - target_R1, weights_RS, delta, jnp)
+        parts = _weigh(value_RS - target_R1, weights_RS, delta, over, jnp)
         objective = jnp.sum(parts.loss, 0)
         gradient = jnp.stack([jnp.sum(slope * parts.pull, 0) for slope in slopes])
         diagonal = jnp.stack([jnp.sum(slope * slope * parts.irls, 0) for slope in slopes])
@@ -100,7 +106,13 @@ def by_autodiff(predict: Callable[..., Array], target_R1: Array, delta: Array, *
 
 
 def by_terms(
-    terms: Terms, target_R1: Float[np.ndarray, "R 1"], delta: float, *, newton: bool
+    terms: Terms,
+    target_R1: Float[np.ndarray, "R 1"],
+    delta: float,
+    *,
+    newton: bool,
+    linear: bool = False,
+    over: float = 1.0,
 ) -> Callable[[np.ndarray, np.ndarray], Point]:
     """Make the evaluation of a sum of power-law terms in closed form, in numpy; see `by_autodiff`."""
     buffers, target = ScratchBuffers(terms.dtype), target_R1.astype(terms.dtype)
@@ -108,9 +120,15 @@ def by_terms(
     def evaluate(phi_PS: np.ndarray, weights_RS: np.ndarray) -> Point:
         rows, count = len(target_R1), phi_PS.shape[1]
         residual, share = terms.shares(phi_PS, buffers)
+        if linear:
+            np.exp(residual, out=residual)
+            for part in share:
+                part *= residual
         # Few arrays, each reused: together they stay in the cache.
         clipped, pull, product = (buffers.get(name, rows, count) for name in ("total", "pull", "product"))
         residual -= target
+        if over != 1:
+            weights_RS = weights_RS * np.where(residual > 0, over, 1.0)
         np.clip(residual, -delta, delta, out=clipped)
         np.multiply(weights_RS, clipped, out=pull)
         # Huber's loss is c (r - c / 2) with c = clip(r), and psi / r is min(1, delta / |r|).
@@ -122,7 +140,7 @@ def by_terms(
         irls *= weights_RS
         if newton:
             weight = np.multiply(weights_RS, inside, out=clipped)
-            weight -= pull
+            weight -= 0.0 if linear else pull
         else:
             weight = irls
         gradient, diagonal = np.zeros_like(phi_PS), np.zeros_like(phi_PS)

@@ -24,8 +24,11 @@ class FitConfig:
     """Options of a fit.
 
     Attributes:
-      objective: summed over rows, of residuals of log loss. "huber" with `delta`; "laplace", the absolute value, and
-        "normal", the square: the likelihoods with a free scale, whose best location does not depend on it.
+      objective: summed over rows, of residuals. "huber" with `delta`; "laplace", the absolute value, and "normal", the
+        square: the likelihoods with a free scale, whose best location does not depend on it.
+      residuals: of log loss ("log"), or of the loss itself ("loss", as Gadre et al. 2024 fit).
+      overprediction: factor on the objective of rows that the law predicts too high; above 1 the fit follows the best
+        runs, as where others are badly tuned.
       delta: Huber's threshold (Hoffmann et al. 2022: 1e-3).
       search_steps: steps of the first pass from every start.
       polish_steps: most steps of the second.
@@ -41,6 +44,8 @@ class FitConfig:
     """
 
     objective: Objective = "huber"
+    residuals: Literal["log", "loss"] = "log"
+    overprediction: float = 1.0
     delta: float = 1e-3
     search_steps: int = 30
     polish_steps: int = 200
@@ -52,6 +57,8 @@ class FitConfig:
     def __post_init__(self):
         if not self.delta > 0:
             raise ValueError(f"delta {self.delta}: Huber's threshold must be positive")
+        if not 0 < self.overprediction < np.inf:
+            raise ValueError(f"overprediction {self.overprediction}: a positive factor is wanted, 1 for none")
 
 
 class Search(NamedTuple):
@@ -83,7 +90,7 @@ class Fit:
       decrement: that decrement, relative to the value.
       basins_PK: raw parameters of the distinct converged optima, best first; column 0 is `theta`.
       basin_values: their objectives [K].
-      residuals: log predicted - log observed loss [R].
+      residuals: log predicted - log observed loss [R], whatever the objective's residuals are.
       search: the first pass.
 
     Example:
@@ -122,8 +129,10 @@ class Fit:
 
     @property
     def log_likelihood(self) -> float | None:
-        """Of log losses at the best scale; None for "huber", whose scale is given."""
+        """Of log losses at the best scale; None where the objective is no likelihood of them."""
         count, scale = len(self.residuals), max(self.scale, 1e-300)
+        if self.config.residuals != "log" or self.config.overprediction != 1 or self.config.weights:
+            return None
         if self.config.objective == "laplace":
             return -count * (np.log(2 * scale) + 1)
         if self.config.objective == "normal":
@@ -191,15 +200,35 @@ def weights_of(rows: Rows, config: FitConfig) -> Float[np.ndarray, "R 1"]:
     return weights[:, None]
 
 
-def make_problem(rows: Rows, law: Law, delta: float, *, centered: bool = True) -> Problem:
-    """Make features, targets and the change of variables that centers them (none without `centered`)."""
+def make_problem(
+    rows: Rows, law: Law, config: FitConfig, delta: float | None = None, *, centered: bool = True
+) -> Problem:
+    """Make features, targets and the change of variables that centers them (none without `centered`).
+
+    Without `delta` it is the last threshold: the problem whose objective a fit reports.
+    """
     features = law.gather(rows)
     mixing = np.eye(len(law.parameters))
     means = {name: float(values.mean()) if centered else 0.0 for name, values in features.items()}
     for coefficient, exponent, feature, sign in law.pairs:
         # theta_coefficient = phi_coefficient - sign exponent mean(feature)
         mixing[law.parameters.index(coefficient), law.parameters.index(exponent)] -= sign * means[feature]
-    return Problem(features, np.log(rows["loss"])[:, None], means, mixing, np.float64(delta))
+    linear = config.residuals == "loss"
+    target = (rows["loss"] if linear else np.log(rows["loss"]))[:, None]
+    threshold = np.float64(thresholds(config)[-1] if delta is None else delta)
+    return Problem(features, target, means, mixing, threshold, config.overprediction, linear)
+
+
+def row_losses(
+    theta_PS: Float[np.ndarray, "P S"], problem: Problem, law: Law
+) -> tuple[Float[np.ndarray, "R S"], Float[np.ndarray, "R S"]]:
+    """Compute each row's Huber loss, unweighted, and its derivative; not finite where the residual is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        predicted = law.predict(theta_PS, problem.features)
+        residual = (np.exp(predicted) if problem.linear else predicted) - problem.target_R1
+        clipped = np.clip(residual, -problem.delta, problem.delta)
+        pull = clipped * np.where(residual > 0, problem.over, 1.0)
+        return pull * (residual - 0.5 * clipped), pull
 
 
 def polish(
@@ -261,7 +290,7 @@ def _polish(
         solved = solve(
             theta_PS,
             weights_RS,
-            make_problem(rows, law, delta, centered=centered),
+            make_problem(rows, law, config, delta, centered=centered),
             law,
             newton=True,
             iterations=config.polish_steps,
@@ -326,7 +355,7 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
     start_PS = law.starts() if starts is None else np.asarray(starts, float)
     if starts is None and config.starts:
         start_PS = start_PS[:, :: -(-start_PS.shape[1] // config.starts)]
-    problem = make_problem(rows, law, thresholds(config)[0])
+    problem = make_problem(rows, law, config, thresholds(config)[0])
     ended = solve(
         start_PS,
         weights_of(rows, config),
@@ -367,12 +396,12 @@ def fit_near(fitted: Fit, rows: Rows, *, spread: float = 0.3) -> Fit:
 
 def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, search: Search) -> Fit:
     """Polish candidates, select the distinct optima, and make the record."""
-    problem = make_problem(rows, law, thresholds(config)[0])
+    features, seen = law.gather(rows), np.log(rows["loss"])
     solved = polish(theta_PS, weights_of(rows, config), rows, law, config)
     order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
     if not np.isfinite(solved.value[order[0]]):
         raise ValueError(f"{law.name}: no finite fit to {rows.source}; hold a parameter, or give other starts")
-    final = law.predict(solved.theta, problem.features)
+    final = law.predict(solved.theta, features)
     # Basins: converged optima, and in any case the best point.
     candidate = np.where(solved.converged | (np.arange(len(order)) == order[0]), solved.value, np.inf)
     basins = distinct(solved.theta, candidate, final, tol=1e-5, most=config.keep)
@@ -389,13 +418,6 @@ def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, searc
         decrement=float(solved.decrement[best]),
         basins_PK=solved.theta[:, basins],
         basin_values=solved.value[basins],
-        residuals=final[:, best] - problem.target_R1[:, 0],
+        residuals=final[:, best] - seen,
         search=search,
     )
-
-
-def huber_sum(residual_RS: Float[np.ndarray, "R S"], delta: float) -> Float[np.ndarray, " S"]:
-    """Sum Huber losses over rows; not finite where the residual is not."""
-    size = np.abs(residual_RS)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.sum(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)), 0)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import f, norm, t
 
 from scaling.fitting.bootstrap import Bootstrap, interval
-from scaling.fitting.fit import Fit, polish, thresholds, weights_of
+from scaling.fitting.fit import Fit, make_problem, polish, row_losses, weights_of
 from scaling.rows import Rows
 
 
@@ -31,22 +31,32 @@ class Profile(NamedTuple):
 def relative_likelihood(fitted: Fit, objectives: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """Compute twice the loss of log likelihood against the best fit, the scale of the residuals estimated.
 
-    For "normal" that is exact: n log(S / S_0), S the sum of squares. Huber's loss and the absolute value are no
-    likelihood of the actual noise, so they are used as quasi-likelihoods: 2 (S - S_0) times mean psi' / mean psi^2,
-    which is chi-squared as a likelihood ratio is (Ronchetti 1982). psi' is a density at zero where residuals are beyond
-    delta; it is estimated from the middle half of the residuals, without the interpolated ones.
+    For "normal" that is exact: n log(S / S_0), S the sum of squares. Huber's loss, the absolute value and what weighs
+    rows or sides unequally are no likelihood of the actual noise, so they are used as quasi-likelihoods: 2 (S - S_0)
+    times mean psi' / mean psi^2, which is chi-squared as a likelihood ratio is (Ronchetti 1982). psi' is a density at
+    zero where residuals are beyond delta; it is estimated from the middle half of the residuals, without the
+    interpolated ones.
     """
     lost = np.asarray(objectives) - fitted.value
     rows, parameters = len(fitted.rows), len(fitted.law.parameters)
-    if fitted.config.objective == "normal":
+    if is_likelihood(fitted):
         return rows * np.log1p(lost / fitted.value)
-    delta, spare = thresholds(fitted.config)[-1], max(rows - parameters, 1)
-    size = np.sort(np.abs(fitted.residuals))
+    problem, weights = make_problem(fitted.rows, fitted.law, fitted.config), weights_of(fitted.rows, fitted.config)
+    delta, spare = float(problem.delta), max(rows - parameters, 1)
+    observed = fitted.rows["loss"]
+    size = np.sort(np.abs(observed * np.expm1(fitted.residuals) if problem.linear else fitted.residuals))
     middle = max(delta, float(size[min(parameters + spare // 2, rows - 1)]))
     inside = max(int(np.sum(size <= middle)) - parameters, 1) / spare
-    bend = delta / middle * inside
-    square = float(np.sum(np.minimum(size, delta) ** 2)) / spare
-    return 2 * lost * bend / square
+    sides = np.where(fitted.residuals > 0, problem.over, 1.0) * weights[:, 0]
+    bend = delta / middle * inside * float(sides.mean())
+    pull = weights * row_losses(fitted.theta[:, None], problem, fitted.law)[1]
+    return 2 * lost * bend / (float(np.sum(pull**2)) / spare)
+
+
+def is_likelihood(fitted: Fit) -> bool:
+    """Whether the objective is the likelihood of normal noise."""
+    config = fitted.config
+    return config.objective == "normal" and config.overprediction == 1 and not config.weights
 
 
 def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Profile:
@@ -81,7 +91,7 @@ def profile(fitted: Fit, name: str, values: Sequence[float] | np.ndarray, *, lev
     solved = polish(theta, weights_of(fitted.rows, fitted.config), fitted.rows, law, fitted.config, held=(index,))
     spare = max(len(fitted.rows) - len(law.parameters), 1)
     threshold = float(f.ppf(level, 1, spare))
-    if fitted.config.objective == "normal":
+    if is_likelihood(fitted):
         threshold = len(fitted.rows) * float(np.log1p(threshold / spare))
     over = relative_likelihood(fitted, solved.value) - threshold
     return Profile(values, solved.value, over <= 0, _crossings(values, over))

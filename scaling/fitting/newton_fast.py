@@ -18,6 +18,8 @@ from scaling.fitting.newton import State, propose
 
 def floor_of(terms: Terms) -> int | None:
     """Index of the constant term: the only one without factors, its coefficient its own; None if there is none."""
+    if any(fixed is not None for fixed in terms.fixed):
+        return None
     constant = [k for k, index in enumerate(terms.where) if len(index) == 1]
     if len(constant) != 1 or len(terms.where) < 2:
         return None

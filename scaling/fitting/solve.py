@@ -57,13 +57,25 @@ BURST = 8  # steps of the compiled program
 
 
 class Problem(NamedTuple):
-    """A fit but for its weights: features and log losses [R, 1], features' means, mixing [P, P], Huber's delta."""
+    """A fit but for its weights.
+
+    Attributes:
+      features: [R, 1] by name.
+      target_R1: log losses, or losses.
+      means: of the features.
+      mixing_PP: see `solve`.
+      delta: Huber's threshold.
+      over: factor on the loss of positive residuals (predicted too high).
+      linear: whether residuals are of losses.
+    """
 
     features: Mapping[str, Any]
     target_R1: Any
     means: Mapping[str, Any]
     mixing_PP: Any
     delta: Any
+    over: Any = 1.0
+    linear: bool = False
 
 
 def _mix(mixing_PP: Array, phi_PS: Array) -> Array:
@@ -71,13 +83,14 @@ def _mix(mixing_PP: Array, phi_PS: Array) -> Array:
     return jnp.stack([sum(row[j] * phi_PS[j : j + 1][0] for j in range(len(phi_PS))) for row in mixing_PP])
 
 
-@partial(jax.jit, static_argnames=("law", "newton", "held"))
-def _solve_compiled(start, weights_RS, problem, iterations, tol, *, law, newton, held):
-    def log_loss(*columns):
+@partial(jax.jit, static_argnames=("law", "newton", "held", "linear"))
+def _solve_compiled(start, weights_RS, problem, iterations, tol, *, law, newton, held, linear):
+    def predict(*columns):
         mixed = _mix(problem.mixing_PP, jnp.concatenate(columns))
-        return law.log_loss({name: mixed[i : i + 1] for i, name in enumerate(law.parameters)}, problem.features)
+        found = law.log_loss({name: mixed[i : i + 1] for i, name in enumerate(law.parameters)}, problem.features)
+        return jnp.exp(found) if linear else found
 
-    evaluate = by_autodiff(log_loss, problem.target_R1, problem.delta, newton=newton)
+    evaluate = by_autodiff(predict, problem.target_R1, problem.delta, newton=newton, over=problem.over)
     _, ended = jax.lax.while_loop(
         lambda carry: (carry[0] < iterations) & ~jnp.all(carry[1].state.done),
         lambda carry: (carry[0] + 1, advance(carry[1], weights_RS, evaluate, tol, held, jnp)),
@@ -132,16 +145,18 @@ def solve(
 def _in_numpy(state: State, weights_RS: np.ndarray, problem: Problem, law: Law, options: SolverOptions) -> State:
     """Fit sums of power-law terms by the closed form; nothing is compiled."""
     target, delta, many = np.asarray(problem.target_R1), float(problem.delta), len(state.done) >= MANY
+    options_of_loss = {"linear": problem.linear, "over": float(problem.over)}
+    plain = options_of_loss == {"linear": False, "over": 1.0}
 
     def terms(dtype: Any) -> Terms:
-        return Terms(law.terms, law.parameters, problem.features, problem.means, dtype)
+        return Terms(law.terms, law.parameters, problem.features, problem.means, dtype, law.held)
 
     def queue(start: State, weights_RS: np.ndarray, evaluate: Evaluate, **rest: Any) -> State:
         return run_queue(start, weights_RS, evaluate, iterations=options.iterations, held=options.held, **rest)
 
     double = terms(np.float64)
-    if not (options.newton and many and delta >= 1e-4 and floor_of(double) is not None):
-        evaluate = by_terms(double, target, delta, newton=options.newton)
+    if not (plain and options.newton and many and delta >= 1e-4 and floor_of(double) is not None):
+        evaluate = by_terms(double, target, delta, newton=options.newton, **options_of_loss)
         return queue(state, weights_RS, evaluate, tol=options.tol, width=options.chunk)
     # Most steps in single precision, at a third of the cost; one step in double ends them, or as many as needed.
     single = State(*(x.astype(np.float32) if x.dtype == np.float64 else x for x in state))
@@ -165,7 +180,15 @@ def _compiled(state: State, weights_RS: np.ndarray, problem: Problem, law: Law, 
     """Fit any law by one compiled program of a small shape; fits that have ended leave it after every BURST steps."""
     rows = {name: pad_rows(np.asarray(x, np.float64), repeat=True) for name, x in problem.features.items()}
     target = pad_rows(np.asarray(problem.target_R1, np.float64), repeat=True)
-    padded = Problem(rows, target, dict(problem.means), np.asarray(problem.mixing_PP, float), float(problem.delta))
+    padded = Problem(
+        rows,
+        target,
+        dict(problem.means),
+        np.asarray(problem.mixing_PP, float),
+        float(problem.delta),
+        float(problem.over),
+    )
+    static = {"law": law, "newton": options.newton, "held": options.held, "linear": problem.linear}
     padded_RS = pad_rows(weights_RS, repeat=False)
     for begun in range(0, options.iterations, BURST):
         left = np.flatnonzero(~state.done)
@@ -178,7 +201,7 @@ def _compiled(state: State, weights_RS: np.ndarray, problem: Problem, law: Law, 
             with jax.enable_x64(True):
                 double = jax.tree.map(jnp.asarray, padded)
                 limits = jnp.int32(min(BURST, options.iterations - begun)), jnp.float64(options.tol)
-                ended = _solve_compiled(chunk, wide, double, *limits, law=law, newton=options.newton, held=options.held)
+                ended = _solve_compiled(chunk, wide, double, *limits, **static)
             for every, part in zip(state, ended, strict=True):
                 every[..., mine] = np.asarray(part)
     return state

@@ -274,7 +274,8 @@ def find(schema: Node, given: Mapping[str, Any], path: str) -> Field:
         if child is None:
             field = next(f for f in node.fields(inside, "") if f.path == key)
             if _is_pairs(field.hint) or field.hint in (dict, Any):
-                return Field(path, Any, None, field.meaning, field.owner)
+                hint = typing.get_args(typing.get_args(field.hint)[0])[1] if _is_pairs(field.hint) else Any
+                return Field(path, hint, None, field.meaning, field.owner)
             raise ConfigError(
                 f"--{'.'.join(('config', *keys))}: {where} is a single setting ({describe_type(field.hint)})"
             )
@@ -382,6 +383,8 @@ def parse(text: str, hint: Any, path: str = "") -> Any:
         return text
     if _is_pairs(hint) or hint is dict or origin is dict or dataclasses.is_dataclass(hint) or _is_mapping(origin):
         value = _literal(text, wrong)
+        if _is_pairs(hint) and not isinstance(value, dict):
+            return _tuple(text, args, path, wrong)
         if not isinstance(value, dict):
             raise wrong
         return value
@@ -439,7 +442,7 @@ def _is_pairs(hint: Any) -> bool:
     if typing.get_origin(hint) is not tuple or len(args) != 2 or args[1] is not Ellipsis:
         return False
     inner = typing.get_args(args[0])
-    return typing.get_origin(args[0]) is tuple and len(inner) == 2 and inner[0] is str and inner[1] is Any
+    return typing.get_origin(args[0]) is tuple and len(inner) == 2 and inner[0] is str
 
 
 def _is_mapping(origin: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,23 +125,26 @@ def law_of(config: ScalingConfig) -> Law:
     Raises:
       ValueError: no such law, file, or parameter.
     """
-    file, colon, name = config.law.rpartition(":")
+    return _law_of(config.law, config.tie, config.hold)
+
+
+@lru_cache(maxsize=8)  # one object a law: laws without a closed form are compiled
+def _law_of(law_name: str, ties: tuple[tuple[str, str], ...], holds: tuple[tuple[str, float], ...]) -> Law:
+    file, colon, name = law_name.rpartition(":")
     if colon and file.endswith(".py"):
         spec = importlib.util.spec_from_file_location("_own_laws", file)
         if spec is None or spec.loader is None or not Path(file).is_file():
-            raise ValueError(f"law {config.law!r}: no file {file}")
+            raise ValueError(f"law {law_name!r}: no file {file}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         law = getattr(module, name, None)
         if not isinstance(law, Law):
             there = [key for key, value in vars(module).items() if isinstance(value, Law)]
-            raise ValueError(
-                f"law {config.law!r}: {file} has no scaling.Law {name}; it has {', '.join(there) or 'none'}"
-            )
+            raise ValueError(f"law {law_name!r}: {file} has no scaling.Law {name}; it has {', '.join(there) or 'none'}")
     else:
-        law = find_law(config.law)
-    law = tie(law, **dict(config.tie)) if config.tie else law
-    return restrict(law, **dict(config.hold)) if config.hold else law
+        law = find_law(law_name)
+    law = tie(law, **dict(ties)) if ties else law
+    return restrict(law, **dict(holds)) if holds else law
 
 
 def planned_for(rows: Rows, config: ScalingConfig) -> ScalingConfig:

@@ -8,7 +8,7 @@ import pytest
 from scaling.evaluate import Terms
 from scaling.fitting.derivatives import by_autodiff, by_terms, lower
 from scaling.fitting.newton_fast import NewtonWithFloor, floor_of
-from scaling.laws import gather_feature
+from scaling.laws import gather_feature, restrict
 from scaling.published import CHINCHILLA, CURVE, FINE_GRAINED, JOINT, SPARSITY
 from scaling.rows import make_rows
 
@@ -35,19 +35,34 @@ def case(law, seed=0, rows=23, fits=4):
     return features, means, target, phi, weights
 
 
-@pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY, FINE_GRAINED, JOINT], ids=lambda law: law.name)
+HELD = [
+    restrict(CHINCHILLA, E=1.7),
+    restrict(CHINCHILLA, A=3.0, beta=0.4),
+    restrict(JOINT, A=0.0, gamma=0.3, sigma=0.0),
+]
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, CURVE, SPARSITY, FINE_GRAINED, JOINT, *HELD], ids=lambda law: law.name)
 @pytest.mark.parametrize("newton", [True, False])
-def test_the_closed_form_is_what_jax_differentiates(law, newton):
+@pytest.mark.parametrize(("linear", "over"), [(False, 1.0), (True, 3.0)])
+def test_the_closed_form_is_what_jax_differentiates(law, newton, linear, over):
     features, means, target, phi, weights = case(law)
-    closed = by_terms(Terms(law.terms, law.parameters, features, means), target, DELTA, newton=newton)(phi, weights)
+    if law.held:
+        # A held exponent's coefficient, and the reverse, are not centered.
+        means = dict.fromkeys(means, 0.0)
+        phi = 0.1 * phi
+    how = {"newton": newton, "over": over}
+    terms = Terms(law.terms, law.parameters, features, means, held=law.held)
+    closed = by_terms(terms, target, DELTA, linear=linear, **how)(phi, weights)
     centred = {name: values - means[name] for name, values in features.items()}
 
     def predict(*columns):
         rows = {name: jnp.asarray(values) for name, values in centred.items()}
-        return law.log_loss(dict(zip(law.parameters, columns, strict=True)), rows)
+        log_loss = law.log_loss(dict(zip(law.parameters, columns, strict=True)), rows)
+        return jnp.exp(log_loss) if linear else log_loss
 
     with jax.enable_x64(True):
-        other = by_autodiff(predict, jnp.asarray(target), jnp.float64(DELTA), newton=newton)(
+        other = by_autodiff(predict, jnp.asarray(target), jnp.float64(DELTA), **how)(
             jnp.asarray(phi), jnp.asarray(weights)
         )
         for found, wanted in zip(closed[:3], other[:3], strict=True):
@@ -58,10 +73,20 @@ def test_the_closed_form_is_what_jax_differentiates(law, newton):
         assert (closed.diagonal >= other.diagonal * (1 - 1e-9)).all()
 
 
-def test_derivatives_are_those_of_the_objective():
+@pytest.mark.parametrize(("linear", "over"), [(False, 1.0), (False, 3.0), (True, 1.0), (True, 0.2)])
+def test_derivatives_are_those_of_the_objective(linear, over):
     features, means, target, phi, weights = case(CHINCHILLA, fits=1)
-    evaluate = by_terms(Terms(CHINCHILLA.terms, CHINCHILLA.parameters, features, means), target, DELTA, newton=True)
+    terms = Terms(CHINCHILLA.terms, CHINCHILLA.parameters, features, means)
+    evaluate = by_terms(terms, target, DELTA, newton=True, linear=linear, over=over)
     here = evaluate(phi, weights)
+    # Huber's loss by its two cases.
+    terms = [
+        np.exp(phi[i] - phi[k] * (features[f] - means[f])) for i, k, f in ((0, 3, "log_params"), (1, 4, "log_tokens"))
+    ]
+    total = terms[0] + terms[1] + np.exp(phi[2])
+    r = (total if linear else np.log(total)) - target
+    rho = np.where(np.abs(r) <= DELTA, 0.5 * r**2, DELTA * (np.abs(r) - 0.5 * DELTA)) * np.where(r > 0, over, 1.0)
+    np.testing.assert_allclose(here.objective, np.sum(weights * rho, 0), rtol=1e-12)
     step = 1e-6
     for k, (i, j) in enumerate(lower(5)):
         moved = [evaluate(phi + sign * step * np.eye(5)[:, j : j + 1], weights) for sign in (1, -1)]
