@@ -4,13 +4,14 @@ Neither assumes a law for the loss; both end in N* = exp(k) C^a. A budget whose 
 or whose points scatter more than the curve is deep, is refused with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.interpolate import Akima1DInterpolator
 
+from scaling.fitting.fit import Fit
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 How = Literal["parabola", "akima"]
@@ -275,26 +276,41 @@ class Curves(NamedTuple):
 
 def training_curves(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int = 200) -> Curves:
     """Interpolate losses at FLOPs spaced evenly in their logarithm, linearly between a run's rows, not beyond them."""
-    labels = np.asarray(runs)
-    log_flops = np.log(rows["flops"])
+    flops, params, losses_of = _interpolation(rows, runs, points)
+    return Curves(flops, params, losses_of(rows["loss"]))
+
+
+def _interpolation(
+    rows: Rows, runs: Sequence[object] | np.ndarray, points: int
+) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """The axis of training curves, the runs' parameters, and the map of the rows' losses [R] to the curves' [K, E]."""
+    labels, log_flops = np.asarray(runs), np.log(rows["flops"])
     grid = np.linspace(log_flops.min(), log_flops.max(), points)
-    sizes, curves = [], []
+    params, parts = [], []
     for name in np.unique(labels):
         mine = np.flatnonzero(labels == name)
-        mine = mine[np.argsort(log_flops[mine])]
-        inside = (grid >= log_flops[mine[0]]) & (grid <= log_flops[mine[-1]])
-        curves.append(np.where(inside, np.interp(grid, log_flops[mine], rows["loss"][mine]), np.inf))
-        sizes.append(rows["params"][mine[0]])
-    return Curves(np.exp(grid), np.array(sizes), np.array(curves))
+        mine = mine[np.argsort(log_flops[mine], kind="stable")]
+        x = log_flops[mine]
+        left = np.clip(np.searchsorted(x, grid, side="right") - 1, 0, max(len(x) - 2, 0))
+        right = np.minimum(left + 1, len(x) - 1)
+        share = (grid - x[left]) / np.where(x[right] > x[left], x[right] - x[left], 1.0)
+        parts.append((mine[left], mine[right], np.clip(share, 0.0, 1.0), (grid >= x[0]) & (grid <= x[-1])))
+        params.append(rows["params"][mine[0]])
+    left, right, share, inside = (np.stack(each) for each in zip(*parts, strict=True))
+
+    def losses_of(loss: np.ndarray) -> np.ndarray:
+        return np.where(inside, loss[left] * (1 - share) + loss[right] * share, np.inf)
+
+    return np.exp(grid), np.array(params), losses_of
 
 
-def envelope(curves: Curves, runs: Int[np.ndarray, " K"] | None = None) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
-    """Find the lower envelope of the chosen runs' curves (all if None) and its power law; see `approach_1`.
+def envelope(curves: Curves) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
+    """Find the lower envelope of curves and its power law; see `approach_1`.
 
     Raises:
       ValueError: fewer than two different sizes are ever the lowest.
     """
-    sizes, losses = (curves.params, curves.loss) if runs is None else (curves.params[runs], curves.loss[runs])
+    sizes, losses = curves.params, curves.loss
     competing = np.isfinite(losses).sum(0) >= 2
     winner = np.argmin(losses, 0)
     inner = competing & (sizes[winner] > sizes.min()) & (sizes[winner] < sizes.max())
@@ -302,7 +318,13 @@ def envelope(curves: Curves, runs: Int[np.ndarray, " K"] | None = None) -> tuple
     if len(np.unique(found[:, 1])) < 2:
         inner_sizes = len(np.unique(found[:, 1]))
         raise ValueError(f"the envelope of {len(sizes)} training curves has {inner_sizes} inner sizes; 2 are needed")
-    return power_fit(found[:, 0], found[:, 1]), found
+    # Sizes are exact, and a size is the lowest at FLOPs about those it is best for: log C is regressed on log N. The
+    # other way a staircase of k steps is flatter than the line through their middles, by 1 / k^2 and more with noise.
+    found_at = power_fit(found[:, 1], found[:, 0])
+    if not found_at.exponent:
+        raise ValueError(f"the sizes of {len(sizes)} training curves that are lowest do not grow with FLOPs")
+    slope = 1 / found_at.exponent
+    return PowerLaw(slope, -slope * found_at.intercept, len(found), abs(slope) * found_at.residual), found
 
 
 def approach_1(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int = 200) -> tuple[PowerLaw, np.ndarray]:
@@ -314,8 +336,9 @@ def approach_1(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int =
       points: number of FLOP counts.
 
     Returns:
-      The power law, and the envelope [E, 3] of (FLOPs, params, loss): only where at least two runs have a loss and
-      neither the smallest nor the largest size is the lowest (an edge means only that better sizes were not tried).
+      The power law, by least squares of log FLOPs on log params, and the envelope [E, 3] of (FLOPs, params, loss): only
+      where at least two runs have a loss and neither the smallest nor the largest size is the lowest (an edge means
+      only that better sizes were not tried).
 
     Raises:
       ValueError: the envelope has fewer than two different sizes.
@@ -327,23 +350,74 @@ def approach_1(rows: Rows, runs: Sequence[object] | np.ndarray, *, points: int =
       >>> loss = 1.69 + 406.4 / params**0.34 + 410.7 / tokens**0.28
       >>> rows = scaling.make_rows({"params": params, "tokens": tokens, "loss": loss})
       >>> law, envelope = scaling.approach_1(rows, runs=params)
-      >>> 0.4 < law.exponent < 0.5, envelope.shape[1]
+      >>> 0.44 < law.exponent < 0.47, envelope.shape[1]
       (True, 3)
     """
     return envelope(training_curves(rows, runs, points=points))
 
 
-def bootstrap_envelope(curves: Curves, count: int, *, seed: int = 42) -> Float[np.ndarray, "2 B"]:
-    """Bootstrap (exponent, intercept) of approach 1 over runs, each with its full curve; NaN where there is no law."""
-    stream = np.random.RandomState(seed)
+def bootstrap_envelope(
+    fitted: Fit,
+    runs: Sequence[object] | np.ndarray,
+    count: int,
+    *,
+    noise_of: Sequence[object] | np.ndarray | None = None,
+    points: int = 200,
+    seed: int = 42,
+) -> Float[np.ndarray, "2 B"]:
+    """Bootstrap (exponent, intercept) of approach 1: simulate losses from a law, centered on the estimate.
+
+    Sizes stay as they are: a resample without a size would be another design, whose envelope is another staircase.
+    Losses are those of a fitted law with normal noise of the residuals' size, of every run and of every row beside.
+    Draws are moved onto the estimate, and by the bias that noise gives it, their median less the envelope without
+    noise: a curve is the lowest by luck, and those beyond the largest size are missing.
+
+    Args:
+      fitted: the fit of a law of params and tokens to the rows.
+      runs: the curve each row belongs to.
+      count: of draws.
+      noise_of: the run that each row shares its noise with; `runs` if None. Rows of equal size that are read as one
+        curve are runs of their own.
+      points: of `approach_1`.
+      seed: of the noise.
+
+    Returns:
+      The draws, NaN where there is no law; all NaN where the rows themselves have none.
+    """
+    rows, law = fitted.rows, fitted.law
+    flops, params, losses_of = _interpolation(rows, runs, points)
+    group = np.unique(np.asarray(runs if noise_of is None else noise_of), return_inverse=True)[1]
+    members = np.bincount(group)
+    residual = -fitted.residuals
+    means = np.bincount(group, residual) / members
+    # Variances within and between runs; the law's parameters are taken from what varies between.
+    spare = len(rows) - len(members)
+    within = float(np.sum((residual - means[group]) ** 2) / spare) if spare else 0.0
+    between = float(np.sum(members * means**2) / max(len(members) - len(law.parameters), 1))
+    between = max(between - within, 0.0) / float(members.mean())
+    mean = np.log(rows["loss"]) + fitted.residuals
+    stream = np.random.default_rng(seed)
     found = np.full((2, count), np.nan)
+    pivot = float(np.log(flops).mean())
+
+    def at_pivot(loss: np.ndarray) -> tuple[float, float]:
+        line, _ = envelope(Curves(flops, params, losses_of(loss)))
+        return line.exponent, line.intercept + line.exponent * pivot
+
+    try:
+        estimate, without_noise = np.array(at_pivot(rows["loss"])), np.array(at_pivot(np.exp(mean)))
+    except ValueError:
+        return found
     for b in range(count):
+        noise = np.sqrt(between) * stream.standard_normal(len(members))[group]
         try:
-            law, _ = envelope(curves, np.unique(stream.choice(len(curves.params), len(curves.params))))
+            found[:, b] = at_pivot(np.exp(mean + noise + np.sqrt(within) * stream.standard_normal(len(rows))))
         except ValueError:
             continue
-        found[:, b] = law.exponent, law.intercept
-    return found
+    if np.isfinite(found[0]).any():
+        # What noise does to the median it did to the estimate.
+        found += (estimate + without_noise - 2 * np.nanmedian(found, axis=1))[:, None]
+    return np.stack([found[0], found[1] - found[0] * pivot])
 
 
 def bootstrap_exponent(

@@ -1,6 +1,7 @@
 """Check that fits can be trusted.
 
 coverage: sweeps simulated from Chinchilla's law, and how often 95% intervals hold the truth.
+envelope: the same for approach 1, on simulated training curves.
 planner: surfaces on which the planner races an IsoFLOP grid for the grid's interval.
 conventions: the published runs counted under every convention, fitted again.
 backtest: the runs of public tables below 1/10 and 1/30 of the largest one's FLOPs fitted, the others predicted.
@@ -18,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from scaling.conventions import CHINCHILLA_SHAPES, effects, nearest_shapes
-from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, Tail, isoflop_design, simulate_coverage
+from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, Tail, around, isoflop_design, simulate_coverage
 from scaling.fitting.bootstrap import bootstrap
 from scaling.fitting.fit import FitConfig, Objective, fit
 from scaling.fitting.intervals import bootstrap_interval
-from scaling.isoflop import find_budgets, nearest_budgets
+from scaling.isoflop import approach_1, bootstrap_envelope, find_budgets, nearest_budgets
 from scaling.isoflop import minima as isoflop_minima
 from scaling.misfit import backtest, compare_laws, interval_score
-from scaling.optimum import chinchilla_optimum
+from scaling.optimum import chinchilla_optimum, exponents
 from scaling.planner_benchmark import benchmark_planner
 from scaling.published import CHINCHILLA, find_law
 from scaling.rows import Rows, make_rows
@@ -42,21 +43,23 @@ class Audit:
     Attributes:
       suite: the benchmark's name.
       cores: that the process may use; 0 is all.
-      what: "coverage", "planner", "conventions", "backtest" or "laws".
+      what: "coverage", "envelope", "planner", "conventions", "backtest" or "laws".
       sweeps: simulated sweeps of each kind or law, or surfaces.
       resamples: bootstrap resamples of each fit.
       runs: CSV of runs, for conventions; directory of the public tables, for backtest.
       drop_highest: rows with the highest losses to leave out, for conventions.
+      isoflops: budgets the runs were made at, for conventions; empty: found from the rows.
       starts: of every fit, for laws.
     """
 
     suite: str = "audit"
     cores: int = 0
-    what: Literal["coverage", "planner", "conventions", "backtest", "laws"] = "coverage"
+    what: Literal["coverage", "envelope", "planner", "conventions", "backtest", "laws"] = "coverage"
     sweeps: int = 500
     resamples: int = 400
     runs: str = ""
-    drop_highest: int = 5
+    drop_highest: int = 0
+    isoflops: tuple[float, ...] = ()
     starts: int = 16
 
 
@@ -69,8 +72,12 @@ KINDS: tuple[tuple[int, int, Objective, Tail, float], ...] = (
     (9, 15, "normal", "normal", 0.01),
     (9, 15, "huber", "normal", 0.01),
 )
-# Budgets of Hoffmann et al. (2022), figure 3.
-BUDGETS = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)
+# Sizes, runs of every size (to rising token counts), rows of a run.
+CURVES = {
+    "13 runs of 20 rows": (13, 1, 20),
+    "40 runs of 15 rows, 10 sizes": (10, 4, 15),
+    "150 rows, 15 sizes": (15, 10, 1),
+}
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -106,6 +113,42 @@ def coverage(config: Any) -> None:
     show(f"Share of {config.sweeps} simulated sweeps whose 95% interval holds the truth", columns, rows)
 
 
+def envelopes(config: Any) -> None:
+    """Shares of simulated sets of training curves whose intervals by approach 1 hold the truth.
+
+    Every run shares its noise, which moves its curve up or down; rows alone, of one size, are read as one curve.
+    """
+    truth, table, theta = exponents(EPOCH)[0], [], CHINCHILLA.raw(EPOCH)[:, None]
+    for name, (sizes, runs, points) in CURVES.items():
+        size = np.repeat(np.geomspace(3e7, 1e10, sizes), runs * points)
+        most = np.tile(np.repeat(np.geomspace(5, 300, runs) if runs > 1 else [300.0], points), sizes)
+        seen = np.tile(np.geomspace(1 / 300, 1, points) if points > 1 else [1.0], sizes * runs)
+        tokens, run = size * most * seen, np.repeat(np.arange(sizes * runs), points)
+        design = make_rows({"params": size, "tokens": tokens, "loss": np.ones(len(size))}, "curves")
+        curve = size if points == 1 else run
+        mean = CHINCHILLA.predict(theta, CHINCHILLA.gather(design))[:, 0]
+        largest = float(design["flops"].max())
+        best = float(chinchilla_optimum(EPOCH, [largest]).params[0, 0])
+        for noise in (0.001, 0.002, 0.005, 0.01):
+            stream, found = np.random.default_rng(0), []
+            for sweep in range(config.sweeps):
+                loss = np.exp(mean + noise * stream.standard_normal(run.max() + 1)[run])
+                rows = Rows({**design.columns, "loss": loss}, "curves")
+                fitted = fit(rows, CHINCHILLA, FitConfig(objective="normal"), starts=around(theta))
+                law, _ = approach_1(rows, curve)
+                draws = bootstrap_envelope(fitted, curve, config.resamples, noise_of=run, seed=sweep)
+                held = []
+                for values, exact in ((draws[0], truth), (draws[1] + draws[0] * np.log(largest), np.log(best))):
+                    low, high = bootstrap_interval(values[np.isfinite(values)], sizes * runs, 2)
+                    held.append(low <= exact <= high)
+                found.append((law.exponent, np.nanstd(draws[0]), *held))
+            estimate, spread, a, n = np.array(found, float).T
+            row = (f"{name}, noise {noise:.1%}", float(estimate.mean()), float(estimate.std()), float(spread.mean()))
+            table.append((*row, float(a.mean()), float(n.mean())))
+    columns = ("training curves", "mean a", "its deviation", "the draws'", "a held", "N* at the largest run held")
+    show(f"{config.sweeps} simulated sets each, a = {truth:.4f}, 95% intervals", columns, table)
+
+
 def planner(config: Any) -> None:
     """Races, summed up."""
     races = [benchmark_planner(seed) for seed in range(config.sweeps)]
@@ -131,7 +174,7 @@ def conventions(config: Any) -> None:
     """Fitted exponents by convention."""
     rows = read_csv(config.runs).without_highest_losses(config.drop_highest)
     which = nearest_shapes(rows["params"], CHINCHILLA_SHAPES)
-    groups = nearest_budgets(rows["flops"], BUDGETS)
+    groups = nearest_budgets(rows["flops"], config.isoflops) if config.isoflops else find_budgets(rows)[0]
     found = effects(rows, groups=groups, resampled=config.resamples)
     table = [
         (
@@ -268,7 +311,8 @@ def rows(config: Any) -> Iterator[Row]:
         wanted = "a CSV of runs" if config.what == "conventions" else "the directory of the public tables"
         raise ConfigError(f"config.runs: the audit of {config.what} needs {wanted}")
     began, processor = time.perf_counter(), time.process_time()
-    audits = {"coverage": coverage, "planner": planner, "conventions": conventions, "backtest": backtests, "laws": laws}
+    audits = {"coverage": coverage, "envelope": envelopes, "planner": planner}
+    audits |= {"conventions": conventions, "backtest": backtests, "laws": laws}
     audits[config.what](config)
     seconds = time.perf_counter() - began
     yield Row(config.what, "audit", seconds, 1 / seconds, more={"processor s": time.process_time() - processor})

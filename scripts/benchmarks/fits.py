@@ -24,7 +24,7 @@ OPTIONS = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000}
 
 @dataclass(frozen=True)
 class FitBenchmark:
-    """The replication's grid of starts and its bootstrap.
+    """The grid of starts and the bootstrap of a table.
 
     Attributes:
       suite: the benchmark's name.
@@ -39,7 +39,7 @@ class FitBenchmark:
     suite: str = "fits"
     cores: int = 1
     runs: str = ""
-    drop_highest: int = 5
+    drop_highest: int = 0
     resamples: int = 1000
     scipy_starts: int = 30
     rounds: int = 3

@@ -337,11 +337,20 @@ def rows_outside(groups: np.ndarray) -> str:
     return f" {out} of {len(groups)} rows are at none of the budgets and not shown." if out else ""
 
 
-def training_curves(rows: Rows) -> tuple[isoflop.Curves, bool]:
-    """Curves by a column `run`, else rows of one size as one curve; and whether there is such a column."""
-    named = "run" in rows.columns
-    labels = rows["run"] if named else isoflop.group_budgets(rows["params"], gap=SAME_SIZE)
-    return isoflop.training_curves(rows, labels), named
+def curve_labels(rows: Rows) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The curve and the run of every row, and whether a column `run` says so; else rows of one size are a curve."""
+    if "run" in rows.columns:
+        return rows["run"], rows["run"], True
+    return isoflop.group_budgets(rows["params"], gap=SAME_SIZE), np.arange(len(rows)), False
+
+
+def envelope_draws(rows: Rows, config: ScalingConfig, count: int) -> np.ndarray:
+    """Draws [2, B] of approach 1; none where Chinchilla's law, from which they are simulated, has no fit."""
+    curves, runs, _ = curve_labels(rows)
+    if not count or len(rows) <= len(CHINCHILLA.parameters):
+        return np.full((2, count), np.nan)
+    squares = FitConfig(objective="normal", starts=COMPARED_STARTS, keep=8)
+    return isoflop.bootstrap_envelope(fit(rows, CHINCHILLA, squares), curves, count, noise_of=runs, seed=config.seed)
 
 
 def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
@@ -351,14 +360,15 @@ def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
       ValueError: the envelope has fewer than two sizes.
     """
     config = planned_for(rows, config)
-    curves, named = training_curves(rows)
+    labels, _, named = curve_labels(rows)
+    curves = isoflop.training_curves(rows, labels)
     law, envelope = isoflop.envelope(curves)
-    draws = isoflop.bootstrap_envelope(curves, min(config.resamples, 1000), seed=config.seed)
+    draws = envelope_draws(rows, config, min(config.resamples, 1000))
     runs = len(curves.params)
     moved = ""
     if len(whole) > len(rows):
         try:
-            every = isoflop.envelope(training_curves(whole)[0])[0]
+            every, _ = isoflop.approach_1(whole, curve_labels(whole)[0])
             moved = f"the exponent of N* at {every.exponent:.3f} instead of {law.exponent:.3f}"
         except ValueError:
             moved = "no power law"
@@ -394,8 +404,8 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         return found.exponent, isoflop.bootstrap_exponent(rows, groups, drawn, **options)[0]
 
     def envelope() -> tuple[float, np.ndarray]:
-        curves, _ = training_curves(rows)
-        return isoflop.envelope(curves)[0].exponent, isoflop.bootstrap_envelope(curves, count, seed=config.seed)[0]
+        line, _ = isoflop.approach_1(rows, curve_labels(rows)[0])
+        return line.exponent, envelope_draws(rows, config, count)[0]
 
     def parametric() -> tuple[float, np.ndarray]:
         if fitted is None or reason:

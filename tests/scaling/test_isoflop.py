@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 
 from scaling import isoflop
+from scaling.coverage import EPOCH
+from scaling.fitting.fit import FitConfig, fit
 from scaling.optimum import chinchilla_optimum
+from scaling.published import CHINCHILLA
 from scaling.rows import make_rows
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
@@ -102,13 +105,43 @@ def test_the_envelope_of_training_curves():
     }
     rows = make_rows({**columns, "loss": surface(columns["params"], columns["tokens"])})
     law, envelope = isoflop.approach_1(rows, np.repeat(np.arange(33), 60))
-    assert law.exponent == pytest.approx(T["beta"] / (T["alpha"] + T["beta"]), abs=0.02)
+    assert law.exponent == pytest.approx(T["beta"] / (T["alpha"] + T["beta"]), abs=0.005)
     assert (np.diff(envelope[:, 2]) < 0).all()
-    draws = isoflop.bootstrap_envelope(isoflop.training_curves(rows, np.repeat(np.arange(33), 60)), 30)
-    assert 0 < np.nanstd(draws[0]) < 0.1
-    assert np.nanmedian(draws[0]) == pytest.approx(law.exponent, abs=0.05)
     with pytest.raises(ValueError, match="inner sizes"):
         isoflop.approach_1(rows.take(np.arange(120)), np.repeat([0, 1], 60))
+
+
+def test_a_staircase_has_the_slope_of_the_line_through_its_middles():
+    # Each of five sizes is the lowest in a window of log FLOPs about the one it is best for, N* ~ C^0.6.
+    sizes = np.exp(np.linspace(0, 6, 7))
+    flops = np.exp(np.linspace(-2, 12, 1401))
+    losses = (np.log(sizes)[:, None] - 0.6 * np.log(flops)[None, :]) ** 2
+    law, _ = isoflop.envelope(isoflop.Curves(flops, sizes, losses))
+    assert law.exponent == pytest.approx(0.6, abs=2e-3) and law(1.0) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_draws_of_approach_1_scatter_as_its_estimates_do_and_are_centered(shared):
+    size = np.repeat(np.geomspace(3e7, 1e10, 11), 12)
+    tokens, run = size * np.tile(np.geomspace(1, 300, 12), 11), np.repeat(np.arange(11), 12)
+    design = make_rows({"params": size, "tokens": tokens, "loss": np.ones(132)})
+    theta, stream = CHINCHILLA.raw(EPOCH)[:, None], np.random.default_rng(0)
+    mean = CHINCHILLA.predict(theta, CHINCHILLA.gather(design))[:, 0]
+    estimates, spreads, offsets = [], [], []
+    for seed in range(12):
+        # Of a run, or of every row.
+        noise = 0.003 * (stream.standard_normal(11)[run] if shared else stream.standard_normal(132))
+        rows = make_rows({"params": size, "tokens": tokens, "loss": np.exp(mean + noise)})
+        fitted = fit(rows, CHINCHILLA, FitConfig(objective="normal"), starts=theta)
+        estimates.append(isoflop.approach_1(rows, run)[0].exponent)
+        draws = isoflop.bootstrap_envelope(fitted, run, 40, seed=seed)[0]
+        spreads.append(np.std(draws))
+        offsets.append(np.median(draws) - estimates[-1])
+    # A standard deviation of 12 is right to a fifth.
+    assert np.mean(spreads) == pytest.approx(np.std(estimates, ddof=1), rel=0.5)
+    assert abs(np.mean(estimates) + np.mean(offsets) - EPOCH["beta"] / (EPOCH["alpha"] + EPOCH["beta"])) < 0.01
+    lost = isoflop.bootstrap_envelope(fitted, np.zeros(132), 3)
+    assert np.isnan(lost).all()
 
 
 def test_resampled_minima():
