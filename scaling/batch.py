@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from scaling.isoflop import power_fit
 from scaling.sweeps.plan import Rule
 
 
@@ -147,18 +146,43 @@ def fit_surface(
     return Surface(float(place[0]), float(place[1]), lowest, "", hessian, ridge, scatter)
 
 
-def fit_rule(params: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, *, multiple: int = 0) -> Rule:
-    """Fit a rule (a power law of the number of parameters) to the best values at several sizes.
+def fit_rule(
+    params: Sequence[float] | np.ndarray | None,
+    values: Sequence[float] | np.ndarray,
+    tokens: Sequence[float] | np.ndarray | None = None,
+    *,
+    multiple: int = 0,
+) -> Rule:
+    """Fit a rule, a power law of parameters, tokens or both, to the best values of several runs: lr(N, D), batch(D).
+
+    By least squares in logarithms, as Li et al. (2025, Step Law) fit theirs.
+
+    Args:
+      params: of the runs; None for a rule of tokens alone.
+      values: best learning rates or batches.
+      tokens: of the runs; None for a rule of parameters alone.
+      multiple: of the rule.
 
     Raises:
-      ValueError: fewer than two sizes.
+      ValueError: runs that do not determine the exponents: one size or token count, or proportional ones.
 
     Example:
       >>> import scaling
       >>> rule = scaling.fit_rule([1e4, 1e6], [1e-2, 1e-3])
       >>> round(rule.exponent, 3), round(rule(1e5), 5)
       (-0.5, 0.00316)
+      >>> batch = scaling.fit_rule(None, [32.0, 64.0], [1e8, 4e8])
+      >>> round(batch.tokens_exponent, 3)
+      0.5
     """
-    at = float(np.exp(np.mean(np.log(np.asarray(params, float)))))
-    law = power_fit(params, values)
-    return Rule(law(at), at, law.exponent, multiple)
+    logs = [np.log(np.asarray(x, float)) for x in (params, tokens) if x is not None]
+    centers = [float(x.mean()) for x in logs]
+    design = np.stack([np.ones(len(values)), *(x - center for x, center in zip(logs, centers, strict=True))], 1)
+    if np.linalg.matrix_rank(design, tol=1e-6 * len(values)) < design.shape[1]:
+        what = " and ".join(name for name, x in (("params", params), ("tokens", tokens)) if x is not None)
+        raise ValueError(f"{len(values)} runs do not determine a power law of {what}: they must differ, each by itself")
+    height, *slopes = np.linalg.lstsq(design, np.log(np.asarray(values, float)), rcond=None)[0].tolist()
+    given = [name for name, x in (("", params), ("tokens_", tokens)) if x is not None]
+    fields = {f"{name}at": float(np.exp(center)) for name, center in zip(given, centers, strict=True)}
+    fields |= {f"{name}exponent": slope for name, slope in zip(given, slopes, strict=True)}
+    return Rule(float(np.exp(height)), multiple=multiple, **fields)

@@ -69,19 +69,28 @@ def _rounded(value: float) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """A power law of the number of parameters: value (params / at)^exponent, clipped to `least` and `most`.
+    """A power law of parameters and tokens, clipped to `least` and `most`.
+
+    value (params / at)^exponent (tokens / tokens_at)^tokens_exponent: the form of Step Law (Li et al. 2025, learning
+    rate of N and D, batch of D), of DeepSeek LLM (Bi et al. 2024, both of C: equal exponents) and of Porian et al.
+    (2024, both of N); docs/sweeps.md has their constants.
 
     Attributes:
-      value: at `at` parameters.
+      value: at `at` parameters and `tokens_at` tokens.
       at: see value.
-      exponent: 0 for a constant.
+      exponent: of the parameters; 0 for none.
       multiple: round to a multiple of this; 0 for no rounding.
       least, most: bounds.
+      tokens_at: see value.
+      tokens_exponent: of the tokens of training; 0 for none.
 
     Example:
       >>> from scaling.sweeps import Rule
       >>> Rule(1e-2, at=1e4, exponent=-0.5)(1e6)
       0.001
+      >>> step_law = Rule(1.79, at=1.0, exponent=-0.713, tokens_at=1.0, tokens_exponent=0.307)
+      >>> f"{step_law(1e9, 1e11):.2e}"
+      '1.63e-03'
     """
 
     value: float
@@ -90,14 +99,27 @@ class Rule:
     multiple: int = 0
     least: float = 0.0
     most: float = math.inf
+    tokens_at: float = 1e9
+    tokens_exponent: float = 0.0
 
     def __post_init__(self):
-        if not (self.value > 0 and self.at > 0 and self.multiple >= 0 and 0 <= self.least <= self.most):
-            raise ValueError(f"{self}: value and at must be positive, 0 <= least <= most, multiple not negative")
+        positive = self.value > 0 and self.at > 0 and self.tokens_at > 0
+        if not (positive and self.multiple >= 0 and 0 <= self.least <= self.most):
+            raise ValueError(
+                f"{self}: value, at and tokens_at must be positive, 0 <= least <= most, multiple not negative"
+            )
 
-    def __call__(self, params: float) -> float:
-        """The value for a model."""
-        value = min(max(self.value * (params / self.at) ** self.exponent, self.least), self.most)
+    def __call__(self, params: float, tokens: float | None = None) -> float:
+        """The value for a model that is trained on so many tokens.
+
+        Raises:
+          ValueError: a rule of tokens without them.
+        """
+        if self.tokens_exponent and tokens is None:
+            raise ValueError(f"{self}: a rule of tokens needs their number")
+        value = self.value * (params / self.at) ** self.exponent
+        value *= (tokens / self.tokens_at) ** self.tokens_exponent if tokens is not None else 1.0
+        value = min(max(value, self.least), self.most)
         return float(self.multiple * _rounded(value / self.multiple)) if self.multiple else value
 
 
@@ -174,7 +196,7 @@ class PlanConfig:
       widths: of the models.
       budgets: FLOPs at which every size is read out; or else
       tokens: token counts at which every size is read out.
-      lr: learning rate before the width transfer, a rule of the number of parameters.
+      lr: learning rate before the width transfer, a rule of the parameters and of the tokens of the longest readout.
       batch: sequences per step, likewise.
       lr_factors, batch_factors: a grid around the rules.
       seeds: of initialization and data order.
@@ -225,16 +247,21 @@ class PlanConfig:
             raise ValueError(f"convention = {self.convention!r}: choose one of {known}")
 
 
-def plan_readouts(config: PlanConfig, count: flops.Count, tokens_per_step: int) -> tuple[Readout, ...]:
-    """Place the readouts of one size, by rising step, without those too short or outside the range of ratios."""
+def _asked(config: PlanConfig, count: flops.Count) -> list[tuple[float, float]]:
+    """Tokens and FLOPs at which one size is to be read out, by rising tokens, inside the range of ratios."""
     asked = [(budget / count.flops_per_token, budget) for budget in config.budgets]
     asked += [(tokens, tokens * count.flops_per_token) for tokens in config.tokens]
-    found: dict[int, Readout] = {}
     low, high = config.tokens_per_parameter
-    for tokens, budget in sorted(asked):
+    return [(tokens, budget) for tokens, budget in sorted(asked) if low <= tokens / count.params <= high]
+
+
+def plan_readouts(config: PlanConfig, count: flops.Count, tokens_per_step: int) -> tuple[Readout, ...]:
+    """Place the readouts of one size, by rising step, without those too short or outside the range of ratios."""
+    found: dict[int, Readout] = {}
+    for tokens, budget in _asked(config, count):
         steps = round(tokens / tokens_per_step)
         branch = steps - max(1, round(config.decay * steps))
-        if steps < config.least_steps or branch < config.warmup or not low <= tokens / count.params <= high:
+        if steps < config.least_steps or branch < config.warmup:
             continue
         seen = steps * tokens_per_step
         found[steps] = Readout(steps, branch, seen, seen * count.flops_per_token, budget)
@@ -262,13 +289,17 @@ def plan_runs(family: Family, config: PlanConfig, common: Mapping[str, Any]) -> 
     for width in config.widths:
         shape = family.shape(width)
         count = flops.count(shape, config.convention)
+        asked = _asked(config, count)
+        if not asked:
+            continue
+        sizes = float(count.params), asked[-1][0]
         for lr_factor in config.lr_factors:
             for batch_factor in config.batch_factors:
-                batch = _rounded(config.batch(float(count.params)) * batch_factor)
+                batch = _rounded(config.batch(*sizes) * batch_factor)
                 readouts = plan_readouts(config, count, batch * family.length)
                 if not readouts:
                     continue
-                lr = config.lr(float(count.params)) * lr_factor
+                lr = config.lr(*sizes) * lr_factor
                 for seed in config.seeds:
                     runs.append(_run(shape, count, config, readouts, common, lr=lr, batch=batch, seed=seed))
     if not runs:

@@ -98,12 +98,13 @@ NEAR = 0.3  # nats above the best run within which a quadratic is asked to hold
 
 
 def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
-    """The surface over learning rate and batch of every size at its last token count: numbers, and a section."""
+    """The surface over learning rate and batch of every size at every budget: numbers, and a section."""
     body: list[dict[str, Any]] = []
     shown: list[tuple[Rows, Surface]] = []
     names = ("lr", "batch", "loss", "ridge", "scatter", "refused")
-    for params, mine in split(rows, "params"):
-        mine = mine.take(mine["budget"] == mine["budget"].max())
+    for params, mine in (
+        (params, mine) for params, every in split(rows, "params") for _, mine in split(every, "budget")
+    ):
         row: dict[str, Any] = {"params": float(params), "tokens": float(mine["tokens"].max()), "runs": len(mine)}
         try:
             surface = fit_surface(mine["lr"], mine["batch"], mine["loss"], within=NEAR)
@@ -111,18 +112,27 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
             body.append(row | {"verdict": str(error)})
             continue
         body.append(row | {name: getattr(surface, name) for name in names} | {"verdict": surface.refused or "used"})
+        if shown and shown[-1][0]["params"][0] == params:
+            shown.pop()  # the figure has the largest budget of every size
         shown.append((mine, surface))
     found = [{key: row[key] for key in ("params", "tokens", *names)} for row in body if "lr" in row]
     good = [row for row in found if not row["refused"]]
     texts = []
+    sizes = {name: [row[name] for row in good] for name in ("params", "tokens")}
     for name in ("lr", "batch") if len(good) > 1 else ():
-        rule = fit_rule([row["params"] for row in good], [row[name] for row in good])
-        texts.append(f"Best {name}: {rule.value:.3g} (parameters / {rule.at:.3g})^{rule.exponent:.2f}.")
+        values = [row[name] for row in good]
+        try:  # the field's forms: lr(N, D) and batch(D)
+            rule = fit_rule(sizes["params"] if name == "lr" else None, values, sizes["tokens"])
+        except ValueError:
+            rule = fit_rule(sizes["params"], values)
+        text = f" (parameters / {rule.at:.3g})^{rule.exponent:.2f}" * bool(rule.exponent)
+        text += f" (tokens / {rule.tokens_at:.3g})^{rule.tokens_exponent:.2f}" * bool(rule.tokens_exponent)
+        texts.append(f"Best {name}: {rule.value:.3g}{text}.")
     caption = (
         "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares to the runs "
         f"within {NEAR} nats of the best."
     )
-    columns: dict[str, Any] = {"parameters": lambda row: f"{row['params']:g}", "runs": "runs"}
+    columns: dict[str, Any] = {"parameters": lambda row: f"{row['params']:g}", "tokens": "tokens", "runs": "runs"}
     columns |= {"best learning rate": "lr", "best batch": "batch", "loss": "loss", "lr ~ batch^": "ridge"}
     pictures = [partial(figures.batch_figure, shown)] * bool(shown)
     table = table_of(body, columns | {"verdict": "verdict"})

@@ -73,3 +73,38 @@ def test_a_rule_through_the_best_of_several_sizes():
     params = np.array([1e4, 1e5, 1e6])
     rule = fit_rule(params, 0.01 * (params / 1e5) ** -0.25)
     assert rule.exponent == pytest.approx(-0.25) and rule(1e5) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="do not determine a power law of params and tokens"):
+        fit_rule(params, params, 1e15 / params)
+
+
+# Best (learning rate, batch) of N parameters and D tokens: mean logarithms of the runs within 0.25% of the best loss of
+# the released dense runs of Li et al. (2025), github.com/step-law/steplaw, data/dense_lr_bs_loss.csv.
+STEP_LAW = np.array([
+    (214663680, 4.00e9, 2.3225e-3, 90.51), (214663680, 1.14e10, 3.2846e-3, 184.61),
+    (214663680, 2.00e10, 3.9066e-3, 238.23), (214663680, 1.00e11, 4.1199e-3, 634.16),
+    (268304384, 5.00e9, 2.3225e-3, 90.51), (268304384, 1.42e10, 2.7620e-3, 185.65),
+    (268304384, 2.50e10, 3.5379e-3, 310.93), (268304384, 8.00e10, 3.9060e-3, 609.34),
+    (429260800, 8.00e9, 1.2886e-3, 97.01), (429260800, 2.27e10, 2.0374e-3, 219.30),
+    (429260800, 4.00e10, 2.2550e-3, 280.67), (429260800, 5.00e10, 2.7620e-3, 327.36),
+    (536872960, 1.00e10, 1.3810e-3, 131.05), (536872960, 2.84e10, 1.9511e-3, 221.70),
+    (536872960, 5.00e10, 2.0275e-3, 321.63), (1073741824, 2.00e10, 1.0198e-3, 177.22),
+    (1073741824, 5.69e10, 1.2175e-3, 311.88),
+])  # fmt: skip
+
+
+def test_rules_of_step_law():
+    params, tokens, lr, batch = STEP_LAW.T
+    rate, size = fit_rule(params, lr, tokens), fit_rule(None, 2048 * batch, tokens)
+    # numpy's least squares of the logarithms, in powers of one parameter and one token.
+    design = np.stack([np.ones(17), np.log(params), np.log(tokens)], 1)
+    scale, of_params, of_tokens = np.linalg.lstsq(design, np.log(lr), rcond=None)[0]
+    assert (rate.exponent, rate.tokens_exponent) == pytest.approx((of_params, of_tokens), rel=1e-8)
+    assert rate(1.0, 1.0) == pytest.approx(np.exp(scale), rel=1e-6)
+    assert size.exponent == 0 and size.tokens_exponent == pytest.approx(np.polyfit(np.log(tokens), np.log(batch), 1)[0])
+    # Published from all of their runs: lr = 1.79 N^-0.713 D^0.307, batch = 0.58 D^0.571 tokens.
+    assert rate.exponent == pytest.approx(-0.713, abs=0.15) and rate.tokens_exponent == pytest.approx(0.307, abs=0.15)
+    assert size.tokens_exponent == pytest.approx(0.571, abs=0.07)
+    published = 1.79 * params**-0.713 * tokens**0.307, 0.58 * tokens**0.571 / 2048
+    assert np.abs(np.log(lr / published[0])).max() < 0.4 and np.abs(np.log(batch / published[1])).max() < 0.4
+    exact = fit_rule(params, published[0], tokens)
+    assert (exact.exponent, exact.tokens_exponent, exact(1.0, 1.0)) == pytest.approx((-0.713, 0.307, 1.79))

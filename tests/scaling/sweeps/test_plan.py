@@ -37,6 +37,17 @@ def test_a_family_grows_with_its_width(width):
 )
 def test_rules(rule, params, value):
     assert rule(params) == pytest.approx(value)
+    with pytest.raises(ValueError, match="a rule of tokens needs their number"):
+        Rule(1.0, tokens_exponent=0.5)(params)
+
+
+def test_rules_of_tokens_see_those_of_the_longest_readout():
+    lr = Rule(1.79, at=1.0, exponent=-0.713, tokens_at=1.0, tokens_exponent=0.307)
+    batch = Rule(100.0, tokens_exponent=0.571)
+    for run in plan(lr=lr, batch=batch):
+        params, tokens = run.columns["params"], BUDGETS[-1] / (6 * run.columns["params"])
+        assert run.columns["lr"] == pytest.approx(1.79 * params**-0.713 * tokens**0.307)
+        assert run.columns["batch"] == max(1, int(100 * (tokens / 1e9) ** 0.571 + 0.5))
 
 
 def test_every_size_is_read_out_at_every_budget():

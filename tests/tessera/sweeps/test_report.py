@@ -124,7 +124,11 @@ def test_a_grid_of_learning_rates_and_batches_is_fitted():
     numbers, section = surface_part(found)
     page = shown([section])
     assert "Best batch: 20 (" in page and "Best lr: 0.015 (" in page
-    assert [one["batch"] for one in numbers] == pytest.approx([20.0] * 4)
+    assert [one["batch"] for one in numbers] == pytest.approx([20.0] * 16)
+    assert "Best lr: 0.015 (parameters / 2e+04)^" in page and "(tokens / " in page
+    # At one budget sizes and tokens are proportional: the learning rate is a rule of the sizes alone.
+    numbers, section = surface_part(found.take(found["budget"] == found["budget"].max()))
+    assert len(numbers) == 4 and re.search(r"Best lr: 0.015 .parameters / 2e.04.\^-?0.00\.", shown([section]))
 
 
 def test_the_best_of_a_grid_is_what_isoflops_are_drawn_through():
