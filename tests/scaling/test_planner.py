@@ -3,7 +3,7 @@ import pytest
 
 from scaling import planner
 from scaling.coverage import isoflop_design
-from scaling.fitting.fit import fit
+from scaling.fitting.fit import FitConfig, fit
 from scaling.optimum import chinchilla_optimum
 from scaling.planner_benchmark import benchmark_planner, candidate_runs, simulate_losses
 from scaling.published import CHINCHILLA
@@ -45,6 +45,48 @@ def test_the_promised_gain_is_the_gain():
         more = [np.append(old, new[i]) for old, new in zip(made, candidates, strict=True)]
         after = planner.standard_error(CHINCHILLA, theta, *more, budget=TARGET, noise=NOISE)
         assert choice.after[i] == pytest.approx(after, rel=1e-6)
+
+
+def closed_form(theta, rows):
+    """Slopes of log loss, and the gradient of log N*(TARGET), of Chinchilla's law by hand."""
+    a, b, e, alpha, beta = theta
+    n, d = np.log(rows["params"]), np.log(rows["tokens"])
+    parts = np.exp([a - alpha * n, b - beta * d, np.full(len(n), e)])
+    slopes = np.stack([parts[0], parts[1], parts[2], -n * parts[0], -d * parts[1]], 1) / parts.sum(0)[:, None]
+    total, product = alpha + beta, np.log(TARGET / 6)
+    best = (np.log(alpha / beta) + a - b + beta * product) / total
+    moved = [1 / total, -1 / total, 0.0, (1 / alpha - best) / total, (product - 1 / beta - best) / total]
+    return slopes, np.array(moved)
+
+
+def test_the_interval_is_students_with_the_degrees_of_freedom_that_are_left():
+    # Few runs: n for n - p, a normal or a one-sided quantile would be off by a third or more.
+    rows = simulate_losses(isoflop_design(T, budgets=2, sizes=4), T, NOISE, np.random.default_rng(3))
+    fitted = fit(rows, CHINCHILLA, FitConfig(objective="normal"), starts=CHINCHILLA.raw(T)[:, None])
+    slopes, gradient = closed_form(fitted.theta, rows)
+    noise = np.sqrt(np.sum(fitted.residuals**2) / (8 - 5))
+    assert planner.noise_of(fitted) == pytest.approx(noise, rel=1e-9)
+    error = noise * np.sqrt(gradient @ np.linalg.inv(slopes.T @ slopes) @ gradient)
+    # Student's 97.5% point for 3 degrees of freedom, from tables.
+    assert planner.half_width(fitted, TARGET) == pytest.approx(3.182446 * error, rel=1e-3)
+    assert planner.half_width(fitted, TARGET, level=0.9) == pytest.approx(2.353363 * error, rel=1e-3)
+
+
+def test_a_run_is_chosen_by_its_gain_per_flop():
+    rows = simulate_losses(
+        isoflop_design(T, budgets=4, sizes=6, lowest=1e17, highest=1e19), T, NOISE, np.random.default_rng(1)
+    )
+    fitted = fit(rows, CHINCHILLA, FitConfig(objective="normal"), starts=CHINCHILLA.raw(T)[:, None])
+    others = make_rows({"params": [1e8, 1.1e8, 2e9], "tokens": [1e9, 1e9, 4e11], "loss": [1.0] * 3})
+    slopes, gradient = closed_form(fitted.theta, rows)
+    new, noise = closed_form(fitted.theta, others)[0], planner.noise_of(fitted)
+    before = noise**2 * gradient @ np.linalg.inv(slopes.T @ slopes) @ gradient
+    information = [slopes.T @ slopes + np.outer(one, one) for one in new]
+    gain = np.array([before - noise**2 * gradient @ np.linalg.inv(matrix) @ gradient for matrix in information])
+    # The run of 2e9 parameters teaches most, and costs 8000 times as much.
+    assert np.argmax(gain) == 2 and np.argmax(gain / others["flops"]) != 2
+    assert planner.next_run(fitted, others, budget=TARGET) == np.argmax(gain / others["flops"])
+    assert planner.next_run(fitted, others, budget=TARGET, cost=np.array([1e12, 1e12, 1.0])) == 2
 
 
 def check_benchmarks(found):

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from scaling.fitting.bootstrap import bootstrap, refit, resamples, search_again
-from scaling.fitting.fit import FitConfig, fit, make_problem, row_losses
+from scaling.fitting.fit import FitConfig, fit, make_problem, polish, row_losses
 from scaling.laws import tie
 from scaling.published import CHINCHILLA, find_law
 from scaling.rows import RowError, make_rows
@@ -106,6 +108,23 @@ def test_scoring_basins_equals_a_search_from_every_start(fitted):
 @pytest.mark.slow
 def test_scoring_basins_equals_a_search_from_every_start_on_fifty_resamples(fitted):
     assert_as_search(fitted, 50)
+
+
+def test_a_resample_starts_in_the_basin_that_is_best_for_it(fitted):
+    # A local optimum of Chinchilla's law: its A vanished, so that nothing moves it back.
+    lost = fitted.theta.copy()
+    lost[0] = -300.0
+    solved = polish(lost[:, None], np.ones((240, 1)), fitted.rows, CHINCHILLA, fitted.config)
+    assert solved.converged[0] and solved.value[0] > 2 * fitted.value
+    both = np.concatenate([solved.theta, fitted.theta[:, None]], 1)
+    two = replace(fitted, basins_PK=both, basin_values=np.array([solved.value[0], fitted.value]))
+    boot = refit(two, resamples(3, 240, seed=7))
+    assert (boot.basin_B == 1).all()
+    np.testing.assert_allclose(boot.value_B, refit(fitted, resamples(3, 240, seed=7)).value_B, rtol=1e-10)
+    # Rows that the worse optimum serves better: the nearest to it of the 240.
+    residual = CHINCHILLA.predict(two.basins_PK, CHINCHILLA.gather(fitted.rows)) - np.log(fitted.rows["loss"])[:, None]
+    near = np.argsort(np.abs(residual[:, 0]) - np.abs(residual[:, 1]))[:40]
+    assert refit(two, np.isin(np.arange(240), near)[:, None].astype(float)).basin_B.tolist() == [0]
 
 
 def test_resamples_are_counts_and_clusters_stay_together():

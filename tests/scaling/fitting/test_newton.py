@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling.fitting.derivatives import lower
-from scaling.fitting.newton import cholesky_solve
+from scaling.fitting.derivatives import Point, lower
+from scaling.fitting.newton import State, cholesky_solve, run_queue
 
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
@@ -20,3 +20,18 @@ def test_cholesky_against_numpys_solver(xp):
     np.testing.assert_array_equal(fine, np.arange(7) != 3)
     for s in np.flatnonzero(np.arange(7) != 3):
         np.testing.assert_allclose(found[:, s], np.linalg.solve(full[:, :, s], right[:, s]), rtol=1e-9)
+
+
+def test_a_fit_that_cannot_descend_has_not_converged():
+    # A slope that no step follows down: damping grows until steps are nothing, which is no optimum.
+    def stuck(phi, weights):
+        here = np.abs(phi[0]) > 0
+        one = np.ones_like(phi)
+        return Point(np.where(here, 2.0, 1.0), 0.1 * one, one, one)
+
+    start = State(
+        np.zeros((1, 3)), np.full(3, 1e-3), np.full(3, np.inf), np.zeros(3, int), np.zeros(3, bool), np.full(3, np.inf)
+    )
+    ended = run_queue(start, np.ones((4, 1)), stuck, iterations=200, tol=1e-9, held=(), width=2)
+    assert ended.done.all() and (ended.phi == 0).all() and (ended.used < 200).all()
+    assert (ended.decrement > 1e-3).all()
