@@ -133,7 +133,7 @@ def simulate_coverage(
     theta = law.raw(truth)[:, None]
     mean = law.predict(theta, law.gather(rows))[:, 0]
     rng = np.random.default_rng(seed)
-    exact = {name: float(np.squeeze(f(_by_name(law, theta)))) for name, f in quantities.items()}
+    exact = {name: float(np.squeeze(f(law.by_name(theta)))) for name, f in quantities.items()}
     edges: dict[str, list[np.ndarray]] = {name: [] for name in quantities}
     held: dict[str, list[bool]] = {name: [] for name in profiled}
     fell, bent, rejected, converged = [], [], [], []
@@ -143,7 +143,7 @@ def simulate_coverage(
         fitted = fit(seen, law, config, starts=around(theta))
         boot = refit(fitted, resamples(resampled, len(rows), seed=seed + 1 + sweep))
         converged.append(fitted.converged)
-        draws, here = (_by_name(law, x) for x in (boot.theta_PB[:, boot.converged_B], fitted.theta[:, None]))
+        draws, here = (law.by_name(x) for x in (boot.theta_PB[:, boot.converged_B], fitted.theta[:, None]))
         sizes = len(rows), len(law.parameters)
         for name, f in quantities.items():
             at = float(np.squeeze(f(here)))
@@ -180,7 +180,3 @@ def _profile_holds(fitted: Fit, name: str, value: float, level: float) -> bool:
     """Whether the profile likelihood's interval holds a value, by one refit there."""
     found = profile(fitted, name, [value], level=level)
     return bool(found.inside[0])
-
-
-def _by_name(law: Law, theta_PS: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(zip(law.parameters, law.natural(theta_PS), strict=True))

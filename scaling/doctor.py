@@ -144,12 +144,8 @@ def _early(fitted: Fit, name: str, there: float, theta: np.ndarray, steps: int, 
 
 def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
     """Compute the condition number of the Jacobian with unit columns: how nearly parameters trade off."""
-    law, theta = fitted.law, fitted.theta[:, None]
-    step = 1e-6
-    features = law.gather(fitted.rows)
-    shifts = np.concatenate([step * np.eye(len(theta)), -step * np.eye(len(theta))], 1)
-    moved = law.predict(theta + shifts, features)
-    slopes = (moved[:, : len(theta)] - moved[:, len(theta) :]) / (2 * step)
+    law = fitted.law
+    slopes = law.slopes(fitted.theta, fitted.rows)
     size = np.linalg.norm(slopes, axis=0)
     dead = [name for name, norm in zip(law.parameters, size, strict=True) if norm < 1e-8 * size.max()]
     if dead:
@@ -159,7 +155,7 @@ def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
         return Finding("ill conditioning", "warning", text, {"condition": float("inf")})
     unit = slopes / size
     number = float(np.linalg.cond(unit))
-    overlap = np.abs(unit.T @ unit) - np.eye(len(theta))
+    overlap = np.abs(unit.T @ unit) - np.eye(len(size))
     i, j = np.unravel_index(np.argmax(overlap), overlap.shape)
     pair = f"{law.parameters[i]} and {law.parameters[j]}"
     numbers = {"condition": number, "largest_correlation": float(overlap[i, j])}
@@ -243,8 +239,7 @@ def left_out(rows: Rows, all_rows: Rows, effect: str = "", **numbers: float) -> 
 
 def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float, at: At) -> Float[np.ndarray, " S"]:
     if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
-        values = dict(zip(fitted.law.parameters, fitted.law.natural(theta_PS), strict=True))
-        return np.log(chinchilla_optimum(values, [budget]).params[0])
+        return np.log(chinchilla_optimum(fitted.law.by_name(theta_PS), [budget]).params[0])
     held = {name: float(np.median(values)) for name, values in others(fitted).items()} | dict(at or {})
     return np.log(compute_optimal(fitted.law, theta_PS, [budget], at=held).params[0])
 

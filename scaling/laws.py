@@ -107,6 +107,17 @@ class Law:
         """Predict log losses of rows under raw parameters, float64."""
         return predict(theta, features, self.log_loss, self.parameters, self.terms, self.held)
 
+    def by_name(self, theta: Float[np.ndarray, "P ..."]) -> dict[str, Float[np.ndarray, "..."]]:
+        """Convert raw parameters to natural ones by name."""
+        return dict(zip(self.parameters, self.natural(theta), strict=True))
+
+    def slopes(self, theta_P: Float[np.ndarray, " P"], rows: Rows) -> Float[np.ndarray, "R P"]:
+        """Differentiate log losses of rows by raw parameters, by central differences."""
+        size, step = len(theta_P), 1e-5
+        shifts = step * np.concatenate([np.eye(size), -np.eye(size)], 1)
+        moved = self.predict(theta_P[:, None] + shifts, self.gather(rows))
+        return (moved[:, :size] - moved[:, size:]) / (2 * step)
+
 
 def gather_feature(name: str, rows: Rows, optional: bool) -> Float[np.ndarray, " R"]:
     """Compute one feature [R] of rows; see `Law.features`."""

@@ -10,7 +10,7 @@ from scipy.stats import f as f_distribution
 
 from scaling.doctor import Finding
 from scaling.fitting.bootstrap import bootstrap
-from scaling.fitting.discrepancy import basis, coordinates, slopes_of
+from scaling.fitting.discrepancy import basis, coordinates
 from scaling.fitting.fit import Fit, FitConfig, fit, polish
 from scaling.fitting.intervals import prediction_interval
 from scaling.laws import Law
@@ -58,7 +58,7 @@ def lack_of_fit(fitted: Fit) -> LackOfFit:
     squares = polish(fitted.theta[:, None], np.ones((len(rows), 1)), rows, law, FitConfig(objective="normal"))
     theta = squares.theta[:, 0] if np.isfinite(squares.theta).all() else fitted.theta
     residual = np.log(rows["loss"]) - law.predict(theta[:, None], law.gather(rows))[:, 0]
-    base = basis(slopes_of(law, theta, rows))
+    base = basis(law.slopes(theta, rows))
     place = coordinates(law, rows)
     place = (place - place.mean(1, keepdims=True)) / np.maximum(place.std(1, keepdims=True), 1e-12)
     place = place[place.std(1) > 0.5]
@@ -272,7 +272,7 @@ def examine_laws(found: Sequence[Candidate], law: Law) -> Finding:
 
 
 def _candidate(fitted: Fit) -> Candidate:
-    base = basis(slopes_of(fitted.law, fitted.theta, fitted.rows))
+    base = basis(fitted.law.slopes(fitted.theta, fitted.rows))
     count, spare = len(fitted.rows), max(len(fitted.rows) - base.shape[1] - 1, 1)
     leverage = np.minimum(np.sum(base**2, 1), 1 - 1e-6)
     left_out = fitted.residuals / (1 - leverage)

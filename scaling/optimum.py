@@ -28,9 +28,10 @@ class Optimum(NamedTuple):
         return self.tokens / self.params
 
 
-def _rows(params: np.ndarray, tokens: np.ndarray, at: Mapping[str, float]) -> Rows:
+def sizes_as_rows(params: np.ndarray, tokens: np.ndarray, at: Mapping[str, float] | None = None) -> Rows:
+    """Make rows of sizes, with other columns held at `at`; their losses mean nothing."""
     columns = {"params": params, "tokens": tokens, "flops": PER_PARAMETER_AND_TOKEN * params * tokens}
-    others = {name: np.full(len(params), float(value)) for name, value in at.items()}
+    others = {name: np.full(len(params), float(value)) for name, value in (at or {}).items()}
     return Rows({**columns, "loss": np.ones(len(params)), **others}, "optimum")
 
 
@@ -42,7 +43,7 @@ def log_loss_at(
     at: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "R S"]:
     """Predict log losses at sizes, with other columns held at `at`."""
-    rows = _rows(np.asarray(params, float), np.asarray(tokens, float), at or {})
+    rows = sizes_as_rows(np.asarray(params, float), np.asarray(tokens, float), at)
     return law.predict(np.asarray(theta_PS, float), law.gather(rows))
 
 

@@ -13,10 +13,8 @@ from scipy.stats import t
 
 from scaling.fitting.fit import Fit, FitConfig, fit, fit_near
 from scaling.laws import Law
-from scaling.optimum import compute_optimal, log_loss_at
+from scaling.optimum import compute_optimal, log_loss_at, sizes_as_rows
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
-
-_STEP = 1e-5
 
 
 class Choice(NamedTuple):
@@ -30,11 +28,8 @@ class Choice(NamedTuple):
 def slopes(
     law: Law, theta_P: Float[np.ndarray, " P"], params: Float[np.ndarray, " R"], tokens: Float[np.ndarray, " R"]
 ) -> Float[np.ndarray, "R P"]:
-    """Differentiate log loss by raw parameters, by central differences."""
-    size = len(theta_P)
-    shifts = _STEP * np.concatenate([np.eye(size), -np.eye(size)], 1)
-    moved = log_loss_at(law, theta_P[:, None] + shifts, params, tokens)
-    return (moved[:, :size] - moved[:, size:]) / (2 * _STEP)
+    """Differentiate log loss by raw parameters at sizes."""
+    return law.slopes(theta_P, sizes_as_rows(params, tokens))
 
 
 def target_gradient(law: Law, theta_P: Float[np.ndarray, " P"], budget: float) -> Float[np.ndarray, " P"]:

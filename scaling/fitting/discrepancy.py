@@ -35,14 +35,6 @@ def coordinates(law: Law, rows: Rows) -> Float[np.ndarray, "K R"]:
     return np.stack([*features.values(), *others])
 
 
-def slopes_of(law: Law, theta_P: Float[np.ndarray, " P"], rows: Rows) -> Float[np.ndarray, "R P"]:
-    """Differentiate log loss by raw parameters, by central differences."""
-    size, step = len(theta_P), 1e-5
-    shifts = step * np.concatenate([np.eye(size), -np.eye(size)], 1)
-    moved = law.predict(theta_P[:, None] + shifts, law.gather(rows))
-    return (moved[:, :size] - moved[:, size:]) / (2 * step)
-
-
 def basis(slopes_RP: np.ndarray) -> np.ndarray:
     """An orthonormal basis of the columns, without those that rows do not determine."""
     scale = np.linalg.norm(slopes_RP, axis=0)
@@ -118,7 +110,7 @@ class Discrepancy(NamedTuple):
     def _law_and_discrepancy(self, rows: Rows, m: int, *, joint: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Mean [R] and variance [R], or covariance [R, R], of log loss at rows under one candidate."""
         law, (length, variance) = self.law, self.settings[m]
-        slopes, there = (slopes_of(law, self.theta, one) for one in (self.rows, rows))
+        slopes, there = (law.slopes(self.theta, one) for one in (self.rows, rows))
         here, new = coordinates(law, self.rows), coordinates(law, rows)
         cross = variance * _kernel(new, here, length)
         inverse, step, spread = _solve(slopes, variance * _kernel(here, here, length), -self.residuals)
@@ -152,7 +144,7 @@ def estimate_discrepancy(
         few = np.linspace(0, len(rows) - 1, MOST_ROWS).astype(int)
         few = np.argsort(rows["flops"], kind="stable")[few]
         rows, residuals = rows.take(few), residuals[few]
-    slopes, residual = slopes_of(law, theta_P, rows), -residuals
+    slopes, residual = law.slopes(theta_P, rows), -residuals
     place, base = coordinates(law, rows), basis(slopes)
     # Contrasts that no parameter of the law can explain.
     free = np.linalg.svd(base, full_matrices=True)[0][:, base.shape[1] :]

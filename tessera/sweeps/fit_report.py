@@ -453,15 +453,10 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
     result["doctor"].append(doctor.disagreement(found, paired, under)._asdict())
 
 
-def by_name(fitted: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Natural parameters by name."""
-    return dict(zip(fitted.law.parameters, fitted.law.natural(theta), strict=True))
-
-
 def optima(fitted: Fit, theta_PS: np.ndarray, budgets: Sequence[float], at: Mapping[str, float]) -> Optimum:
     """N*, D* and loss at budgets; in closed form for Chinchilla's law, further columns held at `at`."""
     if fitted.law is CHINCHILLA:
-        return chinchilla_optimum(by_name(fitted, theta_PS), budgets)
+        return chinchilla_optimum(fitted.law.by_name(theta_PS), budgets)
     return compute_optimal(fitted.law, theta_PS, budgets, at=at)
 
 
@@ -526,7 +521,7 @@ def describe_fit(
         objective = "normal" if estimate is None else fitted.config.objective
         return edges(draws, units, len(law.parameters), config.level, objective, estimate)
 
-    natural = by_name(fitted, boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
+    natural = fitted.law.by_name(boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
     values: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
     for name, draws in natural.items():
         values[name] |= {"interval": pair(draws, values[name]["value"]), "se": spread_of(draws)}

@@ -32,7 +32,7 @@ def test_the_f_test_is_that_of_linear_regression():
     x = np.stack([np.log10(rows["flops"]), np.log10(rows["tokens"] / rows["params"])])
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     extra = np.stack([x[0], x[1], x[0] ** 2, x[1] * x[0], x[1] ** 2], 1)
-    slopes = misfit.slopes_of(CHINCHILLA, one.theta, rows)
+    slopes = CHINCHILLA.slopes(one.theta, rows)
     squares = []
     for design in (slopes, np.concatenate([slopes, extra], 1)):
         unit = design / np.linalg.norm(design, axis=0)
@@ -60,7 +60,7 @@ def test_kriging_is_the_conditional_of_a_gaussian():
     # Flat prior on parameters as a limit: joint covariance of observations and new values, conditioned by hand.
     both = np.concatenate([misfit.coordinates(CHINCHILLA, one.rows), misfit.coordinates(CHINCHILLA, new)], 1)
     apart = ((both[:, :, None] - both[:, None, :]) ** 2).sum(0)
-    slopes = np.concatenate([misfit.slopes_of(CHINCHILLA, one.theta, rows) for rows in (one.rows, new)])
+    slopes = np.concatenate([CHINCHILLA.slopes(one.theta, rows) for rows in (one.rows, new)])
     slopes = slopes / np.linalg.norm(slopes[:20], axis=0)
     prior = variance * np.exp(-0.5 * apart / length**2) + 1e6 * slopes @ slopes.T
     seen = prior[:20, :20] + np.eye(20)
@@ -130,7 +130,7 @@ def test_errors_of_rows_left_out_are_those_of_refits():
         rest = rows.take(np.arange(12) != i)
         refit = fit(rest, law, squares, starts=candidate.fitted.theta[:, None])
         predicted = law.predict(refit.theta[:, None], law.gather(rows))[i, 0]
-        h = np.sum(misfit.basis(misfit.slopes_of(law, candidate.fitted.theta, rows))[i] ** 2)
+        h = np.sum(misfit.basis(law.slopes(candidate.fitted.theta, rows))[i] ** 2)
         assert candidate.fitted.residuals[i] / (1 - h) == pytest.approx(predicted - np.log(rows["loss"][i]), rel=0.1)
 
 
