@@ -154,6 +154,7 @@ def power_law(
     *,
     formula: str = "",
     optional: Sequence[str] = (),
+    signed: Sequence[str] = (),
 ) -> Law:
     """Make a law that is a sum of power-law terms.
 
@@ -163,6 +164,7 @@ def power_law(
       grid: raw starting values by parameter, coefficients first; its order is that of the parameters.
       formula: in text.
       optional: features that may be missing.
+      signed: exponents that may be negative.
 
     Example:
       >>> import scaling
@@ -197,7 +199,7 @@ def power_law(
         formula=formula,
         optional=frozenset(optional),
         terms=tuple(terms),
-        nonnegative=frozenset(factor[0] for _, factors in terms for factor in factors),
+        nonnegative=frozenset(factor[0] for _, factors in terms for factor in factors) - set(signed),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling.fitting.fit import FitConfig, fit
-from scaling.laws import custom_law, restrict
+from scaling.laws import custom_law, power_law, restrict
 from scaling.published import (
     CHINCHILLA,
     CURVE,
@@ -202,6 +202,16 @@ def test_a_custom_law_is_fitted():
     assert fit(falling, slope).parameters == pytest.approx({"height": 3.0, "slope": -0.4}, rel=1e-6)
     with pytest.raises(ValueError, match="starts of floor"):
         custom_law("bad", predict, {"floor": (0.0,)}, columns=())
+
+
+def test_a_signed_exponent_may_be_negative():
+    # Loss that rises with size: log L = 1 + 0.1 log N, a line of slope -0.1 in the law's terms.
+    law = power_law(
+        "signed", [("A", (("alpha", "log_params", -1.0),))], {"A": (0.0, 2.0), "alpha": (0.1, 0.4)}, signed=["alpha"]
+    )
+    params = np.geomspace(1e6, 1e9, 8)
+    rows = make_rows({"params": params, "tokens": params, "loss": np.e * params**0.1})
+    assert fit(rows, law).parameters == pytest.approx({"A": np.e, "alpha": -0.1}, rel=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
