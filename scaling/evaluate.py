@@ -76,7 +76,7 @@ class Terms:
             self.where.append([names.index(name) for name, _ in free])
             design.append(np.concatenate([column for _, column in free] or [one_R1[:, :0]], 1))
             offset = [held[name] * column for name, column in parts if name in held]
-            self.fixed.append(sum(offset).astype(dtype) if offset else None)
+            self.fixed.append(np.sum(offset, axis=0).astype(dtype) if offset else None)
         self.design = [matrix.astype(dtype) for matrix in design]
         self.pairs = [(k, n) for k in range(len(terms)) for n in range(k + 1)]
         self.entries = {

@@ -145,8 +145,7 @@ def solve(
 def _in_numpy(state: State, weights_RS: np.ndarray, problem: Problem, law: Law, options: SolverOptions) -> State:
     """Fit sums of power-law terms by the closed form; nothing is compiled."""
     target, delta, many = np.asarray(problem.target_R1), float(problem.delta), len(state.done) >= MANY
-    options_of_loss = {"linear": problem.linear, "over": float(problem.over)}
-    plain = options_of_loss == {"linear": False, "over": 1.0}
+    linear, over = problem.linear, float(problem.over)
 
     def terms(dtype: Any) -> Terms:
         return Terms(law.terms, law.parameters, problem.features, problem.means, dtype, law.held)
@@ -155,8 +154,8 @@ def _in_numpy(state: State, weights_RS: np.ndarray, problem: Problem, law: Law, 
         return run_queue(start, weights_RS, evaluate, iterations=options.iterations, held=options.held, **rest)
 
     double = terms(np.float64)
-    if not (plain and options.newton and many and delta >= 1e-4 and floor_of(double) is not None):
-        evaluate = by_terms(double, target, delta, newton=options.newton, **options_of_loss)
+    if linear or over != 1 or not (options.newton and many and delta >= 1e-4 and floor_of(double) is not None):
+        evaluate = by_terms(double, target, delta, newton=options.newton, linear=linear, over=over)
         return queue(state, weights_RS, evaluate, tol=options.tol, width=options.chunk)
     # Most steps in single precision, at a third of the cost; one step in double ends them, or as many as needed.
     single = State(*(x.astype(np.float32) if x.dtype == np.float64 else x for x in state))
