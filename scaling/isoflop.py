@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from scipy.interpolate import Akima1DInterpolator
 
 from scaling.fitting.fit import Fit
+from scaling.optimum import compute_optimal
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 How = Literal["parabola", "akima"]
@@ -369,8 +370,8 @@ def bootstrap_envelope(
 
     Sizes stay as they are: a resample without a size would be another design, whose envelope is another staircase.
     Losses are those of a fitted law with normal noise of the residuals' size, of every run and of every row beside.
-    Draws are moved onto the estimate, and by the bias that noise gives it, their median less the envelope without
-    noise: a curve is the lowest by luck, and those beyond the largest size are missing.
+    Draws are moved onto the estimate, and by the bias of approach 1, their median less the law's own optimum: with
+    noise a curve is the lowest by luck, and those beyond the largest size are missing.
 
     Args:
       fitted: the fit of a law of params and tokens to the rows.
@@ -405,7 +406,7 @@ def bootstrap_envelope(
         return line.exponent, line.intercept + line.exponent * pivot
 
     try:
-        estimate, without_noise = np.array(at_pivot(rows["loss"])), np.array(at_pivot(np.exp(mean)))
+        estimate = np.array(at_pivot(rows["loss"]))
     except ValueError:
         return found
     for b in range(count):
@@ -415,8 +416,12 @@ def bootstrap_envelope(
         except ValueError:
             continue
     if np.isfinite(found[0]).any():
-        # What noise does to the median it did to the estimate.
-        found += (estimate + without_noise - 2 * np.nanmedian(found, axis=1))[:, None]
+        middle, ends = np.nanmedian(found, axis=1), [float(flops[0]), float(flops[-1]), float(np.exp(pivot))]
+        best = np.log(compute_optimal(law, fitted.theta[:, None], ends).params[:, 0])
+        optimum = np.array([(best[1] - best[0]) / np.log(ends[1] / ends[0]), best[2]])
+        bias = np.where(np.isfinite(optimum), middle - optimum, 0.0)
+        # What moves the median off the optimum moved the estimate.
+        found += (estimate - middle - bias)[:, None]
     return np.stack([found[0], found[1] - found[0] * pivot])
 
 

@@ -353,6 +353,15 @@ def envelope_draws(rows: Rows, config: ScalingConfig, count: int) -> np.ndarray:
     return isoflop.bootstrap_envelope(fit(rows, CHINCHILLA, squares), curves, count, noise_of=runs, seed=config.seed)
 
 
+def without_bias(line: isoflop.PowerLaw, draws: np.ndarray, rows: Rows) -> isoflop.PowerLaw:
+    """The power law in the middle of the draws of approach 1, which are moved by its bias; `line` without draws."""
+    if not np.isfinite(draws[0]).any():
+        return line
+    middle = float(np.log(rows["flops"]).mean())
+    exponent, height = (float(np.nanmedian(values)) for values in (draws[0], draws[1] + draws[0] * middle))
+    return line._replace(exponent=exponent, intercept=height - exponent * middle)
+
+
 def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     """Approach 1: the envelope of training curves; without a column `run`, runs of one size are read as one curve.
 
@@ -377,9 +386,14 @@ def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         doctor.left_out(rows, whole, moved),
         *doctor.examine_envelope(envelope, curves, draws, max(config.budgets), named=named),
     ]
-    result = describe_powers(law, draws, config, runs, findings) | {"approach": 1, "rows": len(rows)}
+    best = without_bias(law, draws, rows)
+    result = describe_powers(best, draws, config, runs, findings) | {"approach": 1, "rows": len(rows)}
+    result["envelope"] = law.exponent
     table = Table(("FLOPs", "parameters of the lowest curve", "loss"), pick(envelope.tolist(), 20))
-    lead = f"Approach 1: {runs} training curves, the lowest of them at {len(envelope)} FLOP counts."
+    lead = (
+        f"Approach 1: {runs} training curves, the lowest of them at {len(envelope)} FLOP counts. Their sizes grow as "
+    )
+    lead += f"C^{law.exponent:.3f}" + (f", C^{best.exponent:.3f} without bias." if best is not law else ".")
     own = [Section("Envelope", [partial(figures.envelope_figure, curves, envelope, law), table])]
     return FitPage(result, [lead], own)
 
@@ -405,7 +419,8 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
 
     def envelope() -> tuple[float, np.ndarray]:
         line, _ = isoflop.approach_1(rows, curve_labels(rows)[0])
-        return line.exponent, envelope_draws(rows, config, count)[0]
+        simulated = envelope_draws(rows, config, count)
+        return without_bias(line, simulated, rows).exponent, simulated[0]
 
     def parametric() -> tuple[float, np.ndarray]:
         if fitted is None or reason:
