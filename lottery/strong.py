@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from scipy.optimize import minimize_scalar
 
 from lottery import summary
 
@@ -354,6 +353,8 @@ def growth(x: Float[np.ndarray, " M"], log_counts: Float[np.ndarray, " M"]) -> l
     tries = np.log(x.max()) + np.linspace(-40.0, 20.0, 200)
     best = int(np.argmin([np.sum(left(gap) ** 2) for gap in tries]))
     around = tries[max(best - 1, 0)], tries[min(best + 1, len(tries) - 1)]
+    from scipy.optimize import minimize_scalar  # slow to import
+
     gap = float(minimize_scalar(lambda gap: float(np.sum(left(gap) ** 2)), bounds=around, method="bounded").x)
     constant = np.mean(y - np.log(x - x.min() + np.exp(gap)))
     found.append(law("linear", (float(constant), float(np.exp(gap) - x.min())), left(gap)))
