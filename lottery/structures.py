@@ -460,6 +460,7 @@ def numbered(path: str, stack: tuple[int, ...], parts: tuple[str, ...]) -> tuple
 
 
 def refuse_biases(attention: Mapping[str, PyTree], what: str) -> None:
-    """Raise ValueError if queries, keys or values have biases, which the functions on a decoder's heads leave alone."""
-    if biased := [name for name in ("query", "key", "value") if "bias" in attention[name]]:
-        raise ValueError(f"blocks/attention has biases on {', '.join(biased)}; heads with biases are not {what}")
+    """Raise ValueError if queries, keys or values have more than a kernel, which the functions on heads leave alone."""
+    for leaf, called in (("bias", "biases"), ("gain", "gains of a norm over all heads")):
+        if found := [name for name in ("query", "key", "value") if leaf in attention[name]]:
+            raise ValueError(f"blocks/attention has {called} on {', '.join(found)}; heads with {called} are not {what}")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from sharding.rules import path_name
 
-FULL_PRECISION = r"(^|/)router/"  # routers choose in float32
+FULL_PRECISION = r"(^|/)router/|/gain$"  # routers choose in float32, gains are small
 TIME = 1  # dimension of [B, T, D] along which the residual stream is split
 INSIDE = ("batch", "time", "width")  # inputs of a layer's first products
 RESIDUAL = ("batch", "sequence", "width")  # the residual stream and its updates

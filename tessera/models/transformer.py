@@ -9,7 +9,8 @@ not grow with the depth:
     blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
     blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
     with `qkv_bias` blocks/attention/{query [L, H, h], key [L, K, h], value [L, K, h]}/bias
-    with `qk_norm` blocks/attention/{query_norm, key_norm}/gain [L, h]
+    with `qk_norm` blocks/attention/{query_norm, key_norm}/gain [L, h], or with its scope "projection"
+        blocks/attention/{query [L, H, h], key [L, K, h]}/gain
 
 Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
@@ -89,7 +90,9 @@ class TransformerConfig:
       mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th.
       moe: the routed experts.
       qkv_bias: biases on queries, keys and values (Qwen2).
-      qk_norm: RMSNorm of every head's queries and keys before their rotation, one gain for all heads (Qwen3).
+      qk_norm: RMSNorm of the queries and keys before their rotation.
+      qk_norm_scope: what its mean square is over: each "head" by itself, one gain [h] for all heads (Qwen3), or the
+        whole "projection", all heads of a token together with a gain [H, h] (OLMoE, OLMo-2).
       rope_theta: base of the rotary wavelengths.
       rope_scaling: of the rotary wavelengths, for a longer context.
       norm_eps: epsilon of RMSNorm.
@@ -113,6 +116,7 @@ class TransformerConfig:
     moe: MoEConfig = MoEConfig()
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_scope: Literal["head", "projection"] = "head"
     rope_theta: float = 1e4
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
@@ -139,7 +143,7 @@ class TransformerConfig:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
             )
-        for name, choices in (("dtype", DTYPES), ("mlp", MLPS)):
+        for name, choices in (("dtype", DTYPES), ("mlp", MLPS), ("qk_norm_scope", ("head", "projection"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
         groups = self.remat_groups
@@ -207,19 +211,23 @@ def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 # (means, softmax, angles) are float32. Kernels are never fused, so that no sharded axis is ever sliced.
 
 
-def rms_norm(x: Float[Array, "*N D"], gain: Float[Array, " D"], eps: float = 1e-6) -> Float[Array, "*N D"]:
+def rms_norm(
+    x: Float[Array, "*N D"], gain: Float[Array, " D"], eps: float = 1e-6, axis: str | None = None
+) -> Float[Array, "*N D"]:
     """Divide by the root mean square over the last axis and scale: Zhang & Sennrich (2019), eq. 4.
 
     Args:
       x: activations of any float dtype.
       gain: one factor per channel.
       eps: added to the mean square, so that a zero vector stays zero.
+      axis: mesh axis inside `jax.shard_map` that splits the channels evenly; the mean is over all of them.
 
     Returns:
       An array of x's shape and dtype; the statistics are float32.
     """
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt((jax.lax.pmean(mean, axis) if axis else mean) + eps)
     # Spelled out because the tests forbid implicit rank promotion.
     gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale * gain).astype(x.dtype)
@@ -282,15 +290,20 @@ def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) ->
 
 
 def project_qkv(
-    params: PyTree, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], config: TransformerConfig
+    params: PyTree,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    config: TransformerConfig,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
     """Project to queries, keys and values, with biases, norms and rotary positions as `config` says.
 
     Args:
-      params: {query, key, value: {kernel, bias}, query_norm, key_norm: {gain}} of one block's attention.
+      params: {query, key, value: {kernel, bias, gain}, query_norm, key_norm: {gain}} of one block's attention.
       x_BTD: normalized residual stream.
       positions_BT: rotary positions.
       config: the model; H and K are those of the kernels.
+      axis: mesh axis inside `jax.shard_map` that splits the heads, over which a norm of the whole projection is taken.
     """
 
     def project(name: str) -> jax.Array:
@@ -299,7 +312,10 @@ def project_qkv(
             y_BTHh += params[name]["bias"].astype(y_BTHh.dtype)[None, None]
         if name == "value":
             return y_BTHh
-        if config.qk_norm:
+        if config.qk_norm and config.qk_norm_scope == "projection":
+            flat_BTN, gain_N = y_BTHh.reshape(*y_BTHh.shape[:2], -1), params[name]["gain"].reshape(-1)
+            y_BTHh = rms_norm(flat_BTN, gain_N, config.norm_eps, axis).reshape(y_BTHh.shape)
+        elif config.qk_norm:
             y_BTHh = rms_norm(y_BTHh, params[f"{name}_norm"]["gain"], config.norm_eps)
         return rope(y_BTHh, positions_BT, config.rope_theta, config.rope_scaling)
 
@@ -376,11 +392,12 @@ def _kernel_init(shape: tuple[int, ...], fan_in: int, scale: float) -> Callable[
 
 
 class HeadProjection(nn.Module):
-    """A kernel [D, H, h] and, if asked for, a bias [H, h] that starts at zero."""
+    """A kernel [D, H, h] and, if asked for, a bias [H, h] that starts at zero and a norm's gain [H, h], at one."""
 
     shape: tuple[int, int, int]
     scale: float = 1.0
     bias: bool = False
+    gain: bool = False
 
     @nn.compact
     def __call__(self) -> dict[str, Float[Array, "..."]]:
@@ -388,6 +405,8 @@ class HeadProjection(nn.Module):
         found = {"kernel": self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)}
         if self.bias:
             found["bias"] = self.param("bias", nn.initializers.zeros, self.shape[1:], jnp.float32)
+        if self.gain:
+            found["gain"] = self.param("gain", nn.initializers.ones, self.shape[1:], jnp.float32)
         return found
 
 
@@ -427,24 +446,26 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
+    """Causal grouped-query self-attention with rotary positions; `axis` is the mesh axis that splits the heads."""
 
     config: TransformerConfig
     attend: Attend = attention
+    axis: str | None = None
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Mix tokens; token t reads tokens 0..t in the order of the axis T."""
         c = self.config
         d, h, scale = c.width, c.head_size, c.init_scale
+        whole = c.qk_norm and c.qk_norm_scope == "projection"
         params = {
-            name: HeadProjection((d, heads, h), scale, c.qkv_bias, name=name)()
+            name: HeadProjection((d, heads, h), scale, c.qkv_bias, whole and name != "value", name=name)()
             for name, heads in (("query", c.heads), ("key", c.kv_size), ("value", c.kv_size))
         }
-        if c.qk_norm:
+        if c.qk_norm and not whole:
             params |= {name: Gain(h, name=name)() for name in ("query_norm", "key_norm")}
         output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
-        projected = project_qkv(params, x_BTD, positions_BT, c)
+        projected = project_qkv(params, x_BTD, positions_BT, c, self.axis)
         q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in projected)
         return from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKh), "attended"), output_HhD)
 
@@ -483,7 +504,8 @@ class Block(nn.Module):
 
     `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
     under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
-    residual stream is split along time. `expert_axes` are the mesh axes that split routed experts.
+    residual stream is split along time. `expert_axes` are the mesh axes that split routed experts; that of their width
+    splits the heads too.
     """
 
     config: TransformerConfig
@@ -503,7 +525,8 @@ class Block(nn.Module):
         c, constrain = self.config, self.constrain
         x_BSD = checkpoint_name(x_BSD, "residual")
         y_BTD = constrain(Norm(c.norm_eps, name="attention_norm")(x_BSD), INSIDE)
-        added_BSD = constrain(Attention(c, self.attend, name="attention")(y_BTD, positions_BT), RESIDUAL)
+        attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
+        added_BSD = constrain(attend(y_BTD, positions_BT), RESIDUAL)
         x_BSD += checkpoint_name(added_BSD, "attention")
         y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
         mlp = self.mlp or c.mlp

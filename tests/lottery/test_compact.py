@@ -90,11 +90,19 @@ def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
 
 
 @pytest.mark.parametrize("function", [compact.compact_decoder, align.open_decoder])
-def test_heads_with_biases_are_refused_and_not_forgotten(function):
-    config = TransformerConfig(vocab_size=8, layers=1, width=8, heads=2, ff=8, qkv_bias=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv_bias": True}, "biases on query, key, value"),
+        ({"qk_norm": True, "qk_norm_scope": "projection"}, "gains of a norm over all heads on query, key"),
+    ],
+    ids=["biases", "a norm over all heads"],
+)
+def test_heads_with_more_than_kernels_are_refused_and_nothing_is_forgotten(function, changes, message):
+    config = TransformerConfig(vocab_size=8, layers=1, width=8, heads=2, ff=8, **changes)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
-    with pytest.raises(ValueError, match="biases on query, key, value"):
+    with pytest.raises(ValueError, match=message):
         function(zeros)
 
 

@@ -25,7 +25,7 @@ ROUTED = {"mlp": "routed", "moe": EXPERTS}
 # Plan, options of the plan, changes of the model. The heavy rest is every pair and more triples.
 PLANS = [
     ("fsdp=2, tp=2, cp=2", {"sequence": True}, {"remat": "dots", "qkv_bias": True, "qk_norm": True}),
-    ("ep=4, tp=2", {}, ROUTED),
+    ("ep=4, tp=2", {}, ROUTED | {"qk_norm": True, "qk_norm_scope": "projection"}),
 ]
 MORE_PLANS = [
     ("fsdp=8", {}, {"tied": False, "remat": "full"}),
