@@ -1,4 +1,4 @@
-"""Hugging Face directories of Llama, Mistral, Mixtral, Qwen2 and Qwen3: config.json and safetensors, in and out.
+"""Hugging Face directories of the families in `FAMILIES`: config.json and safetensors, in and out.
 
 Tensors are read and written one at a time. Hugging Face stores a projection as [outputs, inputs], one tensor per layer
 (and expert); here it is [inputs, outputs] and stacked. Rotary channels are paired alike (i with i + h / 2).
@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ BLOCK = {
     "attention/query/bias": "model.layers.{l}.self_attn.q_proj.bias",
     "attention/key/bias": "model.layers.{l}.self_attn.k_proj.bias",
     "attention/value/bias": "model.layers.{l}.self_attn.v_proj.bias",
+    "attention/query/gain": "model.layers.{l}.self_attn.q_norm.weight",
+    "attention/key/gain": "model.layers.{l}.self_attn.k_norm.weight",
     "attention/query_norm/gain": "model.layers.{l}.self_attn.q_norm.weight",
     "attention/key_norm/gain": "model.layers.{l}.self_attn.k_norm.weight",
     "attention/key/kernel": "model.layers.{l}.self_attn.k_proj.weight",
@@ -53,10 +56,23 @@ BLOCK = {
     "mlp/gate/kernel": "model.layers.{l}.mlp.gate_proj.weight",
     "mlp/up/kernel": "model.layers.{l}.mlp.up_proj.weight",
     "mlp/down/kernel": "model.layers.{l}.mlp.down_proj.weight",
-    "mlp/router/kernel": "model.layers.{l}.block_sparse_moe.gate.weight",
-    "mlp/experts/gate/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
-    "mlp/experts/up/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
-    "mlp/experts/down/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
+    "mlp/router/kernel": "model.layers.{l}.mlp.gate.weight",
+    "mlp/experts/gate/kernel": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
+    "mlp/experts/up/kernel": "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
+    "mlp/experts/down/kernel": "model.layers.{l}.mlp.experts.{e}.down_proj.weight",
+    "mlp/shared/gate/kernel": "model.layers.{l}.mlp.shared_expert.gate_proj.weight",
+    "mlp/shared/up/kernel": "model.layers.{l}.mlp.shared_expert.up_proj.weight",
+    "mlp/shared/down/kernel": "model.layers.{l}.mlp.shared_expert.down_proj.weight",
+    "mlp/shared_gate/kernel": "model.layers.{l}.mlp.shared_expert_gate.weight",
+}
+# Families with other names.
+NAMES = {
+    "mixtral": {
+        "mlp/router/kernel": "model.layers.{l}.block_sparse_moe.gate.weight",
+        "mlp/experts/gate/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
+        "mlp/experts/up/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
+        "mlp/experts/down/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
+    },
 }
 # What transformers takes for an entry that config.json leaves out.
 LLAMA = {
@@ -82,7 +98,7 @@ MISTRAL = LLAMA | {
 MIXTRAL = MISTRAL | {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-    "num_local_experts": 8,
+    "num_experts": 8,
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
@@ -92,16 +108,55 @@ QWEN2 = LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
+QWEN2_MOE = QWEN2 | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "qkv_bias": True,
+}
+QWEN3_MOE = QWEN2 | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": 768,
+}
+OLMOE = LLAMA | {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts_per_tok"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 FAMILIES = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN2 | {"head_dim": 128},
+    "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
 }
 # Entries that change what the model computes and have no counterpart here, with the value that changes nothing.
 REFUSED = {
@@ -112,6 +167,9 @@ REFUSED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "clip_qkv": None,
+    "decoder_sparse_step": 1,  # from here on: layers without experts
+    "mlp_only_layers": [],
 }
 # Entries of rotary scaling by kind, as fields of `RopeScaling`.
 ROPE = {
@@ -148,8 +206,8 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     Raises:
       FileNotFoundError: no config.json.
       NotConvertible: not one of `FAMILIES`, or with an entry that changes what the model computes and has no
-        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights; or sizes
-        that are none.
+        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights, layers
+        without experts between routed ones; or sizes that are none.
       ValueError: a damaged config.json.
     """
     path = Path(directory) / CONFIG
@@ -159,6 +217,10 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     kind = found.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotConvertible(f"{path}: model_type={kind!r} has no counterpart here; {', '.join(FAMILIES)} load")
+    if "num_experts" in FAMILIES[kind] and "num_local_experts" in found:  # two names of one entry
+        count = found.pop("num_local_experts")
+        if found.setdefault("num_experts", count) != count:
+            raise NotConvertible(f"{path}: num_local_experts={count!r} and num_experts={found['num_experts']!r} differ")
     c = FAMILIES[kind] | found
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(c.get(name) or {}, dict):
@@ -239,10 +301,21 @@ def read_config(directory: Path | str) -> TransformerConfig:
 
 
 def _config(c: dict[str, Any]) -> TransformerConfig:
-    moe: dict[str, Any] = {}
-    if c["model_type"] == "mixtral":
-        router = RouterConfig("top_k", c["num_local_experts"], c["num_experts_per_tok"])
-        moe = {"mlp": "routed", "moe": MoEConfig(router=router)}
+    kind, moe = c["model_type"], {}
+    family = {name: c[name] for name in FAMILIES[kind]}  # what others have of config.json changes nothing
+    if "num_experts" in family:
+        # A softmax over the chosen experts is one over all, divided by the sum of the chosen.
+        softmax = "after" if family.get("norm_topk_prob", True) else "before"
+        router = RouterConfig("top_k", c["num_experts"], c["num_experts_per_tok"], softmax)
+        width = family.get("moe_intermediate_size", 0)
+        shared, rest = divmod(family.get("shared_expert_intermediate_size", 0), width or 1)
+        if rest:
+            raise NotConvertible(
+                f"shared_expert_intermediate_size={c['shared_expert_intermediate_size']} is no multiple of "
+                f"moe_intermediate_size={width}"
+            )
+        experts = MoEConfig(ff=width, shared=shared, shared_gate=shared > 0, router=router)
+        moe = {"mlp": "routed", "moe": experts}
     return TransformerConfig(
         vocab_size=c["vocab_size"],
         layers=c["num_hidden_layers"],
@@ -251,8 +324,9 @@ def _config(c: dict[str, Any]) -> TransformerConfig:
         kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
         head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
         ff=c["intermediate_size"],
-        qkv_bias=c["model_type"] == "qwen2",
-        qk_norm=c["model_type"] == "qwen3",
+        qkv_bias=kind == "qwen2" or bool(family.get("qkv_bias")),
+        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
+        qk_norm_scope="projection" if kind == "olmoe" else "head",
         rope_theta=float(c["rope_theta"]),
         rope_scaling=_rope_scaling(c),
         norm_eps=float(c["rms_norm_eps"]),
@@ -277,25 +351,14 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
     Raises:
       NotConvertible: a model of none of the `FAMILIES`.
     """
-    routed = config.mlp == "routed"
-    moe, router = config.moe, config.moe.router
-    plain = moe.every == 1 and moe.plain
-    weights = router.name == "top_k" and router.softmax == "after" and router.scale == 1 and not router.bias
-    if routed and not (plain and weights and moe.mixture.dispatch != "capacity"):
-        raise NotConvertible(
-            "Mixtral has SwiGLU experts in every layer, weighted by a softmax over the chosen ones, without shared "
-            "experts, biases or capacity; this model's moe differs"
-        )
-    if config.qkv_bias and config.qk_norm or routed and (config.qkv_bias or config.qk_norm):
-        raise NotConvertible("no family has qkv_bias together with qk_norm, or either with routed experts")
-    kind = "mixtral" if routed else "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    kind, moe, router = _family(config), config.moe, config.moe.router
     scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling.kind != "none":
         fields = {name: getattr(scaling, ROPE[name]) for name in ROPE_KINDS[scaling.kind]}
         rope |= {"rope_type": scaling.kind} | {name: value for name, value in fields.items() if value}
     values = {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "architectures": ["".join(part.capitalize() for part in kind.split("_")) + "ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.layers,
@@ -303,18 +366,62 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_size,
         "head_dim": config.head_size,
-        "intermediate_size": moe.width_of(config.ff_size) if routed else config.ff_size,
+        "intermediate_size": config.ff_size,
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
     }
-    if routed:
-        values |= {"num_local_experts": router.experts, "num_experts_per_tok": router.k, "sliding_window": None}
+    if config.mlp == "routed":
+        width, known = moe.width_of(config.ff_size), FAMILIES[kind]
+        count = "num_local_experts" if kind == "mixtral" else "num_experts"
+        values |= {count: router.experts, "num_experts_per_tok": router.k}
+        found = {
+            "sliding_window": None,
+            "norm_topk_prob": router.softmax == "after",
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": moe.shared * width,
+            "qkv_bias": config.qkv_bias,
+        }
+        values |= {name: value for name, value in found.items() if name in known}
+        if "moe_intermediate_size" not in known:
+            values["intermediate_size"] = width
     elif kind == "llama":
         values |= {"attention_bias": False, "mlp_bias": False}
     return values | more
+
+
+def _family(config: TransformerConfig) -> str:
+    """The key of `FAMILIES` whose models are built like this one."""
+    moe, router = config.moe, config.moe.router
+    whole = config.qk_norm and config.qk_norm_scope == "projection"
+    if config.qkv_bias and config.qk_norm:
+        raise NotConvertible("no family has qkv_bias together with qk_norm")
+    if config.mlp != "routed":
+        if whole:
+            raise NotConvertible("no family without routed experts has qk_norm_scope='projection' in pre-norm blocks")
+        return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    plain = moe.every == 1 and replace(moe, shared=0, shared_gate=False).plain and moe.mixture.dispatch != "capacity"
+    if not (plain and router.name == "top_k" and router.scale == 1 and not router.bias):
+        raise NotConvertible(
+            "Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE have SwiGLU experts in every layer, of the router top_k, without "
+            "biases or capacity; this model's moe differs"
+        )
+    if moe.shared and moe.shared_gate and not config.qk_norm:
+        return "qwen2_moe"
+    if moe.shared:
+        raise NotConvertible("of the routed families only Qwen2-MoE has shared experts, with shared_gate, no qk_norm")
+    if whole and config.head_size * config.heads != config.width:
+        raise NotConvertible(
+            f"OLMoE has heads of width / heads channels, not head_dim={config.head_size} of width={config.width}"
+        )
+    if config.qkv_bias or (router.softmax == "before" and not config.qk_norm):
+        raise NotConvertible(
+            "Mixtral has no qkv_bias and weighs by a softmax over the chosen experts (softmax='after'); of the routed "
+            "families only Qwen2-MoE has biases, only Qwen2-MoE, Qwen3-MoE and OLMoE softmax='before'"
+        )
+    return "olmoe" if whole else "qwen3_moe" if config.qk_norm else "mixtral"
 
 
 def load_directory(
@@ -524,7 +631,8 @@ def _names(path: str, config: TransformerConfig) -> Iterator[tuple[tuple[int, ..
     if path in SHARED:
         yield (), SHARED[path]
         return
-    pattern = BLOCK[path.removeprefix("blocks/")]
+    path = path.removeprefix("blocks/")
+    pattern = NAMES.get(_family(config), {}).get(path) or BLOCK[path]
     for layer in range(config.layers):
         if "{e}" not in pattern:
             yield (layer,), pattern.format(l=layer)
@@ -545,7 +653,7 @@ def _check_shape(name: str, found: tuple[int, ...], path: str, shape: tuple[int,
 
 def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape on disk, [outputs, inputs] for a projection, of one layer's leaf."""
-    if path.endswith("bias"):
+    if path.endswith(("bias", "gain")):
         return (int(np.prod(shape)),)
     if not path.endswith("kernel"):
         return shape

@@ -72,7 +72,7 @@ def repeat_heads(params: PyTree, times: int) -> PyTree:
     """Every key/value head `times` times: the same model, with a copy for each device that needs it."""
 
     def repeat(path: tuple, leaf: Any) -> Any:
-        if not re.search(r"attention/(key|value)/kernel$", path_name(path)):
+        if not re.search(r"attention/(key|value)/(kernel|bias|gain)$", path_name(path)):
             return leaf
         if not is_quantized(leaf):
             return jnp.repeat(leaf, times, axis=-2)

@@ -529,6 +529,70 @@ MODELS = {
             },
         },
     ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "hidden_size": 16,
+            "head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "rope_theta": 100.0,
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 24,
+            "rope_theta": 100.0,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
+    "qwen2_moe-normalized": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_theta": 100.0,
+            "rms_norm_eps": 1e-2,
+            "eos_token_id": 3,
+        },
+    ),
+    "olmoe-normalized": (
+        "Olmoe",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 8,
+            "num_key_value_heads": None,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "eos_token_id": 3,
+        },
+    ),
 }
 
 
@@ -536,21 +600,28 @@ def make_huggingface():
     """Directories that transformers writes, and their logits.
 
     `exported_config.json` beside them is what our export writes for the same model (a test says so); here transformers
-    reads the same tensors with that configuration and must compute the same logits to the last bit.
+    reads the same tensors with that configuration and must compute the same logits to the last bit. `defaults.json`
+    holds what transformers takes for entries that a config.json leaves out.
     """
+    kinds = sorted({kind for kind, _ in MODELS.values()})
+    defaults = [getattr(transformers, f"{kind}Config")().to_dict() for kind in kinds]
+    text = json.dumps({one["model_type"]: one for one in defaults}, indent=1, sort_keys=True)
+    (HERE / "huggingface" / "defaults.json").write_text(text + "\n")
     tokens = np.random.default_rng(0).integers(0, 64, (3, 12))
     found = {"tokens": tokens.astype(np.int32)}
     for name, (kind, more) in MODELS.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            **more,
+            **{
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+            }
+            | more
         )
         architecture = getattr(transformers, f"{kind}ForCausalLM")
         model = architecture(config).eval()
@@ -558,11 +629,17 @@ def make_huggingface():
             for path, parameter in model.named_parameters():
                 if parameter.ndim == 1:  # biases start at 0 and gains at 1, where they cannot be told from absent ones
                     torch.nn.init.normal_(parameter, float("norm" in path), 0.5)
+                elif more.get("num_experts"):  # 0.02 at first: experts would be chosen by next to nothing
+                    torch.nn.init.normal_(parameter, 0.0, 0.4)
         directory = HERE / "huggingface" / name
         model.save_pretrained(directory)
         (directory / "generation_config.json").unlink()
         with torch.no_grad():
             found[name] = logits = model(torch.tensor(tokens)).logits
+            drawn = torch.tensor(tokens)
+            for _ in range(6):
+                drawn = torch.cat([drawn, model(drawn).logits[:, -1:].argmax(-1)], 1)
+            found[f"{name}.greedy"] = drawn[:, tokens.shape[1] :].int()
         exported = HERE / "huggingface" / f"{name}.exported_config.json"
         if exported.exists():
             copy = HERE / "huggingface" / "copy"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
+from sharding.inference.sample import greedy
+from sharding.plan import Plan
 from tessera.models.transformer import Decoder, RopeScaling, TransformerConfig
 from tessera.serving import huggingface
 from tessera.serving.huggingface import (
@@ -18,7 +23,10 @@ from tessera.serving.huggingface import (
     load_directory,
     read_config,
     save_directory,
+    write_config,
 )
+from tessera.serving.programs import ServeConfig, make_programs
+from tessera.serving.served import serve
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface"
 SIZES = {
@@ -43,15 +51,18 @@ def tensors(directory):
 
 
 MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3")
+ROUTED = ("qwen3_moe", "qwen2_moe", "qwen2_moe-normalized", "olmoe", "olmoe-normalized")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + ROUTED)
 def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name, tmp_path, golden):
     theirs, case = GOLDEN / name, golden("huggingface")
     assert is_directory(theirs)
     params, config = load_directory(theirs)
-    found = jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(case["tokens"]))
-    np.testing.assert_allclose(found, case[name], atol=1e-4)
+    drawn = np.concatenate([case["tokens"], case[f"{name}.greedy"]], 1)
+    found = jax.jit(Decoder(config).apply)({"params": params}, drawn)
+    np.testing.assert_allclose(found[:, :12], case[name], atol=1e-4)
+    assert np.array_equal(found[:, 11:-1].argmax(-1), case[f"{name}.greedy"])
 
     save_directory(tmp_path / "ours", params, config, shard_bytes=20_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
@@ -64,6 +75,31 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
     # With this file and the same tensors transformers computes the same logits: `make golden` asserts it.
     exported = (GOLDEN / f"{name}.exported_config.json").read_text()
     assert (tmp_path / "ours" / "config.json").read_text() == exported
+
+
+PLANS = [("olmoe", "ep=2, tp=4"), ("qwen2_moe", "ep=2, tp=4")]
+SLOW_PLANS = [
+    *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
+    *((name, axes) for name in ("qwen2", "qwen3") for axes in ("tp=4", "pp=2, tp=2")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    PLANS + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PLANS if case not in PLANS],
+)
+def test_a_plan_draws_the_greedy_tokens_of_transformers(name, axes, golden):
+    params, config = load_directory(GOLDEN / name)
+    case, steps = golden("huggingface"), 5
+    prompts = np.resize(case["tokens"], (8, 12)).astype(np.int32)
+    params, served = serve(params, config, Plan(axes))
+    programs = make_programs(served, ServeConfig(slots=8, length=24, chunk=12, steps=steps))
+    params = programs.place(params)
+    state, logits = programs.prefill(params, prompts, np.full(8, 12, np.int32))
+    first = np.asarray(logits).argmax(-1)
+    _, drawn = programs.generate(params, state, first, np.full(8, steps, np.int32), greedy(8))
+    found = np.concatenate([first[None], np.asarray(drawn.tokens)]).T
+    assert np.array_equal(found, np.resize(case[f"{name}.greedy"], (8, 6)))
 
 
 def test_what_has_no_counterpart_is_refused(tmp_path):
@@ -156,6 +192,54 @@ UNREADABLE = {
     "another scaling": ("llama", {"rope_parameters": {"rope_type": "longrope"}}, None, "longrope"),
     "a window": ("mixtral", {"sliding_window": 16}, None, "sliding_window=16"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
+    "experts of another activation": ("olmoe", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
+    "clipped queries": ("olmoe", {"clip_qkv": 8.0}, None, "clip_qkv=8.0"),
+    "a window of OLMoE": ("olmoe", {"sliding_window": 4}, None, "sliding_window=4"),
+    "a window of Qwen": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 4},
+        None,
+        "sliding_window=4, use_sliding_window=True",
+    ),
+    "biases of Qwen3-MoE": ("qwen3_moe", {"attention_bias": True}, None, "attention_bias=True"),
+    "dense layers by number": ("qwen3_moe", {"mlp_only_layers": [1]}, None, r"mlp_only_layers=\[1\]"),
+    "dense layers by step": ("qwen2_moe", {"decoder_sparse_step": 2}, None, "decoder_sparse_step=2"),
+    "two numbers of experts": ("qwen3_moe", {"num_experts": 8}, None, "num_local_experts=4 and num_experts=8 differ"),
+    "no experts": ("qwen2_moe", {"num_experts": 0}, None, "num_experts=0 must be a whole number above 0"),
+    "more choices than experts": ("olmoe", {"num_experts_per_tok": 5}, None, "5"),
+    "another width of experts": ("qwen2_moe", {"moe_intermediate_size": 12}, None, r"config.json asks for \(16, 12\)"),
+    "a broken shared expert": (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 20},
+        None,
+        "shared_expert_intermediate_size=20 is no multiple of moe_intermediate_size=8",
+    ),
+    "biases left over": ("qwen2_moe", {"qkv_bias": False}, None, r"6 tensors .*self_attn\.k_proj\.bias"),
+    "biases missing": ("qwen2_moe-normalized", {"qkv_bias": True}, None, r"no tensor .*self_attn\.k_proj\.bias"),
+    "norms of heads": (
+        "olmoe",
+        {"model_type": "qwen3_moe", "moe_intermediate_size": 8},
+        None,
+        r"k_norm.* has shape \(8,\); .* asks for \(4,\)",
+    ),
+    "a dense layer in the file": (
+        "qwen3_moe",
+        {},
+        lambda found: [found.pop(name) for name in list(found) if "layers.1.mlp.experts" in name],
+        r"no tensor model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight.* and 7 more",
+    ),
+    "an expert missing": (
+        "olmoe",
+        {},
+        lambda found: found.pop("model.layers.0.mlp.experts.3.up_proj.weight"),
+        r"no tensor model\.layers\.0\.mlp\.experts\.3\.up_proj\.weight",
+    ),
+    "a shared expert nobody asks for": (
+        "olmoe",
+        {},
+        add("model.layers.0.mlp.shared_expert.up_proj.weight", "model.norm.weight"),
+        "shared_expert",
+    ),
 }
 
 
@@ -198,20 +282,39 @@ def test_other_safetensors_in_the_directory_are_not_read(tmp_path):
         load_directory(made)
 
 
-# Defaults of LlamaConfig and MixtralConfig of transformers 5.24.
+@pytest.mark.parametrize("kind", huggingface.FAMILIES)
+def test_what_a_config_leaves_out_is_its_familys_default(kind):
+    defaults = json.loads((GOLDEN / "defaults.json").read_text())[kind]
+    defaults |= {name: value for name, value in defaults["rope_parameters"].items() if name == "rope_theta"}
+    defaults["num_experts"] = defaults.get("num_local_experts", defaults.get("num_experts"))
+    ours = dict(huggingface.FAMILIES[kind])
+    ours["num_key_value_heads"] = ours["num_key_value_heads"] or ours["num_attention_heads"]
+    ours["head_dim"] = ours["head_dim"] or ours["hidden_size"] // ours["num_attention_heads"]
+    defaults["head_dim"] = defaults.get("head_dim") or defaults["hidden_size"] // defaults["num_attention_heads"]
+    assert ours == {name: defaults[name] for name in ours}
+
+
+# Models of no family: changes of a routed model, the message.
 @pytest.mark.parametrize(
-    ("name", "left_out", "field", "value"),
+    ("changes", "message"),
     [
-        ("llama", "rope_parameters", "rope_theta", 1e4),
-        ("llama", "rms_norm_eps", "norm_eps", 1e-6),
-        ("llama", "num_key_value_heads", "kv_size", 4),
-        ("llama", "tie_word_embeddings", "tied", False),
-        ("mixtral", "rope_parameters", "rope_theta", 1e6),
-        ("mixtral", "rms_norm_eps", "norm_eps", 1e-5),
+        ({"qkv_bias": True}, "no qkv_bias"),
+        ({"qkv_bias": True, "qk_norm": True}, "qkv_bias together with qk_norm"),
+        ({"mlp": "swiglu", "qk_norm": True, "qk_norm_scope": "projection"}, "qk_norm_scope='projection'"),
+        ({"qk_norm": True, "qk_norm_scope": "projection", "head_dim": 2}, "head_dim=2 of width=8"),
+        ({"moe": {"shared": 1}}, "shared_gate"),
+        ({"moe": {"shared": 1, "shared_gate": True}, "qk_norm": True}, "no qk_norm"),
+        ({"moe": {"biases": True}}, "without biases or capacity"),
+        ({"moe": {"every": 2}}, "experts in every layer"),
+        ({"moe": {"router": RouterConfig(experts=4, softmax="before")}}, "softmax='before'"),
+        ({"moe": {"router": RouterConfig(experts=4, scale=2.0)}}, "moe differs"),
     ],
+    ids=str,
 )
-def test_what_a_config_leaves_out_is_its_familys_default(name, left_out, field, value, tmp_path):
-    assert getattr(read_config(tampered(tmp_path / "model", name, {left_out: ABSENT})), field) == value
+def test_a_model_of_no_family_is_not_exported(changes, message):
+    moe = MoEConfig(**{"router": RouterConfig(experts=4)} | changes.get("moe", {}))
+    with pytest.raises(NotConvertible, match=message):
+        write_config(dataclasses.replace(SMALL, **{"mlp": "routed"} | changes | {"moe": moe}))
 
 
 def test_rotary_scaling_by_its_old_name(tmp_path):
