@@ -1,4 +1,4 @@
-"""A decoder-only transformer: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A decoder-only transformer: RMSNorm, pre-norm or post-norm, rotary positions, grouped-query attention, SwiGLU.
 
 The modules only declare parameters and call pure functions. Parameters are plain nested dicts of float32
 arrays; with `scan` (the default) those of all blocks are stacked along a leading layer axis L, so that the program does
@@ -96,6 +96,8 @@ class TransformerConfig:
       rope_theta: base of the rotary wavelengths.
       rope_scaling: of the rotary wavelengths, for a longer context.
       norm_eps: epsilon of RMSNorm.
+      norm_position: where the norms of attention and of the feed-forward layer are: "pre", on what these read, or
+        "post", on what they add to the residual stream, which they read as it is (OLMo-2).
       tied: the output layer reads the transposed embedding table.
       dtype: "float32" or "bfloat16" (mixed precision), for activations; parameters, softmax, statistics and logits
         are float32.
@@ -120,6 +122,7 @@ class TransformerConfig:
     rope_theta: float = 1e4
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
+    norm_position: Literal["pre", "post"] = "pre"
     tied: bool = True
     dtype: str = "float32"
     remat: str = "none"
@@ -143,7 +146,8 @@ class TransformerConfig:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
             )
-        for name, choices in (("dtype", DTYPES), ("mlp", MLPS), ("qk_norm_scope", ("head", "projection"))):
+        choices_of = {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post")}
+        for name, choices in ({"dtype": DTYPES, "mlp": MLPS} | choices_of).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
         groups = self.remat_groups
@@ -500,7 +504,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Block(nn.Module):
-    """One pre-norm block; returns (activations, None) as a scan over layers wants it.
+    """One block; returns (activations, None) as a scan over layers wants it.
 
     `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
     under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
@@ -524,18 +528,20 @@ class Block(nn.Module):
         """Add attention, then the feed-forward layer, to the residual stream; token ids are for hash routing."""
         c, constrain = self.config, self.constrain
         x_BSD = checkpoint_name(x_BSD, "residual")
-        y_BTD = constrain(Norm(c.norm_eps, name="attention_norm")(x_BSD), INSIDE)
+        mlp, post = self.mlp or c.mlp, c.norm_position == "post"
+
+        def added(name: str, x_BSD: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            norm = Norm(c.norm_eps, name=f"{name}_norm")
+            y_BSD = constrain(layer(constrain(x_BSD if post else norm(x_BSD), INSIDE)), RESIDUAL)
+            return checkpoint_name(norm(y_BSD) if post else y_BSD, name)
+
         attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
-        added_BSD = constrain(attend(y_BTD, positions_BT), RESIDUAL)
-        x_BSD += checkpoint_name(added_BSD, "attention")
-        y_BTD = constrain(Norm(c.norm_eps, name="mlp_norm")(x_BSD), INSIDE)
-        mlp = self.mlp or c.mlp
+        x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT))
         if mlp == "routed":
-            added_BSD = routed(c, "mlp", self.expert_axes)(y_BTD, tokens_BT=tokens_BT)
+            feed = functools.partial(routed(c, "mlp", self.expert_axes), tokens_BT=tokens_BT)
         else:
-            added_BSD = MLPS[mlp](c, name="mlp")(y_BTD)
-        x_BSD += checkpoint_name(constrain(added_BSD, RESIDUAL), "mlp")
-        return x_BSD, None
+            feed = MLPS[mlp](c, name="mlp")
+        return x_BSD + added("mlp", x_BSD, feed), None
 
 
 class Unit(nn.Module):

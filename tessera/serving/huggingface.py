@@ -67,6 +67,10 @@ BLOCK = {
 }
 # Families with other names.
 NAMES = {
+    "olmo2": {
+        "attention_norm/gain": "model.layers.{l}.post_attention_layernorm.weight",
+        "mlp_norm/gain": "model.layers.{l}.post_feedforward_layernorm.weight",
+    },
     "mixtral": {
         "mlp/router/kernel": "model.layers.{l}.block_sparse_moe.gate.weight",
         "mlp/experts/gate/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
@@ -131,14 +135,13 @@ QWEN3_MOE = QWEN2 | {
     "norm_topk_prob": False,
     "moe_intermediate_size": 768,
 }
-OLMOE = LLAMA | {
-    "vocab_size": 50304,
+OLMO2 = LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+OLMOE = OLMO2 | {
     "hidden_size": 2048,
     "intermediate_size": 2048,
     "num_hidden_layers": 16,
     "num_attention_heads": 16,
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
     "num_experts": 64,
     "num_experts_per_tok": 8,
     "norm_topk_prob": False,
@@ -156,6 +159,7 @@ FAMILIES = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN2 | {"head_dim": 128},
     "qwen3_moe": QWEN3_MOE,
+    "olmo2": OLMO2,
     "olmoe": OLMOE,
 }
 # Entries that change what the model computes and have no counterpart here, with the value that changes nothing.
@@ -325,8 +329,9 @@ def _config(c: dict[str, Any]) -> TransformerConfig:
         head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
         ff=c["intermediate_size"],
         qkv_bias=kind == "qwen2" or bool(family.get("qkv_bias")),
-        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
-        qk_norm_scope="projection" if kind == "olmoe" else "head",
+        qk_norm=kind in ("qwen3", "qwen3_moe", "olmo2", "olmoe"),
+        qk_norm_scope="projection" if kind in ("olmo2", "olmoe") else "head",
+        norm_position="post" if kind == "olmo2" else "pre",
         rope_theta=float(c["rope_theta"]),
         rope_scaling=_rope_scaling(c),
         norm_eps=float(c["rms_norm_eps"]),
@@ -398,9 +403,14 @@ def _family(config: TransformerConfig) -> str:
     whole = config.qk_norm and config.qk_norm_scope == "projection"
     if config.qkv_bias and config.qk_norm:
         raise NotConvertible("no family has qkv_bias together with qk_norm")
+    if config.norm_position == "post" or (whole and config.mlp != "routed"):
+        if not (config.norm_position == "post" and whole and config.mlp != "routed"):
+            raise NotConvertible(
+                "OLMo-2 has norm_position='post' and, without routed experts, qk_norm over the 'projection'; no family "
+                "has one without the other"
+            )
+        return "olmo2"
     if config.mlp != "routed":
-        if whole:
-            raise NotConvertible("no family without routed experts has qk_norm_scope='projection' in pre-norm blocks")
         return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     plain = moe.every == 1 and replace(moe, shared=0, shared_gate=False).plain and moe.mixture.dispatch != "capacity"
     if not (plain and router.name == "top_k" and router.scale == 1 and not router.bias):

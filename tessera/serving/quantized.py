@@ -82,13 +82,19 @@ def watch(
     """What every kernel of a block reads: name -> `Calibration`, or one per expert."""
     a, positions = block["attention"], jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
     positions_NT = jnp.broadcast_to(positions[None], x_NTD.shape[:2])
-    y_NTD = rms_norm(x_NTD, jnp.asarray(block["attention_norm"]["gain"]), config.norm_eps)
+
+    def norm(name: str, x: jax.Array, position: str) -> jax.Array:
+        here = config.norm_position == position
+        return rms_norm(x, jnp.asarray(block[f"{name}_norm"]["gain"]), config.norm_eps) if here else x
+
+    y_NTD = norm("attention", x_NTD, "pre")
     mixed_NTHh = attention(*project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config))
     inner = observe(y_NTD.reshape(-1, config.width))
     seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
     seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))
-    x_NTD = x_NTD + jnp.einsum("nthk,hkd->ntd", mixed_NTHh, jnp.asarray(a["output"]["kernel"]))
-    y_MD = rms_norm(x_NTD, jnp.asarray(block["mlp_norm"]["gain"]), config.norm_eps).reshape(-1, config.width)
+    added_NTD = jnp.einsum("nthk,hkd->ntd", mixed_NTHh, jnp.asarray(a["output"]["kernel"]))
+    x_NTD = x_NTD + norm("attention", added_NTD, "post")
+    y_MD = norm("mlp", x_NTD, "pre").reshape(-1, config.width)
     if mlp != "routed":
         seen |= _watch_feed(block["mlp"], y_MD)
         return seen

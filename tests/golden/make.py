@@ -568,6 +568,17 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "olmo2": (
+        "Olmo2",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "head_dim": 6,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
+            "eos_token_id": 3,
+        },
+    ),
     "olmoe": (
         "Olmoe",
         {
@@ -629,7 +640,7 @@ def make_huggingface():
             for path, parameter in model.named_parameters():
                 if parameter.ndim == 1:  # biases start at 0 and gains at 1, where they cannot be told from absent ones
                     torch.nn.init.normal_(parameter, float("norm" in path), 0.5)
-                elif more.get("num_experts"):  # 0.02 at first: experts would be chosen by next to nothing
+                elif "_moe" in name or "olmo" in name:  # 0.02 at first: experts would be chosen by next to nothing
                     torch.nn.init.normal_(parameter, 0.0, 0.4)
         directory = HERE / "huggingface" / name
         model.save_pretrained(directory)

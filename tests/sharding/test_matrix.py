@@ -21,11 +21,12 @@ BATCH = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int
 
 EXPERTS = MoEConfig(shared=1, balance=0.1, z=0.1)  # 8 experts, top 2
 ROUTED = {"mlp": "routed", "moe": EXPERTS}
+OLMO2 = {"qk_norm": True, "qk_norm_scope": "projection", "norm_position": "post"}
 
 # Plan, options of the plan, changes of the model. The heavy rest is every pair and more triples.
 PLANS = [
     ("fsdp=2, tp=2, cp=2", {"sequence": True}, {"remat": "dots", "qkv_bias": True, "qk_norm": True}),
-    ("ep=4, tp=2", {}, ROUTED | {"qk_norm": True, "qk_norm_scope": "projection"}),
+    ("ep=4, tp=2", {}, ROUTED | OLMO2),
 ]
 MORE_PLANS = [
     ("fsdp=8", {}, {"tied": False, "remat": "full"}),
@@ -38,6 +39,7 @@ MORE_PLANS = [
     ("ep=8", {}, {}),
     ("tp=4, dp=2", {}, {"scan": False}),
     ("tp=8", {"sequence": True}, {}),
+    ("fsdp=2, tp=4", {"sequence": True}, OLMO2 | {"kv_heads": 4}),
     ("cp=8", {}, {}),
     ("cp=8", {"context": "all_to_all"}, {}),
     ("dp=4, fsdp=2", {}, {}),

@@ -50,7 +50,7 @@ def tensors(directory):
     }
 
 
-MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3")
+MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3", "olmo2")
 ROUTED = ("qwen3_moe", "qwen2_moe", "qwen2_moe-normalized", "olmoe", "olmoe-normalized")
 
 
@@ -80,7 +80,7 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
 PLANS = [("olmoe", "ep=2, tp=4"), ("qwen2_moe", "ep=2, tp=4")]
 SLOW_PLANS = [
     *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
-    *((name, axes) for name in ("qwen2", "qwen3") for axes in ("tp=4", "pp=2, tp=2")),
+    *((name, axes) for name in ("qwen2", "qwen3", "olmo2") for axes in ("tp=4", "pp=2, tp=2")),
 ]
 
 
@@ -300,7 +300,9 @@ def test_what_a_config_leaves_out_is_its_familys_default(kind):
     [
         ({"qkv_bias": True}, "no qkv_bias"),
         ({"qkv_bias": True, "qk_norm": True}, "qkv_bias together with qk_norm"),
-        ({"mlp": "swiglu", "qk_norm": True, "qk_norm_scope": "projection"}, "qk_norm_scope='projection'"),
+        ({"mlp": "swiglu", "qk_norm": True, "qk_norm_scope": "projection"}, "OLMo-2 has norm_position='post'"),
+        ({"mlp": "swiglu", "norm_position": "post"}, "OLMo-2 has norm_position='post'"),
+        ({"qk_norm": True, "qk_norm_scope": "projection", "norm_position": "post"}, "without routed experts"),
         ({"qk_norm": True, "qk_norm_scope": "projection", "head_dim": 2}, "head_dim=2 of width=8"),
         ({"moe": {"shared": 1}}, "shared_gate"),
         ({"moe": {"shared": 1, "shared_gate": True}, "qk_norm": True}, "no qk_norm"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,12 @@ from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig, stored_bytes
 from sharding.plan import Plan
 from tessera.data.text import ByteTokenizer
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Attention, Block, Decoder, SwiGLU, TransformerConfig
 from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.engine import generate_all
 from tessera.serving.load import SourceConfig, make_engine, read_calibration, read_ticket
 from tessera.serving.programs import ServeConfig, make_programs
-from tessera.serving.quantized import quantise_decoder
+from tessera.serving.quantized import quantise_decoder, watch
 from tessera.serving.requests import Sampling
 from tessera.serving.served import serve
 
@@ -53,6 +54,25 @@ def test_a_decoder_with_quantised_kernels_is_near(config):
     # tested in tests/sharding/inference.
     assert error[8, "rtn"] < 1e-3 < error[4, "gptq"] < 0.2
     assert error[4, "rtn"] < 0.2 and error[4, "awq"] < 0.2
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_calibration_sees_what_the_kernels_of_a_block_read(norm_position):
+    config = replace(DENSE, layers=1, scan=False, norm_position=norm_position)
+    block, read = weights(config)["blocks_0"], {}
+    block["attention_norm"]["gain"], block["mlp_norm"]["gain"] = 1.5 * jnp.ones(16), 0.5 * jnp.ones(16)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+
+    def record(call, args, options, context):
+        if isinstance(context.module, Attention | SwiGLU):
+            read[type(context.module)] = args[0]
+        return call(*args, **options)
+
+    with nn.intercept_methods(record):
+        Block(config).apply({"params": block}, x, jnp.broadcast_to(jnp.arange(5), (2, 5)))
+    seen = watch(block, x, np.zeros((2, 5), np.int32), config, "swiglu")
+    for kernel, layer in (("query", Attention), ("gate", SwiGLU)):
+        np.testing.assert_allclose(seen[kernel].magnitude, np.abs(read[layer]).sum((0, 1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("axes", ["", pytest.param("tp=4, dp=2", marks=pytest.mark.slow)])
