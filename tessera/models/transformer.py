@@ -537,6 +537,7 @@ class Block(nn.Module):
 
         attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
         x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT))
+        feed: Callable[..., jax.Array]
         if mlp == "routed":
             feed = functools.partial(routed(c, "mlp", self.expert_axes), tokens_BT=tokens_BT)
         else:

@@ -163,7 +163,7 @@ FAMILIES = {
     "olmoe": OLMOE,
 }
 # Entries that change what the model computes and have no counterpart here, with the value that changes nothing.
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
@@ -305,7 +305,8 @@ def read_config(directory: Path | str) -> TransformerConfig:
 
 
 def _config(c: dict[str, Any]) -> TransformerConfig:
-    kind, moe = c["model_type"], {}
+    moe: dict[str, Any] = {}
+    kind = c["model_type"]
     family = {name: c[name] for name in FAMILIES[kind]}  # what others have of config.json changes nothing
     if "num_experts" in family:
         # A softmax over the chosen experts is one over all, divided by the sum of the chosen.
