@@ -457,7 +457,7 @@ def load_directory(
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def _reader(directory: Path, tensors: dict[str, Any]) -> Callable[[str], np.ndarray]:
