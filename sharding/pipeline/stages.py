@@ -120,7 +120,7 @@ def stack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
 
     def arrange(leaf: Any) -> jax.Array:
         placed = jnp.take(leaf, np.maximum(layout.index, 0), axis=0)
-        return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), placed, jnp.zeros((), leaf.dtype))
+        return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), placed, jnp.zeros((), placed.dtype))
 
     return jax.tree.map(arrange, layers)
 
