@@ -77,15 +77,19 @@ def start(directory: Path, cpus: int = 4) -> dict[str, str]:
         f"--{name}={munge / value}" for name, value in (("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))
     ]
     # munged distrusts a directory that others may write to, as /tmp.
-    subprocess.run(["munged", "--force", *files, *more], check=True, timeout=30, stderr=subprocess.DEVNULL)
-    for program in (("slurmctld",), ("slurmd", "-N", host)):
-        subprocess.run([*program, "-f", environment["SLURM_CONF"]], check=True, timeout=30, env=environment)
-    limit = time.monotonic() + 60
-    while "idle" not in (state := _output(["sinfo", "--noheader", "--format=%T"], environment)):
-        if time.monotonic() > limit:
-            stop(directory)
-            raise RuntimeError(f"the node is {state.strip() or 'unknown'} after a minute; see the logs in {directory}")
-        time.sleep(0.5)
+    daemons = [["munged", "--force", *files, *more]]
+    daemons += [[*program, "-f", environment["SLURM_CONF"]] for program in (("slurmctld",), ("slurmd", "-N", host))]
+    try:
+        for daemon in daemons:
+            subprocess.run(daemon, check=True, timeout=30, env=environment, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 60
+        while "idle" not in (state := _output(["sinfo", "--noheader", "--format=%T"], environment)):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"the node is {state.strip() or 'unknown'} after a minute")
+            time.sleep(0.5)
+    except (OSError, subprocess.SubprocessError) as error:
+        stop(directory)
+        raise Unavailable(f"SLURM does not start here ({error}); its logs are in {directory}") from error
     return variables
 
 
