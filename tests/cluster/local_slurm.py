@@ -4,6 +4,7 @@ It needs Debian's packages `slurm-wlm` and `munge` and the rights of root. Every
 it needs `SLURM_CONF=DIR/slurm.conf`.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -97,7 +98,9 @@ def stop(directory: Path) -> None:
     """Cancel what runs and end the three daemons."""
     directory = directory.absolute()
     environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf")}
-    subprocess.run(["scancel", "--user=root"], env=environment, timeout=30, capture_output=True)
+    if (directory / "slurmctld.pid").exists():
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it does not answer; it is ended all the same
+            subprocess.run(["scancel", "--user=root"], env=environment, timeout=30, capture_output=True)
     for name in ("slurmd.pid", "slurmctld.pid", "munge/pid"):
         try:
             process = int((directory / name).read_text())
