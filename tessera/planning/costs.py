@@ -87,8 +87,8 @@ def _layer_flops(config: TransformerConfig, z: Sizes, length: int) -> tuple[floa
     scores = 2 * 2.0 * tokens * length * share * z.H * z.h
     dense = 3 * 2.0 * tokens * z.D * z.F
     moe = config.moe
-    each = 3 * 2.0 * tokens * z.D * z.W
-    experts = each * (moe.router.k + moe.shared) + 2.0 * tokens * z.D * moe.router.experts
+    experts = 3 * 2.0 * tokens * z.W * (z.Z * moe.router.k + z.D * moe.shared)
+    experts += 2.0 * tokens * z.D * (moe.router.experts + 2 * moe.latent)
     return z.layers * (projections + scores), (z.layers - z.routed) * dense, z.routed * float(experts)
 
 
@@ -97,7 +97,7 @@ def _layer_traffic(z: Sizes) -> float:
     tokens = z.b * z.t
     attention = tokens * (4 * z.D + 2 * (2 * z.H + 2 * z.K) * z.h) * z.item + 2 * z.b * z.H * z.t * z.S * (F32 + z.item)
     dense = tokens * (3 * z.D + 4 * z.F) * z.item
-    experts = z.M * (3 * z.D + 4 * z.W) * z.item
+    experts = z.M * (3 * z.Z + 4 * z.W) * z.item
     return float(z.layers * attention + (z.layers - z.routed) * dense + z.routed * experts)
 
 
@@ -122,7 +122,7 @@ def _moved(decoder: ShardedDecoder, z: Sizes, bytes_of: dict[str, float], rounds
         elif axis in ("dp", "fsdp"):
             add(axis, _times(decoder, rounds) * 2 * ring * (experts + others))
         elif axis == "ep":
-            tokens = z.routed * z.b * z.t * decoder.config.moe.router.k * z.D * z.item
+            tokens = z.routed * z.b * z.t * decoder.config.moe.router.k * z.Z * z.item
             sent = ring * tokens if decoder.platform in ("tpu", "gpu") else (n - 1) * tokens
             add(axis, _times(decoder, rounds) * 2 * ring * others + rounds * (2 * again + 2) * sent)
         elif axis == "cp":

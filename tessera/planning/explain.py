@@ -137,7 +137,7 @@ def _expert_flops(run: RunConfig) -> float:
     z = local_sizes(run.model, run.plan, run.batch_size, run.length, grad_accum_steps)
     rounds = grad_accum_steps * (run.plan.microbatch_count if run.plan.size("pp") > 1 else 1)
     passes = 2.0 + forward_passes(run.model, run.plan)
-    return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.D * z.W
+    return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.Z * z.W
 
 
 def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> Judged:

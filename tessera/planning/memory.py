@@ -77,8 +77,8 @@ class Memory:
 class Sizes(NamedTuple):
     """One device's sizes, see the module's docstring.
 
-    `M` and `W` are the rows and the width of its routed experts, `E` of their number; `layers` are those of its stage,
-    the `routed` ones among them; `item` is the bytes of an activation.
+    `M` are the rows of its routed experts, `Z` the width of a row, `W` that inside an expert, `E` the experts' number;
+    `layers` are those of its stage, the `routed` ones among them; `item` is the bytes of an activation.
     """
 
     b: int
@@ -92,6 +92,7 @@ class Sizes(NamedTuple):
     F: int
     V: int
     M: int
+    Z: int
     W: int
     E: int
     layers: int
@@ -123,6 +124,7 @@ def local_sizes(
         V=config.vocab_size // tp,
         # Where nothing may be dropped every device has buffers for the rows of all devices (`moe.parallel.all_to_all`).
         M=math.ceil(rows * t * moe.router.k * min(ep, moe.mixture.slack or ep)) if routed else 0,
+        Z=(moe.latent or config.width) if routed else 0,
         W=moe.width_of(config.ff_size) // tp if routed else 0,
         E=moe.router.experts // ep if routed else 0,
         layers=layers,
@@ -195,7 +197,7 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         one = saved_per_row(dense, plan, length, way)
         device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
         if z.routed and way.base in ("none", "dots"):
-            extra = z.M * (2 * z.D + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
+            extra = z.M * (2 * z.Z + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
             device += extra * way.layers // len(config.pattern)
     return device, host
 
@@ -211,7 +213,7 @@ def _attention(plan: Plan, z: Sizes) -> float:
 def _feed_forward(z: Sizes) -> float:
     """The backward pass of the feed-forward layer: gate, up, their product, and the gradients of two of them."""
     dense = 5 * z.b * z.t * z.F * z.item if z.routed < z.layers else 0
-    experts = z.M * (4 * z.D + 5 * z.W) * z.item
+    experts = z.M * (4 * z.Z + 5 * z.W) * z.item
     return float(_streams(z) + max(dense, experts))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
@@ -14,10 +15,11 @@ from tessera.models.remat import parse_remat
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, state_shardings
+from tessera.planning import costs
 from tessera.planning.compile import compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
-from tessera.planning.memory import estimate_memory, saved_per_row, state_placements
+from tessera.planning.memory import estimate_memory, local_sizes, saved_per_row, state_placements
 from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
@@ -83,6 +85,21 @@ def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options
     counted = sum(one.moved for one in found.moved)
     assert sum(axis.moved for axis in costs.moved) == pytest.approx(counted, rel=0.35)
     assert costs.bubble == pytest.approx(found.time.bubble)
+
+
+@pytest.mark.parametrize("latent", [0, 16])
+def test_flops_of_routed_experts_by_hand(latent):
+    moe = MoEConfig(ff=48, shared=2, latent=latent, router=RouterConfig("top_k", experts=8, k=3))
+    config = TransformerConfig(vocab_size=64, layers=2, width=32, heads=4, ff=128, mlp="routed", moe=moe)
+    sizes = local_sizes(config, Plan(), batch_size=4, length=8)
+    a_token = {
+        "gate, up and down of three experts": 3 * 3 * 2 * (latent or 32) * 48,
+        "of the two shared ones": 3 * 2 * 2 * 32 * 48,
+        "router": 2 * 32 * 8,
+        "projections into and out of the latents": 2 * 2 * 32 * latent,
+    }
+    assert costs._layer_flops(config, sizes, 8)[2] == 2 * 4 * 8 * sum(a_token.values())
+    assert sizes.M == 4 * 8 * 3 and sizes.Z == (latent or 32)
 
 
 def test_an_explanation_on_paper(tmp_path):
