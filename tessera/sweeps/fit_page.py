@@ -57,13 +57,20 @@ def summary(result: Mapping[str, Any]) -> list[str]:
         )
     if result.get("rejected"):
         texts.append(
-            "The law is rejected by its residuals: intervals of optima and of a new run allow for what it misses, and "
-            "need not hold the law's own values."
+            "The law is rejected by its residuals: these optima are medians of the law with what it misses, intervals "
+            f"allow for it. The law by itself would have {law_alone(result)}."
         )
     warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
     if warnings:
         texts.append(f"The doctor warns of: {', '.join(warnings)}.")
     return texts
+
+
+def law_alone(result: Mapping[str, Any]) -> str:
+    """What a rejected law says without its discrepancy, as text."""
+    texts = [f"C^{result['exponents']['a']['law']:.3f}"] if "exponents" in result else []
+    texts += [f"{short(row['params_law'])} parameters at {short(row['flops'])} FLOPs" for row in result["budgets"]]
+    return ", ".join(texts)
 
 
 def number_sections(result: Mapping[str, Any]) -> list[Section]:
@@ -104,6 +111,10 @@ def optimum_section(result: Mapping[str, Any]) -> Section:
     columns: dict[str, Any] = {"FLOPs": "flops", "N*": "params", "interval of N*": "params_interval", "D*": "tokens"}
     columns |= {"D* / N*": "ratio", "interval of D* / N*": "ratio_interval"}
     caption = "FLOPs = 6 x parameters x tokens."
+    if result.get("rejected"):
+        columns |= {"N* of the law alone": "params_law"}
+        caption += " The law is rejected: values are medians of the law with its discrepancy; other tables are of the "
+        caption += "law alone."
     more = []
     if result["approach"] == 3:
         columns |= {"loss": "loss", "one run's loss": "run_interval"}

@@ -401,7 +401,8 @@ def run_envelope(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
 def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]) -> None:
     """Add the exponents of N* by all approaches to a result, and the finding where they disagree.
 
-    Approaches 2 and 3 get the same resamples, so that the interval of their difference is that of paired draws.
+    Approaches 2 and 3 get the same resamples, so that the interval of their difference is that of paired draws; a
+    rejected law has those of its discrepancy instead, which are paired with nothing.
     """
     config = planned_for(rows, config)
     count, (groups, _) = min(config.resamples, COMPARED_RESAMPLES), groups_of(rows, config)
@@ -411,6 +412,7 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         few = min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS)
         fitted = fit(rows, law, replace(config.fit, starts=few))
         reason = doctor.undetermined(fitted)
+    bent = bool(fitted and not reason and config.misfit and count and misfit.lack_of_fit(fitted).rejected)
 
     def minima(how: str) -> tuple[float, np.ndarray]:
         options = curve_options(config, how)
@@ -425,11 +427,14 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
     def parametric() -> tuple[float, np.ndarray]:
         if fitted is None or reason:
             raise ValueError(f"undetermined: {reason}" if reason else f"{law.name} has no N* here")
-        slopes = growth_of(fitted, fitted.theta[:, None], config)
+        if bent:
+            slopes = bent_growth(fitted.discrepancy(), config, held_at(fitted, config))
+            return float(np.nanmedian(slopes)), slopes
+        slope = float(growth_of(fitted, fitted.theta[:, None], config)[0])
         if not count:
-            return float(slopes[0]), np.zeros(0)
+            return slope, np.zeros(0)
         boot = refit(fitted, drawn)
-        return float(slopes[0]), np.where(boot.converged_B, growth_of(fitted, boot.theta_PB, config), np.nan)
+        return slope, np.where(boot.converged_B, growth_of(fitted, boot.theta_PB, config), np.nan)
 
     own = {1: "1, envelope", 2: f"2, {config.curve}", 3: f"3, {config.law}"}[result["approach"]]
     ways: dict[str, Callable[[], tuple[float, np.ndarray]]] = {"1, envelope": envelope}
@@ -443,7 +448,11 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         except ValueError as error:
             table.append({"approach": name, "a": None, "interval": None, "refused": str(error).split(" (")[0]})
             continue
-        interval = edges(draws[name], len(rows), 2, config.level, "normal")
+        if name == f"3, {config.law}" and fitted is not None:
+            estimate, objective = (None, "normal") if bent else (value, config.fit.objective)
+            interval = edges(draws[name], len(rows), len(law.parameters), config.level, objective, estimate)
+        else:
+            interval = edges(draws[name], len(rows), 2, config.level, "normal")
         if name == own and "exponents" in result:
             value, interval = (result["exponents"]["a"].get(key) for key in ("value", "interval"))
         refused = "" if np.isfinite(value) else "no best size"
@@ -453,7 +462,7 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
     paired = {
         (f"approach {one}", f"approach {other}"): edges(draws[one] - draws[other], len(rows), 2, config.level, "normal")
         for one, other in itertools.combinations(draws, 2)
-        if one != "1, envelope"
+        if one != "1, envelope" and not (bent and other == f"3, {config.law}")
     }
     under: dict[str, tuple[float, float, float]] = {}
     for how in ("parabola", "akima") if fitted is not None and not reason and count else ():
@@ -549,7 +558,8 @@ def describe_fit(
     if wrong is not None and sized and tested is not None and tested.rejected:
         bent = wrong.optima(config.budgets, at=at, seed=config.seed)
         intervals += (
-            "; the law is rejected, so those of optima and of the exponent are for the law with its discrepancy"
+            "; the law is rejected, so optima and the exponent are those of the law with its discrepancy: the median "
+            "and percentiles of its draws"
         )
     groups = groups_of(fitted.rows, config)[0]
     findings = [
@@ -580,17 +590,28 @@ def describe_fit(
     if reason or not np.isfinite(result["budgets"][0]["params"]):
         return result
     slope = float(growth_of(fitted, fitted.theta[:, None], config)[0])
-    draws = growth_of(fitted, converged_draws(fitted, boot), config) if boot is not None else np.zeros(0)
     if wrong is not None and bent is not None:
-        # Where the runs are: what a rejected law does beyond them is not known well enough for a slope.
-        ends = float(fitted.rows["flops"].min()), float(fitted.rows["flops"].max())
-        sizes = np.log(wrong.optima(ends, at=at, seed=config.seed).params)
-        draws = (sizes[1] - sizes[0]) / np.log(ends[1] / ends[0])
+        draws = bent_growth(wrong, config, at)
+        middle, own = float(np.nanmedian(draws)), {"a": {"law": slope}, "b": {"law": 1 - slope}}
+    else:
+        draws = growth_of(fitted, converged_draws(fitted, boot), config) if boot is not None else np.zeros(0)
+        middle, own = slope, {"a": {}, "b": {}}
     result["exponents"] = {
-        name: {"value": value} | ({"interval": pair(drawn, value if bent is None else None)} if boot else {})
-        for name, value, drawn in (("a", slope, draws), ("b", 1 - slope, 1 - draws))
+        name: {"value": value, **own[name]}
+        | ({"interval": pair(drawn, value if bent is None else None)} if boot else {})
+        for name, value, drawn in (("a", middle, draws), ("b", 1 - middle, 1 - draws))
     }
     return result
+
+
+def bent_growth(wrong: Discrepancy, config: ScalingConfig, at: Mapping[str, float]) -> np.ndarray:
+    """Draws of the slope of log N* over log C of a law with its discrepancy, between the smallest and largest runs.
+
+    What a rejected law does beyond the runs is not known well enough for a slope.
+    """
+    ends = float(wrong.rows["flops"].min()), float(wrong.rows["flops"].max())
+    sizes = np.log(wrong.optima(ends, at=at, seed=config.seed).params)
+    return (sizes[1] - sizes[0]) / np.log(ends[1] / ends[0])
 
 
 def spread_of(draws: np.ndarray) -> float:
@@ -608,7 +629,11 @@ def planned(
     bent: Optimum | None,
     reason: str = "",
 ) -> list[dict[str, Any]]:
-    """N*, D*, their ratio and the loss at every asked budget, with intervals, and one new run's loss there."""
+    """N*, D*, their ratio and the loss at every asked budget, with intervals, and one new run's loss there.
+
+    Where `bent` are draws of a rejected law with its discrepancy, values are their medians, and the law's own have
+    names that end in `_law`.
+    """
     names = ("params", "tokens", "ratio", "loss")
     if reason:
         return [{"flops": budget} | dict.fromkeys(names, math.nan) for budget in config.budgets]
@@ -621,6 +646,10 @@ def planned(
         row: dict[str, Any] = {"flops": budget}
         for name in names:
             row[name] = float(getattr(best, name)[c, 0])
+            if bent is not None:
+                row[f"{name}_law"] = row[name]
+                # Of logarithms, so that the medians of N*, D* and their ratio are those of one draw.
+                row[name] = float(np.exp(np.nanmedian(np.log(getattr(bent, name)[c]))))
             if drawn is not None:
                 row[f"{name}_interval"] = pair(getattr(drawn, name)[c], row[name] if bent is None else None)
         if boot is not None and np.isfinite(row["params"]):

@@ -386,3 +386,39 @@ def test_public_tables_give_their_sources_answers(tmp_path, shared_data, table):
         key = str(settings)
         found[key] = found.get(key) or fit_runs(tmp_path, rows, neutral(path, **settings)).result
         assert read(found[key]) == pytest.approx(answer, abs=max(tolerance, 1e-12)), (settings, answer)
+
+
+def bent_sweep(bend, seed):
+    """Chinchilla's law times 1 + bend (log10 C / 1e18)^2 with a tilt in N: no parametric law of ours."""
+    rows = sweep()
+    place = np.log10(rows["flops"] / 1e18) + 0.5 * np.log10(rows["tokens"] / rows["params"] / 20)
+    noise = np.exp(0.001 * np.random.default_rng(seed).standard_normal(len(rows)))
+    loss = true_loss(rows["params"], rows["tokens"]) * (1 + bend * place**2) * noise
+    return make_rows(rows.columns | {"loss": loss}, "bent.csv")
+
+
+@pytest.mark.parametrize(("bend", "seed"), [(0.01, 0), (-0.008, 2)])
+def test_every_value_of_a_rejected_law_lies_in_its_interval(tmp_path, bend, seed):
+    rows, settings = bent_sweep(bend, seed), {"misfit": True, "resamples": 10, "fit": {"starts": 30, "keep": 2}}
+    result = fit_runs(tmp_path, rows, neutral("x", **settings)).result
+    assert result["rejected"]
+    inside = [(row[name], row[f"{name}_interval"]) for row in result["budgets"] for name in ("params", "tokens")]
+    inside += [(row[name], row[f"{name}_interval"]) for row in result["budgets"] for name in ("ratio", "loss")]
+    inside += [(found["value"], found["interval"]) for found in result["exponents"].values()]
+    inside += [(row["a"], row["interval"]) for row in result["approaches"] if row["interval"]]
+    for value, (low, high) in inside:
+        assert low <= value <= high
+    for row in result["budgets"]:
+        assert 6 * row["params"] * row["tokens"] == pytest.approx(row["flops"])
+    # The law by itself, by its closed form, has its own name.
+    p = {name: found["value"] for name, found in result["parameters"].items()}
+    assert result["exponents"]["a"]["law"] == pytest.approx(p["beta"] / (p["alpha"] + p["beta"]))
+    budget = result["budgets"][1]
+    size = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))
+    size *= (budget["flops"] / 6) ** (p["beta"] / (p["alpha"] + p["beta"]))
+    assert budget["params_law"] == pytest.approx(size)
+    assert f"The law by itself would have C^{result['exponents']['a']['law']:.3f}" in " ".join(summary(result))
+    # Whichever approach is asked for, approach 3 has one value and one interval.
+    minima = fit_runs(tmp_path, rows, neutral("x", approach=2, **settings)).result
+    assert minima["approaches"][3]["a"] == pytest.approx(result["exponents"]["a"]["value"], abs=1e-4)
+    assert minima["approaches"][3]["interval"] == pytest.approx(result["exponents"]["a"]["interval"], abs=1e-4)
