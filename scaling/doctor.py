@@ -8,12 +8,10 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.stats import chi2, f
 
-from scaling.evaluate import Terms
 from scaling.fitting.bootstrap import Bootstrap, refit
 from scaling.fitting.fit import Fit, make_problem, polish, row_losses, weights_of
 from scaling.fitting.intervals import relative_likelihood
 from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
-from scaling.laws import Law
 from scaling.optimum import chinchilla_optimum, compute_optimal
 from scaling.rows import Rows
 
@@ -245,53 +243,9 @@ def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float, at: At) -> Fl
 
 
 def others(fitted: Fit) -> dict[str, np.ndarray]:
-    """Columns of the law and the rows besides params and tokens."""
+    """Columns of the law and the rows besides sizes, which a budget sets."""
     names = {"sparsity" if f == "log_density" else f.removeprefix("log_") for f in fitted.law.features}
-    return {n: fitted.rows[n] for n in sorted(names - {"params", "tokens"}) if n in fitted.rows.columns}
-
-
-def _line(rows: Rows) -> tuple[float, float, float]:
-    """How the sizes lie: standard deviations of (log N, log D) along and across their main line, and its slope."""
-    centered = np.stack([np.log(rows[name]) - np.log(rows[name]).mean() for name in ("params", "tokens")])
-    values, vectors = np.linalg.eigh(centered @ centered.T / len(rows))
-    slope = float(vectors[1, 1] / vectors[0, 1]) if abs(vectors[0, 1]) > 1e-9 else np.inf
-    return float(np.sqrt(max(values[1], 0.0))), float(np.sqrt(max(values[0], 0.0))), slope
-
-
-def undetermined_rows(rows: Rows, law: Law, across: float = 0.03) -> str:
-    """Find the reason why no fit of a law can determine an optimum from rows; "" if there is none.
-
-    Args:
-      rows: the runs.
-      law: to fit.
-      across: standard deviation of log N and log D about a line under which they lie on it.
-
-    Example:
-      >>> import numpy as np, scaling
-      >>> from scaling.doctor import undetermined_rows
-      >>> params = np.geomspace(1e7, 1e10, 12)
-      >>> rows = scaling.make_rows({"params": params, "tokens": 20 * params, "loss": 2 + 300 / params**0.3})
-      >>> undetermined_rows(rows, scaling.find_law("chinchilla"))
-      'N and D are proportional (D = 20 N): runs of one size with other tokens are needed'
-    """
-    if np.ptp(np.log(rows["loss"])) < 1e-6:
-        return f"all losses are {rows['loss'][0]:.4g}"
-    if not {"log_params", "log_tokens"} <= set(law.features):
-        return ""
-    for name, symbol in (("params", "N"), ("tokens", "D")):
-        if np.ptp(np.log(rows[name])) < across:
-            return f"all runs have {symbol} = {np.median(rows[name]):.3g} {name}: runs of other {name} are needed"
-    _, aside, slope = _line(rows)
-    if aside < across:
-        if abs(slope - 1) < 0.05:
-            ratio = float(np.median(rows["tokens"] / rows["params"]))
-            return f"N and D are proportional (D = {ratio:.3g} N): runs of one size with other tokens are needed"
-        if abs(slope + 1) < 0.05:
-            return f"all runs have one budget ({np.median(rows['flops']):.3g} FLOPs): runs at other budgets are needed"
-        return f"D follows N (as N^{slope:.2f}): runs of one size with other tokens are needed"
-    if len(rows) <= len(law.parameters):
-        return f"{len(rows)} rows for {len(law.parameters)} parameters leave nothing to judge the fit by: add runs"
-    return ""
+    return {n: fitted.rows[n] for n in sorted(names - {"params", "tokens", "flops"}) if n in fitted.rows.columns}
 
 
 def undetermined(fitted: Fit) -> str:
@@ -308,29 +262,7 @@ def undetermined(fitted: Fit) -> str:
       >>> scaling.undetermined(scaling.fit(rows, law, starts=law.starts()[:, ::90]))
       'all runs have N = 1e+08 params: runs of other params are needed'
     """
-    law, rows = fitted.law, fitted.rows
-    if reason := undetermined_rows(rows, law):
-        return reason
-    here = dict(zip(law.parameters, fitted.theta, strict=True))
-    for name in sorted(law.nonnegative):
-        if here[name] <= law.least:
-            return f"{name} = {here[name]:g}, its least value: these losses do not fall as the law says"
-        if here[name] > 5:
-            return f"{name} = {here[name]:.3g} is no exponent of a loss curve: its term only serves a few rows"
-    for (coefficient, factors), share in zip(law.terms, _term_shares(fitted), strict=True):
-        if factors and share < 1e-6:
-            return f"the term of {coefficient} vanishes from every row"
-    return ""
-
-
-def _term_shares(fitted: Fit) -> list[float]:
-    """The largest share of every term in the loss of a row."""
-    law = fitted.law
-    if not law.terms:
-        return []
-    features = law.gather(fitted.rows)
-    terms = Terms(law.terms, law.parameters, features, dict.fromkeys(features, 0.0), held=law.held)
-    return [float(share.max()) for share in terms.shares(fitted.theta[:, None])[1]]
+    return fitted.undetermined
 
 
 def near_optima(fitted: Fit, budget: float, at: At = None) -> Finding:

@@ -150,7 +150,8 @@ def backtest(
       seed: of the resamples.
 
     Raises:
-      ValueError: no run above the share, or no more runs below than the law has parameters.
+      ValueError: no run above the share, or no more runs below, or different places of them, than the law has
+        parameters.
 
     Example:
       >>> import scaling
@@ -167,6 +168,13 @@ def backtest(
             f"{rows.source}: {int(below.sum())} of {len(rows)} runs are below {share:g} of the largest one's FLOPs; "
             f"more than {len(law.parameters) + 1} are needed, and some above"
         )
+    places = len(np.unique(np.concatenate([*law.gather(rows.take(below)).values()], 1), axis=0))
+    if places <= len(law.parameters):
+        raise ValueError(
+            f"{rows.source}: the {int(below.sum())} runs below {share:g} of the largest one's FLOPs have {places} "
+            f"different {', '.join(law.features)}, which cannot determine the {len(law.parameters)} parameters of "
+            f"{law.name} and judge them"
+        )
     fitted, held_out = fit(rows.take(below), law, config), rows.take(~below)
     plain = None
     if resampled:
@@ -177,10 +185,11 @@ def backtest(
     return Backtest(share, int(below.sum()), held_out, interval, plain, bias)
 
 
-def examine_backtests(found: Sequence[Backtest], level: float = 0.95) -> Finding:
-    """Report backtests as a finding."""
+def examine_backtests(found: Sequence[Backtest], level: float = 0.95, refused: Sequence[str] = ()) -> Finding:
+    """Report backtests as a finding; `refused` are the messages of those that could not be made."""
     if not found:
-        text = "There are too few runs below a tenth of the largest one to predict the rest from."
+        text = "Larger runs were not predicted from smaller ones"
+        text += f": {'; '.join(refused)}." if refused else ": no backtest was asked for."
         return Finding("backtest", "note", text, {"held_out": 0})
     texts, warned = [], False
     numbers: dict[str, float] = {}

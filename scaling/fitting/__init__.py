@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "bootstrap": ("Bootstrap", "interval", "refit", "resamples", "search_again"),
         "intervals": ("bootstrap_interval", "prediction_interval", "profile"),
         "derivatives": (),
+        "determined": (),
         "discrepancy": ("estimate_discrepancy",),
         "newton": (),
         "newton_fast": (),

@@ -66,12 +66,16 @@ class Discrepancy(NamedTuple):
     spare: int
 
     def predict(self, rows: Rows, *, level: float = 0.95) -> Float[np.ndarray, "2 R"]:
-        """Compute the prediction interval of one new run's loss at each row's sizes."""
+        """Compute the prediction interval of one new run's loss at each row's sizes.
+
+        Where the rows hardly determine the law it may reach to infinity.
+        """
         likely = np.flatnonzero(self.share)
         found = [self._law_and_discrepancy(rows, int(m)) for m in likely]
         mean, variance = (np.array(parts) for parts in zip(*found, strict=True))
         error = np.sqrt(self.noise[likely, None] ** 2 + variance)
-        return np.exp(_mixture(mean, error, self.share[likely], max(self.spare, 1), level))
+        with np.errstate(over="ignore"):
+            return np.exp(_mixture(mean, error, self.share[likely], max(self.spare, 1), level))
 
     def surfaces(self, rows: Rows, count: int = 400, *, seed: int = 42) -> Float[np.ndarray, "R B"]:
         """Draw log losses without noise, law and discrepancy together, from their posterior."""
@@ -113,15 +117,16 @@ class Discrepancy(NamedTuple):
         slopes, there = (law.slopes(self.theta, one) for one in (self.rows, rows))
         here, new = coordinates(law, self.rows), coordinates(law, rows)
         cross = variance * _kernel(new, here, length)
-        inverse, step, spread = _solve(slopes, variance * _kernel(here, here, length), -self.residuals)
+        inverse, step, root = _solve(slopes, variance * _kernel(here, here, length), -self.residuals)
         weights = cross @ inverse
         mean = law.predict(self.theta[:, None], law.gather(rows))[:, 0] + there @ step
         mean = mean + weights @ (-self.residuals - slopes @ step)
         rest, square = there - weights @ slopes, self.noise[m] ** 2
         if joint:
-            return mean, square * (variance * _kernel(new, new, length) - weights @ cross.T + rest @ spread @ rest.T)
+            unknown = rest @ root
+            return mean, square * (variance * _kernel(new, new, length) - weights @ cross.T + unknown @ unknown.T)
         explained = np.sum(weights * cross, 1)
-        return mean, square * (np.maximum(variance - explained, 0) + np.einsum("ij,jk,ik->i", rest, spread, rest))
+        return mean, square * (np.maximum(variance - explained, 0) + np.sum((rest @ root) ** 2, 1))
 
 
 def estimate_discrepancy(
@@ -174,13 +179,16 @@ def _kernel(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
 
 
 def _solve(slopes: np.ndarray, kernel: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Generalized least squares under 1 + kernel: its inverse, the step of the parameters, and their spread."""
+    """Generalized least squares under 1 + kernel: its inverse, the parameters' step, and a root of their spread."""
     inverse = np.linalg.inv(np.eye(len(kernel)) + kernel)
     scale = np.linalg.norm(slopes, axis=0)
     scale = np.where(scale > 0, scale, 1.0)
     unit = slopes / scale
-    spread = np.linalg.pinv(unit.T @ inverse @ unit, rcond=1e-13, hermitian=True) / np.outer(scale, scale)
-    return inverse, spread @ (slopes.T @ (inverse @ residual)), spread
+    values, vectors = np.linalg.eigh(unit.T @ inverse @ unit)
+    # Of eigenvalues that are rounding, some are negative: variances are sums of squares by the root of the others.
+    seen = values > 1e-13 * values[-1]
+    root = vectors[:, seen] / np.sqrt(values[seen]) / scale[:, None]
+    return inverse, root @ (root.T @ (slopes.T @ (inverse @ residual))), root
 
 
 def _mixture(mean_MR: np.ndarray, error_MR: np.ndarray, share_M: np.ndarray, spare: int, level: float) -> np.ndarray:

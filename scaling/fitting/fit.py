@@ -5,12 +5,15 @@ are basins: local optima of the objective, the best first, as in basin-hopping. 
 little, so a bootstrap need not search again (`scaling.fitting.bootstrap`).
 """
 
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from scaling.fitting.determined import undetermined_fit
 from scaling.fitting.discrepancy import Discrepancy, estimate_discrepancy
 from scaling.fitting.solve import Problem, Solved, solve
 from scaling.laws import Law
@@ -69,7 +72,7 @@ class Search(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Losses [R] that a fit predicts, and the ends of the interval of one new run at each place."""
+    """Losses [R] that a fit predicts, and the ends of the interval of one new run at each place, NaN for none."""
 
     loss: Float[np.ndarray, " R"]
     low: Float[np.ndarray, " R"]
@@ -139,18 +142,25 @@ class Fit:
             return -count * (0.5 * np.log(2 * np.pi * scale**2) + 0.5)
         return None
 
+    @cached_property
+    def undetermined(self) -> str:
+        """Why the fit determines no compute-optimal size; "" if it does. See `scaling.undetermined`."""
+        return undetermined_fit(self.law, self.theta, self.rows)
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value:.5g}" for name, value in self.parameters.items())
         state = "converged" if self.converged else "not converged"
+        state += f", undetermined: {self.undetermined}" if self.undetermined else ""
         return f"Fit({self.law.name} to {len(self.rows)} rows, {state}: {values})"
 
     def summary(self) -> str:
-        """Describe the fit in lines: law, rows, parameters, objective, residuals."""
+        """Describe the fit in lines: law, rows, parameters, objective, residuals, and why it is undetermined if so."""
         lines = [f"{self.law.name}: {self.law.formula}" if self.law.formula else self.law.name]
         lines += [f"  {name} = {value:.6g}" for name, value in self.parameters.items()]
         state = "converged" if self.converged else "did not converge"
         lines.append(f"{len(self.rows)} rows of {self.rows.source}, {self.config.objective}: {self.value:.6g}, {state}")
         lines.append(f"residuals of log loss: scale {self.scale:.3g}, largest {np.abs(self.residuals).max():.3g}")
+        lines += [f"undetermined: {self.undetermined}"] if self.undetermined else []
         return "\n".join(lines)
 
     def discrepancy(self) -> Discrepancy:
@@ -159,6 +169,8 @@ class Fit:
 
     def predict(self, rows: Rows, *, level: float = 0.95) -> Prediction:
         """Predict losses at rows' sizes (their losses are not used), with the interval of one new run each.
+
+        A fit that is undetermined warns, with the cause, and has no interval: its ends are NaN.
 
         Example:
           >>> import scaling
@@ -172,6 +184,10 @@ class Fit:
           True
         """
         loss = np.exp(self.law.predict(self.theta[:, None], self.law.gather(rows))[:, 0])
+        if self.undetermined:
+            text = f"{self.law.name} is undetermined by {self.rows.source} ({self.undetermined}): no interval is given"
+            warnings.warn(text, stacklevel=2)
+            return Prediction(loss, *np.full((2, len(loss)), np.nan))
         return Prediction(loss, *self.discrepancy().predict(rows, level=level))
 
 

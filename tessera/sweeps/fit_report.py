@@ -14,6 +14,7 @@ import numpy as np
 
 from scaling import doctor, isoflop, misfit
 from scaling.fitting.bootstrap import Bootstrap, bootstrap, refit, resamples
+from scaling.fitting.determined import undetermined_rows
 from scaling.fitting.discrepancy import Discrepancy
 from scaling.fitting.fit import Fit, FitConfig, fit
 from scaling.fitting.intervals import bootstrap_interval, prediction_interval
@@ -184,7 +185,7 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     fitted = fit(rows, law, config.fit)
     reason = doctor.undetermined(fitted)
     # Resamples of rows that determine nothing wander along valleys.
-    drawn = config.resamples and not doctor.undetermined_rows(rows, law)
+    drawn = config.resamples and not undetermined_rows(rows, law)
     boot = bootstrap(fitted, config.resamples, seed=config.seed, clusters=clusters) if drawn else None
     at = held_at(fitted, config)
     result = describe_fit(fitted, boot, config, whole, reason)
@@ -214,17 +215,17 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
 
 def misfit_sections(rows: Rows, law: Law, config: ScalingConfig, result: dict[str, Any]) -> list[Section]:
     """Add the backtest and the comparison of laws to a result; their sections."""
-    sections, tests = [], []
+    sections, tests, refused = [], [], []
     # A coarser grid finds the same optima of fewer runs.
     few = min(config.fit.starts or COMPARED_STARTS, COMPARED_STARTS)
     quick = replace(config.fit, starts=few, keep=min(config.fit.keep, 8))
     for share in BACKTESTS if config.misfit else ():
         try:
             tests.append(misfit.backtest(rows, law, quick, share=share, level=config.level))
-        except ValueError:
-            continue
+        except ValueError as error:
+            refused.append(str(error).removeprefix(f"{rows.source}: "))
     if config.misfit:
-        result["doctor"].append(misfit.examine_backtests(tests, config.level)._asdict())
+        result["doctor"].append(misfit.examine_backtests(tests, config.level, refused)._asdict())
     result["backtest"] = [
         {
             **{"share": one.share, "rows": one.rows, "held_out": len(one.held_out)},
