@@ -7,7 +7,7 @@ from scaling.coverage import EPOCH, around, isoflop_design
 from scaling.fitting.fit import FitConfig, fit
 from scaling.laws import tie
 from scaling.optimum import chinchilla_optimum
-from scaling.published import CHINCHILLA, CURVE
+from scaling.published import CHINCHILLA, COMPUTE, CURVE
 from scaling.rows import make_rows
 
 FEW = FitConfig(starts=60)
@@ -144,3 +144,12 @@ def test_the_smaller_of_laws_that_predict_alike_is_chosen():
     other = isoflop_design({**EPOCH, "beta": 0.6, "B": 3e5}, budgets=4, sizes=7, noise=0.003)
     found = misfit.compare_laws(other, [small, CHINCHILLA], FEW)
     assert found[0].law is CHINCHILLA and misfit.examine_laws(found, small).verdict == "warning"
+
+
+def test_runs_at_too_few_places_are_no_backtest():
+    rows = isoflop_design(EPOCH, budgets=4, sizes=7, noise=0.002)  # two FLOP counts below a tenth
+    with pytest.raises(ValueError, match="14 runs below .* have 2 different log_flops.* 3 parameters of compute"):
+        misfit.backtest(rows, COMPUTE, FEW, share=0.1)
+    assert misfit.backtest(rows, CURVE, FEW, share=0.1).rows == 14
+    finding = misfit.examine_backtests([], refused=["the 14 runs have 2 different log_flops"])
+    assert finding.verdict == "note" and "smaller ones: the 14 runs have 2 different log_flops" in finding.text

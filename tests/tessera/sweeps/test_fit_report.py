@@ -422,3 +422,11 @@ def test_every_value_of_a_rejected_law_lies_in_its_interval(tmp_path, bend, seed
     minima = fit_runs(tmp_path, rows, neutral("x", approach=2, **settings)).result
     assert minima["approaches"][3]["a"] == pytest.approx(result["exponents"]["a"]["value"], abs=1e-4)
     assert minima["approaches"][3]["interval"] == pytest.approx(result["exponents"]["a"]["interval"], abs=1e-4)
+
+
+def test_a_law_of_flops_alone_is_not_held_at_one_number_of_them(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fit_runs(tmp_path, sweep(), neutral("x", law="compute", misfit=True, resamples=5)).result
+    assert result["held"] == {} and not any("Optima are for" in text for text in summary(result))
+    assert "2 different log_flops" in findings(result)["backtest"]["text"]
