@@ -11,11 +11,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.interpolate import Akima1DInterpolator
 
+from scaling.fitting.determined import equal_losses, undetermined_sizes
 from scaling.fitting.fit import Fit
 from scaling.optimum import compute_optimal
 from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
 
 How = Literal["parabola", "akima"]
+# Relative differences of losses under this are rounding.
+FLAT = 1e-9
 
 
 class Minimum(NamedTuple):
@@ -154,9 +157,15 @@ def minimum(
     if sizes < wanted:
         reason = f"{sizes} sizes, {'a parabola' if how == 'parabola' else 'an Akima spline'} needs at least {wanted}"
         return Minimum(budget, np.nan, np.nan, reason, len(x), 0.0, 0.0)
-    if how == "akima":
-        return _akima(x, y, w, budget)
-    return _parabola(x, y, w, budget, cubic=weights is None and sizes > 4)
+    if equal := equal_losses(y, FLAT):
+        return Minimum(budget, np.nan, np.nan, equal, len(x), 0.0, 0.0)
+    found = (
+        _akima(x, y, w, budget) if how == "akima" else _parabola(x, y, w, budget, cubic=weights is None and sizes > 4)
+    )
+    if not found.refused and found.depth < FLAT * abs(found.loss):
+        reason = f"the curve is flat: a depth of {found.depth:.1g} is rounding"
+        return found._replace(params=np.nan, loss=np.nan, refused=reason)
+    return found
 
 
 def _parabola(x: np.ndarray, y: np.ndarray, w: np.ndarray, budget: float, *, cubic: bool) -> Minimum:
@@ -263,6 +272,7 @@ def approach_2(
     good = [m for m in found if not m.refused]
     if len(good) < 2:
         reasons = "; ".join(f"{m.budget:.3g}: {m.refused}" for m in found if m.refused)
+        reasons = reasons or undetermined_sizes(rows) or "no runs of at least two sizes share a number of FLOPs"
         raise ValueError(f"{len(good)} of {len(found)} budgets have a minimum, 2 are needed ({reasons})")
     return power_fit([m.budget for m in good], [m.params for m in good]), found
 

@@ -45,7 +45,7 @@ def undetermined_rows(rows: Rows, law: Law, across: float = 0.03) -> str:
 
 def equal_losses(loss: Float[np.ndarray, " R"], least: float = 1e-6) -> str:
     """Tell that losses are equal, to a relative `least`; "" if they are not."""
-    return f"all losses are {loss[0]:.4g}" if np.ptp(np.log(loss)) < least else ""
+    return f"all losses are {loss[0]:.4g}" if np.ptp(loss) < least * np.abs(loss).max() else ""
 
 
 def undetermined_sizes(rows: Rows, across: float = 0.03) -> str:

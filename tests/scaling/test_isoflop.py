@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from scaling import isoflop
-from scaling.coverage import EPOCH
+from scaling.coverage import EPOCH, isoflop_design
 from scaling.fitting.fit import FitConfig, fit
+from scaling.isoflop import approach_2, find_budgets, group_budgets, minima
 from scaling.optimum import chinchilla_optimum
 from scaling.published import CHINCHILLA
 from scaling.rows import make_rows
@@ -150,3 +151,32 @@ def test_resampled_minima():
     draws = isoflop.bootstrap_exponent(rows, isoflop.group_budgets(rows["flops"]), counts)
     assert 0 < np.nanstd(draws[0]) < 0.05
     assert np.nanmean(draws[0]) == pytest.approx(0.4516, abs=0.03)
+
+
+@pytest.mark.parametrize("how", ["parabola", "akima"])
+@pytest.mark.parametrize("loss", [2.0, 2.5, 2.7, 3.1, 4.1, 2.345678])
+def test_minima_of_rounding_are_refused(loss, how):
+    rows = isoflop_design(EPOCH, budgets=4, sizes=7)
+    flat = make_rows(rows.columns | {"loss": np.full(len(rows), loss)})
+    groups = group_budgets(rows["flops"])
+    assert {m.refused for m in minima(flat, groups, how=how)} == {f"all losses are {loss:.4g}"}
+    with pytest.raises(ValueError, match="0 of 4 budgets have a minimum.*all losses are"):
+        approach_2(flat, groups, how=how)
+    # A shallow curve that is no rounding keeps its minimum.
+    x = np.log(rows["params"] / 1e9)
+    shallow = make_rows(rows.columns | {"loss": loss + 1e-7 * (x - 0.5 * np.log(rows["flops"] / 1e20)) ** 2})
+    assert any(not m.refused for m in minima(shallow, groups, how=how))
+
+
+@pytest.mark.parametrize(
+    ("cause", "columns"),
+    [
+        ("all runs have N = 1e.08 params", {"params": np.full(12, 1e8), "tokens": np.geomspace(1e9, 1e11, 12)}),
+        ("D = 20 N", {"params": np.geomspace(1e7, 1e9, 12), "tokens": 20 * np.geomspace(1e7, 1e9, 12)}),
+        ("share a number of FLOPs", {"params": np.geomspace(1e7, 1e9, 12), "tokens": np.tile([1e9, 4e10, 1e12], 4)}),
+    ],
+)
+def test_rows_without_budgets_are_told_why(cause, columns):
+    rows = make_rows(columns | {"loss": np.linspace(3, 2, 12)})
+    with pytest.raises(ValueError, match=f"0 of 0 budgets have a minimum.*{cause}"):
+        approach_2(rows, find_budgets(rows)[0])
