@@ -13,6 +13,7 @@ from scaling.fitting.fit import Fit, make_problem, polish, row_losses, weights_o
 from scaling.fitting.intervals import relative_likelihood
 from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
 from scaling.optimum import chinchilla_optimum, compute_optimal
+from scaling.published import CHINCHILLA
 from scaling.rows import Rows
 
 Verdict = Literal["fine", "note", "warning"]
@@ -102,41 +103,56 @@ def _stopped(fitted: Fit, *, scale: float) -> tuple[float, np.ndarray, int]:
     return float(stopped.fun / scale * len(fitted.rows)), stopped.x, int(stopped.nit)
 
 
-def _share(fitted: Fit, theta: np.ndarray) -> float | None:
-    """beta / (alpha + beta) of raw parameters, for laws that have both."""
-    if not {"alpha", "beta"} <= set(fitted.law.parameters):
-        return None
-    alpha, beta = (theta[fitted.law.parameters.index(name)] for name in ("alpha", "beta"))
-    return float(beta / (alpha + beta)) if alpha + beta else None
+def growth(
+    fitted: Fit, theta_PS: Float[np.ndarray, "P S"], budgets: Sequence[float], at: At = None
+) -> Float[np.ndarray, " S"]:
+    """Compute the slope of log N* over log C between the smallest and the largest budget; of one, from its tenth.
+
+    Example:
+      >>> import scaling
+      >>> from scaling.doctor import growth
+      >>> truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+      >>> rows = scaling.isoflop_design(truth, budgets=5, sizes=7, noise=0.002)
+      >>> law = scaling.find_law("chinchilla")
+      >>> fitted = scaling.fit(rows, law, starts=law.raw(truth)[:, None])
+      >>> round(float(growth(fitted, law.raw(truth)[:, None], [1e20, 1e22])[0]), 4)  # beta / (alpha + beta)
+      0.4516
+    """
+    low, high = min(budgets), max(budgets)
+    low = low if low < high else high / 10
+    smaller, larger = (_log_optimum(fitted, theta_PS, budget, at) for budget in (low, high))
+    return (larger - smaller) / np.log(high / low)
 
 
-def reduction(fitted: Fit) -> Finding:
+def reduction(fitted: Fit, budgets: Sequence[float], at: At = None) -> Finding:
     """Compare with the mean over rows as objective, under an optimizer's default tolerances."""
     there, theta, steps = _stopped(fitted, scale=1.0)
     text = (
         f"This fit sums over rows. With the mean, gradients are {len(fitted.rows)} times smaller and L-BFGS-B with its "
         f"default tolerances stops after {steps} steps"
     )
-    return _early(fitted, "mean reduction", there, theta, steps, text)
+    return _early(fitted, "mean reduction", there, theta, steps, text, budgets, at)
 
 
-def tolerance(fitted: Fit) -> Finding:
+def tolerance(fitted: Fit, budgets: Sequence[float], at: At = None) -> Finding:
     """Compare with an optimizer's default tolerances on the sum over rows."""
     there, theta, steps = _stopped(fitted, scale=float(len(fitted.rows)))
     text = f"The sum over rows, minimized by L-BFGS-B with its default tolerances, stops after {steps} steps"
-    return _early(fitted, "loose tolerance", there, theta, steps, text)
+    return _early(fitted, "loose tolerance", there, theta, steps, text, budgets, at)
 
 
-def _early(fitted: Fit, name: str, there: float, theta: np.ndarray, steps: int, text: str) -> Finding:
+def _early(
+    fitted: Fit, name: str, there: float, theta: np.ndarray, steps: int, text: str, budgets: Sequence[float], at: At
+) -> Finding:
     ratio = there / max(fitted.value, 1e-300)
     numbers = {"sum": fitted.value, "stopped": there, "ratio": ratio, "steps": steps}
-    elsewhere, here = _share(fitted, theta), _share(fitted, fitted.theta)
     if ratio <= 1.001:
         return Finding(name, "fine", text + " at the same optimum.", numbers)
     text += f" at {ratio:.3g} times the objective"
-    if elsewhere is not None and here is not None:
-        numbers |= {"a": elsewhere, "a_here": here}
-        text += f" (a = {elsewhere:.3f} instead of {here:.3f})"
+    elsewhere, here = growth(fitted, np.stack([theta, fitted.theta], 1), budgets, at)
+    if np.isfinite(here):
+        numbers |= {"a": float(elsewhere), "a_here": float(here)}
+        text += f" (a = {elsewhere:.3f} instead of {here:.3f})" if np.isfinite(elsewhere) else " (without a best size)"
     return Finding(name, "note", text + ".", numbers)
 
 
@@ -236,7 +252,7 @@ def left_out(rows: Rows, all_rows: Rows, effect: str = "", **numbers: float) -> 
 
 
 def _log_optimum(fitted: Fit, theta_PS: np.ndarray, budget: float, at: At) -> Float[np.ndarray, " S"]:
-    if set(fitted.law.parameters) == {"A", "B", "E", "alpha", "beta"}:
+    if fitted.law is CHINCHILLA:  # names alone do not tell: others may hold a parameter more
         return np.log(chinchilla_optimum(fitted.law.by_name(theta_PS), [budget]).params[0])
     held = {name: float(np.median(values)) for name, values in others(fitted).items()} | dict(at or {})
     return np.log(compute_optimal(fitted.law, theta_PS, [budget], at=held).params[0])
@@ -397,6 +413,9 @@ def disagreement(
                 f"{name} would give C^{low:.3f} to C^{high:.3f} if the fitted law were true, not C^{value:.3f}"
             )
     numbers: dict[str, float] = {"approaches": len(names), "disagreements": len(texts)}
+    if len(names) < 2 and not texts:
+        text = f"{len(names)} approaches give an exponent of N* with an interval: there is nothing to compare."
+        return Finding("approaches disagree", "note", text, numbers)
     if not texts:
         text = f"The exponents of N* by {len(names)} approaches agree within their intervals."
         return Finding("approaches disagree", "fine", text, numbers)
@@ -435,7 +454,13 @@ def edges(fitted: Fit) -> Finding:
 
 
 def examine(
-    fitted: Fit, budget: float, boot: Bootstrap | None = None, *, all_rows: Rows | None = None, at: At = None
+    fitted: Fit,
+    budget: float,
+    boot: Bootstrap | None = None,
+    *,
+    all_rows: Rows | None = None,
+    at: At = None,
+    lowest: float | None = None,
 ) -> list[Finding]:
     """Run all diagnostics of a fit.
 
@@ -445,6 +470,9 @@ def examine(
       boot: of the fit, for standard errors.
       all_rows: the rows before any were left out.
       at: values at which the law's further columns are held.
+      lowest: FLOPs from which to the target the growth of N* is told; a tenth of the target if None.
+
+    Of a fit that is undetermined no optima are compared.
 
     Example:
       >>> import scaling
@@ -455,15 +483,22 @@ def examine(
       >>> [finding.name for finding in scaling.examine(fitted, 1e24) if finding.verdict == "warning"]
       ['ill conditioning', 'extrapolation']
     """
+    lost = [lost_fits(boot)] if boot is not None else []
+    if fitted.undetermined:
+        text = f"The rows determine no optimum ({fitted.undetermined}): none is compared with another."
+        left = [left_out(fitted.rows, all_rows)] if all_rows is not None else []
+        none = Finding("undetermined", "warning", text, {})
+        return [convergence(fitted), starts(fitted), none, edges(fitted), conditioning(fitted), *lost, *left]
+    span = (lowest or budget, budget)
     return [
         convergence(fitted),
         starts(fitted),
-        reduction(fitted),
-        tolerance(fitted),
+        reduction(fitted, span, at),
+        tolerance(fitted, span, at),
         edges(fitted),
         near_optima(fitted, budget, at),
         conditioning(fitted),
-        *([lost_fits(boot)] if boot is not None else []),
+        *lost,
         rounding(fitted, budget, at),
         outliers(fitted, boot, budget, at=at),
         *([dropped(fitted, all_rows, budget, at)] if all_rows is not None else []),

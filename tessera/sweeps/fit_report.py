@@ -519,10 +519,7 @@ def edges(
 
 def growth_of(fitted: Fit, theta_PS: np.ndarray, config: ScalingConfig) -> np.ndarray:
     """The slope of log N* over log C between the first and the last budget."""
-    ends = min(config.budgets), max(config.budgets)
-    ends = ends if ends[0] < ends[1] else (ends[0] / 10, ends[1])
-    sizes = np.log(optima(fitted, theta_PS, ends, held_at(fitted, config)).params)
-    return (sizes[1] - sizes[0]) / np.log(ends[1] / ends[0])
+    return doctor.growth(fitted, theta_PS, config.budgets, held_at(fitted, config))
 
 
 def describe_fit(
@@ -567,7 +564,7 @@ def describe_fit(
         *examine_rows(whole, config.vocabulary),
         *([doctor.outside_budgets(groups, fitted.rows)] if sized and groups.max() >= 0 else []),
         *([] if reason else [misfit.examine_law(fitted)]),
-        *doctor.examine(fitted, target, boot, all_rows=whole, at=at),
+        *doctor.examine(fitted, target, boot, all_rows=whole, at=at, lowest=min(config.budgets)),
     ]
     result: dict[str, Any] = {
         "approach": 3,

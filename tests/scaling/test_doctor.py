@@ -10,6 +10,7 @@ from scaling.fitting.bootstrap import bootstrap
 from scaling.fitting.fit import FitConfig, fit
 from scaling.isoflop import Curves, Minimum, PowerLaw, envelope, find_budgets
 from scaling.isoflop import minimum as minimum_of
+from scaling.laws import power_law, restrict
 from scaling.published import CHINCHILLA, JOINT
 from scaling.rows import make_rows
 from scaling.tables import read_csv
@@ -162,3 +163,27 @@ def test_approaches_disagree_by_paired_draws_or_by_what_the_law_would_give():
     exponents = doctor.minima_under_law(one, find_budgets(one.rows)[0], draws=20)
     a = one.parameters["beta"] / (one.parameters["alpha"] + one.parameters["beta"])
     assert np.percentile(exponents, 5) - 0.05 < a < np.percentile(exponents, 95) + 0.05
+
+
+def test_growth_elsewhere_is_that_of_optima_not_of_two_names():
+    # A / N^(alpha + 0.2): beta / (alpha + beta) is not the slope of log N*.
+    size = (("alpha", "log_params", -1.0), ("more", "log_params", -1.0))
+    terms = (("A", size), ("B", (("beta", "log_tokens", -1.0),)), ("E", ()))
+    grid = {"A": (4.0, 6.0), "B": (5.0, 7.0), "E": (0.0, 0.5), "alpha": (0.1, 0.2), "beta": (0.3,), "more": (0.2,)}
+    law = restrict(power_law("two", terms, grid), more=0.2)
+    one = fit(isoflop_design(EPOCH, budgets=4, sizes=7, noise=0.001), law, FitConfig(starts=40))
+    p = one.parameters
+    found = {finding.name: finding for finding in doctor.examine(one, 1e22, lowest=1e20)}
+    told = [found[name].numbers for name in ("mean reduction", "loose tolerance") if "a" in found[name].numbers]
+    assert told
+    for numbers in told:
+        assert numbers["a_here"] == pytest.approx(p["beta"] / (p["alpha"] + 0.2 + p["beta"]), rel=1e-3)
+
+
+def test_nothing_is_compared_of_an_undetermined_fit():
+    params = np.geomspace(1e7, 1e10, 12)
+    rows = rows_of(params, 20 * params, 2 + 300 / params**0.3)
+    found = {finding.name: finding for finding in doctor.examine(fit(rows, CHINCHILLA, FitConfig(starts=40)), 1e22)}
+    assert "N and D are proportional" in found["undetermined"].text and found["undetermined"].verdict == "warning"
+    assert not {"mean reduction", "loose tolerance", "rounded parameters", "near-equal optima", "outliers"} & set(found)
+    assert doctor.disagreement({"approach 2": (0.5, 0.4, 0.6)}).verdict == "note"
