@@ -76,9 +76,11 @@ def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
         named = f"{vocabulary:,}" if vocabulary else f"any vocabulary (of {LARGEST_VOCABULARY:,}, say)"
         text = f"{len(over)} of {len(rows)} losses are above a uniform guess over {named}, ln = {most:.2f} nats"
         gap = loss[over].min() / loss[loss <= most].max(initial=1e-9)
-        if vocabulary and loss.max() <= np.log2(vocabulary):
+        # Of losses in bits many are above, or the rest are higher than in nats; a single one is a run that failed.
+        single = len(usual) and ratio <= YARDSTICK and len(over) < 0.1 * len(rows)
+        if vocabulary and loss.max() <= np.log2(vocabulary) and not single:
             text += ": bits? Multiply them by ln 2."
-        elif np.median(loss) > most or gap < 1.5:  # diverged runs stand apart from the others
+        elif not single and (np.median(loss) > most or gap < 1.5):  # diverged runs stand apart from the others
             text += f": {guess}."
         else:
             text += f" ({rows.places(over)}): these runs have learned nothing, or diverged; leave them out."

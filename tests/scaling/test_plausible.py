@@ -37,6 +37,12 @@ def first_twice(x):
             {"loss": one_lost},
         ),
         (
+            "unit of loss",
+            "1 of 16 losses are above .*row 1.: these runs have learned nothing",
+            50257,
+            {"loss": lambda y: np.where(np.arange(16) == 0, 11.5, y)},  # ln 50257 is 10.82, log2 15.6
+        ),
+        (
             "doubled rows",
             "1 of 17 rows have .*row 17",
             0,
