@@ -8,34 +8,20 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_runs import TRAIN
 
 from tessera.infra.logger import METRICS, read_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-TRAIN = [
-    "--config=configs/lm.py:tiny",
-    "--config.steps=40",
-    "--config.batch_size=8",
-    "--config.length=16",
-    "--config.model.layers=2",
-    "--config.model.width=16",
-    "--config.model.heads=4",
-    "--config.model.kv_heads=4",
-    "--config.optimizer.warmup=2",
-    "--config.log.every=10",
-    "--config.eval.every=20",
-    "--config.eval.batches=2",
-    "--config.data.max_bytes=200000",
-    "--config.plan=dp=2",
-]
+SHORT = [*TRAIN, "--config.steps=40", "--config.eval.every=20"]
 
 
 def train(workdir, devices, *launcher):
     cache = str(ROOT / ".cache" / f"jax-{jax.__version__}-scripts")
     variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": cache}
     run = subprocess.run(
-        [*launcher, sys.executable, "-m", "scripts.train", *TRAIN, f"--workdir={workdir}"],
+        [*launcher, sys.executable, "-m", "scripts.train", *SHORT, f"--workdir={workdir}"],
         cwd=ROOT,
         env=os.environ | variables,
         capture_output=True,

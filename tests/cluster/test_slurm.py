@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_runs import SWEEP, TRAIN
 
 from scaling.sweeps.executors import ExecutorConfig, make_executor
 from tessera.infra.logger import METRICS, read_rows
@@ -15,35 +16,8 @@ from tessera.infra.logger import METRICS, read_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 CACHE = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}-scripts"), "JAX_PLATFORMS": "cpu"}
-SWEEP = [
-    "--config=configs/isoflop.py:tiny",
-    "--config.plan.widths=(8, 12, 16, 20)",
-    "--config.plan.budgets=(5e8, 1e9)",
-    "--config.plan.least_steps=10",
-    "--config.plan.tokens_per_parameter=(0.1, 1e4)",
-    "--config.plan.warmup=4",
-    "--config.train.eval_tokens=4096",
-    "--config.train.noise_batches=2",
-    "--config.report.resamples=20",
-    "--config.engine.name=slurm",
-    "--config.engine.slots=2",
-]
-TRAIN = [
-    "--config=configs/lm.py:tiny",
-    "--config.steps=600",
-    "--config.batch_size=8",
-    "--config.length=16",
-    "--config.model.layers=2",
-    "--config.model.width=16",
-    "--config.model.heads=4",
-    "--config.model.kv_heads=4",
-    "--config.optimizer.warmup=2",
-    "--config.log.every=10",
-    "--config.eval.every=300",
-    "--config.eval.batches=2",
-    "--config.data.max_bytes=200000",
-    "--config.plan=dp=2",
-]
+ON_SLURM = [*SWEEP, "--config.engine.name=slurm", "--config.engine.slots=2"]
+LONGER = [*TRAIN, "--config.steps=600", "--config.eval.every=300"]
 
 
 @pytest.fixture
@@ -71,7 +45,7 @@ def until(condition, what, seconds=600):
 
 def sweep(workdir):
     log = (workdir.parent / f"{workdir.name}.log").open("ab")
-    flags = [*SWEEP, f"--workdir={workdir}"]
+    flags = [*ON_SLURM, f"--workdir={workdir}"]
     return subprocess.Popen([sys.executable, "-m", "scripts.sweep", *flags], cwd=ROOT, stdout=log, stderr=log)
 
 
@@ -111,7 +85,9 @@ def test_a_training_sent_sigterm_is_queued_again_and_ends_the_same(slurm, tmp_pa
 
     def submit(workdir):
         script = str(ROOT / "scripts" / "launch" / "slurm.sbatch")
-        output = slurm("sbatch", "--parsable", *size, f"--output={workdir}.log", script, *TRAIN, f"--workdir={workdir}")
+        output = slurm(
+            "sbatch", "--parsable", *size, f"--output={workdir}.log", script, *LONGER, f"--workdir={workdir}"
+        )
         return output.strip()
 
     def ended(workdir, job):

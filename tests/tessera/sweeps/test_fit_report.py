@@ -397,7 +397,7 @@ def bent_sweep(bend, seed):
     return make_rows(rows.columns | {"loss": loss}, "bent.csv")
 
 
-@pytest.mark.parametrize(("bend", "seed"), [(0.01, 0), (-0.008, 2)])
+@pytest.mark.parametrize(("bend", "seed"), [(0.01, 0), pytest.param(-0.008, 2, marks=pytest.mark.slow)])
 def test_every_value_of_a_rejected_law_lies_in_its_interval(tmp_path, bend, seed):
     rows, settings = bent_sweep(bend, seed), {"misfit": True, "resamples": 10, "fit": {"starts": 30, "keep": 2}}
     result = fit_runs(tmp_path, rows, neutral("x", **settings)).result
