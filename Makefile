@@ -71,7 +71,7 @@ test-wheel: $(VENV)/installed
 	$(BIN)/python -m pytest -m wheel tests/test_package.py
 
 # A SLURM, a Ray cluster of two nodes and Open MPI, all on this machine: as root, with Debian's slurm-wlm, munge and
-# openmpi-bin. What is not installed is skipped. Ten minutes, of which SLURM waits two before it requeues a job.
+# openmpi-bin. What is not installed is skipped. About six minutes, of which SLURM waits two before it requeues a job.
 test-cluster: $(VENV)/installed
 	$(PIP) $(LOCK:%=--constraint %) -e '.[slurm,ray]'
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster

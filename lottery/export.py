@@ -65,18 +65,20 @@ def save(path: str | Path, params: PyTree, masks: PyTree, metadata: dict[str, st
         if str(values.dtype) not in DTYPES:
             raise ValueError(f"{name} has dtype {values.dtype}; tickets hold {', '.join(DTYPES)}: convert it first")
         if mask.all():
-            tensors[name] = np.ascontiguousarray(values)
+            tensors[name] = np.asarray(values, order="C")
             continue
         tensors[name], tensors[f"{name}.mask"] = values[mask], np.packbits(mask.ravel())
         shapes[name] = list(values.shape)
     blank = "0" * 64
     header = {**(metadata or {}), "format": FORMAT, "shapes": json.dumps(shapes), "sha256": blank}
     data = encode(tensors, header)
-    digest = hashlib.sha256(data).hexdigest()
+    mark, digest = f'"sha256":"{blank}"'.encode(), hashlib.sha256(data).hexdigest()
+    if data.count(mark) != 1:
+        raise RuntimeError("this safetensors writes its header in another way: `load` would refuse the file")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data.replace(f'"sha256":"{blank}"'.encode(), f'"sha256":"{digest}"'.encode(), 1))
+    partial.write_bytes(data.replace(mark, f'"sha256":"{digest}"'.encode(), 1))
     partial.replace(path)
     return path
 
@@ -108,8 +110,11 @@ def load(path):
         if not condition:
             raise ValueError(f"{path}: {what}")
 
-    def is_shape(x):
+    def is_sizes(x):
         return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+
+    def is_shape(x):
+        return is_sizes(x) and math.prod(max(n, 1) for n in x) < 2**56  # numpy refuses others, also of no element
 
     with open(path, "rb") as file:
         data = file.read()
@@ -134,7 +139,7 @@ def load(path):
     need(isinstance(shapes, dict) and all(map(is_shape, shapes.values())), "damaged: shapes must be lists of sizes")
     tensors = {}
     for name, (dtype, shape, *offsets) in entries.items():
-        need(is_shape(shape) and is_shape(offsets) and len(offsets) == 2, f"damaged: shape or offsets of {name}")
+        need(is_shape(shape) and is_sizes(offsets) and len(offsets) == 2, f"damaged: shape or offsets of {name}")
         begin, end = (8 + size + offset for offset in offsets)
         need(end <= len(data), f"{name} is cut off")
         need(end - begin == math.prod(shape) * np.dtype(dtype).itemsize, f"damaged: {name} is not {dtype} {shape}")

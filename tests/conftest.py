@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 CPU = os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu"
-# A test compiles a program to run it once on small arrays: without what LLVM and XLA do for speed that takes a
-# third of the time. With the fusion emitters, the only way to generate code that JAX 0.12 has left, level 0 gives NaN
+# A test compiles a program to run it once on small arrays: without what LLVM and XLA do for speed the suite takes
+# half the time. With the fusion emitters, the only way to generate code that JAX 0.12 has left, level 0 gives NaN
 # gradients of max pooling. Child processes read the variable; TESSERA_TEST_OPTIMIZE=1 compiles as users do.
 FLAGS = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -176,7 +176,7 @@ class Submitted:
 
     job: Any
     queue: "SlurmQueue | None" = None
-    _gone_since: float | None = None
+    _gone_since: float | None = field(default=None, init=False)
 
     def done(self) -> bool:
         """Whether it has ended.

@@ -85,6 +85,15 @@ def test_what_numpy_cannot_read_is_refused_when_it_is_saved(tmp_path, dtype):
         export.save(tmp_path / "t.safetensors", {"a": jnp.ones(3).astype(dtype)}, {"a": jnp.ones(3, bool)})
 
 
+def test_scalars_and_empty_leaves_come_back_in_their_shapes(tmp_path):
+    params = {"scalar": jnp.float32(2), "empty": jnp.zeros((0, 3)), "pruned": jnp.ones((2, 2))}
+    mask = jax.tree.map(lambda p: jnp.full(p.shape, p.shape != (2, 2)), params)
+    found, masks_found, _ = export.load(export.save(tmp_path / "t.safetensors", params, mask))
+    for name, leaf in params.items():
+        assert found[name].shape == masks_found[name].shape == leaf.shape
+    assert found["scalar"] == 2 and not found["pruned"].any()
+
+
 def test_paths_that_collide_are_refused(tmp_path):
     twice = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}
     with pytest.raises(ValueError, match="two leaves have the path a/b"):
@@ -135,6 +144,7 @@ META = {"format": "tessera-ticket-1", "shapes": '{"a": [2, 2]}'}
         ({"a": A | {"data_offsets": [4]}}, "shape or offsets of a"),
         ({"a": A | {"dtype": "F8"}}, "header that `save` does not write"),
         ({"a": A}, "a.mask does not hold 4 bits"),
+        ({"a": A | {"shape": [0, 10**30], "data_offsets": [0, 0]}}, "shape or offsets of a"),
         ({"a": 3}, "header that `save` does not write"),
         ({"a": A, "__metadata__": META | {"shapes": "[]"}}, "lists of sizes"),
         ({"a": A, "__metadata__": 3}, "no JSON object"),
