@@ -1,5 +1,6 @@
 """How many files of the project a reader opens to follow one run: those with a call between `main` and its return."""
 
+import cProfile
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -15,23 +16,20 @@ REPORTS = ("tessera/reports/", "tessera/planning/report.py")
 
 
 def files_entered(call: Callable[[], object]) -> list[str]:
-    """Files of the project with a call event while `call` runs, in order of entry, `__init__` files and tests apart."""
+    """Files of the project with a call event while `call` runs, by name, `__init__` files and tests apart."""
     installed = sysconfig.get_paths()["purelib"]
-    entered: dict[str, None] = {}
-
-    def profile(frame, event, argument):
-        if event == "call":
-            entered.setdefault(frame.f_code.co_filename)
-
     before = sys.getprofile()
-    sys.setprofile(profile)
+    profile = cProfile.Profile(builtins=False)
+    profile.enable()
     try:
         call()
     finally:
+        profile.disable()
         sys.setprofile(before)
+    entered = {row.code.co_filename for row in profile.getstats()}
     ours = [Path(name) for name in entered if name.startswith(str(ROOT)) and not name.startswith(installed)]
     found = [path.relative_to(ROOT).as_posix() for path in ours if path.name != "__init__.py"]
-    return [name for name in found if not name.startswith(("tests/", "."))]
+    return [name for name in sorted(found) if not name.startswith(("tests/", "."))]
 
 
 def test_a_dense_training_passes_through_few_files(tmp_path):
