@@ -1,7 +1,9 @@
 """Late rewinding against rewinding to 0: Frankle et al. 2020 (arXiv:1912.05671), section 5, at equal density.
 
 Two searches share their dense networks: in one the survivors go back to the initialization and train the whole
-schedule, in the other they go back to step k and train what is left of it.
+schedule, in the other they go back to step k and train what is left of it. Random masks of equal density in every layer
+(in both) and fresh initializations (which have no step k) are the controls: what late rewinding gives them too is no
+property of the ticket.
 """
 
 from dataclasses import dataclass, replace
@@ -32,13 +34,23 @@ class RewindingConfig:
             raise ValueError(f"value={self.value!r}: choose one of {', '.join(UNITS)}")
 
 
+# Arms of `config.search.arms` that the study can compare, and what it calls them.
+ARMS = {"ticket": "ticket", "random_mask": "random mask", "reinit": "fresh weights"}
+
+
 def run(config: Any, memo: Memo) -> Study:
     """Search twice, compare seed by seed."""
     study = build(RewindingConfig, config.study, "config.study")
     setup = make_setup(config)
-    if not setup.search.rewind or setup.search.rewind_optimizer or setup.search.arms != ("ticket",):
-        raise ConfigError("config.search: rewind above 0, rewind_optimizer False and arms ('ticket',) are needed here")
-    search, late = run_search(setup, memo, config, "late")
+    arms = setup.search.arms
+    if not setup.search.rewind or setup.search.rewind_optimizer or "ticket" not in arms or not set(arms) <= set(ARMS):
+        raise ConfigError(
+            "config.search: rewind above 0, rewind_optimizer False and arms 'ticket' and, as controls, any of "
+            f"{', '.join(map(repr, list(ARMS)[1:]))} are needed here"
+        )
+    # Fresh weights at step k would have missed the first k steps.
+    rewound = tuple(arm for arm in arms if arm != "reinit")
+    search, late = run_search(replace(setup, search=replace(setup.search, arms=rewound)), memo, config, "late")
     # The dense networks are the same; what survivors go back to differs.
     early = replace(setup, search=replace(setup.search, rewind=0), ticket=replace(setup.ticket, rewind=0))
     store = LevelStore(memo.directory / "early")
@@ -50,13 +62,15 @@ def run(config: Any, memo: Memo) -> Study:
     return _study(rows, study, setup)
 
 
+def _name(arm: str, step: int) -> str:
+    return ARMS[arm] if arm == "reinit" else f"{ARMS[arm]}, to step {step}"
+
+
 def _named(rows: list[imp.Row], step: int) -> list[dict[str, Any]]:
     """Rows without their learning curves, with the step that survivors went back to."""
-    named = {"rewind": step, "survivors": f"to step {step}"}
     return [
         {key: value for key, value in row.items() if key != "curve"}
-        | named
-        | ({} if row["level"] else {"survivors": DENSE})
+        | {"rewind": step, "survivors": _name(row["arm"], step) if row["level"] else DENSE}
         for row in rows
     ]
 
@@ -67,36 +81,49 @@ def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> 
     heading = f"{name} ({unit if sign < 0 else '%'})"
     arms = Comparison(rows, "survivors", study.value, heading=heading, unit=unit, scale=scale, digits=digits, sign=sign)
     step = setup.search.rewind
-    late, zero = f"to step {step}", "to step 0"
+    late, zero, random = _name("ticket", step), _name("ticket", 0), _name("random_mask", step)
     findings = []
     for level in arms.levels:
-        gains = arms.gains(late, zero, level)
-        mean, half, n = summary.interval(gains)
-        verdict = "better" if mean - half > 0 else "worse" if mean + half < 0 else "not told apart from rewinding to 0"
+        told = _verdict(arms, late, zero, level)
         findings.append(
-            f"At {arms.density(level)} of the weights rewinding to step {step} is {verdict}: "
-            f"{arms.gain(late, zero, level)} {unit}, above 0 in favor of late rewinding, paired over {n} seeds "
-            f"({sum(gain > 0 for gain in gains)} of them better)."
+            f"At {arms.density(level)} of the weights the ticket rewound to step {step} is {told} the ticket rewound to 0."
         )
+        if random in arms.arms:
+            told = _verdict(arms, random, _name("random_mask", 0), level)
+            findings.append(f"Under random masks weights of step {step} are {told} those of step 0.")
+            told = _verdict(arms, late, random, level)
+            findings.append(f"The ticket rewound to step {step} is {told} a random mask on the same weights.")
     caption = "After the last step, on the test set; means and 95% intervals over seeds. Dotted: the dense networks."
-    table = arms.table({zero: "rewinding to 0, + is better"})
-    return Study("Late rewinding and rewinding to 0", findings, table, _figure(arms, [zero, late]), caption, rows)
+    bases = {zero: "ticket, to step 0"} | ({random: f"random mask, to step {step}"} if random in arms.arms else {})
+    steps = {"steps trained": lambda rows: setup.ticket.steps - (rows[0]["rewind"] if rows[0]["level"] else 0)}
+    names = [name for name in (late, zero, random, _name("random_mask", 0), _name("reinit", 0)) if name in arms.arms]
+    picture = _figure(arms, names)
+    return Study("Late rewinding and rewinding to 0", findings, arms.table(bases, steps), picture, caption, rows)
+
+
+def _verdict(arms: Comparison, name: str, base: str, level: int) -> str:
+    """ "better than", "worse than" or "not told apart from", with the paired difference."""
+    gains = arms.gains(name, base, level)
+    mean, half, n = summary.interval(gains)
+    verdict = "better" if mean - half > 0 else "worse" if mean + half < 0 else "neither better nor worse"
+    better = sum(gain > 0 for gain in gains)
+    return f"{verdict} ({arms.gain(name, base, level)} {arms.unit}, + is better; {better} of {n} seeds) than"
 
 
 @deferred
 def _figure(arms: Comparison, names: list[str]) -> Figure:
-    """Both arms over the levels: seeds pale, means with their intervals."""
+    """The arms over the levels: seeds pale, means with their intervals."""
     figure, (ax,) = canvas(1, width=6.4, height=3.6)
     for i, name in enumerate(names):
         style = look(i)
         cells = [[arms.scale * row[arms.value] for row in arms.cell(name, level)] for level in arms.levels]
         means, halves, _ = zip(*map(summary.interval, cells), strict=True)
-        x = [place + 0.1 * (i - 0.5) for place in range(len(cells))]
+        x = [place + 0.1 * (i - (len(names) - 1) / 2) for place in range(len(cells))]
         for place, values in zip(x, cells, strict=True):
             dots(ax, [place] * len(values), values, style["color"], 4, 0.35, style["marker"])
         line_with_band(ax, x, means, halves, label=name, **style)
     reference(ax, arms.scale * sum(arms.dense) / len(arms.dense), "dense")
     ax.set_xticks(range(len(arms.levels)), [arms.density(level) for level in arms.levels])
     label_lines(ax)
-    titles(ax, "Rewinding: the ticket after training", "weights remaining", arms.heading)
+    titles(ax, "Rewinding: networks after training", "weights remaining", arms.heading)
     return figure
