@@ -4,9 +4,9 @@ What: two searches with the same dense networks; survivors go back to the initia
 fresh weights under the ticket's mask are the controls. `:resnet20` is
 ResNet-20 on CIFAR-10 at full length (63,000 steps of 128 images, k = 1,000; images are not augmented), made for an
 accelerator. `:short` is the same network for a CPU: CIFAR-10 averaged to 8 x 8 pixels, 1,000 steps of 32 images, pruned
-twice, to 10% and to 1%, k = 50, 10 seeds. Its weight decay is 63 times the paper's, so that rate x decay x steps is the full
-schedule's and weights are as far from their initialization at the end. `:text` is a small decoder on tinyshakespeare's
-bytes with a short schedule; `:tiny` is a minute on Python's sources.
+twice, to 10% and to 1%, k = 50, 10 seeds. Its weight decay is 63 times the paper's, so that rate x decay x steps is the
+full schedule's and weights are as far from their initialization at the end. `:text` is a small decoder on
+tinyshakespeare's bytes with a short schedule; `:tiny` is a minute on Python's sources.
 Cost: `:short` 30 minutes of processor time, `:text` see docs/results/late_rewinding_text.md; `:resnet20` not measured.
 Expected: `:short` has late rewinding ahead by 0.023 nats, 0.8 points (docs/results/late_rewinding_resnet20.md); `:text`
 does not tell the two apart; `:resnet20` should have it ahead, the more so the fewer weights are left (not measured).
@@ -33,7 +33,7 @@ def get_config(variant: str = "text") -> ConfigDict:
 
 
 def instability(config: ConfigDict) -> ConfigDict:
-    """What late rewinding is to explain (Frankle et al. 2020, sections 4 and 5): do two data orders part from step k?"""
+    """What late rewinding is to explain (Frankle et al. 2020, section 4): do two data orders part after step k?"""
     rewind = int(config.search.rewind.removesuffix("it"))
     densities = (1.0, 0.16) if config.model.name == "decoder" else (1.0, 0.1, 0.01)
     config.name = "instability"

@@ -34,8 +34,8 @@ gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-# JAX 0.10 makes an MLIR context for each program it lowers, 2.5 ms of processor time; later versions do not. The programs
-# of a module of tests share one.
+# JAX 0.10 makes an MLIR context for each program it lowers, 2.5 ms of processor time; later versions do not. The
+# programs of a module of tests share one.
 if SHARED_CONTEXT := jax.__version_info__ < (0, 11):
     from jax._src.interpreters import mlir
 

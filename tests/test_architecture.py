@@ -30,7 +30,7 @@ LINES = (
     ("reports",),
     ("parallel",),
     ("models",),
-    ("loop", "losses", "step", "scan_steps", "signals"),
+    ("loop", "losses", "step", "signals"),
     ("data", "optim", "infra"),
 )
 ORBAX = ("tessera/infra/artifacts.py", "tessera/infra/checkpoint.py")

@@ -10,11 +10,10 @@ from tessera.infra.config import checked
 from tessera.infra.logger import Progress
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
-from tessera.tickets import schema
 from tessera.tickets.report import FirstLayer, lottery_report, summary_table
+from tessera.tickets.setup import SCHEMA as SCHEMA
 from tessera.tickets.setup import LevelStore, make_setup, search_tickets
 
-SCHEMA = schema.SCHEMA
 ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError)
 
 
@@ -26,7 +25,7 @@ def main(invocation: Invocation) -> None:
     workdir = invocation.prepare(whole=True, grows=("search.levels",) if extends else ())
     store = LevelStore(workdir / "levels")
     first_layer = FirstLayer(store)
-    with hold(workdir), Progress(setup.search.levels + 1, "levels", every=0) as levels:
+    with hold(workdir), Progress(setup.search.levels + 1, "levels", every=0.0) as levels:
 
         def train_fn(starts: imp.Starts, *, level: int) -> imp.Trained:
             levels.advance(level - levels.done)

@@ -7,37 +7,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Integer
 
 from tessera.data.images import Images
 from tessera.infra.config import check_seed
-
-
-def index_block(*, seed: int, start: int, steps: int, batch_size: int, size: int) -> Int32[np.ndarray, "steps batch"]:
-    """Example indices of the steps [start, start + steps) over a set of `size` examples kept in memory.
-
-    The order is one stream: a fresh permutation of the set for every epoch, one after the other, cut into batches. A
-    batch may straddle two epochs, so no example is ever left out, and blocks cut from the stream at any steps agree.
-
-    Raises:
-      ValueError: for a `seed` out of range, a negative `start` or `steps`, or a `batch_size` or `size` below 1.
-    """
-    check_seed("seed", seed)
-    for name, value in (("start", start), ("steps", steps)):
-        _at_least(name, value, 0)
-    _at_least("batch_size", batch_size, 1)
-    _at_least("size", size, 1)
-    begin, end = start * batch_size, (start + steps) * batch_size
-    first, last = begin // size, -(-end // size)
-    # Not grain's shuffle, which maps one index at a time: about 4 us each, a quarter of a small training step's time.
-    epochs = [_permutation(seed, epoch, size) for epoch in range(first, last)]
-    stream = np.concatenate([np.zeros(0, np.int32), *epochs])
-    return stream[begin - first * size :][: end - begin].reshape(steps, batch_size)
-
-
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    return np.random.Generator(bits).permutation(size).astype(np.int32)
 
 
 def token_batches(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lottery.search_config import ARMS
+from lottery.imp import ARMS
 from lottery.summary import DENSE, differences, summarize
 from tessera.infra.logger import Rows
 from tessera.reports import style

@@ -20,8 +20,7 @@ from tessera.losses import cross_entropy
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.noise_scale import noise_scale
 from tessera.optim.optimizer import decayed
-from tessera.scan_steps import scan_steps
-from tessera.step import TrainState, init_state, make_train_step
+from tessera.step import TrainState, init_state, make_train_step, scan_steps
 
 NEVER = 2**30  # a step no run reaches: a trunk's learning rate does not fall
 

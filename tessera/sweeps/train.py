@@ -14,12 +14,10 @@ import numpy as np
 from jaxtyping import Array
 
 from scaling.sweeps.plan import PlannedRun, Readout
-from tessera.data.loader import index_block
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
-from tessera.scan_steps import run_blocks
-from tessera.step import TrainState
+from tessera.step import TrainState, index_block, run_blocks
 from tessera.sweeps.programs import Programs, Schedule, Trial, TrialConfig, compile_programs
 
 EVAL_BATCH = 64  # windows

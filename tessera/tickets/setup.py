@@ -1,4 +1,4 @@
-"""A ticket search from its config: data, network, optimizer, compiled programs, and its levels on disk."""
+"""A ticket search from its config: settings, data, network, optimizer, compiled programs, and its levels on disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +18,10 @@ from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
 from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree, save_tree
 from tessera.infra.config import ConfigError, build, checked, unknown
+from tessera.infra.schema import Choice, Group, Schema
 from tessera.infra.workdir import read_settings
-from tessera.models.registry import Network, make_network
+from tessera.models.registry import CONV, NETWORKS, Network, make_network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer, parse_steps
-from tessera.tickets.schema import ScoreInputsConfig
 from tessera.tickets.train import Programs, Splits, TicketConfig, make_loss, make_programs, train_stack
 
 # config.data.kind -> (dataclass of the other settings, loader).
@@ -29,6 +29,80 @@ DATA: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "images": (ImageConfig, load_images),
     "text": (WindowConfig, load_windows),
 }
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What stands at the top of a search's config.
+
+    Attributes:
+      seeds: one independent repetition each: initialization, data order, random masks.
+      lr: peak learning rate.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ScoreInputsConfig:
+    """Training examples that scores like SNIP look at, the first of a fixed random order.
+
+    Attributes:
+      batches: batches of them.
+      batch_size: examples of one.
+      normalize: SynFlow's matrices are rescaled first; switch it off for networks with skips (resnet20, vit, decoder).
+    """
+
+    batches: int = 5
+    batch_size: int = 100
+    normalize: bool = True
+
+    def __post_init__(self):
+        if self.batches < 1 or self.batch_size < 1:
+            raise ValueError(f"batches={self.batches} and batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TransferSource:
+    """Where the masks of the arm "transfer" come from.
+
+    Attributes:
+      workdir: of the finished search whose masks are taken; "" where no arm needs one.
+      arm: its arm.
+      shift: seeds on: seed i gets the mask of the other search's seed number i + shift.
+    """
+
+    workdir: str = ""
+    arm: str = "ticket"
+    shift: int = 0
+
+
+GROUPS: dict[str, Any] = {
+    "data": Choice(
+        "kind",
+        {kind: Group(cls) for kind, (cls, _) in DATA.items()},
+        "images",
+        "what the data are: images with labels, or windows of text.",
+    ),
+    "model": Choice(
+        "name",
+        {name: Group(cls, without=(size,), defaults=CONV.get(name, {})) for name, (cls, size, _) in NETWORKS.items()},
+        "lenet",
+        "network, a name in `tessera.models.registry.NETWORKS`.",
+    ),
+    "optimizer": Group(OptimizerConfig, without=("lr", "steps"), defaults={"name": "adam"}),
+    "train": Group(TicketConfig, without=("rewind",), defaults={"steps": "1000it"}, hints={"steps": str}),
+    "search": Group(
+        imp.SearchConfig,
+        without=("seeds", "layouts"),
+        defaults={"rewind": "0it", "output": "^output/"},
+        hints={"rewind": str},
+    ),
+    "score_inputs": Group(ScoreInputsConfig),
+    "transfer": Group(TransferSource),
+}
+SCHEMA = Schema(SearchSettings, **GROUPS)
 
 
 class FinishedLevels:

@@ -1,7 +1,7 @@
 """Train a stack of tickets together: one compiled program for many seeds and arms of a lottery search.
 
 A stack is a pytree whose leaves have a leading axis S (one entry per seed and arm). The data set is small enough to
-live on the device: a whole stretch of training is one call of `tessera.scan_steps.scan_steps`, and the host wakes only
+live on the device: a whole stretch of training is one call of `tessera.step.scan_steps`, and the host wakes only
 to evaluate, to report progress and to save.
 
 A network with batch statistics keeps them in its parameter tree: no gradient reaches them, and a step replaces them by
@@ -24,13 +24,11 @@ from lottery import criteria
 from lottery.imp import Starts, Trained
 from lottery.transform import mask_state, sparse
 from tessera.data.images import Images, ImageSplits
-from tessera.data.loader import index_block
 from tessera.data.windows import Windows, WindowSplits
 from tessera.infra.artifacts import ArtifactStore
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS, Network
-from tessera.scan_steps import Row, run_blocks, scan_steps
-from tessera.step import LossFn, TrainState, make_train_step
+from tessera.step import LossFn, Row, TrainState, index_block, make_train_step, run_blocks, scan_steps
 
 ApplyFn = Callable[[PyTree, Array], Array]  # (params, inputs [B, ...]) -> logits [B, ..., C]
 
@@ -299,7 +297,7 @@ def train_blocks(
 ) -> tuple[int, TicketState]:
     """Train a stack from one of `marks` to the next; the seeds order its data.
 
-    Returns and `options` are those of `tessera.scan_steps.run_blocks`.
+    Returns and `options` are those of `tessera.step.run_blocks`.
     """
 
     def advance(state: TicketState, start: int, stop: int) -> tuple[TicketState, dict[str, Array]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lottery import allocation, criteria, imp, masks, prune, schedules, transfer
-from lottery.search_config import level_counts
+from lottery.imp import level_counts
 
 
 def init_fn(key):

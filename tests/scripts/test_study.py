@@ -35,6 +35,8 @@ def script(name, *arguments):
         "transfer:sources-tiny",
         "population:tiny",
         "distribution:tiny",
+        "reasons:tiny",
+        "reliability:tiny",
         "rewinding:tiny",
         "sparse_training:tiny",
         "strong:tiny",

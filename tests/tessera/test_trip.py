@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import lm
+from configs import lm, lottery_digits
 from tessera.infra.schema import completed
 
 ROOT = Path(__file__).parent.parent.parent
-REPORTS = ("tessera/reports/", "tessera/planning/report.py")
+REPORTS = ("tessera/reports/", "tessera/planning/report.py", "tessera/tickets/report.py", "lottery/summary.py")
 
 
 def files_entered(call: Callable[[], object]) -> list[str]:
@@ -46,3 +46,20 @@ def test_a_dense_training_passes_through_few_files(tmp_path):
     trip = [name for name in found if not name.startswith(REPORTS)]
     assert "tessera/models/transformer.py" in trip and "tessera/step.py" in trip
     assert len(trip) <= 16, "\n".join(trip)
+
+
+def test_a_search_passes_through_few_files(tmp_path):
+    from tessera.cli import find_ticket
+    from tessera.cli.main import Invocation
+
+    config: ConfigDict = completed(find_ticket.SCHEMA, lottery_digits.get_config())
+    config.search.levels = 1
+    config.seeds = (0,)
+    config.train.steps = "20it"
+    config.train.eval_every = 10
+    config.model.hidden = (12, 8)
+    invocation = Invocation(config, "lottery-digits", str(tmp_path / "run"))
+    found = files_entered(lambda: find_ticket.main(invocation))
+    trip = [name for name in found if not name.startswith(REPORTS)]
+    assert "lottery/imp.py" in trip and "tessera/step.py" in trip
+    assert len(trip) <= 21, "\n".join(trip)

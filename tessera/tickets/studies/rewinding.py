@@ -85,9 +85,8 @@ def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> 
     findings = []
     for level in arms.levels:
         told = _verdict(arms, late, zero, level)
-        findings.append(
-            f"At {arms.density(level)} of the weights the ticket rewound to step {step} is {told} the ticket rewound to 0."
-        )
+        weights = arms.density(level)
+        findings.append(f"At {weights} of the weights the ticket rewound to step {step} is {told} one rewound to 0.")
         if random in arms.arms:
             told = _verdict(arms, random, _name("random_mask", 0), level)
             findings.append(f"Under random masks weights of step {step} are {told} those of step 0.")

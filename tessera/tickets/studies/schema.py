@@ -6,11 +6,13 @@ from typing import Any
 
 from tessera.infra.errors import ConfigError, unknown
 from tessera.infra.schema import Changes, Group, Schema
-from tessera.tickets.schema import GROUPS, SCHEMA, SearchSettings
+from tessera.tickets.setup import GROUPS, SCHEMA, SearchSettings
 from tessera.tickets.studies.ablations import AblationConfig
 from tessera.tickets.studies.distribution import DistributionConfig
 from tessera.tickets.studies.instability import InstabilityConfig
 from tessera.tickets.studies.population import PopulationConfig
+from tessera.tickets.studies.reasons import ReasonsConfig
+from tessera.tickets.studies.reliability import ReliabilityConfig
 from tessera.tickets.studies.rewinding import RewindingConfig
 from tessera.tickets.studies.sources import SourcesConfig
 from tessera.tickets.studies.sparse_training import SparseConfig
@@ -22,6 +24,8 @@ STUDIES: dict[str, type] = {
     "distribution": DistributionConfig,
     "instability": InstabilityConfig,
     "population": PopulationConfig,
+    "reasons": ReasonsConfig,
+    "reliability": ReliabilityConfig,
     "rewinding": RewindingConfig,
     "sources": SourcesConfig,
     "sparse_training": SparseConfig,

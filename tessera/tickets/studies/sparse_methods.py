@@ -11,8 +11,7 @@ from jaxtyping import Array, PyTree
 
 from lottery import criteria, dynamic, prune, supermask
 from lottery import masks as masks_lib
-from lottery.imp import initial_weights, search_keys
-from lottery.search_config import level_counts
+from lottery.imp import initial_weights, level_counts, search_keys
 from tessera.infra.config import ConfigError, build
 from tessera.models.registry import Network
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer

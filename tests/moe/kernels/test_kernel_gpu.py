@@ -251,6 +251,7 @@ class Device:
         self.compute_capability = capability
 
 
+@pytest.mark.filterwarnings("ignore:no measured tile sizes")
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
 def test_other_gpus_are_refused(monkeypatch, capability):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -7,11 +7,11 @@ from itertools import islice
 import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.data.images import Images
-from tessera.data.loader import held_out_batches, image_batches, index_block, token_batches
+from tessera.data.loader import held_out_batches, image_batches, token_batches
 from tessera.infra.config import check_seed
 
 TOKENS = (np.arange(1003) % 256).astype(np.uint16)  # 100 windows of 10, and a tail of 2
@@ -34,67 +34,6 @@ def assert_same(a, b):
 
 
 kinds = pytest.mark.parametrize("kind", ["tokens", "images"])
-
-
-# index_block
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    size=st.integers(1, 50),
-    batch_size=st.integers(1, 70),
-    cuts=st.lists(st.integers(0, 12), max_size=6),
-    start=st.integers(0, 20),
-)
-def test_blocks_agree_however_they_are_cut(seed, size, batch_size, cuts, start):
-    steps = sum(cuts)
-    common = {"seed": seed, "batch_size": batch_size, "size": size}
-    whole = index_block(start=0, steps=start + steps, **common)
-    assert whole.dtype == np.int32 and whole.shape == (start + steps, batch_size)
-    position = start
-    for cut in cuts:
-        block = index_block(start=position, steps=cut, **common)
-        np.testing.assert_array_equal(block, whole[position : position + cut])
-        position += cut
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 50), batch_size=st.integers(1, 20), epochs=st.integers(1, 4))
-def test_every_epoch_holds_every_example_once(seed, size, batch_size, epochs):
-    steps = -(-size * epochs // batch_size)
-    stream = index_block(seed=seed, start=0, steps=steps, batch_size=batch_size, size=size).ravel()
-    for epoch in range(epochs):
-        assert sorted(stream[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
-
-
-def test_order_is_pinned():
-    """A change of these numbers would silently change every resumed run."""
-    block = index_block(seed=0, start=1, steps=2, batch_size=5, size=7)
-    assert block.tolist() == [[2, 1, 1, 4, 5], [6, 3, 2, 0, 4]]
-
-
-def test_epochs_and_seeds_differ():
-    orders = {
-        tuple(index_block(seed=seed, start=epoch, steps=1, batch_size=50, size=50)[0].tolist())
-        for seed in range(4)
-        for epoch in range(4)
-    }
-    assert len(orders) == 16
-
-
-def test_first_place_is_uniform():
-    """Chi-square over which of 10 examples comes first, 2000 seeds; 9 degrees of freedom, p = 1e-4 at 33.7."""
-    first = [index_block(seed=seed, start=0, steps=1, batch_size=1, size=10)[0, 0] for seed in range(2000)]
-    counts = np.bincount(first, minlength=10)
-    assert ((counts - 200) ** 2 / 200).sum() < 33.7
-
-
-@pytest.mark.parametrize("wrong", [{"start": -1}, {"steps": -1}, {"batch_size": 0}, {"size": 0}])
-def test_index_block_errors(wrong):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"{name}=.* must be at least"):
-        index_block(**{"seed": 0, "start": 0, "steps": 1, "batch_size": 1, "size": 1, **wrong})
 
 
 # token_batches and image_batches

@@ -16,8 +16,7 @@ from tessera.models.convolution import batch_statistics, conv
 from tessera.models.registry import STATISTICS, resnet
 from tessera.models.vision import ResNetConfig
 from tessera.tickets import probes
-from tessera.tickets.schema import SCHEMA
-from tessera.tickets.setup import make_setup
+from tessera.tickets.setup import SCHEMA, make_setup
 
 
 def images(count, seed=0):

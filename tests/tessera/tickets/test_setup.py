@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 from configs import lottery_cifar, lottery_digits, lottery_lm
 from lottery import imp, transfer
 from lottery import masks as masks_lib
-from lottery.search_config import level_counts
+from lottery.imp import level_counts
 from tessera.data import windows
 from tessera.data.images import Images, ImageSplits
-from tessera.data.loader import index_block
 from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
 from tessera.infra.workdir import prepare
 from tessera.losses import distillation
 from tessera.models.registry import STATISTICS
-from tessera.tickets.schema import SCHEMA
+from tessera.step import index_block
 from tessera.tickets.setup import (
+    SCHEMA,
     Finished,
     FinishedLevels,
     LevelStore,

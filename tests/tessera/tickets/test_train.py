@@ -9,10 +9,10 @@ import pytest
 from lottery import masks as masks_lib
 from lottery.imp import Memory, SearchConfig, Starts, search
 from tessera.data.images import Images, ImageSplits
-from tessera.data.loader import index_block
 from tessera.infra.artifacts import ArtifactStore
 from tessera.models.registry import plain
 from tessera.models.vision import LeNet, MLPConfig
+from tessera.step import index_block
 from tessera.tickets.train import TicketConfig, at_step, batched, evaluate, make_programs, stops, train_stack
 
 CONFIG = TicketConfig(steps=24, batch_size=8, eval_every=8)
