@@ -287,7 +287,7 @@ def _figure(
     rows: list[dict[str, Any]], found: Mapping[str, list[float]], inputs: list[dict[str, Any]], shape: tuple[int, ...]
 ) -> Figure:
     """Gradient flow and top eigenvalue along training, the gap, and the inputs that tickets are connected to."""
-    figure, axes = canvas(4 if inputs else 3, width=13.0 if inputs else 10.0, height=3.6)
+    figure, axes = canvas(2, 2, width=9.6, height=7.0)
     steps = sorted({row["step"] for row in rows})
     x = [max(step, steps[1] / 3) for step in steps]
     named = (("gradient_flow", "Gradient flow"), ("ntk_top", "Top eigenvalue of the tangent kernel"))
@@ -316,4 +316,6 @@ def _figure(
         else:
             axes[3].plot([row["variance"] for row in inputs], share, ".")
             titles(axes[3], "Ticket's connections", "variance of the input", "share alive")
+    else:
+        axes[3].remove()
     return figure

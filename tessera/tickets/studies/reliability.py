@@ -24,7 +24,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
 from tessera.models.registry import Network
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, label_lines, line_with_band, look, titles
+from tessera.reports.style import Figure, canvas, deferred, line_with_band, look, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
 from tessera.tickets.studies.study import DENSE, Comparison, Study, run_search
 from tessera.tickets.train import batched
@@ -320,17 +320,28 @@ def _study(
 
 @deferred
 def _figure(rows: list[dict[str, Any]]) -> Figure:
-    """Accuracy over the strength of every change, a line for each arm."""
+    """Accuracy over the strength of every change, a line for each arm; the calibration error of unchanged images."""
     names = [name for name in dict.fromkeys(row["condition"] for row in rows) if name != "none"]
-    figure, axes = canvas(len(names), width=2.6 * len(names) + 1.0, height=3.4)
-    for ax, condition in zip(axes, names, strict=True):
+    columns = 4
+    figure, axes = canvas(columns, -(-(len(names) + 1) // columns), width=11.6, height=6.4)
+    for ax, condition in zip(axes, names, strict=False):
         mine = [row for row in rows if row["condition"] in (condition, "none")]
         at = sorted({row["strength"] for row in mine})
         for i, (arm, label) in enumerate(ARMS.items()):
             cells = [[100 * r["accuracy"] for r in mine if (r["arm"], r["strength"]) == (arm, s)] for s in at]
             mean, half, _ = zip(*map(summary.interval, cells), strict=True)
             line_with_band(ax, at, mean, half, label=label, **look(i))
-        titles(ax, condition, "strength", "test accuracy (%)" if ax is axes[0] else "")
-        if ax is axes[-1]:
-            label_lines(ax)
+        titles(ax, condition, "strength", "test accuracy (%)" if ax in axes[::columns] else "")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=9)
+    ax = axes[len(names)]
+    for i, arm in enumerate(ARMS):
+        values = [100 * row["calibration_error"] for row in rows if row["arm"] == arm and row["condition"] == "none"]
+        center, width, _ = summary.interval(values)
+        style = look(i)
+        ax.errorbar([center], [i], xerr=[width], fmt=style["marker"], color=style["color"], capsize=3)
+    ax.set_yticks(range(len(ARMS)), list(ARMS.values()))
+    ax.invert_yaxis()
+    titles(ax, "Calibration error", "%")
+    for ax in axes[len(names) + 1 :]:
+        ax.remove()
     return figure

@@ -117,7 +117,7 @@ def _figure(arms: Comparison, names: list[str]) -> Figure:
         style = look(i)
         cells = [[arms.scale * row[arms.value] for row in arms.cell(name, level)] for level in arms.levels]
         means, halves, _ = zip(*map(summary.interval, cells), strict=True)
-        x = [place + 0.1 * (i - (len(names) - 1) / 2) for place in range(len(cells))]
+        x = [place + 0.04 * (i - (len(names) - 1) / 2) for place in range(len(cells))]
         for place, values in zip(x, cells, strict=True):
             dots(ax, [place] * len(values), values, style["color"], 4, 0.35, style["marker"])
         line_with_band(ax, x, means, halves, label=name, **style)
