@@ -27,8 +27,7 @@ def get_config(variant: str = "mnist") -> ConfigDict:
     config.train = ConfigDict({"steps": "60it" if tiny else "1000it", "eval_every": 60 if tiny else 200})
     config.search = ConfigDict({"levels": 1 if tiny else 3, "rate": 0.5 if tiny else 0.415, "output_rate": 0.2})
     config.search.arms = ("ticket", "reinit", "random_mask")
-    config.study = ConfigDict()
     if tiny:
-        config.study.update({"noise": (0.2,), "blur": (1.0,), "shift": (1,), "occlusion": (3,), "radii": (0.1,)})
+        config.study = ConfigDict({"noise": (0.2,), "blur": (1.0,), "shift": (1,), "occlusion": (3,), "radii": (0.1,)})
         config.study.update({"wrong_labels": (0.4,), "examples": 100, "attack_steps": 5})
     return config

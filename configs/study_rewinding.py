@@ -9,7 +9,8 @@ full schedule's and weights are as far from their initialization at the end. `:t
 tinyshakespeare's bytes with a short schedule; `:tiny` is a minute on Python's sources.
 Cost: `:short` 30 minutes of processor time, `:text` see docs/results/late_rewinding_text.md; `:resnet20` not measured.
 Expected: `:short` has late rewinding ahead by 0.023 nats, 0.8 points (docs/results/late_rewinding_resnet20.md); `:text`
-has it behind, by 0.014 and 0.024 nats; `:resnet20` should have it ahead, the more so the fewer weights are left (not measured).
+has it behind, by 0.014 and 0.024 nats; `:resnet20` should have it ahead, the more so the fewer weights are left (not
+measured).
 Command: python scripts/study.py --config=configs/study_rewinding.py:short --config.data.dir=DATA --workdir=runs/late
 """
 

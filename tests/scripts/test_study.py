@@ -33,6 +33,7 @@ def script(name, *arguments):
         "instability:tiny",
         "transfer:tiny",
         "transfer:sources-tiny",
+        "movement:tiny",
         "population:tiny",
         "distribution:tiny",
         "reasons:tiny",

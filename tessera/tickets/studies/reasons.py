@@ -23,7 +23,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
 from tessera.models.registry import STATISTICS
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, label_lines, line_with_band, look, titles
+from tessera.reports.style import Figure, canvas, deferred, label_lines, line_with_band, log_values, look, titles
 from tessera.tickets.setup import Setup, make_setup
 from tessera.tickets.studies.study import DENSE, Study, run_search, with_interval
 from tessera.tickets.train import batched, evaluate, train_blocks
@@ -296,7 +296,7 @@ def _figure(
             logs = [[np.log10(r[name]) for r in rows if (r["arm"], r["step"]) == (arm, step)] for step in steps]
             mean, half, _ = zip(*map(summary.interval, logs), strict=True)
             line_with_band(ax, x, mean, half, label=label, **look(i))
-        ax.set_xscale("log")
+        log_values(ax, "x", values=x)
         titles(ax, title, "step", "log10")
         label_lines(ax)
     ax = axes[2]

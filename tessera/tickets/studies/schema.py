@@ -10,6 +10,7 @@ from tessera.tickets.setup import GROUPS, SCHEMA, SearchSettings
 from tessera.tickets.studies.ablations import AblationConfig
 from tessera.tickets.studies.distribution import DistributionConfig
 from tessera.tickets.studies.instability import InstabilityConfig
+from tessera.tickets.studies.movement import MovementConfig
 from tessera.tickets.studies.population import PopulationConfig
 from tessera.tickets.studies.reasons import ReasonsConfig
 from tessera.tickets.studies.reliability import ReliabilityConfig
@@ -23,6 +24,7 @@ STUDIES: dict[str, type] = {
     "ablations": AblationConfig,
     "distribution": DistributionConfig,
     "instability": InstabilityConfig,
+    "movement": MovementConfig,
     "population": PopulationConfig,
     "reasons": ReasonsConfig,
     "reliability": ReliabilityConfig,
