@@ -77,7 +77,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("explain", "study", "sweep"))) for name in CASES]
+    "script", [pytest.param(name, marks=[pytest.mark.slow] * (name != "train")) for name in CASES]
 )
 def test_a_run_ends_with_one_line_and_its_results(script, data, tmp_path):
     flags, files = CASES[script]
