@@ -1,7 +1,8 @@
 """Why a ticket trains better than a random mask: three explanations, each measured on the same networks.
 
 Favorable gradients: gradient flow (Evci et al. 2022, arXiv:2010.03533) and the empirical neural tangent kernel (Jacot
-et al. 2018, arXiv:1806.07572), at initialization and along training. Implicit regularization: the gap between test and
+et al. 2018, arXiv:1806.07572), at initialization and along training; the largest initial weights, as many in every
+layer, tell whether size alone does it. Implicit regularization: the gap between test and
 training loss where the training loss is equal. Data alignment: which inputs the first layer's mask is connected to,
 against each input's variance and its mutual information with the label.
 """
@@ -28,7 +29,13 @@ from tessera.tickets.setup import Setup, make_setup
 from tessera.tickets.studies.study import DENSE, Study, run_search, with_interval
 from tessera.tickets.train import batched, evaluate, train_blocks
 
-ARMS = {DENSE: "dense", "ticket": "ticket", "reinit": "fresh weights", "random_mask": "random mask"}
+ARMS = {
+    DENSE: "dense",
+    "ticket": "ticket",
+    "reinit": "fresh weights",
+    "large_init": "largest initial weights",
+    "random_mask": "random mask",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,11 @@ def run(config: Any, memo: Memo) -> Study:
     """Search, train the arms again from their start and measure them on the way."""
     study = build(ReasonsConfig, config.study, "config.study")
     setup = make_setup(config)
-    if set(setup.search.arms) != set(ARMS) - {DENSE} or setup.search.rewind:
-        raise ConfigError(f"config.search: arms {', '.join(sorted(set(ARMS) - {DENSE}))} and rewind 0 are needed")
+    arms = set(setup.search.arms)
+    if not {"ticket", "random_mask"} <= arms <= set(ARMS) or setup.search.rewind:
+        raise ConfigError(
+            "config.search: arms ticket and random_mask, beside them reinit and large_init, and rewind 0 are needed"
+        )
     if study.steps[-1] >= setup.ticket.steps:
         raise ConfigError(f"config.study.steps: {study.steps[-1]} is not below the {setup.ticket.steps} of training")
     _, found = run_search(setup, memo, config)
@@ -71,7 +81,7 @@ def run(config: Any, memo: Memo) -> Study:
 
 def measure(setup: Setup, study: ReasonsConfig, found: imp.Result, level: int) -> list[dict[str, Any]]:
     """Train every arm and seed from its start; one row each and step, by arm, seed and step."""
-    names = [(arm, seed) for arm in ARMS for seed in setup.search.seeds]
+    names = [(arm, seed) for arm in (DENSE, *setup.search.arms) for seed in setup.search.seeds]
     pairs = [found.ticket(seed, 0 if arm == DENSE else level, arm) for arm, seed in names]
     masks, params = (jax.tree.map(lambda *leaf: jnp.stack(leaf), *side) for side in zip(*pairs, strict=True))
     which = masks_lib.prunable(pairs[0][1], setup.search.rules, setup.search.layouts)
@@ -202,10 +212,11 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
     steps = sorted({row["step"] for row in rows})
     cell = lambda arm, step: [r for r in sorted(rows, key=lambda r: r["seed"]) if (r["arm"], r["step"]) == (arm, step)]  # noqa: E731
     density = float(np.mean([row["density"] for row in cell("ticket", 0)]))
-    target, found = gaps(rows, list(ARMS))
+    arms = {arm: name for arm, name in ARMS.items() if cell(arm, 0)}
+    target, found = gaps(rows, list(arms))
     findings, gradients = [], []
     for step in (steps[0], steps[-1]):
-        for arm in ARMS:
+        for arm in arms:
             ratios = []
             for name in ("gradient_flow", "ntk_top", "ntk_rank"):
                 pairs = zip(cell(arm, step), cell("random_mask", step), strict=True)
@@ -221,7 +232,7 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
             told.append(f"{_ratio(logs)} at step {step}")
         findings.append(f"Gradients: the ticket's {called} over the random mask's is {' and '.join(told)}.")
     gap_table = []
-    for arm in ARMS:
+    for arm in arms:
         paired = [a - b for a, b in zip(found[arm], found["random_mask"], strict=True)]
         over = with_interval(paired, 1.0, 4) if arm != "random_mask" else "–"
         last = cell(arm, steps[-1])
@@ -292,19 +303,20 @@ def _figure(
     x = [max(step, steps[1] / 3) for step in steps]
     named = (("gradient_flow", "Gradient flow"), ("ntk_top", "Top eigenvalue of the tangent kernel"))
     for ax, (name, title) in zip(axes, named, strict=False):
-        for i, (arm, label) in enumerate(ARMS.items()):
+        for i, arm in enumerate(found):
             logs = [[np.log10(r[name]) for r in rows if (r["arm"], r["step"]) == (arm, step)] for step in steps]
             mean, half, _ = zip(*map(summary.interval, logs), strict=True)
-            line_with_band(ax, x, mean, half, label=label, **look(i))
+            line_with_band(ax, x, mean, half, label=ARMS[arm], **look(i))
         log_values(ax, "x", values=x)
         titles(ax, title, "step", "log10")
         label_lines(ax)
     ax = axes[2]
-    for i, arm in enumerate(ARMS):
+    for i, arm in enumerate(found):
         center, width, _ = summary.interval(found[arm])
         style = look(i)
         ax.errorbar([center], [i], xerr=[width], fmt=style["marker"], color=style["color"], capsize=3)
-    ax.set_yticks(range(len(ARMS)), list(ARMS.values()))
+    ax.set_yticks(range(len(found)), [ARMS[arm] for arm in found])
+    ax.locator_params(axis="x", nbins=5)
     ax.invert_yaxis()
     titles(ax, "Test minus training loss", "nats, at equal training loss")
     if inputs:
