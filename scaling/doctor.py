@@ -14,7 +14,7 @@ from scaling.fitting.intervals import relative_likelihood
 from scaling.isoflop import Curves, Minimum, PowerLaw, approach_2
 from scaling.optimum import chinchilla_optimum, compute_optimal
 from scaling.published import CHINCHILLA
-from scaling.rows import Rows
+from scaling.rows import Rows, counted
 
 Verdict = Literal["fine", "note", "warning"]
 At = Mapping[str, float] | None
@@ -62,7 +62,7 @@ def starts(fitted: Fit) -> Finding:
     text = (
         f"Of {total} starts {numbers['near_best']} came within 1% of the best objective in "
         f"{fitted.config.search_steps} steps, {numbers['unconverged']} had not converged and "
-        f"{numbers['unmoved']} had not moved; {numbers['basins']} distinct optima remain after polishing."
+        f"{numbers['unmoved']} had not moved; distinct optima after polishing: {numbers['basins']}."
     )
     if near.mean() < 0.2:
         text += " A single start, or an average over starts, would not have found the optimum."
@@ -129,7 +129,7 @@ def reduction(fitted: Fit, budgets: Sequence[float], at: At = None) -> Finding:
     there, theta, steps = _stopped(fitted, scale=1.0)
     text = (
         f"This fit sums over rows. With the mean, gradients are {len(fitted.rows)} times smaller and L-BFGS-B with its "
-        f"default tolerances stops after {steps} steps"
+        f"default tolerances stops after {counted(steps, 'step')}"
     )
     return _early(fitted, "mean reduction", there, theta, steps, text, budgets, at)
 
@@ -137,7 +137,7 @@ def reduction(fitted: Fit, budgets: Sequence[float], at: At = None) -> Finding:
 def tolerance(fitted: Fit, budgets: Sequence[float], at: At = None) -> Finding:
     """Compare with an optimizer's default tolerances on the sum over rows."""
     there, theta, steps = _stopped(fitted, scale=float(len(fitted.rows)))
-    text = f"The sum over rows, minimized by L-BFGS-B with its default tolerances, stops after {steps} steps"
+    text = f"The sum over rows, minimized by L-BFGS-B with its default tolerances, stops after {counted(steps, 'step')}"
     return _early(fitted, "loose tolerance", there, theta, steps, text, budgets, at)
 
 
@@ -164,7 +164,8 @@ def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
     dead = [name for name, norm in zip(law.parameters, size, strict=True) if norm < 1e-8 * size.max()]
     if dead:
         text = (
-            f"The rows do not determine {', '.join(dead)}: predictions do not depend on it here. Hold it or add rows."
+            f"The rows do not determine {', '.join(dead)}: predictions do not depend on them. Hold them (--config.hold."
+            f"{dead[0]}=VALUE) or add rows."
         )
         return Finding("ill conditioning", "warning", text, {"condition": float("inf")})
     unit = slopes / size
@@ -306,7 +307,8 @@ def near_optima(fitted: Fit, budget: float, at: At = None) -> Finding:
             largest = max(largest, abs(shift))
             text += f", N* {np.exp(shift):.3g} times as large"
         told.append(text)
-    text = f"{len(close)} other optima are as likely: {'; '.join(told)}. Intervals are about the best alone."
+    others_ = f"{len(close)} other optima are" if len(close) > 1 else "Another optimum is"
+    text = f"{others_} as likely: {'; '.join(told)}. Intervals are about the best alone."
     return Finding("near-equal optima", "warning", text, {"optima": 1 + len(close), "log_shift": largest})
 
 
@@ -334,7 +336,8 @@ def cubic_term(minima: Sequence[Minimum]) -> Finding:
     tested = [m for m in minima if m.runs > 4 and np.isfinite(m.cubic_scatter)]
     spare = sum(m.runs - 4 for m in tested)
     if not spare:
-        return Finding("cubic term", "fine", "No budget has enough sizes to test its parabola.", {})
+        text = "No budget has the five sizes that a test of its parabola needs."
+        return Finding("cubic term", "fine", text, {})
     rest = sum(m.runs * m.cubic_scatter**2 for m in tested)
     gained = sum(m.runs * m.scatter**2 for m in tested) - rest
     p = float(f.sf(gained / len(tested) / max(rest / spare, 1e-300), len(tested), spare))
@@ -343,9 +346,14 @@ def cubic_term(minima: Sequence[Minimum]) -> Finding:
         return Finding(
             "cubic term", "fine", f"A cubic term in log N is not significant (F test, p = {p:.2g}).", numbers
         )
-    text = f"IsoFLOP curves are skewed: a cubic term in log N is significant (F test over {len(tested)} budgets, p = "
-    text += f"{p:.1g}), so a parabola's minimum depends on the sizes beside it. Fewer sizes (--config.nearest, "
-    text += "--config.within) or an Akima spline (--config.curve=akima) do not."
+    text = "IsoFLOP curves are skewed: a cubic term in log N is significant (F test over "
+    text += (
+        f"{counted(len(tested), 'budget')}, p = {p:.1g}), so a parabola's minimum depends on the sizes beside it. It "
+    )
+    text += (
+        "depends on them less with fewer sizes (--config.nearest=7, --config.within=4), and that of an Akima spline "
+    )
+    text += "(--config.curve=akima) only on those next to it."
     return Finding("cubic term", "warning", text, numbers)
 
 
@@ -414,13 +422,21 @@ def disagreement(
             )
     numbers: dict[str, float] = {"approaches": len(names), "disagreements": len(texts)}
     if len(names) < 2 and not texts:
-        text = f"{len(names)} approaches give an exponent of N* with an interval: there is nothing to compare."
+        text = f"Exponents of N* with an interval: {len(names)}. There is nothing to compare."
         return Finding("approaches disagree", "note", text, numbers)
     if not texts:
         text = f"The exponents of N* by {len(names)} approaches agree within their intervals."
         return Finding("approaches disagree", "fine", text, numbers)
-    text = f"Exponents of N* do not fit together: {'; '.join(texts)}. At least one assumption is wrong: the law "
-    text += "(approach 3), the parabola (2), or that the size of the lowest curve is the best (1)."
+    assumed = {
+        "approach 1": "that the size of the lowest curve is the best (approach 1)",
+        "approach 2, parabola": "the parabola (2)",
+        "approach 2, akima": "that losses have little noise (2, akima)",
+        "approach 3": "the law (3)",
+    }
+    told = "; ".join(texts).replace("the fitted law", "approach 3")
+    doubted = [what for name, what in assumed.items() if name in told]
+    text = f"Exponents of N* do not fit together: {'; '.join(texts)}. At least one assumption is wrong: "
+    text += f"{', or '.join(doubted)}."
     return Finding("approaches disagree", "warning", text, numbers)
 
 
@@ -559,10 +575,10 @@ def examine_minima(
 ) -> list[Finding]:
     """Run all diagnostics of approach 2 for a target budget (FLOPs)."""
     largest = max(m.budget for m in minima if not m.refused)
+    parabolas = any(m.coefficients for m in minima)  # splines pass through their points
     return [
         edge_minima(minima),
-        cubic_term(minima),
-        scatter(minima),
+        *([cubic_term(minima), scatter(minima)] if parabolas else []),
         straightness(law),
         lost_resamples(draws),
         power_law_extrapolation(largest, budget),

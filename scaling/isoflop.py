@@ -14,7 +14,7 @@ from scipy.interpolate import Akima1DInterpolator
 from scaling.fitting.determined import equal_losses, undetermined_sizes
 from scaling.fitting.fit import Fit
 from scaling.optimum import compute_optimal
-from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows
+from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, counted
 
 How = Literal["parabola", "akima"]
 # Relative differences of losses under this are rounding.
@@ -155,7 +155,8 @@ def minimum(
     sizes = len(np.unique(x))
     wanted = 4 if how == "parabola" else 5
     if sizes < wanted:
-        reason = f"{sizes} sizes, {'a parabola' if how == 'parabola' else 'an Akima spline'} needs at least {wanted}"
+        curve = "a parabola" if how == "parabola" else "an Akima spline"
+        reason = f"{counted(sizes, 'size')}, {curve} needs at least {wanted}"
         return Minimum(budget, np.nan, np.nan, reason, len(x), 0.0, 0.0)
     if equal := equal_losses(y, FLAT):
         return Minimum(budget, np.nan, np.nan, equal, len(x), 0.0, 0.0)
@@ -235,7 +236,7 @@ def power_fit(budgets: Sequence[float] | np.ndarray, values: Sequence[float] | n
     """
     x, y = np.log(np.asarray(budgets, float)), np.log(np.asarray(values, float))
     if len(np.unique(x)) < 2:
-        raise ValueError(f"{len(x)} budgets with a minimum: a power law needs at least 2")
+        raise ValueError(f"{counted(len(x), 'budget')} with a minimum: a power law needs at least 2")
     center = x.mean()
     slope, height = np.polyfit(x - center, y, 1)
     rest = y - height - slope * (x - center)
@@ -327,8 +328,8 @@ def envelope(curves: Curves) -> tuple[PowerLaw, Float[np.ndarray, "E 3"]]:
     inner = competing & (sizes[winner] > sizes.min()) & (sizes[winner] < sizes.max())
     found = np.stack([curves.flops, sizes[winner], losses.min(0)], 1)[inner]
     if len(np.unique(found[:, 1])) < 2:
-        inner_sizes = len(np.unique(found[:, 1]))
-        raise ValueError(f"the envelope of {len(sizes)} training curves has {inner_sizes} inner sizes; 2 are needed")
+        inner_sizes, curves_ = len(np.unique(found[:, 1])), counted(len(sizes), "training curve")
+        raise ValueError(f"the envelope of {curves_} has {counted(inner_sizes, 'inner size')}; 2 are needed")
     # Sizes are exact, and a size is the lowest at FLOPs about those it is best for: log C is regressed on log N. The
     # other way a staircase of k steps is flatter than the line through their middles, by 1 / k^2 and more with noise.
     found_at = power_fit(found[:, 1], found[:, 0])

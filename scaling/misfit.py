@@ -7,14 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import f as f_distribution
+from scipy.stats import norm
 
 from scaling.doctor import Finding
 from scaling.fitting.bootstrap import bootstrap
-from scaling.fitting.discrepancy import basis, coordinates
+from scaling.fitting.discrepancy import MOST_ROWS, basis, coordinates
 from scaling.fitting.fit import Fit, FitConfig, fit, polish
 from scaling.fitting.intervals import prediction_interval
 from scaling.laws import Law
-from scaling.rows import Rows
+from scaling.rows import Rows, counted
 
 REJECTED = 0.01
 
@@ -165,8 +166,8 @@ def backtest(
     below = rows["flops"] < share * rows["flops"].max()
     if below.all() or below.sum() <= len(law.parameters) + 1:
         raise ValueError(
-            f"{rows.source}: {int(below.sum())} of {len(rows)} runs are below {share:g} of the largest one's FLOPs; "
-            f"more than {len(law.parameters) + 1} are needed, and some above"
+            f"{rows.source}: {int(below.sum())} of {counted(len(rows), 'run')} are below {share:g} of the largest "
+            f"one's FLOPs; more than {len(law.parameters) + 1} are needed, and some above"
         )
     places = len(np.unique(np.concatenate([*law.gather(rows.take(below)).values()], 1), axis=0))
     if places <= len(law.parameters):
@@ -195,14 +196,17 @@ def examine_backtests(found: Sequence[Backtest], level: float = 0.95, refused: S
     numbers: dict[str, float] = {}
     for one in found:
         held, inside = len(one.held_out), float(one.inside().mean())
-        names = f"{one.share:.3g}"
+        names, right = f"{one.share:.3g}", f"{round(inside * held)} of {held} others"
         numbers |= {f"inside_{names}": inside, f"bias_{names}": one.bias, f"held_out_{names}": held}
         texts.append(
-            f"fitted to {one.rows} runs below {one.share:.2g} of the largest, {round(inside * held)} of {held} others "
-            f"lie in their {level:.0%} intervals (observed over predicted loss: {np.exp(one.bias):.4f} on average)"
+            f"fitted to {counted(one.rows, 'run')} below {one.share:.2g} of the largest, {right} lie in their "
+            f"{level:.0%} intervals (observed over predicted loss: {np.exp(one.bias):.4f} on average)"
         )
-        # A shortfall that chance explains in fewer than one case of a hundred, were runs independent.
-        warned |= inside < level - 2.6 * np.sqrt(level * (1 - level) / held)
+        # A shortfall that chance explains in fewer than one case of a hundred, were runs independent: of the runs
+        # predicted, and of the noise, which is estimated from those fitted.
+        normal = float(norm.ppf(0.5 + level / 2))
+        by_noise = 2 * normal * norm.pdf(normal) / np.sqrt(2 * min(one.rows, MOST_ROWS))
+        warned |= inside < level - 2.6 * np.sqrt(level * (1 - level) / held + by_noise**2)
     text = "; ".join(texts) + "."
     if warned:
         text += " Predictions of larger runs from smaller ones were surer than they may be, and so may these."
@@ -260,23 +264,45 @@ def compare_laws(rows: Rows, laws: Sequence[Law], config: FitConfig | None = Non
     return [chosen, *rest]
 
 
+def density_gained(one: Candidate, other: Candidate) -> tuple[float, float]:
+    """Compute by how much a law's log predictive density of rows left out exceeds another's, and its standard error.
+
+    Densities are summed over rows, of which each is left out once (Vehtari, Gelman & Gabry 2017).
+    """
+    gained = one.held_out - other.held_out
+    return float(gained.sum()), float(np.sqrt(len(gained)) * gained.std(ddof=1))
+
+
 def _better(one: Candidate, other: Candidate) -> bool:
     """Whether a law predicts rows left out better than another, by more than the standard error of the difference."""
-    gained = one.held_out - other.held_out
-    return bool(gained.sum() > np.sqrt(len(gained)) * gained.std(ddof=1))
+    gained, error = density_gained(one, other)
+    return gained > error
 
 
 def examine_laws(found: Sequence[Candidate], law: Law) -> Finding:
     """Report a comparison of laws, of which `law` was fitted, as a finding."""
     chosen, mine = found[0], next(one for one in found if one.law is law)
     numbers = {"error": mine.error, "chosen_error": chosen.error, "laws": len(found)}
-    if chosen is mine or len(found) < 2:
-        text = f"Of {len(found)} laws, {law.name} is the smallest that predicts rows left out as well as any."
+    if len(found) < 2:
+        text = f"{law.name} was compared with no other law."
+        return Finding("other laws", "note", text, numbers)
+    if chosen is mine:
+        other = max(found[1:], key=lambda one: one.held_out.sum())
+        gained, error = density_gained(mine, other)
+        numbers |= {"density_gained": gained, "density_error": error}
+        text = f"Of {len(found)} laws, {law.name} is the smallest that predicts rows left out as well as any: its log "
+        text += f"density of them is {gained:+.1f} ± {error:.1f} against that of {other.law.name}, the next."
         return Finding("other laws", "fine", text, numbers)
-    text = f"{chosen.law.name} ({len(chosen.law.parameters)} parameters) predicts rows left out with an rms error of "
-    text += f"{chosen.error:.2g} in log loss, {law.name} ({len(law.parameters)}) with {mine.error:.2g}"
-    better = _better(chosen, mine)
-    text += ": it is the better law here." if better else ": the smaller law does as well."
+    gained, error = density_gained(chosen, mine)
+    numbers |= {"density_gained": gained, "density_error": error}
+    text = f"The log density of rows left out is {gained:+.1f} ± {error:.1f} under {chosen.law.name} "
+    text += f"({counted(len(chosen.law.parameters), 'parameter')}) against {law.name} ({len(law.parameters)}); rms "
+    text += f"errors are {chosen.error:.3g} and {mine.error:.3g} in log loss. "
+    fewer = len(chosen.law.parameters) < len(law.parameters)
+    if better := _better(chosen, mine):
+        text += f"{chosen.law.name} is the better law here."
+    else:
+        text += "The difference is within its standard error: " + ("the smaller law will do." if fewer else "both do.")
     return Finding("other laws", "warning" if better else "note", text, numbers)
 
 

@@ -1,5 +1,7 @@
 """Check columns of a table of runs for slips of unit and counting, before anything is fitted to them."""
 
+import itertools
+
 import numpy as np
 
 from scaling.doctor import Finding, Verdict
@@ -13,6 +15,8 @@ LEAST_SIZE = 1e4
 # Medians of published tables in nats lie between 0.86 and 1.28 times Besiroglu et al.'s (2024) fit to the runs of
 # Hoffmann et al. (2022), see docs/fits.md; bits are 1.44 times nats.
 YARDSTICK = 1.35
+# Ratio of neighboring sizes, in a table in one unit, that is larger than any of the published tables'.
+MIXED = 200.0
 
 
 def _finding(name: str, text: str, fine: str, **numbers: int | float) -> Finding:
@@ -44,6 +48,56 @@ def size_units(rows: Rows) -> Finding:
             unit = "billions" if name == "tokens" or middle < 10 else "millions"
             texts.append(f"Half of the runs have {middle:.3g} {name} or fewer: are they in {unit}? Counts are wanted.")
     return _finding("units of sizes", " ".join(texts), "Params and tokens look like counts.", **numbers)
+
+
+def mixed_units(rows: Rows) -> Finding:
+    """Find params or tokens of which only some are in thousands, millions or billions.
+
+    Sizes, or FLOPs over 6 x params x tokens, of a table in one unit leave no gap of MIXED; those in two do. Where the
+    sizes of both parts overlap, losses tell: part of the rows lie below what Hoffmann et al.'s runs have at their
+    sizes, and about as far from it as the others once params or tokens are multiplied by 1e3, 1e6 or 1e9.
+
+    Example:
+      >>> import scaling
+      >>> from scaling.plausible import mixed_units
+      >>> rows = scaling.make_rows({"params": [1e8, 200, 4e8, 800], "tokens": [1e10] * 4, "loss": [3.3, 3.1, 3.0, 2.9]})
+      >>> mixed_units(rows).verdict
+      'warning'
+    """
+    ratio = rows["flops"] / (PER_PARAMETER_AND_TOKEN * rows["params"] * rows["tokens"])
+    looked_at = {"params": rows["params"], "tokens": rows["tokens"], "FLOPs over 6 x params x tokens": ratio}
+    for name, values in looked_at.items():
+        low, factor = _below_gap(values)
+        if factor > MIXED:
+            few = low if 2 * low.sum() <= len(rows) else ~low
+            text = f"{name}: {int(low.sum())} of {len(rows)} rows are below the others by a factor of {factor:.2g} or "
+            text += f"more, with none between ({rows.places(np.flatnonzero(few))}): is part of a column in thousands, "
+            return Finding("mixed units", "warning", text + "millions or billions?", {"rows": int(few.sum())})
+    if len(rows) > 3:
+
+        def over_published(**moved: np.ndarray) -> np.ndarray:
+            features = CHINCHILLA.gather(Rows({**rows.columns, **moved}))
+            return np.log(rows["loss"]) - CHINCHILLA.predict(CHINCHILLA.raw(EPOCH)[:, None], features)[:, 0]
+
+        here = over_published()
+        low, gap = _below_gap(np.exp(here))
+        for name, unit in itertools.product(("params", "tokens"), (1e3, 1e6, 1e9)) if gap > YARDSTICK else ():
+            there = over_published(**{name: np.where(low, unit * rows[name], rows[name])})
+            if abs(np.median(there[low]) - np.median(there[~low])) < np.log(YARDSTICK) and np.ptp(there) < np.ptp(here):
+                text = f"{name}: {int(low.sum())} of {len(rows)} losses are those of {unit:.0e} times their {name} "
+                text += f"({rows.places(np.flatnonzero(low))}): are these in another unit?"
+                return Finding("mixed units", "warning", text, {"rows": int(low.sum())})
+    return Finding("mixed units", "fine", "Every column looks to be in one unit.", {"rows": 0})
+
+
+def _below_gap(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """The values below the widest gap between neighboring ones, by ratio, and that ratio."""
+    ordered = np.sort(values)
+    if len(ordered) < 2:
+        return np.zeros(len(values), bool), 1.0
+    ratios = ordered[1:] / ordered[:-1]
+    i = int(np.argmax(ratios))
+    return values <= ordered[i], float(ratios[i])
 
 
 def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
@@ -118,4 +172,4 @@ def examine_rows(rows: Rows, vocabulary: int = 0) -> list[Finding]:
       >>> [finding.name for finding in scaling.examine_rows(rows) if finding.verdict == "warning"]
       ['units of sizes']
     """
-    return [counted_flops(rows), size_units(rows), loss_unit(rows, vocabulary), doubled_rows(rows)]
+    return [counted_flops(rows), size_units(rows), mixed_units(rows), loss_unit(rows, vocabulary), doubled_rows(rows)]

@@ -221,5 +221,7 @@ def find_law(name: str) -> Law:
       'E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 2)'
     """
     if name not in LAWS:
-        raise ValueError(f"no law {name!r}; there are {', '.join(LAWS)} (or build one with scaling.laws.custom_law)")
+        raise ValueError(
+            f"no law {name!r}; there are {', '.join(LAWS)} (or FILE.py:NAME of your own, see scaling.custom_law)"
+        )
     return LAWS[name]

@@ -104,6 +104,21 @@ class Rows:
         lines = None if self.lines is None else self.lines[which]
         return Rows({name: values[which] for name, values in self.columns.items()}, self.source, lines)
 
+    def thin(self, most: int) -> Int[np.ndarray, " K"]:
+        """Choose at most `most` rows, by index: one at random of each of as many equal parts by rising FLOPs.
+
+        Example:
+          >>> import numpy as np, scaling
+          >>> rows = scaling.make_rows({"params": np.arange(1.0, 101), "tokens": np.ones(100), "loss": np.ones(100)})
+          >>> len(rows.thin(10)), len(rows.thin(1000))
+          (10, 100)
+        """
+        if len(self) <= most:
+            return np.arange(len(self))
+        edges = np.linspace(0, len(self), most + 1).astype(int)
+        order = np.argsort(self["flops"], kind="stable")
+        return np.sort(order[np.random.default_rng(0).integers(edges[:-1], edges[1:])])
+
     def places(self, which: Sequence[int] | np.ndarray, most: int = 10) -> str:
         """Name rows by index for a message: "lines 3 and 7 of runs.csv", by number where they come from no file."""
         found = np.arange(1, len(self) + 1) if self.lines is None else self.lines
@@ -116,7 +131,7 @@ class Rows:
     def without_highest_losses(self, count: int) -> "Rows":
         """Drop the `count` rows with the highest losses; the others stay in order."""
         if not 0 <= count < len(self):
-            raise ValueError(f"{self.source}: cannot drop {count} of {len(self)} rows")
+            raise ValueError(f"{self.source}: cannot drop {count} of {counted(len(self), 'row')}")
         keep = np.ones(len(self), bool)
         keep[np.argsort(self["loss"], kind="stable")[len(self) - count :]] = False
         return self.take(keep)
@@ -142,6 +157,11 @@ class Rows:
         if problems:
             raise RowError(problems, self.source, self.lines)
         return found
+
+
+def counted(number: int, what: str) -> str:
+    """A count with its noun, as in "1 row" and "2 rows"."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _number(value: Any, units: bool = False) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling.rows import RowError, Rows, make_rows
+from scaling.rows import RowError, Rows, _number, make_rows
 
 SEPARATORS = ",;\t|"
 
@@ -47,6 +47,11 @@ def read_csv(path: Path | str, columns: Mapping[str, str] | None = None) -> Rows
         found = [(line, above + reader.line_num) for line in reader if any(value.strip() for value in line)]
     except csv.Error as error:
         raise ValueError(f"{path.name}, line {above + reader.line_num}: not separated text ({error})") from error
+    if len(header) > 1 and all(_number(name, units=True) is not None for name in header):
+        raise ValueError(
+            f"{path.name}, line {above + 1}: {', '.join(header[:4])} are numbers where names of columns are wanted: "
+            "the file has no header. Put a first line above it, such as params,tokens,loss"
+        )
     if "" in header[:-1]:
         raise ValueError(f"{path.name}: column {header.index('') + 1} of {len(header)} has no name")
     if header and not header[-1] and all(len(line) == len(header) and not line[-1] for line, _ in found):

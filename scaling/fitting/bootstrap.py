@@ -6,12 +6,15 @@ resample's optimum descends from a basin of the full data, which `search_again` 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from scaling.fitting.fit import Fit, fit, make_problem, polish, row_losses, weights_of
+
+# Rows x resamples that are fitted together.
+MOST_COUNTS = 2**21
 
 
 class Bootstrap(NamedTuple):
@@ -91,8 +94,11 @@ def bootstrap(
     *,
     seed: int = 42,
     clusters: Sequence[object] | np.ndarray | None = None,
+    watch: Callable[[int], Any] = lambda done: None,
 ) -> Bootstrap:
     """Bootstrap a fit: refit `count` resamples of its rows; see `resamples`.
+
+    `watch` is called with the number of resamples done since its last call, once for a small table.
 
     Example:
       >>> import scaling
@@ -106,7 +112,11 @@ def bootstrap(
       True
     """
     counts_RB = resamples(count, len(fitted.rows), seed=seed, clusters=clusters)
-    return refit(fitted, counts_RB)
+    parts, width = [], max(MOST_COUNTS // len(counts_RB), 64)
+    for begun in range(0, max(count, 1), width):
+        parts.append(refit(fitted, counts_RB[:, begun : begun + width]))
+        watch(len(parts[-1].value_B))
+    return Bootstrap(*(np.concatenate(every, -1) for every in zip(*parts, strict=True)))
 
 
 def refit(fitted: Fit, counts_RB: Float[np.ndarray, "R B"]) -> Bootstrap:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from scaling.evaluate import Terms
 from scaling.laws import Law
-from scaling.rows import Rows
+from scaling.rows import Rows, counted
 
 
 def _line(rows: Rows) -> tuple[float, float, float]:
@@ -39,7 +39,8 @@ def undetermined_rows(rows: Rows, law: Law, across: float = 0.03) -> str:
     if reason := undetermined_sizes(rows, across):
         return reason
     if len(rows) <= len(law.parameters):
-        return f"{len(rows)} rows for {len(law.parameters)} parameters leave nothing to judge the fit by: add runs"
+        free = counted(len(law.parameters), "parameter")
+        return f"{counted(len(rows), 'row')} for {free} leave nothing to judge the fit by: add runs"
     return ""
 
 

@@ -21,7 +21,7 @@ from scaling.rows import PER_PARAMETER_AND_TOKEN, Rows, make_rows
 EXACT, LENGTHS, VARIANCES = 0.1, (0.5, 1.0, 2.0), tuple(np.geomspace(1e-2, 1e4, 13))
 # Sizes about the law's optimum, in log N, among which that of the law with its discrepancy is looked for.
 REACH = 3.0
-# Rows, evenly chosen by FLOPs, that a discrepancy is estimated from: its time grows with their cube.
+# Rows (`Rows.thin`) that a discrepancy is estimated from: its time grows with their cube.
 MOST_ROWS = 500
 
 
@@ -145,10 +145,8 @@ def estimate_discrepancy(
       >>> bool(0.002 < high[0] - low[0] < 0.1)
       True
     """
-    if len(rows) > MOST_ROWS:
-        few = np.linspace(0, len(rows) - 1, MOST_ROWS).astype(int)
-        few = np.argsort(rows["flops"], kind="stable")[few]
-        rows, residuals = rows.take(few), residuals[few]
+    few = rows.thin(MOST_ROWS)
+    rows, residuals = rows.take(few), residuals[few]
     slopes, residual = law.slopes(theta_P, rows), -residuals
     place, base = coordinates(law, rows), basis(slopes)
     # Contrasts that no parameter of the law can explain.

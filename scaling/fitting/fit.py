@@ -1,6 +1,7 @@
 """Approach 3 of Hoffmann et al. (2022): fit a law by the Huber loss of log loss, from every start of a grid.
 
-Two passes: a short IRLS (majorizing) one from every start, then exact Newton from the distinct end points. The results
+Two passes: a short IRLS (majorizing) one from every start, on at most MOST_SEARCHED rows, then exact Newton from the
+distinct end points, on all. The results
 are basins: local optima of the objective, the best first, as in basin-hopping. Resamples of the rows move the basins a
 little, so a bootstrap need not search again (`scaling.fitting.bootstrap`).
 """
@@ -17,9 +18,11 @@ from scaling.fitting.determined import undetermined_fit
 from scaling.fitting.discrepancy import Discrepancy, estimate_discrepancy
 from scaling.fitting.solve import Problem, Solved, solve
 from scaling.laws import Law
-from scaling.rows import RowError, Rows
+from scaling.rows import RowError, Rows, counted
 
 Objective = Literal["huber", "laplace", "normal"]
+# Rows (`Rows.thin`) that the first pass sees: it takes time with every one, and finds the same basins of these.
+MOST_SEARCHED = 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class FitConfig:
             raise ValueError(f"delta {self.delta}: Huber's threshold must be positive")
         if not 0 < self.overprediction < np.inf:
             raise ValueError(f"overprediction {self.overprediction}: a positive factor is wanted, 1 for none")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol {self.tol}: a relative decrease between 0 and 1 is wanted, such as 1e-11")
+        for name, least in (("search_steps", 1), ("polish_steps", 1), ("keep", 1), ("starts", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: at least {least} is wanted")
 
 
 class Search(NamedTuple):
@@ -151,14 +159,15 @@ class Fit:
         values = ", ".join(f"{name}={value:.5g}" for name, value in self.parameters.items())
         state = "converged" if self.converged else "not converged"
         state += f", undetermined: {self.undetermined}" if self.undetermined else ""
-        return f"Fit({self.law.name} to {len(self.rows)} rows, {state}: {values})"
+        return f"Fit({self.law.name} to {counted(len(self.rows), 'row')}, {state}: {values})"
 
     def summary(self) -> str:
         """Describe the fit in lines: law, rows, parameters, objective, residuals, and why it is undetermined if so."""
         lines = [f"{self.law.name}: {self.law.formula}" if self.law.formula else self.law.name]
         lines += [f"  {name} = {value:.6g}" for name, value in self.parameters.items()]
         state = "converged" if self.converged else "did not converge"
-        lines.append(f"{len(self.rows)} rows of {self.rows.source}, {self.config.objective}: {self.value:.6g}, {state}")
+        where = f"{counted(len(self.rows), 'row')} of {self.rows.source}"
+        lines.append(f"{where}, {self.config.objective}: {self.value:.6g}, {state}")
         lines.append(f"residuals of log loss: scale {self.scale:.3g}, largest {np.abs(self.residuals).max():.3g}")
         lines += [f"undetermined: {self.undetermined}"] if self.undetermined else []
         return "\n".join(lines)
@@ -325,8 +334,9 @@ def check_count(rows: Rows, law: Law) -> None:
     """
     if len(rows) < len(law.parameters):
         raise ValueError(
-            f"{rows.source}: {len(rows)} rows cannot determine the {len(law.parameters)} parameters of {law.name} "
-            f"({', '.join(law.parameters)}); add runs or hold parameters with scaling.laws.restrict"
+            f"{rows.source}: {counted(len(rows), 'row')} cannot determine the {len(law.parameters)} parameters of "
+            f"{law.name} ({', '.join(law.parameters)}); add runs, or hold parameters at known values "
+            f"(--config.hold.{law.parameters[-1]}=VALUE, from Python scaling.restrict)"
         )
 
 
@@ -371,10 +381,11 @@ def fit(rows: Rows, law: Law, config: FitConfig | None = None, *, starts: np.nda
     start_PS = law.starts() if starts is None else np.asarray(starts, float)
     if starts is None and config.starts:
         start_PS = start_PS[:, :: -(-start_PS.shape[1] // config.starts)]
-    problem = make_problem(rows, law, config, thresholds(config)[0])
+    searched = rows.take(rows.thin(MOST_SEARCHED))
+    problem = make_problem(searched, law, config, thresholds(config)[0])
     ended = solve(
         start_PS,
-        weights_of(rows, config),
+        weights_of(searched, config),
         problem,
         law,
         newton=False,
@@ -416,7 +427,9 @@ def _finish(theta_PS: np.ndarray, rows: Rows, law: Law, config: FitConfig, searc
     solved = polish(theta_PS, weights_of(rows, config), rows, law, config)
     order = np.argsort(np.where(np.isfinite(solved.value), solved.value, np.inf), kind="stable")
     if not np.isfinite(solved.value[order[0]]):
-        raise ValueError(f"{law.name}: no finite fit to {rows.source}; hold a parameter, or give other starts")
+        raise ValueError(
+            f"{law.name}: no finite fit to {rows.source}; hold a parameter (--config.hold), or give other starts"
+        )
     final = law.predict(solved.theta, features)
     # Basins: converged optima, and in any case the best point.
     candidate = np.where(solved.converged | (np.arange(len(order)) == order[0]), solved.value, np.inf)

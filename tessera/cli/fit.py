@@ -1,14 +1,14 @@
 """Fit a scaling law: `tessera fit --config.runs=RUNS.csv`."""
 
 from rich.console import Console
-from rich.table import Table
 
+from scaling.rows import counted
 from tessera.cli.main import Invocation
 from tessera.infra.config import build
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, hold
-from tessera.reports.html import print_report
-from tessera.sweeps.fit_page import fit_page, span, summary
+from tessera.reports.html import print_report, terminal_table
+from tessera.sweeps.fit_page import fit_page, parameter_table, summary
 from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs
 
 SCHEMA = Schema(ScalingConfig)
@@ -21,16 +21,11 @@ def main(invocation: Invocation) -> None:
     rows = load_runs(config)
     workdir = invocation.prepare()
     with hold(workdir):
-        fitted = fit_runs(workdir, rows, config)
+        fitted = fit_runs(workdir, rows, config, show=True)
     result, console = fitted.result, Console()
     if "parameters" in result:
-        table = Table(title=f"{result['law']}: {result['rows']} runs, objective {result['value']:.6g}")
-        for heading in ("parameter", "value", "standard error", f"{config.level:.0%} interval"):
-            table.add_column(heading)
-        for name, found in result["parameters"].items():
-            error = f"{found['se']:.4g}" if "se" in found else "not measured"
-            table.add_row(name, f"{found['value']:.7g}", error, span(found.get("interval")))
-        console.print(table)
+        title = f"{result['law']}: {counted(result['rows'], 'run')}, objective {result['value']:.6g}"
+        console.print(terminal_table(parameter_table(result), title))
     for line in summary(result):
         console.print(line, soft_wrap=True)
     for finding in result["doctor"]:

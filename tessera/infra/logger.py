@@ -216,7 +216,8 @@ class Progress:
         begins: str = "",
     ):
         self.total, self.description, self.done = total, description, start
-        self._start, self._every, self._active = start, every, active
+        self._start, self._every = start, every
+        self._active: bool = active and (parent is None or parent._active)
         self._stream = stream or sys.stderr
         self._parent = parent
         self._bars: bars.Progress | None = None

@@ -102,13 +102,14 @@ def surface_figure(fitted: Fit, budgets: Sequence[float], *, at: Mapping[str, fl
 
 
 def residual_figure(fitted: Fit) -> Figure:
-    """Residuals of log loss against FLOPs, against tokens per parameter, and against normal quantiles."""
-    sized = "log_tokens" in fitted.law.features and "log_params" in fitted.law.features
-    figure, axes = style.canvas(2 + sized, height=3.6)
+    """Residuals of log loss against FLOPs and tokens per parameter, where these differ, and normal quantiles."""
     residual, rows = -100 * fitted.residuals, fitted.rows
     against = {"By FLOPs": ("FLOPs", rows["flops"])}
-    if sized:
+    if {"log_tokens", "log_params"} <= set(fitted.law.features):
         against["By tokens per parameter"] = ("tokens per parameter", rows["tokens"] / rows["params"])
+    # What is the same for all rows has no axis.
+    against = {title: one for title, one in against.items() if np.ptp(np.log(one[1])) > 0.01}
+    figure, axes = style.canvas(len(against) + 1, height=3.6)
     for ax, (title, (name, values)) in zip(axes, against.items(), strict=False):
         ax.axhline(0, color=GRID, linewidth=1)
         dots(ax, values, residual, PALETTE[0])

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tessera.reports.html import Section, config_section, paragraphs, table_of, write_report
+from scaling.rows import counted
+from tessera.reports.html import Section, Table, config_section, paragraphs, table_of, write_report
 from tessera.reports.style import short
 
 
@@ -27,9 +28,10 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     """The fit and what follows from it, in sentences."""
     texts = []
     if result["approach"] == 3:
-        values = ", ".join(f"{name} = {found['value']:.5g}" for name, found in result["parameters"].items())
+        values = ", ".join(f"{name} = {value_of(result, name, 5)}" for name in result["parameters"])
         state = "converged" if result["converged"] else "did not converge"
-        texts.append(f"{result['formula']}, fitted to {result['rows']} runs: {values}. The fit {state}.")
+        law = result["formula"] or result["law"]
+        texts.append(f"{law}, fitted to {counted(result['rows'], 'run')}: {values}. The fit {state}.")
         if result["undetermined"]:
             texts.append(
                 f"The optimum is undetermined: {result['undetermined']}. Parameters mean little by themselves."
@@ -39,10 +41,14 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             texts.append(f"Optima are for {held} (--config.at.{next(iter(result['held']))}=VALUE for another).")
     if "exponents" in result:
         a, b = result["exponents"]["a"], result["exponents"]["b"]
-        texts.append(
-            f"Optimal parameters grow as C^{a['value']:.3f} ({result['level']:.0%} interval "
-            f"{span(a.get('interval'))}), optimal tokens as C^{b['value']:.3f}."
-        )
+        text = f"Optimal parameters grow as C^{a['value']:.3f} ({result['level']:.0%} interval "
+        text += f"{span(a.get('interval'))}), optimal tokens as C^{b['value']:.3f}"
+        if "between" in a:
+            low, high = map(short, a["between"])
+            text += f", between {low} and {high} FLOPs, those of the smallest and the largest run"
+            if "planned" in a:
+                text += f"; from the first to the last budget below, parameters as C^{a['planned']:.3f}"
+        texts.append(text + ".")
     for row in result["budgets"]:
         at = f"At {short(row['flops'])} FLOPs"
         if result.get("undetermined"):
@@ -55,6 +61,11 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             f"{at}: {short(row['params'])} parameters ({params}), {short(row['tokens'])} tokens, "
             f"{row['ratio']:.3g} per parameter ({ratio})."
         )
+    for row in result.get("inference", []):
+        text = f"To reach a loss of {row['loss']:.4g} and serve {short(row['inference_tokens'])} tokens"
+        text += ", by the law alone: " if result["rejected"] else ": "
+        text += f"{short(row['params'])} parameters trained on {short(row['tokens'])} tokens, which saves "
+        texts.append(text + f"{row['saved']:.1%} of all FLOPs over the compute-optimal model of that loss.")
     if result.get("rejected"):
         texts.append(
             "The law is rejected by its residuals: these optima are medians of the law with what it misses, intervals "
@@ -64,6 +75,32 @@ def summary(result: Mapping[str, Any]) -> list[str]:
     if warnings:
         texts.append(f"The doctor warns of: {', '.join(warnings)}.")
     return texts
+
+
+def value_of(result: Mapping[str, Any], name: str, digits: int) -> str:
+    """A parameter's value as text; "undetermined" where a fit that determines no optimum drove it to 0 or infinity."""
+    value = result["parameters"][name]["value"]
+    lost = result["undetermined"] and (value == 0 or not np.isfinite(value))
+    return "undetermined" if lost else f"{value:.{digits}g}"
+
+
+def parameter_table(result: Mapping[str, Any]) -> Table:
+    """The law's parameters with standard errors and intervals, for the page and for a terminal.
+
+    Of what is positive the error is that of its logarithm too, and it alone where it is above 1: then draws span orders
+    of magnitude, and their standard deviation is about the largest.
+    """
+
+    def error(row: Mapping[str, Any]) -> str:
+        if row.get("se") is None or not np.isfinite(row["se"]):
+            return "not measured"
+        return f"{row['se']:.4g}" if row.get("log_se", 0.0) <= 1 else "–"
+
+    found = [{"name": name} | values for name, values in result["parameters"].items()]
+    columns: dict[str, Any] = {"parameter": "name", "value": lambda row: value_of(result, row["name"], 7)}
+    columns["standard error"] = error
+    columns["of its logarithm"] = lambda row: f"{row['log_se']:.4g}" if "log_se" in row else None
+    return table_of(found, columns | {f"{result['level']:.0%} interval": lambda row: span(row.get("interval"))})
 
 
 def law_alone(result: Mapping[str, Any]) -> str:
@@ -77,19 +114,18 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
     """The law's parameters, the sizes to train at each budget, the next run to buy, the doctor's findings."""
     sections = []
     if "parameters" in result:
-        found = [{"name": name} | values for name, values in result["parameters"].items()]
-        columns = {"parameter": "name", "value": "value", "standard error": "se", "of its logarithm": "log_se"}
-        table = table_of(found, columns | {f"{result['level']:.0%} interval": lambda row: span(row.get("interval"))})
+        table = parameter_table(result)
         caption = (
             f"Objective {result['value']:.8g}, a sum over rows; residuals of log loss have scale "
-            f"{result['scale']:.3g}. Intervals: {result['intervals']}."
+            f"{result['scale']:.3g}. Intervals: {result['intervals']}. Standard errors above 1 of a logarithm have no "
+            "counterpart beside the value."
         )
         sections.append(Section("Parameters", table, caption))
     if not result.get("undetermined"):
         sections.append(optimum_section(result))
     if "approaches" in result:
         shown: dict[str, Any] = {"approach": lambda row: f"approach {row['approach']}", "N* grows as C^": "a"}
-        shown |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "none because": "refused"}
+        shown |= {f"{result['level']:.0%} interval": lambda row: span(row["interval"]), "remark": "refused"}
         caption = "The same rows by all approaches. Where intervals do not fit together, the doctor says so."
         sections.append(Section("All approaches", table_of(result["approaches"], shown), caption))
     if result.get("next_runs"):
@@ -101,6 +137,10 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
             "assumed to hold."
         )
         sections.append(Section("The next run to buy", table, caption))
+    elif result.get("next_runs_withheld"):
+        text = f"None is recommended: {result['next_runs_withheld']}, "
+        text += "and the run that is best for it need be no good one."
+        sections.append(Section("The next run to buy", paragraphs(text)))
     worst_first = sorted(result["doctor"], key=lambda found: ("warning", "note", "fine").index(found["verdict"]))
     findings = table_of(worst_first, {"verdict": "verdict", "examined": "name", "finding": "text"})
     return [*sections, Section("Doctor", findings)]
@@ -144,4 +184,4 @@ def fit_page(workdir: Path, found: FitPage, source: str) -> Path:
     """
     lead = Section("", paragraphs(*found.lead, *summary(found.result)))
     sections = [lead, *number_sections(found.result), *found.own, config_section(workdir)]
-    return write_report(workdir, f"Scaling law from {found.result['rows']} runs", sections, subtitle=source)
+    return write_report(workdir, f"Scaling law from {counted(found.result['rows'], 'run')}", sections, subtitle=source)

@@ -23,9 +23,9 @@ from scaling.optimum import Optimum, chinchilla_optimum, compute_optimal, infere
 from scaling.planner import suggest
 from scaling.plausible import examine_rows
 from scaling.published import CHINCHILLA, find_law
-from scaling.rows import PER_PARAMETER_AND_TOKEN, RowError, Rows, make_rows
+from scaling.rows import PER_PARAMETER_AND_TOKEN, RowError, Rows, counted, make_rows
 from scaling.tables import read_rows
-from tessera.infra.logger import write_text
+from tessera.infra.logger import Progress, write_text
 from tessera.reports import scaling as figures
 from tessera.reports.html import Section, Table, table_of
 from tessera.reports.style import pick
@@ -39,6 +39,8 @@ OTHER_SIZES = (0.25, 0.5, 2.0, 4.0)
 BACKTESTS = (1 / 10, 1 / 30)
 # Of the approaches that are only compared with.
 COMPARED_RESAMPLES, COMPARED_STARTS = 300, 500
+# Rows x resamples from which on a fit shows its progress: some ten seconds.
+LONG = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,25 @@ class ScalingConfig:
         if not self.runs:
             raise ValueError("runs is empty: give a table of runs with --config.runs=FILE")
         for name in ("budgets", "beyond", "isoflops"):
-            if min(getattr(self, name), default=1.0) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)}: positive numbers are wanted")
+            if not all(0 < value < math.inf for value in getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)}: positive finite numbers are wanted")
+        for name in ("hold", "at"):
+            if not all(math.isfinite(value) for _, value in getattr(self, name)):
+                raise ValueError(f"{name} {dict(getattr(self, name))}: finite numbers are wanted")
         if not (self.budgets or self.beyond):
             raise ValueError("budgets and beyond are empty: at least one budget to plan for is needed")
         if not 0 < self.level < 1:
             raise ValueError(f"level {self.level} must be between 0 and 1")
         if self.nearest and self.nearest < 4:
             raise ValueError(f"nearest {self.nearest}: a parabola needs at least 4 sizes; 0 uses all")
-        if self.within and self.within <= 1:
+        if self.resamples and self.resamples < 2:
+            raise ValueError(f"resamples {self.resamples}: an interval needs at least 2, and some hundreds; 0 for none")
+        if self.seed < 0 or self.vocabulary < 0:
+            raise ValueError(f"seed {self.seed}, vocabulary {self.vocabulary}: neither can be negative")
+        if self.within and not self.within > 1:
             raise ValueError(f"within {self.within}: a ratio of sizes above 1; 0 uses all")
-        if self.inference_tokens and min(self.inference_tokens) < 0:
-            raise ValueError(f"inference_tokens {self.inference_tokens}: counts of tokens cannot be negative")
+        if not all(0 <= tokens < math.inf for tokens in self.inference_tokens):
+            raise ValueError(f"inference_tokens {self.inference_tokens}: finite counts, of 0 or more, are wanted")
 
 
 def load_runs(config: ScalingConfig) -> Rows:
@@ -178,16 +187,21 @@ def clusters_of(rows: Rows, config: ScalingConfig) -> np.ndarray | None:
     return rows[config.cluster] if config.cluster else None
 
 
-def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
-    """Approach 3: a parametric loss."""
+def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows, bar: Progress | None = None) -> FitPage:
+    """Approach 3: a parametric loss; `bar` is advanced by its stages."""
+    bar = bar or Progress(0, active=False)
     config = planned_for(rows, config)
     law, clusters = law_of(config), clusters_of(rows, config)
     fitted = fit(rows, law, config.fit)
     reason = doctor.undetermined(fitted)
-    # Resamples of rows that determine nothing wander along valleys.
-    drawn = config.resamples and not undetermined_rows(rows, law)
-    boot = bootstrap(fitted, config.resamples, seed=config.seed, clusters=clusters) if drawn else None
     at = held_at(fitted, config)
+    bar.advance(1, now="resamples")
+    # Resamples of rows that determine nothing wander along valleys.
+    boot = None
+    if config.resamples and not undetermined_rows(rows, law):
+        with Progress(config.resamples, "resamples", parent=bar) as drawn:
+            boot = bootstrap(fitted, config.resamples, seed=config.seed, clusters=clusters, watch=drawn.advance)
+    bar.advance(1, now="optima and doctor")
     result = describe_fit(fitted, boot, config, whole, reason)
     own, (groups, budgets) = [], groups_of(rows, config)
     if {"log_params", "log_tokens"} <= set(law.features):
@@ -199,8 +213,10 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
             curves = partial(figures.isoflop_figure, rows, groups, budgets, fitted=fitted, at=at)
             own.append(Section("IsoFLOP curves", curves, caption + rows_outside(groups)))
         if not reason:
-            own.append(Section("Loss surface", partial(figures.surface_figure, fitted, config.budgets, at=at)))
+            caption = "Lines and frontier are of the law alone, which is rejected." if result["rejected"] else ""
+            own.append(Section("Loss surface", partial(figures.surface_figure, fitted, config.budgets, at=at), caption))
     own.append(Section("Residuals", partial(figures.residual_figure, fitted)))
+    bar.advance(1, now="backtests and other laws")
     if not reason:
         own += misfit_sections(rows, law, config, result)
     if boot is not None and len(law.parameters) > 1:
@@ -253,21 +269,26 @@ def misfit_sections(rows: Rows, law: Law, config: ScalingConfig, result: dict[st
         others += [tie(law, beta="alpha")] if {"alpha", "beta"} <= set(law.parameters) & law.nonnegative else []
         usable = [one for one in others if len(rows) > len(one.parameters) and columns_of(one) <= set(rows.columns)]
         found = misfit.compare_laws(rows, [law, *usable], quick)
+        best = max(found, key=lambda one: one.held_out.sum())
         for i, one in enumerate(found):
             row = {"law": one.law.name, "parameters": len(one.law.parameters), "held_out_error": one.error}
             row |= {"log_likelihood": one.log_likelihood, "bic": one.bic, "chosen": i == 0}
+            row["held_out_density"] = float(one.held_out.sum())
+            row["density_below_best"], row["density_error"] = misfit.density_gained(best, one)
             result["laws"].append(row)
         result["doctor"].append(misfit.examine_laws(found, law)._asdict())
         shown: dict[str, Any] = {
             "law": "law",
             "parameters": "parameters",
             "rms error of rows left out": "held_out_error",
+            "their log density": "held_out_density",
+            "below the best": lambda row: f"{row['density_below_best']:.1f} ± {row['density_error']:.1f}",
         }
         shown |= {"log likelihood": "log_likelihood", "BIC": "bic"}
         shown["verdict"] = lambda row: "chosen" if row["chosen"] else ""
         caption = (
-            "Fitted by least squares of log loss. Chosen: the law of fewest parameters that predicts rows left out as "
-            "well as the best, within the standard error of the difference."
+            "Fitted by least squares of log loss. Chosen: the law of fewest parameters whose log density of rows left "
+            "out, one at a time, is below the best by no more than the standard error of the difference."
         )
         sections.append(Section("Other laws", table_of(result["laws"], shown), caption))
     return sections
@@ -292,9 +313,9 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
         law, found = isoflop.approach_2(rows, groups, **options)
     except ValueError as error:
         out = int((groups < 0).sum())
-        where = "were given" if config.isoflops else f"were found from the FLOPs of {len(rows)} rows, {out} at none"
+        where = "given" if config.isoflops else f"found from the FLOPs of {counted(len(rows), 'row')}, {out} at none"
         raise ValueError(
-            f"{rows.source}: {error}. {len(budgets)} budgets {where}; name those the runs were made at with "
+            f"{rows.source}: {error}. Budgets {where}: {len(budgets)}; name those the runs were made at with "
             "--config.isoflops=(6e18, 1e19, ...)"
         ) from error
     draws = np.zeros((2, 0))
@@ -320,10 +341,12 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     columns = {"budget (FLOPs)": "budget", "runs": "runs", "N*": "params"} | {
         k: k for k in ("loss", "depth", "scatter")
     }
+    columns = {key: name for key, name in columns.items() if config.curve == "parabola" or key != "scatter"}
     table = table_of(result["minima"], columns | {"verdict": lambda row: row["refused"] or "used"})
     refused = sum(bool(m.refused) for m in found)
     lead = f"Approach 2 ({config.curve}): {law.points} of {len(found)} budgets have a minimum; {refused} are refused."
-    caption = "Runs (dots), their parabolas (lines, dotted where refused) and minima (diamonds)." + rows_outside(groups)
+    lines = ", their parabolas (lines, dotted where refused)" if config.curve == "parabola" else ""
+    caption = f"Runs (dots){lines} and minima (diamonds)." + rows_outside(groups)
     pictures = [partial(figures.powers_figure, law, found)]
     own = [
         Section("IsoFLOP curves", partial(figures.isoflop_figure, rows, groups, budgets, minima=found), caption),
@@ -403,9 +426,10 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
     """Add the exponents of N* by all approaches to a result, and the finding where they disagree.
 
     Approaches 2 and 3 get the same resamples, so that the interval of their difference is that of paired draws; a
-    rejected law has those of its discrepancy instead, which are paired with nothing.
+    rejected law has those of its discrepancy instead, which are paired with nothing. Approach 1 is compared where a
+    column `run` says what the curves are: single final losses have no envelope.
     """
-    config = planned_for(rows, config)
+    config, named = planned_for(rows, config), curve_labels(rows)[2]
     count, (groups, _) = min(config.resamples, COMPARED_RESAMPLES), groups_of(rows, config)
     drawn = resamples(max(count, 1), len(rows), seed=config.seed, clusters=clusters_of(rows, config))[:, :count]
     law, fitted, reason = law_of(config), None, ""
@@ -447,7 +471,7 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         try:
             value, draws[name] = way()
         except ValueError as error:
-            table.append({"approach": name, "a": None, "interval": None, "refused": str(error).split(" (")[0]})
+            table.append({"approach": name, "a": None, "interval": None, "refused": str(error)})
             continue
         if name == f"3, {config.law}" and fitted is not None:
             estimate, objective = (None, "normal") if bent else (value, config.fit.objective)
@@ -457,9 +481,16 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         if name == own and "exponents" in result:
             value, interval = (result["exponents"]["a"].get(key) for key in ("value", "interval"))
         refused = "" if np.isfinite(value) else "no best size"
+        if name == "1, envelope" and not named:
+            draws.pop(name)
+            refused = "rows of one size read as a curve, as no column `run` says which is whose: not compared"
         table.append({"approach": name, "a": value, "interval": interval, "refused": refused})
     result["approaches"] = table
-    found = {f"approach {row['approach']}": (row["a"], *row["interval"]) for row in table if row["interval"]}
+    found = {
+        f"approach {row['approach']}": (row["a"], *row["interval"])
+        for row in table
+        if row["approach"] in draws and row["interval"]
+    }
     paired = {
         (f"approach {one}", f"approach {other}"): edges(draws[one] - draws[other], len(rows), 2, config.level, "normal")
         for one, other in itertools.combinations(draws, 2)
@@ -537,6 +568,7 @@ def describe_fit(
     law, here, target, at = fitted.law, fitted.parameters, max(config.budgets), held_at(fitted, config)
     units = len(np.unique(fitted.rows[config.cluster])) if config.cluster else len(fitted.rows)
     tested = None if reason else misfit.lack_of_fit(fitted)
+    lacking = tested is not None and tested.rejected
     wrong = fitted.discrepancy() if config.misfit and boot is not None and not reason else None
 
     def pair(draws: np.ndarray, estimate: float | None) -> list[float] | None:
@@ -553,7 +585,7 @@ def describe_fit(
     intervals = "bootstrap over runs, percentiles (bias-corrected for huber and laplace)"
     sized = {"log_params", "log_tokens"} <= set(law.features)
     bent = None
-    if wrong is not None and sized and tested is not None and tested.rejected:
+    if wrong is not None and sized and lacking:
         bent = wrong.optima(config.budgets, at=at, seed=config.seed)
         intervals += (
             "; the law is rejected, so optima and the exponent are those of the law with its discrepancy: the median "
@@ -582,7 +614,9 @@ def describe_fit(
         "budgets": planned(fitted, boot, config, pair, wrong, bent, reason),
         "off_optimum": [] if reason else off_optimum(law, fitted.theta, config.budgets[0], OTHER_SIZES, at=at),
         "inference": [] if reason else serving(fitted, config),
-        "next_runs": [] if reason else suggest(fitted, target),
+        # The best run for a law that is wrong is no good advice.
+        "next_runs": [] if reason or lacking else suggest(fitted, target),
+        "next_runs_withheld": "the law is rejected by its residuals" if lacking else "",
         "doctor": [f._asdict() for f in findings],
     }
     if reason or not np.isfinite(result["budgets"][0]["params"]):
@@ -590,7 +624,13 @@ def describe_fit(
     slope = float(growth_of(fitted, fitted.theta[:, None], config)[0])
     if wrong is not None and bent is not None:
         draws = bent_growth(wrong, config, at)
+        own: dict[str, dict[str, Any]]
         middle, own = float(np.nanmedian(draws)), {"a": {"law": slope}, "b": {"law": 1 - slope}}
+        own["a"]["between"] = [float(edge(wrong.rows["flops"])) for edge in (np.min, np.max)]
+        ordered = sorted(result["budgets"], key=lambda row: row["flops"])
+        times = {name: float(np.log(ordered[-1][name] / ordered[0][name])) for name in ("params", "flops")}
+        if times["flops"]:
+            own["a"]["planned"] = times["params"] / times["flops"]
     else:
         draws = growth_of(fitted, converged_draws(fitted, boot), config) if boot is not None else np.zeros(0)
         middle, own = slope, {"a": {}, "b": {}}
@@ -712,16 +752,25 @@ def write_numbers(workdir: Path, numbers: Mapping[str, Any]) -> None:
     write_text(workdir / "fit.json", json.dumps(finite(numbers), indent=1) + "\n")
 
 
-def fit_runs(workdir: Path, rows: Rows, config: ScalingConfig) -> FitPage:
+def fit_runs(workdir: Path, rows: Rows, config: ScalingConfig, *, show: bool = False) -> FitPage:
     """Fit runs by `config.approach`, compare it with the others, and write `fit.json`; the page is another step.
+
+    `show` reports the progress of a fit that takes long.
 
     Raises:
       ValueError: the approach has no result for these rows.
       RowError: a column that the law or the settings need is missing or wrong.
     """
-    run = {1: run_envelope, 2: run_isoflop, 3: run_parametric}[config.approach]
     used = rows.without_highest_losses(config.drop_highest)
-    found = run(used, config, rows)
-    compare_approaches(used, config, found.result)
+    stages, long = 5 if config.approach == 3 else 2, len(rows) * max(config.resamples, 1) > LONG
+    work = f"{counted(len(used), 'run')}, {config.resamples} resamples (--config.resamples=300 for fewer)"
+    with Progress(stages, "fit", active=show and long, begins=work) as bar:
+        if config.approach == 3:
+            found = run_parametric(used, config, rows, bar)
+        else:
+            found = (run_envelope if config.approach == 1 else run_isoflop)(used, config, rows)
+        bar.advance(1, now="all approaches")
+        compare_approaches(used, config, found.result)
+        bar.advance(1)
     write_numbers(workdir, found.result)
     return found

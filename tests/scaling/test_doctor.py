@@ -69,7 +69,7 @@ def test_an_unconverged_fit_a_free_parameter_and_a_vanished_term_are_found():
 
 
 def minimum(budget, refused="", scatter=0.01, depth=0.1):
-    return Minimum(budget, np.nan if refused else 1e6, 3.0, refused, 7, depth, scatter)
+    return Minimum(budget, np.nan if refused else 1e6, 3.0, refused, 7, depth, scatter, (1.0, 0.0, 3.0))
 
 
 def named(findings):

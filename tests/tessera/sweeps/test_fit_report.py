@@ -101,7 +101,7 @@ def test_a_missing_cluster_column_is_named(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="runs is empty"):
         build(ScalingConfig, {"runs": "", "budgets": (1.0,)})
-    with pytest.raises(ConfigError, match="budgets .*positive numbers are wanted"):
+    with pytest.raises(ConfigError, match="budgets .*positive finite numbers are wanted"):
         build(ScalingConfig, {"runs": "x", "budgets": (0.0,)})
     with pytest.raises(ConfigError, match="budgets and beyond are empty"):
         build(ScalingConfig, {"runs": "x", "beyond": ()})
