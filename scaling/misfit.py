@@ -291,7 +291,9 @@ def examine_laws(found: Sequence[Candidate], law: Law) -> Finding:
         gained, error = density_gained(mine, other)
         numbers |= {"density_gained": gained, "density_error": error}
         text = f"Of {len(found)} laws, {law.name} is the smallest that predicts rows left out as well as any: its log "
-        text += f"density of them is {gained:+.1f} ± {error:.1f} against that of {other.law.name}, the next."
+        text += (
+            f"density of them is {gained:+.1f} ± {error:.1f} against that of {other.law.name}, the best of the others."
+        )
         return Finding("other laws", "fine", text, numbers)
     gained, error = density_gained(chosen, mine)
     numbers |= {"density_gained": gained, "density_error": error}

@@ -55,6 +55,12 @@ th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--grid); vertical-align: bottom }
 th.text, td.text { text-align: left }
 td.wrap { white-space: normal; overflow-wrap: anywhere }
+@media (max-width: 45rem) {
+  .prose thead { display: none }
+  .prose tr, .prose td { display: block; text-align: left; white-space: normal; padding: .1rem 0; border: 0 }
+  .prose tr { border-bottom: 1px solid var(--grid); padding: .5rem 0 }
+  .prose td::before { content: attr(data-column) ": "; color: var(--muted) }
+}
 td.mark { background: var(--mark); font-weight: 600 }
 details { margin: .8rem 0; background: var(--card); border-radius: 4px; padding: .5rem 1rem }
 summary { cursor: pointer; font-weight: 600 }
@@ -62,6 +68,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 @media print { nav { display: none } figure, table { break-inside: avoid } }
 """
 
+LONG_TEXT = 60  # letters of a cell that is a sentence
 FULL = 9.6  # inches that fill the width of a page
 
 Cell = str | int | float | None
@@ -166,20 +173,28 @@ def terminal_table(table: Table, title: str = "", **options: Any) -> RichTable:
 
 
 def table_html(table: Table) -> str:
-    """The table as HTML, escaped, in a frame that scrolls sideways on a narrow screen."""
+    """The table as HTML, escaped, in a frame that scrolls sideways on a narrow screen; sentences are stacked there."""
     text_columns = table.text_columns
+    prose = any(len(text) > LONG_TEXT for row in table.texts for text in row)
 
     def line(tag: str, texts: Sequence[str], i: int = -1) -> str:
         cells = []
         for j, text in enumerate(texts):
-            names = ["text"] * (j in text_columns) + ["wrap"] * (len(text) > 60) + ["mark"] * ((i, j) in table.marked)
+            names = (
+                ["text"] * (j in text_columns)
+                + ["wrap"] * (len(text) > LONG_TEXT)
+                + ["mark"] * ((i, j) in table.marked)
+            )
             attribute = f' class="{" ".join(names)}"' if names else ""
+            if prose and tag == "td":
+                attribute += f' data-column="{html.escape(table.columns[j])}"'
             cells.append(f"<{tag}{attribute}>{html.escape(text)}</{tag}>")
         return f"<tr>{''.join(cells)}</tr>"
 
     body = "\n".join(line("td", row, i) for i, row in enumerate(table.texts))
     head = f"<thead>{line('th', table.columns)}</thead>"
-    return f'<div class="scroll"><table>{head}\n<tbody>{body}</tbody></table></div>'
+    begin = '<table class="prose">' if prose else "<table>"
+    return f'<div class="scroll">{begin}{head}\n<tbody>{body}</tbody></table></div>'
 
 
 def css_name(color: str) -> str:

@@ -483,7 +483,7 @@ def compare_approaches(rows: Rows, config: ScalingConfig, result: dict[str, Any]
         refused = "" if np.isfinite(value) else "no best size"
         if name == "1, envelope" and not named:
             draws.pop(name)
-            refused = "rows of one size read as a curve, as no column `run` says which is whose: not compared"
+            refused = "not compared: no column `run`, sizes read as curves"
         table.append({"approach": name, "a": value, "interval": interval, "refused": refused})
     result["approaches"] = table
     found = {

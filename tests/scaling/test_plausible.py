@@ -3,7 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from scaling.plausible import examine_rows, loss_unit
+from scaling.coverage import isoflop_design
+from scaling.plausible import examine_rows, loss_unit, mixed_units
 from scaling.rows import make_rows
 from scaling.tables import read_csv
 
@@ -85,3 +86,24 @@ def test_units_of_published_losses_are_told_without_a_vocabulary(shared_data, na
     assert perplexity.verdict == "warning" and "perplexities? Take" in perplexity.text
     per_byte = unit(lambda x: x / 4.5)
     assert per_byte.verdict == ("note" if np.isfinite(PUBLIC[name]) else "fine")
+
+
+@pytest.mark.parametrize("unit", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("name", ["params", "tokens"])
+@pytest.mark.parametrize("which", [slice(1, None, 2), slice(3, 4), slice(0, 6)])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_column_in_two_units_is_found(name, unit, which, counted):
+    truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+    rows = isoflop_design(truth, budgets=5, sizes=9, noise=0.002)
+    mixed = {column: rows[column].copy() for column in ("params", "tokens", "loss")}
+    mixed |= {"flops": rows["flops"]} if counted else {}
+    mixed[name][which] /= unit
+    finding = mixed_units(make_rows(mixed))
+    assert finding.verdict == "warning" and (counted or finding.text.startswith(name))
+    assert finding.numbers["rows"] == len(range(45)[which])
+
+
+def test_published_tables_are_in_one_unit(shared_data):
+    names = ("porian_refinedweb_tuned", "llama3_isoflop", "marin_comma_isoflop", "gadre_c4", "frantar_t5_sparsity")
+    for name in names:
+        assert mixed_units(read_csv(shared_data(f"scaling/public/{name}.csv"))).verdict == "fine"

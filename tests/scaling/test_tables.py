@@ -75,6 +75,8 @@ def test_columns_are_mapped(tmp_path):
         ("params;tokens;loss\n1e6;1e8;3,05\n", "line 2, column 'loss': '3,05' .* decimal comma. write 3.05"),
         ('params,tokens,loss\n"1,200,000",1e8,3\n', "separators of thousands. write 1200000"),
         ("params,tokens,loss\n1e6,1e8,3.1 nats\n", "a unit. write 3.1"),
+        ("1e6,6e14,3\n2e6,6e14,2.9\n", "line 1: 1e6, 6e14, 3 are numbers .*the file has no header.*params,tokens,loss"),
+        ("# log\n1.2B; 24B; 2.5\n", "line 2: 1.2B, 24B, 2.5 are numbers where names of columns are wanted"),
         ("params,flops,loss\n1e6,6e14,3\n\n1e6,6e14\n", "line 4.*2 values where the header has 3"),
         ("params,flops,loss\n", "no rows"),
         ("", "loss.*the column is missing; there are none"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from scaling.coverage import isoflop_design
 from scaling.fitting.bootstrap import bootstrap, refit, resamples, search_again
 from scaling.fitting.fit import FitConfig, fit, make_problem, polish, row_losses
 from scaling.laws import tie
@@ -207,3 +208,41 @@ def test_tied_exponents_are_the_law_of_gadre_et_al():
         tie(CHINCHILLA, beta="A")
     with pytest.raises(ValueError, match="no parameter 'gamma'"):
         tie(CHINCHILLA, beta="gamma")
+
+
+def test_many_rows_are_searched_by_some_and_fitted_by_all(monkeypatch):
+    truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+    rows = isoflop_design(truth, budgets=30, sizes=10, noise=0.01)
+    all_rows = fit(rows, CHINCHILLA, FitConfig(starts=60))
+    few = rows.thin(50)
+    # One of each part by rising FLOPs: six rows a part.
+    ranks = np.argsort(np.argsort(rows["flops"], kind="stable"))[few]
+    assert sorted(ranks // 6) == list(range(50))
+    monkeypatch.setattr("scaling.fitting.fit.MOST_SEARCHED", 50)
+    searched = fit(rows, CHINCHILLA, FitConfig(starts=60))
+    assert searched.value == pytest.approx(all_rows.value, rel=1e-9)
+    np.testing.assert_allclose(searched.theta, all_rows.theta, rtol=1e-5)
+    # The first pass saw a sixth of the rows, so its objectives are about a sixth.
+    assert searched.search.ended.value.min() < 0.25 * all_rows.search.ended.value.min()
+
+
+def test_resamples_in_parts_are_those_of_one(monkeypatch):
+    truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+    rows = isoflop_design(truth, budgets=4, sizes=5, noise=0.01)
+    one, seen = fit(rows, CHINCHILLA, starts=CHINCHILLA.raw(truth)[:, None]), []
+    whole = bootstrap(one, 150)
+    monkeypatch.setattr("scaling.fitting.bootstrap.MOST_COUNTS", 20)
+    parts = bootstrap(one, 150, watch=seen.append)
+    np.testing.assert_allclose(parts.value_B, whole.value_B, rtol=1e-9)
+    assert seen == [64, 64, 22]
+
+
+@pytest.mark.parametrize("setting", [{"tol": np.nan}, {"starts": -1}, {"keep": 0}, {"search_steps": 0}])
+def test_settings_without_a_meaning_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        FitConfig(**setting)
+
+
+def test_too_few_rows_are_counted_and_holding_is_named_as_on_the_command_line():
+    with pytest.raises(ValueError, match=r"1 row cannot .*--config.hold.beta=VALUE, from Python scaling.restrict"):
+        fit(make_rows({"params": [1e8], "tokens": [1e9], "loss": [3.0]}), CHINCHILLA)

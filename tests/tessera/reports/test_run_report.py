@@ -117,6 +117,12 @@ def test_any_cell_survives_as_text(rows):
     assert found[1:] == [[write_number(value) for value in row] for row in rows]
 
 
+def test_cells_of_a_table_with_sentences_name_their_columns_for_narrow_screens():
+    page = table_html(Table(["what", "a <b>"], [["x", "y"], ["z", "a sentence " * 10]]))
+    assert '<table class="prose">' in page and page.count('data-column="a &lt;b&gt;"') == 2
+    assert "data-column" not in table_html(Table(["what", "a <b>"], [["x", "y"]]))
+
+
 @given(st.lists(st.floats(-1e3, 1e3) | st.just(math.nan), min_size=1, max_size=40), st.sampled_from([1, 3, 5, 9]))
 def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
     got = smooth(np.array(values), window)

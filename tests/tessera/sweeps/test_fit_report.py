@@ -12,7 +12,7 @@ from tessera.cli import fit as fit_command
 from tessera.cli import main as cli
 from tessera.infra.config import ConfigError, build
 from tessera.infra.config_files import load_config
-from tessera.sweeps.fit_page import fit_page, summary
+from tessera.sweeps.fit_page import fit_page, number_sections, parameter_table, summary
 from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
@@ -400,8 +400,17 @@ def bent_sweep(bend, seed):
 @pytest.mark.parametrize(("bend", "seed"), [(0.01, 0), pytest.param(-0.008, 2, marks=pytest.mark.slow)])
 def test_every_value_of_a_rejected_law_lies_in_its_interval(tmp_path, bend, seed):
     rows, settings = bent_sweep(bend, seed), {"misfit": True, "resamples": 10, "fit": {"starts": 30, "keep": 2}}
-    result = fit_runs(tmp_path, rows, neutral("x", **settings)).result
-    assert result["rejected"]
+    found = fit_runs(tmp_path, rows, neutral("x", inference_tokens=(1e12,), **settings))
+    result, text = found.result, " ".join(summary(found.result))
+    assert result["rejected"] and result["next_runs"] == []
+    assert any(
+        "None is recommended: the law is rejected" in str(section.content) for section in number_sections(result)
+    )
+    # The slope is that between the runs, and the table's, beyond them, another.
+    flops, params = ([row[name] for row in result["budgets"]] for name in ("flops", "params"))
+    slope = np.polyfit(np.log([flops[0], flops[-1]]), np.log([params[0], params[-1]]), 1)[0]
+    assert "between 1e17 and 1e20 FLOPs" in text and f"last budget below, parameters as C^{slope:.3f}" in text
+    assert "serve 1e12 tokens, by the law alone" in text
     inside = [(row[name], row[f"{name}_interval"]) for row in result["budgets"] for name in ("params", "tokens")]
     inside += [(row[name], row[f"{name}_interval"]) for row in result["budgets"] for name in ("ratio", "loss")]
     inside += [(found["value"], found["interval"]) for found in result["exponents"].values()]
@@ -430,3 +439,81 @@ def test_a_law_of_flops_alone_is_not_held_at_one_number_of_them(tmp_path):
         result = fit_runs(tmp_path, sweep(), neutral("x", law="compute", misfit=True, resamples=5)).result
     assert result["held"] == {} and not any("Optima are for" in text for text in summary(result))
     assert "2 different log_flops" in findings(result)["backtest"]["text"]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"budgets": (1e20, float("nan"))}, "budgets .*positive finite"),
+        ({"budgets": (float("inf"),)}, "budgets .*positive finite"),
+        ({"isoflops": (float("nan"),)}, "isoflops .*positive finite"),
+        ({"hold": {"E": float("nan")}}, "hold .*finite"),
+        ({"inference_tokens": (float("nan"),)}, "inference_tokens .*finite"),
+        ({"within": float("nan")}, "within nan"),
+        ({"resamples": 1}, "resamples 1: an interval needs at least 2"),
+        ({"resamples": -5}, "resamples -5"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        build(ScalingConfig, {"runs": "x"} | settings)
+
+
+def test_a_long_fit_shows_its_stages(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tessera.sweeps.fit_report.LONG", 0)
+    fit_runs(tmp_path, sweep(), neutral("x"), show=True)
+    said = capsys.readouterr().err
+    assert "fit 0/5  32 runs, 30 resamples (--config.resamples=300 for fewer)" in said and "resamples 30/30" in said
+
+
+def test_errors_beyond_the_value_are_of_the_logarithm_alone():
+    draws = np.exp(np.log(2e4) + 4 * np.random.default_rng(0).standard_normal(400))
+    wide = {"value": 2e4, "se": float(draws.std(ddof=1)), "log_se": float(np.log(draws).std(ddof=1))}
+    wide["interval"] = np.percentile(draws, [2.5, 97.5]).tolist()
+    result = {"level": 0.95, "undetermined": "", "parameters": {"A": wide, "alpha": {"value": 0.3, "se": 0.01}}}
+    table = parameter_table(result)
+    assert table.columns[2:4] == ["standard error", "of its logarithm"]
+    (_, _, error, log_error, _), alpha = table.rows
+    assert error == "–" and float(log_error) == pytest.approx(np.log(draws).std(ddof=1), rel=1e-3)
+    assert alpha[2:4] == ["0.01", None]
+
+
+def test_single_losses_have_no_envelope_that_could_disagree(tmp_path):
+    result = fit_runs(tmp_path, sweep(), neutral("x", approach=2)).result
+    envelope = result["approaches"][0]
+    assert envelope["a"] is not None and "not compared: no column `run`" in envelope["refused"]
+    assert "approach 1" not in findings(result)["approaches disagree"]["text"]
+    assert findings(result)["approaches disagree"]["numbers"]["approaches"] == 3
+
+
+@pytest.mark.parametrize("bend", [0.01, 0.0])
+def test_a_rejected_law_buys_no_run(tmp_path, bend):
+    # With the discrepancy (below) or without, the law is as wrong.
+    result = fit_runs(tmp_path, bent_sweep(bend, 0), neutral("x", resamples=0)).result
+    assert bool(result["next_runs"]) == (not bend) and bool(result["next_runs_withheld"]) == bool(bend)
+
+
+def test_splines_are_not_judged_as_parabolas(tmp_path):
+    found = fit_runs(tmp_path, sweep(), neutral("x", approach=2, curve="akima"))
+    assert not {"cubic term", "scatter"} & set(findings(found.result))
+    assert "parabola" not in found.own[0].caption
+
+
+def test_sentences_about_a_law_without_a_formula_and_a_single_size(tmp_path):
+    (tmp_path / "laws.py").write_text(OWN_LAWS)
+    config = from_command_line("--config.runs=x", f"--config.law={tmp_path / 'laws.py'}:line")
+    result = fit_runs(tmp_path, sweep(), config).result
+    assert summary(result)[0].startswith("line, fitted to 32 runs: height = ")
+    # A reason with brackets is told whole.
+    params = np.geomspace(1e7, 1e9, 9)
+    rows = make_rows({"params": params, "tokens": 20 * params, "loss": true_loss(params, 20 * params)})
+    found = fit_runs(tmp_path, rows, neutral("x"))
+    refused = next(row["refused"] for row in found.result["approaches"] if row["approach"].startswith("3"))
+    assert refused == "undetermined: N and D are proportional (D = 20 N): runs of one size with other tokens are needed"
+    # One ratio of tokens has no axis.
+    titles = [ax.get_title(loc="left") for ax in next(s for s in found.own if s.title == "Residuals").content().axes]
+    assert len(titles) == 2 and not any("tokens per parameter" in title for title in titles)
+    lost = {"A": {"value": float("inf")}, "E": {"value": 1.7}}
+    told = parameter_table({"level": 0.95, "undetermined": "N and D are proportional", "parameters": lost})
+    assert [row[1] for row in told.rows] == ["undetermined", "1.7"]
