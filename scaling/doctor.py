@@ -156,13 +156,18 @@ def _early(
     return Finding(name, "note", text + ".", numbers)
 
 
+def without_effect(fitted: Fit) -> list[str]:
+    """List parameters that no row's prediction depends on at the fit, to first order."""
+    size = np.linalg.norm(fitted.law.slopes(fitted.theta, fitted.rows), axis=0)
+    return [name for name, norm in zip(fitted.law.parameters, size, strict=True) if norm < 1e-8 * size.max()]
+
+
 def conditioning(fitted: Fit, limit: float = 100.0) -> Finding:
     """Compute the condition number of the Jacobian with unit columns: how nearly parameters trade off."""
     law = fitted.law
     slopes = law.slopes(fitted.theta, fitted.rows)
     size = np.linalg.norm(slopes, axis=0)
-    dead = [name for name, norm in zip(law.parameters, size, strict=True) if norm < 1e-8 * size.max()]
-    if dead:
+    if dead := without_effect(fitted):
         text = (
             f"The rows do not determine {', '.join(dead)}: predictions do not depend on them. Hold them (--config.hold."
             f"{dead[0]}=VALUE) or add rows."
@@ -197,13 +202,13 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     moved = _log_optimum(fitted, pair, budget, at)
     shift = float(moved[1] - moved[0])
     numbers = {"rows": len(far), "log_shift": shift}
+    are_far = f"Of the rows fitted, {len(far)} ({fitted.rows.places(far)}) {'is' if len(far) == 1 else 'are'} further "
+    are_far += f"than {threshold:g} robust standard deviations"
     if not np.isfinite(shift):
-        text = f"Of the rows fitted, {len(far)} are further than {threshold:g} robust standard deviations from the law."
+        text = f"{are_far} from the law."
         return Finding("outliers", "note", text, {"rows": len(far)})
-    text = (
-        f"Of the rows fitted, {len(far)} ({fitted.rows.places(far)}) are further than {threshold:g} robust standard "
-        f"deviations from the law; without them N* at {budget:.3g} FLOPs is {np.exp(shift):.3f} times this fit's"
-    )
+    text = f"{are_far} from the law; without {'it' if len(far) == 1 else 'them'} N* at {budget:.3g} FLOPs is "
+    text += f"{np.exp(shift):.3f} times this fit's"
     verdict: Verdict = "note"
     if boot is not None:
         spread = float(np.nanstd(_log_optimum(fitted, boot.theta_PB[:, boot.converged_B][:, :200], budget, at)))
@@ -453,15 +458,20 @@ def _beyond(budget: float, largest: float, what: str, assumption: str, limit: fl
     return Finding("extrapolation", "fine", text + ".", {"factor": factor})
 
 
-def edges(fitted: Fit) -> Finding:
-    """Find parameters that ran to an edge: a vanishing positive one, or one far outside the starting grid."""
+def ran_away(fitted: Fit) -> list[str]:
+    """List parameters that ran to an edge: a vanishing positive one, or one far outside the starting grid."""
     found = []
     for name, value in zip(fitted.law.parameters, fitted.theta, strict=True):
         low, high = min(fitted.law.grid[name]), max(fitted.law.grid[name])
         margin = 2 * max(high - low, 1.0)
         if not np.isfinite(value) or value < low - margin or value > high + margin:
             found.append(name)
-    if found:
+    return found
+
+
+def edges(fitted: Fit) -> Finding:
+    """Find parameters that ran to an edge; see `ran_away`."""
+    if found := ran_away(fitted):
         text = (
             f"{', '.join(found)} ran far outside the starting grid: a term vanishes or the law does not fit these rows."
         )

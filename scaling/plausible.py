@@ -128,7 +128,8 @@ def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
     text = f"The median loss is {ratio:.2f} times that of Hoffmann et al.'s runs at these sizes"
     if len(over):
         named = f"{vocabulary:,}" if vocabulary else f"any vocabulary (of {LARGEST_VOCABULARY:,}, say)"
-        text = f"{len(over)} of {len(rows)} losses are above a uniform guess over {named}, ln = {most:.2f} nats"
+        text = f"{len(over)} of {len(rows)} losses {'is' if len(over) == 1 else 'are'} above a uniform guess over "
+        text += f"{named}, ln = {most:.2f} nats"
         gap = loss[over].min() / loss[loss <= most].max(initial=1e-9)
         # Of losses in bits many are above, or the rest are higher than in nats; a single one is a run that failed.
         single = len(usual) and ratio <= YARDSTICK and len(over) < 0.1 * len(rows)
@@ -137,7 +138,8 @@ def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
         elif not single and (np.median(loss) > most or gap < 1.5):  # diverged runs stand apart from the others
             text += f": {guess}."
         else:
-            text += f" ({rows.places(over)}): these runs have learned nothing, or diverged; leave them out."
+            text += f" ({rows.places(over)}): {'this run has' if len(over) == 1 else 'these runs have'} "
+            text += f"learned nothing, or diverged; leave {'it' if len(over) == 1 else 'them'} out."
         return Finding("unit of loss", "warning", text, numbers)
     if ratio > YARDSTICK:
         return Finding("unit of loss", "warning", f"{text}: {guess}.", numbers)

@@ -186,7 +186,7 @@ def _complaint(value: Any, *, positive: bool = True) -> str:
         if re.fullmatch(r"\d{1,3}([,_ ']\d{3})+(\.\d*)?", text):
             plain = re.sub(r"[,_ ']", "", text)
             return f"{value!r} is not a number: separators of thousands? write {plain}"
-        if re.fullmatch(r"-?\d+,\d+", text):
+        if re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", text, re.IGNORECASE):
             return f"{value!r} is not a number: a decimal comma? write {text.replace(',', '.')}"
         if found := re.fullmatch(r"([-+.\de]*\d)\s*[a-zA-Z%/ ]+", text):
             return f"{value!r} is not a number: a unit? write {found[1]}, in the unit wanted"

@@ -78,9 +78,9 @@ def summary(result: Mapping[str, Any]) -> list[str]:
 
 
 def value_of(result: Mapping[str, Any], name: str, digits: int) -> str:
-    """A parameter's value as text; "undetermined" where a fit that determines no optimum drove it to 0 or infinity."""
+    """A parameter's value as text; "undetermined" where no prediction depends on it or it is infinite."""
     value = result["parameters"][name]["value"]
-    lost = result["undetermined"] and (value == 0 or not np.isfinite(value))
+    lost = result["parameters"][name].get("undetermined") or not np.isfinite(value)
     return "undetermined" if lost else f"{value:.{digits}g}"
 
 

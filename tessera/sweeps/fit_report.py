@@ -577,6 +577,10 @@ def describe_fit(
 
     natural = fitted.law.by_name(boot.theta_PB[:, boot.converged_B]) if boot is not None else {}
     values: dict[str, dict[str, Any]] = {name: {"value": here[name]} for name in law.parameters}
+    # Draws of a parameter that nothing depends on stay where they began.
+    for name in {*doctor.without_effect(fitted), *(doctor.ran_away(fitted) if reason else ())}:
+        values[name]["undetermined"] = True
+        natural.pop(name, None)
     for name, draws in natural.items():
         values[name] |= {"interval": pair(draws, values[name]["value"]), "se": spread_of(draws)}
         if name in law.positive:

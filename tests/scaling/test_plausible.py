@@ -33,13 +33,13 @@ def first_twice(x):
         ("unit of loss", "bits", 100, {"loss": lambda y: y / np.log(2)}),
         (
             "unit of loss",
-            "row 1.: these runs have learned nothing",
+            "row 1.: this run has learned nothing",
             0,
             {"loss": one_lost},
         ),
         (
             "unit of loss",
-            "1 of 16 losses are above .*row 1.: these runs have learned nothing",
+            "1 of 16 losses is above .*row 1.: this run has learned nothing",
             50257,
             {"loss": lambda y: np.where(np.arange(16) == 0, 11.5, y)},  # ln 50257 is 10.82, log2 15.6
         ),

@@ -72,6 +72,7 @@ def test_columns_are_mapped(tmp_path):
         ("parameter_count,tokens,loss\n1,1,1\n", "--config.columns.params='parameter_count'"),
         ("N,D,val_loss\n1,1,1\n", "params='N'.*tokens='D'|loss='val_loss'.*params='N'.*tokens='D'"),
         ("params,tokens (B),loss\n1,1,1\n", "columns.tokens=.tokens .B."),
+        ("params;tokens;loss\n1,2e6;1e8;3\n", "line 2, column 'params': '1,2e6' .* decimal comma. write 1.2e6"),
         ("params;tokens;loss\n1e6;1e8;3,05\n", "line 2, column 'loss': '3,05' .* decimal comma. write 3.05"),
         ('params,tokens,loss\n"1,200,000",1e8,3\n', "separators of thousands. write 1200000"),
         ("params,tokens,loss\n1e6,1e8,3.1 nats\n", "a unit. write 3.1"),
