@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 from scaling.doctor import Finding
 from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.determined import undetermined_sizes
 from scaling.fitting.discrepancy import MOST_ROWS, basis, coordinates
 from scaling.fitting.fit import Fit, FitConfig, fit, polish
 from scaling.fitting.intervals import prediction_interval
@@ -18,6 +19,8 @@ from scaling.laws import Law
 from scaling.rows import Rows, counted
 
 REJECTED = 0.01
+# Standard deviation of log N and log D about a line under which a backtest is not made.
+LINE = 0.1
 
 
 class LackOfFit(NamedTuple):
@@ -152,7 +155,7 @@ def backtest(
 
     Raises:
       ValueError: no run above the share, or no more runs below, or different places of them, than the law has
-        parameters.
+        parameters, or sizes below that nearly lie on a line (one budget, say).
 
     Example:
       >>> import scaling
@@ -175,6 +178,11 @@ def backtest(
             f"{rows.source}: the {int(below.sum())} runs below {share:g} of the largest one's FLOPs have {places} "
             f"different {', '.join(law.features)}, which cannot determine the {len(law.parameters)} parameters of "
             f"{law.name} and judge them"
+        )
+    if {"log_params", "log_tokens"} <= set(law.features) and (cause := undetermined_sizes(rows.take(below), LINE)):
+        raise ValueError(
+            f"{rows.source}: the {int(below.sum())} runs below {share:g} of the largest one's FLOPs do not determine "
+            f"{law.name}: {cause}"
         )
     fitted, held_out = fit(rows.take(below), law, config), rows.take(~below)
     plain = None

@@ -314,10 +314,10 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     except ValueError as error:
         out = int((groups < 0).sum())
         where = "given" if config.isoflops else f"found from the FLOPs of {counted(len(rows), 'row')}, {out} at none"
-        raise ValueError(
-            f"{rows.source}: {error}. Budgets {where}: {len(budgets)}; name those the runs were made at with "
-            "--config.isoflops=(6e18, 1e19, ...)"
-        ) from error
+        text = f"{rows.source}: {error}. Budgets {where}: {len(budgets)}"
+        if out or len(budgets) < 2:
+            text += "; name those the runs were made at with --config.isoflops=(6e18, 1e19, ...)"
+        raise ValueError(text) from error
     draws = np.zeros((2, 0))
     if config.resamples:
         counts = min(config.resamples, 1000), len(rows)

@@ -188,3 +188,11 @@ def test_many_runs_do_not_sharpen_the_noise_that_a_backtest_rests_on():
     log_loss[:100] = 1.0
     found = found._replace(held_out=make_rows({**rows.columns, "loss": np.exp(log_loss)}))
     assert misfit.examine_backtests([found]).verdict == "warning"
+
+
+def test_runs_about_one_budget_are_no_backtest():
+    rows = isoflop_design(EPOCH, budgets=2, sizes=8, lowest=1e18, highest=1e20, noise=0.001)
+    jitter = np.exp(0.05 * np.random.default_rng(0).standard_normal(16))
+    rows = make_rows({"params": rows["params"], "tokens": rows["tokens"] * jitter, "loss": rows["loss"]}, "runs.csv")
+    with pytest.raises(ValueError, match="the 8 runs below .* do not determine chinchilla: all runs have one budget"):
+        misfit.backtest(rows, CHINCHILLA, FEW, share=0.1)
