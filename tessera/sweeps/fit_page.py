@@ -148,16 +148,22 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
 
 def optimum_section(result: Mapping[str, Any]) -> Section:
     """Compute-optimal sizes at each budget, the cost of other sizes, and the change when tokens will be served."""
-    columns: dict[str, Any] = {"FLOPs": "flops", "N*": "params", "interval of N*": "params_interval", "D*": "tokens"}
-    columns |= {"D* / N*": "ratio", "interval of D* / N*": "ratio_interval"}
+
+    def ranged(name: str, interval: str = "") -> Any:
+        """A value with its interval in one cell: a column each would not fit beside each other."""
+        pair = interval or f"{name}_interval"
+        return lambda row: short(row[name]) + (f" ({span(row[pair])})" if row.get(pair) else "")
+
+    columns: dict[str, Any] = {"FLOPs": "flops", "N* (interval)": ranged("params"), "D*": "tokens"}
+    columns |= {"D* / N* (interval)": ranged("ratio")}
     caption = "FLOPs = 6 x parameters x tokens."
     if result.get("rejected"):
-        columns |= {"N* of the law alone": "params_law"}
+        columns |= {"N*, law alone": "params_law"}
         caption += " The law is rejected: values are medians of the law with its discrepancy; other tables are of the "
         caption += "law alone."
     more = []
     if result["approach"] == 3:
-        columns |= {"loss": "loss", "one run's loss": "run_interval"}
+        columns |= {"loss (of one run)": ranged("loss", "run_interval")}
         other = {"size over N*": "factor", "parameters": "params", "tokens": "tokens", "loss": "loss"}
         more = [
             table_of(result["off_optimum"], other | {"excess loss": "excess", "share of the budget wasted": "wasted"})
@@ -172,8 +178,7 @@ def optimum_section(result: Mapping[str, Any]) -> Section:
         }
         more.append(table_of(result["inference"], served))
         caption += " The third: the model of the same loss that is cheapest to train and serve."
-    rows = [row | {k: span(row.get(k)) for k in columns.values() if "interval" in k} for row in result["budgets"]]
-    return Section("What to train", [table_of(rows, columns), *more], caption)
+    return Section("What to train", [table_of(result["budgets"], columns), *more], caption)
 
 
 def fit_page(workdir: Path, found: FitPage, source: str) -> Path:
