@@ -21,7 +21,7 @@ VARIANTS = {
     "tiny": "two layers of eight experts",
     "small": "eight layers, every second routed",
     "mixtral": "Mixtral's router and balance",
-    "deepseek": "DeepSeek-V3's router: groups, a bias per expert, a shared expert",
+    "deepseek": "DeepSeek-V3's router: groups, a bias per expert, a shared expert; the first layer dense",
     "switch": "Switch Transformer: one expert a token, capacity",
     "dense_tiny": "the dense decoder beside `tiny`",
     "dense_small": "the dense decoder beside `small`",
@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "deepseek": (
         "small",
         {
+            "first_k_dense_replace": 1,
             "granularity": 8,
             "shared": 1,
             "balance": 1e-4,

@@ -107,6 +107,8 @@ LAYOUTS: Layouts = (
     (r"(^|/)experts/(?!\d+/)", Layout(1, 1, ("experts",))),
     (r"(^|/)blocks/(?!\d+/)(.*/)?(query|key|value)/kernel$", Layout(1, 0, ("blocks",))),
     (r"(^|/)blocks/(?!\d+/)", Layout(1, 1, ("blocks",))),
+    (r"(^|/)dense_blocks/(?!\d+/)(.*/)?(query|key|value)/kernel$", Layout(1, 0, ("dense_blocks",))),
+    (r"(^|/)dense_blocks/(?!\d+/)", Layout(1, 1, ("dense_blocks",))),
     (r"(^|/)(query|key|value)/kernel$", Layout(0, 0)),
 )
 # For `masks.prunable(params, layouts=...)`: Equinox and PyTorch [O, I, ...], Haiku [..., I, O].

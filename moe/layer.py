@@ -46,7 +46,9 @@ class MoEConfig:
     """Options of a mixture-of-experts layer.
 
     Attributes:
-      every: every n-th layer of a model is routed, the last of each n.
+      every: every n-th layer of a model is routed, the last of each n (Qwen2-MoE's decoder_sparse_step).
+      first_k_dense_replace: the first so many layers of a model are dense (DeepSeek-V2, section 2.2; DeepSeek-V3), and
+        `every` counts from the first after them.
       ff: F; 0 takes the dense layer's width divided by `granularity`.
       granularity: fine-grained experts: each is so many times narrower (Dai et al. 2024, section 3.1; give `router` so
         many times more experts and choices).
@@ -75,6 +77,7 @@ class MoEConfig:
     """
 
     every: int = 1
+    first_k_dense_replace: int = 0
     ff: int = 0
     granularity: int = 1
     shared: int = 0
@@ -94,11 +97,10 @@ class MoEConfig:
     latent: int = 0
 
     def __post_init__(self):
-        if self.every < 1 or self.granularity < 1 or min(self.ff, self.shared, self.latent) < 0:
-            raise ValueError(
-                f"every={self.every} and granularity={self.granularity} must be at least 1, ff={self.ff}, "
-                f"shared={self.shared} and latent={self.latent} at least 0"
-            )
+        least = {"every": 1, "granularity": 1, "first_k_dense_replace": 0, "ff": 0, "shared": 0, "latent": 0}
+        if any(getattr(self, name) < number for name, number in least.items()):
+            told = ", ".join(f"{name}={getattr(self, name)} (>= {number})" for name, number in least.items())
+            raise ValueError(f"sizes out of range: {told}")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate=True without shared experts: set shared to at least 1")
         if (

@@ -24,6 +24,11 @@ class Shape:
       relative_positions: a width x width projection of relative positions per block (Transformer-XL; the models of
         Hoffmann et al. have it). It is applied to positions, not tokens, and appendix F does not count its FLOPs.
       experts, active_experts: feed-forward parts per block, and how many of them a token uses; 1 is dense.
+      shared_experts: feed-forward parts of width `ff` in blocks with experts that every token uses besides.
+      latent: width of the routed experts' inputs and outputs, between two projections of the block (Nemotron 3's
+        LatentMoE); 0: the width, without projections.
+      dense_layers, dense_ff: of the layers, so many have one feed-forward part of width `dense_ff` instead of experts
+        (the first ones in DeepSeek-V2 and V3, every second one in others); 0: none.
 
     Example:
       >>> import scaling
@@ -45,15 +50,41 @@ class Shape:
     relative_positions: bool = False
     experts: int = 1
     active_experts: int = 1
+    shared_experts: int = 0
+    latent: int = 0
+    dense_layers: int = 0
+    dense_ff: int = 0
 
     def __post_init__(self):
         for name in ("layers", "width", "ff", "heads", "head_dim", "vocab", "length", "experts", "active_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("kv_heads", "shared_experts", "latent", "dense_layers", "dense_ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
+        if self.dense_layers > self.layers or (self.dense_layers > 0) != (self.dense_ff > 0):
+            raise ValueError(
+                f"dense_layers {self.dense_layers} of dense_ff {self.dense_ff}: at most the {self.layers} layers, "
+                "with a width"
+            )
+        if self.experts == 1 and (self.shared_experts or self.latent or self.dense_layers):
+            raise ValueError("shared_experts, latent and dense_layers are of models with experts above 1")
         if self.active_experts > self.experts:
             raise ValueError(f"active_experts {self.active_experts} of experts {self.experts}: at most all are active")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+
+
+def _feed_forward(s: Shape, experts: int) -> int:
+    """Weights of all layers' feed-forward parts with so many routed experts, and of the projections around them."""
+    matrices = 3 if s.gated else 2
+    inner = s.latent or s.width
+    routed = matrices * s.ff * (inner * experts + s.width * s.shared_experts) + 2 * s.width * s.latent
+    return (s.layers - s.dense_layers) * routed + s.dense_layers * matrices * s.width * s.dense_ff
+
+
+def _router(s: Shape) -> int:
+    return (s.layers - s.dense_layers) * s.width * s.experts if s.experts > 1 else 0
 
 
 class Parameters(NamedTuple):
@@ -89,12 +120,11 @@ def parameters(shape: Shape, *, active: bool = False) -> Parameters:
     s = shape
     kv = s.kv_heads or s.heads
     attention = s.width * s.head_dim * (2 * s.heads + 2 * kv)
-    one = (3 if s.gated else 2) * s.width * s.ff
     return Parameters(
         embedding=s.vocab * s.width,
         attention=s.layers * attention,
-        feed_forward=s.layers * one * (s.active_experts if active else s.experts),
-        router=s.layers * s.width * s.experts if s.experts > 1 else 0,
+        feed_forward=_feed_forward(s, s.active_experts if active else s.experts),
+        router=_router(s),
         positions=s.layers * s.width * s.width if s.relative_positions else 0,
         output=0 if s.tied else s.vocab * s.width,
     )
@@ -122,16 +152,17 @@ def appendix_f(shape: Shape, *, embedding: bool = True, logits: bool = True) -> 
     attention += 3 * s.heads * s.length * s.length  # softmax
     attention += 2 * s.length * s.length * inner  # weighted values
     attention += 2 * s.length * inner * s.width  # output projection
-    dense = (3 if s.gated else 2) * 2 * s.length * s.width * s.ff * s.active_experts
+    dense = 2 * s.length * _feed_forward(s, s.active_experts)
     tables = (embedding + logits) * 2 * s.length * s.vocab * s.width
-    return float((1 + BACKWARD) * (s.layers * (attention + dense) + tables))
+    return float((1 + BACKWARD) * (s.layers * attention + dense + tables))
 
 
 def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
     """Count training FLOPs per sequence of the matrix products that are computed (as for MFU), and nothing else.
 
     Projections with their number of key/value heads, scores and weighted values (half of them under a causal mask that
-    skips masked blocks), active experts, the router, and the output product; an embedding lookup is free.
+    skips masked blocks), active and shared experts, projections to latents and back, the router, and the output
+    product; an embedding lookup is free.
 
     Example:
       >>> import scaling
@@ -144,10 +175,9 @@ def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
     pairs = s.length * (s.length + 1) / 2 if causal else float(s.length**2)
     projections = 2 * s.length * s.width * s.head_dim * (2 * s.heads + 2 * kv)
     scores = 2 * 2 * pairs * s.head_dim * s.heads
-    dense = (3 if s.gated else 2) * 2 * s.length * s.width * s.ff * s.active_experts
-    router = 2 * s.length * s.width * s.experts if s.experts > 1 else 0
+    feed_forward = 2 * s.length * (_feed_forward(s, s.active_experts) + _router(s))
     output = 2 * s.length * s.vocab * s.width
-    return (1 + BACKWARD) * (s.layers * (projections + scores + dense + router) + output)
+    return (1 + BACKWARD) * (s.layers * (projections + scores) + feed_forward + output)
 
 
 class Count(NamedTuple):

@@ -89,8 +89,10 @@ def is_spec(node: Any) -> bool:
 
 def logical_axes(path: str, ndim: int, rules: Rules = Rules()) -> Logical:
     """Find the logical axes of the parameter at `path`, one per dimension, None for an unsharded dimension."""
-    # "blocks" stacks layers, "blocks_3" is one of them; a second stack in front of a matrix is one of experts.
-    layers = ("layers",) if re.search(r"(^|/)blocks/", path) else ()
+    # "blocks" stacks layers, "blocks_3" is one of them; a second stack in front of a matrix is one of experts. A routed
+    # model's first dense layers are a stack too, which no pipeline splits: they belong to the first stage.
+    stack = re.search(r"(^|/)(dense_)?blocks/", path)
+    layers = () if not stack else (None,) if stack[2] else ("layers",)
     names = next((names for pattern, names in rules.paths if re.search(pattern, path)), None)
     if names is None or len(names) > ndim:
         return (layers + (None,) * ndim)[:ndim]

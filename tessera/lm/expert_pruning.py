@@ -88,7 +88,7 @@ def prune_experts(
         raise ValueError(
             f"keep={keep} of {router.experts} experts in {len(groups)} group(s) of layers: from k={router.k} up to all"
         )
-    layers = config.layers // len(config.pattern)
+    layers = config.mlps.count("routed")
     if load_LE.shape != (layers, router.experts):
         raise ValueError(f"load of shape {load_LE.shape}: {(layers, router.experts)} is needed")
     which = masks_lib.prunable(params, rules=((r"/(experts|router)/.*kernel$", True), (r".*", False)))

@@ -24,7 +24,7 @@ from tessera.infra.config import build
 from tessera.infra.logger import METRICS, load_history, read_rows
 from tessera.infra.workdir import read_settings
 from tessera.lm.expert_pruning import drop_experts, prune_experts
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, Stack, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -111,30 +111,29 @@ def recorded_load(workdir: Path | str) -> np.ndarray:
 
 def split_blocks(params: Mapping[str, Any], config: TransformerConfig) -> list[PyTree]:
     """The parameters of every block by itself, in order of depth, scanned or not."""
-    period = len(config.pattern)
     if not config.scan:
-        return [params[f"blocks_{i}"] for i in range(config.layers)]
+        return [params[stack.name] for stack in config.stacks]
 
-    def one(i: int) -> PyTree:
-        unit = jax.tree.map(lambda leaf: leaf[i // period], params["blocks"])
+    def one(stack: Stack, i: int) -> PyTree:
+        period = len(stack.pattern)
+        unit = jax.tree.map(lambda leaf: leaf[i // period], params[stack.name])
         return unit if period == 1 else unit[f"layer_{i % period}"]
 
-    return [one(i) for i in range(config.layers)]
+    return [one(stack, i) for stack in config.stacks for i in range(stack.layers)]
 
 
 def join_blocks(params: Mapping[str, Any], blocks: list[PyTree], config: TransformerConfig) -> dict[str, PyTree]:
     """`split_blocks` undone: the tree of `config` with these blocks, and what else `params` has (embedding, norms)."""
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("blocks")}
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith(("blocks", "dense_blocks"))}
     if not config.scan:
-        return rest | {f"blocks_{i}": block for i, block in enumerate(blocks)}
-    period = len(config.pattern)
+        return rest | {stack.name: block for stack, block in zip(config.stacks, blocks, strict=True)}
 
-    def stack(members: list[PyTree]) -> PyTree:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    def joined(stack: Stack) -> PyTree:
+        mine, period = blocks[stack.start : stack.start + stack.layers], len(stack.pattern)
+        each = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *mine[i::period]) for i in range(period)]
+        return each[0] if period == 1 else {f"layer_{i}": one for i, one in enumerate(each)}
 
-    if period == 1:
-        return rest | {"blocks": stack(blocks)}
-    return rest | {"blocks": {f"layer_{i}": stack(blocks[i::period]) for i in range(period)}}
+    return rest | {stack.name: joined(stack) for stack in config.stacks}
 
 
 def convert(
@@ -161,7 +160,7 @@ def convert(
     """
     blocks = split_blocks(params, source)
     dense: list[PyTree] = split_blocks(*base) if base else [None] * len(blocks)
-    kinds = [[c.pattern[i % len(c.pattern)] for i in range(c.layers)] for c in (source, target)]
+    kinds = [c.mlps for c in (source, target)]
     if len(kinds[0]) != len(kinds[1]):
         raise ValueError(f"{source.layers} layers there, {target.layers} here: only feed-forward layers can change")
     made = []

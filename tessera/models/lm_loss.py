@@ -16,13 +16,8 @@ from tessera.step import LossFn, Metrics
 
 def router_paths(config: TransformerConfig) -> list[tuple[str, ...]]:
     """Paths of the routed layers in the parameter tree, in order of depth; one path for all layers of a scan."""
-    pattern = config.pattern
-    if "routed" not in pattern:
-        return []
-    if not config.scan:
-        return [(f"blocks_{i}", "mlp") for i in range(config.layers) if pattern[i % len(pattern)] == "routed"]
-    inner = () if len(pattern) == 1 else (f"layer_{len(pattern) - 1}",)
-    return [("blocks", *inner, "mlp")]
+    routed = [stack for stack in config.stacks if "routed" in stack.pattern]
+    return [(one.name, *(f"layer_{len(one.pattern) - 1}",) * (len(one.pattern) > 1), "mlp") for one in routed]
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:

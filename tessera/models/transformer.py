@@ -14,13 +14,14 @@ not grow with the depth:
 
 Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
+Where the first k layers are dense (`moe.first_k_dense_replace`) they are a stack of their own, dense_blocks [k, ...].
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, floor, log, pi, sqrt
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,6 +76,27 @@ class RopeScaling:
         return self.attention_factor or 0.1 * log(self.factor) + 1.0
 
 
+class Stack(NamedTuple):
+    """Consecutive blocks whose parameters are one part of the tree.
+
+    Attributes:
+      name: of the part: "dense_blocks" or "blocks" of a scanned decoder, "blocks_3" for one block of another.
+      pattern: feed-forward layers of the blocks of one step, a key of `MLPS` each.
+      start: the first block's number in the decoder.
+      layers: blocks in all.
+    """
+
+    name: str
+    pattern: tuple[str, ...]
+    start: int
+    layers: int
+
+    @property
+    def units(self) -> int:
+        """Steps of the scan over the stack."""
+        return self.layers // len(self.pattern)
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and numerics of a `Decoder`.
@@ -87,7 +109,8 @@ class TransformerConfig:
       kv_heads: K, key/value heads; must divide `heads`. 0 takes `heads` (no grouping).
       head_dim: h, must be even; 0 takes width / heads.
       ff: F, feed-forward width; 0 takes 8/3 width rounded up to a multiple of 64 (Touvron et al. 2023, section 2.2).
-      mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th.
+      mlp: which feed-forward layer a block has, a key of `MLPS`; "routed" has experts in every `moe.every`-th after the
+        first `moe.first_k_dense_replace`.
       moe: the routed experts.
       qkv_bias: biases on queries, keys and values (Qwen2).
       qk_norm: RMSNorm of the queries and keys before their rotation.
@@ -150,15 +173,20 @@ class TransformerConfig:
         for name, choices in ({"dtype": DTYPES, "mlp": MLPS} | choices_of).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        groups = self.remat_groups
-        uneven = [group.layers for group in groups if group.layers % len(self.pattern)]
-        if len(groups) > 1 and uneven:
+        if self.mlp == "routed":
+            first, every = self.first_dense, self.moe.every
+            if first >= self.layers:
+                raise ValueError(f"moe.first_k_dense_replace={first} of layers={self.layers}: none would be routed")
+            if (self.layers - first) % every:
+                after = f" after moe.first_k_dense_replace={first}" if first else ""
+                raise ValueError(f"layers={self.layers}{after} is not a multiple of moe.every={every}")
+        cut = [group.layers for stack in self.stacks for group in self.groups(stack)]
+        uneven = [layers for layers in cut if layers % len(self.pattern)] if len(self.remat_groups) > 1 else []
+        if uneven and len(self.pattern) > 1:
             raise ValueError(
                 f"remat={self.remat!r}: a group of {uneven[0]} layers is not a multiple of moe.every={self.moe.every}"
             )
         if self.mlp == "routed":
-            if self.layers % self.moe.every:
-                raise ValueError(f"layers={self.layers} is not a multiple of moe.every={self.moe.every}")
             self.moe.width_of(self.ff_size)
             if not self.moe.router.causal:
                 raise ValueError(
@@ -168,8 +196,37 @@ class TransformerConfig:
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """The feed-forward layers of consecutive blocks, a key of `MLPS` each, repeated through the depth."""
+        """The feed-forward layers of consecutive blocks, a key of `MLPS` each, repeated after the first dense ones."""
         return ("swiglu",) * (self.moe.every - 1) + ("routed",) if self.mlp == "routed" else (self.mlp,)
+
+    @property
+    def first_dense(self) -> int:
+        """First blocks of a routed decoder that are dense."""
+        return self.moe.first_k_dense_replace if self.mlp == "routed" else 0
+
+    @property
+    def mlps(self) -> tuple[str, ...]:
+        """The feed-forward layer of every block in order of depth, a key of `MLPS` each."""
+        first = self.first_dense
+        return ("swiglu",) * first + self.pattern * ((self.layers - first) // len(self.pattern))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks by part of the parameter tree, in order of depth."""
+        if not self.scan:
+            return tuple(Stack(f"blocks_{i}", (mlp,), i, 1) for i, mlp in enumerate(self.mlps))
+        first = self.first_dense
+        dense = (Stack("dense_blocks", ("swiglu",), 0, first),) if first else ()
+        return *dense, Stack("blocks", self.pattern, first, self.layers - first)
+
+    def groups(self, stack: Stack) -> tuple[Remat, ...]:
+        """Activation checkpointing of a stack's layers, in order."""
+        found, start = [], 0
+        for group in self.remat_groups:
+            inside = min(start + group.layers, stack.start + stack.layers) - max(start, stack.start)
+            found += [replace(group, layers=inside)] if inside > 0 else []
+            start += group.layers
+        return tuple(found)
 
     @property
     def remat_groups(self) -> tuple[Remat, ...]:
@@ -546,11 +603,12 @@ class Block(nn.Module):
 
 
 class Unit(nn.Module):
-    """The blocks of one `TransformerConfig.pattern`, as one step of a scan."""
+    """The blocks of one `TransformerConfig.pattern`, `mlps`, as one step of a scan."""
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
     attend: Attend = attention
+    mlps: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -560,7 +618,7 @@ class Unit(nn.Module):
         tokens_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B S D"], None]:
         """Run the blocks in order."""
-        for i, mlp in enumerate(self.config.pattern):
+        for i, mlp in enumerate(self.mlps):
             block = Block(self.config, self.constrain, self.attend, mlp, name=f"layer_{i}")
             x_BSD, _ = block(x_BSD, positions_BT, tokens_BT)
         return x_BSD, None
@@ -624,34 +682,37 @@ def run_blocks(
     Raises:
       ValueError: groups of scanned layers with routed experts, whose metrics would be stacked apart.
     """
-    c, groups, period = decoder.config, decoder.config.remat_groups, len(decoder.config.pattern)
+    c = decoder.config
     options = (c, decoder.constrain, decoder.attend)
-    if not c.scan:
-        for i, group in enumerate([one for one in groups for _ in range(one.layers)]):
-            block = checkpointed(Block, group, scanned=False)
-            x_BTD, _ = block(*options, c.pattern[i % period], name=f"blocks_{i}")(x_BTD, positions_BT, tokens_BT)
-        return x_BTD
 
-    def scan(group: Remat, x_BTD: jax.Array) -> jax.Array:
-        stack = nn.scan(
-            checkpointed(Unit if period > 1 else Block, group, scanned=True),
+    def scan(stack: Stack, group: Remat, x_BTD: jax.Array) -> jax.Array:
+        unit, mlp = (Block, stack.pattern[0]) if len(stack.pattern) == 1 else (Unit, stack.pattern)
+        layers = nn.scan(
+            checkpointed(unit, group, scanned=True),
             variable_axes={"params": 0, "intermediates": 0, "routings": 0},
             split_rngs={"params": True, "router": True},
             in_axes=nn.broadcast,
-            length=group.layers // period,
+            length=group.layers // len(stack.pattern),
         )
-        return stack(*options, name="blocks")(x_BTD, positions_BT, tokens_BT)[0]
+        return layers(*options, mlp, name=stack.name)(x_BTD, positions_BT, tokens_BT)[0]
 
-    if len(groups) == 1 or decoder.is_initializing():
-        return scan(replace(groups[0], layers=c.layers), x_BTD)
-    if "routed" in c.pattern:
-        raise ValueError(f"remat={c.remat!r}: groups of layers with routed experts need a plan, or scan=False")
-    start = 0
-    for group in groups:
-        x_BTD = nn.map_variables(
-            lambda _, x, group=group: scan(group, x), "params", trans_in_fn=_layers(start, start + group.layers)
-        )(decoder, x_BTD)
-        start += group.layers
+    for stack in c.stacks:
+        groups, start = c.groups(stack), 0
+        if not c.scan:
+            block = checkpointed(Block, groups[0], scanned=False)
+            x_BTD, _ = block(*options, stack.pattern[0], name=stack.name)(x_BTD, positions_BT, tokens_BT)
+        elif len(groups) == 1 or decoder.is_initializing():
+            x_BTD = scan(stack, replace(groups[0], layers=stack.layers), x_BTD)
+        elif "routed" in stack.pattern:
+            raise ValueError(f"remat={c.remat!r}: groups of layers with routed experts need a plan, or scan=False")
+        else:
+            for group in groups:
+                x_BTD = nn.map_variables(
+                    lambda _, x, stack=stack, group=group: scan(stack, group, x),
+                    "params",
+                    trans_in_fn=_layers(stack.name, start, start + group.layers),
+                )(decoder, x_BTD)
+                start += group.layers
     return x_BTD
 
 
@@ -663,11 +724,11 @@ def checkpointed(block: Callable[..., nn.Module], group: Remat, scanned: bool) -
     return nn.remat(block, policy=group.policy, prevent_cse=not scanned)
 
 
-def _layers(start: int, end: int) -> Callable[[dict], dict]:
+def _layers(name: str, start: int, end: int) -> Callable[[dict], dict]:
     """A function that cuts layers start..end - 1 out of the variables of a stack."""
 
     def cut(variables: dict) -> dict:
-        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"]["blocks"])
-        return {"params": {**variables["params"], "blocks": blocks}}
+        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"][name])
+        return {"params": {**variables["params"], name: blocks}}
 
     return cut

@@ -29,11 +29,20 @@ from sharding.inference.kv_cache import Cache, Read
 from sharding.inference.quantize import dequantize, is_quantized
 from sharding.pipeline.stages import split_layers
 from sharding.plan import DATA_AXES, Plan
-from sharding.rules import mirrored_specs, param_specs, path_name, shardings
+from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Attend, Block, TransformerConfig, attention, param_shapes, rms_norm
+from tessera.models.transformer import (
+    DTYPES,
+    Attend,
+    Block,
+    Stack,
+    TransformerConfig,
+    attention,
+    param_shapes,
+    rms_norm,
+)
 from tessera.step import LossFn, router_metrics
 
 Micro = Mapping[str, Any]
@@ -116,8 +125,9 @@ class ShardedDecoder:
 
     @property
     def units(self) -> int:
-        """Steps of the scan over layers: layers, or with `moe.every` n > 1 units of n blocks."""
-        return self.config.layers // len(self.config.pattern)
+        """Steps of the scan over the (routed) layers: layers, or with `moe.every` n > 1 units of n blocks."""
+        c = self.config
+        return (c.layers - c.first_dense) // len(c.pattern)
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -139,13 +149,12 @@ class ShardedDecoder:
         """Partition of every parameter; PlanError where one does not divide."""
         return param_specs(param_shapes(self.config), self.plan.sizes, self.plan.rules, zero=self.plan.zero)
 
-    @cached_property
-    def layer_specs(self) -> PyTree:
-        """Partition of one layer's parameters, without the layer axis."""
+    def layer_specs(self, stack: Stack) -> PyTree:
+        """Partition of the parameters of one step of a stack, without the layer axis."""
+        specs = self.specs[stack.name]
         if not self.config.scan:
-            return self.specs["blocks_0"]
-        is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-        return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), self.specs["blocks"], is_leaf=is_spec)
+            return specs
+        return jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs, is_leaf=is_spec)
 
     @property
     def local(self) -> TransformerConfig:
@@ -185,6 +194,7 @@ class ShardedDecoder:
 
     def unit(
         self,
+        stack: Stack,
         layer: PyTree,
         x_BSD: Float[Array, "B S D"],
         positions_BT: Int[Array, "B T"],
@@ -194,9 +204,10 @@ class ShardedDecoder:
         sow: bool,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Run the blocks of one step of the scan: one, or with `moe.every` n > 1 the n blocks of its pattern.
+        """Run the blocks of one step of a stack: one, or with `moe.every` n > 1 the n blocks of its pattern.
 
         Args:
+          stack: the stack.
           layer: this device's part of their parameters.
           x_BSD: residual stream.
           positions_BT: rotary positions.
@@ -205,10 +216,10 @@ class ShardedDecoder:
           sow: also return what the routed block sowed into "intermediates" (None without one).
           key: of routed experts in training; None is evaluation.
         """
-        c, params, sown = self.config, self.gather(layer, self.layer_specs), None
-        for i, mlp in enumerate(c.pattern):
+        params, sown = self.gather(layer, self.layer_specs(stack)), None
+        for i, mlp in enumerate(stack.pattern):
             block = Block(self.local, explicit(self.tp, self.plan.sequence), attend(i), mlp, self.expert_axes)
-            one = params if len(c.pattern) == 1 else params[f"layer_{i}"]
+            one = params if len(stack.pattern) == 1 else params[f"layer_{i}"]
             how: Any = {"mutable": ["intermediates"] if sow else [], "rngs": {} if key is None else {"router": key}}
             (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, **how)
             sown = state["intermediates"]["mlp"] if sow and mlp == "routed" else sown
@@ -239,7 +250,8 @@ class ShardedDecoder:
         x_BSD = vary(self.embed(shared, tokens_BT), self.residual_axes)
         if not self.routed:
             return Stream(x_BSD)
-        shapes = dict.fromkeys(ROUTER_MEANS, (self.units,)) | {"load": (self.units, self.config.moe.router.experts)}
+        routed = self.config.mlps.count("routed")
+        shapes = dict.fromkeys(ROUTER_MEANS, (routed,)) | {"load": (routed, self.config.moe.router.experts)}
         axes = self.token_axes + self.plan.present("tp")
         if key is not None:
             for axis in self.token_axes:  # not tp, whose devices route the same tokens
@@ -247,17 +259,25 @@ class ShardedDecoder:
         router = {name: vary(jnp.zeros(shape), axes) for name, shape in shapes.items()}
         return Stream(x_BSD, jnp.float32(0), router, key)
 
-    def layer(self, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
-        """One step of the scan over layers (see `unit`) on the stream."""
+    def begin_stages(self, shared: PyTree, micro: Micro) -> Stream:
+        """`begin`, and the first dense layers of a routed model, which all belong to a pipeline's first stage."""
+        stream = self.begin(shared, micro)
+        for stack in self.config.stacks[:-1]:
+            stream = self.stack_layers(stack, shared[stack.name], stream, micro)
+        return stream
+
+    def layer(self, stack: Stack, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
+        """One step of a stack (see `unit`) on the stream."""
         tokens_BT = micro["tokens"]
         positions_T = self.positions(tokens_BT.shape[1] - 1)
         positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
         ids_BT = jnp.take(tokens_BT, positions_T, axis=1) if self.config.moe.router.name == "hash" else None
         key, mine = (None, None) if stream.key is None else jax.random.split(stream.key)
         with jax.named_scope("layer"):
-            x_BSD, sown = self.unit(layer, stream.x, positions_BT, ids_BT, lambda _: self._attend(), sow=True, key=mine)
-        if not self.routed:
-            return Stream(x_BSD)
+            attend = lambda _: self._attend()  # noqa: E731
+            x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, sow=True, key=mine)
+        if "routed" not in stack.pattern:
+            return stream._replace(x=x_BSD)
         found = jax.lax.stop_gradient(sown["routing"][0])
         # Layers come in order of depth, whichever stage runs them: what is new goes to the end.
         router = {}
@@ -287,31 +307,35 @@ class ShardedDecoder:
 
     def layers(self, params: PyTree, stream: Stream, micro: Micro) -> Stream:
         """All blocks, with activation checkpointing by the config's `remat`; gathered parameters are never saved."""
-        groups, period, start = self.config.remat_groups, len(self.config.pattern), 0
+        for stack in self.config.stacks:
+            stream = self.stack_layers(stack, params[stack.name], stream, micro)
+        return stream
+
+    def stack_layers(self, stack: Stack, blocks: PyTree, stream: Stream, micro: Micro) -> Stream:
+        """The blocks of one stack, see `layers`."""
+        groups, start = self.config.groups(stack), 0
         if not self.config.scan:
-            for i, group in enumerate([one for one in groups for _ in range(one.layers)]):
-                stream = self.checkpointed(group)(params[f"blocks_{i}"], stream, micro)
-            return stream
+            return self.checkpointed(stack, groups[0])(blocks, stream, micro)
         for group in groups:
-            layer, end = self.checkpointed(group), start + group.layers // period
-            blocks = params["blocks"]
+            layer, end = self.checkpointed(stack, group), start + group.layers // len(stack.pattern)
+            mine = blocks
             if len(groups) > 1:
-                blocks = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
+                mine = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
 
             def step(stream: Stream, one: PyTree, layer: Any = layer) -> tuple[Stream, None]:
                 return layer(one, stream, micro), None
 
-            stream, _ = jax.lax.scan(step, stream, blocks)
+            stream, _ = jax.lax.scan(step, stream, mine)
             start = end
         return stream
 
-    def checkpointed(self, group: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
+    def checkpointed(self, stack: Stack, group: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
         """`layer` with activation checkpointing by a group's policy, which never saves gathered parameters."""
-        fsdp = self.axis("fsdp")
+        fsdp, layer = self.axis("fsdp"), partial(self.layer, stack)
         if group.base == "none" and not (fsdp and self.plan.zero == 3):
-            return self.layer
+            return layer
         policy = keep_gathers_out(group.policy or jax.checkpoint_policies.everything_saveable, fsdp)
-        return jax.checkpoint(self.layer, policy=policy, prevent_cse=not self.config.scan)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not self.config.scan)
 
     def _attend(self) -> Attend:
         if not self.cp:
@@ -327,13 +351,12 @@ class ShardedDecoder:
     ) -> tuple[Float[Array, "N T D"], Float[Array, "L N K T h"], Float[Array, "L N K T h"]]:
         """This stage's blocks over a KV cache; also the keys and values of the call's tokens, for `cache.append`.
 
-        The cache is only read. Of its L layers, block i of the pattern in step u of the scan is layer u * period + i.
+        The cache is only read. Of its L layers, block i of the pattern in step u of a stack is start + u * period + i.
         """
-        period = len(self.config.pattern)
         steps_T = jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
         positions_NT = inputs.starts[:, None] + steps_T[None]
 
-        def step(x_NTD: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
+        def step(stack: Stack, x_NTD: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
             number, layer = one
             made: list[tuple[jax.Array, jax.Array]] = []
 
@@ -342,19 +365,24 @@ class ShardedDecoder:
                     made.append((k_NTKh.transpose(0, 2, 1, 3), v_NTKh.transpose(0, 2, 1, 3)))
                     if inputs.read is None:
                         return attention(q_NTHh, k_NTKh, v_NTKh)
-                    past = inputs.read(cache, number * period + i)
+                    past = inputs.read(cache, number + i)
                     return cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp)
 
                 return over_cache
 
             layer = dequantize_layer(layer, self.config.dtype, self._stays_quantized)
-            x_NTD, _ = self.unit(layer, x_NTD, positions_NT, inputs.tokens, attend, sow=False)
+            x_NTD, _ = self.unit(stack, layer, x_NTD, positions_NT, inputs.tokens, attend, sow=False)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
-        units = jax.tree.leaves(params["blocks"])[0].shape[0]
-        with jax.named_scope("layers"):
-            x_NTD, pair = jax.lax.scan(step, x_NTD, (jnp.arange(units), params["blocks"]))
-        k, v = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair)
+        pairs = []
+        for stack in self.config.stacks:
+            period, blocks = len(stack.pattern), params[stack.name]
+            units = jax.tree.leaves(blocks)[0].shape[0]
+            with jax.named_scope("layers"):
+                numbers = stack.start + period * jnp.arange(units)
+                x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, (numbers, blocks))
+            pairs.append([leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair])
+        k, v = pairs[0] if len(pairs) == 1 else (jnp.concatenate(both) for both in zip(*pairs, strict=True))
         return x_NTD, k, v
 
     # What a plan cannot do.
@@ -371,10 +399,6 @@ class ShardedDecoder:
         _ = self.specs
         if self.routed:
             check_experts(self.config.moe, plan)
-        if not self.config.scan and len(self.config.pattern) > 1:
-            raise PlanError(
-                f"plan {plan.axes!r}: layers that differ (moe.every={self.config.moe.every}) need scan=True"
-            )
         cp, tp = sizes["cp"], sizes["tp"] if self.plan.sequence else 1
         chunks = 2 * cp if plan.context == "ring" and cp > 1 else cp
         ways = math.lcm(chunks, cp * tp)

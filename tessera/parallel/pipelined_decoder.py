@@ -7,6 +7,7 @@ has to move them; `restore` undoes it for checkpoints and other plans.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ from tessera.step import LossFn, router_metrics
 def stage_layout(decoder: ShardedDecoder) -> StageLayout:
     """The plan's layout: layers as even as they can be over pp stages and `virtual` chunks; see `split_layers`.
 
-    With `moe.every` n > 1 what is laid out are units of n blocks, of which the last is routed.
+    With `moe.every` n > 1 what is laid out are units of n blocks, of which the last is routed. The first dense layers
+    of a routed model (`moe.first_k_dense_replace`) are not: the first stage has them besides.
     """
     return split_layers(decoder.units, decoder.plan.size("pp"), decoder.plan.virtual)
 
@@ -44,7 +46,8 @@ def restore(params: PyTree, layout: StageLayout) -> PyTree:
 def arranged_decoder(decoder: ShardedDecoder, layout: StageLayout) -> ShardedDecoder:
     """The same decoder for arranged parameters: its `specs` and `tessera.parallel.decoder.state_shardings` are those of
     blocks [p * v * n, ...], whose first axis always divides by the stages."""
-    return replace(decoder, config=replace(decoder.config, layers=len(layout.index) * len(decoder.config.pattern)))
+    c = decoder.config
+    return replace(decoder, config=replace(c, layers=c.first_dense + len(layout.index) * len(c.pattern)))
 
 
 def make_loss(
@@ -87,8 +90,9 @@ def make_loss(
     )
     fns = stage_fns(decoder)
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
-    gradient = make_value_and_grad(fns, mesh, config, shared_specs, decoder.layer_specs)
-    forward = make_forward(fns, mesh, config, shared_specs, decoder.layer_specs)
+    layer_specs = decoder.layer_specs(decoder.config.stacks[-1])
+    gradient = make_value_and_grad(fns, mesh, config, shared_specs, layer_specs)
+    forward = make_forward(fns, mesh, config, shared_specs, layer_specs)
 
     def split(params: PyTree) -> tuple[PyTree, PyTree]:
         return {name: leaf for name, leaf in params.items() if name != "blocks"}, params["blocks"]
@@ -119,6 +123,6 @@ def make_loss(
 
 def stage_fns(decoder: ShardedDecoder) -> StageFns:
     """The decoder as a pipeline wants them; a layer recomputes what the config's `remat` says."""
-    (group,) = decoder.config.remat_groups
-    layer = decoder.layer if group.base == "none" else decoder.checkpointed(group)
-    return StageFns(decoder.begin, layer, decoder.head_loss)
+    (group,), stack = decoder.config.remat_groups, decoder.config.stacks[-1]
+    layer = partial(decoder.layer, stack) if group.base == "none" else decoder.checkpointed(stack, group)
+    return StageFns(decoder.begin_stages, layer, decoder.head_loss)

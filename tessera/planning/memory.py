@@ -109,8 +109,9 @@ def local_sizes(
     if plan.size("pp") > 1:
         rows = max(1, rows // plan.microbatch_count)
     t, moe = length // cp, config.moe
-    layers = -(-config.layers // plan.size("pp"))
-    routed = layers // len(config.pattern) if "routed" in config.pattern else 0
+    # Of the first stage, which has a routed model's first dense layers besides.
+    units = -(-((config.layers - config.first_dense) // len(config.pattern)) // plan.size("pp"))
+    layers, routed = config.first_dense + units * len(config.pattern), units * config.pattern.count("routed")
     return Sizes(
         b=rows,
         t=t,
@@ -193,12 +194,13 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
         return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
     device = host = 0.0
-    for way in config.remat_groups:
-        one = saved_per_row(dense, plan, length, way)
-        device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
-        if z.routed and way.base in ("none", "dots"):
-            extra = z.M * (2 * z.Z + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
-            device += extra * way.layers // len(config.pattern)
+    for stack in config.stacks:
+        for way in config.groups(stack):
+            one = saved_per_row(dense, plan, length, way)
+            device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
+            if "routed" in stack.pattern and way.base in ("none", "dots"):
+                extra = z.M * (2 * z.Z + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
+                device += extra * way.layers // len(stack.pattern)
     return device, host
 
 
@@ -226,7 +228,7 @@ def _layer_bytes(decoder: ShardedDecoder, params: list[Placed]) -> float:
     """Float32 bytes of one layer's parameters on a device when they are gathered over fsdp."""
     fsdp = decoder.plan.size("fsdp") if decoder.plan.zero == 3 else 1
     blocks = sum(one.bytes * (fsdp if any("fsdp" in axes for axes in one.axes) else 1) for one in params if _block(one))
-    return blocks / max(1, -(-decoder.config.layers // decoder.plan.size("pp")) // (len(decoder.config.pattern)))
+    return blocks / max(1, -(-decoder.units // decoder.plan.size("pp")))
 
 
 def _block(one: Placed) -> bool:

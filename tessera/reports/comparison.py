@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lottery.summary import interval
+from moe.activations import GATED
 from moe.specialization import agreement, mutual_information
 from scaling.flops import Shape, exact_matmuls, parameters
 from tessera.infra.logger import METRICS, TIMING, Rows, load_history, read_rows
@@ -78,16 +79,20 @@ def routed_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def shape(config: Mapping[str, Any]) -> Shape:
-    """Sizes for `scaling.flops` of a run whose layers are all alike.
+    """Sizes for `scaling.flops` of a run.
 
     Raises:
-      ValueError: routed layers among dense ones.
+      ValueError: zero-computation experts.
     """
     model, moe = config["model"], config["model"].get("moe", {})
     routed = model.get("mlp") == "routed"
-    if routed and (moe["every"] > 1 or moe["shared"]):
-        raise ValueError("FLOPs of layers that differ, or of shared experts, are not counted here")
+    if routed and (moe.get("identity") or moe.get("null")):
+        raise ValueError("FLOPs of zero-computation experts (moe.identity, moe.null) depend on the data")
     dense = model["ff"] or -(-8 * model["width"] // (3 * 64)) * 64
+    first, gated = moe.get("first_k_dense_replace", 0), True
+    plain = model["layers"] - (model["layers"] - first) // moe["every"] if routed else 0
+    if routed:
+        gated = moe.get("mixture", {}).get("activation", "swiglu") in GATED
     return Shape(
         layers=model["layers"],
         width=model["width"],
@@ -97,10 +102,14 @@ def shape(config: Mapping[str, Any]) -> Shape:
         head_dim=model["head_dim"] or model["width"] // model["heads"],
         vocab=config["data"]["vocab_size"],
         length=config["length"],
-        gated=True,
+        gated=gated,
         tied=model["tied"],
         experts=moe["router"]["experts"] if routed else 1,
         active_experts=moe["router"]["k"] if routed else 1,
+        shared_experts=moe["shared"] if routed else 0,
+        latent=moe.get("latent", 0) if routed else 0,
+        dense_layers=plain,
+        dense_ff=dense if plain else 0,
     )
 
 

@@ -112,6 +112,7 @@ QWEN2 = LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
+DENSE_LAYERS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # layers without experts
 QWEN2_MOE = QWEN2 | {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -124,6 +125,7 @@ QWEN2_MOE = QWEN2 | {
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
     "qkv_bias": True,
+    **DENSE_LAYERS,
 }
 QWEN3_MOE = QWEN2 | {
     "hidden_size": 2048,
@@ -134,6 +136,7 @@ QWEN3_MOE = QWEN2 | {
     "num_experts_per_tok": 8,
     "norm_topk_prob": False,
     "moe_intermediate_size": 768,
+    **DENSE_LAYERS,
 }
 OLMO2 = LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 OLMOE = OLMO2 | {
@@ -172,8 +175,7 @@ REFUSED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "clip_qkv": None,
-    "decoder_sparse_step": 1,  # from here on: layers without experts
-    "mlp_only_layers": [],
+    **DENSE_LAYERS,  # of families that have experts in every layer
 }
 # Entries of rotary scaling by kind, as fields of `RopeScaling`.
 ROPE = {
@@ -241,7 +243,11 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     if kind.startswith("qwen") and not c.get("use_sliding_window"):
         c["sliding_window"] = None  # the entry has no effect
     entries = c | {"partial_rotary_factor": rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))}
-    wrong = [f"{name}={entries[name]!r}" for name, fine in REFUSED.items() if entries.get(name) not in (None, fine)]
+    wrong = [
+        f"{name}={entries[name]!r}"
+        for name, fine in REFUSED.items()
+        if entries.get(name) not in (None, fine) and not (name in DENSE_LAYERS and name in FAMILIES[kind])
+    ]
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KINDS.get(rope["rope_type"], ())}
     if rope["rope_type"] not in ROPE_KINDS or any(rope[name] is not None for name in rope.keys() - known):
         wrong.append(f"rotary positions {rope}")
@@ -319,7 +325,9 @@ def _config(c: dict[str, Any]) -> TransformerConfig:
                 f"shared_expert_intermediate_size={c['shared_expert_intermediate_size']} is no multiple of "
                 f"moe_intermediate_size={width}"
             )
-        experts = MoEConfig(ff=width, shared=shared, shared_gate=shared > 0, router=router)
+        first, every = _dense_layers(family)
+        layers: Any = {"first_k_dense_replace": first, "every": every}
+        experts = MoEConfig(ff=width, shared=shared, shared_gate=shared > 0, router=router, **layers)
         moe = {"mlp": "routed", "moe": experts}
     return TransformerConfig(
         vocab_size=c["vocab_size"],
@@ -339,6 +347,26 @@ def _config(c: dict[str, Any]) -> TransformerConfig:
         tied=bool(c["tie_word_embeddings"]),
         **moe,
     )
+
+
+def _dense_layers(family: dict[str, Any]) -> tuple[int, int]:
+    """`MoEConfig.first_k_dense_replace` and `every` of a family's layers without experts.
+
+    Raises:
+      NotConvertible: other layers than the first ones and all but every n-th.
+    """
+    step, dense = family.get("decoder_sparse_step", 1), family.get("mlp_only_layers") or []
+    whole = isinstance(dense, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in dense)
+    if not whole or isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise NotConvertible(f"config.json: decoder_sparse_step={step!r}, mlp_only_layers={dense!r}: numbers of layers")
+    # Of the layers that would have experts, every step-th, those that have none.
+    without = sorted({one for one in dense if (one + 1) % step == 0 and 0 <= one < family["num_hidden_layers"]})
+    if without != [step * (i + 1) - 1 for i in range(len(without))]:
+        raise NotConvertible(
+            f"config.json: mlp_only_layers={dense!r} with decoder_sparse_step={step}: only the first layers can be "
+            "dense besides all but every n-th"
+        )
+    return step * len(without), step
 
 
 def _rope_scaling(c: dict[str, Any]) -> RopeScaling:
@@ -390,6 +418,8 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
             "shared_expert_intermediate_size": moe.shared * width,
             "qkv_bias": config.qkv_bias,
         }
+        if len(set(config.mlps)) > 1:
+            found |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(config.first_dense))}
         values |= {name: value for name, value in found.items() if name in known}
         if "moe_intermediate_size" not in known:
             values["intermediate_size"] = width
@@ -413,11 +443,11 @@ def _family(config: TransformerConfig) -> str:
         return "olmo2"
     if config.mlp != "routed":
         return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-    plain = moe.every == 1 and replace(moe, shared=0, shared_gate=False).plain and moe.mixture.dispatch != "capacity"
+    plain = replace(moe, shared=0, shared_gate=False).plain and moe.mixture.dispatch != "capacity"
     if not (plain and router.name == "top_k" and router.scale == 1 and not router.bias):
         raise NotConvertible(
-            "Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE have SwiGLU experts in every layer, of the router top_k, without "
-            "biases or capacity; this model's moe differs"
+            "Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE have SwiGLU experts, of the router top_k, without biases or "
+            "capacity; this model's moe differs"
         )
     if moe.shared and moe.shared_gate and not config.qk_norm:
         return "qwen2_moe"
@@ -432,7 +462,10 @@ def _family(config: TransformerConfig) -> str:
             "Mixtral has no qkv_bias and weighs by a softmax over the chosen experts (softmax='after'); of the routed "
             "families only Qwen2-MoE has biases, only Qwen2-MoE, Qwen3-MoE and OLMoE softmax='before'"
         )
-    return "olmoe" if whole else "qwen3_moe" if config.qk_norm else "mixtral"
+    kind = "olmoe" if whole else "qwen3_moe" if config.qk_norm else "mixtral"
+    if kind != "qwen3_moe" and len(set(config.mlps)) > 1:
+        raise NotConvertible(f"{kind} has experts in every layer; only Qwen2-MoE and Qwen3-MoE have dense ones besides")
+    return kind
 
 
 def load_directory(
@@ -642,14 +675,20 @@ def _names(path: str, config: TransformerConfig) -> Iterator[tuple[tuple[int, ..
     if path in SHARED:
         yield (), SHARED[path]
         return
-    path = path.removeprefix("blocks/")
+    part, _, path = path.partition("/")
+    (stack,) = (stack for stack in config.stacks if stack.name == part)
+    inside = 0
+    if len(stack.pattern) > 1:
+        name, _, path = path.partition("/")
+        inside = int(name.removeprefix("layer_"))
     pattern = NAMES.get(_family(config), {}).get(path) or BLOCK[path]
-    for layer in range(config.layers):
+    for unit in range(stack.units):
+        layer = stack.start + unit * len(stack.pattern) + inside
         if "{e}" not in pattern:
-            yield (layer,), pattern.format(l=layer)
+            yield (unit,), pattern.format(l=layer)
             continue
         for expert in range(config.moe.router.experts):
-            yield (layer, expert), pattern.format(l=layer, e=expert)
+            yield (unit, expert), pattern.format(l=layer, e=expert)
 
 
 def _inward(tensor: np.ndarray, shape: tuple[int, ...], path: str, name: str) -> np.ndarray:

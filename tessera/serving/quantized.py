@@ -57,7 +57,7 @@ def quantise_decoder(
     x_NTD = None if calibration_NT is None else jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)]
     made = []
     for i, block in enumerate(blocks):
-        mlp = config.pattern[i % len(config.pattern)]
+        mlp = config.mlps[i]
         seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, plain_config, mlp)
         small = _quantise_block(block, how, seen)
         made.append(small)

@@ -37,9 +37,14 @@ def serve(
       dtype: "float32" or "bfloat16"; "" keeps the model's.
 
     Raises:
-      PlanError: heads, layers, experts or vocabulary that do not divide; a router that cannot be split.
+      PlanError: heads, layers, experts or vocabulary that do not divide; first dense layers with pp.
       ValueError: a router that looks ahead (refused by `TransformerConfig` already).
     """
+    if config.first_dense and plan.size("pp") > 1:
+        raise PlanError(
+            f"plan {plan.axes!r}: moe.first_k_dense_replace={config.first_dense} is served without pp: the stages of a "
+            "KV cache have equally many layers, and the first dense ones are all on one"
+        )
     tp = plan.size("tp")
     params = join_blocks(params, split_blocks(params, config), replace(config, scan=True))
     config = replace(config, scan=True, remat="none", dtype=dtype or config.dtype, kv_heads=config.kv_size)

@@ -568,6 +568,32 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen2_moe-dense-layers": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 6,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "mlp_only_layers": [0, 1],
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen3_moe-dense-layers": (
+        "Qwen3Moe",
+        {
+            "hidden_size": 16,
+            "head_dim": 4,
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "olmo2": (
         "Olmo2",
         {

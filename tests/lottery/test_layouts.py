@@ -67,6 +67,8 @@ def test_other_libraries_trees_get_the_masks_of_flax(structure):
         ("encoder/attention/self/query/kernel", (8, 6), (1, 8, 6)),
         ("blocks/attention/query/kernel", (5, 8, 4, 2), (5, 8, 8)),
         ("blocks/mlp/experts/up/kernel", (5, 3, 8, 4), (15, 8, 4)),
+        ("dense_blocks/attention/query/kernel", (5, 8, 4, 2), (5, 8, 8)),
+        ("params/dense_blocks/mlp/up/kernel", (5, 8, 4), (5, 8, 4)),
         ("blocks/0/up/kernel", (8, 4), (1, 8, 4)),
         ("conv/kernel", (3, 3, 8, 4), (1, 72, 4)),
     ],

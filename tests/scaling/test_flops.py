@@ -1,6 +1,15 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from moe.experts import MixtureConfig
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
 from scaling import flops
+from sharding.analysis import count_products
+from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 
 SMALL = flops.Shape(layers=2, width=8, ff=32, heads=2, head_dim=4, vocab=11, length=5)
 
@@ -53,6 +62,33 @@ def test_experts_are_counted_active_and_total():
     assert flops.exact_matmuls(more) - flops.exact_matmuls(shape) == 3 * 2 * 2 * 5 * 8 * 4
 
 
+MIXED = {"shared_experts": 2, "latent": 6, "dense_layers": 1, "dense_ff": 20}
+
+
+@pytest.mark.parametrize("more", [{}, *({name: MIXED[name]} for name in ("shared_experts", "latent")), MIXED])
+def test_experts_are_counted_as_they_are_computed(more):
+    """Weights and products of the project's own decoder, whose "dense" dispatch runs every expert on every token."""
+    shape = flops.Shape(3, 16, 12, 4, 4, 11, 8, gated=True, tied=False, experts=4, active_experts=4, **more)
+    options = {"shared": shape.shared_experts, "latent": shape.latent, "first_k_dense_replace": shape.dense_layers}
+    mixture, router = MixtureConfig(dispatch="dense"), RouterConfig("top_k", 4, 4)
+    moe = MoEConfig(ff=12, router=router, mixture=mixture, **options)
+    sizes = {"vocab_size": 11, "layers": 3, "width": 16, "heads": 4, "tied": False}
+    model = Decoder(TransformerConfig(**sizes, ff=shape.dense_ff, mlp="routed", moe=moe))
+    params = param_shapes(model.config)
+    matrices = [
+        leaf.size for leaf in jax.tree.leaves(params["blocks"]) + jax.tree.leaves(params.get("dense_blocks", {}))
+    ]
+    norms = 2 * 3 * 16
+    assert flops.parameters(shape).non_embedding == sum(matrices) - norms
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    found = sum(one.flops * one.runs for one in count_products(model.apply, {"params": params}, tokens))
+    assert flops.exact_matmuls(shape, causal=False) == 3 * found
+    few = replace(shape, active_experts=1)
+    skipped = 2 * 8 * (3 - shape.dense_layers) * 3 * 3 * (shape.latent or 16) * 12  # three experts' three matrices
+    assert flops.exact_matmuls(shape) - flops.exact_matmuls(few) == 3 * skipped
+    assert flops.appendix_f(shape) - flops.appendix_f(few) == 3 * skipped
+
+
 @pytest.mark.parametrize("convention", flops.CONVENTIONS)
 def test_every_convention_counts_near_six_n(convention):
     shape, _ = flops.CHINCHILLA_MODELS["1.1B"]
@@ -67,5 +103,9 @@ def test_wrong_shapes_and_names():
         flops.Shape(0, 8, 32, 2, 4, 11, 5)
     with pytest.raises(ValueError, match="active_experts 3 of experts 2"):
         flops.Shape(2, 8, 32, 2, 4, 11, 5, experts=2, active_experts=3)
+    with pytest.raises(ValueError, match="latent and dense_layers are of models with experts above 1"):
+        flops.Shape(2, 8, 32, 2, 4, 11, 5, latent=4)
+    with pytest.raises(ValueError, match="dense_layers 1 of dense_ff 0"):
+        flops.Shape(2, 8, 32, 2, 4, 11, 5, experts=2, dense_layers=1)
     with pytest.raises(ValueError, match="heads 2 is not a multiple of kv_heads 3"):
         flops.Shape(2, 8, 32, 2, 4, 11, 5, kv_heads=3)

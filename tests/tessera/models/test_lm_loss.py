@@ -219,6 +219,10 @@ def test_two_of_eight_experts_cost_what_the_dense_layer_does():
 def test_layers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="layers=3 is not a multiple of moe.every=2"):
         replace(CONFIG, layers=3)
+    with pytest.raises(ValueError, match="layers=4 after moe.first_k_dense_replace=1 is not a multiple of moe.every=2"):
+        replace(CONFIG, moe=replace(MOE, first_k_dense_replace=1))
+    with pytest.raises(ValueError, match="first_k_dense_replace=4 of layers=4: none would be routed"):
+        replace(CONFIG, moe=replace(MOE, first_k_dense_replace=4))
     with pytest.raises(ValueError, match="ff=25 does not divide into granularity=2"):
         replace(CONFIG, ff=25)
 
@@ -228,5 +232,8 @@ def test_per_layer_reads_one_path_for_a_scan_and_several_without():
     assert router_paths(replace(CONFIG, scan=False)) == [("blocks_1", "mlp"), ("blocks_3", "mlp")]
     assert router_paths(replace(CONFIG, moe=replace(MOE, every=1))) == [("blocks", "mlp")]
     assert router_paths(replace(CONFIG, mlp="swiglu")) == []
+    first = replace(CONFIG, moe=replace(MOE, first_k_dense_replace=2))
+    assert router_paths(first) == [("blocks", "layer_1", "mlp")]
+    assert router_paths(replace(first, scan=False)) == [("blocks_3", "mlp")]
     sown = {"blocks_1": {"mlp": {"x": (jnp.ones(3),)}}, "blocks_3": {"mlp": {"x": (jnp.zeros(3),)}}}
     np.testing.assert_array_equal(per_layer(sown, "x", replace(CONFIG, scan=False)), [[1, 1, 1], [0, 0, 0]])

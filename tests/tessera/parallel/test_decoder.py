@@ -17,6 +17,7 @@ from sharding.plan import Plan
 from sharding.rules import COMPUTE, path_name, resolve, shardings
 from tessera.infra.config import build
 from tessera.lm.run import RunConfig, under_plan
+from tessera.lm.warm_start import join_blocks, split_blocks
 from tessera.models.lm_loss import lm_loss, make_adjust
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
@@ -190,6 +191,40 @@ def test_training_of_experts_under_a_plan_is_that_of_one_device(axes, groups, mo
     assert (metrics["router/drop_fraction"] > 0).all() == (moe.mixture.dispatch == "capacity")
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max(), err_msg=path_name(path))
+
+
+FIRST_DENSE = MoEConfig(router=RouterConfig("top_k", 8, 2), first_k_dense_replace=1, ff=8, z=0.1)
+
+
+@pytest.mark.parametrize(
+    ("axes", "scan"),
+    [
+        ("ep=2, tp=2, dp=2", True),
+        *(
+            pytest.param(axes, scan, marks=pytest.mark.slow)
+            for axes in ("dp=8", "fsdp=2, ep=4")
+            for scan in (True, False)
+        ),
+        pytest.param("", False, marks=pytest.mark.slow),
+    ],
+)
+def test_first_dense_layers_are_those_of_one_scanned_device(axes, scan):
+    batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
+    stacked = replace(CONFIG, layers=3, mlp="routed", moe=FIRST_DENSE, remat="1 full; 2 none")
+    config = replace(stacked, scan=scan)
+    params = jax.jit(Decoder(stacked).init)(jax.random.key(0), batch["tokens"])["params"]
+    assert params["dense_blocks"]["mlp"]["up"]["kernel"].shape == (1, 16, 16)
+    assert params["blocks"]["mlp"]["experts"]["up"]["kernel"].shape == (2, 8, 16, 8)
+    mine = join_blocks(params, split_blocks(params, stacked), config)
+    sharded = make_loss(ShardedDecoder(config, Plan(axes)), make_mesh(Plan(axes))) if axes else lm_loss(Decoder(config))
+    ours, expected = (
+        jax.device_get(jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(weights, batch))
+        for loss_fn, weights in ((sharded, mine), (lm_loss(Decoder(stacked)), params))
+    )
+    gradients = join_blocks(expected[1], split_blocks(expected[1], stacked), config)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)  # noqa: E731
+    jax.tree.map(close, ours, (expected[0], gradients))
+    assert ours[0][1]["router/load"].shape == (2, 8)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ BATCH = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int
 # A loss of balance over the whole batch is no mean over microbatches, one over sequences is.
 EXPERTS = MoEConfig(balance=0.1, balance_scope="sequence", z=0.1)
 ROUTED = {"mlp": "routed", "moe": EXPERTS}
+FIRST_DENSE = {"mlp": "routed", "moe": replace(EXPERTS, first_k_dense_replace=1, ff=8)}
 
 # Plan, options of the plan, changes of the model; parameters of uneven or interleaved stages are arranged beforehand.
 PLANS = [
@@ -49,6 +50,8 @@ MORE_PLANS = [
     ("pp=2, ep=2, dp=2", {"microbatches": 2}, ROUTED),
     ("pp=2, tp=2, ep=2", {"sequence": True}, ROUTED | {"layers": 4, "moe": replace(EXPERTS, every=2)}),
     ("pp=2, fsdp=2", {"schedule": "gpipe"}, ROUTED | {"layers": 3, "remat": "full"}),
+    ("pp=2, tp=2, ep=2", {"sequence": True}, FIRST_DENSE | {"layers": 4}),
+    ("pp=2, fsdp=2", {"schedule": "interleaved", "virtual": 2}, FIRST_DENSE | {"layers": 6, "remat": "full"}),
 ]
 
 

@@ -1,5 +1,7 @@
 """Estimates against what JAX and the compiler say of the same step."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -87,10 +89,11 @@ def test_formulas_agree_with_what_is_counted_in_the_program(plan, model, options
     assert costs.bubble == pytest.approx(found.time.bubble)
 
 
-@pytest.mark.parametrize("latent", [0, 16])
-def test_flops_of_routed_experts_by_hand(latent):
-    moe = MoEConfig(ff=48, shared=2, latent=latent, router=RouterConfig("top_k", experts=8, k=3))
-    config = TransformerConfig(vocab_size=64, layers=2, width=32, heads=4, ff=128, mlp="routed", moe=moe)
+@pytest.mark.parametrize(("latent", "first"), [(0, 0), (16, 3)])
+def test_flops_of_routed_experts_by_hand(latent, first):
+    router = RouterConfig("top_k", experts=8, k=3)
+    moe = MoEConfig(ff=48, shared=2, latent=latent, first_k_dense_replace=first, router=router)
+    config = TransformerConfig(vocab_size=64, layers=2 + first, width=32, heads=4, ff=128, mlp="routed", moe=moe)
     sizes = local_sizes(config, Plan(), batch_size=4, length=8)
     a_token = {
         "gate, up and down of three experts": 3 * 3 * 2 * (latent or 32) * 48,
@@ -98,7 +101,10 @@ def test_flops_of_routed_experts_by_hand(latent):
         "router": 2 * 32 * 8,
         "projections into and out of the latents": 2 * 2 * 32 * latent,
     }
-    assert costs._layer_flops(config, sizes, 8)[2] == 2 * 4 * 8 * sum(a_token.values())
+    _, dense, experts = costs._layer_flops(config, sizes, 8)
+    assert (dense, experts) == (first * 4 * 8 * 3 * 2 * 32 * 128, 2 * 4 * 8 * sum(a_token.values()))
+    staged = local_sizes(replace(config, layers=4 + first), Plan("pp=2"), batch_size=4, length=8)
+    assert (staged.layers, staged.routed) == (2 + first, 2)  # of the first stage
     assert sizes.M == 4 * 8 * 3 and sizes.Z == (latent or 32)
 
 

@@ -2,14 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
 from configs import moe_vs_dense
+from scaling.flops import parameters
+from sharding.rules import path_name
 from tessera.cli.compare_moe import SCHEMA
+from tessera.infra.config import build
 from tessera.infra.schema import completed
+from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.reports import comparison
 from tessera.reports.comparison import Run
 from tessera.reports.html import Section
@@ -92,8 +97,15 @@ def test_the_report_has_every_table_and_figure():
     assert [section.title for section in comparison.sections(dense_only, {})] == ["", "Validation loss"]
 
 
-def test_layers_that_differ_have_no_flops_here():
+def test_a_runs_sizes_are_those_of_its_parameters():
+    """Dense layers among routed ones, shared experts and latents: weights of the matrices against the decoder's own."""
     config = settings("moe")
-    config["model"]["moe"]["every"] = 2
-    with pytest.raises(ValueError, match="layers that differ"):
+    config["model"] |= {"layers": 5}
+    config["model"]["moe"] |= {"every": 2, "first_k_dense_replace": 1, "shared": 1, "latent": 8}
+    model = build(TransformerConfig, config["model"], "model", vocab_size=config["data"]["vocab_size"])
+    leaves = jax.tree.leaves_with_path(param_shapes(model))
+    matrices = sum(leaf.size for path, leaf in leaves if path_name(path).endswith(("kernel", "table")))
+    assert parameters(comparison.shape(config)).total == matrices
+    config["model"]["moe"]["null"] = 1
+    with pytest.raises(ValueError, match="zero-computation experts"):
         comparison.shape(config)

@@ -52,9 +52,10 @@ def tensors(directory):
 
 MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3", "olmo2")
 ROUTED = ("qwen3_moe", "qwen2_moe", "qwen2_moe-normalized", "olmoe", "olmoe-normalized")
+MIXED = ("qwen2_moe-dense-layers", "qwen3_moe-dense-layers")
 
 
-@pytest.mark.parametrize("name", MODELS + ROUTED)
+@pytest.mark.parametrize("name", MODELS + ROUTED + MIXED)
 def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name, tmp_path, golden):
     theirs, case = GOLDEN / name, golden("huggingface")
     assert is_directory(theirs)
@@ -77,9 +78,10 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
     assert (tmp_path / "ours" / "config.json").read_text() == exported
 
 
-PLANS = [("olmoe", "ep=2, tp=4"), ("qwen2_moe", "ep=2, tp=4")]
+PLANS = [("olmoe", "ep=2, tp=4"), ("qwen2_moe", "ep=2, tp=4"), ("qwen2_moe-dense-layers", "ep=2, tp=4")]
 SLOW_PLANS = [
     *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
+    *((name, axes) for name in MIXED for axes in ("", "tp=2", "ep=4")),
     *((name, axes) for name in ("qwen2", "qwen3", "olmo2") for axes in ("tp=4", "pp=2, tp=2")),
 ]
 
@@ -202,8 +204,16 @@ UNREADABLE = {
         "sliding_window=4, use_sliding_window=True",
     ),
     "biases of Qwen3-MoE": ("qwen3_moe", {"attention_bias": True}, None, "attention_bias=True"),
-    "dense layers by number": ("qwen3_moe", {"mlp_only_layers": [1]}, None, r"mlp_only_layers=\[1\]"),
-    "dense layers by step": ("qwen2_moe", {"decoder_sparse_step": 2}, None, "decoder_sparse_step=2"),
+    "a dense layer after a routed one": ("qwen3_moe", {"mlp_only_layers": [1]}, None, r"mlp_only_layers=\[1\] with"),
+    "no layer with experts": ("qwen3_moe", {"mlp_only_layers": [0, 1]}, None, "first_k_dense_replace=2 of layers=2"),
+    "dense layers at the end": (
+        "qwen2_moe",
+        {"decoder_sparse_step": 3},
+        None,
+        "layers=2 is not a multiple of .*every=3",
+    ),
+    "steps of no layer": ("qwen2_moe", {"decoder_sparse_step": 0}, None, "decoder_sparse_step=0.*: numbers of layers"),
+    "dense layers of OLMoE": ("olmoe", {"mlp_only_layers": [0]}, None, r"mlp_only_layers=\[0\]"),
     "two numbers of experts": ("qwen3_moe", {"num_experts": 8}, None, "num_local_experts=4 and num_experts=8 differ"),
     "no experts": ("qwen2_moe", {"num_experts": 0}, None, "num_experts=0 must be a whole number above 0"),
     "more choices than experts": ("olmoe", {"num_experts_per_tok": 5}, None, "5"),

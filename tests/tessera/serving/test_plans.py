@@ -168,6 +168,12 @@ def test_what_does_not_divide_is_refused(axes, sizes, words):
         assert word in str(error.value)
 
 
+def test_first_dense_layers_are_served_without_stages():
+    config = replace(ROUTED, layers=3, moe=replace(ROUTED.moe, first_k_dense_replace=1))
+    with pytest.raises(PlanError, match="first_k_dense_replace=1 is served without pp"):
+        serve({}, config, Plan("pp=2"))
+
+
 def test_a_slot_used_again_gives_what_a_fresh_one_gives():
     programs, params = programs_for("dense", "")
     state, _ = programs.prefill(params, prompts(), LENGTHS)
