@@ -7,11 +7,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from moe.kernels import checks
 from moe.kernels.implementations import align, call, choose, tiling
-from moe.kernels.quantize import DTYPES, Quantized
+from moe.kernels.quantize import DTYPES, Quantized, dequantize
 from moe.kernels.spec import (
     Combine,
     ContractionOperands,
@@ -99,7 +100,8 @@ def grouped_matmul(
     tokens, weights, count = (None, None, 0)
     if isinstance(epilogue, Combine):
         tokens, weights, count = epilogue
-    operands = GroupedOperands(x, values, scales, group_sizes, gather, tokens, weights)
+    channels = tuple(each.channel for each in pair if isinstance(each, Quantized) and each.channel is not None)
+    operands = GroupedOperands(x, values, scales, group_sizes, gather, tokens, weights, channels)
     name = "combine" if isinstance(epilogue, Combine) else "swiglu" if isinstance(epilogue, SwiGLU) else "none"
     dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     _check(operands, name, dtype)
@@ -107,6 +109,10 @@ def grouped_matmul(
     if 0 in (*x.shape, *values[0].shape, operands.rows):
         # An empty sum is zero.
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
+    if static.backend != "xla" and (channels or any(each.dtype == jnp.int4 for each in values)):
+        logging.log_first_n(logging.WARNING, "%s: 4-bit weights and AWQ's are dequantized first", 1, static.backend)
+        w = tuple(dequantize(one.values, one.scales, x.dtype, one.channel) for one in pair)
+        operands = operands._replace(w=w, scales=(), channels=())
     operands = _check_values(operands, count)
     return _grouped(static, align(operands))
 
@@ -139,6 +145,13 @@ def _check(operands: GroupedOperands, epilogue: str, out_dtype: np.dtype) -> Non
             raise ValueError(
                 f"scales of shape {scales.shape} for a weight of {each.shape}: (G, Q, N), Q dividing K, is needed"
             )
+    for channel in operands.channels:
+        if channel.shape != w[0].shape[:2]:
+            raise ValueError(
+                f"Quantized.channel of shape {channel.shape} for a weight of {w[0].shape}: (G, K) is needed"
+            )
+    if operands.channels and len(operands.channels) != len(w):
+        raise TypeError("one of (gate, up) has Quantized.channel and the other has not: both or none")
     if operands.scales and len(operands.scales) != len(w):
         raise TypeError("one of (gate, up) is quantized and the other is not: quantize both or none")
     if operands.scales and any(each.dtype.name not in DTYPES for each in w):

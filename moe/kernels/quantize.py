@@ -1,4 +1,4 @@
-"""Weight quantization to int8 and fp8 with scales by channel or block, for inference."""
+"""Weight quantization to int8, int4 and fp8 with scales by channel or block, for inference."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Num
 
 DTYPES = {
     "int8": (jnp.int8, 127.0),
+    "int4": (jnp.int4, 7.0),
     "float8_e4m3fn": (jnp.float8_e4m3fn, 448.0),
     "float8_e5m2": (jnp.float8_e5m2, 57344.0),
 }
@@ -15,6 +16,8 @@ DTYPES = {
 
 class Quantized(NamedTuple):
     """Quantized weight: values (G, K, N) times scales (G, Q, N), scale q for rows q K/Q to (q+1) K/Q.
+
+    With `channel` (G, K) its rows are divided by one factor each (AWQ: Lin et al. 2023, section 3.2).
 
     Example:
       >>> import jax.numpy as jnp
@@ -26,6 +29,7 @@ class Quantized(NamedTuple):
 
     values: Num[Array, "G K N"]
     scales: Float[Array, "G Q N"]
+    channel: Float[Array, "G K"] | None = None
 
 
 def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | None = None) -> Quantized:
@@ -33,7 +37,7 @@ def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | 
 
     Args:
       w_GKN: weights.
-      dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+      dtype: "int8", "int4", "float8_e4m3fn" or "float8_e5m2".
       block: rows of K that share a scale; None for one scale per output channel.
 
     Raises:
@@ -58,14 +62,18 @@ def quantize(w_GKN: Float[Array, "G K N"], dtype: str = "int8", *, block: int | 
     # A channel of zeros: any scale will do.
     scales_GQN = jnp.where(scales_GQN == 0, 1.0, scales_GQN)
     scaled = jnp.clip(w_GQRN / scales_GQN[:, :, None], -largest, largest)
-    values = jnp.round(scaled) if target == jnp.int8 else scaled
+    values = jnp.round(scaled) if dtype.startswith("int") else scaled
     return Quantized(values.astype(target).reshape(groups, k, n), scales_GQN)
 
 
 def dequantize(
-    values: Num[Array, "G K N"], scales: Float[Array, "G Q N"], dtype: jax.typing.DTypeLike
+    values: Num[Array, "G K N"],
+    scales: Float[Array, "G Q N"],
+    dtype: jax.typing.DTypeLike,
+    channel: Float[Array, "G K"] | None = None,
 ) -> Float[Array, "G K N"]:
-    """Multiply the values of a quantized weight by their scales, in float32, and round to `dtype`."""
+    """Compute the weight that a quantized one stands for, in float32, rounded to `dtype`."""
     groups, k, n = values.shape
     blocks = values.astype(jnp.float32).reshape(groups, scales.shape[1], -1, n)
-    return (blocks * scales[:, :, None]).reshape(groups, k, n).astype(dtype)
+    w_GKN = (blocks * scales[:, :, None]).reshape(groups, k, n)
+    return (w_GKN if channel is None else w_GKN / channel[:, :, None]).astype(dtype)

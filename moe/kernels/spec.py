@@ -71,6 +71,7 @@ class GroupedOperands(NamedTuple):
       gather: (M,) int32 rows of x, or None: x is already in the order of the groups.
       tokens: (M,) int32 destinations for "combine", or None.
       weights: (M,) float32 row weights for "combine", or None for ones.
+      channels: () or, for backend "xla", one (G, K) array per w that divides the rows of a quantized weight.
     """
 
     x: Array
@@ -80,6 +81,7 @@ class GroupedOperands(NamedTuple):
     gather: Array | None = None
     tokens: Array | None = None
     weights: Array | None = None
+    channels: tuple[Array, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -174,10 +174,9 @@ class ShardedDecoder:
         exchange: Any = {"tpu": "ragged", "gpu": "ragged", "cpu": "padded"}.get(self.platform, "auto")
         return ExpertAxes(self.axis("ep"), self.tp, self.token_axes, exchange)
 
-    def _stays_quantized(self, path: str, kernel: Any) -> bool:
-        """Whether a quantized kernel is one of experts in 8 bits, of which the grouped matmul widens the live ones."""
-        right = self.config.moe.mixture.dispatch == "dropless" and not self.plan.present("fsdp")
-        return right and "/experts/" in path and kernel.values.dtype == jnp.int8 and kernel.channel is None
+    def _stays_quantized(self, path: str) -> bool:
+        """Whether a quantized kernel is one of experts, of which the grouped matmul widens the live ones."""
+        return self.config.moe.mixture.dispatch == "dropless" and not self.plan.present("fsdp") and "/experts/" in path
 
     def gather(self, params: PyTree, specs: PyTree) -> PyTree:
         """All-gather parameters over fsdp (ZeRO-3), in the compute dtype: `sharding.tensor_parallel.gather_params`."""
@@ -521,20 +520,20 @@ def batch_sharding(decoder: ShardedDecoder, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(decoder.batch_axes or None))
 
 
-def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str, Any], bool] = lambda path, node: False) -> PyTree:
+def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str], bool] = lambda path: False) -> PyTree:
     """A block's parameters with float kernels in place of quantized ones.
 
     Args:
       layer: parameters of one block.
       dtype: of the float kernels.
-      keep: (path, quantized kernel) -> whether the grouped matmul of experts takes it as it is.
+      keep: path of a quantized kernel -> whether the grouped matmul of experts takes it as it is.
     """
 
     def convert(path: tuple, node: Any) -> Any:
         if not is_quantized(node):
             return node
-        if keep(path_name(path), node):
-            return Quantized(node.values, node.scales)
+        if keep(path_name(path)):
+            return Quantized(node.values, node.scales, None if node.channel is None else node.channel[..., 0])
         return dequantize(node, DTYPES[dtype])
 
     return jax.tree_util.tree_map_with_path(convert, layer, is_leaf=is_quantized)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.kernels.implementations import by_platform, zeros
+from moe.kernels.quantize import dequantize
 from moe.kernels.spec import (
     BlockOperands,
     BlockSpec,
@@ -68,13 +69,13 @@ def _grouped(operands: GroupedOperands, spec: GroupedSpec):
     combine = spec.epilogue == "combine"
     dtype = jnp.float32 if combine else spec.out_dtype
     outs = (zeros((spec.num_tokens if combine else rows, columns), dtype, x_TK),) * (3 if spec.save_residuals else 1)
-    scales = operands.scales or (None,) * len(operands.w)
+    quantized = [(each or (None,) * len(operands.w)) for each in (operands.scales, operands.channels)]
 
     def products(x_RK, group, height):
         """Multiply the tile's first rows, zeros below; with SwiGLU its result first."""
         found = [
-            _product(x_RK[:height], w[group], None if scale is None else scale[group], spec.transpose)
-            for w, scale in zip(operands.w, scales, strict=True)
+            _product(x_RK[:height], _of(w, group), *(None if a is None else a[group] for a in more), spec.transpose)
+            for w, *more in zip(operands.w, *quantized, strict=True)
         ]
         if spec.epilogue == "swiglu":
             found = [swiglu(*found), *found]
@@ -233,19 +234,22 @@ def _take(x_TK, gather_M, start, size):
     return x_TK.at[_slice(gather_M, start, size)].get(mode="clip")
 
 
+def _of(w_GKN, group):
+    """Take one group's weight; one in 4 bits through a barrier, since XLA:CPU would unpack all groups before the loop."""
+    return jax.lax.optimization_barrier((w_GKN, group))[0][group] if w_GKN.dtype == jnp.int4 else w_GKN[group]
+
+
 def _write(out_MN, start, mine_R, value_RN):
     before_RN = _slice(out_MN, start, mine_R.shape[0])
     value_RN = jnp.where(mine_R[:, None], value_RN.astype(out_MN.dtype), before_RN)
     return jax.lax.dynamic_update_slice_in_dim(out_MN, value_RN, start, 0)
 
 
-def _product(x_RK, w, scale_QN, transpose):
-    """Multiply x by one group's weight in float32; scales of a quantized weight multiply the sums of their blocks."""
-    if scale_QN is None:
-        dims = (((1,), (1 if transpose else 0,)), ((), ()))
-        return jax.lax.dot_general(x_RK, w, dims, preferred_element_type=jnp.float32)
-    shares = scale_QN.shape[0]
-    x_RQK = x_RK.reshape(x_RK.shape[0], shares, -1)
-    w_QKN = w.astype(x_RK.dtype).reshape(shares, -1, w.shape[1])
-    sum_QRN = jnp.einsum("RQK,QKN->QRN", x_RQK, w_QKN, preferred_element_type=jnp.float32)
-    return jnp.sum(sum_QRN * scale_QN[:, None], axis=0)
+def _product(x_RK, w, scale_QN, channel_K, transpose):
+    """Multiply x by one group's weight in float32; one scale a column of a quantized weight multiplies the sums."""
+    sums_only = scale_QN is not None and scale_QN.shape[0] == 1 and channel_K is None
+    if scale_QN is not None and not sums_only:
+        w = dequantize(w[None], scale_QN[None], x_RK.dtype, None if channel_K is None else channel_K[None])[0]
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    sum_RN = jax.lax.dot_general(x_RK, w.astype(x_RK.dtype), dims, preferred_element_type=jnp.float32)
+    return sum_RN * scale_QN if sums_only else sum_RN

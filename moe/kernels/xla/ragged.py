@@ -40,7 +40,9 @@ def grouped(operands: GroupedOperands, spec: GroupedSpec, dot: Dot = xla_dot):
     """Grouped matmul, see `spec.GroupedOperands` and `spec.GroupedSpec`; sums are rounded before the epilogue."""
     w = operands.w
     if operands.scales:
-        w = tuple(dequantize(*each, operands.x.dtype) for each in zip(w, operands.scales, strict=True))
+        channels = operands.channels or (None,) * len(w)
+        each = zip(w, operands.scales, channels, strict=True)
+        w = tuple(dequantize(values, scales, operands.x.dtype, channel) for values, scales, channel in each)
     x_MK = operands.x if operands.gather is None else operands.x.at[operands.gather].get(mode="clip")
     axis = 2 if spec.transpose else 1
     outs = [dot(x_MK, each, operands.sizes, (1, axis), [0], spec.out_dtype) for each in w]

@@ -218,7 +218,9 @@ def test_gradients_against_finite_differences(name):
     check_grads(f, (x, w, w2, weights), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("int8", 0.006), ("float8_e4m3fn", 0.04), ("float8_e5m2", 0.08)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("int8", 0.006), ("int4", 0.08), ("float8_e4m3fn", 0.04), ("float8_e5m2", 0.08)]
+)
 @pytest.mark.parametrize("block", [None, 4])
 def test_quantized_weights_are_the_weights_they_stand_for(dtype, error, block):
     x, w, sizes = arrays(SIZES["uneven"])
@@ -227,6 +229,10 @@ def test_quantized_weights_are_the_weights_they_stand_for(dtype, error, block):
     meant = np.asarray(quantized.values, np.float64) * np.repeat(quantized.scales, block or K, axis=1)
     assert np.abs(meant - w).max() <= error * np.abs(w).max()
     np.testing.assert_allclose(cpu(x, quantized, sizes), reference.grouped(x, meant, SIZES["uneven"]), atol=1e-5)
+    channel = 1 + jax.random.uniform(jax.random.key(3), (5, K))
+    divided = quantized._replace(channel=channel)
+    expected = reference.grouped(x, meant / np.asarray(channel)[:, :, None], SIZES["uneven"])
+    np.testing.assert_allclose(cpu(x, divided, sizes), expected, atol=1e-5)
     with pytest.raises(TypeError, match="inference"):
         jax.grad(lambda x: cpu(x, quantized, sizes).sum())(x)
 
@@ -340,6 +346,12 @@ def test_values_out_of_range_are_refused_outside_jit_and_found_by_checkify_insid
         ((X.astype("float8_e4m3fn"), W.astype("float8_e4m3fn"), S), {}, TypeError, "x is float8_e4m3fn"),
         ((X, W, S), {"out_dtype": jnp.int32}, TypeError, "out_dtype is int32"),
         ((X, Quantized(W.astype(jnp.int32), jnp.ones((2, 1, 6))), S), {}, TypeError, "values of int32: choose"),
+        (
+            (X, Quantized(W.astype(jnp.int8), jnp.ones((2, 1, 6)), jnp.ones((2, 1))), S),
+            {},
+            ValueError,
+            "channel of shape",
+        ),
         ((X, W, S.astype(jnp.float32)), {}, TypeError, "group_sizes is float32: integers"),
         ((X, W, S), {"gather": jnp.ones(8)}, TypeError, "gather is float32: integers"),
         ((X, W, S), {"epilogue": Combine(jnp.ones(8), None, 2)}, TypeError, "tokens is float32: integers"),
@@ -362,7 +374,7 @@ def test_shapes_that_do_not_match_are_refused(arguments):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "block", "message"), [("int4", None, "choose one of"), ("int8", 3, "does not divide")]
+    ("dtype", "block", "message"), [("int2", None, "choose one of"), ("int8", 3, "does not divide")]
 )
 def test_quantizing_refuses(dtype, block, message):
     with pytest.raises(ValueError, match=message):
