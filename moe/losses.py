@@ -71,7 +71,8 @@ def relu_penalty(routing: Routing, k: int, axis_name: str | tuple[str, ...] | No
     """Compute the penalty of ReLU routing, mean over tokens of sum_e f_e w_e (ReMoE: Wang et al. 2024).
 
     f_e is the load of expert e over that of a balanced one with k choices a token (no gradient), so that busy experts
-    are held back more.
+    are held back more: the Switch loss with weights for probabilities, as in the authors' code (thu-ml/ReMoE,
+    `ReLURouter.apply_l1_reg`), which adds it for every layer.
 
     Args:
       routing: of `route.relu`.

@@ -298,6 +298,21 @@ def test_the_penalty_of_relu_routing_by_hand():
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.4])
+def test_the_penalty_of_relu_routing_is_that_of_its_authors_code(shift):
+    """thu-ml/ReMoE: aux = sum(probs.sum(0) * tokens_per_expert) E coefficient / (T T k), and the rule by sparsity."""
+    t, e, k, layers, rate = 24, 5, 2, 3, 1.2
+    logits = np.random.default_rng(1).normal(size=(layers, t, e)) + shift
+    probs = np.maximum(logits, 0)
+    theirs = ((probs.sum(1) * (probs > 0).sum(1)).sum(1) * e * 1e-3 / (t * t * k)).sum()
+    routings = [route.relu(jnp.asarray(one, jnp.float32)) for one in logits]
+    assert 1e-3 * sum(losses.relu_penalty(one, k) for one in routings) == pytest.approx(theirs, rel=1e-5)
+    sparsity = np.mean([1 - (one > 0).sum() / one.size for one in probs])
+    moved = 1e-3 * rate if sparsity < 1 - k / e else 1e-3 / rate
+    choices = jnp.stack([metrics.summary(one)["choices"] for one in routings]).mean()
+    assert route.update_penalty(jnp.float32(1e-3), choices, k, rate) == pytest.approx(moved, rel=1e-6)
+
+
 def test_the_penalty_brings_relu_routing_to_k_choices():
     """Against a loss that wants every expert."""
 
