@@ -41,8 +41,8 @@ def update_penalty(
 ) -> Float32[Array, "*L"]:
     """Update the coefficient of ReMoE's penalty, penalty * rate^sign(choices - k) (Wang et al. 2024).
 
-    To be called after the optimizer's step. Choices above k are a sparsity 1 - choices / E below 1 - k / E, by which the
-    authors' code decides (thu-ml/ReMoE, `training.py`; at equality it divides, here nothing changes).
+    To be called after the optimizer's step. Choices above k are a sparsity 1 - choices / E below 1 - k / E, by which
+    the authors' code decides (thu-ml/ReMoE, `training.py`; at equality it divides, here nothing changes).
 
     Args:
       penalty: coefficients, 1e-8 at first in the paper.

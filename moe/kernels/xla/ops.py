@@ -235,7 +235,7 @@ def _take(x_TK, gather_M, start, size):
 
 
 def _of(w_GKN, group):
-    """Take one group's weight; one in 4 bits through a barrier, since XLA:CPU would unpack all groups before the loop."""
+    """Take one group's weight, in 4 bits through a barrier: XLA:CPU would unpack all groups before the loop."""
     return jax.lax.optimization_barrier((w_GKN, group))[0][group] if w_GKN.dtype == jnp.int4 else w_GKN[group]
 
 
