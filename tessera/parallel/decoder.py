@@ -92,12 +92,15 @@ class ShardedDecoder:
       plan: how it is split.
       z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
       platform: what is compiled for, "tpu" for example; "" is the default backend's.
+      dropping: under pipeline stages, where no key goes from layer to layer: whether a capacity and `mixture.slack`
+        hold, as in training.
     """
 
     config: TransformerConfig
     plan: Plan
     z_loss: float = 0.0
     platform: str = ""
+    dropping: bool = False
 
     def axis(self, name: str) -> str | None:
         """The mesh axis of that name, None if the plan does not split along it."""
@@ -272,6 +275,8 @@ class ShardedDecoder:
         positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
         ids_BT = jnp.take(tokens_BT, positions_T, axis=1) if self.config.moe.router.name == "hash" else None
         key, mine = (None, None) if stream.key is None else jax.random.split(stream.key)
+        if self.dropping:
+            mine = jax.random.key(0)  # a sign of training; nothing that draws noise runs under stages
         with jax.named_scope("layer"):
             attend = lambda _: self._attend()  # noqa: E731
             x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, sow=True, key=mine)
@@ -443,11 +448,12 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
     """Refuse routed experts whose numbers under the plan would differ from those of one device.
 
     Noise (jitter, the routers of `NOISY`) is drawn by every device for its own tokens, and a capacity is that of every
-    device's own tokens: the numbers of one device with so many times more `mixture.groups`.
+    device's own tokens (under stages of a microbatch): the numbers of one device with so many times more
+    `mixture.groups`.
 
     Raises:
-      PlanError: a router that looks at other tokens, expert dropout, noise, a capacity or losses of a whole batch under
-        pipeline stages, sequences split over cp, biases of experts under tensor parallelism.
+      PlanError: a router that looks at other tokens, expert dropout, noise or losses of a whole batch under pipeline
+        stages, sequences split over cp, biases of experts under tensor parallelism.
     """
     router, pp = config.router, plan.size("pp") > 1
     split_time = plan.size("cp") > 1 and config.balance and config.balance_scope == "sequence"
@@ -455,8 +461,6 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
         f"router.name={router.name!r} (choose one of {', '.join(ROUTERS)})": router.name not in ROUTERS,
         f"router.name={router.name!r} with pp > 1, where no noise is drawn": pp and router.name in NOISY,
         f"router.jitter={router.jitter} with pp > 1, where no noise is drawn": pp and router.jitter,
-        "mixture.dispatch='capacity' with pp > 1 (choose 'dropless')": pp and config.mixture.dispatch == "capacity",
-        f"mixture.slack={config.mixture.slack} with pp > 1, where nothing is dropped": pp and config.mixture.slack,
         f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
         "balance_scope='sequence' with cp > 1 (choose 'batch')": split_time,
         "biases with tp > 1": config.biases and plan.size("tp") > 1,

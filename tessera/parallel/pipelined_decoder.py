@@ -88,30 +88,35 @@ def make_loss(
         arranged=arranged,
         skip_idle=not (decoder.plan.present("cp") and decoder.plan.context == "ring"),
     )
-    fns = stage_fns(decoder)
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
-    layer_specs = decoder.layer_specs(decoder.config.stacks[-1])
-    gradient = make_value_and_grad(fns, mesh, config, shared_specs, layer_specs)
-    forward = make_forward(fns, mesh, config, shared_specs, layer_specs)
+    specs = shared_specs, decoder.layer_specs(decoder.config.stacks[-1])
 
     def split(params: PyTree) -> tuple[PyTree, PyTree]:
         return {name: leaf for name, leaf in params.items() if name != "blocks"}, params["blocks"]
 
-    @jax.custom_vjp
-    def loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return forward(*split(params), batch)
+    def make(dropping: bool) -> Any:
+        fns = stage_fns(replace(decoder, dropping=dropping))
+        gradient, forward = (make_one(fns, mesh, config, *specs) for make_one in (make_value_and_grad, make_forward))
 
-    def loss_and_gradient(params: PyTree, batch: PyTree) -> Any:
-        value, (shared, blocks) = gradient(*split(params), batch)
-        return value, {**shared, "blocks": blocks}
+        @jax.custom_vjp
+        def loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return forward(*split(params), batch)
 
-    def scale(grads: PyTree, cotangent: Any) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda grad: grad * cotangent[0].astype(grad.dtype), grads), None
+        def loss_and_gradient(params: PyTree, batch: PyTree) -> Any:
+            value, (shared, blocks) = gradient(*split(params), batch)
+            return value, {**shared, "blocks": blocks}
 
-    loss.defvjp(loss_and_gradient, scale)
+        def scale(grads: PyTree, cotangent: Any) -> tuple[PyTree, None]:
+            return jax.tree.map(lambda grad: grad * cotangent[0].astype(grad.dtype), grads), None
+
+        loss.defvjp(loss_and_gradient, scale)
+        return loss
+
+    # With a key, that is in training, a capacity and a bounded buffer of experts drop choices.
+    losses = {dropping: make(dropping) for dropping in (False, True)}
 
     def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del key
+        loss = losses[decoder.routed and key is not None]
         value, metrics = loss(params, {"tokens": batch["tokens"]})
         del metrics["weight"]
         for name in ROUTER_MEANS if decoder.routed else ():

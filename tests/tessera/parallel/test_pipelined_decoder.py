@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from moe.experts import MixtureConfig
+from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
@@ -97,6 +99,31 @@ def test_a_plan_with_stages_computes_what_one_device_does(text, options, changes
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=path_name(path))
         assert scale > 1e-4, path_name(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mixture", "training"),
+    [(MixtureConfig(dispatch="capacity", capacity_factor=0.75), True), (MixtureConfig(slack=1.0), False)],
+    ids=["capacity", "slack"],
+)
+def test_a_capacity_or_a_bounded_buffer_drops_in_training_alone(mixture, training):
+    """A capacity is that of a device's microbatch: a group of one device. Without a key nothing is dropped."""
+    moe = replace(EXPERTS, router=RouterConfig("top_k", 4, 2), mixture=mixture)
+    parts, mesh, params, _ = make("pp=2, ep=2", {"microbatches": 2}, ROUTED | {"layers": 2, "moe": moe})
+    placed = jax.device_put(params, shardings(mesh, parts.specs))
+    loss_fn = pipelined_decoder.make_loss(parts, mesh)
+    one_device = lm_loss(Decoder(replace(parts.config, moe=replace(moe, mixture=replace(mixture, groups=4)))), Z_LOSS)
+    key = jax.random.key(3) if training else None
+    found, expected = (
+        jax.device_get(jax.jit(jax.value_and_grad(run, has_aux=True))(weights, BATCH, key))
+        for run, weights in ((loss_fn, placed), (one_device, params))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    assert (found[0][1]["router/drop_fraction"] > 0).all() == training
+    if not training:
+        _, metrics = jax.jit(loss_fn)(placed, BATCH, jax.random.key(3))
+        assert (metrics["router/drop_fraction"] > 0).all()
 
 
 @pytest.mark.slow
