@@ -53,7 +53,8 @@ if find_spec("hypothesis"):
     from hypothesis import settings
 
     # An example that compiles, or waits for a busy core, takes longer than any deadline and is not wrong.
-    settings.register_profile("tessera", deadline=None)
+    # `make test-faults` draws more examples.
+    settings.register_profile("tessera", deadline=None, max_examples=int(os.environ.get("TESSERA_FUZZ", "100")))
     settings.load_profile("tessera")
 
 # Linux allows a process 65,530 memory maps, and a compiled program takes some: those of the whole suite are too many.

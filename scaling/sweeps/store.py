@@ -21,6 +21,27 @@ FloatingPointError, or a loss that is not finite, is the result of a run that di
 Row = dict[str, Any]
 
 
+class DamagedRow(ValueError):
+    """A file of a row that holds none."""
+
+
+def read_row(path: Path) -> Row | None:
+    """Read the row in a file of a `Store`, None if there is no file.
+
+    Raises:
+      DamagedRow: it holds no row.
+    """
+    if not path.exists():
+        return None
+    try:
+        row = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedRow(f"{path} is damaged ({error}); delete it to have it computed again") from error
+    if not isinstance(row, dict) or type(row.get("steps")) is not int:
+        raise DamagedRow(f"{path} is damaged: a row with its steps is needed; delete it to have it computed again")
+    return row
+
+
 class Store:
     """Artifacts of a sweep.
 
@@ -45,9 +66,8 @@ class Store:
         return self.directory / f"{run.name}-{run.key[:12]}"
 
     def row(self, run: PlannedRun, readout: Readout) -> Row | None:
-        """Read the row of a readout, None if it does not exist yet."""
-        path = self._readout(run, readout)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """Read the row of a readout, None if it does not exist yet; DamagedRow as of `read_row`."""
+        return read_row(self._readout(run, readout))
 
     def rows(self, run: PlannedRun) -> list[Row]:
         """Read the existing rows, by rising step."""
@@ -61,8 +81,7 @@ class Store:
 
     def divergence(self, run: PlannedRun) -> Row | None:
         """Read how a run diverged: steps of the first readout that it did not reach, error; None if it did not."""
-        path = self.path(run) / "diverged.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_row(self.path(run) / "diverged.json")
 
     def save_divergence(self, run: PlannedRun, readout: Readout, error: str) -> None:
         """Write that a run diverged before a readout."""

@@ -10,6 +10,7 @@ from tessera.data.download import DataUnavailable
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.memo import Memo
+from tessera.infra.remote import is_url
 from tessera.infra.schema import Schema
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
@@ -23,7 +24,7 @@ class AnalyzeSettings:
     """What stands at the top of an analysis' config.
 
     Attributes:
-      search: workdir of the finished search.
+      search: workdir of the finished search, or its URL.
       levels: pruning levels to look at; () takes five over the depth.
     """
 
@@ -46,6 +47,8 @@ def main(invocation: Invocation) -> None:
     missing = [level for level in levels if level not in have]
     if missing:
         raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")
+    if is_url(config.search) and not invocation.workdir:
+        raise ConfigError("--workdir=DIR is needed where config.search is a URL: what is there is only read")
     workdir = invocation.prepare(workdir=str(Path(config.search) / "analysis"))
     memo = Memo(workdir / "memo", lambda name: console.log(name))
     settings = build(AnalysisConfig, config.analysis, "config.analysis")

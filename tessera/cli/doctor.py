@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import tessera
-from tessera.data.download import cache_dir
+from tessera.infra.remote import cache_dir
 from tessera.infra.workdir import revision
 
 DISTRIBUTION = "tessera-jax"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tessera.cli.main import PLAIN
 from tessera.infra.checkpoint import CheckpointDamaged
+from tessera.infra.errors import DiskFull, WorkdirInUse
 from tessera.serving.load import SourceConfig, export_directory, load
 
 ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ValueError, ImportError)
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] = ()) -> int:
     try:
         loaded = load(SourceConfig(options.source, options.ticket, options.tokenizer))
         made = export_directory(loaded, options.directory, options.dtype)
-    except (*ERRORS, CheckpointDamaged) as error:
+    except (*ERRORS, CheckpointDamaged, DiskFull, WorkdirInUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{made}: {loaded.config.layers} layers, vocabulary {loaded.config.vocab_size}, {options.dtype}")

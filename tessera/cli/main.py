@@ -14,7 +14,7 @@ import sys
 import threading
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ HOSTS = (
     Flag("silence_seconds", 100, "Heartbeat timeout: how long a process may be silent before the others end."),
 )
 COMMON = (
-    Flag("workdir", "", "Directory of the run; one found there goes on."),
+    Flag("workdir", "", "Directory of the run, or its URL (s3://, gs://); one found there goes on."),
+    Flag("upload_seconds", 15.0, "Seconds between two uploads of a --workdir at a URL."),
     Flag("cpu_devices", 0, "Devices that a CPU is split into, to try a plan on one machine; 0 leaves JAX's number."),
     Flag("verbosity", -1, "Log level: -1 warnings, 0 information of all libraries, 1 debugging."),
     *HOSTS,
@@ -217,7 +218,7 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
     options, overrides = parse_flags(command, argv, prog=_program(name, command))
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
-    from tessera.infra.errors import ConfigError, DiskFull, WorkdirInUse, disk_full
+    from tessera.infra.errors import ConfigError, DiskFull, RemoteError, WorkdirInUse, disk_full
 
     errors: tuple[type[BaseException], ...] = ()
     values = vars(options)
@@ -235,14 +236,9 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         _begin(values)
         if command.hosts:
             join_processes(invocation.hosts)
-        status = module.main(invocation) or 0
-        if invocation.prepared and not status:
-            from tessera.infra.workdir import mark_finished
-
-            mark_finished(*invocation.prepared[0])
-        raise SystemExit(status)
+        raise SystemExit(_carry_out(module, invocation))
     except AlreadyFinished as found:
-        (path,) = found.args
+        path = values["workdir"] or found.args[0]
         print(f"already finished: {path}/report.html (remove that file to have it made again)")
         raise SystemExit(0) from None
     except Exception as error:
@@ -257,7 +253,7 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
             os._exit(1)  # nothing can be saved any more, and the rest would say so again
         if isinstance(error, ConfigError):
             _fail(f"{error}{_more_devices(str(error))}", 2)
-        if isinstance(error, (*errors, WorkdirInUse)):
+        if isinstance(error, (*errors, WorkdirInUse, RemoteError)):
             _fail(error, 1)
         if isinstance(error, OSError) and values["workdir"] and str(error.filename).startswith(values["workdir"]):
             _fail(f"--workdir={values['workdir']}: {error.strerror} ({error.filename})", 1)
@@ -265,6 +261,26 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _carry_out(module: Any, invocation: Invocation) -> int:
+    """The status of a command, whose directory is noted as finished; a directory at a URL is a local one meanwhile."""
+    import jax
+
+    from tessera.infra.errors import ConfigError
+    from tessera.infra.remote import is_url, mirrored
+    from tessera.infra.workdir import mark_finished
+
+    if is_url(invocation.workdir) and jax.process_count() > 1:
+        raise ConfigError(
+            f"--workdir={invocation.workdir}: a run of {jax.process_count()} processes needs a directory that all of "
+            "them see, such as a mounted bucket or a network file system; a URL is for a run of one process"
+        )
+    with mirrored(invocation.workdir, invocation.flags["upload_seconds"]) as workdir:
+        status = module.main(replace(invocation, workdir=workdir)) or 0
+        if invocation.prepared and not status:
+            mark_finished(*invocation.prepared[0])
+    return status
 
 
 def parse_flags(

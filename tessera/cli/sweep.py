@@ -10,12 +10,13 @@ from rich.console import Console
 from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
 from scaling.sweeps.executors import ExecutorConfig, make_executor
 from scaling.sweeps.plan import Family, PlanConfig, plan_runs
-from scaling.sweeps.store import Store
+from scaling.sweeps.store import DamagedRow, Store
 from scaling.sweeps.sweep import RunFailed, SweepConfig, run_sweep
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
 from tessera.data.text import TextConfig, load_text
-from tessera.infra.config import build, checked
+from tessera.infra.config import ConfigError, build, checked
+from tessera.infra.remote import is_mirror
 from tessera.infra.schema import differences
 from tessera.infra.workdir import WorkdirMismatch, hold, resolve
 from tessera.reports.html import print_report
@@ -27,7 +28,7 @@ from tessera.sweeps.train import check_texts, compile_cache, train_run
 
 SCHEMA = schema.SCHEMA
 FULL = 2**16  # bytes that a full disk may show as free
-ERRORS = (DataUnavailable, WorkdirMismatch, RunFailed, ImportError)
+ERRORS = (DataUnavailable, WorkdirMismatch, RunFailed, DamagedRow, ImportError)
 
 
 def main(invocation: Invocation) -> None:
@@ -40,6 +41,10 @@ def main(invocation: Invocation) -> None:
     check_texts(splits, family.length, trial.eval_tokens)
     plan = build(PlanConfig, c.plan, "config.plan")
     engine = build(ExecutorConfig, c.engine, "config.engine")
+    if is_mirror(invocation.workdir) and engine.name != "local":
+        raise ConfigError(
+            f"config.engine.name={engine.name!r}: its hosts need a --workdir that all of them see; a URL is for 'local'"
+        )
     report = build(ReportConfig, c.report, "config.report")
     planner = build(PlannerConfig, c.planner, "config.planner")
     common = {"training": trial.settings(), "data": differences(text) | {"sha256": splits.content_hash}}

@@ -1,14 +1,15 @@
 """Find the files of a data set on disk, or download them once with their checksums verified."""
 
 import contextlib
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from tessera.infra.errors import RemoteMissing
+from tessera.infra.remote import cache_dir, is_url, local
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,22 @@ class DataUnavailable(FileNotFoundError):
     """Files of a data set are neither on disk nor downloadable; the message lists them and says where to put them."""
 
 
-def cache_dir() -> Path:
-    """The user's cache directory for Tessera: in $XDG_CACHE_HOME, or ~/.cache, on macOS ~/Library/Caches."""
-    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or default).expanduser() / "tessera"
-
-
 def home(directory: str, name: str) -> Path:
-    """Directory where data set `name` is kept under `directory`; "" means the user's cache directory."""
-    root = Path(directory).expanduser() if directory else cache_dir()
+    """Directory where data set `name` is kept under `directory`; "" and a URL mean the user's cache directory."""
+    root = Path(directory).expanduser() if directory and not is_url(directory) else cache_dir()
     return root if root.name == name else root / name
 
 
 def find(filename: str, directory: str, *, name: str) -> Path | None:
     """Path of `filename` in `directory/name` or in `directory` itself, whichever has it first; None if neither does."""
     # The named directory goes first: MNIST and Fashion-MNIST use the same file names.
+    if is_url(directory):
+        for place in (f"{directory}/{name}", directory):
+            with contextlib.suppress(RemoteMissing):
+                return local(f"{place}/{filename}")
     own = home(directory, name)
-    candidates = [own / filename] + ([Path(directory).expanduser() / filename] if directory else [])
+    candidates = [own / filename]
+    candidates += [Path(directory).expanduser() / filename] if directory and not is_url(directory) else []
     return next((path for path in candidates if path.is_file()), None)
 
 

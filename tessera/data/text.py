@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from tessera.data.download import Remote, cache_dir, fetch
+from tessera.data.download import Remote, fetch
 from tessera.infra.logger import read_object
+from tessera.infra.remote import cache_dir, is_url, local
 
 TINYSHAKESPEARE = Remote(
     "tinyshakespeare.txt",
@@ -161,7 +162,7 @@ class TextConfig:
 
     Attributes:
       name: "stdlib" (the sources of the running Python's standard library: about 10 MB, always there),
-        "tinyshakespeare", a path, or a glob ("books/**/*.txt") of UTF-8 files.
+        "tinyshakespeare", a path, a glob ("books/**/*.txt") or the URL of one (s3://, gs://) of UTF-8 files.
       dir: directory that a relative path or glob starts from, or that holds tinyshakespeare.txt ("": working directory
         and the user's cache directory).
       tokenizer: "bytes" or "bpe" (byte-level byte-pair encoding trained on the training split; extra `data`).
@@ -290,7 +291,10 @@ def _stdlib_sources(root: Path) -> list[Path]:
 
 def _user_files(config: TextConfig) -> tuple[Path, list[Path]]:
     """Where the search began, and the files found."""
-    pattern = Path(config.dir).expanduser() / Path(config.name).expanduser()
+    if is_url(config.name) or is_url(config.dir):
+        pattern = local(config.name if is_url(config.name) else f"{config.dir}/{config.name}")
+    else:
+        pattern = Path(config.dir).expanduser() / Path(config.name).expanduser()
     if pattern.is_file():
         return pattern.parent, [pattern]
     paths = [Path(match) for match in glob.glob(str(pattern), recursive=True)]

@@ -39,6 +39,14 @@ class WorkdirInUse(RuntimeError):
     """Another process writes the directory."""
 
 
+class RemoteError(OSError):
+    """What is at a URL cannot be read or written."""
+
+
+class RemoteMissing(RemoteError, FileNotFoundError):
+    """Nothing is at a URL."""
+
+
 class DiskFull(OSError):
     """No space is left where a run writes; what was saved before is whole."""
 

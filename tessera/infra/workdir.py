@@ -23,10 +23,10 @@ import jax
 from ml_collections import ConfigDict
 
 from sharding.multihost.xla_flags import VARIABLES
-from tessera.data.download import cache_dir
 from tessera.infra.checkpoint import agreed
 from tessera.infra.errors import DiskFull, WorkdirInUse, disk_full
 from tessera.infra.logger import read_object, write_text
+from tessera.infra.remote import cache_dir, local
 
 PACKAGES = (
     "tessera-jax",
@@ -178,7 +178,7 @@ def read_settings(workdir: Path | str) -> dict[str, Any]:
       FileNotFoundError: no run is there.
       WorkdirMismatch: it was made by a version that wrote other files, or a file of it is damaged.
     """
-    path = Path(workdir)
+    path = local(workdir)
     try:
         settings, run = read_object(path / "config.json"), path / "run.json"
         made = read_object(run) if run.exists() else {}

@@ -22,6 +22,7 @@ from moe.upcycle import Method, merge, upcycle
 from tessera.infra.checkpoint import CheckpointReader
 from tessera.infra.config import build
 from tessera.infra.logger import METRICS, load_history, read_rows
+from tessera.infra.remote import local
 from tessera.infra.workdir import read_settings
 from tessera.lm.expert_pruning import drop_experts, prune_experts
 from tessera.models.transformer import Decoder, Stack, TransformerConfig
@@ -86,7 +87,7 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
       CheckpointDamaged: the checkpoint cannot be read.
       ValueError: a run of another kind, or settings of no model.
     """
-    path = Path(workdir)
+    path = local(workdir)
     settings = read_settings(path)
     state = CheckpointReader(path / "checkpoints").restore_newest().state
     try:
@@ -103,9 +104,9 @@ def recorded_load(workdir: Path | str) -> np.ndarray:
     Raises:
       ValueError: the run logged no loads.
     """
-    steps, load_SLE = load_history(read_rows(Path(workdir) / METRICS))
+    steps, load_SLE = load_history(read_rows(local(workdir) / METRICS))
     if not len(steps):
-        raise ValueError(f"{Path(workdir) / METRICS} has no row with router/load to prune experts by")
+        raise ValueError(f"{workdir}/{METRICS} has no row with router/load to prune experts by")
     return load_SLE[-max(1, len(steps) // 10) :].mean(0)
 
 

@@ -14,9 +14,10 @@ from jaxtyping import PyTree
 from lottery import export
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
-from tessera.data.download import cache_dir
 from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.logger import read_object, write_text
+from tessera.infra.remote import cache_dir, is_url, local, upload
+from tessera.infra.workdir import hold
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
@@ -33,7 +34,8 @@ class SourceConfig:
     """Where a model comes from.
 
     Attributes:
-      dir: a run of `scripts/train.py`, whose newest checkpoint is read, a Hugging Face directory, or a GGUF file.
+      dir: a run of `scripts/train.py`, whose newest checkpoint is read, a Hugging Face directory, or a GGUF file; as
+        the files below, a path or a URL (s3://, gs://).
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
       dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
@@ -93,7 +95,7 @@ def load(source: SourceConfig) -> Loaded:
       CheckpointDamaged: the checkpoint cannot be read.
       ValueError: a ticket of another model; a directory of another architecture.
     """
-    path = Path(source.dir)
+    path = local(source.dir)
     text = TextFormat()
     if gguf.is_gguf(path):
         (params, config), text = gguf.load_gguf(path), gguf.read_format(path)
@@ -102,8 +104,8 @@ def load(source: SourceConfig) -> Loaded:
     else:
         params, config = read_model(path)
     if source.ticket:
-        params = read_ticket(source.ticket, config)
-    tokenizer = BPETokenizer.load(source.tokenizer) if source.tokenizer else own_tokenizer(path, config)
+        params = read_ticket(local(source.ticket), config)
+    tokenizer = BPETokenizer.load(local(source.tokenizer)) if source.tokenizer else own_tokenizer(path, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not made for each other"
@@ -111,19 +113,25 @@ def load(source: SourceConfig) -> Loaded:
     return Loaded(params, config, tokenizer, text)
 
 
-def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path:
+def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path | str:
     """Write a model with its tokenizer, special tokens and chat template as a Hugging Face directory.
 
     Args:
       loaded: a model, see `load`.
-      directory: new; it appears when everything in it is written.
+      directory: new, a path or a URL; it appears when everything in it is written, at a URL config.json last.
       dtype: "float32" or "bfloat16", of the weights.
 
     Raises:
       FileExistsError: the directory exists.
+      WorkdirInUse: another process exports to it.
       NotConvertible: a model of none of `huggingface.FAMILIES`.
       ImportError: the extra `hf` is not installed.
     """
+    if is_url(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            made = export_directory(loaded, Path(folder) / "model", dtype)
+            upload(made, str(directory), last="config.json")
+        return directory
     target = Path(directory)
     if target.exists():
         raise FileExistsError(f"{target} exists; name a new directory to export to")
@@ -132,25 +140,26 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
     if text.ends:
         tokens["eos_token_id"] = text.ends[0] if len(text.ends) == 1 else list(text.ends)
     more = {"max_position_embeddings": text.positions} if text.positions else {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        huggingface.save_directory(staging, loaded.params, loaded.config, dtype, **(tokens | more))
-        tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, BPETokenizer) else BPETokenizer.of_bytes()
-        tokenizer.save(staging / "tokenizer.json")
-        names = {"bos_token": text.begin, "eos_token": text.ends[0] if text.ends else None}
-        settings: dict[str, Any] = {
-            name: tokenizer.name_of(token) for name, token in names.items() if token is not None
-        }
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings |= {"chat_template": text.template} if text.template else {}
-        write_text(staging / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-        write_text(staging / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
-        staging.chmod(0o755)
-        os.rename(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    work = target.with_name(f".{target.name}.exporting")
+    staging = work / target.name
+    with hold(work):
+        shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+        try:
+            huggingface.save_directory(staging, loaded.params, loaded.config, dtype, **(tokens | more))
+            tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, BPETokenizer) else BPETokenizer.of_bytes()
+            tokenizer.save(staging / "tokenizer.json")
+            names = {"bos_token": text.begin, "eos_token": text.ends[0] if text.ends else None}
+            settings: dict[str, Any] = {
+                name: tokenizer.name_of(token) for name, token in names.items() if token is not None
+            }
+            settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+            settings |= {"chat_template": text.template} if text.template else {}
+            write_text(staging / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+            write_text(staging / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
+            os.rename(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -180,7 +189,7 @@ def read_calibration(path: Path | str, tokenizer: Tokenizer, rows: int = 32, len
       ValueError: it has fewer than `length` tokens, or is not UTF-8 text.
     """
     try:
-        tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+        tokens = tokenizer.encode(local(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if len(tokens) < length:

@@ -26,6 +26,7 @@ from scaling.published import CHINCHILLA, find_law
 from scaling.rows import PER_PARAMETER_AND_TOKEN, RowError, Rows, counted, make_rows
 from scaling.tables import read_rows
 from tessera.infra.logger import Progress, write_text
+from tessera.infra.remote import local
 from tessera.reports import scaling as figures
 from tessera.reports.html import Section, Table, table_of
 from tessera.reports.style import pick
@@ -126,7 +127,7 @@ class ScalingConfig:
 
 def load_runs(config: ScalingConfig) -> Rows:
     """Read the table of runs; errors as of `scaling.read_rows`."""
-    return read_rows(config.runs, dict(config.columns))
+    return read_rows(local(config.runs), dict(config.columns))
 
 
 def law_of(config: ScalingConfig) -> Law:

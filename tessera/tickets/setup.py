@@ -18,6 +18,7 @@ from tessera.data.images import ImageConfig, load_images
 from tessera.data.windows import WindowConfig, load_windows
 from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree, save_tree
 from tessera.infra.config import ConfigError, build, checked, unknown
+from tessera.infra.remote import local
 from tessera.infra.schema import Choice, Group, Schema
 from tessera.infra.workdir import read_settings
 from tessera.models.registry import CONV, NETWORKS, Network, make_network
@@ -327,7 +328,8 @@ def finished(workdir: str | Path, path: str = "workdir", splits: Any = None) -> 
     Raises:
       ConfigError: there is no search in it.
     """
-    if not (Path(workdir) / "config.json").is_file():
+    directory = local(workdir)
+    if not (directory / "config.json").is_file():
         raise ConfigError(f"{path}: {workdir} has no config.json; the workdir of a search is needed")
-    config = ConfigDict(read_settings(workdir))
-    return Finished(make_setup(config, splits), config, FinishedLevels(Path(workdir) / "levels"))
+    config = ConfigDict(read_settings(directory))
+    return Finished(make_setup(config, splits), config, FinishedLevels(directory / "levels"))

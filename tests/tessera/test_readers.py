@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def damaged(data, sound):
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=60)
+@settings(max_examples=int(os.environ.get("TESSERA_FUZZ", "60")))
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_named(name, data, tmp_path_factory):
     reader = READERS[name]
