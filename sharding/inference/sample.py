@@ -15,6 +15,8 @@ from sharding.inference.top_p import cutoff, log_normalizer
 
 CANDIDATES = 128
 """Default C; a larger top-k, or a nucleus (top-p) of more tokens, is found by bisection."""
+ALTERNATIVES = 20
+"""Most probable tokens that `top_logprobs` gives."""
 READ, DRAWN = 1, 2
 """Counts in `seen`: 1 for a token of the prompt, 2 for every draw."""
 
@@ -31,6 +33,7 @@ class Settings(NamedTuple):
       presence, frequency: subtracted from a logit once, and per draw of its token; 0 is off.
       seed: of the row's noise.
       index: number of the token to be drawn, from 0.
+      alternatives: whether `top_logprobs` are wanted; 0 is off.
 
     Example:
       >>> from sharding.inference import greedy
@@ -48,6 +51,7 @@ class Settings(NamedTuple):
     frequency: Any
     seed: Any
     index: Any
+    alternatives: Any
 
 
 def greedy(rows: int) -> Settings:
@@ -60,7 +64,7 @@ def greedy(rows: int) -> Settings:
     """
     zeros, ones = jnp.zeros(rows, jnp.float32), jnp.ones(rows, jnp.float32)
     none = jnp.zeros(rows, jnp.int32)
-    return Settings(zeros, none, ones, zeros, ones, zeros, zeros, none.astype(jnp.uint32), none)
+    return Settings(zeros, none, ones, zeros, ones, zeros, zeros, none.astype(jnp.uint32), none, none)
 
 
 def vocabulary_ids(columns: int, tp: str | None) -> Int[Array, " V"]:
@@ -222,6 +226,33 @@ def sample_tokens(
         warped_NV = warp(penalize(logits_NV, seen_NV, settings), settings, tp, candidates)
         tokens_N = draw(warped_NV, settings, tp)
         return tokens_N, logprob(logits_NV, tokens_N, tp)
+
+
+def top_logprobs(
+    logits_NV: Float[Array, "N V"], settings: Settings, tp: str | None
+) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
+    """Find the most probable tokens of every row under the model (temperature 1), with their log-probabilities.
+
+    K is `ALTERNATIVES`, or the vocabulary's size where that is smaller; the smaller id comes first of equal ones. It is
+    computed only if some row wants it, and zeros otherwise.
+    """
+    columns = logits_NV.shape[1]
+    ids_V = vocabulary_ids(columns, tp)
+
+    def found() -> tuple[Array, Array]:
+        top_NK, place_NK = jax.lax.top_k(logits_NV, min(ALTERNATIVES, columns))
+        ids_NK = ids_V[place_NK]
+        if tp is not None:  # devices are in the order of their columns
+            top_NK, ids_NK = (jax.lax.all_gather(x, tp, axis=1, tiled=True) for x in (top_NK, ids_NK))
+            top_NK, place_NK = jax.lax.top_k(top_NK, min(ALTERNATIVES, top_NK.shape[1]))
+            ids_NK = jnp.take_along_axis(ids_NK, place_NK, axis=1)
+        return ids_NK, top_NK - log_normalizer(logits_NV, tp)[:, None]
+
+    shape = jax.eval_shape(found)
+    # The devices of tp have the same settings and the same branch.
+    return jax.lax.cond(
+        (settings.alternatives > 0).any(), found, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shape)
+    )
 
 
 def logprob(logits_NV: Float[Array, "N V"], tokens_N: Int[Array, " N"], tp: str | None) -> Float[Array, " N"]:

@@ -30,7 +30,7 @@ def main(invocation: Invocation) -> int:
 
     def show(text):
         nonlocal given
-        tokens, logprobs, finish = text.since(given)
+        tokens, logprobs, _, finish = text.since(given)
         given += len(tokens)
         sys.stdout.write(stream.feed(tokens, logprobs, final=bool(finish)).text)
         sys.stdout.flush()

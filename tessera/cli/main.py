@@ -420,6 +420,7 @@ def _begin(values: Mapping[str, Any]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_said_once)
     sys.excepthook = _excepthook
+    sys.unraisablehook = _unraisablehook
     # Libraries tell of every file they write at the level of information.
     logging.set_verbosity({-1: logging.WARNING, 0: logging.INFO}.get(values["verbosity"], logging.DEBUG))
     import jax
@@ -451,6 +452,12 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
     """Python's own, but for what callbacks of a failed save say of the event loop that is gone with it."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
+
+
+def _unraisablehook(found: Any) -> None:
+    """As `_excepthook`, for callbacks of TensorStore's own threads."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def join_processes(hosts: Mapping[str, Any]) -> None:

@@ -238,11 +238,11 @@ class Pages:
                 if index < 0 or done[index]:
                     continue
                 one, stream = requests[index], streams[index]
-                tokens, logprobs, finish = one.since(given[index])
+                tokens, logprobs, top, finish = one.since(given[index])
                 if finish == "error":
                     raise Refused(500, FAILED, "server_error")
                 given[index] += len(tokens)
-                delta = stream.feed(tokens, logprobs, final=bool(finish))
+                delta = stream.feed(tokens, logprobs, top, final=bool(finish))
                 if stream.stopped:
                     finish = "stop"
                     self.service.release([one])

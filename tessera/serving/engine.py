@@ -184,6 +184,7 @@ class Engine:
             values.frequency_penalty,
             values.seed,
             0,
+            values.top_logprobs,
         )
         for array, value in zip(self._settings, row, strict=True):
             array[request.slot] = value
@@ -210,13 +211,13 @@ class Engine:
         where = [chosen[i][0].slot if i in chosen else 0 for i in range(count)]
         settings = Settings(*(array[where] for array in self._settings))
         self._state, drawn = self.programs.extend(self.params, self._state, chunk, settings, fresh=fresh)
-        tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
+        tokens, logprobs, top = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top))
         for place, (request, part) in chosen.items():
             with self._alone(request):
                 request.read += len(part)
                 self.counts["prompt_tokens"] += len(part)
                 if not request.reading:
-                    self._add(request, int(tokens[place]), float(logprobs[place]))
+                    self._add(request, int(tokens[place]), float(logprobs[place]), [x[place] for x in top])
 
     def _next(self, request: Request) -> tuple[Request, tuple[int, bool], np.ndarray] | None:
         """A request with the shape and the tokens of the next chunk of its prompt; None if it failed."""
@@ -243,13 +244,16 @@ class Engine:
         self._state, drawn = self.programs.generate(
             self.params, self._state, self._last, budget, Settings(*(array.copy() for array in self._settings))
         )
-        tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
+        tokens, logprobs, top = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top))
         self.counts["decode_steps"] += len(tokens)
         for request in running:
             with self._alone(request):
-                self._advance(request, tokens[:, request.slot], logprobs[:, request.slot], int(budget[request.slot]))
+                mine = (tokens[:, request.slot], logprobs[:, request.slot], [x[:, request.slot] for x in top])
+                self._advance(request, *mine, int(budget[request.slot]))
 
-    def _advance(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, budget: int) -> None:
+    def _advance(
+        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, top: list[np.ndarray], budget: int
+    ) -> None:
         """Add what was drawn in a request's slot."""
         found = tokens[:budget]
         found = found[found >= 0]
@@ -258,17 +262,21 @@ class Engine:
             self.counts["accepted"] += int((tokens >= 0).sum()) - 1
         for step, token in enumerate(found):
             if not request.finish:
-                self._add(request, int(token), float(logprobs[step]), last=step == len(found) - 1)
+                self._add(
+                    request, int(token), float(logprobs[step]), [x[step] for x in top], last=step == len(found) - 1
+                )
 
     def _left(self, request: Request) -> int:
         context = self.programs.config.length - len(request.prompt)
         return min(request.sampling.max_tokens, context) - len(request.tokens)
 
-    def _add(self, request: Request, token: int, logprob: float, *, last: bool = True) -> None:
+    def _add(self, request: Request, token: int, logprob: float, top: list[np.ndarray], *, last: bool = True) -> None:
         if token in self.ends or token in request.sampling.stop_tokens:
             self._end(request, "stop")
             return
         request.tokens.append(token)
+        ids, values = (x[: request.sampling.top_logprobs].tolist() for x in top)
+        request.top.append(tuple(zip(ids, values, strict=True)))
         request.logprobs.append(logprob)
         self.counts["tokens"] += 1
         self._last[request.slot], self._settings.index[request.slot] = token, len(request.tokens)

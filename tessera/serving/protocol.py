@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tessera.data.text import Tokenizer
-from tessera.serving.requests import LARGEST, MAX_STOP_TOKENS, NUMBERS, OutOfRange, Request, Sampling, show
+from tessera.serving.requests import (
+    ALTERNATIVES,
+    LARGEST,
+    MAX_STOP_TOKENS,
+    NUMBERS,
+    OutOfRange,
+    Request,
+    Sampling,
+    show,
+)
 from tessera.serving.text import Delta
 
 MAX_STOP_LETTERS = 256
@@ -102,8 +111,8 @@ class CompletionBody(Body):
     prompt: str | list[str] | list[Token] | list[list[Token]] = Field(
         description="a string, a list of strings, a list of token ids in the vocabulary or a list of such lists"
     )
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(
-        None, description="0: the log-probabilities of the tokens drawn; alternatives to them are not supported here"
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="a whole number in 0..5, of alternatives beside the tokens drawn"
     )
     echo: Literal[False] = _off(False)
     suffix: Literal[""] = _off("")
@@ -121,7 +130,7 @@ class ChatBody(Body):
 
     messages: list[Message] = Field(min_length=1, description="a list of {role, content}, both strings")
     logprobs: bool = Field(False, description="true or false")
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] = _off(0)
+    top_logprobs: int = _whole(0, ALTERNATIVES, 0)
     tools: list[Any] = _off([], max_length=0)
     tool_choice: Literal["none", "auto"] = _off("none")
     modalities: list[Literal["text"]] = _off(["text"])
@@ -202,9 +211,15 @@ def read_body(data: bytes, tokenizer: Tokenizer, *, chat: bool, limit: int, max_
     first = int.from_bytes(os.urandom(4), "little") if body.seed is None else body.seed
     most = [count for count in (body.max_completion_tokens, body.max_tokens) if count is not None]
     same = {name: getattr(body, name) for name in NUMBERS}
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise BadRequest(f"top_logprobs={body.top_logprobs} needs logprobs=true", "top_logprobs")
     try:
         sampling = Sampling(
-            **same, top_k=max(body.top_k, 0), max_tokens=(most or [limit])[0], stop_tokens=tuple(body.stop_token_ids)
+            **same,
+            top_k=max(body.top_k, 0),
+            max_tokens=(most or [limit])[0],
+            stop_tokens=tuple(body.stop_token_ids),
+            top_logprobs=body.top_logprobs if isinstance(body, ChatBody) else getattr(body, "logprobs", 0) or 0,
         )
     except OutOfRange as error:
         raise BadRequest(str(error), error.parameter) from error
@@ -241,18 +256,31 @@ def choice(asked: Asked, index: int, delta: Delta, finish: str | None, *, stream
         logprobs = {
             "tokens": list(delta.tokens),
             "token_logprobs": list(delta.logprobs),
-            "top_logprobs": None,
+            "top_logprobs": _alternatives(delta) if asked.samplings[0].top_logprobs else None,
             "text_offset": list(delta.offsets),
         }
         return entry | {"text": delta.text, "logprobs": logprobs if asked.logprobs else None}
     if asked.logprobs:
-        drawn = zip(delta.tokens, delta.logprobs, strict=True)
         content = [
-            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, value in drawn
+            _token(token, value) | {"top_logprobs": [_token(*other) for other in others]}
+            for token, value, others in zip(delta.tokens, delta.logprobs, delta.top, strict=True)
         ]
         entry["logprobs"] = {"content": content, "refusal": None}
     return entry | {"delta" if streamed else "message": {"role": "assistant", "content": delta.text}}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _alternatives(delta: Delta) -> list[dict[str, float]]:
+    """Log-probabilities by text, the token drawn among them; of two tokens with the same text the more probable's."""
+    found: list[dict[str, float]] = []
+    for token, logprob, others in zip(delta.tokens, delta.logprobs, delta.top, strict=True):
+        found.append({})
+        for text, value in (*others, (token, logprob)):
+            found[-1].setdefault(text, value)
+    return found
 
 
 def usage(asked: Asked, requests: Sequence[Request], drawn: int) -> dict[str, int]:

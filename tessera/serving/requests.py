@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+ALTERNATIVES = 20  # most probable tokens at each token drawn, at most; as of `sharding.inference.sample`
 LARGEST = 2**31 - 1  # what the devices' int32 holds
 MAX_STOP_TOKENS = 1024
 
@@ -41,6 +42,7 @@ class Sampling:
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
       max_tokens: tokens to draw at most.
       stop_tokens: tokens that end the text; they are not part of it.
+      top_logprobs: most probable tokens to give with every token drawn, 0..20, with their log-probabilities.
 
     Raises:
       OutOfRange: a value of the wrong type, not finite or out of range.
@@ -56,6 +58,7 @@ class Sampling:
     seed: int = 0
     max_tokens: int = 16
     stop_tokens: tuple[int, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -78,7 +81,12 @@ NUMBERS = {  # lowest, highest, and the range as text
     "presence_penalty": (-2, 2, "in -2..2"),
     "frequency_penalty": (-2, 2, "in -2..2"),
 }
-WHOLE = {"top_k": (0, LARGEST), "seed": (0, 2**32 - 1), "max_tokens": (1, LARGEST)}
+WHOLE = {
+    "top_k": (0, LARGEST),
+    "seed": (0, 2**32 - 1),
+    "max_tokens": (1, LARGEST),
+    "top_logprobs": (0, ALTERNATIVES),
+}
 
 
 def is_number(value: Any) -> bool:
@@ -123,6 +131,7 @@ class Request:
       notify: called with the request after tokens came, and once more when it ends; must return quickly.
       tokens: drawn so far.
       logprobs: of each of them under the model.
+      top: (token, log-probability) of the most probable tokens at each of them, the most probable first.
       finish: "" while it runs, then "stop" (a stop token, or the model's end of text), "length" (max_tokens, or the
         end of the context), "cancelled" or "error" (its own, or of a step that all requests share).
       read: tokens of the prompt in the cache.
@@ -135,16 +144,17 @@ class Request:
     notify: Callable[["Request"], None] = lambda request: None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: str = ""
     read: int = 0
     slot: int = -1
     number: int = -1
 
-    def since(self, start: int) -> tuple[list[int], list[float], str]:
-        """Tokens from number `start` on, their log-probabilities and `finish`, all of one moment; from any thread."""
+    def since(self, start: int) -> tuple[list[int], list[float], list[tuple[tuple[int, float], ...]], str]:
+        """Tokens from number `start` on, `logprobs` and `top` of each, and `finish`, of one moment; from any thread."""
         finish = self.finish  # first: what is added after it is read was not the end
-        count = len(self.logprobs)  # each is added after its token
-        return self.tokens[start:count], self.logprobs[start:count], finish
+        count = len(self.logprobs)  # each is added after its token and the most probable ones
+        return self.tokens[start:count], self.logprobs[start:count], self.top[start:count], finish
 
     @property
     def reading(self) -> bool:

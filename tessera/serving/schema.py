@@ -70,6 +70,6 @@ SCHEMA = Schema(
     model=SourceConfig,
     draft=DraftConfig,
     sizes=ServeConfig,
-    sampling=Sampling,
+    sampling=Group(Sampling, without=("top_logprobs",)),
     app=Group(AppConfig, without=("api_key",)),
 )

@@ -13,7 +13,16 @@ from jaxtyping import PyTree
 
 from sharding.inference.kv_cache import Cache, Read, append, read_range, read_slots
 from sharding.inference.pipeline_ring import Ring, pass_on
-from sharding.inference.sample import DRAWN, READ, Settings, logprob, mark_seen, sample_tokens
+from sharding.inference.sample import (
+    ALTERNATIVES,
+    DRAWN,
+    READ,
+    Settings,
+    logprob,
+    mark_seen,
+    sample_tokens,
+    top_logprobs,
+)
 from sharding.inference.speculative import accept
 from tessera.parallel.decoder import DecodeInputs, ShardedDecoder
 from tessera.serving.quantized import quantized_specs
@@ -29,12 +38,14 @@ class State(NamedTuple):
 class Drawn(NamedTuple):
     """Tokens and log-probabilities, [N] of a prefill or [steps, B] of a decode, and their logits if asked for.
 
-    A token of -1, and what comes after it in its slot, was not drawn.
+    A token of -1, and what comes after it in its slot, was not drawn. `top` are the most probable tokens and their
+    log-probabilities, [N, K] or [steps, B, K], see `sharding.inference.sample.top_logprobs`.
     """
 
     tokens: Any
     logprobs: Any
     logits: Any
+    top: Any
 
 
 class Rows(NamedTuple):
@@ -75,11 +86,11 @@ def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool) -> 
         last_NV = logits_NTV[:, -1]
         drawn = sample_tokens(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates)
         shown = (logits_NTV if every else last_NV) if logits else None
-        return State(cache, seen), Drawn(*drawn, shown)
+        return State(cache, seen), Drawn(*drawn, shown, top_logprobs(last_NV, settings, decoder.tp))
 
     row = PartitionSpec(data)
     shown = PartitionSpec(data, None, decoder.tp) if every else PartitionSpec(data, decoder.tp)
-    out = (programs.state_specs, Drawn(row, row, shown if logits else None))
+    out = (programs.state_specs, Drawn(row, row, shown if logits else None, (row, row)))
     return _compile(programs, local, (Rows(row, row, row, row), _settings_specs(row)), out)
 
 
@@ -128,7 +139,9 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
         stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
         groups_n = jnp.arange(ring.groups * count, dtype=jnp.int32).reshape(ring.groups, count)
         shape = (ring.steps, *tokens.shape)
-        output = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None)
+        alternatives = (*shape, min(ALTERNATIVES, decoder.config.vocab_size))
+        top = jnp.zeros(alternatives, jnp.int32), jnp.zeros(alternatives)
+        output = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), None, top)
         if logits:
             width = decoder.config.vocab_size // decoder.plan.size("tp")
             output = output._replace(logits=jnp.zeros((*shape, width), jnp.float32))
@@ -151,7 +164,9 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)
             next_N, logprob_N = sample_tokens(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
-            output = _record(output, item.step, slots_N, live_N, next_N, logprob_N, logits_NV if logits else None)
+            top = top_logprobs(logits_NV, settings_N, decoder.tp)
+            new = Drawn(next_N, logprob_N, logits_NV if logits else None, top)
+            output = _record(output, new, item.step, slots_N, live_N)
             moved = (y_N1D, tokens_N, next_N, slots_N, live_N)
             x_N1D, tokens_N, next_N, slots_N, live_N = (pass_on(x, decoder.pp) for x in moved)
             # What the last stage drew is the input of the first; other stages get what no stage before the first reads.
@@ -168,7 +183,10 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
         return state, output
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
-    out = (programs.state_specs, Drawn(drawn, drawn, PartitionSpec(None, data, decoder.tp) if logits else None))
+    out = (
+        programs.state_specs,
+        Drawn(drawn, drawn, PartitionSpec(None, data, decoder.tp) if logits else None, (drawn, drawn)),
+    )
     return _compile(programs, local, (row, row, _settings_specs(row)), out)
 
 
@@ -195,26 +213,25 @@ def verify_program(programs: Any) -> Callable:
         stayed_B, next_B = accept(logits_BUV, draft_BTV, drafted_BT, seen, settings, decoder.tp, config.candidates)
         step_U, stayed_B1 = jnp.arange(u)[None], stayed_B[:, None]
         drawn_BU = jnp.where(step_U < stayed_B1, drafted.T, jnp.where(step_U == stayed_B1, next_B[:, None], -1))
-        logprob_N = logprob(logits_BUV.reshape(b * u, -1), drawn_BU.reshape(-1), decoder.tp)
+        logits_NV = logits_BUV.reshape(b * u, -1)
+        logprob_N = logprob(logits_NV, drawn_BU.reshape(-1), decoder.tp)
+        top = jax.tree.map(lambda x: x.reshape(b, u, -1).swapaxes(0, 1), top_logprobs(logits_NV, settings, decoder.tp))
         stays_BT = live_B[:, None] & (step_U[:, :-1] < stayed_B1)
         seen = mark_seen(seen, slots_B, drafted_BT, stays_BT, decoder.tp, DRAWN)
         # Nothing past a slot's length is ever looked at: this forgets what did not stay.
         lengths = jnp.where(live_B, starts_B + 1 + stayed_B, starts_B)
-        drawn = Drawn(drawn_BU.T, logprob_N.reshape(b, u).T, None)
+        drawn = Drawn(drawn_BU.T, logprob_N.reshape(b, u).T, None, top)
         return State(cache._replace(lengths=lengths), seen), drawn, lengths, seen
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
     state = programs.state_specs
     given = (row, drawn, PartitionSpec(None, data, decoder.tp), row, _settings_specs(row))
-    return _compile(programs, local, given, (state, Drawn(drawn, drawn, None), state.cache.lengths, state.seen))
+    return _compile(
+        programs, local, given, (state, Drawn(drawn, drawn, None, (drawn, drawn)), state.cache.lengths, state.seen)
+    )
 
 
-def _record(
-    output: Drawn, step: Any, slots_N: Any, live_N: Any, tokens_N: Any, logprobs_N: Any, logits_NV: Any
-) -> Drawn:
+def _record(output: Drawn, new: Drawn, step: Any, slots_N: Any, live_N: Any) -> Drawn:
     """Note what was drawn where the rows are live."""
     place_N = jnp.where(live_N, slots_N, output.tokens.shape[1])
-    tokens = output.tokens.at[step, place_N].set(tokens_N, mode="drop")
-    logprobs = output.logprobs.at[step, place_N].set(logprobs_N, mode="drop")
-    shown = None if output.logits is None else output.logits.at[step, place_N].set(logits_NV, mode="drop")
-    return Drawn(tokens, logprobs, shown)
+    return jax.tree.map(lambda all_BN, new_N: all_BN.at[step, place_N].set(new_N, mode="drop"), output, new)

@@ -24,12 +24,14 @@ class Delta:
       tokens: the text that each of its tokens added.
       logprobs: of each of these tokens.
       offsets: where each of them begins, in letters from the beginning of the text.
+      top: (text, log-probability) of the most probable tokens at each of them.
     """
 
     text: str = ""
     tokens: tuple[str, ...] = ()
     logprobs: tuple[float, ...] = ()
     offsets: tuple[int, ...] = ()
+    top: tuple[tuple[tuple[str, float], ...], ...] = ()
 
     def __add__(self, other: "Delta") -> "Delta":
         """This part and the one after it."""
@@ -64,33 +66,48 @@ class TextStream:
         self._before = self._decode()  # text of the window that has been added
         self._open = False  # whether the window ends in what is not decoded yet
         self._text, self._first = "", 0  # added and not given out, and where it begins
-        self._drawn: deque[tuple[int, str, float]] = deque()  # tokens not given out: where each begins, text, logprob
+        self._drawn: deque[tuple[int, str, float, tuple]] = deque()  # not given out: begin, text, logprob, top
 
-    def feed(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None, *, final: bool = False) -> Delta:
+    def feed(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float] | None = None,
+        top: Sequence[Sequence[tuple[int, float]]] | None = None,
+        *,
+        final: bool = False,
+    ) -> Delta:
         """What is new.
 
         Args:
           tokens: that were drawn after those fed before.
           logprobs: of each of them; None for zeros.
+          top: (token, log-probability) of the most probable tokens at each of them; None for none.
           final: no more will come: give out what waited.
         """
         if self.stopped:
             return Delta()
-        for token, logprob in zip(tokens, logprobs or [0.0] * len(tokens), strict=True):
+        rest_of = (logprobs or [0.0] * len(tokens), top or [()] * len(tokens))
+        for token, logprob, others in zip(tokens, *rest_of, strict=True):
             begin = self._first + len(self._text)
+            shown = tuple((self._would_add(other), value) for other, value in others)
             added = self._append(token)
-            self._drawn.append((begin, added, logprob))
+            self._drawn.append((begin, added, logprob, shown))
             self._text += added
         if final:
             rest = self._decode()[len(self._before) :]
             self._text += rest
             if rest and self._drawn:
-                begin, added, logprob = self._drawn.pop()
-                self._drawn.append((begin, added + rest, logprob))
+                begin, added, *same = self._drawn.pop()
+                self._drawn.append((begin, added + rest, *same))
         found = [(place + len(word), place) for word in self.stop if (place := self._text.find(word)) >= 0]
         self.stopped = bool(found)
         size = min(found)[1] if found else len(self._text) - (0 if final else self._held())
         return self._give(size, final=final)
+
+    def _would_add(self, token: int) -> str:
+        """The text that another token would add here; `UNDECODED` in place of what is not yet a character."""
+        text = self._decode([*self._window, token])
+        return text[len(os.path.commonprefix([text, self._before])) :]
 
     def _append(self, token: int) -> str:
         """The text that one more token adds."""
@@ -119,17 +136,17 @@ class TextStream:
         text, end = self._text[:size], self._first + size
         found = []
         while self._drawn:
-            begin, added, _ = self._drawn[0]
+            begin, added, *_ = self._drawn[0]
             grows = len(self._drawn) == 1 and self._open  # the next token may show more of its bytes
             whole = begin < end and (self.stopped or begin + len(added) <= end and not grows)
             if not whole and (self.stopped or not final):
                 break
-            begin, added, logprob = self._drawn.popleft()
-            found.append((begin, added[: end - begin], logprob))
+            begin, added, *more = self._drawn.popleft()
+            found.append((begin, added[: end - begin], *more))
         self._first, self._text = end, self._text[size:]
         self.count += len(found)
-        offsets, tokens, logprobs = zip(*found, strict=True) if found else ((), (), ())
-        return Delta(text, tokens, logprobs, offsets)
+        offsets, tokens, logprobs, top = zip(*found, strict=True) if found else ((), (), (), ())
+        return Delta(text, tokens, logprobs, offsets, top)
 
     def _held(self) -> int:
         """Letters at the end that may be the beginning of a stop string."""

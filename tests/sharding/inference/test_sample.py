@@ -29,7 +29,9 @@ def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, 
 
     off = {"presence": 0.0, "frequency": 0.0} | drawn
     t, *floats = (spread(x, jnp.float32) for x in (temperature, top_p, min_p, penalty, *off.values()))
-    return Settings(t, spread(top_k, jnp.int32), *floats, spread(seed, jnp.uint32), spread(index, jnp.int32))
+    return Settings(
+        t, spread(top_k, jnp.int32), *floats, spread(seed, jnp.uint32), spread(index, jnp.int32), spread(0, jnp.int32)
+    )
 
 
 def allowed_tokens(logits, **how):

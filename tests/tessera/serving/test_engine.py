@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
+from tessera.models.transformer import Decoder
 from tessera.serving.engine import Engine, generate_all
 from tessera.serving.programs import make_programs
 from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling
 
+DECODER = jax.jit(Decoder(replace(tiny.CONFIG, dtype="float32")).apply)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (3, 40, 1, 16, 17, 9, 30, 5, 2)]
 SAMPLINGS = [
@@ -37,6 +39,28 @@ def test_a_text_comes_out_as_if_it_were_alone(axes):
         assert text.finish == only.finish == "length"
         np.testing.assert_allclose(text.logprobs, only.logprobs, atol=1e-5)
     assert together[1].tokens != together[7].tokens, "the same seed after another prompt"
+
+
+@pytest.mark.parametrize(
+    "axes", ["", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("dp=2, tp=2, cp=2", "pp=2, dp=2"))]
+)
+def test_alternatives_are_the_most_probable_tokens_of_the_model(axes):
+    """Against a log-softmax in float64 of the decoder's logits; nothing that changes the draw changes them."""
+    asked = [replace(one, top_logprobs=count) for one, count in zip(SAMPLINGS[:4], (20, 1, 0, 5), strict=True)]
+    found = generate_all(tiny.engine(axes=axes), PROMPTS[:4], asked)
+    plain = generate_all(tiny.engine(axes=axes), PROMPTS[:4], SAMPLINGS[:4])
+    for prompt, text, other, sampling in zip(PROMPTS, found, plain, asked, strict=False):
+        assert text.tokens == other.tokens and len(text.top) == len(text.tokens)
+        tokens = np.zeros((1, tiny.SIZES.length), np.int32)
+        tokens[0, : len(prompt) + len(text.tokens)] = [*prompt, *text.tokens]
+        logits = np.asarray(DECODER({"params": tiny.weights()}, tokens), np.float64)[0]
+        for step, top in enumerate(text.top):
+            row = logits[len(prompt) - 1 + step]
+            expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+            ids = np.argsort(-expected, kind="stable")[: sampling.top_logprobs]
+            assert [token for token, _ in top] == ids.tolist()
+            np.testing.assert_allclose([value for _, value in top], expected[ids], atol=2e-5)
+            assert text.logprobs[step] == pytest.approx(expected[text.tokens[step]], abs=2e-5)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_what_is_no_json_object_is_refused(data):
 REFUSED = [  # chat, what is added to a body, the parameter that is named, a part of the message
     (False, {"stream": "no"}, "stream", "true or false"),
     (False, {"best_of": 3}, "best_of", "not supported"),
-    (False, {"logprobs": 5}, "logprobs", "alternatives"),
+    (False, {"logprobs": 6}, "logprobs", "logprobs=6 must be a whole number in 0..5"),
     (False, {"stop": {"a": 1}}, "stop", "a string or a list"),
     (False, {"stop": ["a", ""]}, "stop", "1 to 256 letters"),
     (False, {"stop": "a" * 257}, "stop", "1 to 256 letters"),
@@ -59,7 +59,8 @@ REFUSED = [  # chat, what is added to a body, the parameter that is named, a par
     (False, {"temperature": 1e-12}, "temperature", "or 0"),
     (True, {"prompt": "a"}, "prompt", "unknown field"),
     (True, {"logprobs": 1}, "logprobs", "true or false"),
-    (True, {"top_logprobs": 2}, "top_logprobs", "not supported"),
+    (True, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
+    (True, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21 must be a whole number in 0..20"),
     (True, {"tools": [{}]}, "tools", "not supported"),
     (True, {"messages": []}, "messages", "a list of {role, content}"),
     (True, {"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content is missing"),

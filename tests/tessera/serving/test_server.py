@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import signal
 import socket
 import threading
@@ -432,6 +433,27 @@ def test_streamed_log_probabilities_come_once_while_the_engine_goes_on(server):
     assert [token for part in parts for token in part.choices[0].logprobs.content] == one.choices[0].logprobs.content
 
 
+def test_alternatives_in_openais_form(server):
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "seed": 5}
+    one = client.completions.create(**asked, logprobs=3).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, logprobs=3, stream=True)]
+    assert sum((chunk.logprobs.top_logprobs for chunk in chunks), []) == one.logprobs.top_logprobs
+    for token, value, top in zip(
+        one.logprobs.tokens, one.logprobs.token_logprobs, one.logprobs.top_logprobs, strict=True
+    ):
+        # Bytes that are no character alone have the same text, so there may be fewer.
+        assert 1 <= len(top) <= 4 and top[token] >= value and list(top.values())[0] == max(top.values())
+    assert client.completions.create(**asked, logprobs=0).choices[0].logprobs.top_logprobs is None
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8, "seed": 2}
+    for token in client.chat.completions.create(**chat, logprobs=True, top_logprobs=20).choices[0].logprobs.content:
+        values = [other.logprob for other in token.top_logprobs]
+        assert len(values) == 20 and values == sorted(values, reverse=True) and token.logprob <= values[0]
+        assert sum(map(math.exp, values)) <= 1 + 1e-5
+    plain = client.chat.completions.create(**chat, logprobs=True).choices[0].logprobs.content
+    assert all(token.top_logprobs == [] for token in plain)
+
+
 @pytest.mark.slow
 def test_two_hundred_requests_at_once_lose_none():
     with running(queue=200) as server:
@@ -464,7 +486,7 @@ WRONG = {
     "max_completion_tokens": (0, -1, 2**31, 1e30, HUGE),
     "n": (0, -1, 17, 2**63, 1.0, "NaN", "Infinity", HUGE, True),
     "seed": (2**63, -(2**63) - 1, 1.0, "NaN", "Infinity", HUGE),
-    "logprobs": (-1, 1, 5, 0.0, "NaN", HUGE, '"all"', True),
+    "logprobs": (-1, 6, 2**40, 0.0, "NaN", HUGE, '"all"', True),
     "logit_bias": ('{"5": 1}', '{"5": NaN}', '{"99999999999": 100}', 3),
     "stop": (5, "[1]", '{"a": 1}', '["a","b","c","d","e"]', "NaN", True),
     "stop_token_ids": (5, "[-1]", "[256]", "[2147483648]", f"[{HUGE}]", "[1.0]", "[NaN]", '"ab"', "[true]", "{}"),

@@ -49,12 +49,16 @@ def test_greedy_texts_are_the_large_models_own(axes, draft_axes):
     prompts = [PROMPTS[0], LONG if axes else PROMPTS[1], *PROMPTS[2:]]
     plain = generate_all(tiny.engine(axes=axes), prompts, GREEDY)
     stop = plain[5].tokens[4]
-    asked = [*GREEDY[:5], replace(GREEDY[5], stop_tokens=(stop,))]
+    asked = [replace(one, top_logprobs=3) for one in (*GREEDY[:5], replace(GREEDY[5], stop_tokens=(stop,)))]
     both = engine(axes, draft_axes=draft_axes)
     found = generate_all(both, prompts, asked)
     for one, other in zip(found[:5], plain[:5], strict=True):
         assert one.tokens == other.tokens and one.finish == other.finish == "length"
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        # Without penalties a greedy text takes the most probable token.
+        assert all(top[0] == pytest.approx(max(top, key=lambda one: one[1])) for top in one.top)
+    for token, logprob, top in zip(found[0].tokens, found[0].logprobs, found[0].top, strict=True):
+        assert top[0] == pytest.approx((token, logprob), abs=1e-5)
     assert len(found[1].tokens) == tiny.SIZES.length - len(prompts[1])
     assert found[5].finish == "stop" and found[5].tokens == plain[5].tokens[: plain[5].tokens.index(stop)]
     assert 0 < both.counts["accepted"] < both.counts["drafted"]
