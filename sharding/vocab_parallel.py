@@ -16,7 +16,7 @@ def lookup(tokens_BT: Int[Array, "B T"], table_VD: Float[Array, "V D"], tp: str 
     The caller sums over `tp` (`sharding.tensor_parallel.reduce_scatter_sequence`, which may scatter over time).
 
     Args:
-      tokens_BT: ids in the full vocabulary.
+      tokens_BT: ids in the full vocabulary; any other id gives NaN, under every split.
       table_VD: this device's rows.
       tp: mesh axis that splits the vocabulary.
 
@@ -25,12 +25,16 @@ def lookup(tokens_BT: Int[Array, "B T"], table_VD: Float[Array, "V D"], tp: str 
       >>> sharding.lookup(jnp.array([[2, 0]]), jnp.arange(6.0).reshape(3, 2), None).tolist()
       [[[4.0, 5.0], [0.0, 1.0]]]
     """
-    if tp is None:
-        return table_VD[tokens_BT]
     rows = table_VD.shape[0]
-    local_BT = tokens_BT - jax.lax.axis_index(tp) * rows
+    vocabulary = rows if tp is None else rows * jax.lax.axis_size(tp)
+    known_BT = (tokens_BT >= 0) & (tokens_BT < vocabulary)
+    local_BT = tokens_BT if tp is None else tokens_BT - jax.lax.axis_index(tp) * rows
     here_BT = (local_BT >= 0) & (local_BT < rows)
-    return jnp.where(here_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
+    return jnp.where(
+        here_BT[..., None],
+        table_VD[jnp.clip(local_BT, 0, rows - 1)],
+        jnp.where(known_BT, 0, jnp.nan).astype(table_VD.dtype)[..., None],
+    )
 
 
 def token_losses(

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.tensor_parallel import INSIDE, RESIDUAL
+from sharding.vocab_parallel import lookup
 from tessera.models.remat import Remat, parse_remat
 
 
@@ -643,7 +644,7 @@ class Decoder(nn.Module):
         """Compute the logits.
 
         Args:
-          tokens_BT: token ids in 0..V-1; not checked (JAX's indexing reads the last row for an id past the end).
+          tokens_BT: token ids in 0..V-1; another id gives NaN from its position on.
           positions_BT: rotary positions, default 0..T-1 in every row.
 
         Returns:
@@ -653,7 +654,7 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
-        x_BTD = self.constrain(table_VD[tokens_BT].astype(DTYPES[c.dtype]), RESIDUAL)
+        x_BTD = self.constrain(lookup(tokens_BT, table_VD, None).astype(DTYPES[c.dtype]), RESIDUAL)
         x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:

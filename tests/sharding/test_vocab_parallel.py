@@ -37,14 +37,16 @@ def test_losses_from_parts_of_the_logits_are_those_of_the_whole():
 
 def test_rows_of_a_split_table():
     table = np.arange(48.0, dtype=np.float32).reshape(16, 3)
-    tokens = np.array([[0, 15, 7], [8, 1, 2]], np.int32)
+    tokens = np.array([[0, 15, 7], [8, 1, 2], [16, -1, 2**31 - 1]], np.int32)
     summed = jax.shard_map(
         lambda tokens, table: jax.lax.psum(lookup(tokens, table, "tp"), "tp"),
         mesh=make_mesh(PLAN),
         in_specs=(P(), P("tp")),
         out_specs=P(),
     )
-    np.testing.assert_array_equal(jax.jit(summed)(tokens, table), table[tokens])
+    expected = np.concatenate([table[tokens[:2]], np.full((1, 3, 3), np.nan)])  # ids outside the vocabulary
+    np.testing.assert_array_equal(jax.jit(summed)(tokens, table), expected)
+    np.testing.assert_array_equal(lookup(jnp.asarray(tokens), jnp.asarray(table), None), expected)
 
 
 def shapes_inside(jaxpr, inside=False):
