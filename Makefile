@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster bench coverage golden lock lint clean
+.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster test-urls test-faults bench coverage golden lock lint clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -75,6 +75,18 @@ test-wheel: $(VENV)/installed
 test-cluster: $(VENV)/installed
 	$(PIP) $(LOCK:%=--constraint %) -e '.[slurm,ray]'
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
+
+# A workdir, a text and a model in a bucket of moto's S3 server on this machine, the run killed twice. A minute.
+test-urls: $(VENV)/installed
+	$(PIP) $(LOCK:%=--constraint %) -e '.[urls]' 'moto[server]'
+	$(BIN)/python -m pytest -m 'slow or not slow' -rs tests/tessera/infra/test_remote.py
+
+# Kills, full disks, damaged files, two processes in one directory, requests that vanish, inputs that nobody would send;
+# a table of what was tried, survived and lost. As root, for full disks. Longer than half an hour; FAULTS=--kills=10 --disks=0
+# and so on for less (tests/faults/faults.py --help).
+test-faults: $(VENV)/installed
+	$(PIP) $(LOCK:%=--constraint %) schemathesis
+	$(BIN)/python tests/faults/faults.py $(FAULTS)
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=xml

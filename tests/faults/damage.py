@@ -264,26 +264,30 @@ def requests(lab: faults.Lab, most: int) -> None:
     for what, problem, note in json.loads(out.read_text()):
         count.add(what, problem)
         count.notes[note] += 1
-    schemathesis = lab.place / "schemathesis.log"
-    status = faults.fork(_schemathesis, schemathesis, 1800)
-    text = schemathesis.read_text(errors="replace")
+
+
+def schemathesis(lab: faults.Lab, most: int) -> None:
+    """Send what the server's OpenAPI document allows, and what it does not, to every operation."""
+    log = lab.place / "schemathesis.log"
+    status = faults.fork(lambda: _schemathesis(most), log, 1800)
+    text = log.read_text(errors="replace")
     found = re.search(r"(\d+) generated", text)
     if "not installed" in text:
         lab.count("schemathesis").notes["skipped: pip install schemathesis"] = 1
     else:
         lab.count("schemathesis").tried = int(found[1]) if found else 0
-        lab.count("schemathesis").lost += [faults.tail(schemathesis, 2000)] if status else []
+        lab.count("schemathesis").lost += [faults.tail(log, 2000)] if status else []
 
 
 def _requests(most: int, seed: float) -> list[tuple[str, str, str]]:
-    import httpx
-    from test_server import KEY, running
+    import openai
+    from test_server import running
 
     rng = random.Random(seed)
     done: list[tuple[str, str, str]] = []
     expected: dict[int, str] = {}
 
-    async def ask(client: httpx.AsyncClient, number: int, limit: asyncio.Semaphore) -> None:
+    async def ask(client: openai.AsyncOpenAI, number: int, limit: asyncio.Semaphore) -> None:
         kind, leaves = number % 50, rng.random() < 1 / 3
         body = {"model": "tiny", "prompt": f"{kind} ", "max_tokens": 8, "seed": kind, "stream": rng.random() < 0.5}
         async with limit:
@@ -303,26 +307,20 @@ def _requests(most: int, seed: float) -> list[tuple[str, str, str]]:
         first = expected.setdefault(kind, text)
         done.append((f"request {number}", "" if text == first else f"{text!r}, and {first!r} before", "answered"))
 
-    async def send(client: httpx.AsyncClient, body: dict) -> str:
-        answer = await client.post("/v1/completions", json=body)
-        if answer.status_code != 200:
-            raise RuntimeError(f"status {answer.status_code}: {answer.text[:200]}")
+    async def send(client: openai.AsyncOpenAI, body: dict) -> str:
+        answer = await client.completions.create(**body)
         if not body["stream"]:
-            return answer.json()["choices"][0]["text"]
-        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-        assert lines[-1] == "[DONE]", lines[-1]
-        return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+            return answer.choices[0].text
+        return "".join([chunk.choices[0].text async for chunk in answer])
 
-    async def everybody(address: str) -> None:
+    async def everybody(server: Any) -> None:
         limit = asyncio.Semaphore(200)
-        headers = {"Authorization": f"Bearer {KEY}"}
-        pool = httpx.Limits(max_connections=250)
-        async with httpx.AsyncClient(base_url=address, headers=headers, timeout=120, limits=pool) as client:
+        async with server.client(kind=openai.AsyncOpenAI) as client:
             await asyncio.gather(*(ask(client, number, limit) for number in range(most)))
 
     with running(queue=256) as server:
         threads = threading.active_count()
-        asyncio.run(everybody(server.address))
+        asyncio.run(everybody(server))
         until = time.monotonic() + 30
         while time.monotonic() < until and not idle(server.engine):
             time.sleep(0.05)
@@ -340,7 +338,7 @@ def idle(engine: Any) -> bool:
     return not engine.busy
 
 
-def _schemathesis() -> int:
+def _schemathesis(most: int) -> int:
     from importlib.util import find_spec
 
     if not find_spec("schemathesis"):
@@ -353,7 +351,7 @@ def _schemathesis() -> int:
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"),
                 *("--header", f"Authorization: Bearer {KEY}", "--checks", "not_a_server_error"),
-                *("--max-examples", "200", "--no-color"),
+                *("--max-examples", str(most), "--request-timeout", "120", "--no-color"),
             ],
             check=False,
             timeout=1700,

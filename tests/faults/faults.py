@@ -493,6 +493,7 @@ def main() -> int:
     parser.add_argument(
         "--requests", type=int, default=2000, help="to a server, 200 at once, a third of them cancelled"
     )
+    parser.add_argument("--schemathesis", type=int, default=200, help="examples for each operation")
     parser.add_argument("--fuzz", type=int, default=10000, help="inputs for each reader")
     parser.add_argument("--only", default="", help="commands, separated by semicolons")
     parser.add_argument("--seed", type=int, default=0)
@@ -521,6 +522,8 @@ def main() -> int:
         damage.files(lab, options.files)
     if options.requests:
         damage.requests(lab, options.requests)
+    if options.schemathesis:
+        damage.schemathesis(lab, options.schemathesis)
     if options.fuzz:
         damage.fuzz(lab, options.fuzz)
     return report(lab, time.monotonic() - begun)
