@@ -407,7 +407,8 @@ def _explained(url: str, more: str = "") -> Iterator[None]:
     except (RemoteError, WorkdirInUse, FileExistsError):
         raise
     except FileNotFoundError as error:
-        raise RemoteMissing(f"nothing is at {url}{more}") from error
+        why = f" ({_short(error)})" if str(error) else ""  # such as a bucket that does not exist
+        raise RemoteMissing(f"nothing is at {url}{why}{more}") from error
     except Exception as error:  # each client has its own kinds
         raise RemoteError(f"{url}: {_short(error)}{more}") from error
 
