@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -142,13 +143,13 @@ def jobs(text: Path, trained: Path) -> dict[str, Job]:
         ),
         "in an evaluation": (Moment("tessera.sweeps.train:Trainer.read_out", delay=0.1),),
         "in the last step": (Moment(event="os.rename", match=r"readouts/\d", number=2),),
-        "in the report": (Moment("tessera.cli.sweep:print_report", delay=0.03),),
+        "in the report": (Moment(event="os.rename", match=r"report\.html'"), Moment(event="open", match=r"fit\.json")),
     }
     export = {
         "start": (Moment("tessera.serving.huggingface:write_config"),),
         "inside a save": (
             Moment("tessera.serving.huggingface:_safetensors", number=1, delay=0.001),
-            Moment(event="open", match=r"tokenizer\.json"),
+            Moment("tessera.serving.load:write_text", number=2),
         ),
         "between save and rename": (
             Moment(event="os.rename", match=r"model\.safetensors"),
@@ -158,7 +159,7 @@ def jobs(text: Path, trained: Path) -> dict[str, Job]:
     }
     quantize = {
         "compiling": (replace(COMPILE, number=2, delay=0.02),),
-        "in an evaluation": (Moment("sharding.inference.quantize:quantize", number=3, delay=0.01),),
+        "in an evaluation": (Moment("tessera.cli.quantize:quantise_decoder", number=2, delay=0.01),),
     }
     return {
         "train, dense": Job("train", ("--config=lm:tiny", *SMALL, *data), TRAINING),
@@ -265,7 +266,7 @@ def command(job: Job, directory: Path, moment: Moment | None = None, cold: Path 
         if cold:
             jax.config.update("jax_compilation_cache_dir", str(cold))
         if moment:
-            inner = job.workers and "cli" not in moment.call and "versions" not in moment.match
+            inner = job.workers and not re.search("versions|report|fit", moment.match)
             arm_workers(moment) if inner else arm(moment)
         if job.command == "export-hf":
             cli.main([job.command, *job.flags, str(directory / "exported")])
@@ -513,19 +514,23 @@ def main() -> int:
         lab.prepare(list(lab.jobs))
     if options.only and "train, dense" not in options.only:
         del lab.jobs["train, dense"]
-    for part, most in ((kills, options.kills), (disks, options.disks), (pairs, options.pairs)):
-        if most:
-            part(lab, most)
     import damage
 
-    if options.files:
-        damage.files(lab, options.files)
-    if options.requests:
-        damage.requests(lab, options.requests)
-    if options.schemathesis:
-        damage.schemathesis(lab, options.schemathesis)
-    if options.fuzz:
-        damage.fuzz(lab, options.fuzz)
+    parts = {
+        kills: options.kills,
+        disks: options.disks,
+        pairs: options.pairs,
+        damage.files: options.files,
+        damage.requests: options.requests,
+        damage.schemathesis: options.schemathesis,
+        damage.fuzz: options.fuzz,
+    }
+    try:
+        for part, most in parts.items():
+            if most:
+                part(lab, most)
+    except KeyboardInterrupt:
+        print("interrupted: the table is of what was tried", flush=True)
     return report(lab, time.monotonic() - begun)
 
 
