@@ -129,8 +129,8 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
     """
     if is_url(directory):
         with tempfile.TemporaryDirectory() as folder:
-            made = export_directory(loaded, Path(folder) / "model", dtype)
-            upload(made, str(directory), last="config.json")
+            export_directory(loaded, Path(folder) / "model", dtype)
+            upload(Path(folder) / "model", str(directory), last="config.json")
         return directory
     target = Path(directory)
     if target.exists():
@@ -158,8 +158,7 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
             write_text(staging / "generation_config.json", json.dumps(tokens, indent=2) + "\n")
             os.rename(staging, target)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -66,7 +66,9 @@ class TextStream:
         self._before = self._decode()  # text of the window that has been added
         self._open = False  # whether the window ends in what is not decoded yet
         self._text, self._first = "", 0  # added and not given out, and where it begins
-        self._drawn: deque[tuple[int, str, float, tuple]] = deque()  # not given out: begin, text, logprob, top
+        self._drawn: deque[tuple[int, str, float, tuple[tuple[str, float], ...]]] = (
+            deque()
+        )  # not given out: begin, text, logprob, top
 
     def feed(
         self,
@@ -97,8 +99,8 @@ class TextStream:
             rest = self._decode()[len(self._before) :]
             self._text += rest
             if rest and self._drawn:
-                begin, added, *same = self._drawn.pop()
-                self._drawn.append((begin, added + rest, *same))
+                begin, added, logprob, shown = self._drawn.pop()
+                self._drawn.append((begin, added + rest, logprob, shown))
         found = [(place + len(word), place) for word in self.stop if (place := self._text.find(word)) >= 0]
         self.stopped = bool(found)
         size = min(found)[1] if found else len(self._text) - (0 if final else self._held())

@@ -360,22 +360,24 @@ def _schemathesis(most: int) -> int:
 
 def fuzz(lab: faults.Lab, most: int) -> None:
     """Every reader of files and of requests with inputs that hypothesis draws."""
-    log = lab.place / "fuzz.log"
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-m", "", "-k", "damaged or any"]
+    log, count = lab.place / "fuzz.log", lab.count("fuzzed inputs of readers")
+    command = [sys.executable, "-m", "pytest", "-n0", "-rA", "-p", "no:cacheprovider", "-m", "", "-k", "damaged or any"]
     tests = ["tests/tessera/test_readers.py", "tests/tessera/serving/test_protocol.py"]
     with log.open("wb") as file:
-        subprocess.run(
-            [*command, "-v", *tests],
+        status = subprocess.run(
+            [*command, *tests],
             cwd=faults.ROOT,
             env=os.environ | {"TESSERA_FUZZ": str(most), "PYTHONPATH": str(faults.ROOT)},
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,
-        )
-    text = log.read_text(errors="replace")
-    for name, status in re.findall(r"::(\S+(?: [^\n]*)?) (PASSED|FAILED|ERROR)", text):
-        count = lab.count("fuzzed inputs of readers")
+        ).returncode
+    for outcome, name in re.findall(
+        r"^(PASSED|FAILED|ERROR) (\S+::.*)$", log.read_text(errors="replace"), re.MULTILINE
+    ):
         count.tried += most
         count.notes["readers"] += 1
-        if status != "PASSED":
+        if outcome != "PASSED":
             count.lost.append(f"{name}: see {log}")
+    if status and not count.lost:
+        count.lost.append(f"exit {status}: {faults.tail(log)}")

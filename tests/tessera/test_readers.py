@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaling.sweeps.store import read_row
 from tessera.data.images import _read_cifar_archive, read_idx
 from tessera.data.text import BPETokenizer, ByteTokenizer
 from tessera.infra.logger import read_rows
@@ -61,6 +62,7 @@ READERS = {
         lambda path: read_settings(path.parent), {"format": FORMAT, "name": "x"}, (("config.json", {"seed": 1}),)
     ),
     "memo.json": Reader(memo_rows, ROWS),
+    "readout.json": Reader(read_row, {"run": "w8", "steps": 20, "loss": 2.5}),
     "bytes.json": Reader(ByteTokenizer.load, {"tessera_tokenizer": "bytes"}),
     "bpe.json": Reader(BPETokenizer.load, BPE),
     "images.gz": Reader(lambda path: read_idx(path, 3), gzip.compress(b"\0\0\x08\3" + b"\0\0\0\2" * 3 + bytes(8))),

@@ -215,12 +215,17 @@ cli.run(cli.Command("failing", "failing", "Fail."), ["--workdir=runs/x"])
             "error: the disk is full; free space and run the same command",
         ),
         (
+            """type("Lost", (), {"__del__": lambda self: exec("raise RuntimeError('Event loop is closed')")})(); """
+            "raise OSError(28, 'No space left on device')",
+            "error: the disk is full; free space and run the same command",
+        ),
+        (
             "raise PermissionError(13, 'Permission denied', 'runs/x/a')",
             "error: --workdir=runs/x: Permission denied (runs",
         ),
         ("threading.Thread(target=threading.Event().wait).start(); 1 / 0", "error: division by zero"),
     ],
-    ids=["full disk", "read-only", "a thread that waits for ever"],
+    ids=["full disk", "full disk, callbacks", "read-only", "a thread that waits for ever"],
 )
 def test_a_failure_ends_the_program_with_one_line(body, message):
     found = run("-c", FAILING.format(body=body))

@@ -194,6 +194,9 @@ def test_a_file_becomes_a_directory_at_once(tmp_path, monkeypatch, capsys):
     assert export_hf.main([str(file), str(tmp_path / "model")]) == 1
     assert capsys.readouterr().err.startswith("error: ") and len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr("tessera.serving.load.write_text", lambda *_: 1 / 0)
+    leftover = tmp_path / ".again.exporting" / "again"  # of an export that was killed
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ZeroDivisionError):
         export_directory(direct, tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
