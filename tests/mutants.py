@@ -77,8 +77,15 @@ class Mutant(NamedTuple):
 
 
 def load(path: Path) -> list[Mutant]:
-    """Read the list of mutants."""
-    return [Mutant(**{**m, "tests": tuple(m.get("tests", ()))}) for m in tomllib.loads(path.read_text())["mutant"]]
+    """Read the list of mutants, each with the tests that the table `tests` names for its module and its own."""
+    found = tomllib.loads(path.read_text())
+    table = found.get("tests", {})
+
+    def tests(mutant: dict[str, Any]) -> tuple[str, ...]:
+        begins = [begin for begin in table if mutant["file"].startswith(begin)]
+        return (*table.get(max(begins, key=len, default=""), ()), *mutant.get("tests", ()))
+
+    return [Mutant(**{**mutant, "tests": tests(mutant)}) for mutant in found["mutant"]]
 
 
 def problem(root: Path, mutant: Mutant) -> str:
@@ -152,7 +159,7 @@ def tests_of(root: Path, mutant: Mutant) -> list[Path]:
     module = module_of(mutant.file)
     others = [f for f in sorted((base / folder[0]).rglob("test_*.py")) if module in imported(root, f)]
     if not first and not others:  # reached through other modules only
-        others = sorted(base.joinpath(*folder).glob("test_*.py")) or sorted((base / folder[0]).rglob("test_*.py"))
+        others = sorted(base.joinpath(*folder).glob("test_*.py"))
     return list(dict.fromkeys([*first, *others]))
 
 
@@ -239,37 +246,50 @@ def pool(root: Path, tasks: Iterable[Task], jobs: int = 1) -> Iterator[tuple[Tas
     running: dict[int, tuple[Task, Path, float]] = {}
     tasks = iter(tasks)
     exhausted = False
-    while running or not exhausted:
-        while not exhausted and len(running) < jobs:
-            if (task := next(tasks, None)) is None:
-                exhausted = True
-                break
-            scratch = Path(tempfile.mkdtemp(prefix="mutant-"))
-            sys.stdout.flush()
-            if (pid := os.fork()) == 0:
-                try:
-                    child(root, task, scratch)
-                finally:
-                    os._exit(3)
-            running[pid] = task, scratch, time.monotonic() + 6 * task.limit
-        for pid, (task, scratch, deadline) in list(running.items()):
-            late = time.monotonic() > deadline
-            if late:
-                os.killpg(pid, signal.SIGKILL)
-            done, status, usage = os.wait4(pid, 0 if late else os.WNOHANG)
-            if not done:
-                continue
-            del running[pid]
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # what a test started and left behind
-            result = scratch / "result.json"
-            out = json.loads(result.read_text()) if result.exists() else {"failed": "", "ran": []}
-            out_of_time = late or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-            code = out.get("code", -1 if out_of_time else -2)
-            log = (scratch / "log").read_text(errors="replace") if (scratch / "log").exists() else ""
-            shutil.rmtree(scratch, ignore_errors=True)
-            yield task, Outcome(code, out["failed"], out["ran"], usage.ru_utime + usage.ru_stime, log)
-        time.sleep(0.05)
+    try:
+        while running or not exhausted:
+            while not exhausted and len(running) < jobs:
+                if (task := next(tasks, None)) is None:
+                    exhausted = True
+                    break
+                scratch = Path(tempfile.mkdtemp(prefix="mutant-"))
+                sys.stdout.flush()
+                if (pid := os.fork()) == 0:
+                    try:
+                        child(root, task, scratch)
+                    finally:
+                        os._exit(3)
+                running[pid] = task, scratch, time.monotonic() + 6 * task.limit
+            for pid, (task, scratch, deadline) in list(running.items()):
+                late = time.monotonic() > deadline
+                if late:
+                    os.killpg(pid, signal.SIGKILL)
+                done, status, usage = os.wait4(pid, 0 if late else os.WNOHANG)
+                if done:
+                    del running[pid]
+                    found = outcome(scratch, late, status, usage.ru_utime + usage.ru_stime)
+                    discard(pid, scratch)
+                    yield task, found
+            time.sleep(0.05)
+    finally:
+        for pid, (_, scratch, _) in running.items():
+            discard(pid, scratch)
+
+
+def outcome(scratch: Path, late: bool, status: int, cpu: float) -> Outcome:
+    """Read what a child left."""
+    result = scratch / "result.json"
+    out = json.loads(result.read_text()) if result.exists() else {"failed": "", "ran": []}
+    out_of_time = late or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+    log = (scratch / "log").read_text(errors="replace") if (scratch / "log").exists() else ""
+    return Outcome(out.get("code", -1 if out_of_time else -2), out["failed"], out["ran"], cpu, log)
+
+
+def discard(pid: int, scratch: Path):
+    """End a child, what its tests started and left behind, and its files."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
@@ -349,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
             same &= {str(f.relative_to(root)) for f in tests_of(root, m)} <= {*entry["tests"], *entry["left_out"]}
         return entry if same else None
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children end with this process
     todo = [m for m in chosen if not m.equivalent and not problems[m] and not finished(m)]
     if todo and not options.report:
         sys.path[:1] = [str(root)]  # in place of tests/, whose folders have the packages' names
