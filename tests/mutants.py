@@ -337,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", type=Path, help="list of mutants; tests/mutants.toml of the checkout")
     parser.add_argument("--out", type=Path, help="folder of the results; runs/mutants of the checkout")
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of file names")
+    parser.add_argument("--tests", nargs="*", help="try these test files alone; what survives them counts as not run")
     parser.add_argument("--sample", type=int, help="how many, drawn by package")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -370,7 +371,8 @@ def main(argv: list[str] | None = None) -> int:
         return entry if same else None
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children end with this process
-    todo = [m for m in chosen if not m.equivalent and not problems[m] and not finished(m)]
+    todo = [m for m in chosen if not m.equivalent and not problems[m]]
+    todo = [m for m in todo if not (old := finished(m)) or (options.tests and old["status"] == "survived")]
     if todo and not options.report:
         sys.path[:1] = [str(root)]  # in place of tests/, whose folders have the packages' names
         for name in options.preload.split():
@@ -380,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
         passes: dict[str, bool] = {}
 
         def task(m: Mutant) -> Task:
-            files = [str(f.relative_to(root)) for f in tests_of(root, m)]
+            files = options.tests or [str(f.relative_to(root)) for f in tests_of(root, m)]
             own = f"test_{Path(m.file).name}"
             first = frozenset(f for f in files if f in m.tests or f.endswith(f"/{own}"))
             files.sort(key=lambda f: (f not in first, len(text(f))))
@@ -415,18 +417,10 @@ def main(argv: list[str] | None = None) -> int:
             files = [f for f in done.tests if not f.startswith("--")]
             used = found.ran if state == "survived" else [found.failed.split("::")[0]] * bool(found.failed) or files
             by = found.failed or (found.log.strip().splitlines() or [""])[-1][:200] * (state == "killed")
-            store.add(
-                **{
-                    "key": key[m],
-                    "file": m.file,
-                    "breaks": m.breaks,
-                    "status": state,
-                    "by": by,
-                    "cpu": round(spent, 2),
-                },
-                tests={f: sha(text(f)) for f in used},
-                left_out=[f for f in files if f not in used],
-            )
+            entry = {"file": m.file, "breaks": m.breaks, "status": state, "by": by, "cpu": round(spent, 2)}
+            hashes, rest = {f: sha(text(f)) for f in used}, [f for f in files if f not in used]
+            if state != "survived" or not options.tests:
+                store.add(key=key[m], **entry, tests=hashes, left_out=rest)
             print(f"{state:9} {spent:6.1f}s  {m.file}: {m.breaks}" + (f"  [{by}]" if by else ""), flush=True)
 
     status: dict[Mutant, dict[str, Any]] = {}

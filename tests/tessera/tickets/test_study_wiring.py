@@ -1,0 +1,199 @@
+"""What studies hand to training and what they say of its results: a recorder stands in for the training."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from lottery import masks as masks_lib
+from lottery import summary
+from lottery.criteria import ScoreInputs
+from lottery.imp import SearchConfig, Trained
+from tessera.data.images import Images, ImageSplits
+from tessera.models.registry import Network
+from tessera.tickets import probe_report
+from tessera.tickets.probes import AnalysisConfig
+from tessera.tickets.setup import Finished, FinishedLevels, Setup
+from tessera.tickets.studies import compared_masks, distribution, instability, population, rewinding, sources
+from tessera.tickets.train import Programs, TicketConfig
+
+SEEDS = (3, 8)
+INITIAL = {"dense0": {"kernel": jnp.arange(1.0, 25.0).reshape(2, 3, 4)}}  # two seeds
+MASKS = jax.tree.map(lambda leaf: jnp.asarray(np.random.default_rng(0).random(leaf.shape) < 0.5), INITIAL)
+INIT = Network(
+    lambda key: jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape[1:]), INITIAL),
+    lambda *_: None,
+    lambda *_: None,
+)
+
+
+EMPTY = Images(np.zeros((1, 2, 2, 1), np.float32), np.zeros(1, np.int32))
+UNUSED = Programs(*[lambda *_: None] * 3)
+
+
+@dataclass(frozen=True)
+class Recorder(Setup):
+    """A setup whose training returns its starts, and rows of the measures it is told."""
+
+    row: dict = field(default_factory=dict)
+    starts: list = field(default_factory=list)
+
+    def train(self, starts, *_):
+        self.starts.append(starts)
+        return Trained(starts.params, [dict(self.row)] * len(starts.names))
+
+
+def recorder(**row):
+    splits, search = ImageSplits(EMPTY, EMPTY, EMPTY, 3), SearchConfig(seeds=SEEDS, rewind=7)
+    ticket, inputs = TicketConfig(steps=20, rewind=7), ScoreInputs()
+    return Recorder(
+        splits, INIT, ticket, search, optax.with_extra_args_support(optax.adam(0.1)), UNUSED, inputs, 1, 3, row
+    )
+
+
+class Levels(FinishedLevels):
+    """Levels of a search that are at hand."""
+
+    def __init__(self, *levels):
+        super().__init__("nowhere")
+        self.levels = levels
+
+    def has(self, level):
+        return level < len(self.levels)
+
+    def load(self, level, like):
+        return self.levels[level]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_branches_begin_at_one_state_in_orders_of_their_own(monkeypatch):
+    setup, pairs = recorder(), []
+    monkeypatch.setattr(instability, "path_rows", lambda setup, a, b, _: pairs.append((a, b)) or [{}] * 6)
+    moments = jax.vmap(optax.adam(0.1).init)(INITIAL)
+    moments = jax.tree.map(lambda leaf: leaf + 1, moments)  # none is zero
+    state = {"params": INITIAL, "opt_state": moments}
+    study = instability.InstabilityConfig(steps=(0,), orders=3)
+    rows = instability._branches(setup, study, state, MASKS, 5, 0.5)
+    (starts,) = setup.starts
+    assert len(set(starts.seeds.tolist())) == 6 and not set(SEEDS) & set(starts.seeds.tolist())
+    assert starts.start_step == 5 and [row["seed"] for row in rows] == [3, 3, 3, 8, 8, 8]
+    for i in range(6):
+        mask, params, opt = (jax.tree.map(lambda x, i=i: x[i // 3], x) for x in (MASKS, INITIAL, moments))
+        assert same(jax.tree.map(lambda x, i=i: x[i], starts.params), masks_lib.apply(params, mask))
+        inner, _ = jax.tree.map(lambda x, i=i: x[i], starts.opt_state)
+        assert same(inner.mu, masks_lib.apply(opt[0].mu, mask)) and same(inner.nu, masks_lib.apply(opt[0].nu, mask))
+        assert inner.count == opt[0].count
+
+
+def test_second_runs_differ_in_the_order_of_the_data_alone(monkeypatch):
+    setup = recorder()
+    monkeypatch.setattr(probe_report, "path_rows", lambda *_: [])
+    level0 = {"reset": INITIAL}, [{"arm": "dense", "seed": seed} for seed in SEEDS]
+    search = Finished(setup, ConfigDict(), Levels(level0))
+    probe_report._second_runs(search, INITIAL, MASKS, list(SEEDS), AnalysisConfig())
+    (starts,) = setup.starts
+    assert len(set(starts.seeds.tolist())) == 2 and not set(SEEDS) & set(starts.seeds.tolist())
+    assert starts.start_step == 7 and same(starts.params, masks_lib.apply(INITIAL, MASKS))
+
+
+def test_masks_of_another_seed_are_the_next_seeds(monkeypatch):
+    found = {}
+    monkeypatch.setattr(sources, "train_masks", lambda setup, masks, *_: found.update(masks) or [])
+    rows = [{"arm": "ticket", "seed": seed} for seed in SEEDS]
+    levels = [({"reset": INITIAL}, [{**row, "arm": "dense"} for row in rows]), ({"masks": MASKS}, rows)]
+    setup = recorder()
+    sources._transfer(setup, {compared_masks.OWN: Finished(setup, ConfigDict(), Levels(*levels))}, 1)
+    own, other = found[compared_masks.OWN], found[sources.SEED]
+    assert same(own[0], jax.tree.map(lambda m: m[0], MASKS))
+    assert same(own, [other[1], other[0]]) and not same(own, other)
+
+
+def test_overlaps_are_with_the_seeds_own_ticket():
+    own = [jax.tree.map(lambda m, i=i: m[i], MASKS) for i in range(2)]
+    names = ("early_stop_test_accuracy", "final_test_accuracy", "early_stop_step")
+    setup = recorder(**dict.fromkeys(names, 0.5))
+    rows = compared_masks.train_masks(setup, {compared_masks.OWN: own, "other": own[::-1]}, INITIAL, SEEDS, 1)
+    first, second = (np.asarray(mask["dense0"]["kernel"]) for mask in own)
+    # Shared over expected: n shared / (a b); with itself n / a.
+    chance = 12 * (first & second).sum() / first.sum() / second.sum()
+    expected = [12 / first.sum(), 12 / second.sum(), chance, chance]
+    assert [row["overlap"] for row in rows] == pytest.approx(expected) and [row["seed"] for row in rows] == [3, 8] * 2
+
+
+def test_the_best_draw_has_the_lowest_early_loss():
+    loss = {"target": [0.3, 0.1, 0.2], "wide": [0.2, 0.3, 0.1]}
+    study = population.PopulationConfig(hidden=(2,), draws=3, repeats=1)
+    setups = {name: recorder(final_test_accuracy=0.5) for name in ("target", "wide", "half", "plain", "distilled")}
+    names = {id(setup): name for name, setup in setups.items()}
+    stack = {"dense0": {"kernel": jnp.arange(3.0)[:, None, None] * jnp.ones((3, 2, 2))}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(population, "draw", lambda setup, *_: (stack, np.asarray(loss[names[id(setup)]])))
+        patch.setattr(population, "prune_to", lambda params, hidden: params)
+        rows = population._recipes(setups, study, 0)
+    assert [row["recipe"] for row in rows] == [*population.RECIPES]
+    trained = {name: setup.starts for name, setup in setups.items() if setup.starts}
+    picked = {name: starts.params["dense0"]["kernel"][:, 0, 0].tolist() for name, (starts,) in trained.items()}
+    # One draw and the best: of the target the second has the lowest loss, of the overwide the third.
+    assert picked == {"target": [0, 1], "half": [0, 2], "plain": [0, 2], "distilled": [0, 2]}
+
+
+def test_early_loss_agrees_with_final_accuracy_where_low_goes_with_high():
+    draws = [
+        {"kind": "draw", "repeat": r, "draw": i, "early": early, "accuracy": accuracy}
+        for r in range(2)
+        for i, (early, accuracy) in enumerate(((0.1, 0.9), (0.2, 0.8), (0.3, 0.7)))
+    ]
+    recipes = [
+        {"kind": "recipe", "repeat": r, "recipe": name, "accuracy": 0.5 + 0.1 * i}
+        for r in range(2)
+        for i, name in enumerate(population.RECIPES)
+    ]
+    study = population.PopulationConfig(draws=3, repeats=2)
+    found = population._study([*draws, *recipes], study, recorder())
+    assert ": 1.00 \u00b1 0.00 over 2 populations" in found.findings[0]
+    assert "10.00 \u00b1 0.00 points above the mean draw" in found.findings[1]
+    assert "40.00 \u00b1 0.00 points above one draw" in found.findings[2]
+
+
+@pytest.mark.parametrize(("value", "verdict"), [("final_test_loss", "better"), ("final_test_accuracy", "worse")])
+def test_late_rewinding_is_better_where_the_loss_is_lower(value, verdict):
+    rows = []
+    for seed in range(4):
+        common = {"seed": seed, "density": 0.5}
+        rows.append({**common, "density": 1.0, "level": 0, "survivors": summary.DENSE, value: 0.2})
+        rows.append({**common, "level": 1, "survivors": "to step 0", value: 0.5 + 0.01 * seed})
+        rows.append({**common, "level": 1, "survivors": "to step 7", value: 0.3 + 0.01 * seed})
+    found = rewinding._study(rows, rewinding.RewindingConfig(value), recorder())
+    assert f"rewinding to step 7 is {verdict}: " in found.findings[0]
+    better = 4 if verdict == "better" else 0
+    assert f"({better} of them better)" in found.findings[0]
+
+
+def test_winners_are_counted_against_their_own_dense_networks_and_tails_are_the_best():
+    accuracy, dense = np.array([60.0, 70.0, 80.0, 90.0]), np.array([50.0, 75.0, 80.0, 95.0])
+    cell = distribution.Cell(1, 4, 0.5, 10, accuracy, dense, ())
+    assert cell.winners == pytest.approx((0.5, 0.25))
+    study = distribution.DistributionConfig((4,), (1,), tickets=40, densities=(0.5,), tails=(0.25,), trials=1)
+    losses = np.random.default_rng(0).exponential(size=40)
+    rows = [
+        {
+            "depth": 1,
+            "width": 4,
+            "density": 0.5,
+            "weights": 10,
+            "loss": float(loss),
+            "accuracy": 0.5,
+            "dense_accuracy": 0.4,
+        }
+        for loss in losses
+    ]
+    found = distribution._study(rows, study, recorder())
+    name = next(name for name in found.tables if name.startswith("Tail index"))
+    assert found.tables[name].rows[0][2].startswith(f"{summary.tail_index(-losses, 10).index:.2f} ")
