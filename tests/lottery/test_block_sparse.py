@@ -13,10 +13,12 @@ from tessera.models.vision import LeNet, MLPConfig
 LAYERS = ("dense0", "dense1", "output")
 
 
-def ticket(structure="64x64", keep=0.4):
+def ticket(structure="64x64", keep=0.6):
     model = LeNet(MLPConfig((128, 64)))
     x = jax.random.normal(jax.random.key(1), (6, 192))
     params = model.init(jax.random.key(0), x)["params"]
+    biases = {name: 0.1 * jax.random.normal(jax.random.key(2), layer["bias"].shape) for name, layer in params.items()}
+    params = {name: {**layer, "bias": biases[name]} for name, layer in params.items()}
     which = masks.prunable(params, (("output/kernel", False),))
     units = prune.units(params, which, structure)
     counts = {path: max(round(keep * n), 1) for path, n in units.items()}
@@ -28,9 +30,11 @@ def test_a_block_ticket_of_lenet_computes_and_learns_what_the_masked_network_doe
     model, params, mask, x = ticket()
     packed = block_sparse.pack_chain(params, mask, LAYERS[:2])
     assert packed["dense0"]["kernel"].structure.live == int(np.asarray(mask["dense0"]["kernel"]).sum()) // 64**2
-    np.testing.assert_allclose(
-        block_sparse.apply_chain(packed, x, LAYERS), model.apply({"params": params}, x), rtol=1e-5, atol=1e-6
-    )
+    logits = np.asarray(model.apply({"params": params}, x))
+    without = model.apply({"params": {**params, "dense0": jax.tree.map(jnp.zeros_like, params["dense0"])}}, x)
+    # Blocks of one layer that meet none of the next would leave a constant; logits have both signs.
+    assert np.abs(logits - without).max() > 0.1 and logits.min() < 0 < logits.max()
+    np.testing.assert_allclose(block_sparse.apply_chain(packed, x, LAYERS), logits, rtol=1e-5, atol=1e-6)
 
     def blocks_only(packed, blocks):
         new = {

@@ -179,6 +179,19 @@ def test_restricting_the_joint_law_gives_chinchillas_fit():
         restrict(JOINT, delta=1.0)
 
 
+@pytest.mark.parametrize("law", [CHINCHILLA, JOINT], ids=lambda law: law.name)
+def test_holding_values_one_by_one_is_holding_them_at_once(law):
+    rows, values = simulate(law, TRUTH[law.name]), dict(list(TRUTH[law.name].items())[:2])
+    one_by_one = law
+    for name, value in values.items():
+        one_by_one = restrict(one_by_one, **{name: value})
+    free = np.asarray([TRUTH[law.name][name] for name in one_by_one.parameters])
+    theta = np.where([name in law.positive for name in one_by_one.parameters], np.log(free), free)[:, None]
+    whole = law.predict(law.raw(TRUTH[law.name])[:, None], law.gather(rows))
+    for held in (one_by_one, restrict(law, **values)):
+        np.testing.assert_allclose(held.predict(theta, held.gather(rows)), whole, rtol=1e-12)
+
+
 def test_a_custom_law_is_fitted():
     def predict(p, row):
         return p["floor"] + p["height"] * jnp.exp(-row["dose"] / p["length"])

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from moe.kernels import Combine, Quantized, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
+from moe.kernels.spec import GroupedSpec
 from moe.kernels.tiling import Tiling
 from moe.kernels.tpu import gather, grouped
 from moe.kernels.tpu.tiles import Tiles
@@ -162,6 +163,14 @@ def test_wider_gathered_rows_make_shorter_tiles(width, rows, fits):
     x = jnp.zeros((8, width), jnp.bfloat16)
     tiles = gather.shorten(x, Tiles(m=512, k=1024, n=512, rows=4096, inner=width, cols=512))
     assert tiles.m == rows and gather.fits(x, tiles) == fits
+
+
+@pytest.mark.parametrize(("tokens", "width", "fits"), [(4096, 512, True), (6144, 512, True), (6145, 512, False)])
+def test_all_sums_of_a_combine_stay_in_half_of_the_memory_twice(tokens, width, fits):
+    # Two buffers of float32 in 24 MiB: 24 * 2**20 / (2 * 4 * 512) = 6144 tokens.
+    spec = GroupedSpec(np.dtype("float32"), Tiling(), "combine", num_tokens=tokens)
+    tiles = Tiles(m=128, k=512, n=width, rows=4096, inner=512, cols=width)
+    assert grouped._combine_fits(spec, tiles) == fits
 
 
 @pytest.fixture(scope="session")

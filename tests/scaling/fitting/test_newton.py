@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from scaling.fitting.derivatives import Point, lower
+from scaling.fitting.fit import FitConfig, make_problem
 from scaling.fitting.newton import State, cholesky_solve, run_queue
+from scaling.fitting.solve import solve
+from scaling.published import CURVE, KAPLAN
+from scaling.rows import make_rows
 
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
@@ -35,3 +39,14 @@ def test_a_fit_that_cannot_descend_has_not_converged():
     ended = run_queue(start, np.ones((4, 1)), stuck, iterations=200, tol=1e-9, held=(), width=2)
     assert ended.done.all() and (ended.phi == 0).all() and (ended.used < 200).all()
     assert (ended.decrement > 1e-3).all()
+
+
+@pytest.mark.parametrize("law", [CURVE, KAPLAN], ids=lambda law: law.name)  # by numpy, and compiled
+def test_a_fit_that_was_stopped_has_not_converged(law):
+    tokens = np.geomspace(1e6, 1e10, 30)
+    rows = make_rows({"params": tokens / 20 * np.tile([1.0, 3.0], 15), "tokens": tokens, "loss": 2 + 300 / tokens**0.3})
+    config, start = FitConfig(objective="normal"), law.starts()[:, :4]
+    problem, weights = make_problem(rows, law, config), np.ones((30, 1))
+    for steps in (1, 2):
+        stopped = solve(start, weights, problem, law, newton=False, iterations=steps, tol=1e-11)
+        assert not stopped.converged.any() and (stopped.iterations == steps).all()

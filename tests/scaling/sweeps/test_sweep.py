@@ -1,5 +1,6 @@
 """Tables of runs carried out: order, artefacts, retries, kills, engines."""
 
+import csv
 import os
 import random
 import signal
@@ -110,6 +111,10 @@ def test_a_run_that_diverges_is_a_result_and_not_trained_again(tmp_path):
     assert read_csv(tmp_path / "runs.csv")["loss"].tolist() == [row["loss"] for row in rows]
     diverged = (tmp_path / "diverged.csv").read_text()
     assert "the loss is nan near step 10" in diverged and "the loss at step" in diverged
+    # Noted at the first readout that was not reached: of width 16 the second.
+    lost = {row["run"]: int(row["steps"]) for row in csv.DictReader(diverged.splitlines())}
+    planned = {run.name: [readout.steps for readout in run.readouts] for run in toy_sweep.runs()}
+    assert lost == {"w16": planned["w16"][1], "w24": planned["w24"][0]}
     engine = Inside()
     assert carry_out(tmp_path, toy_sweep.diverge, engine) == rows and engine.calls == 0
     assert (tmp_path / "diverged.csv").read_text() == diverged

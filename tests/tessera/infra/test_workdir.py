@@ -7,6 +7,7 @@ import socket
 import pytest
 from ml_collections import ConfigDict, FieldReference
 
+from tessera.infra import workdir
 from tessera.infra.errors import ConfigError, DiskFull, WorkdirInUse
 from tessera.infra.workdir import LOCK, SILENT, WorkdirMismatch, config_hash, hold, locate, prepare, resolve
 
@@ -181,3 +182,11 @@ def test_workdirs_that_cannot_be_are_one_line_with_their_flag(tmp_path, monkeypa
     monkeypatch.setattr("pathlib.Path.mkdir", read_only)
     with pytest.raises(ValueError, match="--workdir=.*new: Permission denied; a directory that can be written"):
         prepare(tmp_path / "new", {"seed": 1})
+
+
+def test_a_run_is_finished_with_its_settings_and_its_report(tmp_path):
+    assert not workdir.was_finished(tmp_path, "a")
+    workdir.mark_finished(tmp_path, "a")
+    assert not workdir.was_finished(tmp_path, "a"), "without its report"
+    (tmp_path / "report.html").touch()
+    assert workdir.was_finished(tmp_path, "a") and not workdir.was_finished(tmp_path, "b")

@@ -21,7 +21,7 @@ from tessera.planning import costs
 from tessera.planning.compile import compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
-from tessera.planning.memory import estimate_memory, local_sizes, saved_per_row, state_placements
+from tessera.planning.memory import Memory, estimate_memory, local_sizes, saved_per_row, state_placements
 from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
@@ -129,11 +129,24 @@ def test_the_pipelines_timeline_is_in_the_picture():
     assert "bubble 20.0%" in pipeline.caption  # 1 / (4 + 1)
 
 
+def test_the_most_memory_at_once_is_the_state_what_is_saved_and_the_larger_of_head_and_layer():
+    parts = {"params": 1.0, "optimizer": 2.0, "gradients": 4.0, "saved": 8.0, "attention": 16.0, "gathered": 64.0}
+    wide = Memory(**parts, feed_forward=32.0, logits=128.0)
+    # Of layers the larger: attention's 16, or 32 + 64; with the gradients less than the head's 128.
+    assert wide.state == 3 and wide.total == 3 + 8 + 128
+    assert Memory(**parts, feed_forward=32.0, logits=99.0).total == 3 + 8 + 4 + 96
+    assert Memory(**parts | {"attention": 256.0}, feed_forward=32.0, logits=99.0).total == 3 + 8 + 4 + 256
+
+
 def test_what_does_not_fit_is_said():
     large = TransformerConfig(vocab_size=512, layers=4, width=8192, heads=8, ff=65536, dtype="bfloat16", remat="full")
     run = make_run("dp=8", large, batch_size=8)
     found = explain(run, H100)
     assert not found.fits and "does not fit" in verdict(found, None)
+    # The estimate leaves a twelfth of a device free.
+    for share, fits in ((0.90, True), (0.95, False)):
+        device = replace(H100, memory=found.memory.total / share)
+        assert replace(found, hardware=device).fits == fits
 
 
 def test_a_batch_that_does_not_divide_is_refused():

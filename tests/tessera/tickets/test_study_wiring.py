@@ -177,9 +177,9 @@ def test_late_rewinding_is_better_where_the_loss_is_lower(value, verdict):
 
 
 def test_winners_are_counted_against_their_own_dense_networks_and_tails_are_the_best():
-    accuracy, dense = np.array([60.0, 70.0, 80.0, 90.0]), np.array([50.0, 75.0, 80.0, 95.0])
+    accuracy, dense = np.array([60.0, 70.0, 80.0, 90.0]), np.array([60.0, 75.0, 85.0, 95.0])
     cell = distribution.Cell(1, 4, 0.5, 10, accuracy, dense, ())
-    assert cell.winners == pytest.approx((0.5, 0.25))
+    assert cell.winners == pytest.approx((0.25, np.sqrt(0.25 * 0.75 / 4)))
     study = distribution.DistributionConfig((4,), (1,), tickets=40, densities=(0.5,), tails=(0.25,), trials=1)
     losses = np.random.default_rng(0).exponential(size=40)
     rows = [
