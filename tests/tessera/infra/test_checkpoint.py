@@ -168,6 +168,18 @@ def test_keep_and_best_hold_together(tmp_path):
         assert checkpoints.steps() == [2, 6, 7] and checkpoints.best_step() == 2
 
 
+@pytest.mark.parametrize(
+    "losses", [(3.0, 1.0, 2.0, 4.0), (1.0, 2.0, 3.0, 4.0), (4.0, 3.0, 2.0, 1.0), (1.0, 2.0, np.nan, 3.0)]
+)
+def test_ranks_given_after_saving_hold_the_best_as_well(tmp_path, losses):
+    best = min((loss, step) for step, loss in enumerate(losses, 1) if np.isfinite(loss))[1]
+    with Checkpoints(tmp_path / "c", CheckpointConfig(keep=1, best=1, asynchronous=False)) as checkpoints:
+        for step, loss in enumerate(losses, 1):
+            checkpoints.save(step, {"w": jnp.float32(step)})
+            checkpoints.rank(step, {"loss": loss})
+        assert checkpoints.steps() == sorted({best, 4}) and checkpoints.best_step() == best
+
+
 def test_donation_right_after_an_async_save_is_safe(tmp_path):
     step = jax.jit(lambda x: x * 1.5 + 1.0, donate_argnums=0)
     x, expected = jnp.ones((512, 512)), {}
