@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, isoflop_design, simulate_coverage
+from scaling.coverage import CHINCHILLA_QUANTITIES, EPOCH, _draw, isoflop_design, simulate_coverage
 from scaling.fitting.fit import FitConfig
 from scaling.fitting.intervals import bootstrap_interval, student_level
 from scaling.published import CHINCHILLA, CURVE
@@ -37,6 +37,14 @@ def test_the_design_is_an_isoflop_grid():
     rows = isoflop_design(EPOCH, budgets=3, sizes=5)
     np.testing.assert_allclose(rows["flops"].reshape(3, 5), rows["flops"].reshape(3, 5)[:, :1] * np.ones((3, 5)))
     assert len(np.unique(rows["params"])) == 15
+    np.testing.assert_allclose(np.unique(rows["flops"].round(-10)), np.geomspace(6e18, 3e21, 3), rtol=1e-6)
+    np.testing.assert_allclose(rows["flops"], 6 * rows["params"] * rows["tokens"], rtol=1e-12)
+
+
+def test_noise_of_heavy_tails_has_the_same_variance():
+    # Student's t of 4 degrees of freedom has variance 2; its 97.5% point is 2.776, from tables.
+    drawn = np.abs(_draw(np.random.default_rng(0), 100_000, "student"))
+    assert np.quantile(drawn, 0.95) == pytest.approx(2.776 / np.sqrt(2), rel=0.02)
 
 
 # A share of 400 sweeps has a standard error of 0.011: single ones may leave the band that their mean must keep.

@@ -89,6 +89,12 @@ def test_experts_are_counted_as_they_are_computed(more):
     assert flops.appendix_f(shape) - flops.appendix_f(few) == 3 * skipped
 
 
+def test_kaplans_count_by_hand():
+    # Table 1 of Kaplan et al. (2020): 2 N + 2 n_layer n_ctx d_attn a token forward, three times that in training.
+    weights = 2 * (4 * 64 + 2 * 256)
+    assert flops.count(SMALL, "kaplan") == (weights, 3 * (2 * weights + 2 * 2 * 5 * 8))
+
+
 @pytest.mark.parametrize("convention", flops.CONVENTIONS)
 def test_every_convention_counts_near_six_n(convention):
     shape, _ = flops.CHINCHILLA_MODELS["1.1B"]

@@ -200,3 +200,12 @@ def test_runs_about_one_budget_are_no_backtest():
     rows = make_rows({"params": rows["params"], "tokens": rows["tokens"] * jitter, "loss": rows["loss"]}, "runs.csv")
     with pytest.raises(ValueError, match="the 8 runs below .* do not determine chinchilla: all runs have one budget"):
         misfit.backtest(rows, CHINCHILLA, FEW, share=0.1)
+
+
+def test_the_interval_score_is_that_of_gneiting_and_raftery():
+    low, high = np.array([1.0, 1.0, 1.0]), np.array([2.0, 2.0, 2.0])
+    loss = np.array([0.5, 1.5, 3.0])  # below, inside, above
+    # Width, and 2 / alpha times the distance outside; logarithms.
+    outside = np.array([np.log(1 / 0.5), 0.0, np.log(3 / 2)])
+    found = misfit.interval_score(np.stack([low, high]), loss, level=0.9)
+    np.testing.assert_allclose(found, np.log(2) + 2 / 0.1 * outside)

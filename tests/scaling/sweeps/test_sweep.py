@@ -289,3 +289,19 @@ def test_ray_carries_a_sweep_out(tmp_path, monkeypatch):
 def test_one_thread_each():
     assert "intra_op_parallelism_threads=1" in executors.ONE_THREAD["XLA_FLAGS"]
     assert Status(toy_sweep.runs()).states == ["waiting"] * 4
+
+
+def test_a_runs_process_has_the_users_flags_and_one_thread(tmp_path, monkeypatch):
+    given = []
+
+    class NoProcess(subprocess.Popen):
+        def __init__(self, command, env, **_):
+            given.append(env)
+            self.stdin, self.returncode = (tmp_path / "payload").open("wb"), 0
+
+    monkeypatch.setattr(executors.subprocess, "Popen", NoProcess)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    Local(1, tmp_path, {"MORE": "1"}).submit([(int, ("1",))])
+    (env,) = given
+    assert env["XLA_FLAGS"].split() == ["--xla_dump_to=here", *executors.ONE_THREAD["XLA_FLAGS"].split()]
+    assert env["OMP_NUM_THREADS"] == "1" and env["MORE"] == "1"

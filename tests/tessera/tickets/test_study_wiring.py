@@ -12,13 +12,22 @@ from ml_collections import ConfigDict
 from lottery import masks as masks_lib
 from lottery import summary
 from lottery.criteria import ScoreInputs
-from lottery.imp import SearchConfig, Trained
+from lottery.imp import Result, SearchConfig, Trained
 from tessera.data.images import Images, ImageSplits
 from tessera.models.registry import Network
 from tessera.tickets import probe_report
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import Finished, FinishedLevels, Setup
-from tessera.tickets.studies import compared_masks, distribution, instability, population, rewinding, sources
+from tessera.tickets.studies import (
+    compared_masks,
+    distribution,
+    instability,
+    population,
+    rewinding,
+    sources,
+    sparse_training,
+)
+from tessera.tickets.studies.sparse_methods import MethodInputs, SparseConfig, _densities
 from tessera.tickets.train import Programs, TicketConfig
 
 SEEDS = (3, 8)
@@ -197,3 +206,26 @@ def test_winners_are_counted_against_their_own_dense_networks_and_tails_are_the_
     found = distribution._study(rows, study, recorder())
     name = next(name for name in found.tables if name.startswith("Tail index"))
     assert found.tables[name].rows[0][2].startswith(f"{summary.tail_index(-losses, 10).index:.2f} ")
+
+
+def test_a_ticket_is_charged_for_its_search_and_a_fixed_mask_for_one_run():
+    density, found = {0: 1.0, 1: 0.5, 2: 0.25}, Result.__new__(Result)
+    found.levels = 2
+    for level, share in density.items():
+        for arm in ("ticket", "random_mask") if level else ("dense",):
+            row = {"level": level, "arm": arm, "seed": 3, "alive": int(100 * share), "prunable": 100}
+            found.append(row | {"final_test_accuracy": 0.5, "final_test_loss": 1.0})
+    names = ("density", "steps", "sparse_steps", "found")
+    rows = {row["method"]: [row[name] for name in names] for row in sparse_training._searched(found, 10)}
+    # Three runs at densities 1, 1/2 and 1/4; the mask is final after two of them.
+    assert rows[sparse_training.TICKET] == pytest.approx([0.25, 30, 30 * 1.75 / 3, 2 / 3])
+    assert rows[sparse_training.SEARCHED["random_mask"]] == [0.25, 10, 2.5, 0.0]
+    assert rows[summary.DENSE] == [1.0, 10, 10, 0.0]
+
+
+def test_a_gradual_schedule_is_counted_as_a_staircase():
+    study, which = SparseConfig(every=5, pruned=0.75), {"dense0": {"kernel": True}}
+    inputs = MethodInputs(recorder(), study, None, INITIAL, which, {"dense0/kernel": 6})
+    # 20 steps, pruned at 0, 5, 10 and the end, 15; half of the weights stay: 1/2 + 1/2 (1 - t / 15)^3.
+    stairs = [0.5 + 0.5 * (1 - t / 15) ** 3 for t in (0, 5, 10, 15)]
+    np.testing.assert_allclose(_densities(inputs), np.repeat(stairs, 5), rtol=1e-6)
