@@ -61,3 +61,20 @@ def test_biases_of_stacked_layers_move_by_their_own_loads():
     np.testing.assert_allclose(route.update_bias(jnp.zeros((2, 3)), jnp.asarray(load), 0.1), expected)
     penalty = route.update_penalty(jnp.ones(3), jnp.array([3.0, 2.0, 1.0]), 2, 1.5)
     np.testing.assert_allclose(penalty, [1.5, 1.0, 1 / 1.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("route_one", [route.sinkhorn, lambda x, k: route.base(x)], ids=["sinkhorn", "base"])
+def test_the_weight_of_a_balanced_choice_is_its_own_logits_sigmoid(route_one):
+    """Lewis et al. (2021), section 3.2; Clark et al. (2022), section 3.2.1: balance decides where, logits how much."""
+    x = jax.random.normal(jax.random.key(2), (12, 4)) + jnp.array([[3.0, 0, 0, 0]])
+
+    def weights(x):
+        routing = route_one(x, 1)
+        return routing.weights_NK[:, 0].sum(), routing
+
+    (_, routing), gradient = jax.jit(jax.value_and_grad(weights, has_aux=True))(x)
+    chosen, logits = np.asarray(routing.experts_NK[:, 0]), np.asarray(x, np.float64)
+    assert (chosen != logits.argmax(1)).any()
+    sigmoid = 1 / (1 + np.exp(-logits[np.arange(12), chosen]))
+    np.testing.assert_allclose(routing.weights_NK[:, 0], sigmoid, rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.eye(4)[chosen] * (sigmoid * (1 - sigmoid))[:, None], rtol=1e-4, atol=1e-7)
