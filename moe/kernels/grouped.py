@@ -111,8 +111,9 @@ def grouped_matmul(
         return jnp.zeros((count if tokens is not None else operands.rows, values[0].shape[2]), dtype)
     if static.backend != "xla" and (channels or any(each.dtype == jnp.int4 for each in values)):
         logging.log_first_n(logging.WARNING, "%s: 4-bit weights and AWQ's are dequantized first", 1, static.backend)
-        w = tuple(dequantize(one.values, one.scales, x.dtype, one.channel) for one in pair)
-        operands = operands._replace(w=w, scales=(), channels=())
+        each = zip(values, scales, channels or (None,) * len(values), strict=True)
+        w_float = tuple(dequantize(one, scale, x.dtype, channel) for one, scale, channel in each)
+        operands = operands._replace(w=w_float, scales=(), channels=())
     operands = _check_values(operands, count)
     return _grouped(static, align(operands))
 

@@ -96,7 +96,8 @@ def make_loss(
 
     def make(dropping: bool) -> Any:
         fns = stage_fns(replace(decoder, dropping=dropping))
-        gradient, forward = (make_one(fns, mesh, config, *specs) for make_one in (make_value_and_grad, make_forward))
+        gradient = make_value_and_grad(fns, mesh, config, *specs)
+        forward = make_forward(fns, mesh, config, *specs)
 
         @jax.custom_vjp
         def loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -411,7 +411,7 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
         width, known = moe.width_of(config.ff_size), FAMILIES[kind]
         count = "num_local_experts" if kind == "mixtral" else "num_experts"
         values |= {count: router.experts, "num_experts_per_tok": router.k}
-        found = {
+        found: dict[str, Any] = {
             "sliding_window": None,
             "norm_topk_prob": router.softmax == "after",
             "moe_intermediate_size": width,
