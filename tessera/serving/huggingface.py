@@ -773,7 +773,8 @@ def _check_names(directory: Path, tensors: dict[str, Any], config: TransformerCo
         for index, name in _names(path, config):
             if name in tensors:
                 wanted.add(name)
-                _check_shape(name, tuple(tensors[name].get_slice(name).get_shape()), path, shape[len(index) :])
+                found = tuple(tensors[name].get_slice(name).get_shape())
+                _check_shape(f"{directory}: {name}", found, path, shape[len(index) :])
             else:
                 missing.append(name)
             if len(missing) > 1000:  # a config.json of any number of layers

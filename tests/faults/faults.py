@@ -496,6 +496,7 @@ def main() -> int:
     )
     parser.add_argument("--schemathesis", type=int, default=200, help="examples for each operation")
     parser.add_argument("--fuzz", type=int, default=10000, help="inputs for each reader")
+    parser.add_argument("--at", default="", help="moments of kills: a regular expression, such as 'save|report'")
     parser.add_argument("--only", default="", help="commands, separated by semicolons")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -512,6 +513,9 @@ def main() -> int:
         lab.jobs = {name: job for name, job in lab.jobs.items() if name in [*options.only.split(";"), "train, dense"]}
     if options.kills or options.disks or options.pairs or options.files:
         lab.prepare(list(lab.jobs))
+    for name, job in lab.jobs.items():
+        at = {kind: moments for kind, moments in job.moments.items() if re.search(options.at, kind)}
+        lab.jobs[name] = replace(job, moments=at)
     if options.only and "train, dense" not in options.only:
         del lab.jobs["train, dense"]
     import damage
