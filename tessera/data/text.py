@@ -141,7 +141,9 @@ class BPETokenizer:
         read_object(path)
         try:
             return cls(package.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the package raises bare ones
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare ones, and panics that are no Exception
             raise ValueError(f"{path} is no tokenizer of the `tokenizers` package: {error}") from error
 
 

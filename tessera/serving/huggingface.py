@@ -234,11 +234,15 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     for name, default in FAMILIES[kind].items():
         if name in SIZES and not (c[name] is None and (default is None or name == "num_key_value_heads")):
             _check_number(path, name, c[name], whole=True)
-    for name in ("rms_norm_eps", "rope_theta"):
-        _check_number(path, name, c[name], whole=False)
     rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+    for name in ("rms_norm_eps", "rope_theta"):
+        _check_number(path, name, c[name], whole=False)
+    layers = c.get("layer_types") or []
+    texts = [rope["rope_type"], *(layers if isinstance(layers, list) else [layers])]
+    if wrong_type := [value for value in texts if not isinstance(value, str)]:
+        raise NotConvertible(f"{path}: {wrong_type[0]!r} in rope_type or layer_types must be text")
     c["rope_parameters"] = rope
     if kind.startswith("qwen") and not c.get("use_sliding_window"):
         c["sliding_window"] = None  # the entry has no effect
@@ -306,7 +310,7 @@ def read_config(directory: Path | str) -> TransformerConfig:
         return _config(read_settings(directory))
     except NotConvertible:
         raise
-    except ValueError as error:  # sizes that do not go together
+    except (ValueError, TypeError) as error:  # sizes that do not go together, entries of another type
         raise NotConvertible(f"{directory}/{CONFIG}: {error}") from error
 
 

@@ -20,7 +20,7 @@ from tessera.infra.logger import read_rows
 from tessera.infra.memo import Memo
 from tessera.infra.workdir import FORMAT, read_settings
 from tessera.models.transformer import TransformerConfig
-from tessera.serving.huggingface import is_directory, read_config, write_config
+from tessera.serving.huggingface import NotConvertible, is_directory, read_config, write_config
 from tessera.serving.load import own_tokenizer, read_calibration
 
 LLAMA = TransformerConfig(vocab_size=256, layers=2, width=16, heads=4, kv_heads=2, ff=16)
@@ -144,10 +144,25 @@ def test_what_json_can_do_to_a_reader_is_one_line(tmp_path):
                 reader.read(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": []}},
+        {"rope_parameters": {"rope_theta": [None]}},
+        {"layer_types": [[]]},
+        {"layer_types": 5},
+    ],
+)
+def test_an_entry_of_another_type_is_named(changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(write_config(LLAMA) | changes))
+    with pytest.raises(NotConvertible, match=f"{tmp_path}/config.json: .*(must be|none of)"):
+        read_config(tmp_path)
+
+
 def test_sizes_of_a_config_allocate_nothing(tmp_path):
     """A config.json of some hundred bytes that asks for an exbibyte."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    from tessera.serving.huggingface import NotConvertible, load_directory
+    from tessera.serving.huggingface import load_directory
 
     safetensors.save_file({"model.embed_tokens.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
     for changes in ({"vocab_size": 2**30, "hidden_size": 2**30}, {"num_hidden_layers": 2**31 - 1}, {"vocab_size": 4}):
