@@ -31,7 +31,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from sharding.vocab_parallel import lookup
 from tessera.models.remat import Remat, parse_remat
 
 
@@ -654,7 +653,9 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
-        x_BTD = self.constrain(lookup(tokens_BT, table_VD, None).astype(DTYPES[c.dtype]), RESIDUAL)
+        known_BT = (tokens_BT >= 0) & (tokens_BT < c.vocab_size)  # as `sharding.lookup` of a plan
+        x_BTD = jnp.where(known_BT[..., None], table_VD[tokens_BT], jnp.nan)
+        x_BTD = self.constrain(x_BTD.astype(DTYPES[c.dtype]), RESIDUAL)
         x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
         x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
