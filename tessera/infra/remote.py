@@ -355,7 +355,11 @@ def _manifest(fs: Any, root: str) -> dict[str, str] | None:
         return None
     except (ValueError, LookupError, TypeError) as error:
         raise RemoteError(f"{root}/{MANIFEST} is damaged ({error}); it is written anew if you delete it") from error
-    return {name: str(digest) for name, digest in listed.items() if ".." not in Path(name).parts}
+    for name in listed:
+        # What is listed is written below a local directory, wherever the manifest came from.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RemoteError(f"{root}/{MANIFEST} lists {name!r}, which lies outside its directory")
+    return {name: str(digest) for name, digest in listed.items()}
 
 
 def _bring(fs: Any, root: str, files: dict[str, str], place: Path) -> None:

@@ -66,6 +66,13 @@ def test_what_cannot_be_brought_is_one_line(store, url, kind, message):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "a/../../b", "/tmp/elsewhere"])
+def test_a_manifest_writes_nothing_outside_its_directory(store, name):
+    store.pipe({"/b/run/.mirror.json": json.dumps({"files": {name: "0"}}).encode(), "/b/elsewhere": b"x"})
+    with pytest.raises(RemoteError, match="lies outside its directory"):
+        remote.local("memory://b/run")
+
+
 def test_a_directory_comes_back_as_it_was_left(store):
     with remote.mirrored("memory://b/runs/lm") as place:
         place = Path(place)
