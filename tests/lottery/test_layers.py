@@ -185,7 +185,14 @@ PLAIN = {
     *("prune.drop_lowest", "controls.same_sign", "transform.map_moments", "transform.mask_state", "transform.sparse"),
     *(f"criteria.{name}" for name in criteria.__all__ if name not in ("random", "synflow")),
     *(f"dynamic.{name}" for name in ("cubic_density", "early_bird", "masks_of", "observe")),
-    *("supermask.shuffle_alive", "imp.initial_weights", "imp.level_like", "imp.level_names", "imp.search_keys"),
+    *(
+        "supermask.shuffle_alive",
+        "imp.initial_weights",
+        "imp.level_counts",
+        "imp.level_like",
+        "imp.level_names",
+        "imp.search_keys",
+    ),
 }
 
 

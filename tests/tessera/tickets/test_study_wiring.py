@@ -176,13 +176,18 @@ def test_late_rewinding_is_better_where_the_loss_is_lower(value, verdict):
     rows = []
     for seed in range(4):
         common = {"seed": seed, "density": 0.5}
-        rows.append({**common, "density": 1.0, "level": 0, "survivors": summary.DENSE, value: 0.2})
-        rows.append({**common, "level": 1, "survivors": "to step 0", value: 0.5 + 0.01 * seed})
-        rows.append({**common, "level": 1, "survivors": "to step 7", value: 0.3 + 0.01 * seed})
+        rows.append({**common, "density": 1.0, "level": 0, "rewind": 7, "survivors": summary.DENSE, value: 0.2})
+        for step, ticket, random in ((0, 0.5, 0.9), (7, 0.3, 0.9)):
+            for name, mean in (("ticket", ticket), ("random mask", random)):
+                row = {"level": 1, "rewind": step, "survivors": f"{name}, to step {step}", value: mean + 0.01 * seed}
+                rows.append(common | row)
     found = rewinding._study(rows, rewinding.RewindingConfig(value), recorder())
-    assert f"rewinding to step 7 is {verdict}: " in found.findings[0]
     better = 4 if verdict == "better" else 0
-    assert f"({better} of them better)" in found.findings[0]
+    assert f"the ticket rewound to step 7 is {verdict} (" in found.findings[0]
+    assert f"; {better} of 4 seeds) than one rewound to 0" in found.findings[0]
+    assert "weights of step 7 are neither better nor worse (0.00" in found.findings[1]
+    assert f"is {verdict} (" in found.findings[2] and "than a random mask on the same weights" in found.findings[2]
+    assert found.table.columns[2] == "steps trained" and [row[2] for row in found.table.rows] == [20, 20, 20, 13, 13]
 
 
 def test_winners_are_counted_against_their_own_dense_networks_and_tails_are_the_best():
