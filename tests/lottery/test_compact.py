@@ -65,7 +65,7 @@ def test_a_network_of_nothing_keeps_one_neuron_a_layer_and_its_constant_output()
     same(MLPConfig((20, 12)), params, MLPConfig(hidden), small, jnp.ones((3, 30)))
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     config = TransformerConfig(vocab_size=31, layers=2, width=16, heads=4, kv_heads=kv_heads, ff=12)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 31)
