@@ -3,8 +3,9 @@
 What: five dense networks by each optimizer at three learning rates, the best of which counts: correlation with the
 initialization and distance from it, by layer; and the same with a training image drawn into the second matrix. `:mnist`
 is LeNet on MNIST at 14 x 14 pixels, `:text` a small decoder on tinyshakespeare, `:tiny` a minute on digits.
-Cost: not measured.
-Expected: not measured.
+Cost: see docs/results/weight_movement.md.
+Expected: no: weights correlate with their initialization by 0.57 (Adam) to 0.82 (momentum), and the picture is plain to
+see; Muon is the most accurate. `:text` not measured.
 Command: python scripts/study.py --config=configs/study_movement.py --config.data.dir=DATA --workdir=runs/movement
 """
 
@@ -28,7 +29,7 @@ def get_config(variant: str = "mnist") -> ConfigDict:
     config.train = ConfigDict({"steps": "60it" if tiny else "1000it", "eval_every": 100})
     config.search = ConfigDict({"levels": 0})
     config.study = ConfigDict({"steps": (10, 30) if tiny else (10, 30, 100, 300)})
-    rates = {"adam": (4e-4, 1.2e-3, 4e-3), "momentum": (0.02, 0.06, 0.2), "muon": (0.004, 0.012, 0.04)}
+    rates = {"adam": (1.2e-3, 4e-3, 1.2e-2), "momentum": (0.02, 0.06, 0.2), "muon": (1.2e-3, 4e-3, 1.2e-2)}
     config.study.optimizers = tuple((name, lr) for name, some in rates.items() for lr in (some[1:2] if tiny else some))
     if text:
         config.data = ConfigDict({"kind": "text", "length": 64, "test_limit": 64})
