@@ -1,5 +1,6 @@
 """Searches on a least-squares problem small enough to check by hand, with a pure-JAX training function."""
 
+import dataclasses
 import functools
 import json
 
@@ -333,3 +334,44 @@ def test_a_layer_that_is_emptied_is_named():
     config = imp.SearchConfig(levels=1, rate=0.5, scope="global", arms=("ticket",))
     with pytest.warns(UserWarning, match="level 1, arm ticket, seed 0: no weight left in output/kernel"):
         imp.search(small_output, train_fn, imp.Memory(), config)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": ("ticket", "tickets")}, "'tickets' is not one of ticket, continue"),
+        ({"arms": ("reinit",)}, "add 'ticket'"),
+        ({"arms": ()}, "not empty"),
+        ({"seeds": (1, 1)}, "distinct"),
+        ({"score": "size"}, "'size' is not one of magnitude, random"),
+        ({"scope": "both"}, "not one of layer, global"),
+        ({"rate": 1.0}, "rate"),
+        ({"rewind_optimizer": True}, "rewind > 0"),
+        ({"levels": -1}, "levels"),
+    ],
+)
+def test_wrong_configurations_say_what_would_be_right(change, message):
+    with pytest.raises(ValueError, match=message):
+        imp.SearchConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"output": "^output/"}, (0.2, (("^output/", 0.1),))),
+        ({"output": "^output/", "output_rate": 0.3}, (0.2, (("^output/", 0.3),))),
+        ({"output": "^output/", "output_rate": 0.0}, (0.2, (("^output/", 0.0),))),
+        ({}, (0.2, ())),
+    ],
+)
+def test_the_output_layer_is_pruned_at_half_the_rate_unless_told_otherwise(options, expected):
+    scope = imp.RATE_SCOPES["layer"](imp.SearchConfig(**options), 0.2)
+    assert (scope.rate, scope.overrides) == expected
+
+
+def test_configurations_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        imp.SearchConfig().rate = 0.5
