@@ -244,16 +244,8 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
         f"mask's is {with_interval(paired, 1.0, 4)} nats."
     )
     tables = {
-        "Gradients": Table(
-            [
-                "step",
-                "network",
-                "gradient flow / random mask's",
-                "top NTK eigenvalue / random mask's",
-                "effective NTK rank / random mask's",
-                "NTK-label alignment",
-            ],
-            gradients,
+        "Gradients: flow, top eigenvalue and rank over the random mask's": Table(
+            ["step", "network", "gradient flow", "top NTK eigenvalue", "NTK rank", "alignment"], gradients
         ),
         f"Test minus training loss at a training loss of {target:.4f} nats": Table(
             ["network", "gap (nats)", "over random mask", "test accuracy at the end (%)"], gap_table
