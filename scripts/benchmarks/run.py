@@ -5,6 +5,7 @@ JSON
 file too, with what decides such figures: device, cores, threads and memory allocator.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -135,6 +136,14 @@ def pin(cores: int) -> None:
     """Leave the process `cores` cores, before any array exists; 0 leaves it all."""
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
+        # BLAS counted the cores when it was loaded: more threads than cores wait for each other, a hundred times as
+        # long.
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, str(cores))
+        with contextlib.suppress(ImportError):  # comes with scikit-learn
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(cores, user_api="blas")
 
 
 def surroundings() -> dict[str, Any]:
