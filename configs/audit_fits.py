@@ -6,7 +6,7 @@ surfaces on which the planner races an IsoFLOP grid for the grid's interval; `co
 under every convention and fitted again (needs `--config.runs`); `backtest`, public tables whose larger runs are
 predicted from the smaller (needs their directory as `--config.runs`); `laws`, how often the true law is picked.
 Cost: in processor time, coverage of 300 sweeps with 300 resamples 530 seconds, envelope of 150 83, 100 races 72,
-conventions 13, backtest 45, laws of 200 217.
+conventions 13, backtest 45, laws of 500 430.
 Expected: docs/results/scaling_fits.md has what was measured.
 Command: python scripts/benchmarks/run.py --config=audit_fits:coverage
 """
