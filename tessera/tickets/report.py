@@ -315,7 +315,7 @@ def findings(rows: Rows, value: str = EARLY) -> str:
         texts.append(f"It falls short on the way at {where}.")
     leads = [f"{points(p)} over {arm_name(other)}" for other in arms(rows) for p in there(value, other)]
     if leads:
-        texts.append(f"Its lead there: {', '.join(leads)}.")
+        texts.append(f"The difference there: {', '.join(leads)}.")
     for p in there(STOP, DENSE) if _have(rows, STOP) else ():
         when = "earlier than" if p.mean < 0 else "later than" if p.mean > 0 else "apart from"
         known = f" (95% interval of the change {signed(p.low, 0)} to {signed(p.high, 0)})" * bool(np.isfinite(p.half))

@@ -192,7 +192,7 @@ def _study(
         )
         if study.layer:
             drawn = column(cell(name, study.layer, True), "correlation")
-            text += f"; {study.layer} still shows the picture ({with_interval(drawn, 1.0, 3)})"
+            text += f"; {study.layer} correlates with the picture drawn into it by {with_interval(drawn, 1.0, 3)}"
         findings.append(text + ".")
     head = ["optimizer", "rate", "layer", "correlation with the start", "distance / norm", "test accuracy (%)"]
     caption = (

@@ -22,7 +22,7 @@ from tessera.infra.memo import Memo
 from tessera.models.registry import Network, make_network
 from tessera.reports.style import MARKERS, PALETTE, Figure, canvas, deferred, dots, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
-from tessera.tickets.studies.study import Comparison, Study, column, same, with_interval
+from tessera.tickets.studies.study import Comparison, Study, column, same, verdict
 
 SCORE = "validation_loss"
 
@@ -179,8 +179,8 @@ def _study(rows: list[dict[str, Any]], study: PopulationConfig, setup: Setup) ->
     findings = [
         f"Rank correlation of the validation loss after {study.short} steps with final accuracy, over {study.draws} "
         f"draws: {mean:.2f} ± {half:.2f} over {study.repeats} populations (1 would be perfect).",
-        f"The draw that is best after the short run ends {with_interval(gains)} points above the mean draw.",
-        f"The whole recipe ({WHOLE}) ends {arms.gain(WHOLE, FIRST, 0)} points above one draw of the target width.",
+        f"The draw that is best after the short run ends {verdict(gains, 'the mean draw')}.",
+        f"The whole recipe ({WHOLE}) ends {arms.verdict(WHOLE, FIRST, 0, 'one draw of the target width')}.",
     ]
     hidden = "-".join(str(size) for size in study.hidden)
     caption = (

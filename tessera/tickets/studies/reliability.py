@@ -1,14 +1,15 @@
 """What else tickets are good for: corrupted and adversarial images, wrong labels, calibration, and ensembles.
 
-Ticket, fresh weights and random mask of equal density beside the dense network. Then ensembles of equal live weights
-and equal executed FLOPs of training: k tickets, k random masks, k small dense networks, one dense network trained k
-times as long (finding the tickets is a column of its own).
+Ticket, fresh weights and random mask of equal density beside the dense network, all of equal steps (the search for a
+ticket comes on top). Then ensembles of equal live weights and equal executed FLOPs of training: k tickets, k random
+masks, k small dense networks, one dense network trained k times as long (finding the masks is a column of its own).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -24,12 +25,32 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
 from tessera.models.registry import Network
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, line_with_band, look, titles
+from tessera.reports.style import Figure, canvas, deferred, line_with_band, look, reference, titles
 from tessera.tickets.setup import Setup, init_stack, make_setup, starts_of, with_steps
-from tessera.tickets.studies.study import DENSE, Comparison, Study, run_search
+from tessera.tickets.studies.study import (
+    DENSE,
+    Comparison,
+    Study,
+    column,
+    direction,
+    run_search,
+    verdict,
+    with_interval,
+)
 from tessera.tickets.train import batched
 
 ARMS = {DENSE: "dense", "ticket": "ticket", "reinit": "fresh weights", "random_mask": "random mask"}
+
+# What the strength of a change is, for axes and tables.
+STRENGTHS = {
+    "noise": "standard deviation",
+    "blur": "width (pixels)",
+    "shift": "pixels",
+    "occlusion": "side (pixels)",
+    "FGSM": "radius",
+    "PGD": "radius",
+    "wrong labels": "share of training labels",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +102,12 @@ def run(config: Any, memo: Memo) -> Study:
         rows += memo.rows(f"wrong_labels{share}_level{level}", _mislabelled, setup, study, found, level, share)
     ensembles: list[dict[str, Any]] = []
     if config.model.get("name", "lenet") == "lenet":
-        ensembles = memo.rows(f"ensembles_level{level}", _ensembles, setup, config, found, level)
-    return _study(rows, ensembles, study, setup)
+        density = float(np.mean([row["density"] for row in rows if row["arm"] == "ticket"]))
+        share = _narrow(setup, config, density)[1]
+        costs = ensemble_costs(round(1 / density), level, setup.search.scope, density, share)
+        made = memo.rows(f"ensembles_level{level}", _ensembles, setup, config, found, level)
+        ensembles = [row | costs[row["arm"]] for row in made]
+    return _study(rows, ensembles, level, setup)
 
 
 def _stack(setup: Setup, found: imp.Result, level: int, arms: Iterable[str]) -> imp.Starts:
@@ -97,14 +122,30 @@ def _densities(setup: Setup, masks: PyTree) -> list[float]:
     return np.asarray(jax.vmap(lambda m: masks_lib.density(m, which))(masks)).tolist()
 
 
-def _tried(setup: Setup, study: ReliabilityConfig, found: imp.Result, level: int) -> list[dict[str, Any]]:
-    """Networks trained with right labels, one row each and condition."""
+def trainings(arm: str, level: int, scope: str) -> int:
+    """FLOPs executed for a network, its mask's search included, over those of one dense training.
+
+    A ticket of level l costs l trainings to find and one to train, and so does its mask on fresh weights. With scope
+    "layer" the rates say how many weights a random mask has in every layer, so it needs no search; in other scopes the
+    search does.
+    """
+    return 1 if arm == DENSE or (arm == "random_mask" and scope == "layer") else level + 1
+
+
+def _tried(
+    setup: Setup,
+    study: ReliabilityConfig,
+    found: imp.Result,
+    level: int,
+    changes: Sequence[tuple[str, float, "Change"]] = (),
+) -> list[dict[str, Any]]:
+    """Networks of all arms after training, one row each and change (by default all of `conditions`)."""
     starts = _stack(setup, found, level, ARMS)
     ends, densities = setup.train(starts).params, _densities(setup, starts.masks)
     data = setup.splits.test
     x, y = jnp.asarray(data.images[: study.examples]), jnp.asarray(data.labels[: study.examples])
     rows = []
-    for condition, strength, change in conditions(study, setup.network):
+    for condition, strength, change in changes or conditions(study, setup.network):
         measured = measure(setup.network, ends, x, y, change)
         for (arm, seed), density, row in zip(starts.names, densities, measured, strict=True):
             rows.append({"arm": arm, "seed": seed, "density": density, "condition": condition, "strength": strength})
@@ -169,27 +210,15 @@ def _mislabelled(
     """Every arm trained on images of which a share has a wrong label; masks are those found with right labels."""
     splits = setup.splits
     assert isinstance(splits, ImageSplits)
-    splits = splits._replace(train=mislabelled(splits.train, setup.classes, share))
-    setup = replace(setup, splits=splits)
+    setup = replace(setup, splits=splits._replace(train=mislabelled(splits.train, setup.classes, share)))
     setup = replace(setup, programs=setup.programs_for())
-    starts = _stack(setup, found, level, ARMS)
-    ends, densities = setup.train(starts).params, _densities(setup, starts.masks)
-    data = setup.splits.test
-    x, y = jnp.asarray(data.images[: study.examples]), jnp.asarray(data.labels[: study.examples])
-    measured = measure(setup.network, ends, x, y, lambda params, x, y: [x])
-    return [
-        {"arm": arm, "seed": seed, "density": density, "condition": "wrong labels", "strength": share, **row}
-        for (arm, seed), density, row in zip(starts.names, densities, measured, strict=True)
-    ]
+    unchanged = [("wrong labels", share, lambda params, x, y: [x])]
+    return _tried(setup, study, found, level, unchanged)
 
 
 def small(hidden: Sequence[int], inputs: int, classes: int, weights: int) -> tuple[int, ...]:
     """Hidden sizes in the same proportions with as many weights as are asked for, or a little more."""
-
-    def count(hidden: Sequence[int]) -> int:
-        sizes = (inputs, *hidden, classes)
-        return sum(a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-
+    count = lambda hidden: _weights(inputs, *hidden, classes)  # noqa: E731
     scaled = lambda part: tuple(max(math.ceil(part * size), 1) for size in hidden)  # noqa: E731
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -197,10 +226,45 @@ def small(hidden: Sequence[int], inputs: int, classes: int, weights: int) -> tup
     return scaled(high)
 
 
+def _weights(*sizes: int) -> int:
+    return sum(a * b for a, b in pairwise(sizes))
+
+
+def _narrow(setup: Setup, config: Any, density: float) -> tuple[tuple[int, ...], float]:
+    """(Hidden sizes, weights over the whole network's) of a dense network with about that share of the weights."""
+    hidden = config.model.get("hidden", (300, 100))
+    inputs = int(np.prod(setup.splits.train.images.shape[1:]))
+    whole = _weights(inputs, *hidden, setup.classes)
+    narrow = small(hidden, inputs, setup.classes, round(density * whole))
+    return narrow, _weights(inputs, *narrow, setup.classes) / whole
+
+
+def ensemble_costs(k: int, level: int, scope: str, density: float, share: float) -> dict[str, dict[str, float]]:
+    """Live weights and executed FLOPs of every kind of ensemble, over one dense network's and its training's.
+
+    Args:
+      k: members.
+      level: of the tickets, see `trainings`.
+      scope: of the search.
+      density: of a ticket.
+      share: of the weights that a small dense network has.
+    """
+    masked = lambda arm: (k * density, k, k * (trainings(arm, level, scope) - 1), k)  # noqa: E731
+    costs = {
+        f"{k} tickets": masked("ticket"),
+        f"{k} random masks": masked("random_mask"),
+        f"{k} small dense": (k * share, k * k * share, 0, k * share),
+        f"one dense, {k} times as long": (1, k, 0, 1),
+        "one dense": (1, 1, 0, 1),
+    }
+    names = ("density", "training_flops", "finding_flops", "answer_flops")
+    return {name: dict(zip(names, map(float, values), strict=True)) for name, values in costs.items()}
+
+
 def _ensembles(setup: Setup, config: Any, found: imp.Result, level: int) -> list[dict[str, Any]]:
     """Ensembles over groups of k seeds, k = 1 / density; one row each and kind.
 
-    All have about the weights of one dense network and execute the FLOPs of k dense trainings, finding apart.
+    All but one dense network have about its weights and execute the FLOPs of k of its trainings, finding apart.
     """
     seeds = setup.search.seeds
     starts = _stack(setup, found, level, ("ticket", "random_mask"))
@@ -209,11 +273,8 @@ def _ensembles(setup: Setup, config: Any, found: imp.Result, level: int) -> list
     groups = [seeds[i : i + k] for i in range(0, len(seeds) - k + 1, k)]
     if k < 2 or len(groups) < 2:
         return []
-    steps, hidden = setup.ticket.steps, tuple(config.model.get("hidden", (300, 100)))
-    inputs = int(np.prod(setup.splits.train.images.shape[1:]))
-    sizes = (inputs, *hidden, setup.classes)
-    whole = sum(a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-    narrow = small(hidden, inputs, setup.classes, round(density * whole))
+    steps = setup.ticket.steps
+    narrow, _ = _narrow(setup, config, density)
     settings = config.to_dict()
     settings["model"] |= {"hidden": narrow}
     settings["train"] |= {"steps": f"{k * steps}it"}
@@ -233,13 +294,12 @@ def _ensembles(setup: Setup, config: Any, found: imp.Result, level: int) -> list
     x, y = batched(data)
     rows = []
     for name, (network, stack, size) in members.items():
-        cost = (1 if name == "one dense" else k) + (k * level if "tickets" in name or "masks" in name else 0)
         for group, seed in enumerate(first):
             mine = jax.tree.map(lambda leaf: leaf[group * size : (group + 1) * size], stack)  # noqa: B023
             logits = ensemble_logits(network, mine, x)[: len(data.labels)]
             labels = jnp.asarray(data.labels)
             loss = -logits[jnp.arange(len(labels)), labels].mean()
-            row = {"arm": name, "seed": seed, "density": 1.0, "flops": cost, "loss": float(loss)}
+            row = {"arm": name, "seed": seed, "loss": float(loss)}
             row |= {"accuracy": float((logits.argmax(-1) == labels).mean())}
             rows.append(row | {"calibration_error": float(reliability.calibration_error(logits, labels))})
     return rows
@@ -269,70 +329,108 @@ def ensemble_logits(network: Network, stack: PyTree, x: Array) -> Array:
     return found.reshape(-1, found.shape[-1])
 
 
-def _study(
-    rows: list[dict[str, Any]], ensembles: list[dict[str, Any]], study: ReliabilityConfig, setup: Setup
-) -> Study:
+def _study(rows: list[dict[str, Any]], ensembles: list[dict[str, Any]], level: int, setup: Setup) -> Study:
     cases = list(dict.fromkeys((row["condition"], row["strength"]) for row in rows))
-    body, findings = [], []
-    head = [
-        "images",
-        "strength",
-        *(f"{label} (%)" for label in ARMS.values()),
-        "ticket minus dense",
-        "minus random mask",
+    bases = {base: ARMS[base] for base in (DENSE, "random_mask")}
+    compared = {case: Comparison([r for r in rows if _case(r) == case], "arm", "accuracy") for case in cases}
+    body = [
+        [
+            condition,
+            f"{strength:g}" if strength else None,
+            *(one.show(arm, 0) for arm in ARMS),
+            *(one.gain("ticket", base, 0) for base in bases),
+        ]
+        for (condition, strength), one in compared.items()
     ]
-    better: dict[str, list[str]] = {}
-    for condition, strength in cases:
-        mine = [row for row in rows if (row["condition"], row["strength"]) == (condition, strength)]
-        arms = Comparison(mine, "arm", "accuracy")
-        gains = [arms.gain("ticket", base, 0) for base in (DENSE, "random_mask")]
-        body.append([condition, strength, *(arms.show(arm, 0) for arm in ARMS), *gains])
-        mean, half, _ = summary.interval(arms.gains("ticket", DENSE, 0))
-        verdict = "better" if mean > half else "worse" if -mean > half else "no different"
-        better.setdefault(verdict, []).append(condition if condition == "none" else f"{condition} {strength:g}")
-    for verdict, names in better.items():
-        findings.append(f"Accuracy of the ticket is {verdict} than the dense network's: {', '.join(names)}.")
-    findings = [text.replace("no different than", "not told apart from") for text in findings]
-    clean = [row for row in rows if row["condition"] == "none"]
+    head = ["images", "strength", *(f"{label} (%)" for label in ARMS.values())]
+    head += [f"ticket minus {label}" for label in bases.values()]
+    findings = []
+    for base, label in bases.items():
+        gains = {_called(*case): one.gains("ticket", base, 0) for case, one in compared.items()}
+        findings += _sides(gains, f"the {label}{' network' * (base == DENSE)}'s")
+    clean = [{**row, "arm": ARMS[row["arm"]]} for row in rows if row["condition"] == "none"]
     calibration = Comparison(clean, "arm", "calibration_error", heading="calibration error (%)", sign=-1)
-    findings.append(
-        "Calibration: the ticket's error is lower than the dense network's by "
-        f"{calibration.gain('ticket', DENSE, 0)} points."
-    )
+    for label in bases.values():
+        less = calibration.gains("ticket", label, 0)
+        whose = f"the {label}{' network' * (label == DENSE)}'s"
+        told = verdict([-value for value in less], whose, more="higher", less="lower")
+        findings.append(f"Calibration: the ticket's error is {told}.")
+    names = {label: arm for arm, label in ARMS.items()}
+    cost = lambda mine: f"{trainings(names[mine[0]['arm']], level, setup.search.scope)} x one dense training"  # noqa: E731
     tables = {"Accuracy on changed images and with wrong labels": Table(head, body)}
-    tables["Expected calibration error, 15 bins"] = calibration.table({DENSE: "dense, + is better"})
+    tables["Expected calibration error, 15 bins"] = calibration.table(
+        {label: label for label in bases.values()}, {"FLOPs, finding included": cost}
+    )
     if ensembles:
-        arms = Comparison(ensembles, "arm", "accuracy")
-        base = next(name for name in arms.arms if "as long" in name)
-        cost = {"FLOPs, finding included": lambda mine: f"{mine[0]['flops']} x one dense training"}
-        error = {"calibration error (%)": lambda mine: f"{100 * np.mean([r['calibration_error'] for r in mine]):.2f}"}
-        tables["Ensembles of equal live weights"] = arms.table({base: base}, cost | error)
-        for name in arms.arms:
-            if name != base:
-                findings.append(f"Ensembles: {name} minus {base}: {arms.gain(name, base, 0)} points.")
+        kinds = Comparison(ensembles, "arm", "accuracy")
+        base = next(name for name in kinds.arms if "as long" in name)
+        than = base.replace(",", "")
+        flops = {
+            "training": lambda mine: f"{mine[0]['training_flops']:.3g} x",
+            "finding": lambda mine: f"{mine[0]['finding_flops']:.3g} x",
+            "an answer": lambda mine: f"{mine[0]['answer_flops']:.3g} x",
+        }
+        error = {"calibration error (%)": lambda mine: with_interval(column(mine, "calibration_error"))}
+        heading = "Ensembles of equal live weights; FLOPs over those of one dense network"
+        tables[heading] = kinds.table({base: base}, flops | error)
+        findings += [
+            f"Ensembles: {name} {'are' if name[0].isdigit() else 'is'} {kinds.verdict(name, base, 0, than)}."
+            for name in kinds.arms
+            if name != base
+        ]
     density = float(np.mean([row["density"] for row in rows if row["arm"] == "ticket"]))
     caption = (
-        f"Test accuracy of networks with {density:.1%} of the weights, means and 95% intervals over "
-        f"{len(setup.search.seeds)} seeds; the attack knows the network that it attacks."
+        "Test accuracy over the dense network's of the same seed and of as many steps, in points, of networks with "
+        f"{density:.1%} of the weights; means and 95% intervals over {len(setup.search.seeds)} seeds. The attack knows "
+        f"the network that it attacks. The {level} trainings that find a ticket are not counted."
     )
     return Study("What else tickets are good for", findings, tables, _figure(rows), caption, [*rows, *ensembles])
 
 
+def _case(row: Mapping[str, Any]) -> tuple[str, float]:
+    return row["condition"], row["strength"]
+
+
+def _called(condition: str, strength: float) -> str:
+    return f"{condition} {strength:g}" if strength else "unchanged images"
+
+
+def _sides(gains: Mapping[str, Sequence[float]], base: str) -> list[str]:
+    """Under which changes the ticket's accuracy is better and worse, and how many would be so by chance."""
+    sides: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    for name, values in gains.items():
+        sides[direction(values, *sides)].append(name)
+    found = [f"Accuracy of the ticket is {side} {base}: {', '.join(names)}." for side, names in sides.items() if names]
+    told = {name: values for name, values in gains.items() if name not in sides["not told apart from"]}
+    strict = [name for name in told if direction(told[name], "+", "-", "", 1 - 0.05 / len(gains))]
+    if len(gains) > 1 and told:
+        chance, wide = 0.05 * len(gains), 100 - 5 / len(gains)
+        found.append(
+            f"By chance {chance:.2g} of these {len(gains)} comparisons would be called better or worse if none were; "
+            f"{len(strict)} of the {len(told)} are with intervals of {wide:.4g}% (Bonferroni) too."
+        )
+    return found
+
+
 @deferred
 def _figure(rows: list[dict[str, Any]]) -> Figure:
-    """Accuracy over the strength of every change, a line for each arm; the calibration error of unchanged images."""
+    """Accuracy over the dense network's by strength of every change; the calibration error of unchanged images."""
     names = [name for name in dict.fromkeys(row["condition"] for row in rows) if name != "none"]
     columns = 4
     figure, axes = canvas(columns, -(-(len(names) + 1) // columns), width=11.6, height=6.4)
     for ax, condition in zip(axes, names, strict=False):
         mine = [row for row in rows if row["condition"] in (condition, "none")]
         at = sorted({row["strength"] for row in mine})
+        compared = [Comparison([r for r in mine if r["strength"] == s], "arm", "accuracy") for s in at]
+        reference(ax, 0, "")
         for i, (arm, label) in enumerate(ARMS.items()):
-            cells = [[100 * r["accuracy"] for r in mine if (r["arm"], r["strength"]) == (arm, s)] for s in at]
-            mean, half, _ = zip(*map(summary.interval, cells), strict=True)
-            line_with_band(ax, at, mean, half, label=label, **look(i))
-        titles(ax, condition, "strength", "test accuracy (%)" if ax in axes[::columns] else "")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=9)
+            if arm != DENSE:
+                cells = [[100 * gain for gain in one.gains(arm, DENSE, 0)] for one in compared]
+                mean, half, _ = zip(*map(summary.interval, cells), strict=True)
+                line_with_band(ax, at, mean, half, label=label, **look(i))
+        titles(ax, condition, STRENGTHS[condition], "points over dense")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=9)
     ax = axes[len(names)]
     for i, arm in enumerate(ARMS):
         values = [100 * row["calibration_error"] for row in rows if row["arm"] == arm and row["condition"] == "none"]
@@ -341,7 +439,7 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
         ax.errorbar([center], [i], xerr=[width], fmt=style["marker"], color=style["color"], capsize=3)
     ax.set_yticks(range(len(ARMS)), list(ARMS.values()))
     ax.invert_yaxis()
-    titles(ax, "Calibration error", "%")
+    titles(ax, "calibration error", "%", " ")
     for ax in axes[len(names) + 1 :]:
         ax.remove()
     return figure

@@ -84,29 +84,27 @@ def _study(rows: list[dict[str, Any]], study: RewindingConfig, setup: Setup) -> 
     late, zero, random = _name("ticket", step), _name("ticket", 0), _name("random_mask", step)
     findings = []
     for level in arms.levels:
-        told = _verdict(arms, late, zero, level)
+
+        def told(name: str, base: str, than: str, level: int = level) -> str:
+            gains = arms.gains(name, base, level)
+            better = sum(gain > 0 for gain in gains)
+            return f"{arms.verdict(name, base, level, than)}; better in {better} of {len(gains)} seeds."
+
         weights = arms.density(level)
-        findings.append(f"At {weights} of the weights the ticket rewound to step {step} is {told} one rewound to 0.")
+        findings.append(
+            f"At {weights} of the weights the ticket rewound to step {step} is {told(late, zero, 'one rewound to 0')}"
+        )
         if random in arms.arms:
-            told = _verdict(arms, random, _name("random_mask", 0), level)
-            findings.append(f"Under random masks weights of step {step} are {told} those of step 0.")
-            told = _verdict(arms, late, random, level)
-            findings.append(f"The ticket rewound to step {step} is {told} a random mask on the same weights.")
+            there = told(random, _name("random_mask", 0), "those of step 0")
+            findings.append(f"Under random masks weights of step {step} are {there}")
+            there = told(late, random, "a random mask on the same weights")
+            findings.append(f"The ticket rewound to step {step} is {there}")
     caption = "After the last step, on the test set; means and 95% intervals over seeds. Dotted: the dense networks."
     bases = {zero: "ticket, to step 0"} | ({random: f"random mask, to step {step}"} if random in arms.arms else {})
     steps = {"steps trained": lambda rows: setup.ticket.steps - (rows[0]["rewind"] if rows[0]["level"] else 0)}
     names = [name for name in (late, zero, random, _name("random_mask", 0), _name("reinit", 0)) if name in arms.arms]
     picture = _figure(arms, names)
     return Study("Late rewinding and rewinding to 0", findings, arms.table(bases, steps), picture, caption, rows)
-
-
-def _verdict(arms: Comparison, name: str, base: str, level: int) -> str:
-    """ "better than", "worse than" or "not told apart from", with the paired difference."""
-    gains = arms.gains(name, base, level)
-    mean, half, n = summary.interval(gains)
-    verdict = "better" if mean - half > 0 else "worse" if mean + half < 0 else "neither better nor worse"
-    better = sum(gain > 0 for gain in gains)
-    return f"{verdict} ({arms.gain(name, base, level)} {arms.unit}, + is better; {better} of {n} seeds) than"
 
 
 @deferred

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lottery import imp, prune, summary
+from lottery import imp, prune
 from lottery import masks as masks_lib
 from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
@@ -31,7 +31,7 @@ from tessera.tickets.studies.sparse_methods import (
     make_inputs,
     one_shot,
 )
-from tessera.tickets.studies.study import DENSE, Comparison, Study, column, run_search, same
+from tessera.tickets.studies.study import DENSE, Comparison, Study, column, direction, run_search, same
 
 # Arms of the search that make rows here, and what they are called.
 SEARCHED = {"ticket": "ticket (iterative)", "random_mask": "random mask, fixed", "at_init": "pruned at initialization"}
@@ -182,11 +182,10 @@ def _findings(arms: Comparison, head: str, base: Mapping[str, str]) -> list[str]
         f"have {100 * np.mean(arms.dense):.2f}%."
     ]
     for ticket in base:
-        intervals = {name: summary.interval(arms.gains(name, ticket, 0)) for name in arms.arms if name != ticket}
-        ahead = [name for name, (mean, half, n) in intervals.items() if n > 1 and mean > half]
-        behind = [name for name, (mean, half, n) in intervals.items() if n > 1 and mean < -half]
-        even = [name for name in intervals if name not in (*ahead, *behind)]
-        sides = {"ahead of": ahead, "behind": behind, "not told apart from": even}
+        sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+        for name in arms.arms:
+            if name != ticket:
+                sides[direction(arms.gains(name, ticket, 0), *sides)].append(name)
         found += [
             f"{side[0].upper()}{side[1:]} the {ticket}: {', '.join(names)}." for side, names in sides.items() if names
         ]

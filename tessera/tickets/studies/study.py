@@ -101,6 +101,34 @@ def with_interval(values: Iterable[float], scale: float = 100.0, digits: int = 2
     return plus_minus(mean, half, scale, digits)
 
 
+def direction(differences: Iterable[float], more: str, less: str, even: str, confidence: float = 0.95) -> str:
+    """`more` or `less`, as the mean's sign is, where the Student-t interval of the mean leaves out 0, else `even`."""
+    mean, half, _ = summary.interval(differences, confidence)
+    return more if mean > half else less if -mean > half else even
+
+
+def verdict(
+    differences: Sequence[float],
+    than: str,
+    unit: str = "points",
+    *,
+    scale: float = 100.0,
+    digits: int = 2,
+    more: str = "better",
+    less: str = "worse",
+) -> str:
+    """Say in which direction paired differences go, and how far: "worse than one dense by 0.97 ± 0.21 points".
+
+    The word follows the mean's sign, so the number has none; where the 95% interval contains 0 the text is "not told
+    apart from one dense (0.10 ± 0.21 points, + is better)".
+    """
+    mean, half, _ = summary.interval(differences)
+    word = direction(differences, more, less, "")
+    if word:
+        return f"{word} than {than} by {plus_minus(abs(mean), half, scale, digits)} {unit}"
+    return f"not told apart from {than} ({plus_minus(mean, half, scale, digits)} {unit}, + is {more})"
+
+
 class Comparison:
     """Arms of a study side by side at every level, paired by seed.
 
@@ -131,7 +159,7 @@ class Comparison:
         sign: int = 1,
     ):
         self.by, self.value, self.heading, self.unit = by, value, heading, unit
-        self.scale, self.digits, self.sign = scale, digits, sign
+        self.scale, self.digits, self.sign, self.side = scale, digits, sign, "over" if sign > 0 else "below"
         self.rows = sorted(rows, key=lambda row: row[pair])
         arms = [row for row in rows if row[by] != DENSE]
         self.arms = list(dict.fromkeys(column(arms, by)))
@@ -160,6 +188,10 @@ class Comparison:
         """Mean and interval of the paired differences."""
         return with_interval(self.gains(arm, base, level), self.scale, self.digits)
 
+    def verdict(self, arm: str, base: str, level: int, than: str) -> str:
+        """`verdict` on the paired differences, `than` being what the sentence calls the base."""
+        return verdict(self.gains(arm, base, level), than, self.unit, scale=self.scale, digits=self.digits)
+
     def density(self, level: int) -> str:
         """Weights remaining at a level, over all arms."""
         return f"{np.mean([row['density'] for arm in self.arms for row in self.cell(arm, level)]):.1%}"
@@ -182,7 +214,7 @@ class Comparison:
             gains = [self.gain(arm, base, level) if paired and arm != base else None for base in bases]
             weights = [f"{np.mean(column(mine, 'density')):.1%}"] if self.sparse else []
             body.append([*weights, arm, *(make(mine) for make in columns.values()), self.show(arm, level), *gains])
-        over = [f"{self.unit} over {name}" for name in bases.values()]
+        over = [f"{self.unit} {self.side} {name}" for name in bases.values()]
         return Table([*["weights"] * self.sparse, self.by, *columns, self.heading, *over], body)
 
     def draw(self, ax: Axes, title: str, arms: Mapping[str, str], over: str = "") -> None:
@@ -209,7 +241,7 @@ class Comparison:
             ax.axvline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
         ax.set_yticks(range(len(arms)), list(arms.values()))
         ax.invert_yaxis()
-        titles(ax, title, f"{self.unit} over {over}, same seed" if over else self.heading)
+        titles(ax, title, f"{self.unit} {self.side} {over}, same seed" if over else self.heading)
 
     def figure(self, panels: Mapping[str, Mapping[str, str]], over: str = "") -> Callable[[], Figure]:
         """A figure of `draw`, one panel per title with its arms and their labels; drawn when it is called."""

@@ -67,7 +67,7 @@ def test_arms_are_paired_by_seed_whatever_their_order_and_less_may_be_better():
     assert arms.arms == ["a", "b"] and arms.levels == [1, 2] and arms.dense == [0.0, 1.0]
     assert arms.gains("b", "a", 2) == [1.0, 1.0] and arms.mean("a", 1) == 3.5
     table = arms.table({"a": "a"}, {"seeds": len})
-    assert table.columns == ["weights", "arm", "seeds", "loss (nats)", "nats over a"]
+    assert table.columns == ["weights", "arm", "seeds", "loss (nats)", "nats below a"]
     assert [row[:3] for row in table.rows] == [
         ["100.0%", "dense", 2],
         *(["50.0%", arm, 2] for arm in "ab"),

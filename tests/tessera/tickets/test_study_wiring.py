@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from scipy import stats
 
 from lottery import masks as masks_lib
 from lottery import summary
@@ -23,6 +26,7 @@ from tessera.tickets.studies import (
     distribution,
     instability,
     population,
+    reliability,
     rewinding,
     sources,
     sparse_training,
@@ -167,8 +171,8 @@ def test_early_loss_agrees_with_final_accuracy_where_low_goes_with_high():
     study = population.PopulationConfig(draws=3, repeats=2)
     found = population._study([*draws, *recipes], study, recorder())
     assert ": 1.00 \u00b1 0.00 over 2 populations" in found.findings[0]
-    assert "10.00 \u00b1 0.00 points above the mean draw" in found.findings[1]
-    assert "40.00 \u00b1 0.00 points above one draw" in found.findings[2]
+    assert "better than the mean draw by 10.00 \u00b1 0.00 points" in found.findings[1]
+    assert "better than one draw of the target width by 40.00 \u00b1 0.00 points" in found.findings[2]
 
 
 @pytest.mark.parametrize(("value", "verdict"), [("final_test_loss", "better"), ("final_test_accuracy", "worse")])
@@ -183,10 +187,11 @@ def test_late_rewinding_is_better_where_the_loss_is_lower(value, verdict):
                 rows.append(common | row)
     found = rewinding._study(rows, rewinding.RewindingConfig(value), recorder())
     better = 4 if verdict == "better" else 0
-    assert f"the ticket rewound to step 7 is {verdict} (" in found.findings[0]
-    assert f"; {better} of 4 seeds) than one rewound to 0" in found.findings[0]
-    assert "weights of step 7 are neither better nor worse (0.00" in found.findings[1]
-    assert f"is {verdict} (" in found.findings[2] and "than a random mask on the same weights" in found.findings[2]
+    by = "0.200" if verdict == "better" else "20.00"
+    assert f"the ticket rewound to step 7 is {verdict} than one rewound to 0 by {by}" in found.findings[0]
+    assert f"; better in {better} of 4 seeds." in found.findings[0]
+    assert "weights of step 7 are not told apart from those of step 0 (0.00" in found.findings[1]
+    assert f"is {verdict} than a random mask on the same weights by" in found.findings[2]
     assert found.table.columns[2] == "steps trained" and [row[2] for row in found.table.rows] == [20, 20, 20, 13, 13]
 
 
@@ -234,3 +239,91 @@ def test_a_gradual_schedule_is_counted_as_a_staircase():
     # 20 steps, pruned at 0, 5, 10 and the end, 15; half of the weights stay: 1/2 + 1/2 (1 - t / 15)^3.
     stairs = [0.5 + 0.5 * (1 - t / 15) ** 3 for t in (0, 5, 10, 15)]
     np.testing.assert_allclose(_densities(inputs), np.repeat(stairs, 5), rtol=1e-6)
+
+
+def _sentences(gains):
+    """Every report's sentences on one difference, `gains` by seed in hundredths: (sentence, word above 0, below 0)."""
+    setup, shift = recorder(), [gain / 100 for gain in gains]
+    tried = [
+        {"arm": arm, "seed": seed, "density": 0.5, "condition": "none", "strength": 0.0, "accuracy": 0.5 + by}
+        | {"calibration_error": 0.5 + by}
+        for seed, gain in enumerate(shift)
+        for arm, by in {summary.DENSE: 0.0, "ticket": gain, "reinit": 0.0, "random_mask": gain}.items()
+    ]
+    ensembles = [
+        {"arm": arm, "seed": seed, "accuracy": 0.5 + by, "calibration_error": 0.1} | reliability_costs[arm]
+        for seed, gain in enumerate(shift)
+        for arm, by in {"2 tickets": gain, "one dense, 2 times as long": 0.0}.items()
+    ]
+    found = reliability._study(tried, ensembles, 1, setup).findings
+    yield found[0], "better", "worse"
+    calibrations = [text for text in found if text.startswith("Calibration")]
+    yield calibrations[0], "higher", "lower"
+    yield found[-1], "better", "worse"
+
+    late = [{"seed": s, "level": 0, "rewind": 7, "density": 1.0, "survivors": "dense"} for s in range(len(gains))]
+    for seed, gain in enumerate(shift):
+        for step, by in ((0, 0.0), (7, gain)):
+            row = {"seed": seed, "level": 1, "rewind": step, "density": 0.5, "survivors": f"ticket, to step {step}"}
+            late.append(row | {"loss": 2.0 - by})
+    for value, sign in (("final_test_loss", 1), ("final_test_accuracy", -1)):
+        rows = [{**row, value: row.get("loss", 2.0)} for row in late]
+        words = ("better", "worse")[::sign]
+        yield rewinding._study(rows, rewinding.RewindingConfig(value), setup).findings[0], *words
+
+    draws = [
+        {"kind": "draw", "repeat": r, "draw": i, "early": i, "accuracy": 0.5 + (0.5 - i) * 2 * gain}
+        for r, gain in enumerate(shift)
+        for i in range(2)
+    ]
+    recipes = [
+        {"kind": "recipe", "repeat": r, "recipe": name, "accuracy": 0.5 + gain * (name == population.WHOLE)}
+        for r, gain in enumerate(shift)
+        for name in population.RECIPES
+    ]
+    told = population._study([*draws, *recipes], population.PopulationConfig(draws=2, repeats=len(gains)), setup)
+    for text in told.findings[1:]:
+        yield text, "better", "worse"
+
+    named = {"RigL": shift, sparse_training.TICKET: [0.0] * len(shift), summary.DENSE: [0.0] * len(shift)}
+    rows = [
+        sparse_training._row(
+            method,
+            {"seed": seed, "final_test_accuracy": 0.5 + by, "final_test_loss": 1.0},
+            *(0.1, 30, 0.5, 0.5, budget),
+        )
+        for budget in (sparse_training.ONE_RUN, sparse_training.EQUAL)
+        for method, values in named.items()
+        for seed, by in enumerate(values)
+    ]
+    yield sparse_training._study(rows, 10, 3, flops=2e9).findings[1], "Ahead of", "Behind"
+
+
+reliability_costs = reliability.ensemble_costs(2, 1, "layer", 0.5, 0.5)
+
+
+@given(st.lists(st.integers(-30, 30), min_size=3, max_size=5))
+@settings(max_examples=10, deadline=None)
+@pytest.mark.filterwarnings("ignore:Precision loss", "ignore:invalid value", "ignore:An input array is constant")
+def test_a_sentence_goes_where_its_number_goes(gains):
+    mean = np.mean(gains)
+    different = np.std(gains) == 0 and mean != 0 or np.std(gains) > 0 and stats.ttest_1samp(gains, 0).pvalue < 0.05
+    for text, above, below in _sentences(gains):
+        text = text.partition(";")[0]  # then the count of seeds
+        expected = (above if mean > 0 else below) if different else ("not told apart", "Not told apart")
+        assert any(word in text for word in np.atleast_1d(expected)), text
+        if different:
+            assert (below if mean > 0 else above) not in text and "-" not in text.split(" by ")[-1], text
+
+
+def test_what_an_ensemble_costs_is_counted_by_hand():
+    # Level 3: dense, two sparser ones and the ticket's own training, 1,000 steps each; five of each.
+    costs = reliability.ensemble_costs(5, 3, "layer", 0.2, 0.21)
+    names = ("density", "training_flops", "finding_flops", "answer_flops")
+    told = {name: [row[key] for key in names] for name, row in costs.items()}
+    assert told["5 tickets"] == pytest.approx([1.0, 5, 15, 5])
+    assert told["5 random masks"] == pytest.approx([1.0, 5, 0, 5]), "the rates say how many weights a layer has"
+    assert told["5 small dense"] == pytest.approx([1.05, 5.25, 0, 1.05])
+    assert told["one dense, 5 times as long"] == [1, 5, 0, 1] and told["one dense"] == [1, 1, 0, 1]
+    over_all = reliability.ensemble_costs(5, 3, "global", 0.2, 0.21)["5 random masks"]
+    assert over_all["finding_flops"] == 15, "the search says how many weights every layer has"
