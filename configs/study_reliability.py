@@ -4,8 +4,10 @@ What: tickets, the same masks on fresh weights, random masks and dense networks 
 FGSM and PGD, trained with wrong labels, and their calibration error; then ensembles of k tickets or k small dense
 networks against one dense network of equal live weights, trained for equal FLOPs. `:mnist` is LeNet on MNIST at 14 x
 14 pixels, `:tiny` two minutes on digits.
-Cost: not measured.
-Expected: not measured.
+Cost: `:mnist` 1,435 s on a CPU core shared with much else (processor time not noted).
+Expected: the ticket is ahead of the dense network of as many steps by 0.4 points on unchanged images, by up to 4 on
+changed ones, not told apart under strong blur and occlusion, and no better calibrated; five tickets are behind one
+dense network trained five times as long by 0.97 points (docs/results/reliability_mnist.md).
 Command: python scripts/study.py --config=configs/study_reliability.py --config.data.dir=DATA --workdir=runs/reliability
 """
 

@@ -34,6 +34,7 @@ from tessera.tickets.studies.study import (
     column,
     direction,
     run_search,
+    same,
     verdict,
     with_interval,
 )
@@ -335,15 +336,13 @@ def _study(rows: list[dict[str, Any]], ensembles: list[dict[str, Any]], level: i
     compared = {case: Comparison([r for r in rows if _case(r) == case], "arm", "accuracy") for case in cases}
     body = [
         [
-            condition,
-            f"{strength:g}" if strength else None,
+            _called(condition, strength),
             *(one.show(arm, 0) for arm in ARMS),
             *(one.gain("ticket", base, 0) for base in bases),
         ]
         for (condition, strength), one in compared.items()
     ]
-    head = ["images", "strength", *(f"{label} (%)" for label in ARMS.values())]
-    head += [f"ticket minus {label}" for label in bases.values()]
+    head = ["images", *ARMS.values(), "minus dense", "minus random"]
     findings = []
     for base, label in bases.items():
         gains = {_called(*case): one.gains("ticket", base, 0) for case, one in compared.items()}
@@ -356,13 +355,13 @@ def _study(rows: list[dict[str, Any]], ensembles: list[dict[str, Any]], level: i
         told = verdict([-value for value in less], whose, more="higher", less="lower")
         findings.append(f"Calibration: the ticket's error is {told}.")
     names = {label: arm for arm, label in ARMS.items()}
-    cost = lambda mine: f"{trainings(names[mine[0]['arm']], level, setup.search.scope)} x one dense training"  # noqa: E731
-    tables = {"Accuracy on changed images and with wrong labels": Table(head, body)}
-    tables["Expected calibration error, 15 bins"] = calibration.table(
-        {label: label for label in bases.values()}, {"FLOPs, finding included": cost}
-    )
+    cost = lambda mine: f"{trainings(names[mine[0]['arm']], level, setup.search.scope)} x"  # noqa: E731
+    heading = "Test accuracy (%) on changed images and with wrong labels; the ticket's minus dense and random mask"
+    tables = {heading: Table(head, body)}
+    heading = "Expected calibration error (ECE), 15 bins; FLOPs, search included, over those of one dense training"
+    tables[heading] = calibration.table(same(bases.values()), {"FLOPs": cost})
     if ensembles:
-        kinds = Comparison(ensembles, "arm", "accuracy")
+        kinds = Comparison(ensembles, "arm", "accuracy", heading="accuracy (%)")
         base = next(name for name in kinds.arms if "as long" in name)
         than = base.replace(",", "")
         flops = {
@@ -370,9 +369,9 @@ def _study(rows: list[dict[str, Any]], ensembles: list[dict[str, Any]], level: i
             "finding": lambda mine: f"{mine[0]['finding_flops']:.3g} x",
             "an answer": lambda mine: f"{mine[0]['answer_flops']:.3g} x",
         }
-        error = {"calibration error (%)": lambda mine: with_interval(column(mine, "calibration_error"))}
+        error = {"ECE (%)": lambda mine: with_interval(column(mine, "calibration_error"))}
         heading = "Ensembles of equal live weights; FLOPs over those of one dense network"
-        tables[heading] = kinds.table({base: base}, flops | error)
+        tables[heading] = kinds.table({base: base.partition(", ")[2]}, flops | error)
         findings += [
             f"Ensembles: {name} {'are' if name[0].isdigit() else 'is'} {kinds.verdict(name, base, 0, than)}."
             for name in kinds.arms
