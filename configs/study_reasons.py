@@ -4,9 +4,9 @@ What: five seeds search for tickets; ticket, the ticket's mask on fresh weights,
 masks and the dense network are trained again and measured on the way: gradient flow, the tangent kernel, the gap
 between test and training loss where the training loss is equal, and the inputs that the first layer's mask is connected
 to. `:mnist` is LeNet on MNIST at 14 x 14 pixels, `:conv` a Conv-2 on MNIST at 7 x 7, `:tiny` a minute on digits.
-Cost: see docs/results/why_tickets.md.
+Cost: `:mnist` 737 to 874 s, `:conv` 811 s of wall time on a core shared with much else (processor time not noted).
 Expected: the ticket's gradients are many times the random mask's at first and less at the end; it does not generalize
-better at equal training loss; it is connected to inputs that vary and tell the label.
+better at equal training loss; it is connected to inputs that vary and tell the label (docs/results/why_tickets.md).
 Command: python scripts/study.py --config=configs/study_reasons.py --config.data.dir=DATA --workdir=runs/reasons
 """
 

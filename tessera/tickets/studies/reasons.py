@@ -270,8 +270,8 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
         )
     caption = (
         f"{density:.1%} of the weights; means and 95% intervals over {len(setup.search.seeds)} seeds. Gradient flow is "
-        "of the mean training loss, over alive weights; the tangent kernel is the mean over outputs. Step 0 stands at "
-        "the left edge."
+        "of the mean training loss, over alive weights; the tangent kernel is the mean over outputs. Axes of steps are "
+        "logarithmic, with step 0 at the left edge."
     )
     shape = setup.splits.train.images.shape[1:3]
     return Study(
@@ -290,7 +290,7 @@ def _figure(
     rows: list[dict[str, Any]], found: Mapping[str, list[float]], inputs: list[dict[str, Any]], shape: tuple[int, ...]
 ) -> Figure:
     """Gradient flow and top eigenvalue along training, the gap, and the inputs that tickets are connected to."""
-    figure, axes = canvas(2, 2, width=9.6, height=7.0)
+    figure, axes = canvas(2, 2, width=9.6, height=7.0) if inputs else canvas(3, width=12.5, height=3.7)
     steps = sorted({row["step"] for row in rows})
     x = [max(step, steps[1] / 3) for step in steps]
     named = (("gradient_flow", "Gradient flow"), ("ntk_top", "Top eigenvalue of the tangent kernel"))
@@ -300,6 +300,7 @@ def _figure(
             mean, half, _ = zip(*map(summary.interval, logs), strict=True)
             line_with_band(ax, x, mean, half, label=ARMS[arm], **look(i))
         log_values(ax, "x", values=x)
+        ax.set_xticks(x, [f"{step:,}" for step in steps])
         titles(ax, title, "step", "log10")
         label_lines(ax)
     ax = axes[2]
@@ -320,6 +321,4 @@ def _figure(
         else:
             axes[3].plot([row["variance"] for row in inputs], share, ".")
             titles(axes[3], "Ticket's connections", "variance of the input", "share alive")
-    else:
-        axes[3].remove()
     return figure
