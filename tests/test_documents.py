@@ -82,6 +82,12 @@ def test_every_command_can_be_parsed(document, command):
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_test_that_is_named_exists(document):
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", document.read_text(encoding="utf-8")):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def parse(name, argv):
     import importlib
 
