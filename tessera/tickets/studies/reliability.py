@@ -401,7 +401,7 @@ def _sides(gains: Mapping[str, Sequence[float]], base: str) -> list[str]:
         sides[direction(values, *sides)].append(name)
     found = [f"Accuracy of the ticket is {side} {base}: {', '.join(names)}." for side, names in sides.items() if names]
     told = {name: values for name, values in gains.items() if name not in sides["not told apart from"]}
-    strict = [name for name in told if direction(told[name], "+", "-", "", 1 - 0.05 / len(gains))]
+    strict = [name for name in told if direction(told[name], "+", "-", "", confidence=1 - 0.05 / len(gains))]
     if len(gains) > 1 and told:
         chance, wide = 0.05 * len(gains), 100 - 5 / len(gains)
         found.append(

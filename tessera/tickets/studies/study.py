@@ -101,7 +101,7 @@ def with_interval(values: Iterable[float], scale: float = 100.0, digits: int = 2
     return plus_minus(mean, half, scale, digits)
 
 
-def direction(differences: Iterable[float], more: str, less: str, even: str, confidence: float = 0.95) -> str:
+def direction(differences: Iterable[float], more: str, less: str, even: str, *, confidence: float = 0.95) -> str:
     """`more` or `less`, as the mean's sign is, where the Student-t interval of the mean leaves out 0, else `even`."""
     mean, half, _ = summary.interval(differences, confidence)
     return more if mean > half else less if -mean > half else even

@@ -327,3 +327,16 @@ def test_what_an_ensemble_costs_is_counted_by_hand():
     assert told["one dense, 5 times as long"] == [1, 5, 0, 1] and told["one dense"] == [1, 1, 0, 1]
     over_all = reliability.ensemble_costs(5, 3, "global", 0.2, 0.21)["5 random masks"]
     assert over_all["finding_flops"] == 15, "the search says how many weights every layer has"
+
+
+def test_comparisons_are_counted_with_and_without_bonferronis_correction():
+    rng = np.random.default_rng(0)
+    gains = {f"noise {i}": rng.normal(0.01 * (i - 10), 0.05, 8).tolist() for i in range(20)}
+    values = {name: stats.ttest_1samp(values, 0).pvalue for name, values in gains.items()}
+    told, strict = (sum(p < limit for p in values.values()) for limit in (0.05, 0.05 / 20))
+    assert 0 < strict < told < 20
+    *_, chance = reliability._sides(gains, "the dense network's")
+    assert chance == (
+        "By chance 1 of these 20 comparisons would be called better or worse if none were; "
+        f"{strict} of the {told} are with intervals of 99.75% (Bonferroni) too."
+    )
