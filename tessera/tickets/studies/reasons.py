@@ -26,7 +26,7 @@ from tessera.models.registry import STATISTICS
 from tessera.reports.html import Table
 from tessera.reports.style import Figure, canvas, deferred, label_lines, line_with_band, log_values, look, titles
 from tessera.tickets.setup import Setup, make_setup
-from tessera.tickets.studies.study import DENSE, Study, run_search, with_interval
+from tessera.tickets.studies.study import DENSE, Study, column, run_search, verdict, with_interval
 from tessera.tickets.train import batched, evaluate, train_blocks
 
 ARMS = {
@@ -221,8 +221,10 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
             for name in ("gradient_flow", "ntk_top", "ntk_rank"):
                 pairs = zip(cell(arm, step), cell("random_mask", step), strict=True)
                 ratios.append(_ratio([np.log(a[name] / b[name]) for a, b in pairs]) if arm != "random_mask" else "–")
-            alignment = with_interval([row["ntk_alignment"] for row in cell(arm, step)], 1.0)
-            gradients.append([step, ARMS[arm], *ratios, alignment])
+            alignment = with_interval(column(cell(arm, step), "ntk_alignment"), 1.0)
+            gradients.append(
+                [step, ARMS[arm], *ratios, alignment, with_interval(column(cell(arm, step), "test_accuracy"))]
+            )
     for name, called in (("gradient_flow", "gradient flow"), ("ntk_top", "top eigenvalue of the tangent kernel")):
         told = []
         for step in (steps[0], steps[-1]):
@@ -235,27 +237,31 @@ def _study(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], setup: Setu
     for arm in arms:
         paired = [a - b for a, b in zip(found[arm], found["random_mask"], strict=True)]
         over = with_interval(paired, 1.0, 4) if arm != "random_mask" else "–"
-        last = cell(arm, steps[-1])
-        accuracy = with_interval([row["test_accuracy"] for row in last])
-        gap_table.append([ARMS[arm], with_interval(found[arm], 1.0, 4), over, accuracy])
+        gap_table.append([ARMS[arm], with_interval(found[arm], 1.0, 4), over])
     paired = [a - b for a, b in zip(found["ticket"], found["random_mask"], strict=True)]
+    than = "the random mask's"
     findings.append(
-        f"Regularization: where all have a training loss of {target:.4f} nats, the ticket's test loss minus the random "
-        f"mask's is {with_interval(paired, 1.0, 4)} nats."
+        f"Regularization: where all have a training loss of {target:.4f} nats, the ticket's test loss is "
+        f"{verdict(paired, than, 'nats', scale=1.0, digits=4, more='higher', less='lower')}."
+    )
+    untrained = [with_interval(column(cell(arm, steps[0]), "test_accuracy")) for arm in ("ticket", "random_mask")]
+    findings.append(
+        "Before training the ticket is right on {}% of the test images, the random mask on {}%.".format(*untrained)
     )
     tables = {
         "Gradients: flow, top eigenvalue and rank over the random mask's": Table(
-            ["step", "network", "gradient flow", "top NTK eigenvalue", "NTK rank", "alignment"], gradients
+            ["step", "network", "gradient flow", "top NTK eigenvalue", "NTK rank", "alignment", "accuracy (%)"],
+            gradients,
         ),
         f"Test minus training loss at a training loss of {target:.4f} nats": Table(
-            ["network", "gap (nats)", "over random mask", "test accuracy at the end (%)"], gap_table
+            ["network", "gap (nats)", "over random mask"], gap_table
         ),
     }
     if inputs:
         body = []
         for arm in ("ticket", "random_mask"):
             shares = np.asarray([row[arm] for row in inputs])
-            columns = [[row[column] for row in inputs] for column in ("variance", "information")]
+            columns = [column(inputs, name) for name in ("variance", "information")]
             correlations = [[float(stats.spearmanr(share, each).statistic) for share in shares.T] for each in columns]
             variance, information = (with_interval(values, 1.0) for values in correlations)
             body.append([ARMS[arm], variance, information])
