@@ -17,7 +17,16 @@ from sharding._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "kv_cache": ("Cache", "CacheConfig", "append", "cache_specs", "make_cache", "read_range", "read_slots"),
+        "kv_cache": (
+            "Cache",
+            "CacheConfig",
+            "append",
+            "cache_specs",
+            "copy_prefix",
+            "make_cache",
+            "read_range",
+            "read_slots",
+        ),
         "attention": ("cached_attention",),
         "sample": ("Settings", "greedy", "sample_tokens"),
         "speculative": ("accept",),

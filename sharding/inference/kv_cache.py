@@ -198,6 +198,32 @@ def append(
     return Cache(write(cache.k, k), write(cache.v, v), *scales, lengths)
 
 
+def copy_prefix(
+    cache: Cache, sources_N: Int[Array, " N"], targets_N: Int[Array, " N"], counts_N: Int[Array, " N"]
+) -> Cache:
+    """Copy the first `counts` tokens of some slots to others (prefix caching); a count of 0 copies nothing.
+
+    Source and target may be the same slot, which is then cut to its first tokens.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.inference import CacheConfig, append, copy_prefix, make_cache
+      >>> cache = make_cache(CacheConfig(layers=1, slots=2, kv_heads=1, length=8, head_dim=4))
+      >>> kv, zero = jnp.ones((1, 1, 1, 3, 4)), jnp.array([0], jnp.int32)
+      >>> cache = append(cache, kv, kv, zero, zero, jnp.array([3], jnp.int32))
+      >>> copied = copy_prefix(cache, zero, jnp.array([1], jnp.int32), jnp.array([2], jnp.int32))
+      >>> copied.lengths.tolist(), copied.k[0, 1, 0, :3, 0].tolist()
+      ([3, 2], [1.0, 1.0, 1.0])
+    """
+    used_N = jnp.where(counts_N > 0, targets_N, cache.lengths.shape[0])
+
+    def copy(array: jax.Array | None) -> Any:  # whole slots: what is past a slot's length is never looked at
+        return None if array is None else array.at[:, used_N].set(array[:, sources_N], mode="drop")
+
+    lengths = cache.lengths.at[used_N].set(counts_N, mode="drop")
+    return Cache(copy(cache.k), copy(cache.v), copy(cache.k_scale), copy(cache.v_scale), lengths)
+
+
 Read = Callable[[Cache, Any], Past]
 """(cache, layer) -> cached keys and values of the rows of a call."""
 

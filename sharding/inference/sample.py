@@ -204,6 +204,7 @@ def sample_tokens(
     settings: Settings,
     tp: str | None = None,
     candidates: int = CANDIDATES,
+    bias_NV: Float[Array, "N V"] | None = None,
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """Sample the next token of every row, with its log-probability under the model (temperature 1, no thresholds).
 
@@ -213,6 +214,8 @@ def sample_tokens(
       settings: of each row.
       tp: mesh axis that splits the vocabulary.
       candidates: C, see `CANDIDATES`.
+      bias_NV: added to the logits before anything else (logit bias); -inf forbids a token. The log-probability is
+        that of the logits without it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -223,7 +226,8 @@ def sample_tokens(
       ([2], 0.7)
     """
     with jax.named_scope("sample"):
-        warped_NV = warp(penalize(logits_NV, seen_NV, settings), settings, tp, candidates)
+        biased_NV = logits_NV if bias_NV is None else logits_NV + bias_NV
+        warped_NV = warp(penalize(biased_NV, seen_NV, settings), settings, tp, candidates)
         tokens_N = draw(warped_NV, settings, tp)
         return tokens_N, logprob(logits_NV, tokens_N, tp)
 

@@ -39,13 +39,13 @@ def main(invocation: Invocation) -> int:
     with bind(c.host, c.port) as socket:  # first: a port in use is told before the model is loaded
         host, port = socket.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft)
+        engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft, c.prefix_cache)
         if c.host not in LOOPBACK and not key:
             logging.warning(
                 "%s is reachable from elsewhere and %s is not set: anybody may ask", c.host, c.api_key_variable
             )
-        service = Service(engine, warm_up=settings.warm_up)
-        app = make_app(service, loaded.tokenizer, settings)
+        service = Service(engine, warm_up=settings.warm_up, model=settings.model)
+        app = make_app(service, loaded.tokenizer, settings, loaded.format)
 
         def ready() -> None:
             console.print(f"serving {settings.model} from {source.dir} on {address}", soft_wrap=True)

@@ -110,10 +110,10 @@ class BPETokenizer:
         inner.decoder = tokenizers.decoders.ByteLevel()
         return cls(inner)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Tokens [N], uint16 or, past 65536 tokens, int32."""
+    def encode(self, text: str, *, special: bool = True) -> np.ndarray:
+        """Tokens [N], uint16 or, past 65536 tokens, int32; `special` adds those that begin or end every text."""
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        return np.asarray(self._inner.encode(text).ids, dtype)
+        return np.asarray(self._inner.encode(text, add_special_tokens=special).ids, dtype)
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of tokens [N]; bytes that are not UTF-8 become replacement characters."""
@@ -122,6 +122,10 @@ class BPETokenizer:
     def name_of(self, token: int) -> str:
         """A token as the vocabulary has it."""
         return self._inner.id_to_token(token)
+
+    def to_json(self) -> str:
+        """The tokenizer in the JSON format of the `tokenizers` package."""
+        return self._inner.to_str()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON format of the `tokenizers` package, in one step."""

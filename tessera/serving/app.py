@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +25,21 @@ from starlette.routing import Route
 import tessera
 from tessera.data.text import Tokenizer
 from tessera.serving import metrics
-from tessera.serving.protocol import Asked, BadRequest, choice, error_body, openapi, read_body, response, usage
+from tessera.serving.chat import PLAIN, CallStream
+from tessera.serving.huggingface import TextFormat
+from tessera.serving.protocol import (
+    Asked,
+    BadRequest,
+    Reader,
+    best,
+    choice,
+    echoed,
+    error_body,
+    openapi,
+    read_body,
+    response,
+    usage,
+)
 from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Request, show
 from tessera.serving.schema import AppConfig
 from tessera.serving.service import DEAD, Draining, EngineDead, Service
@@ -63,9 +78,16 @@ class Refused(Exception):
         return error_body(str(self), self.kind, self.parameter, self.code)
 
 
-def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
-    """The ASGI application; starting it starts the service, stopping it stops the service."""
-    pages = Pages(service, tokenizer, config)
+def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig, text: TextFormat = PLAIN) -> Starlette:
+    """The ASGI application; starting it starts the service, stopping it stops the service.
+
+    Args:
+      service: that answers.
+      tokenizer: of the model.
+      config: what is promised and refused.
+      text: the model's special tokens and chat template.
+    """
+    pages = Pages(service, tokenizer, config, text)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -102,8 +124,9 @@ def make_app(service: Service, tokenizer: Tokenizer, config: AppConfig) -> Starl
 class Pages:
     """The handlers of the routes."""
 
-    def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig):
+    def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig, text: TextFormat):
         self.service, self.tokenizer, self.config = service, tokenizer, config
+        self.reader = Reader(tokenizer, service.engine.programs.decoder.config.vocab_size, text)
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""
@@ -136,24 +159,7 @@ class Pages:
 
     async def metrics(self, request: Any) -> Any:
         """GET /metrics."""
-        engine, counts = self.service.engine, self.service.engine.counts
-        ends = {f'reason="{name}"': counts[f"finished_{name}"] for name in ("stop", "length", "cancelled", "error")}
-        lines = [
-            *metrics.counter("requests", "Requests accepted.", counts["requests"]),
-            *metrics.counter("requests_refused", "Requests refused for a full queue.", self.service.refused),
-            *metrics.counter("requests_finished", "Texts ended, by reason.", dict(ends)),
-            *metrics.counter("prompt_tokens", "Tokens read.", counts["prompt_tokens"]),
-            *metrics.counter("tokens", "Tokens drawn.", counts["tokens"]),
-            *metrics.counter("drafted_tokens", "Tokens the draft model guessed.", counts["drafted"]),
-            *metrics.counter("accepted_tokens", "Of those, the ones that stayed.", counts["accepted"]),
-            *metrics.gauge("alive", "1 while the engine runs.", int(self.service.alive and not self.service.dead)),
-            *metrics.gauge("waiting", "Texts waiting for a slot.", len(engine.waiting)),
-            *metrics.gauge("running", "Texts that have a slot.", engine.running),
-            *metrics.gauge("slots", "Slots there are.", len(engine.slots)),
-            *metrics.histogram("first_token_seconds", "From request to first token.", self.service.first_token),
-            *metrics.histogram("request_seconds", "From request to last token.", self.service.duration),
-        ]
-        return Response("\n".join(lines) + "\n", media_type=metrics.CONTENT_TYPE)
+        return Response(metrics.page(self.service, self.config.model), media_type=metrics.CONTENT_TYPE)
 
     async def _answer(self, request: Any, *, chat: bool) -> Any:
         self._admit(request)
@@ -162,9 +168,9 @@ class Pages:
         data, c = await self._body(request), self.config
         read = functools.partial(read_body, chat=chat, limit=c.max_tokens, max_choices=c.max_choices)
         try:
-            asked = await asyncio.to_thread(read, data, self.tokenizer)  # a long prompt takes a while
+            asked = await asyncio.to_thread(read, data, self.reader)  # a long prompt takes a while
             self._check_model(asked.body.model)
-            requests, events = self.service.submit(asked.prompts, asked.samplings)
+            requests, events = self.service.submit(asked.prompts, asked.samplings, asked.constraints)
         except BadRequest as error:
             raise Refused(400, str(error), parameter=error.parameter) from error
         except PromptTooLong as error:
@@ -178,7 +184,7 @@ class Pages:
             message = str(error).replace(f"{error.parameter}=", f"{name}=", 1)
             raise Refused(400, message, INVALID, name) from error
         streams = [TextStream(self.tokenizer, asked.stop, one.prompt) for one in requests]
-        follow = self._follow(request, requests, events, streams)
+        follow = self._follow(request, asked, requests, events, streams)
         if asked.body.stream:
             stream = self._stream(asked, requests, streams, follow)
             return StreamingResponse(stream, media_type="text/event-stream")
@@ -186,7 +192,14 @@ class Pages:
         async for index, delta, finish in follow:
             texts[index] += delta
             ends[index] = finish
-        choices = [choice(asked, i, texts[i], ends[i], streamed=False) for i in range(len(requests))]
+        choices = []
+        for number, i in enumerate(best(asked, requests)):
+            calls: list[dict[str, Any]] = []
+            if asked.tools:
+                text, calls = self.reader.chat.read_calls(texts[i].text)
+                calls = calls if asked.body.parallel_tool_calls else calls[:1]
+                texts[i] = replace(texts[i], text=text)
+            choices.append(choice(asked, number, texts[i], ends[i], streamed=False, calls=calls))
         answer = response(asked, _identity(), choices, c.model, streamed=False)
         return JSONResponse(answer | {"usage": usage(asked, requests, sum(one.count for one in streams))})
 
@@ -198,10 +211,16 @@ class Pages:
         follow: AsyncIterator[tuple[int, Delta, str]],
     ) -> AsyncIterator[str]:
         identity, model = _identity(), self.config.model
+        chats = [CallStream(self.reader.chat) for _ in requests] if asked.tools else []
         try:
             async for index, delta, finish in follow:
+                calls: list[dict[str, Any]] = []
+                if chats:
+                    text, calls = chats[index].feed(delta.text, final=bool(finish))
+                    calls = calls if asked.body.parallel_tool_calls else calls[:1]
+                    delta = replace(delta, text=text)
                 if delta or finish:
-                    entry = choice(asked, index, delta, finish or None, streamed=True)
+                    entry = choice(asked, index, delta, finish or None, streamed=True, calls=calls)
                     yield _event(response(asked, identity, [entry], model, streamed=True))
         except Refused as error:
             yield _event(error.body)
@@ -212,14 +231,19 @@ class Pages:
         yield "data: [DONE]\n\n"
 
     async def _follow(
-        self, request: Any, requests: list[Request], events: asyncio.Queue[int], streams: list[TextStream]
+        self,
+        request: Any,
+        asked: Asked,
+        requests: list[Request],
+        events: asyncio.Queue[int],
+        streams: list[TextStream],
     ) -> AsyncIterator[tuple[int, Delta, str]]:
         """(index, what is new, reason it ended or ""); lets go of requests when the client has left.
 
         Raises:
           Refused: it took too long, failed, or was ended by a shutdown or a dead engine.
         """
-        given, done = [0] * len(requests), [False] * len(requests)
+        given, done, echo = [0] * len(requests), [False] * len(requests), [asked.echo] * len(requests)
         until = time.monotonic() + self.config.timeout
         try:
             while not all(done):
@@ -242,7 +266,11 @@ class Pages:
                 if finish == "error":
                     raise Refused(500, FAILED, "server_error")
                 given[index] += len(tokens)
-                delta = stream.feed(tokens, logprobs, top, final=bool(finish))
+                before = Delta()
+                if echo[index]:
+                    before, echo[index] = echoed(asked, one, self.tokenizer), False
+                    stream = streams[index] = TextStream(self.tokenizer, asked.stop, one.prompt, len(before.text))
+                delta = before + stream.feed(tokens, logprobs, top, final=bool(finish))
                 if stream.stopped:
                     finish = "stop"
                     self.service.release([one])

@@ -224,7 +224,12 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
 
 
 def make_engine(
-    source: SourceConfig, plan: Plan, sizes: ServeConfig, queue: int = 64, draft: DraftConfig = DraftConfig()
+    source: SourceConfig,
+    plan: Plan,
+    sizes: ServeConfig,
+    queue: int = 64,
+    draft: DraftConfig = DraftConfig(),
+    prefix_cache: int = 0,
 ) -> tuple[Engine, Loaded]:
     """Load a model and make the engine that serves it; also returns what was loaded, without its weights.
 
@@ -238,14 +243,14 @@ def make_engine(
     programs, params = _programs(loaded, source, plan, sizes)
     ends = loaded.format.ends
     if not draft.dir:
-        return Engine(programs, programs.place(params), queue, ends), loaded._replace(params=None)
+        return Engine(programs, programs.place(params), queue, ends, prefix_cache), loaded._replace(params=None)
     small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
     split = plan if draft.plan == "same" else Plan(draft.plan)
     drafted = load(small)
     _check_length(drafted, small, sizes)
     drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
-    return Engine(both, both.place(params, draft_params), queue, ends), loaded._replace(params=None)
+    return Engine(both, both.place(params, draft_params), queue, ends, prefix_cache), loaded._replace(params=None)
 
 
 def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> None:

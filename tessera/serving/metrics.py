@@ -1,54 +1,90 @@
-"""Counters, gauges and histograms in Prometheus' text format, version 0.0.4."""
+"""Prometheus metrics of a server (extra `serve`), under vLLM's names where it has the same: its dashboards fit."""
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
-PREFIX = "tessera_"
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+COUNTERS = {  # of the engine's counts: name and meaning
+    "requests": ("tessera_requests", "Texts accepted."),
+    "prompt_tokens": ("vllm:prompt_tokens", "Tokens of prompts that were read, without those of the prefix cache."),
+    "tokens": ("vllm:generation_tokens", "Tokens drawn."),
+    "prefix_queries": ("vllm:prefix_cache_queries", "Tokens of prompts that were looked for in the prefix cache."),
+    "prefix_tokens": ("vllm:prefix_cache_hits", "Of those, the ones that it had."),
+    "drafted": ("vllm:spec_decode_num_draft_tokens", "Tokens the draft model guessed."),
+    "accepted": ("vllm:spec_decode_num_accepted_tokens", "Of those, the ones that stayed."),
+}
 
 
-class Histogram:
-    """Counts of observations up to each bound; safe to use from several threads."""
+class Latencies:
+    """Histograms of seconds."""
 
-    def __init__(self, bounds: Sequence[float]):
-        self.bounds, self.total, self.sum = tuple(bounds), 0, 0.0
-        self.below = [0] * len(self.bounds)
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
 
-    def add(self, value: float) -> None:
-        """Observe a value."""
-        with self._lock:
-            self.total += 1
-            self.sum += value
-            self.below = [count + (value <= bound) for count, bound in zip(self.below, self.bounds, strict=True)]
+        def make(name: str, meaning: str) -> Histogram:
+            return Histogram(f"vllm:{name}", meaning, ("model_name",), buckets=SECONDS, registry=self.registry)
 
+        self._first = make("time_to_first_token_seconds", "From request to first token.")
+        self._each = make("request_time_per_output_token_seconds", "Between the tokens of a text, its mean.")
+        self._whole = make("e2e_request_latency_seconds", "From request to last token.")
 
-def counter(name: str, help_text: str, values: dict[str, int] | dict[str, float] | float | int) -> list[str]:
-    """Lines of a counter; a dict has one value per label, written 'name="value"'."""
-    return _family(f"{name}_total", "counter", help_text, values)
+    def first(self, model: str, seconds: float) -> None:
+        """Note when the first token of a text came."""
+        self._first.labels(model).observe(seconds)
 
-
-def gauge(name: str, help_text: str, value: float | int) -> list[str]:
-    """Lines of a gauge."""
-    return _family(name, "gauge", help_text, value)
+    def end(self, model: str, seconds: float, first: float | None, tokens: int) -> None:
+        """Note when a text ended, `first` seconds after its first token, with how many tokens."""
+        self._whole.labels(model).observe(seconds)
+        if first is not None and tokens > 1:
+            self._each.labels(model).observe(first / (tokens - 1))
 
 
-def histogram(name: str, help_text: str, found: Histogram) -> list[str]:
-    """Lines of a histogram."""
-    full = PREFIX + name
-    lines = [f"# HELP {full} {help_text}", f"# TYPE {full} histogram"]
-    lines += [f'{full}_bucket{{le="{bound}"}} {count}' for bound, count in zip(found.bounds, found.below, strict=True)]
-    return [
-        *lines,
-        f'{full}_bucket{{le="+Inf"}} {found.total}',
-        f"{full}_sum {found.sum}",
-        f"{full}_count {found.total}",
-    ]
+def page(service: Any, model: str) -> bytes:
+    """The metrics of a `Service` in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Now(service, model))  # type: ignore[arg-type]
+    return generate_latest(registry) + generate_latest(service.latencies.registry)
 
 
-def _family(name: str, kind: str, help_text: str, values: dict[str, int] | dict[str, float] | float | int) -> list[str]:
-    full = PREFIX + name
-    lines = [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"]
-    if isinstance(values, dict):
-        return lines + [f"{full}{{{label}}} {value}" for label, value in values.items()]
-    return [*lines, f"{full} {values}"]
+class _Now:
+    """What the engine says at this moment, as a collector."""
+
+    def __init__(self, service: Any, model: str):
+        self.service, self.model = service, model
+
+    def collect(self) -> Iterator[Any]:
+        """Families of counters and gauges."""
+        service, engine, model = self.service, self.service.engine, [self.model]
+        for key, (name, meaning) in COUNTERS.items():
+            yield _add(CounterMetricFamily(name, meaning, labels=["model_name"]), model, engine.counts[key])
+        refused = CounterMetricFamily(
+            "tessera_requests_refused", "Requests refused, the queue full.", labels=["model_name"]
+        )
+        yield _add(refused, model, service.refused)
+        ended = CounterMetricFamily("vllm:request_success", "Texts ended.", labels=["model_name", "finished_reason"])
+        for reason in ("stop", "length", "cancelled", "error"):
+            ended.add_metric([self.model, reason], engine.counts[f"finished_{reason}"])
+        yield ended
+        running = [one for one in engine.slots if one is not None]
+        tokens = sum(one.read + len(one.tokens) for one in running)
+        gauges = {
+            "vllm:num_requests_running": ("Texts that have a slot.", len(running)),
+            "vllm:num_requests_waiting": ("Texts waiting for a slot.", len(engine.waiting)),
+            "vllm:kv_cache_usage_perc": (
+                "Share of the KV cache that running texts fill; 1 is all of it.",
+                tokens / (len(engine.slots) * engine.programs.config.length),
+            ),
+            "tessera_slots": ("Slots there are.", len(engine.slots)),
+            "tessera_alive": ("1 while the engine runs.", int(service.alive and not service.dead)),
+        }
+        for name, (meaning, value) in gauges.items():
+            yield _add(GaugeMetricFamily(name, meaning, labels=["model_name"]), model, value)
+
+
+def _add(family: Any, labels: list[str], value: float | int) -> Any:
+    family.add_metric(labels, value)
+    return family

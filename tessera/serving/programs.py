@@ -24,7 +24,7 @@ from sharding.plan import DATA_AXES
 from sharding.rules import shardings
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.serving.quantized import quantized_specs
-from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program
+from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program, reuse_program
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class Programs:
         logits: bool = False,
         every: bool = False,
         fresh: bool = False,
+        bias: Any = None,
+        targets: Any = None,
     ) -> tuple[State, Drawn]:
         """Prefill the next chunk of some prompts and draw the token that follows each.
 
@@ -188,15 +190,42 @@ class Programs:
           logits: also give the logits of each row's last token, or with `every` of all its tokens [N, T, V].
           every: see `logits`.
           fresh: promise that every row starts at 0: nothing is read from the cache.
+          bias: float [N, V] added to the logits that are drawn from, see `sample_tokens`; None is none.
+          targets: int [N, T], the token that follows each token of the chunks: also give its log-probability, and the
+            most probable tokens in its place, as `Drawn.read`.
         """
         count = rows.tokens.shape[0]
         if count % self.parts:
             raise PlanError(f"{count} rows do not divide over the {self.parts} data-parallel parts")
         settings = greedy(count) if settings is None else settings
-        key = ("extend", count, rows.tokens.shape[1], logits, every, fresh)
+        options = {"logits": logits, "every": every, "fresh": fresh}
+        options |= {"biased": bias is not None, "scored": targets is not None}
+        key = ("extend", count, rows.tokens.shape[1], *options.values())
         if key not in self._made:
-            self._made[key] = extend_program(self, logits=logits, every=every, fresh=fresh)
-        return self._made[key](params, state, Rows(*(np.asarray(x, np.int32) for x in rows)), settings)
+            self._made[key] = extend_program(self, **options)
+        rows = Rows(*(np.asarray(x, np.int32) for x in rows))
+        return self._made[key](params, state, rows, settings, bias, targets)
+
+    def reuse(self, state: State, source: int, target: int, tokens: Any) -> State:
+        """Let a slot begin with tokens that another slot, or it itself, already has at the start (prefix caching).
+
+        Args:
+          state: donated.
+          source: slot that begins with the tokens.
+          target: slot of the same data-parallel part; what it held is forgotten.
+          tokens: int [n], at least one.
+        """
+        local = self.config.slots // self.parts
+        if source // local != target // local:
+            raise ValueError(f"slots {source} and {target} are on different devices")
+        sources, targets, counts = np.zeros((3, self.parts), np.int32)
+        padded = np.zeros((self.parts, self.config.length), np.int32)
+        part = target // local
+        sources[part], targets[part], counts[part] = source % local, target % local, len(tokens)
+        padded[part, : len(tokens)] = tokens
+        if "reuse" not in self._made:
+            self._made["reuse"] = reuse_program(self)
+        return self._made["reuse"](state, Rows(padded, targets, np.zeros_like(counts), counts), sources)
 
     def generate(
         self,
@@ -208,6 +237,7 @@ class Programs:
         *,
         steps: int = 0,
         logits: bool = False,
+        bias: Any = None,
     ) -> tuple[State, Drawn]:
         """Draw up to `steps` tokens in every slot, each the input of the next.
 
@@ -219,13 +249,14 @@ class Programs:
           settings: of every slot; `index` is that of the first token drawn.
           steps: 0 takes the config's.
           logits: also give the logits [steps, B, V].
+          bias: float [B, V] added to the logits that are drawn from, see `sample_tokens`; None is none.
         """
         ring = Ring(self.decoder.plan.size("pp"), self.groups, steps or self.config.steps)
-        key = ("generate", ring, logits)
+        key = ("generate", ring, logits, bias is not None)
         if key not in self._made:
-            self._made[key] = generate_program(self, ring, logits=logits)
+            self._made[key] = generate_program(self, ring, logits=logits, biased=bias is not None)
         tokens, budget = (jnp.asarray(x, jnp.int32) for x in (tokens, budget))
-        return self._made[key](params, state, tokens, budget, settings)
+        return self._made[key](params, state, tokens, budget, settings, bias)
 
 
 def make_programs(decoder: ShardedDecoder, config: ServeConfig, devices: Any = None) -> Programs:

@@ -4,11 +4,14 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 ALTERNATIVES = 20  # most probable tokens at each token drawn, at most; as of `sharding.inference.sample`
 LARGEST = 2**31 - 1  # what the devices' int32 holds
 MAX_STOP_TOKENS = 1024
+MAX_BIASES, MAX_BIAS = 1024, 100
 
 
 class QueueFull(RuntimeError):
@@ -40,9 +43,11 @@ class Sampling:
       presence_penalty: subtracted from the logits of tokens drawn before; 0 is off.
       frequency_penalty: the same for every time a token was drawn.
       seed: 0..2^32-1; the same seed gives the same tokens whatever else is decoded.
-      max_tokens: tokens to draw at most.
+      max_tokens: tokens to draw at most; 0 reads the prompt only.
       stop_tokens: tokens that end the text; they are not part of it.
       top_logprobs: most probable tokens to give with every token drawn, 0..20, with their log-probabilities.
+      prompt_logprobs: give the log-probabilities of the prompt's tokens too, and as many most probable ones.
+      logit_bias: (token, number in -100..100) pairs, added to the tokens' logits.
 
     Raises:
       OutOfRange: a value of the wrong type, not finite or out of range.
@@ -59,6 +64,8 @@ class Sampling:
     max_tokens: int = 16
     stop_tokens: tuple[int, ...] = ()
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -69,6 +76,12 @@ class Sampling:
             raise OutOfRange("stop_tokens", self.stop_tokens, f"a list of at most {MAX_STOP_TOKENS} token ids")
         for token in self.stop_tokens:
             check_whole("stop_tokens", token, 0, LARGEST)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise OutOfRange("logit_bias", self.logit_bias, f"at most {MAX_BIASES} pairs of a token id and a number")
+        for token, bias in self.logit_bias:
+            check_whole("logit_bias", token, 0, LARGEST)
+            if not (is_number(bias) and abs(bias) <= MAX_BIAS):
+                raise OutOfRange("logit_bias", bias, f"a number in -{MAX_BIAS}..{MAX_BIAS} for every token")
         object.__setattr__(self, "stop_tokens", tuple(int(token) for token in self.stop_tokens))
 
 
@@ -84,7 +97,7 @@ NUMBERS = {  # lowest, highest, and the range as text
 WHOLE = {
     "top_k": (0, LARGEST),
     "seed": (0, 2**32 - 1),
-    "max_tokens": (1, LARGEST),
+    "max_tokens": (0, LARGEST),
     "top_logprobs": (0, ALTERNATIVES),
 }
 
@@ -121,6 +134,24 @@ def show(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+@runtime_checkable
+class Constraint(Protocol):
+    """What a text may go on with, token by token; see `tessera.serving.constrain`."""
+
+    def allowed(self) -> np.ndarray:
+        """Tokens that may come next, bool [V]."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Note the token that came."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete, and nothing may follow."""
+        ...
+
+
 @dataclass(eq=False)
 class Request:
     """One request on its way.
@@ -137,6 +168,9 @@ class Request:
       read: tokens of the prompt in the cache.
       slot: where it is decoded; -1 while it waits and when it is done.
       number: order of arrival at its engine.
+      constraint: what the text may be; None is anything.
+      prompt_logprobs: of the prompt's tokens but the first, if asked for; complete before the first token is drawn.
+      prompt_top: as `top`, in place of each of them.
     """
 
     prompt: tuple[int, ...]
@@ -149,6 +183,9 @@ class Request:
     read: int = 0
     slot: int = -1
     number: int = -1
+    constraint: Constraint | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     def since(self, start: int) -> tuple[list[int], list[float], list[tuple[tuple[int, float], ...]], str]:
         """Tokens from number `start` on, `logprobs` and `top` of each, and `finish`, of one moment; from any thread."""

@@ -51,6 +51,8 @@ class ServeSettings:
     Attributes:
       plan: how the work is split over devices, like "tp=4, dp=2"; "" is one device. The other devices stay idle.
       queue: requests that may wait for a slot.
+      prefix_cache: a prompt that begins like the text in any slot, a finished one's too, takes the tokens they share
+        from its KV cache, if they are so many; 0 reads every prompt whole ("Batch invariance" in docs/inference.md).
       prompt: text to continue, for `tessera generate`.
       host: address to listen on; the default is reachable from this machine only.
       port: to listen on; 0 takes a free one.
@@ -59,6 +61,7 @@ class ServeSettings:
 
     plan: str = ""
     queue: int = 64
+    prefix_cache: int = 16
     prompt: str = "def "
     host: str = "127.0.0.1"
     port: int = 8000
@@ -70,6 +73,6 @@ SCHEMA = Schema(
     model=SourceConfig,
     draft=DraftConfig,
     sizes=ServeConfig,
-    sampling=Group(Sampling, without=("top_logprobs",)),
+    sampling=Group(Sampling, without=("top_logprobs", "prompt_logprobs")),
     app=Group(AppConfig, without=("api_key",)),
 )

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from absl import logging
 
 from tessera.serving.engine import Engine
-from tessera.serving.metrics import Histogram
-from tessera.serving.requests import QueueFull, Request, Sampling
-
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+from tessera.serving.metrics import Latencies
+from tessera.serving.requests import Constraint, QueueFull, Request, Sampling
+from tessera.serving.schema import AppConfig
 
 
 class Draining(RuntimeError):
@@ -35,14 +34,14 @@ class Service:
     Args:
       engine: nobody else may call its `step`.
       warm_up: compile its programs before the first step.
+      model: its name in the metrics.
     """
 
-    def __init__(self, engine: Engine, *, warm_up: bool = False):
-        self.engine = engine
+    def __init__(self, engine: Engine, *, warm_up: bool = False, model: str = AppConfig.model):
+        self.engine, self.model = engine, model
         self.warm = not warm_up
         self._end = math.inf  # when what still runs is ended
-        self.first_token = Histogram(SECONDS)
-        self.duration = Histogram(SECONDS)
+        self.latencies = Latencies()
         self.refused = 0
         self._wake = threading.Event()
         self._died = False
@@ -96,9 +95,9 @@ class Service:
             self._thread.join()
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], constraints: Sequence[Constraint] = ()
     ) -> tuple[list[Request], asyncio.Queue[int]]:
-        """Queue requests that belong together, all or none.
+        """Queue requests that belong together, all or none; without `constraints` their texts may be anything.
 
         Returns:
           The requests, and a queue that gets the index of a request whenever it went on, and once more when it ended.
@@ -115,15 +114,17 @@ class Service:
             raise EngineDead(DEAD)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[int]()
         started, requests = time.monotonic(), list[Request]()
-        first = set[int]()
+        first = dict[int, float]()  # when its first token came
 
         def listener(index: int):
             def notify(request: Request) -> None:  # in the engine's thread
+                now = time.monotonic()
                 if request.tokens and index not in first:
-                    first.add(index)
-                    self.first_token.add(time.monotonic() - started)
+                    first[index] = now
+                    self.latencies.first(self.model, now - started)
                 if request.finish:
-                    self.duration.add(time.monotonic() - started)
+                    since = now - first[index] if index in first else None
+                    self.latencies.end(self.model, now - started, since, len(request.tokens))
                 try:
                     loop.call_soon_threadsafe(events.put_nowait, index)
                 except RuntimeError:  # the loop closed while the request ran
@@ -132,8 +133,9 @@ class Service:
             return notify
 
         try:
-            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                requests.append(self.engine.submit(prompt, sampling, listener(index)))
+            for index, one in enumerate(zip(prompts, samplings, constraints or [None] * len(prompts), strict=True)):
+                prompt, sampling, constraint = one
+                requests.append(self.engine.submit(prompt, sampling, listener(index), constraint))
         except BaseException as error:
             self.refused += isinstance(error, QueueFull)
             self.release(requests)

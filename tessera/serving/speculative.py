@@ -84,12 +84,27 @@ class Speculating:
         """Empty states."""
         return Both(self.target.start(), self.draft.start())
 
+    def reuse(self, state: Both, source: int, target: int, tokens: Any) -> Both:
+        """Both models' slots begin with tokens that another slot has, see `Programs.reuse`."""
+        return Both(
+            *(one.reuse(its, source, target, tokens) for one, its in zip((self.target, self.draft), state, strict=True))
+        )
+
     def extend(
-        self, params: Both, state: Both, rows: Rows, settings: Settings, *, fresh: bool = False
+        self,
+        params: Both,
+        state: Both,
+        rows: Rows,
+        settings: Settings,
+        *,
+        fresh: bool = False,
+        bias: Any = None,
+        targets: Any = None,
     ) -> tuple[Both, Drawn]:
         """Both prefill the next chunk of some prompts; what is drawn is the large model's. See `Programs.extend`."""
         draft, _ = self.draft.extend(params.draft, state.draft, rows, fresh=fresh)
-        target, drawn = self.target.extend(params.target, state.target, rows, settings, fresh=fresh)
+        options = {"fresh": fresh, "bias": bias, "targets": targets}
+        target, drawn = self.target.extend(params.target, state.target, rows, settings, **options)
         return Both(target, draft), drawn
 
     def generate(self, params: Both, state: Both, tokens: Any, budget: Any, settings: Settings) -> tuple[Both, Drawn]:

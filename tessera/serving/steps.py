@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from sharding.inference.kv_cache import Cache, Read, append, read_range, read_slots
+from sharding.inference.kv_cache import Cache, Read, append, copy_prefix, read_range, read_slots
 from sharding.inference.pipeline_ring import Ring, pass_on
 from sharding.inference.sample import (
     ALTERNATIVES,
@@ -39,13 +39,16 @@ class Drawn(NamedTuple):
     """Tokens and log-probabilities, [N] of a prefill or [steps, B] of a decode, and their logits if asked for.
 
     A token of -1, and what comes after it in its slot, was not drawn. `top` are the most probable tokens and their
-    log-probabilities, [N, K] or [steps, B, K], see `sharding.inference.sample.top_logprobs`.
+    log-probabilities, [N, K] or [steps, B, K], see `sharding.inference.sample.top_logprobs`. `read` is the same of a
+    prompt's tokens, if asked for: log-probabilities [N, T] of the token that follows each, and the most probable ones
+    in its place, [N, T, K].
     """
 
     tokens: Any
     logprobs: Any
     logits: Any
     top: Any
+    read: Any = None
 
 
 class Rows(NamedTuple):
@@ -71,27 +74,58 @@ def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tupl
     return call
 
 
-def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool) -> Callable:
+def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool, biased: bool, scored: bool) -> Callable:
     """`Programs.extend` of these options, compiled once per shape; `programs` is a `Programs`."""
     decoder, config, data = programs.decoder, programs.config, programs.data
 
-    def local(params: PyTree, state: State, rows: Rows, settings: Settings) -> tuple[State, Drawn]:
+    def local(
+        params: PyTree, state: State, rows: Rows, settings: Settings, bias: Any, targets: Any
+    ) -> tuple[State, Drawn]:
         x_NTD, cache = _read(decoder, params, state.cache, rows, None if fresh else read_slots(rows.slots))
-        if not every:
-            last_N = jnp.maximum(rows.counts - 1, 0)
+        last_N = jnp.maximum(rows.counts - 1, 0)
+        if not (every or scored):
             x_NTD = jnp.take_along_axis(x_NTD, last_N[:, None, None], axis=1)
         x_NTD = _from_first(x_NTD, decoder.pp)
         logits_NTV = decoder.logits(params, x_NTD)
         seen = _see(state.seen, rows, decoder.tp)
         last_NV = logits_NTV[:, -1]
-        drawn = sample_tokens(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates)
+        if scored:
+            last_NV = jnp.take_along_axis(logits_NTV, last_N[:, None, None], axis=1)[:, 0]
+        drawn = sample_tokens(last_NV, seen[rows.slots], settings, decoder.tp, config.candidates, bias)
         shown = (logits_NTV if every else last_NV) if logits else None
-        return State(cache, seen), Drawn(*drawn, shown, top_logprobs(last_NV, settings, decoder.tp))
+        top = top_logprobs(last_NV, settings, decoder.tp)
+        read = _score(logits_NTV, targets, settings, decoder.tp) if scored else None
+        return State(cache, seen), Drawn(*drawn, shown, top, read)
 
     row = PartitionSpec(data)
     shown = PartitionSpec(data, None, decoder.tp) if every else PartitionSpec(data, decoder.tp)
-    out = (programs.state_specs, Drawn(row, row, shown if logits else None, (row, row)))
-    return _compile(programs, local, (Rows(row, row, row, row), _settings_specs(row)), out)
+    read = (row, (row, row)) if scored else None
+    out = (programs.state_specs, Drawn(row, row, shown if logits else None, (row, row), read))
+    bias = PartitionSpec(data, decoder.tp) if biased else None
+    given = (Rows(row, row, row, row), _settings_specs(row), bias, row if scored else None)
+    return _compile(programs, local, given, out)
+
+
+def reuse_program(programs: Any) -> Callable:
+    """`Programs.reuse`, compiled: (state, rows, sources [N]), rows with the tokens that slots are to begin with."""
+    tp, row = programs.decoder.tp, PartitionSpec(programs.data)
+
+    def local(state: State, rows: Rows, sources: Any) -> State:
+        cache = copy_prefix(state.cache, sources, rows.slots, rows.counts)
+        return State(cache, _see(state.seen, rows, tp))
+
+    specs = programs.state_specs
+    given = (specs, Rows(row, row, row, row), row)
+    mapped = jax.shard_map(local, mesh=programs.mesh, in_specs=given, out_specs=specs, check_vma=False)
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def _score(logits_NTV: jax.Array, targets_NT: jax.Array, settings: Settings, tp: str | None) -> tuple:
+    """Log-probabilities [N, T] of the tokens that follow, and (ids, values) [N, T, K] of the most probable ones."""
+    n, t, columns = logits_NTV.shape
+    logits_MV = logits_NTV.reshape(n * t, columns)
+    top = top_logprobs(logits_MV, settings, tp)
+    return logprob(logits_MV, targets_NT.reshape(-1), tp).reshape(n, t), tuple(x.reshape(n, t, -1) for x in top)
 
 
 def _settings_specs(row: PartitionSpec) -> Settings:
@@ -130,12 +164,14 @@ def _see(seen_BV: jax.Array, rows: Rows, tp: str | None) -> jax.Array:
     return mark_seen(seen_BV, rows.slots, rows.tokens, ok_NT, tp, READ)
 
 
-def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
+def generate_program(programs: Any, ring: Ring, *, logits: bool, biased: bool) -> Callable:
     """`Programs.generate` with this schedule, compiled; `programs` is a `Programs`."""
     decoder, config, data = programs.decoder, programs.config, programs.data
     count = config.slots // programs.parts // ring.groups
 
-    def local(params: PyTree, state: State, tokens: Any, budget: Any, settings: Settings) -> tuple[State, Drawn]:
+    def local(
+        params: PyTree, state: State, tokens: Any, budget: Any, settings: Settings, bias: Any
+    ) -> tuple[State, Drawn]:
         stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
         groups_n = jnp.arange(ring.groups * count, dtype=jnp.int32).reshape(ring.groups, count)
         shape = (ring.steps, *tokens.shape)
@@ -163,7 +199,10 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
             seen = mark_seen(state.seen, slots_N, tokens_N[:, None], live_N[:, None], decoder.tp, DRAWN)
             logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)
-            next_N, logprob_N = sample_tokens(logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates)
+            bias_NV = None if bias is None else bias[slots_N]
+            next_N, logprob_N = sample_tokens(
+                logits_NV, seen[slots_N], settings_N, decoder.tp, config.candidates, bias_NV
+            )
             top = top_logprobs(logits_NV, settings_N, decoder.tp)
             new = Drawn(next_N, logprob_N, logits_NV if logits else None, top)
             output = _record(output, new, item.step, slots_N, live_N)
@@ -187,7 +226,8 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool) -> Callable:
         programs.state_specs,
         Drawn(drawn, drawn, PartitionSpec(None, data, decoder.tp) if logits else None, (drawn, drawn)),
     )
-    return _compile(programs, local, (row, row, _settings_specs(row)), out)
+    bias = PartitionSpec(data, decoder.tp) if biased else None
+    return _compile(programs, local, (row, row, _settings_specs(row), bias), out)
 
 
 def verify_program(programs: Any) -> Callable:

@@ -22,14 +22,14 @@ class Delta:
     Attributes:
       text: the letters.
       tokens: the text that each of its tokens added.
-      logprobs: of each of these tokens.
+      logprobs: of each of these tokens; None for a text's first one, which follows none.
       offsets: where each of them begins, in letters from the beginning of the text.
       top: (text, log-probability) of the most probable tokens at each of them.
     """
 
     text: str = ""
     tokens: tuple[str, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
     offsets: tuple[int, ...] = ()
     top: tuple[tuple[tuple[str, float], ...], ...] = ()
 
@@ -52,28 +52,29 @@ class TextStream:
       tokenizer: of the model.
       stop: strings that end the text; they are not part of it, nor are tokens that begin at or after them.
       prompt: tokens that the text continues.
+      offset: letters before the text.
 
     Attributes:
       stopped: whether a stop string has ended the text.
       count: tokens given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = (), offset: int = 0):
         self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
         self.stopped, self.count = False, 0
         self._window = list(prompt[-CONTEXT:])
         self._complete = len(self._window)  # tokens of the window that are decoded for good
         self._before = self._decode()  # text of the window that has been added
         self._open = False  # whether the window ends in what is not decoded yet
-        self._text, self._first = "", 0  # added and not given out, and where it begins
-        self._drawn: deque[tuple[int, str, float, tuple[tuple[str, float], ...]]] = (
+        self._text, self._first = "", offset  # added and not given out, and where it begins
+        self._drawn: deque[tuple[int, str, float | None, tuple[tuple[str, float], ...]]] = (
             deque()
         )  # not given out: begin, text, logprob, top
 
     def feed(
         self,
         tokens: Sequence[int],
-        logprobs: Sequence[float] | None = None,
+        logprobs: Sequence[float | None] | None = None,
         top: Sequence[Sequence[tuple[int, float]]] | None = None,
         *,
         final: bool = False,

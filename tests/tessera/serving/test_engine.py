@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tessera.models.transformer import Decoder
 from tessera.serving.engine import Engine, generate_all
 from tessera.serving.programs import make_programs
 from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling
 
-DECODER = jax.jit(Decoder(replace(tiny.CONFIG, dtype="float32")).apply)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, n).tolist() for n in (3, 40, 1, 16, 17, 9, 30, 5, 2)]
 SAMPLINGS = [
@@ -51,16 +49,130 @@ def test_alternatives_are_the_most_probable_tokens_of_the_model(axes):
     plain = generate_all(tiny.engine(axes=axes), PROMPTS[:4], SAMPLINGS[:4])
     for prompt, text, other, sampling in zip(PROMPTS, found, plain, asked, strict=False):
         assert text.tokens == other.tokens and len(text.top) == len(text.tokens)
-        tokens = np.zeros((1, tiny.SIZES.length), np.int32)
-        tokens[0, : len(prompt) + len(text.tokens)] = [*prompt, *text.tokens]
-        logits = np.asarray(DECODER({"params": tiny.weights()}, tokens), np.float64)[0]
+        reference = tiny.logprobs([*prompt, *text.tokens])
         for step, top in enumerate(text.top):
-            row = logits[len(prompt) - 1 + step]
-            expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+            expected = reference[len(prompt) - 1 + step]
             ids = np.argsort(-expected, kind="stable")[: sampling.top_logprobs]
             assert [token for token, _ in top] == ids.tolist()
             np.testing.assert_allclose([value for _, value in top], expected[ids], atol=2e-5)
             assert text.logprobs[step] == pytest.approx(expected[text.tokens[step]], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "axes", ["", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("dp=2, tp=2, cp=2", "pp=2, dp=2"))]
+)
+def test_a_prompt_has_log_probabilities_too(axes):
+    """Prompts of one chunk and of several, beside one that asks for none; against the decoder without a cache."""
+    asked = [Sampling(temperature=0.0, max_tokens=2, top_logprobs=3, prompt_logprobs=True)] * 5
+    asked[2] = replace(asked[2], prompt_logprobs=False)
+    asked[3] = replace(asked[3], max_tokens=0)
+    prompts = [*PROMPTS[:2], *PROMPTS[4:7]]
+    for prompt, one, text in zip(prompts, asked, generate_all(tiny.engine(axes=axes), prompts, asked), strict=True):
+        assert len(text.tokens) == one.max_tokens and text.finish == "length"
+        if not one.prompt_logprobs:
+            assert text.prompt_logprobs == text.prompt_top == []
+            continue
+        expected = tiny.logprobs(prompt)[:-1]
+        np.testing.assert_allclose(text.prompt_logprobs, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=2e-5)
+        best = np.argsort(-expected, axis=1, kind="stable")[:, :3]
+        assert [[token for token, _ in top] for top in text.prompt_top] == best.tolist()
+
+
+def test_a_bias_is_added_before_all_else_and_infinity_forbids():
+    """Against an argmax over logits that were biased, then penalized (Keskar et al. 2019), in float64."""
+    bias = ((7, 30.0), (9, 29.0), (7, 2.0), (11, -100.0))
+    text = generate_all(
+        tiny.engine(), [[9, 3]], [Sampling(temperature=0.0, max_tokens=5, logit_bias=bias, repetition_penalty=3.0)]
+    )[0]
+    seen, tokens = {9, 3}, [9, 3]
+    for token, logprob in zip(text.tokens, text.logprobs, strict=True):
+        reference = tiny.logprobs(tokens)[-1]
+        logits = np.array(tiny.logits(tokens)[-1])
+        for number, value in bias:
+            logits[number] += value
+        for one in seen:
+            logits[one] = logits[one] / 3 if logits[one] > 0 else logits[one] * 3
+        assert token == logits.argmax() and logprob == pytest.approx(reference[token], abs=2e-5)
+        seen.add(token)
+        tokens.append(token)
+
+
+class Allowed:
+    """A constraint: tokens of one parity in turns, six of them."""
+
+    def __init__(self, length=6):
+        self.length, self.tokens = length, []
+
+    def allowed(self):
+        return np.arange(256) % 2 == len(self.tokens) % 2
+
+    def accept(self, token):
+        self.tokens.append(token)
+
+    @property
+    def ended(self):
+        return len(self.tokens) == self.length
+
+
+@pytest.mark.parametrize("axes", ["", pytest.param("dp=2, tp=2", marks=pytest.mark.slow)])
+def test_a_constraint_is_asked_before_every_token_whatever_the_steps_of_a_call(axes):
+    engine = tiny.engine(replace(tiny.SIZES, steps=4), axes=axes)
+    sampling = Sampling(temperature=0.0, max_tokens=20)
+    free = generate_all(tiny.engine(), [[1, 2]], [sampling])[0].tokens
+    constraints = [Allowed(), None, Allowed(30)]
+    texts = [engine.submit([1, 2], sampling, constraint=one) for one in constraints]
+    engine.run()
+    assert texts[1].tokens == free
+    tokens = [1, 2]
+    for i in range(6):
+        tokens.append(int(np.where(np.arange(256) % 2 == i % 2, tiny.logprobs(tokens)[-1], -np.inf).argmax()))
+    assert texts[0].tokens == tokens[2:] and texts[0].finish == "stop" and constraints[0].tokens == tokens[2:]
+    assert len(texts[2].tokens) == 20 and texts[2].tokens[:6] == tokens[2:] and texts[2].finish == "length"
+
+
+@pytest.mark.parametrize(
+    "axes", ["", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("dp=2, tp=2, cp=2", "pp=2, dp=2"))]
+)
+def test_a_prefix_is_read_once_and_the_texts_are_the_same(axes):
+    """Prompts that begin alike, one after another, at once and after a text that they continue, with penalties."""
+    begin = PROMPTS[1][:37]
+    prompts = [begin + [1, 2], begin + [3], begin[:20] + [4, 5], [5] + begin, begin + [3, 9, 9]]
+    asked = [replace(one, max_tokens=6) for one in SAMPLINGS[3:8]]
+    plain = generate_all(tiny.engine(axes=axes), prompts, asked)
+    engine = tiny.engine(axes=axes, prefix_cache=8)
+    parts = engine.programs.parts
+    first = generate_all(engine, prompts[:1], asked[:1])
+    assert engine.counts["prefix_tokens"] == 0
+    one = generate_all(engine, prompts[1:2], asked[1:2])
+    assert engine.counts["prefix_tokens"] == 37 and engine.counts["prompt_tokens"] == 39 + 1
+    rest = generate_all(engine, prompts[2:], asked[2:])
+    if parts == 1:
+        assert engine.counts["prefix_tokens"] == 37 + 20 + 38, "the last begins like the second, which is still there"
+    for text, other in zip([*first, *one, *rest], plain, strict=True):
+        assert text.tokens == other.tokens
+        np.testing.assert_allclose(text.logprobs, other.logprobs, atol=1e-5)
+    # What continues a text takes the tokens that were drawn, but the last, which was never read.
+    before = engine.counts["prefix_tokens"]
+    whole = [*prompts[0], *first[0].tokens, 8]
+    again = tiny.engine(axes=axes, prefix_cache=8)
+    generate_all(again, prompts[:1], asked[:1])
+    found = generate_all(again, [whole], asked[:1])[0]
+    assert again.counts["prefix_tokens"] == len(whole) - 2 and before > 0
+    assert found.tokens == generate_all(tiny.engine(axes=axes), [whole], asked[:1])[0].tokens
+
+
+def test_a_prefix_is_copied_from_a_text_that_still_runs():
+    engine = tiny.engine(prefix_cache=8)
+    long = Sampling(temperature=0.0, max_tokens=20)
+    running = engine.submit(PROMPTS[6], long)
+    for _ in range(4):
+        engine.step()
+    assert running.slot >= 0
+    other = engine.submit([*PROMPTS[6][:25], 7], long)
+    engine.run()
+    assert engine.counts["prefix_tokens"] == 25
+    plain = generate_all(tiny.engine(), [running.prompt, other.prompt], [long] * 2)
+    assert [running.tokens, other.tokens] == [text.tokens for text in plain]
 
 
 @pytest.mark.slow
@@ -156,7 +268,7 @@ def test_what_cannot_be_served_is_refused():
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"min_p": 2.0},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"seed": -1},
         {"presence_penalty": 3.0},
     ):
@@ -178,7 +290,7 @@ NAN, INF = float("nan"), float("inf")
         ("presence_penalty", (3.0, -2.1, NAN, INF, 10**400), r"-2\.\.2"),
         ("frequency_penalty", (3.0, -2.1, NAN, -INF, [0]), r"-2\.\.2"),
         ("seed", (-1, 2**32, 1.0, NAN), r"0\.\.4294967295"),
-        ("max_tokens", (0, -1, 2**31, 10**5000, 1e30, 3.0, INF), r"1\.\.2147483647"),
+        ("max_tokens", (-1, 2**31, 10**5000, 1e30, 3.0, INF), r"0\.\.2147483647"),
         ("stop_tokens", ((-1,), (2**31,), (1.0,), (NAN,), "ab", 5, (1,) * 1025), "token ids|whole number"),
     ],
 )

@@ -11,13 +11,15 @@ pytest.importorskip("pydantic")
 from bodies import BODIES, CHAT, COMPLETION
 
 from tessera.data.text import ByteTokenizer
-from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, openapi, read_body
+from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, Reader, openapi, read_body
 from tessera.serving.requests import Sampling
 
+READER = Reader(ByteTokenizer(), 256)
 
-def read(body, chat=False):
+
+def read(body, chat=False, reader=READER):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_body(data, ByteTokenizer(), chat=chat, limit=7, max_choices=4)
+    return read_body(data, reader, chat=chat, limit=7, max_choices=4)
 
 
 @pytest.mark.parametrize(
@@ -32,22 +34,38 @@ def test_what_is_no_json_object_is_refused(data):
             read(data, chat)
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 REFUSED = [  # chat, what is added to a body, the parameter that is named, a part of the message
     (False, {"stream": "no"}, "stream", "true or false"),
-    (False, {"best_of": 3}, "best_of", "not supported"),
+    (False, {"best_of": 2, "n": 3}, "best_of", "best_of=2 is less than n=3"),
+    (False, {"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+    (False, {"best_of": 5}, "best_of", "1 prompts with best_of=5: 1 to 4"),
     (False, {"logprobs": 6}, "logprobs", "logprobs=6 must be a whole number in 0..5"),
     (False, {"stop": {"a": 1}}, "stop", "a string or a list"),
     (False, {"stop": ["a", ""]}, "stop", "1 to 256 letters"),
     (False, {"stop": "a" * 257}, "stop", "1 to 256 letters"),
-    (False, {"echo": True}, "echo", "not supported"),
+    (False, {"echo": "x"}, "echo", "true or false"),
+    (True, {"max_tokens": 0}, "max_tokens", "a whole number in 1"),
     (False, {"suffix": "a"}, "suffix", "not supported"),
     (False, {"store": True}, "store", "not supported"),
     (False, {"metadata": {"a": "b"}}, "metadata", "not supported"),
-    (False, {"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    (False, {"logit_bias": {"5": 101}}, "logit_bias", "token ids and numbers in -100..100"),
+    (False, {"logit_bias": {"a": 1}}, "logit_bias", "logit_bias='a' must be an object whose keys are token ids"),
+    (False, {"logit_bias": {"-1": 1}}, "logit_bias", "keys are token ids"),
     (False, {"service_tier": "flex"}, "service_tier", "not supported"),
     (False, {"stream_options": {"include_usage": "x"}}, "stream_options", "stream_options.include_usage='x'"),
     (False, {"stream_options": {"other": 1}}, "stream_options", "stream_options.other"),
-    (False, {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    (False, {"response_format": {"type": "xml"}}, "response_format", "{type: json_object}"),
+    (False, {"response_format": {"type": "regex"}}, "response_format", "{type: regex, regex}"),
+    (False, {"response_format": {"type": "text", "regex": "a"}}, "response_format", "{type: text}"),
+    (False, {"response_format": {"type": "regex", "regex": "(["}}, "response_format", "unclosed character class"),
+    (False, {"response_format": {"type": "grammar", "grammar": "start: b"}}, "response_format", "unknown name"),
+    (
+        False,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        "response_format",
+        "Invalid type: x",
+    ),
     (False, {"messages": []}, "messages", "unknown field"),
     (False, {"prompt": []}, "prompt", "empty prompt"),
     (False, {"prompt": [[]]}, "prompt", "empty prompt"),
@@ -61,11 +79,14 @@ REFUSED = [  # chat, what is added to a body, the parameter that is named, a par
     (True, {"logprobs": 1}, "logprobs", "true or false"),
     (True, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
     (True, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21 must be a whole number in 0..20"),
-    (True, {"tools": [{}]}, "tools", "not supported"),
+    (True, {"tools": [{}]}, "tools", r"tools\[0\].type is missing"),
+    (True, {"tools": [TOOL]}, "tools", "chat template knows no tools"),
+    (True, {"tool_choice": "required"}, "tool_choice", "needs tools"),
+    (True, {"tool_choice": "x"}, "tool_choice", '"required"'),
     (True, {"messages": []}, "messages", "a list of {role, content}"),
-    (True, {"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content is missing"),
+    (True, {"messages": [{"content": "a"}]}, "messages", r"messages\[0\].role is missing"),
     (True, {"messages": [{"role": "user", "content": 5}]}, "messages", r"messages\[0\].content=5"),
-    (True, {"messages": [{"role": "u", "content": "", "name": "b"}]}, "messages", r"messages\[0\].name='b'"),
+    (True, {"messages": [{"role": "u", "content": "", "other": "b"}]}, "messages", r"messages\[0\].other='b'"),
 ]
 
 

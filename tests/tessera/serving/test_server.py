@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import signal
 import socket
 import threading
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 
 from tessera.data.text import ByteTokenizer
 from tessera.infra.errors import ConfigError
+from tessera.serving.engine import generate_all
+from tessera.serving.requests import Sampling
 from tessera.serving.schema import AppConfig
 from tessera.serving.service import Service
 
@@ -28,6 +31,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("pydantic")
 
 import openai
+import prometheus_client.parser as parser
 from bodies import BODIES, CHAT, COMPLETION
 
 from tessera.serving.app import make_app
@@ -45,7 +49,7 @@ class Running:
         self.engine = tiny.engine(sizes, queue)
         if warm_up is not None:
             self.engine.warm_up = warm_up
-        self.service, self.said = Service(self.engine, warm_up=warm_up is not None), []
+        self.service, self.said = Service(self.engine, warm_up=warm_up is not None, model="tiny"), []
         self.gate = threading.Event()
         self.gate.set()
         step = self.engine.step
@@ -139,6 +143,104 @@ def test_several_prompts_choices_chat_and_what_samplers_take(server):
     assert "".join(part.choices[0].delta.content for part in parts) == chat.choices[0].message.content
 
 
+def test_an_echo_gives_the_prompt_with_the_log_probabilities_of_its_tokens(server):
+    """As evaluation harnesses ask: the sum over a continuation in the prompt, and whether it is the greedy one."""
+    client = server.client()
+    asked = {"model": "tiny", "max_tokens": 3, "temperature": 0, "logprobs": 2}
+    ids = list("hellö".encode())
+    drawn = generate_all(tiny.engine(), [ids], [Sampling(temperature=0.0, max_tokens=3)])[0].tokens
+    tokens, reference = [*ids, *drawn], tiny.logprobs([*ids, *drawn])
+    wanted = [reference[i, token] for i, token in enumerate(tokens[1:])]
+    for prompt in ("hellö", ids):
+        echo = client.completions.create(**asked, prompt=prompt, echo=True).choices[0]
+        found = echo.logprobs
+        assert echo.text == bytes(tokens).decode(errors="replace") == "".join(found.tokens)
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.token_logprobs[1:] == pytest.approx(wanted, abs=2e-5)
+        assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
+    read = client.completions.create(**asked | {"max_tokens": 0}, prompt=tokens, echo=True)
+    assert read.choices[0].text == echo.text and read.usage.completion_tokens == 0
+    assert read.choices[0].logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=2e-5)
+    for found in (echo.logprobs, read.choices[0].logprobs):
+        for i in range(len(ids), len(tokens)):  # drawn greedily: harnesses compare with the largest, exactly
+            assert found.token_logprobs[i] == max(found.top_logprobs[i].values())
+    parts = list(client.completions.create(**asked, prompt="hello", echo=True, stream=True))
+    whole = client.completions.create(**asked, prompt="hello", echo=True).choices[0]
+    assert "".join(part.choices[0].text for part in parts) == whole.text
+    assert [one for part in parts for one in part.choices[0].logprobs.tokens] == whole.logprobs.tokens
+    plain = client.completions.create(model="tiny", prompt="hello", max_tokens=2, echo=True, stop="e").choices[0]
+    assert plain.text.startswith("hello") and plain.logprobs is None
+
+
+def test_the_best_of_several_texts_are_the_most_probable_ones_per_token(server):
+    client = server.client()
+    asked = {"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 4, "seed": 7, "logprobs": 0}
+
+    def means(answer):
+        return [sum(one.logprobs.token_logprobs) / 4 for one in answer.choices]
+
+    every = client.completions.create(**asked, n=5)
+    best = client.completions.create(**asked, n=2, best_of=5)
+    wanted = [sorted(means(every)[i : i + 5], reverse=True)[:2] for i in (0, 5)]
+    assert means(best) == pytest.approx(wanted[0] + wanted[1], abs=1e-6)
+    assert [one.index for one in best.choices] == [0, 1, 2, 3]
+    assert best.usage.completion_tokens == 2 * 5 * 4 and best.usage.prompt_tokens == 3
+
+
+def test_a_bias_of_logits_draws_and_forbids_tokens(server):
+    client = server.client()
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 6, "temperature": 0}
+    assert client.completions.create(**asked, logit_bias={"120": 100}).choices[0].text == "xxxxxx"
+    letters = {str(token): 60 for token in b"abc"}
+    first = client.completions.create(**asked, logit_bias=letters).choices[0].text[0]
+    other = client.completions.create(**asked, logit_bias=letters | {str(ord(first)): -100}).choices[0].text
+    ranks = tiny.logprobs([97])[0]
+    assert [first, other[0]] == sorted("abc", key=lambda letter: -ranks[ord(letter)])[:2] and first not in other
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["a", "bc"]}, "count": {"type": "integer", "minimum": 3, "maximum": 9}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_a_response_format_is_kept_to(server):
+    """A model that was never trained writes what the form allows, beside texts that are free."""
+    client = server.client()
+    free = {"model": "tiny", "prompt": "a", "max_tokens": 12, "seed": 4}
+    alone = client.completions.create(**free).choices[0].text
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(client.completions.create(**free).choices[0].text))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "max_tokens": 50, "top_p": 0.9}
+    for seed in range(3):
+        bias = {str(token): -100 for token in b" \n\r\t"}  # spaces between the parts would fill the context
+        choice = client.chat.completions.create(**chat, response_format=form, seed=seed, logit_bias=bias).choices[0]
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and set(found) == {"name", "count"}
+        assert found["name"] in ("a", "bc") and 3 <= found["count"] <= 9
+    for thread in threads:
+        thread.join(60)
+    assert answers == [alone] * 2
+    for form, pattern in (
+        ({"type": "regex", "regex": "(ab|c){3}[0-9]"}, r"(ab|c){3}[0-9]"),
+        ({"type": "grammar", "grammar": 'start: "<" word ">"\nword: "x" | "y" word'}, r"<y*x>"),
+    ):
+        bias = {"120": 5}
+        extra = {"extra_body": {"response_format": form}}
+        text = client.completions.create(model="tiny", prompt="a", max_tokens=40, logit_bias=bias, **extra).choices[0]
+        assert re.fullmatch(pattern, text.text) and text.finish_reason == "stop"
+    stream = client.chat.completions.create(**chat, seed=1, stream=True, response_format={"type": "json_object"})
+    assert "".join(part.choices[0].delta.content for part in stream).lstrip().startswith("{")
+
+
 def test_a_stop_string_ends_the_text_before_it(server):
     client = server.client()
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "seed": 1}
@@ -154,12 +256,15 @@ def test_models_health_and_metrics(server):
     assert "ok" in server.get("/health")
     server.client().completions.create(model="tiny", prompt="a", max_tokens=2)
     page = server.get("/metrics")
-    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
-    assert float(values["tessera_tokens_total"]) >= 2 and float(values["tessera_slots"]) == 4
-    assert values["tessera_first_token_seconds_count"] == values['tessera_first_token_seconds_bucket{le="+Inf"}']
-    parser = pytest.importorskip("prometheus_client.parser")
-    names = {family.name for family in parser.text_string_to_metric_families(page)}
-    assert {"tessera_requests", "tessera_waiting", "tessera_request_seconds"} <= names
+    families = {family.name: family for family in parser.text_string_to_metric_families(page)}
+    samples = {sample.name: sample for family in families.values() for sample in family.samples}
+    assert samples["vllm:generation_tokens_total"].value >= 2 and samples["tessera_slots"].value == 4
+    assert samples["vllm:num_requests_running"].labels == {"model_name": "tiny"}
+    assert {"tessera_requests", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= set(families)
+    for name in ("time_to_first_token", "e2e_request_latency", "request_time_per_output_token"):
+        assert samples[f"vllm:{name}_seconds_count"].value == samples[f"vllm:{name}_seconds_bucket"].value > 0
+    ends = {one.labels["finished_reason"]: one.value for one in families["vllm:request_success"].samples}
+    assert ends["length"] >= 1 and ends["error"] == 0
 
 
 def test_what_is_wrong_is_said_in_the_clients_own_errors(server):
@@ -180,7 +285,7 @@ def test_what_is_wrong_is_said_in_the_clients_own_errors(server):
         {"n": 99},
         {"prompt": ""},
         {"presence_penalty": 3},
-        {"echo": True},
+        {"suffix": "x"},
     ):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(**ask | wrong)
@@ -210,7 +315,7 @@ def test_a_full_queue_is_refused_and_nothing_in_it_is_lost():
         for thread in threads:
             thread.join(60)
         assert len(answers) == 6 and {answer.usage.completion_tokens for answer in answers} == {3}
-        assert "tessera_requests_refused_total 1" in server.get("/metrics")
+        assert 'tessera_requests_refused_total{model_name="tiny"} 1.0' in server.get("/metrics")
 
 
 def test_a_client_that_leaves_frees_its_slot():
@@ -482,12 +587,12 @@ WRONG = {
     "repetition_penalty": (0, -1, 101, 1e-300, "NaN", "Infinity", HUGE),
     "presence_penalty": (-2.1, 2.1, "NaN", "Infinity", HUGE),
     "frequency_penalty": (-2.1, 2.1, "NaN", "-Infinity", HUGE),
-    "max_tokens": (0, -1, 2**31, 3.0, 1e30, "NaN", "Infinity", HUGE, True),
+    "max_tokens": (-1, 2**31, 3.0, 1e30, "NaN", "Infinity", HUGE, True),
     "max_completion_tokens": (0, -1, 2**31, 1e30, HUGE),
     "n": (0, -1, 17, 2**63, 1.0, "NaN", "Infinity", HUGE, True),
     "seed": (2**63, -(2**63) - 1, 1.0, "NaN", "Infinity", HUGE),
     "logprobs": (-1, 6, 2**40, 0.0, "NaN", HUGE, '"all"', True),
-    "logit_bias": ('{"5": 1}', '{"5": NaN}', '{"99999999999": 100}', 3),
+    "logit_bias": ('{"5": 101}', '{"5": NaN}', '{"99999999999": 100}', '{"256": 1}', '{"-1": 1}', 3),
     "stop": (5, "[1]", '{"a": 1}', '["a","b","c","d","e"]', "NaN", True),
     "stop_token_ids": (5, "[-1]", "[256]", "[2147483648]", f"[{HUGE}]", "[1.0]", "[NaN]", '"ab"', "[true]", "{}"),
     "prompt": (
@@ -612,4 +717,4 @@ def test_a_dead_engine_is_told_at_once(cause, monkeypatch):
         with pytest.raises(urllib.error.HTTPError) as error:
             server.get("/health")
         assert error.value.code == 503 and "failed for good" in error.value.read().decode()
-        assert "tessera_alive 0" in server.get("/metrics") and not server.engine.busy
+        assert 'tessera_alive{model_name="tiny"} 0.0' in server.get("/metrics") and not server.engine.busy

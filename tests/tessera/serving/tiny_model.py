@@ -5,6 +5,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sharding.plan import Plan
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -30,6 +31,23 @@ def programs(sizes=SIZES, config=CONFIG, axes=""):
     return made, made.place(params)
 
 
-def engine(sizes=SIZES, queue=64, axes=""):
+def engine(sizes=SIZES, queue=64, axes="", **options):
     made, params = programs(sizes, CONFIG, axes)
-    return Engine(made, params, queue)
+    return Engine(made, params, queue, **options)
+
+
+def logits(tokens):
+    """Logits [N, V] of what follows each token, of the decoder without a cache."""
+    padded = np.zeros((1, SIZES.length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_decode({"params": weights()}, padded), np.float64)[0, : len(tokens)]
+
+
+def logprobs(tokens):
+    """Log-probabilities [N, V] of what follows each token, in float64."""
+    found = logits(tokens)
+    found -= found.max(-1, keepdims=True)
+    return found - np.log(np.exp(found).sum(-1, keepdims=True))
+
+
+_decode = jax.jit(Decoder(replace(CONFIG, dtype="float32")).apply)
