@@ -30,6 +30,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.utils.chat_template_utils import render_jinja_template
 
 HERE = Path(__file__).parent
 COMMAND = "make golden"
@@ -715,6 +716,105 @@ def make_smollm2():
     return found | {"losses": np.asarray(losses)}
 
 
+CHATML = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n' }}
+    {%- endif %}
+    {{- 'Functions:' }}
+    {%- for tool in tools %}
+        {{- '\\n' }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '\\nCall one as <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(count=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {%- if not loop.first %}
+            {{- raise_exception('the system speaks first') }}
+        {%- endif %}
+        {%- continue %}
+    {%- endif %}
+    {%- set ns.count = ns.count + 1 %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {% generation %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {% endgeneration %}
+    {%- else %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+INSTRUCTIONS = """{{ bos_token }}
+{% for message in messages %}
+    {% if loop.index > 4 %}
+        {% break %}
+    {% endif %}
+    {% if message['role'] == 'user' %}
+[INST] {{ message['content'] }} [/INST]
+    {% else %}
+ {{ message['content'] }}{{ eos_token }}
+    {% endif %}
+{% endfor %}
+{{ messages | length | tojson }} {{ {'b': 'ä<', 'a': [1, none]} | tojson(indent=2) }}
+"""
+TOOL = {
+    "name": "add",
+    "description": "Adds <two> numbers & says 'é'.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+}
+CHATS = {
+    "plain": [{"role": "user", "content": "  two\n lines "}],
+    "system": [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": 'Say "é{{ 1 }}".'}],
+    "turns": [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(["user", "assistant"] * 2 + ["user"])],
+    "calls": [
+        {"role": "user", "content": "2 + 3?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": [3, "ü"]}}}],
+        },
+        {"role": "tool", "content": "5"},
+    ],
+}
+
+
+def make_chats():
+    """Prompts of chats by templates with all that authors of templates use."""
+    found = []
+    for (form, template), (name, messages) in product(
+        {"chatml": CHATML, "instructions": INSTRUCTIONS}.items(), CHATS.items()
+    ):
+        for tools in (None, [{"type": "function", "function": TOOL}]):
+            if tools and form == "instructions":
+                continue
+            texts, _ = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=True,
+                bos_token="<s>",
+                eos_token="</s>",
+            )
+            found.append(
+                {"template": template, "messages": messages, "tools": tools, "text": texts[0], "name": f"{form}-{name}"}
+            )
+    return found
+
+
 def flat(tree, path=""):
     """Nested mappings and tensors as one mapping from paths to arrays."""
     if isinstance(tree, dict):
@@ -748,6 +848,8 @@ def main():
             continue
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
+    (HERE / "chats.json").write_text(json.dumps(make_chats(), indent=1) + "\n")
+    sources["chats.json"] = {"source": TRANSFORMERS, "command": COMMAND}
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}
     (HERE / "sources.json").write_text(json.dumps(sources, indent=2) + "\n")
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
 from tessera.serving.engine import Engine, generate_all
 from tessera.serving.programs import make_programs
 from tessera.serving.requests import OutOfRange, PromptTooLong, QueueFull, Sampling
@@ -173,6 +175,27 @@ def test_a_prefix_is_copied_from_a_text_that_still_runs():
     assert engine.counts["prefix_tokens"] == 25
     plain = generate_all(tiny.engine(), [running.prompt, other.prompt], [long] * 2)
     assert [running.tokens, other.tokens] == [text.tokens for text in plain]
+
+
+ROUTED = replace(tiny.CONFIG, mlp="routed", moe=MoEConfig(every=2, router=RouterConfig(experts=4, k=2)))
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, ROUTED], ids=["dense", "routed"])
+def test_batch_invariance_a_texts_numbers_are_the_same_bits_whatever_its_neighbors(config):
+    """Alone, after others in the same slots, and among three neighbors that come and go."""
+    made, params = tiny.programs(tiny.SIZES, config)
+    text, sampling = PROMPTS[6], Sampling(temperature=0.8, seed=3, max_tokens=12, top_logprobs=4)
+    alone = generate_all(Engine(made, params), [text], [sampling])[0]
+    engine = Engine(made, params)
+    generate_all(engine, PROMPTS[:3], SAMPLINGS[:3])
+    others = [engine.submit(prompt, one) for prompt, one in zip(PROMPTS[3:6], SAMPLINGS[3:6], strict=True)]
+    for _ in range(3):
+        engine.step()
+    among = engine.submit(text, sampling)
+    others += [engine.submit(prompt, one) for prompt, one in zip(PROMPTS[7:], SAMPLINGS[7:], strict=True)]
+    engine.run()
+    assert among.tokens == alone.tokens and all(one.finish == "length" for one in others)
+    assert among.logprobs == alone.logprobs and among.top == alone.top
 
 
 @pytest.mark.slow

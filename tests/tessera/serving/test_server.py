@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tessera.data.text import ByteTokenizer
 from tessera.infra.errors import ConfigError
 from tessera.serving.engine import generate_all
+from tessera.serving.huggingface import TextFormat
 from tessera.serving.requests import Sampling
 from tessera.serving.schema import AppConfig
 from tessera.serving.service import Service
@@ -35,6 +36,7 @@ import prometheus_client.parser as parser
 from bodies import BODIES, CHAT, COMPLETION
 
 from tessera.serving.app import make_app
+from tessera.serving.chat import PLAIN
 from tessera.serving.process import bind, make_server
 
 KEY = "a key"
@@ -45,7 +47,7 @@ SLOW = 0.1  # seconds between two steps where a text shall take a while
 class Running:
     """A server on a free port of the loopback interface, with a gate in front of every step of its engine."""
 
-    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0, warm_up=None):
+    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0, warm_up=None, text=PLAIN):
         self.engine = tiny.engine(sizes, queue)
         if warm_up is not None:
             self.engine.warm_up = warm_up
@@ -62,7 +64,7 @@ class Running:
         self.engine.step = gated
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        app = make_app(self.service, ByteTokenizer(), config)
+        app = make_app(self.service, ByteTokenizer(), config, text)
         self.server = make_server(app, self.service, config, lambda: self.said.append("ready"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
@@ -239,6 +241,40 @@ def test_a_response_format_is_kept_to(server):
         assert re.fullmatch(pattern, text.text) and text.finish_reason == "stop"
     stream = client.chat.completions.create(**chat, seed=1, stream=True, response_format={"type": "json_object"})
     assert "".join(part.choices[0].delta.content for part in stream).lstrip().startswith("{")
+
+
+def test_tools_are_called_in_the_form_of_the_models_template():
+    """An untrained model, made to call one; then the call and its result go into the next prompt."""
+    template = (
+        "{% if tools %}{{ tools | length }} as <tool_call>{% endif %}{% for message in messages %}"
+        "{{ message.role[0] }}{{ message.content }}{% for call in message.tool_calls or [] %}"
+        "{{ call.function.arguments.a }}{% endfor %};{% endfor %}"
+    )
+    arguments = {"type": "object", "properties": {"a": {"enum": [3]}}, "required": ["a"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": arguments}}]
+    sizes = replace(tiny.SIZES, length=128)
+    with running(sizes, text=TextFormat(template=template)) as server:
+        chat = server.client().chat.completions
+        said = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+        bias = {str(token): -100 for token in b" \n\r\t"}
+        asked = {"model": "tiny", "messages": said, "tools": tools, "max_tokens": 90, "seed": 1, "logit_bias": bias}
+        answer = chat.create(**asked, tool_choice="required")
+        (call,) = answer.choices[0].message.tool_calls
+        assert answer.usage.prompt_tokens == len("1 as <tool_call>uab;")
+        assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+        assert (call.type, call.function.name) == ("function", "f") and json.loads(call.function.arguments) == {"a": 3}
+        named = {"type": "function", "function": {"name": "f"}}
+        parts = list(chat.create(**asked, tool_choice=named, stream=True))
+        made = [one for part in parts for one in part.choices[0].delta.tool_calls or []]
+        assert [(one.index, one.function.name, one.function.arguments) for one in made] == [(0, "f", '{"a": 3}')]
+        assert parts[-1].choices[0].finish_reason == "tool_calls"
+        assert not any(part.choices[0].delta.content for part in parts)
+        said += [answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "9"}]
+        free = chat.create(
+            **asked | {"messages": said, "max_tokens": 2, "logit_bias": {"120": 100}}, tool_choice="none"
+        )
+        assert free.usage.prompt_tokens == len("uab;a3;t9;") and free.choices[0].message.content == "xx"
+        assert free.choices[0].finish_reason == "length" and not free.choices[0].message.tool_calls
 
 
 def test_a_stop_string_ends_the_text_before_it(server):

@@ -9,6 +9,7 @@ import pytest
 from sharding.plan import Plan
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
+from tessera.serving.chat import ChatFormat
 from tessera.serving.load import SourceConfig, load, make_engine
 from tessera.serving.programs import ServeConfig
 from tessera.serving.requests import Sampling
@@ -59,3 +60,5 @@ def test_greedy_texts_are_those_of_transformers_up_to_their_end(name, golden):
     assert request.tokens == wanted and request.finish == ("stop" if len(wanted) < 200 else "length")
     if name == "chat":
         assert loaded.tokenizer.decode(np.asarray(request.tokens)) == "The capital of France is Paris."
+        asked = [{"role": "user", "content": "What is the capital of France?"}]
+        assert ChatFormat(loaded.tokenizer, loaded.format).prompt(asked) == tuple(prompt)

@@ -1,7 +1,9 @@
 """Two models behind one engine: what comes out is the large one's, however well the small one guesses."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import tiny_model as tiny
 
@@ -25,13 +27,13 @@ GREEDY = [
 SAMPLED = [replace(one, temperature=0.6 + 0.1 * i, top_p=0.9, seed=i) for i, one in enumerate(GREEDY)]
 
 
-def engine(axes="", small=SMALL, draft_axes=None, drafted=3):
+def engine(axes="", small=SMALL, draft_axes=None, drafted=3, **options):
     (target, params), (draft, draft_params) = (
         tiny.programs(tiny.SIZES, config, split)
         for config, split in ((tiny.CONFIG, axes), (small, axes if draft_axes is None else draft_axes))
     )
     both = Speculating(target, draft, drafted)
-    return Engine(both, both.place(params, draft_params))
+    return Engine(both, both.place(params, draft_params), **options)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,25 @@ def test_a_cancelled_text_leaves_its_slot_to_the_next():
     assert [text.tokens for i, text in enumerate(texts) if i != 1] == [
         text.tokens for i, text in enumerate(plain) if i != 1
     ]
+
+
+def test_what_a_draft_cannot_keep_to_is_refused():
+    both = engine()
+    with pytest.raises(ValueError, match="logit_bias=.* must be left out beside a draft model"):
+        both.submit([1], Sampling(logit_bias=((3, 1.0),)))
+    with pytest.raises(ValueError, match="response_format=.* must be left out beside a draft model"):
+        both.submit([1], constraint=Mock(spec=["allowed", "accept", "ended"]))
+    assert not both.busy
+
+
+def test_a_prompts_log_probabilities_and_prefixes_are_the_large_models():
+    both = engine(prefix_cache=2)
+    asked = [Sampling(temperature=0.0, max_tokens=6, prompt_logprobs=True), Sampling(temperature=0.0, max_tokens=9)]
+    found = [generate_all(both, [LONG], [one])[0] for one in asked]
+    plain = [generate_all(tiny.engine(), [LONG], [one])[0] for one in asked]
+    assert [text.tokens for text in found] == [text.tokens for text in plain]
+    np.testing.assert_allclose(found[0].prompt_logprobs, plain[0].prompt_logprobs, atol=1e-5)
+    assert both.counts["prefix_tokens"] == len(LONG) - 1
 
 
 def test_models_that_do_not_go_together_are_refused():
