@@ -240,6 +240,21 @@ def load_text(config: TextConfig) -> TextSplits:
     return TextSplits(**streams, vocab_size=tokenizer.vocab_size, content_hash=content_hash, tokenizer=tokenizer)
 
 
+def read_texts(config: TextConfig) -> list[str]:
+    """Read the documents of a text as they are: no split, no tokens; with `max_bytes` the first whole ones that fit.
+
+    Raises:
+      ValueError, DataUnavailable: see `load_text`.
+    """
+    texts, size = [], 0
+    for document in _documents(config).values():
+        size += len(document)
+        if config.max_bytes and size > config.max_bytes and texts:
+            break
+        texts.append(document.decode())
+    return texts
+
+
 def _hash(splits: dict[str, list[bytes]]) -> str:
     digest = hashlib.sha256()
     for documents in splits.values():

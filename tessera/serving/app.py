@@ -34,6 +34,7 @@ from tessera.serving.protocol import (
     best,
     choice,
     echoed,
+    ending,
     error_body,
     openapi,
     read_body,
@@ -271,6 +272,8 @@ class Pages:
                     before, echo[index] = echoed(asked, one, self.tokenizer), False
                     stream = streams[index] = TextStream(self.tokenizer, asked.stop, one.prompt, len(before.text))
                 delta = before + stream.feed(tokens, logprobs, top, final=bool(finish))
+                if finish:
+                    delta += ending(asked, one, stream)
                 if stream.stopped:
                     finish = "stop"
                     self.service.release([one])

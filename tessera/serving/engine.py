@@ -373,12 +373,17 @@ class Engine:
         return min(request.sampling.max_tokens, context) - len(request.tokens)
 
     def _add(self, request: Request, token: int, logprob: float, top: list[np.ndarray], *, last: bool = True) -> None:
-        if request.sampling.max_tokens == 0 or token in self.ends or token in request.sampling.stop_tokens:
-            self._end(request, "stop" if request.sampling.max_tokens else "length")
+        if request.sampling.max_tokens == 0:
+            self._end(request, "length")
+            return
+        ids, values = (x[: request.sampling.top_logprobs].tolist() for x in top)
+        alternatives = tuple(zip(ids, values, strict=True))
+        if token in self.ends or token in request.sampling.stop_tokens:
+            request.end = (logprob, alternatives)
+            self._end(request, "stop")
             return
         request.tokens.append(token)
-        ids, values = (x[: request.sampling.top_logprobs].tolist() for x in top)
-        request.top.append(tuple(zip(ids, values, strict=True)))
+        request.top.append(alternatives)
         request.logprobs.append(logprob)
         self.counts["tokens"] += 1
         self._last[request.slot], self._settings.index[request.slot] = token, len(request.tokens)

@@ -86,6 +86,13 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     format: TextFormat = TextFormat()
 
+    @property
+    def begin(self) -> int:
+        """The token that a text follows: the model's beginning or end of text, else that between texts in training."""
+        if self.format.begin is not None:
+            return self.format.begin
+        return next(iter(self.format.ends), int(self.tokenizer.encode("\0")[0]))
+
 
 def load(source: SourceConfig) -> Loaded:
     """Read a model.

@@ -472,6 +472,18 @@ def echoed(asked: Asked, request: Request, tokenizer: Tokenizer) -> Delta:
     )
 
 
+def ending(asked: Asked, request: Request, stream: TextStream) -> Delta:
+    """An entry without text for the token that ended an echoed text.
+
+    Evaluation harnesses count on one entry for each token that they asked for, behind those of the prompt.
+    """
+    if not (asked.echo and request.end is not None and not stream.stopped):
+        return Delta()
+    logprob, top = request.end
+    shown = tuple((stream.would_add(token), value) for token, value in top)
+    return Delta("", ("",), (logprob,), (stream.length,), (shown,))
+
+
 def best(asked: Asked, requests: Sequence[Request]) -> list[int]:
     """The texts to give: of those drawn for a prompt the n most probable per token, the best first."""
     if asked.drawn == asked.body.n:

@@ -171,6 +171,7 @@ class Request:
       constraint: what the text may be; None is anything.
       prompt_logprobs: of the prompt's tokens but the first, if asked for; complete before the first token is drawn.
       prompt_top: as `top`, in place of each of them.
+      end: log-probability of the token that ended the text, which is no part of it, and `top` in its place.
     """
 
     prompt: tuple[int, ...]
@@ -186,6 +187,7 @@ class Request:
     constraint: Constraint | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    end: tuple[float, tuple[tuple[int, float], ...]] | None = None
 
     def since(self, start: int) -> tuple[list[int], list[float], list[tuple[tuple[int, float], ...]], str]:
         """Tokens from number `start` on, `logprobs` and `top` of each, and `finish`, of one moment; from any thread."""

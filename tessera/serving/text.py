@@ -92,7 +92,7 @@ class TextStream:
         rest_of = (logprobs or [0.0] * len(tokens), top or [()] * len(tokens))
         for token, logprob, others in zip(tokens, *rest_of, strict=True):
             begin = self._first + len(self._text)
-            shown = tuple((self._would_add(other), value) for other, value in others)
+            shown = tuple((self.would_add(other), value) for other, value in others)
             added = self._append(token)
             self._drawn.append((begin, added, logprob, shown))
             self._text += added
@@ -107,7 +107,12 @@ class TextStream:
         size = min(found)[1] if found else len(self._text) - (0 if final else self._held())
         return self._give(size, final=final)
 
-    def _would_add(self, token: int) -> str:
+    @property
+    def length(self) -> int:
+        """Letters before and in the text that was given out."""
+        return self._first
+
+    def would_add(self, token: int) -> str:
         """The text that another token would add here; `UNDECODED` in place of what is not yet a character."""
         text = self._decode([*self._window, token])
         return text[len(os.path.commonprefix([text, self._before])) :]
