@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster test-urls test-faults bench coverage golden lock lint mutants clean
+.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -83,6 +83,14 @@ $(VENV)/urls: | $(VENV)/installed
 
 test-urls: $(VENV)/urls
 	PYTHONPATH=$(abspath $(VENV)/urls) $(BIN)/python -m pytest -m 'slow or not slow' -rs tests/tessera/infra/test_remote.py
+
+# lm-evaluation-harness on a model of ours, in process and through the server, beside transformers. Two gigabytes of packages in
+# a directory of their own, once.
+$(VENV)/harness: | $(VENV)/installed
+	$(PIP) --target $@ 'lm-eval[api,hf]' transformers torch || { rm -rf $@; exit 1; }
+
+test-harness: $(VENV)/harness
+	PYTHONPATH=.:$(abspath $(VENV)/harness) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n0 -m slow -rs tests/tessera/serving/test_harness.py
 
 # Kills, full disks, damaged files, two processes in one directory, requests that vanish, inputs that nobody would send;
 # a table of what was tried, survived and lost. As root, for full disks. Longer than half an hour; FAULTS=--kills=10 --disks=0

@@ -48,6 +48,7 @@ EXTRAS = {
         # What the default suite needs of the extras.
         *("matplotlib>=3.9", "scikit-learn", "pooch>=1.8", "tensorboardX", "tokenizers", "safetensors", "gguf"),
         *("starlette>=0.40", "uvicorn>=0.30", "pydantic>=2", "prometheus-client", "openai", "submitit>=1.5"),
+        *("jinja2", "llguidance"),
     ],
 }
 

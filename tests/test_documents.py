@@ -162,6 +162,7 @@ SHORT = {
     ],
     "analyze_ticket": ["--config.search=runs/ticket", "--config.analysis.points=3", "--config.analysis.lanczos=4"],
     "explain": ["--config=lm:base", "--config.plan=fsdp=4, tp=2", "--hardware=H100", "--workdir=runs/explain"],
+    "evaluate": ["--config.model.dir=runs/lm", "--config.texts=*.py", "--config.max_bytes=3000", "--config.stride=100"],
     "generate": ["--config.model.dir=runs/lm", "--config.prompt=def ", "--config.sampling.max_tokens=4"],
     "study": [
         "--config=study_instability:tiny",
@@ -175,6 +176,7 @@ SHORT = {
 @pytest.mark.docs
 @pytest.mark.parametrize("name", SHORT)
 def test_commands_run_short(name, directory):
+    (directory / "text.py").write_text("x = 1\n" * 300)
     if name == "analyze_ticket" and not (directory / "runs" / "ticket").exists():
         run(directory, script("find_ticket"), *SHORT["find_ticket"])
     run(directory, script(name), *SHORT[name])

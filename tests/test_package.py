@@ -22,7 +22,7 @@ CORE = {
     *("etils", "ml_dtypes"),
 }
 # The server's own modules: the command imports them where it starts one.
-EXTRAS = dict.fromkeys(("starlette", "uvicorn", "pydantic"), "tessera/serving/")
+EXTRAS = dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client"), "tessera/serving/")
 
 
 def at_import(tree: ast.AST):

@@ -14,7 +14,6 @@ from tessera.infra.config import build, checked
 from tessera.serving import schema
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
 from tessera.serving.programs import ServeConfig
-from tessera.serving.service import Service
 
 SCHEMA = schema.SCHEMA
 ERRORS = (FileNotFoundError, CheckpointDamaged, PlanError, ImportError)
@@ -26,6 +25,7 @@ def main(invocation: Invocation) -> int:
     try:
         from tessera.serving.app import make_app
         from tessera.serving.process import bind, make_server
+        from tessera.serving.service import Service
     except ImportError as error:
         raise ImportError("the server needs the extra `serve`: pip install 'tessera-jax[serve]'") from error
     c = invocation.config

@@ -246,7 +246,8 @@ def read_texts(config: TextConfig) -> list[str]:
     Raises:
       ValueError, DataUnavailable: see `load_text`.
     """
-    texts, size = [], 0
+    texts: list[str] = []
+    size = 0
     for document in _documents(config).values():
         size += len(document)
         if config.max_bytes and size > config.max_bytes and texts:

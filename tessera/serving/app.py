@@ -198,7 +198,7 @@ class Pages:
             calls: list[dict[str, Any]] = []
             if asked.tools:
                 text, calls = self.reader.chat.read_calls(texts[i].text)
-                calls = calls if asked.body.parallel_tool_calls else calls[:1]
+                calls = calls[: asked.most_calls]
                 texts[i] = replace(texts[i], text=text)
             choices.append(choice(asked, number, texts[i], ends[i], streamed=False, calls=calls))
         answer = response(asked, _identity(), choices, c.model, streamed=False)
@@ -218,7 +218,7 @@ class Pages:
                 calls: list[dict[str, Any]] = []
                 if chats:
                     text, calls = chats[index].feed(delta.text, final=bool(finish))
-                    calls = calls if asked.body.parallel_tool_calls else calls[:1]
+                    calls = calls[: asked.most_calls]
                     delta = replace(delta, text=text)
                 if delta or finish:
                     entry = choice(asked, index, delta, finish or None, streamed=True, calls=calls)

@@ -282,7 +282,7 @@ class Engine:
             for place, (request, part) in chosen.items():
                 after = request.prompt[request.read + 1 : request.read + len(part) + 1]
                 targets[place, : len(after)] = after
-        options = {"fresh": fresh, "bias": bias, "targets": targets}
+        options: dict[str, Any] = {"fresh": fresh, "bias": bias, "targets": targets}
         self._state, drawn = self.programs.extend(self.params, self._state, chunk, settings, **options)
         tokens, logprobs, top, read = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top, drawn.read))
         for place, (request, part) in chosen.items():

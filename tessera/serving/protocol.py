@@ -192,7 +192,7 @@ class Body(_Object):
         {}, max_length=MAX_BIASES, description=f"an object of at most {MAX_BIASES} token ids and numbers in -100..100"
     )
     response_format: ResponseFormat = Field(
-        ResponseFormat(type="text"),
+        ResponseFormat(type="text", regex=None, grammar=None),
         description="{type: text}, {type: json_object}, {type: json_schema, json_schema: {schema}}, "
         "{type: regex, regex} or {type: grammar, grammar}",
     )
@@ -350,6 +350,11 @@ class Asked:
     def tools(self) -> bool:
         """Whether the answer may call tools."""
         return isinstance(self.body, ChatBody) and bool(self.body.offered())
+
+    @property
+    def most_calls(self) -> int | None:
+        """Tool calls of an answer at most; None for any number."""
+        return None if getattr(self.body, "parallel_tool_calls", True) else 1
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -531,7 +536,7 @@ def choice(
     return entry | {"delta" if streamed else "message": said}
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
+def _token(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

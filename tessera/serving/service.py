@@ -133,7 +133,8 @@ class Service:
             return notify
 
         try:
-            for index, one in enumerate(zip(prompts, samplings, constraints or [None] * len(prompts), strict=True)):
+            free: list[Constraint | None] = [None] * len(prompts)
+            for index, one in enumerate(zip(prompts, samplings, constraints or free, strict=True)):
                 prompt, sampling, constraint = one
                 requests.append(self.engine.submit(prompt, sampling, listener(index), constraint))
         except BaseException as error:
