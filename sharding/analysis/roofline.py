@@ -186,5 +186,5 @@ def step_roofline(
       >>> step_roofline(find_hardware("H100"), flops=1e15, traffic=1e12, moved=[(8, False, 9e11)]).bound
       'communication'
     """
-    seconds = sum(amount / hardware.speed(group, crosses=crosses) for group, crosses, amount in moved)
+    seconds = sum((amount / hardware.speed(group, crosses=crosses) for group, crosses, amount in moved), 0.0)
     return Roofline(flops / hardware.flops, traffic / hardware.bandwidth, seconds, bubble)

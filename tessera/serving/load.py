@@ -120,6 +120,14 @@ def load(source: SourceConfig) -> Loaded:
     return Loaded(params, config, tokenizer, text)
 
 
+def read_architecture(source: SourceConfig) -> TransformerConfig:
+    """Read what model is where, for a Hugging Face directory from its config.json alone; raises what `load` does."""
+    path = local(source.dir)
+    if gguf.is_gguf(path):
+        return gguf.load_gguf(path)[1]
+    return huggingface.read_config(path) if huggingface.is_directory(path) else read_model(path)[1]
+
+
 def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path | str:
     """Write a model with its tokenizer, special tokens and chat template as a Hugging Face directory.
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError
@@ -68,12 +68,20 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class Programs:
-    """Jitted functions of one model, plan and `ServeConfig`; each compiles once per shape of its arguments."""
+    """Jitted functions of one model, plan and `ServeConfig`; each compiles once per shape of its arguments.
+
+    Over an `AbstractMesh` they can be traced, not run.
+    """
 
     decoder: ShardedDecoder
     config: ServeConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     _made: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def _devices(self) -> Mesh:
+        assert isinstance(self.mesh, Mesh), "programs over an AbstractMesh cannot run"
+        return self.mesh
 
     @property
     def parts(self) -> int:
@@ -113,17 +121,17 @@ class Programs:
 
     def place(self, params: PyTree) -> PyTree:
         """Parameters from `serve` on their devices."""
-        return jax.device_put(params, shardings(self.mesh, quantized_specs(params, self.decoder)))
+        return jax.device_put(params, shardings(self._devices, quantized_specs(params, self.decoder)))
+
+    def empty(self) -> State:
+        """An empty state, not placed."""
+        vocabulary = self.decoder.config.vocab_size
+        return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
 
     def start(self) -> State:
-        """An empty state."""
-        vocabulary = self.decoder.config.vocab_size
-
-        def make() -> State:
-            return State(make_cache(self.cache_config), jnp.zeros((self.config.slots, vocabulary), jnp.int32))
-
+        """An empty state on the devices."""
         if "start" not in self._made:
-            self._made["start"] = jax.jit(make, out_shardings=shardings(self.mesh, self.state_specs))
+            self._made["start"] = jax.jit(self.empty, out_shardings=shardings(self._devices, self.state_specs))
         return self._made["start"]()
 
     def prefill(self, params: PyTree, tokens: Any, lengths: Any) -> tuple[State, jax.Array]:

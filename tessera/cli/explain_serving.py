@@ -1,0 +1,54 @@
+"""Explain what plans cost a served model: `tessera explain-serving --config.model.dir=runs/lm --devices=8`."""
+
+import jax
+from rich.console import Console
+
+from sharding.analysis import hardware
+from sharding.errors import PlanError
+from sharding.plan import Plan
+from tessera.cli.main import Invocation
+from tessera.infra.checkpoint import CheckpointDamaged
+from tessera.infra.config import ConfigError, build, checked
+from tessera.serving import schema
+from tessera.serving.explain import HEAD, serving_plans, table, token_cost
+from tessera.serving.load import SourceConfig, read_architecture
+from tessera.serving.programs import ServeConfig
+
+SCHEMA = schema.SCHEMA
+ERRORS = (FileNotFoundError, CheckpointDamaged, PlanError, ImportError)
+
+
+def main(invocation: Invocation) -> int:
+    """Config -> a table of plans, the fastest first. Returns the exit status."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on what is explained
+    c, values, console = invocation.config, invocation.flags, Console()
+    device = checked("--hardware", hardware.find_hardware, values["hardware"])
+    if values["devices"] < 1:
+        raise ConfigError(f"--devices={values['devices']} must be at least 1")
+    source = build(SourceConfig, c.model, "config.model")
+    if source.bits:
+        raise ConfigError(f"config.model.bits={source.bits}: only unrounded weights are explained; leave it out")
+    sizes = build(ServeConfig, c.sizes, "config.sizes")
+    config = checked("config.model.dir", read_architecture, source)
+    options = {"context": values["context"], "latency": values["latency"] * 1e-6, "dtype": source.dtype}
+    if c.plan:
+        plan = build(Plan, {}, "config", axes=c.plan)
+        plan = checked("config.plan", plan.fill, max(plan.devices, 1))
+        found, refused = [checked("config.plan", token_cost, config, plan, sizes, device, **options)], {}
+    else:
+        found, refused = serving_plans(config, values["devices"], sizes, device, **options)
+    console.print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", soft_wrap=True)
+    for row in table(found, device):
+        console.print(f"| {' | '.join(row)} |", soft_wrap=True)
+    fitting = [one for one in found if one.fits(device)]
+    if fitting and not c.plan:
+        quick, many = fitting[0], max(fitting, key=lambda one: one.tokens_per_second)
+        console.print(
+            f"\nlowest latency: {quick.plan.axes or 'one device'}, {quick.seconds * 1e3:.3f} ms a token; "
+            f"most tokens: {many.plan.axes or 'one device'}, {many.tokens_per_second:,.0f} a second "
+            f"({sizes.slots} texts at a time; {device.name}, {values['latency']:g} us a collective, not measured)",
+            soft_wrap=True,
+        )
+    for plan_text, why in refused.items():
+        console.print(f"{plan_text}: {why}", soft_wrap=True, highlight=False, style="dim")
+    return 0 if fitting else 3

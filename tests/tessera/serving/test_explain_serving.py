@@ -1,0 +1,102 @@
+"""Costs of a decode step by hand: what a layer, a device and a text more add."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from moe.gate import RouterConfig
+from moe.layer import MoEConfig
+from sharding.analysis.hardware import find_hardware
+from sharding.plan import Plan
+from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.serving.explain import _touched, serving_plans, table, token_cost
+from tessera.serving.programs import ServeConfig
+from tessera.serving.served import serve
+
+CONFIG = TransformerConfig(vocab_size=64, layers=4, width=16, heads=8, kv_heads=4, ff=24)
+SIZES = ServeConfig(slots=8, length=32, chunk=16)
+V5E = find_hardware("v5e")
+
+
+def cost(axes, config=CONFIG, sizes=SIZES, **options):
+    return token_cost(config, Plan(axes), sizes, V5E, **options)
+
+
+def test_one_device_reads_its_weights_and_the_texts_and_sends_nothing():
+    one = cost("", context=20)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG))) * 4
+    head = CONFIG.width // CONFIG.heads
+    text = 2 * CONFIG.layers * CONFIG.kv_heads * head * 4  # bytes of a token
+    assert (one.weights, one.cache, one.collectives, one.moved) == (weights, text * 32 * 8, 0, 0.0)
+    assert one.traffic == weights + text * 20 * 8
+    # Two per weight of a kernel and token, the tied table as the head, scores and values over the cache and the token.
+    kernels = weights / 4 - CONFIG.width * (2 * CONFIG.layers + 1)
+    attention = 4 * CONFIG.layers * CONFIG.width * (32 + 1)
+    assert one.flops == 8 * (2 * kernels + attention)
+    assert one.seconds == pytest.approx(max(one.flops / V5E.flops, one.traffic / V5E.bandwidth))
+    assert one.tokens_per_second == pytest.approx(8 / one.seconds)
+    longer = cost("", context=30)
+    assert longer.traffic - one.traffic == text * 10 * 8 and longer.seconds > one.seconds
+    untied = cost("", replace(CONFIG, tied=False), context=20)
+    assert untied.weights - one.weights == 64 * 16 * 4, "a table of its own"
+    assert untied.traffic == one.traffic, "of which a step reads a few rows only"
+
+
+@pytest.mark.parametrize(
+    "axes, collectives, moved",
+    [
+        # A layer of tp: two all-reduces of [8, 16] float32; twice (n - 1) / n of it is sent.
+        ("tp=2", 2, 2 * 2 * (1 / 2) * 8 * 16 * 4),
+        ("tp=4", 2, 2 * 2 * (3 / 4) * 8 * 16 * 4),
+        # Of cp: the maximum of every row and head, then numerators [h] and denominator: 8 heads of 2.
+        ("cp=2", 2, 2 * (1 / 2) * 8 * 8 * (1 + 2 + 1) * 4),
+        ("dp=2, tp=2", 2, 2 * 2 * (1 / 2) * 4 * 16 * 4),
+        ("dp=8", 0, 0.0),
+    ],
+)
+def test_a_layer_more_adds_what_is_exchanged_in_it(axes, collectives, moved):
+    small, large = cost(axes, latency=0.0), cost(axes, replace(CONFIG, layers=8), latency=0.0)
+    assert large.collectives - small.collectives == 4 * collectives
+    assert large.moved - small.moved == 4 * moved
+    slow = cost(axes, latency=1e-3)
+    assert slow.seconds - small.seconds == pytest.approx(1e-3 * small.collectives)
+
+
+def test_stages_read_their_weights_once_for_every_group_of_slots():
+    """Of the activations of a group of 4 slots and four numbers of each, a tick sends one stage's to the next."""
+    one, two = cost("", context=16), cost("pp=2", context=16)
+    blocks = one.weights - 64 * 16 * 4 - 16 * 4
+    assert two.weights == one.weights - blocks / 2
+    assert two.cache == one.cache / 2
+    assert two.traffic == 2 * two.weights + two.cache / 2, "two groups take turns; a text is half full"
+    four = cost("pp=2", sizes=replace(SIZES, groups=4), context=16)
+    assert four.traffic == 4 * four.weights + four.cache / 2
+    assert four.moved == pytest.approx(two.moved, rel=0.5) and four.collectives == 2 * two.collectives
+
+
+def test_experts_are_read_where_a_token_goes_to_them():
+    moe = MoEConfig(router=RouterConfig(experts=8, k=2))
+    routed = replace(CONFIG, mlp="routed", moe=moe)
+    _, decoder = serve(jax.tree.map(lambda one: np.zeros(one.shape, one.dtype), param_shapes(routed)), routed, Plan())
+    rng = np.random.default_rng(0)
+    hits = [len({e for _ in range(5) for e in rng.permutation(8)[:2]}) / 8 for _ in range(4000)]
+    assert _touched(decoder, 5) == pytest.approx(np.mean(hits), abs=0.01)
+    one, split = cost("", routed), cost("ep=2", routed)
+    experts = 4 * 8 * 3 * 16 * 24 * 4
+    assert one.weights - split.weights == experts / 2
+    more = cost("ep=2", replace(routed, layers=8))
+    assert more.collectives - split.collectives == 4 * 3, "sizes, tokens there, and back"
+
+
+def test_every_plan_of_so_many_devices_is_there_or_says_why_not():
+    found, refused = serving_plans(CONFIG, 6, SIZES, V5E)
+    axes = [one.plan.axes for one in found]
+    assert len(set(axes) | set(refused)) == len(axes) + len(refused) == 4**2, "factorings of 2 x 3 over pp, dp, cp, tp"
+    assert "tp=6" in refused and "heads" in refused["tp=6"]
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    rows = table(found, V5E)
+    assert len(rows) == len(found) and all(len(row) == 8 for row in rows)
+    tiny = replace(V5E, memory=100.0)
+    assert all(row[2].endswith("does not fit") for row in table(found, tiny))
