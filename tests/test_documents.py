@@ -162,6 +162,7 @@ SHORT = {
     ],
     "analyze_ticket": ["--config.search=runs/ticket", "--config.analysis.points=3", "--config.analysis.lanczos=4"],
     "explain": ["--config=lm:base", "--config.plan=fsdp=4, tp=2", "--hardware=H100", "--workdir=runs/explain"],
+    "explain_serving": ["--config.model.dir=runs/lm", "--hardware=v5e", "--devices=4"],
     "evaluate": ["--config.model.dir=runs/lm", "--config.texts=*.py", "--config.max_bytes=3000", "--config.stride=100"],
     "generate": ["--config.model.dir=runs/lm", "--config.prompt=def ", "--config.sampling.max_tokens=4"],
     "study": [

@@ -1,5 +1,7 @@
 """Explain what plans cost a served model: `tessera explain-serving --config.model.dir=runs/lm --devices=8`."""
 
+from collections.abc import Sequence
+
 import jax
 from rich.console import Console
 
@@ -10,7 +12,7 @@ from tessera.cli.main import Invocation
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
 from tessera.serving import schema
-from tessera.serving.explain import HEAD, serving_plans, table, token_cost
+from tessera.serving.explain import HEAD, TokenCost, filled, serving_plans, table, token_cost
 from tessera.serving.load import SourceConfig, read_architecture
 from tessera.serving.programs import ServeConfig
 
@@ -37,18 +39,31 @@ def main(invocation: Invocation) -> int:
         found, refused = [checked("config.plan", token_cost, config, plan, sizes, device, **options)], {}
     else:
         found, refused = serving_plans(config, values["devices"], sizes, device, **options)
-    console.print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", soft_wrap=True)
-    for row in table(found, device):
-        console.print(f"| {' | '.join(row)} |", soft_wrap=True)
+    show(console, found, device)
     fitting = [one for one in found if one.fits(device)]
-    if fitting and not c.plan:
-        quick, many = fitting[0], max(fitting, key=lambda one: one.tokens_per_second)
+    full = [filled(one, config, sizes, device, **options) for one in fitting]
+    full = sorted((one for one in full if one.fits(device)), key=lambda one: -one.tokens_per_second)
+    if full:
+        console.print("\nWith as many texts at a time as the memory holds:\n")
+        show(console, full, device)
         console.print(
-            f"\nlowest latency: {quick.plan.axes or 'one device'}, {quick.seconds * 1e3:.3f} ms a token; "
-            f"most tokens: {many.plan.axes or 'one device'}, {many.tokens_per_second:,.0f} a second "
-            f"({sizes.slots} texts at a time; {device.name}, {values['latency']:g} us a collective, not measured)",
+            f"\nlowest latency: {name(fitting[0])}, {fitting[0].seconds * 1e3:.3f} ms a token of {sizes.slots} texts; "
+            f"most tokens: {name(full[0])}, {full[0].tokens_per_second:,.0f} a second of {full[0].slots} texts "
+            f"({device.name} at its datasheet's peaks, {values['latency']:g} us a collective; not measured)",
             soft_wrap=True,
         )
     for plan_text, why in refused.items():
         console.print(f"{plan_text}: {why}", soft_wrap=True, highlight=False, style="dim")
     return 0 if fitting else 3
+
+
+def show(console: Console, found: Sequence[TokenCost], device: hardware.Hardware) -> None:
+    """Print a table of plans."""
+    console.print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", soft_wrap=True)
+    for row in table(found, device):
+        console.print(f"| {' | '.join(row)} |", soft_wrap=True)
+
+
+def name(cost: TokenCost) -> str:
+    """A plan in text."""
+    return cost.plan.axes or "one device"

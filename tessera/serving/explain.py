@@ -197,6 +197,24 @@ def _cache_bytes(programs: Programs, tokens: int) -> float:
     return one.bytes / (plan.size("pp") * plan.size("tp") * plan.size("cp"))
 
 
+def filled(
+    cost: TokenCost, config: TransformerConfig, sizes: ServeConfig, hardware: Hardware, **options: Any
+) -> TokenCost:
+    """Explain the same plan with as many texts at a time as the memory holds, at most 1,024.
+
+    Args:
+      cost: of the plan, from `token_cost` with the same arguments.
+      config, sizes, hardware, options: see `token_cost`.
+    """
+    parts = cost.plan.data
+    stages = cost.plan.size("pp")
+    room = HEADROOM * hardware.memory - cost.weights
+    local = min(int(room * (sizes.slots // parts) / cost.cache), 1024 // parts)
+    local = max(local // stages * stages, stages)  # whole groups
+    more = replace(sizes, slots=local * parts, groups=0)
+    return token_cost(config, cost.plan, more, hardware, **options)
+
+
 def serving_plans(
     config: TransformerConfig, devices: int, sizes: ServeConfig, hardware: Hardware, **options: Any
 ) -> tuple[list[TokenCost], dict[str, str]]:
@@ -225,7 +243,7 @@ def serving_plans(
     return sorted(found, key=lambda one: one.seconds), refused
 
 
-HEAD = ("plan", "weights", "KV cache", "collectives", "sent", "a step at best", "tokens/s", "prompt tokens/s")
+HEAD = ("plan", "texts", "weights", "KV cache", "collectives", "sent", "a step at best", "tokens/s", "prompt tokens/s")
 
 
 def table(found: Sequence[TokenCost], hardware: Hardware) -> list[tuple[str, ...]]:
@@ -233,6 +251,7 @@ def table(found: Sequence[TokenCost], hardware: Hardware) -> list[tuple[str, ...
     return [
         (
             one.plan.axes or "one device",
+            str(one.slots),
             f"{one.weights / 1e9:.2f} GB",
             f"{one.cache / 1e9:.2f} GB" + ("" if one.fits(hardware) else ", does not fit"),
             str(one.collectives),

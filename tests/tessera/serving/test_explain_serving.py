@@ -11,7 +11,7 @@ from moe.layer import MoEConfig
 from sharding.analysis.hardware import find_hardware
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes
-from tessera.serving.explain import _touched, serving_plans, table, token_cost
+from tessera.serving.explain import _touched, filled, serving_plans, table, token_cost
 from tessera.serving.programs import ServeConfig
 from tessera.serving.served import serve
 
@@ -90,6 +90,16 @@ def test_experts_are_read_where_a_token_goes_to_them():
     assert more.collectives - split.collectives == 4 * 3, "sizes, tokens there, and back"
 
 
+@pytest.mark.parametrize("axes", ["", "dp=2", "pp=2"])
+def test_a_filled_plan_has_as_many_texts_as_the_memory_holds(axes):
+    one = cost(axes)
+    per = one.cache / (8 // one.plan.data)
+    small = replace(V5E, memory=(one.weights + 20.5 * per) / 0.92)
+    full = filled(one, CONFIG, SIZES, small)
+    assert full.slots == 20 * one.plan.data and full.fits(small)
+    assert full.cache == round(20 * per)
+
+
 def test_every_plan_of_so_many_devices_is_there_or_says_why_not():
     found, refused = serving_plans(CONFIG, 6, SIZES, V5E)
     axes = [one.plan.axes for one in found]
@@ -97,6 +107,6 @@ def test_every_plan_of_so_many_devices_is_there_or_says_why_not():
     assert "tp=6" in refused and "heads" in refused["tp=6"]
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     rows = table(found, V5E)
-    assert len(rows) == len(found) and all(len(row) == 8 for row in rows)
+    assert len(rows) == len(found) and all(len(row) == 9 for row in rows)
     tiny = replace(V5E, memory=100.0)
-    assert all(row[2].endswith("does not fit") for row in table(found, tiny))
+    assert all(row[3].endswith("does not fit") for row in table(found, tiny))

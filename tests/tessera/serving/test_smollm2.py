@@ -62,3 +62,16 @@ def test_greedy_texts_are_those_of_transformers_up_to_their_end(name, golden):
         assert loaded.tokenizer.decode(np.asarray(request.tokens)) == "The capital of France is Paris."
         asked = [{"role": "user", "content": "What is the capital of France?"}]
         assert ChatFormat(loaded.tokenizer, loaded.format).prompt(asked) == tuple(prompt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["tp=3", "pp=5", "cp=2", "dp=2", "dp=2, tp=3", "pp=2, tp=3"])
+def test_texts_under_a_plan_are_those_of_one_device(axes, golden):
+    case = golden("smollm2")["chat"]
+    engine, loaded = make_engine(SourceConfig(str(MODEL)), Plan(axes), ServeConfig(slots=10, length=64, chunk=64))
+    prompt = loaded.tokenizer.encode(text(case["prompt"])).tolist()
+    asked = [Sampling(temperature=0.0, max_tokens=12), Sampling(temperature=0.0, max_tokens=5)]
+    found = [engine.submit(prompt, one) for one in asked]
+    engine.run()
+    wanted = [token for token in case["tokens"].tolist() if token not in loaded.format.ends]
+    assert found[0].tokens == wanted[:12] and found[1].tokens == wanted[:5]
