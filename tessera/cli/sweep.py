@@ -10,7 +10,7 @@ from rich.console import Console
 from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
 from scaling.sweeps.executors import ExecutorConfig, make_executor
 from scaling.sweeps.plan import Family, PlanConfig, plan_runs
-from scaling.sweeps.store import DamagedRow, Store
+from scaling.sweeps.store import DamagedRow
 from scaling.sweeps.sweep import RunFailed, SweepConfig, run_sweep
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
@@ -24,7 +24,7 @@ from tessera.sweeps import schema
 from tessera.sweeps.programs import TrialConfig
 from tessera.sweeps.report import ReportConfig, enough, fit_sweep, sweep_page
 from tessera.sweeps.table import SweepTable
-from tessera.sweeps.train import check_texts, compile_cache, train_run
+from tessera.sweeps.train import TextStore, check_texts, compile_cache, train_run
 
 SCHEMA = schema.SCHEMA
 FULL = 2**16  # bytes that a full disk may show as free
@@ -65,7 +65,7 @@ def main(invocation: Invocation) -> None:
             run_sweep(
                 table,
                 partial(train_run, text=text, config=trial),
-                Store(workdir / "runs"),
+                TextStore(workdir / "runs"),
                 executor,
                 workdir / "runs.csv",
                 SweepConfig(retries=engine.retries),

@@ -1,5 +1,7 @@
 """Train a language model: `tessera train --config=lm:tiny --workdir=runs/lm`."""
 
+import sys
+
 import jax
 from rich.console import Console
 
@@ -7,6 +9,7 @@ from sharding.errors import PlanError
 from sharding.multihost.distributed import DistributedError
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
+from tessera.data.text import BPETokenizer, ByteTokenizer
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
 from tessera.infra.config import build
 from tessera.infra.logger import Logger
@@ -39,8 +42,12 @@ def main(invocation: Invocation) -> int:
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     run = build_run(c)
     workdir = invocation.prepare(run.settings, whole=True)
+    if first_process and run.overlap:
+        print(run.overlap, file=sys.stderr, flush=True)
     logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=first_process)
     with hold(workdir), logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
+        if first_process and isinstance(run.tokenizer, BPETokenizer) and c.data.tokenizer != "bpe":
+            run.tokenizer.save(workdir / "tokenizer.json")  # with which the run is served
         try:
             result = train(
                 run.step_fn,
@@ -60,7 +67,9 @@ def main(invocation: Invocation) -> int:
         results = {"validation": result.evaluation, "test": run.eval_fn(result.state, "test")}
     if jax.process_count() == 1:
         model, batches = Decoder(run.config.model), run.held_out("validation")
-        write_specialization(workdir, model, result.state.params, batches, c.data.tokenizer)
+        tokenizer = "bytes" if isinstance(run.tokenizer, ByteTokenizer) else c.data.tokenizer
+        if run.tokenizer is not None:
+            write_specialization(workdir, model, result.state.params, batches, tokenizer)
     if first_process:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
         print_report(lm_report, workdir, results["test"], *run_sections(run.config.model, run.config.plan, workdir))

@@ -10,11 +10,14 @@ import numpy as np
 from jaxtyping import Integer
 
 from tessera.data.images import Images
+from tessera.data.token_files import TokenStream
 from tessera.infra.config import check_seed
+
+Tokens = Integer[np.ndarray, " N"] | TokenStream
 
 
 def token_batches(
-    tokens: Integer[np.ndarray, " N"],
+    tokens: Tokens,
     *,
     batch_size: int,
     length: int,
@@ -23,6 +26,7 @@ def token_batches(
     process_count: int = 1,
     shuffle: bool = True,
     repeat: bool = True,
+    parts: Sequence[tuple[Any, float]] = (),
 ) -> grain.DatasetIterator:
     """Iterate over windows of a token stream, for next-token prediction.
 
@@ -40,23 +44,32 @@ def token_batches(
       shuffle: False keeps the order of the stream.
       repeat: True goes on for ever, and a batch may straddle two epochs. False stops after the full batches of one
         epoch, their number the same on every process; windows that do not fill a batch are left out.
+      parts: streams and their weights in place of `tokens`: every source is shuffled and repeated by itself, and its
+        share of the windows is its weight over the sum of all (`grain.MapDataset.mix`). Windows are numbered through
+        the sources in their order.
 
     Returns:
       Iterator of {"tokens": int32 [b, length + 1], "ids": int64 [b] window numbers} with b = batch_size /
       process_count. Its `get_state()` is a small dict of JSON values; `set_state` of it in a fresh iterator goes on
-      with the same batches, and is a ValueError in one of other batches, windows or another seed.
+      in the same order, whatever the number of processes. With another batch size it goes on with the next window too,
+      if what was read is a whole number of the new batches; else, and for other windows or another seed, it is a
+      ValueError.
 
     Raises:
       ValueError: sizes below 1, fewer tokens than one window, a batch that does not divide by the processes, or (with
         repeat=False) fewer windows than one batch.
     """
     _at_least("length", length, 1)
-    windows = (len(tokens) - 1) // length
-    if windows < 1:
-        raise ValueError(f"{len(tokens)} tokens do not fill one window: length={length} needs {length + 1}")
+    streams = [stream for stream, _ in parts] or [tokens]
+    sizes = [(len(stream) - 1) // length for stream in streams]
+    for stream, windows in zip(streams, sizes, strict=True):
+        if windows < 1:
+            raise ValueError(f"{len(stream)} tokens do not fill one window: length={length} needs {length + 1}")
+    gather = partial(_gather_windows, tokens, length)
     return _iterate(
-        partial(_gather_windows, tokens, length),
-        windows,
+        partial(_gather_mixed, streams, sizes, length) if parts else gather,
+        sum(sizes),
+        mixture=tuple((size, weight) for size, (_, weight) in zip(sizes, parts, strict=False)),
         batch_size=batch_size,
         seed=seed,
         process_index=process_index,
@@ -67,7 +80,7 @@ def token_batches(
 
 
 def held_out_batches(
-    tokens: Integer[np.ndarray, " N"],
+    tokens: Tokens,
     *,
     batch_size: int,
     length: int,
@@ -126,7 +139,22 @@ def image_batches(
 
 def _gather_windows(tokens: np.ndarray, length: int, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     ids_B = np.asarray(ids, np.int64)
-    return {"tokens": tokens[ids_B[:, None] * length + np.arange(length + 1)].astype(np.int32), "ids": ids_B}
+    tokens = tokens[ids_B[:, None] * length + np.arange(length + 1)].astype(np.int32, copy=False)
+    return {"tokens": tokens, "ids": ids_B}
+
+
+def _gather_mixed(
+    streams: Sequence[Any], sizes: Sequence[int], length: int, ids: Sequence[int]
+) -> dict[str, np.ndarray]:
+    ids_B = np.asarray(ids, np.int64)
+    ends = np.cumsum(sizes)
+    which = np.searchsorted(ends, ids_B, side="right")
+    tokens = np.empty((len(ids_B), length + 1), np.int32)
+    for number in np.unique(which).tolist():
+        mine = which == number
+        own = ids_B[mine] - (ends[number] - sizes[number])
+        tokens[mine] = _gather_windows(streams[number], length, own)["tokens"]
+    return {"tokens": tokens, "ids": ids_B}
 
 
 def _gather_images(images: Images, ids: Sequence[int]) -> dict[str, np.ndarray]:
@@ -144,6 +172,7 @@ def _iterate(
     process_count: int,
     shuffle: bool,
     repeat: bool,
+    mixture: tuple[tuple[int, float], ...] = (),
 ) -> grain.DatasetIterator:
     _at_least("batch_size", batch_size, 1)
     check_seed("seed", seed)
@@ -153,18 +182,30 @@ def _iterate(
         raise ValueError(f"batch_size={batch_size} does not divide by process_count={process_count}")
     if not repeat and size < batch_size:
         raise ValueError(f"{size} examples do not fill one batch of {batch_size}, and repeat=False")
-    order = grain.MapDataset.range(size)
-    if shuffle:
-        # Grain shuffles epoch e with seed + e. With hashed seeds, runs 0 and 1 share no epochs.
-        order = order.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    # Only whole global batches are shared out, or some processes would end a step before the others and leave them
-    # waiting in a collective.
-    order = order.repeat() if repeat else order[: size - size % batch_size]
+    # Grain shuffles epoch e with seed + e. With hashed seeds, runs 0 and 1 share no epochs.
+    seeds = np.random.SeedSequence(seed).generate_state(max(1, len(mixture)))
+    if mixture:
+        if not (shuffle and repeat):
+            raise ValueError("sources with weights are shuffled and repeated")
+        ends = np.cumsum([windows for windows, _ in mixture]).tolist()
+        ranges = [
+            grain.MapDataset.range(end - windows, end).shuffle(seed=int(own)).repeat()
+            for end, own, (windows, _) in zip(ends, seeds, mixture, strict=True)
+        ]
+        order = grain.MapDataset.mix(ranges, [weight for _, weight in mixture])
+    else:
+        order = grain.MapDataset.range(size)
+        if shuffle:
+            order = order.shuffle(seed=int(seeds[0]))
+        # Only whole global batches are shared out, or some processes would end a step before the others and leave them
+        # waiting in a collective.
+        order = order.repeat() if repeat else order[: size - size % batch_size]
     # Only indices travel through grain one by one; each batch is one gather.
     share = order[process_index::process_count].batch(batch_size // process_count, drop_remainder=True, batch_fn=gather)
-    # The data is in memory: one thread, a few batches ahead, hides the gather behind the training step.
+    # The data is in memory or mapped: one thread, a few batches ahead, hides the gather behind the training step.
     batches = iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-    return _Resumable(batches, {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None})
+    what = {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None}
+    return _Resumable(batches, what | ({"mixture": [list(pair) for pair in mixture]} if mixture else {}))
 
 
 class _Resumable(grain.DatasetIterator):
@@ -183,8 +224,17 @@ class _Resumable(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         state = dict(state)
         there = state.pop("order", self._order)  # 0.1 wrote none
-        if there != self._order:
+        batch = self._order["batch_size"]
+        if {**there, "batch_size": batch} != self._order:
             raise ValueError(f"the position of an iterator over {there} is none in one over {self._order}")
+        if there["batch_size"] != batch:
+            read = state["next_index"] * there["batch_size"]
+            if read % batch:
+                raise ValueError(
+                    f"{read} examples were read in batches of {there['batch_size']}: no whole number of batches of "
+                    f"{batch}; the order goes on with a batch size that divides {read}"
+                )
+            state["next_index"] = read // batch
         self._parent.set_state(state)
 
 

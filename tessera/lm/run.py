@@ -22,7 +22,7 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.loader import held_out_batches, token_batches
-from tessera.data.text import TextConfig, TextSplits, load_text
+from tessera.data.text import ByteTokenizer, TextConfig, TextSplits, Tokenizer, load_text, overlap
 from tessera.infra.config import ConfigError, build, check_seeds, checked
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
@@ -98,8 +98,11 @@ class Run(NamedTuple):
       loader: split -> this process's part of its batches, shuffled, for ever; see `tessera.data.loader.token_batches`.
       held_out: split -> the first `config.eval.batches` full batches of it, in its order.
       eval_fn: (state, split) -> loss and accuracy on the first `config.eval.batches` batches, a last partial one
-        included, with averaged weights where there are any.
+        included, with averaged weights where there are any; and bits per byte, by the split's bytes per token, where
+        these are known.
       schedule: step -> learning rate.
+      tokenizer: of the text; None for token files without one.
+      overlap: line on the overlap of training and held-out text; "" where it was not asked for.
     """
 
     settings: dict[str, Any]
@@ -113,6 +116,8 @@ class Run(NamedTuple):
     held_out: Callable[[str], Iterator[dict[str, np.ndarray]]]
     eval_fn: Callable[[TrainState, str], dict[str, float]]
     schedule: optax.Schedule
+    tokenizer: Tokenizer | None
+    overlap: str
 
 
 def build_run(c: ConfigDict) -> Run:
@@ -160,6 +165,7 @@ def build_run(c: ConfigDict) -> Run:
 
     def loader(split: str, **options: bool) -> grain.DatasetIterator:
         sizes = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
+        sizes |= {"parts": splits.parts if split == "train" else ()}
         return token_batches(getattr(splits, split), **sizes, process_index=index, process_count=count, **options)
 
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
@@ -172,12 +178,31 @@ def build_run(c: ConfigDict) -> Run:
 
     def eval_fn(state: TrainState, split: str) -> dict[str, float]:
         params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-        return evaluate(eval_step, params, weighed(split))
+        found = evaluate(eval_step, params, weighed(split))
+        if split in splits.bytes_per_token:
+            found["bits_per_byte"] = found["loss"] / math.log(2) / splits.bytes_per_token[split]
+        return found
 
     settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
     settings |= {"data_sha256": splits.content_hash}
-    schedule = learning_rate(config.optimizer)
-    return Run(settings, config, loop, placement, step_key, step_fn, init_fn, loader, held_out, eval_fn, schedule)
+    if text.tokenizer != "bpe" and splits.vocab_size != text.vocab_size:
+        settings |= {"vocab_size": splits.vocab_size}  # that of a file
+    schedule, said = learning_rate(config.optimizer), overlap_line(text, splits)
+    functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
+    return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, said)
+
+
+def overlap_line(text: TextConfig, splits: TextSplits) -> str:
+    """How much of validation and test is in the training text too, as a line; "" for `overlap=0`."""
+    n = text.overlap if text.overlap >= 0 else 50 if isinstance(splits.tokenizer, ByteTokenizer) else 13
+    if not n:
+        return ""
+    limit = text.overlap_limit or len(splits.train)
+    shares = {name: overlap(splits.train, getattr(splits, name), n, limit) for name in ("validation", "test")}
+    found = " and ".join(f"{share:.2%} of {name}" for name, (share, _) in shares.items())
+    looked = shares["test"][1]
+    part = "" if looked == 1 else f" (of {looked:.2%} of it; config.data.overlap_limit=0 looks at all)"
+    return f"overlap: {found} is in the training text too, by {n}-grams of tokens{part}"
 
 
 def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
@@ -327,8 +352,10 @@ def check_splits(c: ConfigDict, splits: TextSplits) -> None:
 
 def results_table(title: str, results: Mapping[str, Mapping[str, float]]) -> Table:
     """A table of losses and accuracies by split, for the terminal."""
-    table = Table("", "nats per token", "bits per token", "accuracy", title=title, title_justify="left")
+    heads = ("", "nats per token", "bits per token", "bits per byte", "accuracy")
+    table = Table(*heads, title=title, title_justify="left")
     for name, found in results.items():
         loss, accuracy = found["loss"], found["accuracy"]
-        table.add_row(name, f"{loss:.4f}", f"{loss / math.log(2):.4f}", f"{accuracy:.4f}")
+        per_byte = f"{found['bits_per_byte']:.4f}" if "bits_per_byte" in found else "unknown"
+        table.add_row(name, f"{loss:.4f}", f"{loss / math.log(2):.4f}", per_byte, f"{accuracy:.4f}")
     return table

@@ -100,7 +100,7 @@ def shape(config: Mapping[str, Any]) -> Shape:
         heads=model["heads"],
         kv_heads=model["kv_heads"],
         head_dim=model["head_dim"] or model["width"] // model["heads"],
-        vocab=config["data"]["vocab_size"],
+        vocab=config.get("vocab_size") or config["data"]["vocab_size"],
         length=config["length"],
         gated=gated,
         tied=model["tied"],

@@ -79,8 +79,11 @@ def lm_findings(
     step, loss = column(rows, "loss", "eval")
     found = ["No validation loss was recorded."]
     if np.isfinite(loss).any():
-        best, size = int(np.nanargmin(loss)), model.get("vocab_size") or data.get("vocab_size")
-        found = [f"Validation loss ended at {_describe_loss(loss[-1], data)}."]
+        best = int(np.nanargmin(loss))
+        size = config.get("vocab_size") or model.get("vocab_size") or data.get("vocab_size")
+        per_byte = column(rows, "bits_per_byte", "eval")[1]
+        last = float(per_byte[-1]) if len(per_byte) else None
+        found = [f"Validation loss ended at {_describe_loss(loss[-1], config, last)}."]
         if best != len(loss) - 1:
             found.append(f"It was lowest at step {step[best]:,.0f}: {loss[best]:.4f}.")
         if len(loss) > 1:
@@ -91,15 +94,18 @@ def lm_findings(
         found.append(f"The last logged training loss is {value:.4f} (step {at:,.0f}, one batch).")
     texts = [", ".join(run) + ".", " ".join(found)]
     if test and "loss" in test:
-        texts.append(f"On the test split the final weights reach {_describe_loss(test['loss'], data)}.")
+        said = _describe_loss(test["loss"], config, test.get("bits_per_byte"))
+        texts.append(f"On the test split the final weights reach {said}.")
     for row in [row for row in rows if row.get("kind") == "failed"][-1:]:
         texts.append(f"The run stopped at step {row['step']:,}: the loss or its gradient was not finite.")
     return [*texts, "One run, one seed: there is no interval, and small differences from another run mean nothing."]
 
 
-def _describe_loss(loss: float, data: Mapping[str, Any]) -> str:
+def _describe_loss(loss: float, config: Mapping[str, Any], per_byte: float | None) -> str:
     text = f"{loss:.4f} nats per token (perplexity {math.exp(min(loss, 700)):.2f}"
-    return text + (f", {loss / math.log(2):.3f} bits per byte)" if data.get("tokenizer") == "bytes" else ")")
+    if per_byte is None and config.get("data", {}).get("tokenizer") == "bytes" and "vocab_size" not in config:
+        per_byte = loss / math.log(2)  # of a run that did not log it
+    return text + (f", {per_byte:.3f} bits per byte)" if per_byte is not None else ")")
 
 
 def _milestones(rows: Rows, count: int = 20) -> list[dict[str, Any]]:

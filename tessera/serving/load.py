@@ -233,6 +233,8 @@ def own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
         if not saved.exists():
             raise FileNotFoundError(f"the run's tokenizer {saved} is gone; give its file as tokenizer")
         return BPETokenizer.load(saved)
+    if data.get("tokenizer") == "ids":
+        raise FileNotFoundError(f"{path} was trained on ids without a tokenizer; give one as tokenizer")
     if data or config.vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
     raise FileNotFoundError(f"{path} has no tokenizer.json; give one as tokenizer")

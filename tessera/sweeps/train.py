@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from scaling.sweeps.plan import PlannedRun, Readout
+from scaling.sweeps.store import Row, Store
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
@@ -29,6 +30,17 @@ def compile_cache(directory: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(directory.absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
+
+
+class TextStore(Store):
+    """Artifacts of a sweep on text, whose rows also have the unique tokens of its training text.
+
+    They are what the law of limited data asks for (`scaling.published.DATA_CONSTRAINED`).
+    """
+
+    def rows(self, run: PlannedRun) -> list[Row]:
+        """Read the existing rows, by rising step, with `unique_tokens` = tokens / epochs."""
+        return [row | {"unique_tokens": round(row["tokens"] / row["epochs"])} for row in super().rows(run)]
 
 
 class Texts(NamedTuple):

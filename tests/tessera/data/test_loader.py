@@ -186,7 +186,7 @@ def test_held_out_batches_weigh_every_window_once(windows, batch, limit, process
 @kinds
 def test_a_position_in_other_batches_is_refused(kind):
     state = json.loads(json.dumps(make(kind).get_state()))
-    for other in (make(kind, batch_size=4), make(kind, seed=1), make(kind, shuffle=False)):
+    for other in (make(kind, seed=1), make(kind, shuffle=False)):
         with pytest.raises(ValueError, match="the position of an iterator over .*8.* is none in one over"):
             other.set_state(state)
     del state["order"]  # of an earlier version
@@ -197,3 +197,55 @@ def test_a_position_in_other_batches_is_refused(kind):
 def test_a_seed_that_a_generator_would_change_is_refused(seed):
     with pytest.raises(ValueError, match=r"seed=.*: a seed is a whole number in 0\.\.4294967295"):
         check_seed("seed", seed)
+
+
+def test_another_batch_size_goes_on_in_the_same_order():
+    original = make("tokens", batch_size=8)
+    order = ids(make("tokens", batch_size=8), 40).ravel()
+    list(islice(original, 6))
+    state = json.loads(json.dumps(original.get_state()))
+    for batch_size, processes in ((16, 1), (4, 2), (3, 1), (12, 3)):
+        shares = [
+            make("tokens", batch_size=batch_size, process_index=p, process_count=processes) for p in range(processes)
+        ]
+        for share in shares:
+            share.set_state(state)
+        rows = np.stack([ids(share, 10) for share in shares], -1).reshape(-1)
+        np.testing.assert_array_equal(rows, order[48 : 48 + 10 * batch_size])
+    with pytest.raises(ValueError, match="48 examples were read in batches of 8: no whole number of batches of 7"):
+        make("tokens", batch_size=7).set_state(state)
+
+
+PARTS = ((np.arange(401, dtype=np.uint16), 3.0), (np.arange(1000, 1101, dtype=np.uint16), 1.0))  # 40 and 10 windows
+
+
+def mixed(**kwargs):
+    return token_batches(PARTS[0][0], length=10, parts=PARTS, **{"batch_size": 8, "seed": 0} | kwargs)
+
+
+def test_sources_have_their_shares_and_every_window_once_a_pass():
+    batches = list(islice(mixed(), 60))
+    rows, tokens = (np.concatenate([batch[name] for batch in batches]) for name in ("ids", "tokens"))
+    for row, window in zip(rows, tokens, strict=True):
+        stream, i = (PARTS[0][0], row) if row < 40 else (PARTS[1][0], row - 40)
+        np.testing.assert_array_equal(window, stream[10 * i : 10 * i + 11])
+    assert abs((rows < 40).mean() - 0.75) < 1 / 480 + 1e-9
+    for mine, size in ((rows[rows < 40], 40), (rows[rows >= 40] - 40, 10)):
+        passes = mine[: len(mine) // size * size].reshape(-1, size)
+        assert len(passes) > 5 and all(sorted(one) == list(range(size)) for one in passes.tolist())
+
+
+def test_mixed_sources_resume_on_other_processes():
+    order = ids(mixed(), 20).reshape(-1)
+    first = mixed(process_index=1, process_count=2)
+    list(islice(first, 5))
+    state = json.loads(json.dumps(first.get_state()))
+    shares = [mixed(process_index=p, process_count=4) for p in range(4)]
+    for share in shares:
+        share.set_state(state)
+    np.testing.assert_array_equal(np.stack([ids(share, 15) for share in shares], -1).reshape(-1), order[40:])
+    for other in (mixed(seed=1), token_batches(TOKENS[:501], length=10, batch_size=8, seed=0)):
+        with pytest.raises(ValueError, match="is none in one over"):
+            other.set_state(state)
+    with pytest.raises(ValueError, match="sources with weights are shuffled and repeated"):
+        mixed(shuffle=False)
