@@ -65,6 +65,7 @@ COMMANDS: dict[str, Command] = {
         "analyze",
     ),
     "study": Command("tessera.cli.study", "study", "Experiments on tickets.", "study_instability"),
+    "tokenize": Command("tessera.cli.tokenize", "tokenize_text", "Tokenize a corpus into a token file.", "tokenize"),
     "fit": Command("tessera.cli.fit", "fit_scaling", "Fit a scaling law to a table of runs.", "fit"),
     "sweep": Command(
         "tessera.cli.sweep",

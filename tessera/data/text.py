@@ -11,7 +11,7 @@ import math
 import os
 import sysconfig
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -597,13 +597,29 @@ def _hash(splits: dict[str, list[bytes]]) -> str:
     return digest.hexdigest()
 
 
-def batched_by_size(documents: Iterable[bytes], size: int = 1 << 22) -> Iterator[list[bytes]]:
+def find_documents(config: TextConfig) -> Iterator[tuple[str, bytes]]:
+    """Iterate over (source, text) of all sources of a corpus, in a fixed order: that of names, then of rows.
+
+    Raises:
+      ValueError: as of `load_text`; ConfigError for token files.
+    """
+    for name in [name for name, _ in config.sources] or [config.name]:
+        for path in sorted(_find(config, name)[1]):
+            if is_token_file(path):
+                raise ConfigError(f"{path}: a token file; text is needed")
+            for document in _rows(path, config.column):
+                yield str(path), document
+
+
+def batched_by_size(
+    documents: Iterable[Any], size: int = 1 << 22, size_of: Callable[[Any], int] = len
+) -> Iterator[list[Any]]:
     """Lists of documents with at least `size` bytes together, the last list with what is left."""
-    batch: list[bytes] = []
+    batch: list[Any] = []
     held = 0
     for document in documents:
         batch.append(document)
-        held += len(document)
+        held += size_of(document)
         if held >= size:
             yield batch
             batch, held = [], 0
