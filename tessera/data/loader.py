@@ -174,12 +174,8 @@ def _iterate(
     repeat: bool,
     mixture: tuple[tuple[int, float], ...] = (),
 ) -> grain.DatasetIterator:
-    _at_least("batch_size", batch_size, 1)
     check_seed("seed", seed)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must lie in [0, process_count={process_count})")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} does not divide by process_count={process_count}")
+    _at_least("batch_size", batch_size, 1)
     if not repeat and size < batch_size:
         raise ValueError(f"{size} examples do not fill one batch of {batch_size}, and repeat=False")
     # Grain shuffles epoch e with seed + e. With hashed seeds, runs 0 and 1 share no epochs.
@@ -200,12 +196,43 @@ def _iterate(
         # Only whole global batches are shared out, or some processes would end a step before the others and leave them
         # waiting in a collective.
         order = order.repeat() if repeat else order[: size - size % batch_size]
-    # Only indices travel through grain one by one; each batch is one gather.
-    share = order[process_index::process_count].batch(batch_size // process_count, drop_remainder=True, batch_fn=gather)
-    # The data is in memory or mapped: one thread, a few batches ahead, hides the gather behind the training step.
-    batches = iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
     what = {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None}
-    return _Resumable(batches, what | ({"mixture": [list(pair) for pair in mixture]} if mixture else {}))
+    what |= {"mixture": [list(pair) for pair in mixture]} if mixture else {}
+    # Only indices travel through grain one by one; each batch is one gather.
+    return shared(order, what, process_index=process_index, process_count=process_count, batch_fn=gather)
+
+
+def shared(
+    order: grain.MapDataset,
+    what: dict[str, Any],
+    *,
+    process_index: int,
+    process_count: int,
+    batch_fn: Callable[[Sequence[Any]], Any] | None = None,
+    threads: int = 1,
+) -> grain.DatasetIterator:
+    """Batches of this process's share of a data set of grain's, whose state says what it is a position in.
+
+    Args:
+      order: all examples in the global order.
+      what: identity of the order, JSON values; its "batch_size" is that over all processes.
+      process_index, process_count: as in `token_batches`.
+      batch_fn: list of examples -> batch; grain's stacking by default.
+      threads: that make batches, a few ahead of the training step. One is enough for data in memory or mapped.
+
+    Raises:
+      ValueError: a batch that does not divide by the processes.
+    """
+    batch_size = what["batch_size"]
+    _at_least("batch_size", batch_size, 1)
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must lie in [0, process_count={process_count})")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} does not divide by process_count={process_count}")
+    share = order[process_index::process_count]
+    share = share.batch(batch_size // process_count, drop_remainder=True, batch_fn=batch_fn)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return _Resumable(iter(share.to_iter_dataset(options)), what)
 
 
 class _Resumable(grain.DatasetIterator):
