@@ -197,6 +197,33 @@ def test_fit_on_a_table_of_runs(directory, shared_data):
     assert "477.8" in out
 
 
+# What shortens the commands of docs/data.md.
+SHORTER = {
+    "train": [flag for flag in TINY_LM if not flag.startswith(("--config=", "--config.data"))],
+    "find-ticket": ["--config.train.steps=20it", "--config.search.levels=1", "--config.seeds=0,"],
+    "study": ["--config.train.steps=40it", "--config.study.steps=0,", "--config.study.densities=1.0,"],
+    "tokenize": [],
+}
+
+
+@pytest.mark.docs
+def test_the_commands_on_data_of_ones_own(directory):
+    """As they stand, on the files that the document's first block makes."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    block = next(text for kind, text in FENCE.findall(text) if "# make_data.py" in text)
+    (directory / "make_data.py").write_text(block, encoding="utf-8")
+    run(directory, "make_data.py")
+    found = [shlex.split(command) for document, command in COMMANDS if document.name == "data.md"]
+    console, said = ("-c", "from tessera.cli.main import main; main()"), {}
+    for words in found:
+        if words[0] == "tessera":
+            said[words[-1]] = run(directory, *console, *words[1:], *SHORTER[words[1]])
+    assert len(said) == 7
+    # Of the 507 lines, 7 were planted twice.
+    assert "500 documents" in said["--workdir=tokens/corpus"] and "7 duplicates" in said["--workdir=tokens/corpus"]
+    assert "bits per byte" in said["--workdir=runs/tokens"]
+
+
 @pytest.mark.docs
 def test_a_run_becomes_a_hugging_face_directory(directory):
     console = ("-c", "from tessera.cli.main import main; main()")

@@ -47,8 +47,8 @@ class DataBenchmark:
     dir: str = ""
     length: int = 128
     batch_size: int = 48
-    batches: int = 3000
-    steps: int = 20
+    batches: int = 1000
+    steps: int = 10
     kills: int = 10
     hosts: tuple[int, ...] = (1, 2, 3)
 
@@ -113,36 +113,49 @@ def start(function: str, **options: Any) -> subprocess.Popen:
 
 
 def resident() -> dict[str, float]:
-    """Resident memory of this process in 10^9 bytes: of its own, and of pages of files."""
+    """Resident memory of this process in 10^9 bytes: its own, pages of files, and the most of both there was."""
     status = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e9 for line in status if line.startswith("Rss")}
-    return {"own": found["RssAnon"], "files": found["RssFile"]}
+    names = ("Rss", "VmHWM")
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e9 for line in status if line.startswith(names)}
+    peak = found["VmHWM"]
+    return {"own": found["RssAnon"], "files": found["RssFile"], "at most": peak}
 
 
-def loader(directory: str, batch_size: int, length: int, **share: int) -> Any:
-    """The training batches of the file."""
+def loader(directory: str, batch_size: int, length: int, **share: Any) -> Any:
+    """The splits of the file and its training batches."""
     from tessera.data.loader import token_batches
     from tessera.data.text import TextConfig, load_text
 
     splits = load_text(TextConfig(name=directory, tokenizer="ids"))
-    return token_batches(splits.train, batch_size=batch_size, length=length, seed=0, **share)
+    return splits, token_batches(splits.train, batch_size=batch_size, length=length, seed=0, **share)
 
 
 def measure(directory: str, batch_size: int, length: int, batches: int) -> dict[str, float]:
     """Seconds to the first batch on the device, memory before and after, and tokens per second."""
     import jax
 
+    from tessera.data.text import TextConfig
+    from tessera.lm.run import overlap_line
+
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     before, began = resident(), time.perf_counter()
-    made = loader(directory, batch_size, length)
+    splits, made = loader(directory, batch_size, length)
     jax.block_until_ready(jax.device_put(next(made)["tokens"]))
     first = time.perf_counter() - began
+    began = time.perf_counter()
+    overlap_line(TextConfig(name=directory, tokenizer="ids"), splits)
+    leak = time.perf_counter() - began
     began = time.perf_counter()
     for _ in range(batches):
         next(made)
     seconds = (time.perf_counter() - began) / batches
     more = {f"GB resident more, {name}": value - before[name] for name, value in resident().items()}
-    return {"seconds": seconds, "rate": batch_size * length / seconds, "s to the first batch": first} | more
+    return {
+        "seconds": seconds,
+        "rate": batch_size * length / seconds,
+        "s to the first batch": first,
+        "s of the overlap": leak,
+    } | more
 
 
 def lm_tiny(steps: int) -> dict[str, float]:
@@ -173,7 +186,7 @@ TOTAL, SAVED = 600, 7  # batches of a run that is killed, and batches between tw
 
 def host(directory: str, log: str, total: int, pause: float, **options: int) -> int:
     """Read batches and log what is in them; the iterator's state is saved as a checkpoint has it."""
-    made, place, done = loader(directory, **options), Path(f"{log}.state"), 0
+    made, place, done = loader(directory, **options)[1], Path(f"{log}.state"), 0
     if place.exists():
         saved = json.loads(place.read_text())
         made.set_state(saved["state"])
@@ -214,7 +227,7 @@ def kill_and_compare(directory: str, hosts: int, kills: int, shape: dict[str, in
                     process.send_signal(signal.SIGKILL)
             for process in running:
                 process.communicate()
-        whole = loader(directory, **shape)
+        _, whole = loader(directory, **shape)
         parts = [[json.loads(line) for line in Path(log).read_text().splitlines()] for log in logs]
         same = 0
         for step in range(TOTAL):

@@ -215,10 +215,10 @@ def _append(
         if seen.length(key) is None:
             fresh.setdefault(key, document)
     encoded = tokenizer.encode_documents([document.decode() for document in fresh.values()])
-    at, rows, parts = counts.tokens, [], []
+    at, rows, parts = counts.tokens, [], [np.zeros(0, dtype)]
     for (key, document), found in zip(fresh.items(), encoded, strict=True):
         at += len(found) + 1
-        parts += [found, [end]]
+        parts += [found, np.array([end])]
         rows.append((at, np.uint64(key).astype(np.int64), len(document)))
         seen.add(key, len(found) + 1)
     if rows:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -40,7 +41,7 @@ class _Augment(grain.transforms.RandomMap):
     def __init__(self, config: AugmentConfig, mode: str):
         self._config, self._mode = config, mode
 
-    def random_map(self, element: tuple[str, int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random_map(self, element: tuple[str, int, int], rng: np.random.Generator) -> dict[str, Any]:
         path, label, number = element
         c = self._config
         image = decode(path, c.size, self._mode).astype(np.float32) / 255

@@ -391,7 +391,8 @@ def _of_arrays(path: Path, config: ImageConfig) -> Raw:
         raise ConfigError(f"{path}: no arrays, or damaged ({' '.join(str(error).split())})") from error
     for names in ARRAYS:
         if set(names) <= set(found):
-            return _raw_of(*[found[name] for name in names], *[None] * (4 - len(names)), config, where=str(path))
+            x, y, x_test, y_test = [*(found[name] for name in names), None, None][:4]
+            return _raw_of(x, y, x_test, y_test, config, where=str(path))
     wanted = " or ".join(", ".join(names) for names in ARRAYS)
     raise ConfigError(f"{path}: arrays {', '.join(found) or 'none'}; {wanted} are needed")
 

@@ -98,7 +98,7 @@ def held_out_batches(
       limit: batches at most, the partial one included.
       tokens, batch_size, length, process_index, process_count: as in `token_batches`; same errors.
     """
-    share = {"process_index": process_index, "process_count": process_count}
+    share: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
     full = token_batches(tokens, batch_size=batch_size, length=length, seed=0, shuffle=False, repeat=False, **share)
     yield from ((batch, 1.0) for batch in islice(full, limit))
     windows = (len(tokens) - 1) // length
@@ -137,7 +137,7 @@ def image_batches(
     )
 
 
-def _gather_windows(tokens: np.ndarray, length: int, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+def _gather_windows(tokens: Any, length: int, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     ids_B = np.asarray(ids, np.int64)
     tokens = tokens[ids_B[:, None] * length + np.arange(length + 1)].astype(np.int32, copy=False)
     return {"tokens": tokens, "ids": ids_B}
@@ -196,7 +196,7 @@ def _iterate(
         # Only whole global batches are shared out, or some processes would end a step before the others and leave them
         # waiting in a collective.
         order = order.repeat() if repeat else order[: size - size % batch_size]
-    what = {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None}
+    what: dict[str, Any] = {"batch_size": batch_size, "size": size, "seed": seed if shuffle else None}
     what |= {"mixture": [list(pair) for pair in mixture]} if mixture else {}
     # Only indices travel through grain one by one; each batch is one gather.
     return shared(order, what, process_index=process_index, process_count=process_count, batch_fn=gather)

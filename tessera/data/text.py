@@ -200,7 +200,7 @@ def _import_tokenizers() -> Any:
     return tokenizers
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, or that of a directory: one of the `tokenizers` package, or the marker of bytes.
 
     Raises:
@@ -409,7 +409,9 @@ class _Source:
     text_bytes: dict[str, int | None] = field(default_factory=dict)
 
     def has(self, split: str) -> bool:
-        return any(self.texts[split]) if self.texts is not None else any(len(s) for _, s, _ in self.ranges[split])
+        if self.texts is not None:
+            return any(self.texts[split])
+        return any(len(starts) > 0 for _, starts, _ in self.ranges[split])
 
     def streams(
         self, config: TextConfig, tokenizer: Tokenizer | None, vocab_size: int, end: int
@@ -751,10 +753,10 @@ def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     if len(tokens) < n:
         return np.zeros(0, np.uint64)
     power = tokens.astype(np.uint64) + np.uint64(1)  # of length 1, 2, 4, ...
-    found, have, size, rest = None, 0, 1, n
+    found, have, size, rest = power[:0], 0, 1, n
     while True:
         if rest & 1:
-            if found is None:
+            if not have:
                 found, have = power, size
             else:
                 longer = power[have:]
@@ -773,31 +775,44 @@ def _factor(size: int) -> np.uint64:
     return np.uint64(pow(FACTOR, size, 2**64))
 
 
-def _sampled_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    hashes = ngram_hashes(tokens, n)
-    return hashes[hashes % np.uint64(SAMPLE) == 0]
+def _sampled_ngrams(tokens: Any, start: int, stop: int, n: int) -> Iterator[np.ndarray]:
+    """Hashes of a sample of the n-grams that begin in [start, stop), a chunk at a time."""
+    for begin in range(start, stop, CHUNK):
+        end = min(begin + CHUNK, stop)
+        hashes = ngram_hashes(np.asarray(tokens[begin : min(end + n - 1, len(tokens))]), n)
+        yield hashes[hashes % np.uint64(SAMPLE) == 0]
 
 
-def overlap(train: Any, held_out: Any, n: int, limit: int) -> tuple[float, float]:
+def overlap(train: Any, held_out: Mapping[str, Any], n: int, limit: int) -> tuple[dict[str, float], float]:
     """Share of the n-grams of held-out tokens that are in the training tokens, and the share of training looked at.
 
     See Brown et al. (2020), appendix C. N-grams are compared by 64-bit polynomials of their tokens; those whose hash
     divides by `SAMPLE` are looked up, the same ones on both sides, so the share is estimated without bias.
 
     Args:
-      train, held_out: tokens [N], arrays or `tessera.data.token_files.TokenStream`.
+      train: tokens [N], an array or `tessera.data.token_files.TokenStream`.
+      held_out: tokens of several texts by name, likewise.
       n: tokens of an n-gram.
-      limit: training tokens to look at, evenly spread pieces of them; the held-out n-grams are those of as many.
+      limit: training tokens to look at, in evenly spread parts. The held-out n-grams are the first of each text, of an
+        eighth as many tokens, at least `CHUNK`.
     """
-    wanted = _sampled_ngrams(np.asarray(held_out[: min(len(held_out), limit)]), n)
-    distinct = np.unique(wanted)
+    most, none = max(limit // 8, CHUNK), np.zeros(0, np.uint64)
+    wanted = {
+        name: np.concatenate([none, *_sampled_ngrams(tokens, 0, min(len(tokens), most), n)])
+        for name, tokens in held_out.items()
+    }
+    distinct = np.unique(np.concatenate([none, *wanted.values()]))
     seen = np.zeros(len(distinct), bool)
-    looked, size = min(limit, len(train)), len(train)
-    pieces = max(1, -(-looked // CHUNK))
-    for start in np.linspace(0, size - looked / pieces, pieces).astype(int).tolist() if looked else ():
-        found = np.unique(_sampled_ngrams(np.asarray(train[start : min(size, start + looked // pieces + n)]), n))
-        place = np.searchsorted(found, distinct)
-        seen |= found[np.minimum(place, len(found) - 1)] == distinct if len(found) else False
-    if not len(wanted):
-        return 0.0, looked / max(1, size)
-    return float(seen[np.searchsorted(distinct, wanted)].mean()), looked / size
+    size = len(train)
+    looked = min(limit, size)
+    parts = max(1, looked // (8 * CHUNK))
+    for begin in np.linspace(0, size - looked / parts, parts).astype(int).tolist():
+        for hashes in _sampled_ngrams(train, begin, min(size, begin + -(-looked // parts)), n):
+            found = np.unique(hashes)
+            if len(found):
+                seen |= found[np.minimum(np.searchsorted(found, distinct), len(found) - 1)] == distinct
+    shares = {
+        name: float(seen[np.searchsorted(distinct, hashes)].mean()) if len(hashes) else 0.0
+        for name, hashes in wanted.items()
+    }
+    return shares, looked / max(1, size)

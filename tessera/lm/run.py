@@ -163,8 +163,8 @@ def build_run(c: ConfigDict) -> Run:
         first = jax.jit(lambda params: first_state(config, params, init_key), out_shardings=placement.state)
         return first(params)
 
-    def loader(split: str, **options: bool) -> grain.DatasetIterator:
-        sizes = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
+    def loader(split: str, **options: Any) -> grain.DatasetIterator:
+        sizes: dict[str, Any] = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
         sizes |= {"parts": splits.parts if split == "train" else ()}
         return token_batches(getattr(splits, split), **sizes, process_index=index, process_count=count, **options)
 
@@ -198,9 +198,8 @@ def overlap_line(text: TextConfig, splits: TextSplits) -> str:
     if not n:
         return ""
     limit = text.overlap_limit or len(splits.train)
-    shares = {name: overlap(splits.train, getattr(splits, name), n, limit) for name in ("validation", "test")}
-    found = " and ".join(f"{share:.2%} of {name}" for name, (share, _) in shares.items())
-    looked = shares["test"][1]
+    shares, looked = overlap(splits.train, {"validation": splits.validation, "test": splits.test}, n, limit)
+    found = " and ".join(f"{share:.2%} of {name}" for name, share in shares.items())
     part = "" if looked == 1 else f" (of {looked:.2%} of it; config.data.overlap_limit=0 looks at all)"
     return f"overlap: {found} is in the training text too, by {n}-grams of tokens{part}"
 

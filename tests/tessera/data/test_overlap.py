@@ -23,13 +23,15 @@ def test_a_planted_leak(share, pieces, monkeypatch):
     train, held_out = rng.integers(0, 50_000, 60_000), rng.integers(0, 50_000, 20_000)
     leaked = int(share * len(held_out))
     train[1000 : 1000 + leaked] = held_out[:leaked]
-    found, looked = overlap(train.astype(np.int32), held_out.astype(np.int32), 13, 10**9)
-    assert looked == 1.0
+    texts = {"validation": held_out.astype(np.int32), "test": np.concatenate([held_out[:leaked], held_out[:leaked]])}
+    found, looked = overlap(train.astype(np.int32), texts, 13, 10**9)
+    assert looked == 1.0 and (leaked == 0 or found["test"] > 0.99)
+    found = found["validation"]
     exact = max(0, leaked - 12) / (len(held_out) - 12)
     assert found == pytest.approx(exact, abs=4 * np.sqrt(SAMPLE * exact * (1 - exact) / len(held_out)) + 1e-9)
 
 
 def test_a_part_is_said_and_short_texts_have_no_ngrams():
     tokens = np.arange(1000)
-    assert overlap(tokens, tokens[:100], 13, 250)[1] == 0.25
-    assert overlap(tokens, tokens[:5], 13, 10**9) == (0.0, 1.0)
+    assert overlap(tokens, {"a": tokens[:100]}, 13, 250) == ({"a": 1.0}, 0.25)
+    assert overlap(tokens, {"a": tokens[:100], "b": tokens[:5]}, 13, 10**9) == ({"a": 1.0, "b": 0.0}, 1.0)

@@ -1,14 +1,17 @@
 """A training run's parts: settings and texts that cannot work are refused before anything is trained."""
 
 import io
+import json
 import random
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from rich.console import Console
 
 from configs import lm
@@ -16,6 +19,7 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
+from tessera.data.text import TextConfig, load_text
 from tessera.infra.config import ConfigError
 from tessera.infra.schema import completed
 from tessera.lm.run import (
@@ -191,3 +195,34 @@ def test_one_process_feeds_the_whole_batch(axes):
     parts = ShardedDecoder(MODEL, Plan(axes))
     assert Placement(None, batch_sharding(parts, make_mesh(Plan(axes)))).share() == (0, 1)
     assert data_parallel(jax.devices()).share() == (0, 1)
+
+
+def test_rows_with_a_tokenizer_of_a_file_are_trained_on_and_their_leak_is_said(tmp_path):
+    """Bits per byte by hand; a leak planted into training is found; what is logged and stored says the vocabulary."""
+    golden = Path(__file__).parents[2] / "golden" / "tokenizers" / "bytelevel.json"
+    texts = [
+        f"{i} " + " ".join(random.Random(i).choices("the tile token ticket 東京".split(), k=40)) for i in range(80)
+    ]
+    texts += [f"[{i}] " + " ".join(texts[:80]) for i in range(3)]  # every document again, in others
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"name": str(tmp_path / "a.jsonl"), "tokenizer": str(golden), "validation": 0.2, "test": 0.2}
+    run = build_run(settings(tmp_path, data=data))
+    assert run.config.model.vocab_size == run.settings["vocab_size"] == 400
+    found = [float(share) for share in re.findall(r"([\d.]+)% of (?:validation|test)", run.overlap)]
+    assert run.overlap.startswith("overlap: ") and "by 13-grams of tokens" in run.overlap
+    assert len(found) == 2 and min(found) > 80
+    result = run.eval_fn(run.init_fn(False), "validation")
+    splits = load_text(TextConfig(**data))
+    size = sum(len(part.encode()) for part in bytes_of(splits.validation, golden))
+    assert result["bits_per_byte"] == pytest.approx(
+        result["loss"] / np.log(2) * len(splits.validation) / size, rel=1e-6
+    )
+    clean = build_run(settings(tmp_path, data=data | {"overlap": 0}))
+    assert clean.overlap == ""
+
+
+def bytes_of(tokens, file):
+    """The documents of a stream, decoded by the library."""
+    inner = tokenizers.Tokenizer.from_file(str(file))
+    ends = np.flatnonzero(tokens == inner.token_to_id("<|endoftext|>"))
+    return [inner.decode(part[part != 0].tolist()) for part in np.split(tokens, ends)]
