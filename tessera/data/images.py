@@ -226,7 +226,7 @@ def _split(raw: Raw, config: ImageConfig) -> ImageSplits:
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [C] of images [N, H, W, C] by channel, float32; 1 for a constant channel."""
-    mean, deviation = (f(images, (0, 1, 2), dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
+    mean, deviation = (np.asarray(f(images, (0, 1, 2), dtype=np.float64), np.float32) for f in (np.mean, np.std))
     return mean, np.where(deviation > 0, deviation, np.float32(1))
 
 

@@ -375,9 +375,10 @@ def load_text(config: TextConfig) -> TextSplits:
     made = [one.streams(config, tokenizer, vocab_size, end) for one in found]
     ratios = {}
     for split in SPLITS:
-        sizes = [(len(streams[split]), text_bytes[split]) for streams, text_bytes in made]
-        if sum(tokens for tokens, _ in sizes) and all(size is not None for _, size in sizes):
-            ratios[split] = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
+        tokens = sum(len(streams[split]) for streams, _ in made)
+        sizes = [size for _, text_bytes in made if (size := text_bytes[split]) is not None]
+        if tokens and len(sizes) == len(made):
+            ratios[split] = sum(sizes) / tokens
     capped = [{split: _cap(stream, config, split) for split, stream in streams.items()} for streams, _ in made]
     whole = {split: joined([streams[split] for streams in capped]) for split in SPLITS} if found[1:] else capped[0]
     weights = [weight for _, weight in config.sources]
