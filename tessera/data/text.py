@@ -289,7 +289,7 @@ class TextConfig:
     max_tokens: int = 0
     separator: str = ""
     overlap: int = -1
-    overlap_limit: int = 1 << 24
+    overlap_limit: int = 1 << 23
 
     def __post_init__(self):
         if not (self.tokenizer in (*TOKENIZERS, "ids") or self.from_file):

@@ -8,6 +8,7 @@ documents of X.bin may be in X.documents.bin: int64 [N, 3], the end of each, a h
 
 import copy
 import hashlib
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 MEGATRON = {1: "uint8", 4: "int32", 5: "int64", 8: "uint16"}
 MAGIC = b"MMIDIDX\x00\x00"
 NAME = "tokens"  # of the files in a directory that `tessera tokenize` writes
+PAGES = 1 << 16  # bytes that the kernel maps around a byte that is read
+RELEASE = 1 << 28  # mapped bytes after which a stream lets them go
 PROBE = 1 << 16  # tokens at either end of a stream that are checked before training
 
 
@@ -207,6 +210,7 @@ class TokenStream:
         self._ends = np.cumsum(lengths)
         self._shift = starts - (self._ends - lengths)
         self._size = int(self._ends[-1]) if len(self._ends) else 0
+        self._mapped = 0
 
     def __len__(self) -> int:
         return self._size
@@ -234,6 +238,7 @@ class TokenStream:
         where = np.searchsorted(self._ends, index, side="right")
         physical, which = index + self._shift[where], self._which[where]
         found = np.empty(index.shape, np.int32)
+        self._count(PAGES * (len(index) if index.ndim else 1))
         for number in np.unique(which).tolist():
             mine = which == number
             found[mine] = self._checked(number, self._files[number][0][physical[mine]], physical[mine])
@@ -247,9 +252,19 @@ class TokenStream:
             end = min(stop, int(self._ends[k])) + int(self._shift[k])
             number = int(self._which[k])
             part = self._files[number][0][begin:end]
+            self._count(part.nbytes + PAGES)
             parts.append(self._checked(number, part, begin))
             start = min(stop, int(self._ends[k]))
         return np.concatenate(parts)
+
+    def _count(self, size: int) -> None:
+        """Note bytes about to be mapped; now and then unmap all, so that they do not count as resident memory."""
+        self._mapped += size
+        if self._mapped > RELEASE and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped = size
+            for tokens, *_ in self._files:
+                if isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap.mmap):
+                    tokens.base.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache
 
     def _checked(self, number: int, found: np.ndarray, positions: Any) -> np.ndarray:
         _, vocab_size, path = self._files[number]

@@ -40,7 +40,11 @@ class TextStore(Store):
 
     def rows(self, run: PlannedRun) -> list[Row]:
         """Read the existing rows, by rising step, with `unique_tokens` = tokens / epochs."""
-        return [row | {"unique_tokens": round(row["tokens"] / row["epochs"])} for row in super().rows(run)]
+        found = super().rows(run)
+        for row in found:
+            if "epochs" in row:
+                row["unique_tokens"] = round(row["tokens"] / row["epochs"])
+        return found
 
 
 class Texts(NamedTuple):

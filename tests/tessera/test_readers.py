@@ -1,21 +1,29 @@
 """Every reader of files meets damaged ones: it reads them, or says in one error which file, and what it should be."""
 
 import gzip
+import io
 import json
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from pyarrow import parquet
 
 from scaling.sweeps.store import read_row
-from tessera.data.images import _read_cifar_archive, read_idx
+from tessera.data.documents import read_documents
+from tessera.data.images import ImageConfig, _read_cifar_archive, decode, load_images, read_idx
 from tessera.data.text import BPETokenizer, ByteTokenizer
+from tessera.data.token_files import open_tokens
 from tessera.infra.logger import read_rows
 from tessera.infra.memo import Memo
 from tessera.infra.workdir import FORMAT, read_settings
@@ -53,6 +61,24 @@ def memo_rows(path):
     return Memo(path.parent).rows(path.stem, list)
 
 
+def documents(path):
+    return list(read_documents(path, "text"))
+
+
+def arrays(path):
+    return load_images(ImageConfig(name=str(path)))
+
+
+def written(write):
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+PICTURES = {"x": np.zeros((30, 2, 2), np.uint8), "y": np.arange(30) % 3}
+DOCUMENTS = b'{"text": "a"}\n{"text": "b"}\n'
+# Two sequences of two tokens of two bytes, a document each: see tessera.data.token_files.
+INDEX = b"MMIDIDX\0\0" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 2, 2, 0, 4, 0, 1, 2)
 READERS = {
     "metrics.jsonl": Reader(read_rows, "".join(json.dumps(row) + "\n" for row in ROWS).encode()),
     "config.json": Reader(
@@ -68,6 +94,21 @@ READERS = {
     "images.gz": Reader(lambda path: read_idx(path, 3), gzip.compress(b"\0\0\x08\3" + b"\0\0\0\2" * 3 + bytes(8))),
     "labels.gz": Reader(lambda path: read_idx(path, 1), gzip.compress(b"\0\0\x08\1" + b"\0\0\0\2" + bytes(2))),
     "cifar.tar.gz": Reader(_read_cifar_archive, gzip.compress(bytes(512))),
+    "rows.jsonl": Reader(documents, DOCUMENTS),
+    "rows.jsonl.gz": Reader(documents, gzip.compress(DOCUMENTS)),
+    "rows.jsonl.zst": Reader(documents, zstandard.compress(DOCUMENTS)),
+    "rows.parquet": Reader(documents, written(lambda file: parquet.write_table(pyarrow.table({"text": ["a"]}), file))),
+    "ids.npy": Reader(open_tokens, written(lambda file: np.save(file, np.arange(9, dtype=np.uint16)))),
+    "ids.json": Reader(
+        lambda path: open_tokens(path.with_suffix(".bin")),
+        {"dtype": "uint16", "vocab_size": 9, "tokens": 4, "separator": 0, "sha256": ""},
+        (("ids.bin", 12345678),),
+    ),
+    "pair.idx": Reader(open_tokens, INDEX, (("pair.bin", 12345678),)),
+    "pictures.npz": Reader(arrays, written(lambda file: np.savez(file, **PICTURES))),
+    "packed.npz": Reader(arrays, written(lambda file: np.savez_compressed(file, **PICTURES))),
+    "picture.png": Reader(decode, written(lambda file: Image.fromarray(np.eye(9, dtype=np.uint8)).save(file, "png"))),
+    "picture.jpg": Reader(decode, written(lambda file: Image.fromarray(np.eye(9, dtype=np.uint8)).save(file, "jpeg"))),
     "config.json of a model": Reader(lambda path: read_config(path.parent), write_config(LLAMA)),
     "config.json that may be a model": Reader(lambda path: is_directory(path.parent), write_config(LLAMA)),
     "config.json with a tokenizer": Reader(
@@ -139,8 +180,10 @@ def test_what_json_can_do_to_a_reader_is_one_line(tmp_path):
         for name, reader in READERS.items():
             if isinstance(reader.sound, bytes):
                 continue
+            for other, value in reader.rest:
+                (tmp_path / other).write_text(json.dumps(value))
             (path := tmp_path / name.split()[0]).write_bytes(text)
-            with pytest.raises(ValueError, match="damaged|no tokenizer|format|version"):
+            with pytest.raises(ValueError, match="damaged|no tokenizer|format|version|dtype"):
                 reader.read(path)
 
 

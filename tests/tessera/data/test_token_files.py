@@ -212,3 +212,13 @@ def test_a_token_inside_is_found_where_it_is_read():
         stream[np.array([[0], [2]])]
     with pytest.raises(IndexError, match="position 4 of 4 tokens"):
         stream[np.array([4])]
+
+
+def test_pages_are_let_go_and_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tessera.data.token_files.RELEASE", 1 << 17)
+    tokens = RNG.integers(0, 300, 200_000)
+    found = load_text(TextConfig(name=str(raw(tmp_path / "a.bin", tokens)), **SHARES)).train
+    for _ in range(20):
+        index = RNG.integers(0, len(found), (7, 3))
+        np.testing.assert_array_equal(found[index], tokens[index])
+        np.testing.assert_array_equal(found[5:90_000], tokens[5:90_000])
