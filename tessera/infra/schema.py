@@ -387,7 +387,8 @@ def parse(text: str, hint: Any, path: str = "") -> Any:
             return _tuple(text, args, path, wrong)
         if not isinstance(value, dict):
             raise wrong
-        return value
+        # No group of settings has dots in its names; files have.
+        return tuple(value.items()) if _is_pairs(hint) and any("." in str(key) for key in value) else value
     if hint is tuple or origin in (tuple, list):
         return _tuple(text, args, path, wrong)
     if hint is Any:

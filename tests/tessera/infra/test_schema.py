@@ -224,3 +224,11 @@ def test_sentences_of_base_classes_count():
         more: int = 0
 
     assert attribute_sentences(Derived) == {"seeds": "of runs.", "lr": "rate.", "more": "than that."}
+
+
+def test_pairs_whose_names_have_dots_stay_pairs():
+    """Names of files cannot be keys of a group of settings."""
+    hint = tuple[tuple[str, float], ...]
+    assert parse("{'a.jsonl': 1, 'b': 2}", hint, "x") == (("a.jsonl", 1), ("b", 2))
+    assert parse("{'a': 1}", hint, "x") == {"a": 1}
+    assert parse("(('a.jsonl', 1),)", hint, "x") == (("a.jsonl", 1),)

@@ -6,14 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from scaling.sweeps.plan import Family, PlanConfig, Rule, plan_runs
+from scaling.sweeps.plan import Family, PlanConfig, PlannedRun, Readout, Rule, plan_runs
 from scaling.sweeps.store import Store, carry_out
 from tessera.data.text import ByteTokenizer, TextConfig, TextSplits
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
 from tessera.sweeps import train
 from tessera.sweeps.programs import TrialConfig
-from tessera.sweeps.train import load_texts, train_run
+from tessera.sweeps.train import TextStore, load_texts, train_run
 
 CONFIG = TrialConfig(eval_tokens=2048, noise_batches=2, chunk=16, save_seconds=0.0)
 PLAN = PlanConfig(
@@ -136,3 +136,10 @@ def test_texts_that_are_too_small_are_refused_before_the_sweep():
     assert train.check_texts(splits, 15, 4096) == 64
     with pytest.raises(ConfigError, match="train text has 16 tokens; at least 17"):
         train.check_texts(splits._replace(train=splits.train[:16]), 16, 4096)
+
+
+def test_rows_have_the_unique_tokens_of_their_text(tmp_path):
+    """Those of an earlier version too, whose files do not have them."""
+    store, run = TextStore(tmp_path), PlannedRun("w", {"width": 8}, (Readout(100, 80, 102_400, 6e9, 6e9),))
+    store.save(run, run.readouts[0], {"loss": 2.5, "epochs": 0.8})
+    assert store.rows(run)[0]["unique_tokens"] == 128_000
