@@ -166,7 +166,9 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield f"{path}, row {row}", text
-    except (arrow.ArrowException, OSError) as error:
+    except ConfigError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: names or texts that are no UTF-8
         raise ConfigError(f"{path}: no Parquet file, or a damaged one ({_short(error)})") from error
 
 

@@ -8,7 +8,6 @@ import gzip
 import lzma
 import math
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -387,7 +386,7 @@ def _of_arrays(path: Path, config: ImageConfig) -> Raw:
         else:
             with np.load(path) as file:
                 found = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of zipfile, zlib, NumPy and Python's parser of headers
         raise ConfigError(f"{path}: no arrays, or damaged ({' '.join(str(error).split())})") from error
     for names in ARRAYS:
         if set(names) <= set(found):

@@ -108,7 +108,7 @@ def _description(path: Path) -> dict[str, Any]:
 def _open_npy(path: Path) -> TokenFile:
     try:
         tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # of NumPy, and of Python's parser of headers
         raise ConfigError(f"{path}: no .npy file, or a truncated one ({' '.join(str(error).split())})") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ConfigError(f"{path}: {tokens.dtype} of shape {tokens.shape}; tokens are integers [N]")
@@ -172,7 +172,9 @@ def _open_megatron(path: Path) -> TokenFile:
     if ends[-1] * dtype.itemsize != size:
         raise ConfigError(f"{path}: {size} bytes, and its index says {ends[-1] * dtype.itemsize}; it is truncated")
     last = first[1:] - 1  # documents[i] is the number of the first sequence of document i
-    if len(last) == 0 or last[-1] != sequences - 1 or (last < 0).any() or (np.diff(ends[last], prepend=0) < 1).any():
+    if len(last) == 0 or last[-1] != sequences - 1 or (last < 0).any() or (last >= sequences).any():
+        raise wrong
+    if (np.diff(ends[last], prepend=0) < 1).any():
         raise wrong
     tokens = _mapped(path, dtype)
     return TokenFile(path, tokens, ends[last].astype(np.int64), fingerprint=_sampled(tokens))
