@@ -47,7 +47,7 @@ EXTRAS = {
         *("ruff", "mypy"),
         # What the default suite needs of the extras.
         *("matplotlib>=3.9", "scikit-learn", "pooch>=1.8", "tensorboardX", "tokenizers", "safetensors", "gguf"),
-        # `datasets` brings pandas and dill, 15 MB beside the 55 of pyarrow: its saved directories are read in the suite.
+        # `datasets` brings pandas and dill, 15 MB beside the 55 of pyarrow: the suite reads what it saves.
         *("pyarrow", "zstandard", "pillow", "datasets"),
         *("starlette>=0.40", "uvicorn>=0.30", "pydantic>=2", "prometheus-client", "openai", "submitit>=1.5"),
         *("jinja2", "llguidance"),
