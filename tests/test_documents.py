@@ -133,9 +133,13 @@ def script(name):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where the documents' commands run: it has a small run in runs/lm, as the documents assume."""
+    """Where the documents' commands run: with a small run in runs/lm, the named blocks, and the data that one makes."""
     made = tmp_path_factory.mktemp("documents")
     run(made, script("train"), *TINY_LM, "--workdir=runs/lm")
+    for _, _, text in blocks("python"):
+        if named := re.match(r"# (\w+\.py)\n", text):
+            (made / named[1]).write_text(text, encoding="utf-8")
+    run(made, "make_data.py")
     return made
 
 
@@ -144,7 +148,7 @@ def directory(tmp_path_factory):
     ("document", "number", "text"), blocks("python"), ids=lambda x: name_of(x) if isinstance(x, Path) else None
 )
 def test_every_python_block_runs(document, number, text, directory):
-    """As a program of its own; one that begins with `# name.py` is kept under that name for those after it."""
+    """As a program of its own; one that begins with `# name.py` has that name, for others to import."""
     named = re.match(r"# (\w+\.py)\n", text)
     file = directory / (named[1] if named else f"block_{document.stem}_{number}.py")
     file.write_text(text, encoding="utf-8")
@@ -209,10 +213,6 @@ SHORTER = {
 @pytest.mark.docs
 def test_the_commands_on_data_of_ones_own(directory):
     """As they stand, on the files that the document's first block makes."""
-    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    block = next(text for kind, text in FENCE.findall(text) if "# make_data.py" in text)
-    (directory / "make_data.py").write_text(block, encoding="utf-8")
-    run(directory, "make_data.py")
     found = [shlex.split(command) for document, command in COMMANDS if document.name == "data.md"]
     console, said = ("-c", "from tessera.cli.main import main; main()"), {}
     for words in found:
