@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sharding.attention import PLAIN, AttentionForm, finite, visible
 from sharding.inference.kv_cache import Past
 
 Partial = tuple[Float[Array, "N T K G h"], Float[Array, "N T K G"]]
@@ -15,27 +16,35 @@ Partial = tuple[Float[Array, "N T K G h"], Float[Array, "N T K G"]]
 
 
 def over_past(
-    q_NTKGh: Float[Array, "N T K G h"], past: Past, starts_N: Int[Array, " N"], cp: str | None = None
+    q_NTKGh: Float[Array, "N T K G h"],
+    past: Past,
+    starts_N: Int[Array, " N"],
+    cp: str | None = None,
+    form: AttentionForm = PLAIN,
 ) -> Partial:
-    """Attend over the cached keys of a slot: positions 0..starts-1.
+    """Attend over the cached keys of a slot, positions 0..starts-1, or those of a sliding window.
 
     Args:
       q_NTKGh: queries.
       past: keys and values of this device; the products with int8 ones are multiplied by their scales.
       starts_N: tokens in the cache, over all devices of cp.
       cp: mesh axis that splits positions; the result is this device's part.
+      form: window, scale and soft-cap; sinks are not added here.
     """
     ways, index = (1, 0) if cp is None else (jax.lax.axis_size(cp), jax.lax.axis_index(cp))
     position_S = jnp.arange(past.k.shape[2], dtype=jnp.int32) * ways + index
     seen_NS = position_S[None] < starts_N[:, None]
+    seen_NTS = seen_NS[:, None]
+    if form.windowed:
+        position_NT = starts_N[:, None] + jnp.arange(q_NTKGh.shape[1], dtype=jnp.int32)[None]
+        seen_NTS &= visible(position_NT, jnp.broadcast_to(position_S[None], seen_NS.shape), form.window)
     dtype = q_NTKGh.dtype
     k_NKSh, v_NKSh = past.k.astype(dtype), past.v.astype(dtype)
     s_NKGTS = jnp.einsum("ntkgh,nksh->nkgts", q_NTKGh, k_NKSh, preferred_element_type=jnp.float32)
-    s_NKGTS *= q_NTKGh.shape[-1] ** -0.5
     if past.k_scale is not None:
         s_NKGTS *= past.k_scale[:, :, None, None]
-    s_NKGTS = jnp.where(seen_NS[:, None, None, None], s_NKGTS, -jnp.inf)
-    top_NKGT = _finite(s_NKGTS.max(-1))
+    s_NKGTS = jnp.where(seen_NTS[:, None, None], form.scores(s_NKGTS, q_NTKGh.shape[-1]), -jnp.inf)
+    top_NKGT = finite(s_NKGTS.max(-1))
     p_NKGTS = jnp.exp(s_NKGTS - top_NKGT[..., None])
     sum_NKGT = p_NKGTS.sum(-1)
     if past.v_scale is not None:
@@ -47,13 +56,16 @@ def over_past(
 
 
 def over_chunk(
-    q_NTKGh: Float[Array, "N T K G h"], k_NTKh: Float[Array, "N T K h"], v_NTKh: Float[Array, "N T K h"]
+    q_NTKGh: Float[Array, "N T K G h"],
+    k_NTKh: Float[Array, "N T K h"],
+    v_NTKh: Float[Array, "N T K v"],
+    form: AttentionForm = PLAIN,
 ) -> Partial:
-    """Attend causally over the call's own tokens."""
-    t = q_NTKGh.shape[1]
+    """Attend causally over the call's own tokens; sinks are not added here."""
+    at_T = jnp.arange(q_NTKGh.shape[1])
     s_NKGTS = jnp.einsum("ntkgh,nskh->nkgts", q_NTKGh, k_NTKh, preferred_element_type=jnp.float32)
-    s_NKGTS *= q_NTKGh.shape[-1] ** -0.5
-    s_NKGTS = jnp.where(jnp.tril(jnp.ones((t, t), bool))[None, None, None], s_NKGTS, -jnp.inf)
+    seen_TS = visible(at_T, at_T, form.window)
+    s_NKGTS = jnp.where(seen_TS[None, None, None], form.scores(s_NKGTS, q_NTKGh.shape[-1]), -jnp.inf)
     lse_NKGT = jax.nn.logsumexp(s_NKGTS, axis=-1)
     p_NKGTS = jnp.exp(s_NKGTS - lse_NKGT[..., None]).astype(v_NTKh.dtype)
     o_NTKGh = jnp.einsum("nkgts,nskh->ntkgh", p_NKGTS, v_NTKh, preferred_element_type=jnp.float32)
@@ -63,7 +75,7 @@ def over_chunk(
 def merge(a: Partial, b: Partial) -> Partial:
     """Merge attention over two disjoint sets of keys (Milakov & Gimelshein 2018); either may be empty."""
     (a_o, a_lse), (b_o, b_lse) = a, b
-    top = _finite(jnp.maximum(a_lse, b_lse))
+    top = finite(jnp.maximum(a_lse, b_lse))
     a_weight, b_weight = jnp.exp(a_lse - top), jnp.exp(b_lse - top)
     total = a_weight + b_weight
     o = (a_o * a_weight[..., None] + b_o * b_weight[..., None]) / jnp.maximum(total, 1e-30)[..., None]
@@ -76,7 +88,7 @@ def merge_over(part: Partial, axis: str | None) -> Partial:
         return part
     o, lse = part
     with jax.named_scope("merge_context"):
-        top = _finite(jax.lax.pmax(lse, axis))
+        top = finite(jax.lax.pmax(lse, axis))
         weight = jnp.exp(lse - top)
         sums = jax.lax.psum(jnp.concatenate([o * weight[..., None], weight[..., None]], axis=-1), axis)
     o, total = sums[..., :-1], sums[..., -1]
@@ -90,6 +102,7 @@ def cached_attention(
     past: Past,
     starts_N: Int[Array, " N"],
     cp: str | None = None,
+    form: AttentionForm = PLAIN,
 ) -> Float[Array, "N T H h"]:
     """Compute attention over the KV cache and, causally, over the call's own tokens (grouped-query attention).
 
@@ -100,6 +113,7 @@ def cached_attention(
       past: cached keys and values of the rows' slots, one layer.
       starts_N: number of cached tokens.
       cp: mesh axis that splits positions (context parallelism).
+      form: sliding window, sinks, scale and soft-cap. Every row of the cache is read, also those outside of a window.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,10 +127,9 @@ def cached_attention(
     N, T, H, h = q_NTHh.shape
     K = k_NTKh.shape[2]
     q_NTKGh = q_NTHh.reshape(N, T, K, H // K, h)
-    before = merge_over(over_past(q_NTKGh, past, starts_N, cp), cp)
-    o_NTKGh, _ = merge(before, over_chunk(q_NTKGh, k_NTKh, v_NTKh))
-    return o_NTKGh.reshape(N, T, H, h).astype(q_NTHh.dtype)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, 0.0)
+    before = merge_over(over_past(q_NTKGh, past, starts_N, cp, form), cp)
+    part = merge(before, over_chunk(q_NTKGh, k_NTKh, v_NTKh, form))
+    if form.sinks_H is not None:
+        sinks_NTKG = jnp.broadcast_to(form.sinks_H.reshape(1, 1, K, H // K).astype(jnp.float32), part[1].shape)
+        part = merge(part, (jnp.zeros_like(part[0]), sinks_NTKG))
+    return part[0].reshape(N, T, H, h).astype(q_NTHh.dtype)

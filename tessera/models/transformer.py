@@ -20,60 +20,34 @@ Where the first k layers are dense (`moe.first_k_dense_replace`) they are a stac
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import ceil, floor, log, pi, sqrt
-from typing import Literal, NamedTuple
+from math import sqrt
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
+from sharding.attention import AttentionForm
 from sharding.tensor_parallel import INSIDE, RESIDUAL
+from tessera.models.attention import RopeScaling, attention, rope_frequencies, rotate
 from tessera.models.remat import Remat, parse_remat
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rotary positions of a model whose context was extended after pretraining.
+class LayerForm(NamedTuple):
+    """What attention in one layer of a decoder does otherwise than in another; with leading axes of layers for a scan.
 
     Attributes:
-      kind: "none"; "linear" (position interpolation, Chen et al. 2023, arXiv:2306.15595), all frequencies over
-        `factor`; "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023, arXiv:2309.00071), slow ones over `factor`, fast
-        ones as they are, a ramp between.
-      factor: by which the context grows.
-      original_length: context of pretraining in tokens, for llama3 and yarn.
-      low_freq_factor, high_freq_factor: llama3: turns over original_length up to which a frequency is scaled, and from
-        which it stays.
-      beta_slow, beta_fast: yarn: the same, rounded outwards to whole channels.
-      attention_factor: yarn: factor on rotated queries and keys; 0 takes 0.1 ln(factor) + 1 (section 3.4).
+      window: see `sharding.attention.AttentionForm`; float32 in an array, so that a pipeline can differentiate it.
+      frequency_f: radians per position of every pair of rotated channels; zeros without positions (NoPE).
+      magnitude: factor on rotated queries and keys.
     """
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original_length: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
-    attention_factor: float = 0.0
-
-    def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"factor={self.factor} must be at least 1")
-        if self.kind in ("llama3", "yarn") and self.original_length < 1:
-            raise ValueError(f"original_length={self.original_length}: {self.kind} needs the context of pretraining")
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not 0 < getattr(self, low) < getattr(self, high):
-                raise ValueError(f"{low}={getattr(self, low)} must be positive and below {high}={getattr(self, high)}")
-
-    @property
-    def magnitude(self) -> float:
-        """Factor on rotated queries and keys."""
-        if self.kind != "yarn":
-            return 1.0
-        return self.attention_factor or 0.1 * log(self.factor) + 1.0
+    window: Any
+    frequency_f: Any
+    magnitude: Any
 
 
 class Stack(NamedTuple):
@@ -118,6 +92,11 @@ class TransformerConfig:
         whole "projection", all heads of a token together with a gain [H, h] (OLMoE, OLMo-2).
       rope_theta: base of the rotary wavelengths.
       rope_scaling: of the rotary wavelengths, for a longer context.
+      window: sliding-window attention (Beltagy et al. 2020): tokens that a query of a local layer sees, itself
+        included; 0 has no local layers.
+      attention_pattern: attention by layer, a letter each, repeated over the depth: "L" local (in the window), "G"
+        global, "N" global without rotary positions (NoPE: Kazemnejad et al. 2023); "LLLLLG" is Gemma 3's, "GGGN"
+        SmolLM3's. "" has all layers local where there is a window, else global.
       norm_eps: epsilon of RMSNorm.
       norm_position: where the norms of attention and of the feed-forward layer are: "pre", on what these read, or
         "post", on what they add to the residual stream, which they read as it is (OLMo-2).
@@ -144,6 +123,8 @@ class TransformerConfig:
     qk_norm_scope: Literal["head", "projection"] = "head"
     rope_theta: float = 1e4
     rope_scaling: RopeScaling = RopeScaling()
+    window: int = 0
+    attention_pattern: str = ""
     norm_eps: float = 1e-6
     norm_position: Literal["pre", "post"] = "pre"
     tied: bool = True
@@ -156,7 +137,7 @@ class TransformerConfig:
         for name in ("vocab_size", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_dim", "ff"):
+        for name in ("kv_heads", "head_dim", "ff", "window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 for the default")
         if self.heads % self.kv_size:
@@ -168,6 +149,13 @@ class TransformerConfig:
         if self.rope_theta <= 0 or self.norm_eps <= 0 or self.init_scale <= 0:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
+            )
+        if set(self.attention_pattern) - set("LGN"):
+            raise ValueError(f"attention_pattern={self.attention_pattern!r}: letters L (local), G (global), N (NoPE)")
+        if self.attention_pattern and ("L" in self.attention_pattern) != (self.window > 0):
+            raise ValueError(
+                f"window={self.window} with attention_pattern={self.attention_pattern!r}: a window is that of local "
+                "layers ('L'), which need one"
             )
         choices_of = {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post")}
         for name, choices in ({"dtype": DTYPES, "mlp": MLPS} | choices_of).items():
@@ -209,6 +197,29 @@ class TransformerConfig:
         """The feed-forward layer of every block in order of depth, a key of `MLPS` each."""
         first = self.first_dense
         return ("swiglu",) * first + self.pattern * ((self.layers - first) // len(self.pattern))
+
+    @property
+    def attention_kinds(self) -> str:
+        """The attention of every layer in order of depth, a letter of `attention_pattern` each."""
+        pattern = self.attention_pattern or ("L" if self.window else "G")
+        return (pattern * (self.layers // len(pattern) + 1))[: self.layers]
+
+    def form(self, layer: int) -> LayerForm:
+        """Attention of one layer."""
+        kind = self.attention_kinds[layer]
+        frequency_f = rope_frequencies(self.head_size, self.rope_theta, self.rope_scaling)
+        if kind == "N":
+            return LayerForm(0, jnp.zeros_like(frequency_f), 1.0)
+        return LayerForm(self.window if kind == "L" else 0, frequency_f, self.rope_scaling.magnitude)
+
+    def forms(self, stack: Stack) -> LayerForm | None:
+        """Attention of a stack's layers, float32 [units, blocks of a unit, ...]; None where all layers are alike."""
+        if len(set(self.attention_kinds)) == 1:
+            return None
+        each = [self.form(layer) for layer in range(stack.start, stack.start + stack.layers)]
+        shape = stack.units, len(stack.pattern)
+        stacked = (jnp.stack([jnp.asarray(leaf, jnp.float32) for leaf in leaves]) for leaves in zip(*each, strict=True))
+        return LayerForm(*(leaf.reshape(*shape, *leaf.shape[1:]) for leaf in stacked))
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -257,8 +268,8 @@ class TransformerConfig:
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """(activations, logical axes) -> the same activations, laid out so over devices; see `sharding.rules` for the names."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Causal attention: (queries [B, T, H, h], keys [B, T, K, h], values [B, T, K, h]) -> [B, T, H, h]."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, AttentionForm], jax.Array]
+"""Causal attention: (queries [B, T, H, h], keys [B, T, K, h], values [B, T, K, h], form) -> [B, T, H, h]."""
 
 
 def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -294,57 +305,6 @@ def rms_norm(
     return (x32 * scale * gain).astype(x.dtype)
 
 
-def rope_frequencies(dim: int, theta: float = 1e4, scaling: RopeScaling = RopeScaling()) -> Float[Array, " f"]:
-    """Radians per position of every pair of `dim` channels, float32 [dim / 2], the fastest first; see `RopeScaling`."""
-    frequency_f = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    if scaling.kind == "none":
-        return frequency_f
-    if scaling.kind == "linear":
-        return frequency_f / scaling.factor
-    if scaling.kind == "llama3":
-        turns_f, low = scaling.original_length * frequency_f / (2 * pi), scaling.low_freq_factor
-        stays_f = (turns_f - low) / (scaling.high_freq_factor - low)
-    else:
-        # Pairs, in fractions, that turn beta_fast and beta_slow times over the original length.
-        turns = (scaling.beta_fast, scaling.beta_slow)
-        fast, slow = (dim * log(scaling.original_length / (2 * pi * n)) / (2 * log(theta)) for n in turns)
-        first, last = max(floor(fast), 0), min(ceil(slow), dim - 1)
-        stays_f = 1 - (jnp.arange(dim // 2, dtype=jnp.float32) - first) / max(last - first, 1e-3)
-    stays_f = jnp.clip(stays_f, 0.0, 1.0)
-    return frequency_f * (stays_f + (1 - stays_f) / scaling.factor)
-
-
-def rope(
-    x_BTHh: Float[Array, "B T H h"],
-    positions_BT: Int[Array, "B T"],
-    theta: float = 1e4,
-    scaling: RopeScaling = RopeScaling(),
-) -> Float[Array, "B T H h"]:
-    """Rotate pairs of channels by an angle that grows with the position: RoFormer (Su et al. 2021), eq. 34.
-
-    Channel i is paired with i + h/2 (the GPT-NeoX and Llama layout, not the interleaved one of the paper; the two
-    differ by a fixed permutation of channels). Pair i turns by `position * theta ** (-2 i / h)` radians.
-
-    Args:
-      x_BTHh: queries or keys; h must be even.
-      positions_BT: integer position of every token; they need not be contiguous.
-      theta: base of the wavelengths.
-      scaling: of the wavelengths.
-
-    Raises:
-      ValueError: h is odd.
-    """
-    h = x_BTHh.shape[-1]
-    if h % 2:
-        raise ValueError(f"rope pairs channels, so the head dimension must be even, not {h}")
-    frequency_f = rope_frequencies(h, theta, scaling)
-    angle_BTf = positions_BT[..., None].astype(jnp.float32) * frequency_f[None, None, :]
-    cos, sin = (scaling.magnitude * turn(angle_BTf)[:, :, None, :] for turn in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHh.dtype)
-
-
 def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
     """Project activations to one vector per head; computes in x's dtype."""
     return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHh.astype(x_BTD.dtype))
@@ -355,6 +315,7 @@ def project_qkv(
     x_BTD: Float[Array, "B T D"],
     positions_BT: Int[Array, "B T"],
     config: TransformerConfig,
+    form: LayerForm,
     axis: str | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
     """Project to queries, keys and values, with biases, norms and rotary positions as `config` says.
@@ -364,6 +325,7 @@ def project_qkv(
       x_BTD: normalized residual stream.
       positions_BT: rotary positions.
       config: the model; H and K are those of the kernels.
+      form: of the layer.
       axis: mesh axis inside `jax.shard_map` that splits the heads, over which a norm of the whole projection is taken.
     """
 
@@ -378,7 +340,7 @@ def project_qkv(
             y_BTHh = rms_norm(flat_BTN, gain_N, config.norm_eps, axis).reshape(y_BTHh.shape)
         elif config.qk_norm:
             y_BTHh = rms_norm(y_BTHh, params[f"{name}_norm"]["gain"], config.norm_eps)
-        return rope(y_BTHh, positions_BT, config.rope_theta, config.rope_scaling)
+        return rotate(y_BTHh, positions_BT, form.frequency_f, form.magnitude)
 
     return project("query"), project("key"), project("value")
 
@@ -386,38 +348,6 @@ def project_qkv(
 def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"]) -> Float[Array, "B T D"]:
     """Project the heads' outputs back to the residual stream; computes in x's dtype."""
     return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
-
-
-def attention(
-    q_BTHh: Float[Array, "B T H h"],
-    k_BSKh: Float[Array, "B S K h"],
-    v_BSKh: Float[Array, "B S K h"],
-    *,
-    causal: bool = True,
-    mask: Bool[Array, "#B #H #T S"] | None = None,
-    implementation: Literal["xla", "cudnn"] | None = None,
-) -> Float[Array, "B T H h"]:
-    """Softmax of q·k / sqrt(h) applied to v: Vaswani et al. (2017), eq. 1, with grouped keys (Ainslie et al. 2023).
-
-    Query head i reads key/value head i // (H / K). The softmax is float32.
-
-    Args:
-      q_BTHh: queries.
-      k_BSKh: keys; K must divide H.
-      v_BSKh: values.
-      causal: query t sees keys 0..t only.
-      mask: True where a query may look; combined with `causal`.
-      implementation: passed to `jax.nn.dot_product_attention`; None lets JAX choose.
-
-    Raises:
-      ValueError: K does not divide H.
-    """
-    heads, kv_heads = q_BTHh.shape[2], k_BSKh.shape[2]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-    return jax.nn.dot_product_attention(
-        q_BTHh, k_BSKh, v_BSKh, mask=mask, is_causal=causal, implementation=implementation
-    )
 
 
 def swiglu(
@@ -514,8 +444,10 @@ class Attention(nn.Module):
     axis: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Mix tokens; token t reads tokens 0..t in the order of the axis T."""
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], form: LayerForm
+    ) -> Float[Array, "B T D"]:
+        """Mix tokens; token t reads tokens 0..t, or those of its window, in the order of the axis T."""
         c = self.config
         d, h, scale = c.width, c.head_size, c.init_scale
         whole = c.qk_norm and c.qk_norm_scope == "projection"
@@ -526,9 +458,10 @@ class Attention(nn.Module):
         if c.qk_norm and not whole:
             params |= {name: Gain(h, name=name)() for name in ("query_norm", "key_norm")}
         output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
-        projected = project_qkv(params, x_BTD, positions_BT, c, self.axis)
+        projected = project_qkv(params, x_BTD, positions_BT, c, form, self.axis)
         q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in projected)
-        return from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKh), "attended"), output_HhD)
+        attended_BTHh = self.attend(q_BTHh, k_BTKh, v_BTKh, AttentionForm(form.window))
+        return from_heads(checkpoint_name(attended_BTHh, "attended"), output_HhD)
 
 
 class SwiGLU(nn.Module):
@@ -581,8 +514,16 @@ class Block(nn.Module):
         x_BSD: Float[Array, "B S D"],
         positions_BT: Int[Array, "B T"],
         tokens_BT: Int[Array, "B T"] | None = None,
+        form: LayerForm | None = None,
     ) -> tuple[Float[Array, "B S D"], None]:
-        """Add attention, then the feed-forward layer, to the residual stream; token ids are for hash routing."""
+        """Add attention, then the feed-forward layer, to the residual stream.
+
+        Args:
+          x_BSD: the stream.
+          positions_BT: rotary positions.
+          tokens_BT: token ids, for hash routing.
+          form: of the layer's attention; None is the config's first layer's.
+        """
         c, constrain = self.config, self.constrain
         x_BSD = checkpoint_name(x_BSD, "residual")
         mlp, post = self.mlp or c.mlp, c.norm_position == "post"
@@ -593,7 +534,8 @@ class Block(nn.Module):
             return checkpoint_name(norm(y_BSD) if post else y_BSD, name)
 
         attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
-        x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT))
+        how = c.form(0) if form is None else form
+        x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT, how))
         feed: Callable[..., jax.Array]
         if mlp == "routed":
             feed = functools.partial(routed(c, "mlp", self.expert_axes), tokens_BT=tokens_BT)
@@ -616,12 +558,18 @@ class Unit(nn.Module):
         x_BSD: Float[Array, "B S D"],
         positions_BT: Int[Array, "B T"],
         tokens_BT: Int[Array, "B T"] | None = None,
+        forms: LayerForm | None = None,
     ) -> tuple[Float[Array, "B S D"], None]:
         """Run the blocks in order."""
         for i, mlp in enumerate(self.mlps):
             block = Block(self.config, self.constrain, self.attend, mlp, name=f"layer_{i}")
-            x_BSD, _ = block(x_BSD, positions_BT, tokens_BT)
+            x_BSD, _ = block(x_BSD, positions_BT, tokens_BT, form_of(forms, i))
         return x_BSD, None
+
+
+def form_of(forms: LayerForm | None, index: Any) -> LayerForm | None:
+    """One layer's form of several."""
+    return None if forms is None else LayerForm(*(leaf[index] for leaf in forms))
 
 
 class Decoder(nn.Module):
@@ -687,22 +635,25 @@ def run_blocks(
     c = decoder.config
     options = (c, decoder.constrain, decoder.attend)
 
-    def scan(stack: Stack, group: Remat, x_BTD: jax.Array) -> jax.Array:
-        unit, mlp = (Block, stack.pattern[0]) if len(stack.pattern) == 1 else (Unit, stack.pattern)
+    def scan(stack: Stack, group: Remat, x_BTD: jax.Array, start: int = 0) -> jax.Array:
+        single, end = len(stack.pattern) == 1, start + group.layers // len(stack.pattern)
+        unit, mlp = (Block, stack.pattern[0]) if single else (Unit, stack.pattern)
+        forms = form_of(c.forms(stack), (slice(start, end), 0) if single else slice(start, end))
         layers = nn.scan(
             checkpointed(unit, group, scanned=True),
             variable_axes={"params": 0, "intermediates": 0, "routings": 0},
             split_rngs={"params": True, "router": True},
-            in_axes=nn.broadcast,
-            length=group.layers // len(stack.pattern),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=end - start,
         )
-        return layers(*options, mlp, name=stack.name)(x_BTD, positions_BT, tokens_BT)[0]
+        return layers(*options, mlp, name=stack.name)(x_BTD, positions_BT, tokens_BT, forms)[0]
 
     for stack in c.stacks:
         groups, start = c.groups(stack), 0
         if not c.scan:
             block = checkpointed(Block, groups[0], scanned=False)
-            x_BTD, _ = block(*options, stack.pattern[0], name=stack.name)(x_BTD, positions_BT, tokens_BT)
+            form = form_of(c.forms(stack), (0, 0))
+            x_BTD, _ = block(*options, stack.pattern[0], name=stack.name)(x_BTD, positions_BT, tokens_BT, form)
         elif len(groups) == 1 or decoder.is_initializing():
             x_BTD = scan(stack, replace(groups[0], layers=stack.layers), x_BTD)
         elif "routed" in stack.pattern:
@@ -710,7 +661,7 @@ def run_blocks(
         else:
             for group in groups:
                 x_BTD = nn.map_variables(
-                    lambda _, x, stack=stack, group=group: scan(stack, group, x),
+                    lambda _, x, stack=stack, group=group, start=start: scan(stack, group, x, start),
                     "params",
                     trans_in_fn=_layers(stack.name, start, start + group.layers),
                 )(decoder, x_BTD)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from moe.kernels import Quantized
 from moe.layer import ExpertAxes, MoEConfig
+from sharding.attention import AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_divisor
 from sharding.inference.attention import cached_attention
@@ -32,14 +33,16 @@ from sharding.plan import DATA_AXES, Plan
 from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
+from tessera.models.attention import attention
 from tessera.models.remat import Remat
 from tessera.models.transformer import (
     DTYPES,
     Attend,
     Block,
+    LayerForm,
     Stack,
     TransformerConfig,
-    attention,
+    form_of,
     param_shapes,
     rms_norm,
 )
@@ -73,6 +76,10 @@ class Stream(NamedTuple):
     aux_loss: Any = None
     router: Any = None
     key: Any = None
+
+
+Layer = tuple[PyTree, LayerForm | None]
+"""Parameters of one step of a stack, and `TransformerConfig.forms` of it."""
 
 
 class DecodeInputs(NamedTuple):
@@ -197,7 +204,7 @@ class ShardedDecoder:
     def unit(
         self,
         stack: Stack,
-        layer: PyTree,
+        layer: Layer,
         x_BSD: Float[Array, "B S D"],
         positions_BT: Int[Array, "B T"],
         tokens_BT: Int[Array, "B T"] | None,
@@ -210,7 +217,7 @@ class ShardedDecoder:
 
         Args:
           stack: the stack.
-          layer: this device's part of their parameters.
+          layer: this device's part of their parameters, and the forms of their attention.
           x_BSD: residual stream.
           positions_BT: rotary positions.
           tokens_BT: token ids, for the hash router.
@@ -218,12 +225,13 @@ class ShardedDecoder:
           sow: also return what the routed block sowed into "intermediates" (None without one).
           key: of routed experts in training; None is evaluation.
         """
-        params, sown = self.gather(layer, self.layer_specs(stack)), None
+        params, forms = self.gather(layer[0], self.layer_specs(stack)), jax.lax.stop_gradient(layer[1])
+        sown = None
         for i, mlp in enumerate(stack.pattern):
             block = Block(self.local, explicit(self.tp, self.plan.sequence), attend(i), mlp, self.expert_axes)
             one = params if len(stack.pattern) == 1 else params[f"layer_{i}"]
             how: Any = {"mutable": ["intermediates"] if sow else [], "rngs": {} if key is None else {"router": key}}
-            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, **how)
+            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, form_of(forms, i), **how)
             sown = state["intermediates"]["mlp"] if sow and mlp == "routed" else sown
         return x_BSD, sown
 
@@ -268,7 +276,7 @@ class ShardedDecoder:
             stream = self.stack_layers(stack, shared[stack.name], stream, micro)
         return stream
 
-    def layer(self, stack: Stack, layer: PyTree, stream: Stream, micro: Micro) -> Stream:
+    def layer(self, stack: Stack, layer: Layer, stream: Stream, micro: Micro) -> Stream:
         """One step of a stack (see `unit`) on the stream."""
         tokens_BT = micro["tokens"]
         positions_T = self.positions(tokens_BT.shape[1] - 1)
@@ -317,23 +325,23 @@ class ShardedDecoder:
 
     def stack_layers(self, stack: Stack, blocks: PyTree, stream: Stream, micro: Micro) -> Stream:
         """The blocks of one stack, see `layers`."""
-        groups, start = self.config.groups(stack), 0
+        groups, start, forms = self.config.groups(stack), 0, self.config.forms(stack)
         if not self.config.scan:
-            return self.checkpointed(stack, groups[0])(blocks, stream, micro)
+            return self.checkpointed(stack, groups[0])((blocks, form_of(forms, 0)), stream, micro)
         for group in groups:
             layer, end = self.checkpointed(stack, group), start + group.layers // len(stack.pattern)
-            mine = blocks
+            mine = blocks, forms
             if len(groups) > 1:
-                mine = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], blocks)
+                mine = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], mine)
 
-            def step(stream: Stream, one: PyTree, layer: Any = layer) -> tuple[Stream, None]:
+            def step(stream: Stream, one: Layer, layer: Any = layer) -> tuple[Stream, None]:
                 return layer(one, stream, micro), None
 
             stream, _ = jax.lax.scan(step, stream, mine)
             start = end
         return stream
 
-    def checkpointed(self, stack: Stack, group: Remat) -> Callable[[PyTree, Stream, Micro], Stream]:
+    def checkpointed(self, stack: Stack, group: Remat) -> Callable[[Layer, Stream, Micro], Stream]:
         """`layer` with activation checkpointing by a group's policy, which never saves gathered parameters."""
         fsdp, layer = self.axis("fsdp"), partial(self.layer, stack)
         if group.base == "none" and not (fsdp and self.plan.zero == 3):
@@ -361,21 +369,21 @@ class ShardedDecoder:
         positions_NT = inputs.starts[:, None] + steps_T[None]
 
         def step(stack: Stack, x_NTD: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
-            number, layer = one
+            number, layer, forms = one
             made: list[tuple[jax.Array, jax.Array]] = []
 
             def attend(i: int) -> Attend:
-                def over_cache(q_NTHh: jax.Array, k_NTKh: jax.Array, v_NTKh: jax.Array) -> jax.Array:
+                def over_cache(q_NTHh: Any, k_NTKh: Any, v_NTKh: Any, form: AttentionForm) -> jax.Array:
                     made.append((k_NTKh.transpose(0, 2, 1, 3), v_NTKh.transpose(0, 2, 1, 3)))
                     if inputs.read is None:
-                        return attention(q_NTHh, k_NTKh, v_NTKh)
+                        return attention(q_NTHh, k_NTKh, v_NTKh, form)
                     past = inputs.read(cache, number + i)
-                    return cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp)
+                    return cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp, form)
 
                 return over_cache
 
             layer = dequantize_layer(layer, self.config.dtype, self._stays_quantized)
-            x_NTD, _ = self.unit(stack, layer, x_NTD, positions_NT, inputs.tokens, attend, sow=False)
+            x_NTD, _ = self.unit(stack, (layer, forms), x_NTD, positions_NT, inputs.tokens, attend, sow=False)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
         pairs = []
@@ -384,10 +392,18 @@ class ShardedDecoder:
             units = jax.tree.leaves(blocks)[0].shape[0]
             with jax.named_scope("layers"):
                 numbers = stack.start + period * jnp.arange(units)
-                x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, (numbers, blocks))
+                x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, (numbers, blocks, self._forms(stack, units)))
             pairs.append([leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair])
         k, v = pairs[0] if len(pairs) == 1 else (jnp.concatenate(both) for both in zip(*pairs, strict=True))
         return x_NTD, k, v
+
+    def _forms(self, stack: Stack, units: int) -> LayerForm | None:
+        """The forms of this stage's units of a stack."""
+        forms = self.config.forms(stack)
+        if self.pp is None:
+            return forms
+        first = jax.lax.axis_index(self.pp) * units
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, units), forms)
 
     # What a plan cannot do.
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError
@@ -71,6 +71,7 @@ def make_loss(
     if decoder.plan.size("pp") == 1:
         return unpipelined.make_loss(decoder, mesh)
     layout = layout or stage_layout(decoder)
+    forms = decoder.config.forms(decoder.config.stacks[-1])
     if not decoder.config.scan:
         raise PlanError("a pipeline needs the blocks' parameters stacked along a layer axis: set scan=True")
     if layout.layers != decoder.units:
@@ -89,10 +90,13 @@ def make_loss(
         skip_idle=not (decoder.plan.present("cp") and decoder.plan.context == "ring"),
     )
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
-    specs = shared_specs, decoder.layer_specs(decoder.config.stacks[-1])
+    form_specs = jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1)), forms)
+    specs = shared_specs, (decoder.layer_specs(decoder.config.stacks[-1]), form_specs)
+    # The forms of attention go with the parameters of their layers.
+    forms = stack_stages(forms, layout) if arranged else forms
 
     def split(params: PyTree) -> tuple[PyTree, PyTree]:
-        return {name: leaf for name, leaf in params.items() if name != "blocks"}, params["blocks"]
+        return {name: leaf for name, leaf in params.items() if name != "blocks"}, (params["blocks"], forms)
 
     def make(dropping: bool) -> Any:
         fns = stage_fns(replace(decoder, dropping=dropping))
@@ -104,7 +108,7 @@ def make_loss(
             return forward(*split(params), batch)
 
         def loss_and_gradient(params: PyTree, batch: PyTree) -> Any:
-            value, (shared, blocks) = gradient(*split(params), batch)
+            value, (shared, (blocks, _)) = gradient(*split(params), batch)
             return value, {**shared, "blocks": blocks}
 
         def scale(grads: PyTree, cotangent: Any) -> tuple[PyTree, None]:

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from sharding.analysis.roofline import Placed, placements
+from sharding.attention import AttentionForm
 from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs, param_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
+from tessera.models.attention import attention
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
+from tessera.models.transformer import DTYPES, Block, TransformerConfig
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
@@ -292,13 +294,13 @@ def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: 
             return jnp.concatenate([x] * split, axis=1)
         return x[:, : x.shape[1] // split] if split > 1 and axes == RESIDUAL else x
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, form: AttentionForm) -> jax.Array:
         if context == "ring":  # keeps queries, keys, values and the result, and computes the rest again
-            return jax.checkpoint(attention)(q, k, v)
+            return jax.checkpoint(lambda q, k, v: attention(q, k, v, form))(q, k, v)
         if context == "all_to_all":
             q, k, v = (x.reshape(rows, t * cp, x.shape[2] // cp, x.shape[3]) for x in (q, k, v))
-            return attention(q, k, v).reshape(rows, t, -1, config.head_size)
-        return attention(q, k, v)
+            return attention(q, k, v, form).reshape(rows, t, -1, v.shape[-1])
+        return attention(q, k, v, form)
 
     block = Block(config, constrain, attend, "swiglu")
     x = jax.ShapeDtypeStruct((rows, t // split, config.width), DTYPES[config.dtype])

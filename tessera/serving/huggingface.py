@@ -23,7 +23,8 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
 from tessera.infra.logger import read_object, write_text
-from tessera.models.transformer import RopeScaling, TransformerConfig, param_shapes
+from tessera.models.attention import RopeScaling
+from tessera.models.transformer import TransformerConfig, param_shapes
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -152,7 +153,7 @@ OLMOE = OLMO2 | {
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "num_experts_per_tok"),
-    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window"),
 )
 FAMILIES = {
     "llama": LLAMA,
@@ -177,6 +178,7 @@ REFUSED: dict[str, Any] = {
     "clip_qkv": None,
     **DENSE_LAYERS,  # of families that have experts in every layer
 }
+READ_BY_SOME = ("sliding_window", *DENSE_LAYERS)  # refused of families whose models do not have them
 # Entries of rotary scaling by kind, as fields of `RopeScaling`.
 ROPE = {
     "factor": "factor",
@@ -212,7 +214,7 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     Raises:
       FileNotFoundError: no config.json.
       NotConvertible: not one of `FAMILIES`, or with an entry that changes what the model computes and has no
-        counterpart here: other biases, rotary scaling or activation, a sliding window, quantized weights, layers
+        counterpart here: other biases, rotary scaling, activation or windows, quantized weights, layers
         without experts between routed ones; or sizes that are none.
       ValueError: a damaged config.json.
     """
@@ -232,7 +234,9 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
         if not isinstance(c.get(name) or {}, dict):
             raise NotConvertible(f"{path}: {name}={c[name]!r} must be an object")
     for name, default in FAMILIES[kind].items():
-        if name in SIZES and not (c[name] is None and (default is None or name == "num_key_value_heads")):
+        if name in SIZES and not (
+            c[name] is None and (default is None or name in ("num_key_value_heads", "sliding_window"))
+        ):
             _check_number(path, name, c[name], whole=True)
     rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
@@ -250,7 +254,7 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     wrong = [
         f"{name}={entries[name]!r}"
         for name, fine in REFUSED.items()
-        if entries.get(name) not in (None, fine) and not (name in DENSE_LAYERS and name in FAMILIES[kind])
+        if entries.get(name) not in (None, fine) and not (name in READ_BY_SOME and name in FAMILIES[kind])
     ]
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KINDS.get(rope["rope_type"], ())}
     if rope["rope_type"] not in ROPE_KINDS or any(rope[name] is not None for name in rope.keys() - known):
@@ -347,6 +351,7 @@ def _config(c: dict[str, Any]) -> TransformerConfig:
         norm_position="post" if kind == "olmo2" else "pre",
         rope_theta=float(c["rope_theta"]),
         rope_scaling=_rope_scaling(c),
+        window=family.get("sliding_window") or 0,
         norm_eps=float(c["rms_norm_eps"]),
         tied=bool(c["tie_word_embeddings"]),
         **moe,
@@ -410,13 +415,12 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
         "rope_parameters": rope,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-    }
+    } | ({"sliding_window": config.window or None} if "sliding_window" in FAMILIES[kind] else {})
     if config.mlp == "routed":
         width, known = moe.width_of(config.ff_size), FAMILIES[kind]
         count = "num_local_experts" if kind == "mixtral" else "num_experts"
         values |= {count: router.experts, "num_experts_per_tok": router.k}
         found: dict[str, Any] = {
-            "sliding_window": None,
             "norm_topk_prob": router.softmax == "after",
             "moe_intermediate_size": width,
             "shared_expert_intermediate_size": moe.shared * width,
@@ -435,6 +439,10 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
 def _family(config: TransformerConfig) -> str:
     """The key of `FAMILIES` whose models are built like this one."""
     moe, router = config.moe, config.moe.router
+    if config.window and (config.qkv_bias or config.qk_norm or config.norm_position == "post"):
+        raise NotConvertible(f"window={config.window}: of the families only Mistral and Mixtral have one")
+    if len(set(config.attention_kinds)) > 1 or "N" in config.attention_kinds:
+        raise NotConvertible(f"attention_pattern={config.attention_pattern!r}: all layers of a family are alike")
     whole = config.qk_norm and config.qk_norm_scope == "projection"
     if config.qkv_bias and config.qk_norm:
         raise NotConvertible("no family has qkv_bias together with qk_norm")
@@ -446,6 +454,8 @@ def _family(config: TransformerConfig) -> str:
             )
         return "olmo2"
     if config.mlp != "routed":
+        if config.window and not (config.qkv_bias or config.qk_norm):
+            return "mistral"
         return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     plain = replace(moe, shared=0, shared_gate=False).plain and moe.mixture.dispatch != "capacity"
     if not (plain and router.name == "top_k" and router.scale == 1 and not router.bias):

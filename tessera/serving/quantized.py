@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from moe.gate import gate
+from sharding.attention import AttentionForm
 from sharding.errors import PlanError
 from sharding.inference.quantize import (
     Calibration,
@@ -26,7 +27,8 @@ from sharding.inference.quantize import (
     quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.transformer import Block, TransformerConfig, attention, project_qkv, rms_norm
+from tessera.models.attention import attention
+from tessera.models.transformer import Block, LayerForm, TransformerConfig, project_qkv, rms_norm
 from tessera.optim.param_axes import kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
@@ -58,26 +60,33 @@ def quantise_decoder(
     made = []
     for i, block in enumerate(blocks):
         mlp = config.mlps[i]
-        seen = {} if x_NTD is None or how.method == "rtn" else watch(block, x_NTD, calibration_NT, plain_config, mlp)
+        seen = {}
+        if x_NTD is not None and how.method != "rtn":
+            seen = watch(block, x_NTD, calibration_NT, plain_config, mlp, config.form(i))
         small = _quantise_block(block, how, seen)
         made.append(small)
         if seen:
             plain = dequantize_layer(small, "float32")
-            x_NTD = _run(plain_config, mlp)(plain, x_NTD, jnp.asarray(calibration_NT))
+            x_NTD = _run(plain_config, mlp, config.form(i))(plain, x_NTD, jnp.asarray(calibration_NT))
     return join_blocks(params, made, config)
 
 
-def _run(config: TransformerConfig, mlp: str) -> Any:
+def _run(config: TransformerConfig, mlp: str, form: LayerForm) -> Any:
     @jax.jit
     def run(block: PyTree, x_NTD: jax.Array, tokens_NT: jax.Array) -> jax.Array:
         positions_NT = jnp.broadcast_to(jnp.arange(x_NTD.shape[1], dtype=jnp.int32)[None], x_NTD.shape[:2])
-        return Block(config, mlp=mlp).apply({"params": block}, x_NTD, positions_NT, tokens_NT)[0]
+        return Block(config, mlp=mlp).apply({"params": block}, x_NTD, positions_NT, tokens_NT, form)[0]
 
     return run
 
 
 def watch(
-    block: Mapping[str, Any], x_NTD: Float[Array, "N T D"], tokens_NT: Any, config: TransformerConfig, mlp: str
+    block: Mapping[str, Any],
+    x_NTD: Float[Array, "N T D"],
+    tokens_NT: Any,
+    config: TransformerConfig,
+    mlp: str,
+    form: LayerForm,
 ) -> dict[str, Any]:
     """What every kernel of a block reads: name -> `Calibration`, or one per expert."""
     a, positions = block["attention"], jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
@@ -88,7 +97,8 @@ def watch(
         return rms_norm(x, jnp.asarray(block[f"{name}_norm"]["gain"]), config.norm_eps) if here else x
 
     y_NTD = norm("attention", x_NTD, "pre")
-    mixed_NTHh = attention(*project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config))
+    projected = project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config, form)
+    mixed_NTHh = attention(*projected, AttentionForm(form.window))
     inner = observe(y_NTD.reshape(-1, config.width))
     seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
     seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))

@@ -498,7 +498,7 @@ def make_merging():
 MODELS = {
     "llama": ("Llama", {"rope_theta": 5e4, "head_dim": 16}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4}}),
     "llama-3.1": (
         "Llama",
@@ -513,7 +513,7 @@ MODELS = {
             }
         },
     ),
-    "mistral": ("Mistral", {"sliding_window": None, "rms_norm_eps": 1e-4}),
+    "mistral": ("Mistral", {"sliding_window": 5, "rms_norm_eps": 1e-4}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
     "qwen3": (
         "Qwen3",

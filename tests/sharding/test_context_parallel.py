@@ -9,21 +9,28 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from sharding.analysis.collectives import count_collectives, totals
+from sharding.attention import PLAIN, AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
-from tessera.models.transformer import attention
+from tessera.models.attention import attention
 
 
-def reference(q, k, v):
-    """Causal attention in float64."""
+def reference(q, k, v, form=PLAIN):
+    """Causal attention in float64, the scores of every pair one by one by the papers' formulas."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+    scores = np.einsum("bthd,bshd->bhts", q, k) * (form.scale or 1 / np.sqrt(q.shape[-1]))
+    if form.softcap:
+        scores = form.softcap * np.tanh(scores / form.softcap)
+    length, window = scores.shape[-1], form.window or scores.shape[-1]
+    seen = [[s <= t and t - s < window for s in range(length)] for t in range(length)]
+    weights = np.where(seen, np.exp(scores), 0)
+    total = weights.sum(-1, keepdims=True)
+    if form.sinks_H is not None:
+        total = total + np.exp(np.asarray(form.sinks_H, np.float64))[None, :, None, None]
+    return np.einsum("bhts,bshd->bthd", weights / total, v)
 
 
 def order(cut, parts, length):
@@ -42,16 +49,22 @@ def test_zigzag_gives_every_part_the_same_work(parts, chunk):
     assert len(set(work)) == 1
 
 
+SINKS = np.array([-1.0, 0.5, 2.0, 4.0], np.float32)
+# Method, key/value heads, form: windows of less than a chunk, of several, and known only when it runs.
 METHODS = {
-    "ring": (partial(ring_attention, axis="cp"), zigzag_positions, 4),
-    "all_to_all": (partial(ulysses_attention, axis="cp", attend=attention), contiguous_positions, 4),
-    "ring, one key head": (partial(ring_attention, axis="cp"), zigzag_positions, 1),
+    "ring": ("ring", 4, PLAIN),
+    "all_to_all": ("all_to_all", 4, PLAIN),
+    "ring, one key head, all forms": ("ring", 1, AttentionForm(5, SINKS, 0.3, 2.0)),
+    "all_to_all, all forms": ("all_to_all", 4, AttentionForm(3, SINKS, 0.3, 2.0)),
+    "ring, a window in an array": ("ring", 2, AttentionForm(np.float32(1))),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_over_a_split_sequence_and_its_gradient(method):
-    function, cut, kv_heads = METHODS[method]
+    kind, kv_heads, form = METHODS[method]
+    function = {"ring": ring_attention, "all_to_all": partial(ulysses_attention, attend=attention)}[kind]
+    cut = {"ring": zigzag_positions, "all_to_all": contiguous_positions}[kind]
     parts, length = 4, 16
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, length, 4, 6)).astype(np.float32) * 2
@@ -60,19 +73,26 @@ def test_attention_over_a_split_sequence_and_its_gradient(method):
     mixed, full = order(cut, parts, length), np.arange(length)
     back = np.argsort(mixed)
     mesh = make_mesh(Plan("dp=2, cp=4"))
-    split = jax.shard_map(function, mesh=mesh, in_specs=(P("dp", "cp"),) * 3, out_specs=P("dp", "cp"))
+    specs = (*(P("dp", "cp"),) * 3, P())
+
+    def split(q, k, v, form):
+        run = lambda q, k, v, sinks: function(q, k, v, form._replace(sinks_H=sinks), axis="cp")  # noqa: E731
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("dp", "cp"))(q, k, v, form.sinks_H)
 
     def run(attend, at):
-        def loss(q, k, v):
-            result = attend(q[:, at], k[:, at], v[:, at])[:, back if at is mixed else full]
+        def loss(q, k, v, sinks):
+            result = attend(q[:, at], k[:, at], v[:, at], form._replace(sinks_H=sinks))
+            result = result[:, back if at is mixed else full]
             return (result * weight).sum(), result
 
-        (_, result), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        (_, result), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, form.sinks_H)
         return result, grads
 
     result, grads = run(split, mixed)
-    np.testing.assert_allclose(result, reference(q, k, v), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, run(attention, full)[1], strict=True):
+    np.testing.assert_allclose(result, reference(q, k, v, form), rtol=1e-5, atol=1e-5)
+    whole, expected = run(attention, full)
+    np.testing.assert_allclose(whole, reference(q, k, v, form), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 

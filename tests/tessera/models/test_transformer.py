@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.models import transformer
-from tessera.models.transformer import (
-    Decoder,
-    TransformerConfig,
-    attention,
-    from_heads,
-    rms_norm,
-    rope,
-    swiglu,
-    to_heads,
-)
+from tessera.models.attention import attention, rope
+from tessera.models.transformer import Decoder, TransformerConfig, from_heads, rms_norm, swiglu, to_heads
 
 
 def normal(*shape, seed=0):

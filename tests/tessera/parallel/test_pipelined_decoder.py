@@ -34,21 +34,21 @@ FIRST_DENSE = {"mlp": "routed", "moe": replace(EXPERTS, first_k_dense_replace=1,
 
 # Plan, options of the plan, changes of the model; parameters of uneven or interleaved stages are arranged beforehand.
 PLANS = [
-    ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2}),
+    ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2, "window": 5, "attention_pattern": "LN"}),
 ]
 MORE_PLANS = [
     ("pp=2, fsdp=2", {"microbatches": 4}, {"layers": 3, "tied": False}),
-    ("pp=8", {}, {"layers": 11}),
+    ("pp=8", {}, {"layers": 11, "window": 3, "attention_pattern": "LNG"}),
     ("pp=4, dp=2", {"schedule": "gpipe"}, {"tied": False}),
     ("pp=2, fsdp=4", {"schedule": "interleaved", "virtual": 2}, {"remat": "full"}),
     ("pp=2, fsdp=2, tp=2", {"zero": 1, "sequence": True}, {"remat": "dots"}),
     ("pp=2, fsdp=2, tp=2", {"microbatches": 4}, {"layers": 5, "remat": "full"}),
     ("pp=4, tp=2", {}, {"tied": False}),
-    ("pp=4, cp=2", {}, {}),
+    ("pp=4, cp=2", {}, {"window": 5, "attention_pattern": "LG"}),
     ("pp=2, fsdp=2, cp=2", {}, {"layers": 3}),
     ("pp=2, cp=2, dp=2", {"context": "all_to_all", "microbatches": 4}, {}),
     ("pp=2, ep=2, dp=2", {"microbatches": 2}, {"tied": False}),
-    ("pp=2, cp=2, tp=2", {"sequence": True, "schedule": "interleaved", "virtual": 2}, {}),
+    ("pp=2, cp=2, tp=2", {"sequence": True, "schedule": "interleaved", "virtual": 2}, {"window": 5}),
     ("pp=2, ep=2, dp=2", {"microbatches": 2}, ROUTED),
     ("pp=2, tp=2, ep=2", {"sequence": True}, ROUTED | {"layers": 4, "moe": replace(EXPERTS, every=2)}),
     ("pp=2, fsdp=2", {"schedule": "gpipe"}, ROUTED | {"layers": 3, "remat": "full"}),

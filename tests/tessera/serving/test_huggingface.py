@@ -14,7 +14,8 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.transformer import Decoder, RopeScaling, TransformerConfig
+from tessera.models.attention import RopeScaling
+from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving import huggingface
 from tessera.serving.huggingface import (
     ForeignFiles,
@@ -78,11 +79,12 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
     assert (tmp_path / "ours" / "config.json").read_text() == exported
 
 
-PLANS = [("qwen2_moe-dense-layers", "ep=2, tp=4")]
+PLANS = [("qwen2_moe-dense-layers", "ep=2, tp=4"), ("mistral", "cp=2, tp=2")]
 SLOW_PLANS = [
     *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
     *((name, axes) for name in MIXED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4")),
-    *((name, axes) for name in ("qwen2", "qwen3", "olmo2") for axes in ("tp=4", "pp=2, tp=2")),
+    *(("mistral", axes) for axes in ("", "cp=8", "pp=2, cp=2, tp=2")),
+    *((name, axes) for name in ("qwen2", "qwen3", "olmo2", "mixtral") for axes in ("tp=4", "pp=2, tp=2")),
 ]
 
 
@@ -188,11 +190,16 @@ UNREADABLE = {
     ),
     "quantization": ("llama", {"quantization_config": {"quant_method": "gptq"}}, None, "quantization_config"),
     "part of the channels": ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, None, "partial_rotary"),
-    "a window by default": ("mistral", {"sliding_window": ABSENT}, None, "sliding_window=4096"),
+    "a window of no tokens": (
+        "mistral",
+        {"sliding_window": 0},
+        None,
+        "sliding_window=0 must be",
+    ),
     "windows in some layers": ("qwen3", {"layer_types": ["sliding_attention"]}, None, "sliding_attention"),
     "an entry of scaling": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "mscale": 2.0}}, None, "'mscale': 2.0"),
     "another scaling": ("llama", {"rope_parameters": {"rope_type": "longrope"}}, None, "longrope"),
-    "a window": ("mixtral", {"sliding_window": 16}, None, "sliding_window=16"),
+    "a window of Llama": ("llama", {"sliding_window": 16}, None, "sliding_window=16"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
     "experts of another activation": ("olmoe", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
     "clipped queries": ("olmoe", {"clip_qkv": 8.0}, None, "clip_qkv=8.0"),
@@ -333,6 +340,11 @@ def test_rotary_scaling_by_its_old_name(tmp_path):
     old = {"rope_parameters": ABSENT, "rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5e5}
     config = read_config(tampered(tmp_path / "model", "llama", old))
     assert config.rope_scaling == RopeScaling("linear", 2.0) and config.rope_theta == 5e5
+
+
+def test_a_mistral_that_says_nothing_has_a_window_of_4096(tmp_path):
+    assert read_config(tampered(tmp_path / "model", "mistral", {"sliding_window": ABSENT})).window == 4096
+    assert read_config(tampered(tmp_path / "none", "mistral", {"sliding_window": None})).window == 0
 
 
 def test_a_mixtral_without_key_value_heads_has_eight(tmp_path):

@@ -70,7 +70,7 @@ def test_calibration_sees_what_the_kernels_of_a_block_read(norm_position):
 
     with nn.intercept_methods(record):
         Block(config).apply({"params": block}, x, jnp.broadcast_to(jnp.arange(5), (2, 5)))
-    seen = watch(block, x, np.zeros((2, 5), np.int32), config, "swiglu")
+    seen = watch(block, x, np.zeros((2, 5), np.int32), config, "swiglu", config.form(0))
     for kernel, layer in (("query", Attention), ("gate", SwiGLU)):
         np.testing.assert_allclose(seen[kernel].magnitude, np.abs(read[layer]).sum((0, 1)), rtol=1e-5)
 

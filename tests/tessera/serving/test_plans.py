@@ -14,12 +14,14 @@ from sharding.analysis.collectives import count_collectives
 from sharding.errors import PlanError
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.transformer import Decoder, RopeScaling, TransformerConfig
+from tessera.models.attention import RopeScaling
+from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving.programs import Rows, ServeConfig, make_programs
 from tessera.serving.served import serve
 
 PLAIN = TransformerConfig(vocab_size=32, layers=4, width=16, heads=8, kv_heads=4, ff=16)
 DENSE = replace(PLAIN, qkv_bias=True, qk_norm=True, rope_scaling=RopeScaling("llama3", 4.0, 16))
+DENSE = replace(DENSE, window=5, attention_pattern="LGN")  # shorter than prompts, longer than what a call reads of some
 ROUTED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(experts=8, k=2), shared=1))
 HASHED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(name="hash", experts=8, k=2)))
 CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED}
