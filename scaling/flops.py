@@ -29,6 +29,7 @@ class Shape:
         LatentMoE); 0: the width, without projections.
       dense_layers, dense_ff: of the layers, so many have one feed-forward part of width `dense_ff` instead of experts
         (the first ones in DeepSeek-V2 and V3, every second one in others); 0: none.
+      window, local_layers: tokens that a query sees in so many layers, itself included (sliding-window attention).
 
     Example:
       >>> import scaling
@@ -54,14 +55,18 @@ class Shape:
     latent: int = 0
     dense_layers: int = 0
     dense_ff: int = 0
+    window: int = 0
+    local_layers: int = 0
 
     def __post_init__(self):
         for name in ("layers", "width", "ff", "heads", "head_dim", "vocab", "length", "experts", "active_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("kv_heads", "shared_experts", "latent", "dense_layers", "dense_ff"):
+        for name in ("kv_heads", "shared_experts", "latent", "dense_layers", "dense_ff", "window", "local_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
+        if self.local_layers > self.layers or (self.local_layers > 0) != (self.window > 0):
+            raise ValueError(f"local_layers {self.local_layers} of window {self.window}: at most all layers, with one")
         if self.dense_layers > self.layers or (self.dense_layers > 0) != (self.dense_ff > 0):
             raise ValueError(
                 f"dense_layers {self.dense_layers} of dense_ff {self.dense_ff}: at most the {self.layers} layers, "
@@ -161,8 +166,8 @@ def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
     """Count training FLOPs per sequence of the matrix products that are computed (as for MFU), and nothing else.
 
     Projections with their number of key/value heads, scores and weighted values (half of them under a causal mask that
-    skips masked blocks), active and shared experts, projections to latents and back, the router, and the output
-    product; an embedding lookup is free.
+    skips masked blocks, and in local layers those of the window), active and shared experts, projections to latents and
+    back, the router, and the output product; an embedding lookup is free.
 
     Example:
       >>> import scaling
@@ -174,10 +179,17 @@ def exact_matmuls(shape: Shape, *, causal: bool = True) -> float:
     kv = s.kv_heads or s.heads
     pairs = s.length * (s.length + 1) / 2 if causal else float(s.length**2)
     projections = 2 * s.length * s.width * s.head_dim * (2 * s.heads + 2 * kv)
-    scores = 2 * 2 * pairs * s.head_dim * s.heads
+    local = _pairs(s.length, s.window) if causal else pairs  # without skipping, a window saves nothing either
+    scores = 2 * 2 * ((s.layers - s.local_layers) * pairs + s.local_layers * local) * s.head_dim * s.heads
     feed_forward = 2 * s.length * (_feed_forward(s, s.active_experts) + _router(s))
     output = 2 * s.length * s.vocab * s.width
-    return (1 + BACKWARD) * (s.layers * (projections + scores) + feed_forward + output)
+    return (1 + BACKWARD) * (s.layers * projections + scores + feed_forward + output)
+
+
+def _pairs(length: int, window: int) -> float:
+    """Pairs of a query and a key that it sees, itself among the `window` last ones."""
+    window = min(window, length)
+    return window * length - window * (window - 1) / 2
 
 
 class Count(NamedTuple):

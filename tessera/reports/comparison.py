@@ -82,12 +82,16 @@ def shape(config: Mapping[str, Any]) -> Shape:
     """Sizes for `scaling.flops` of a run.
 
     Raises:
-      ValueError: zero-computation experts.
+      ValueError: zero-computation experts, or latent attention.
     """
     model, moe = config["model"], config["model"].get("moe", {})
     routed = model.get("mlp") == "routed"
     if routed and (moe.get("identity") or moe.get("null")):
         raise ValueError("FLOPs of zero-computation experts (moe.identity, moe.null) depend on the data")
+    if model.get("latent", {}).get("kv_rank"):
+        raise ValueError("FLOPs and weights of latent attention (latent.kv_rank) are not counted")
+    window = model.get("window", 0)  # runs from before there was one
+    letters = model.get("attention_pattern") or ("L" if window else "G")
     dense = model["ff"] or -(-8 * model["width"] // (3 * 64)) * 64
     first, gated = moe.get("first_k_dense_replace", 0), True
     plain = model["layers"] - (model["layers"] - first) // moe["every"] if routed else 0
@@ -110,6 +114,8 @@ def shape(config: Mapping[str, Any]) -> Shape:
         latent=moe.get("latent", 0) if routed else 0,
         dense_layers=plain,
         dense_ff=dense if plain else 0,
+        window=window,
+        local_layers=(letters * model["layers"])[: model["layers"]].count("L"),
     )
 
 

@@ -89,6 +89,15 @@ def test_experts_are_counted_as_they_are_computed(more):
     assert flops.appendix_f(shape) - flops.appendix_f(few) == 3 * skipped
 
 
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+def test_local_layers_count_the_pairs_of_their_windows(window):
+    shape = flops.Shape(3, 8, 32, 2, 4, 11, 5)
+    local = replace(shape, window=window, local_layers=2)
+    hidden = sum(t - s >= window for t in range(5) for s in range(t + 1))
+    assert flops.exact_matmuls(shape) - flops.exact_matmuls(local) == 3 * 2 * 2 * 2 * hidden * 2 * 4
+    assert flops.exact_matmuls(shape, causal=False) == flops.exact_matmuls(local, causal=False)
+
+
 def test_kaplans_count_by_hand():
     # Table 1 of Kaplan et al. (2020): 2 N + 2 n_layer n_ctx d_attn a token forward, three times that in training.
     weights = 2 * (4 * 64 + 2 * 256)
