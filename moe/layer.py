@@ -292,7 +292,12 @@ class MoE(nn.Module):
         ff = self.ff // ways
         router = Router(c.router, self.width, c.router_scale, name="router")()
         stack = (c.stack // (jax.lax.axis_size(ep) if ep else 1),)
-        params = kernels(width=c.latent or d, ff=ff, stack=stack, name="experts")()
+
+        def part(params: dict[str, Any]) -> dict[str, Any]:
+            """One device's part, whose result is summed over tp: so is its share of the last bias."""
+            return {name: leaf / ways if name == "down_bias" and ways > 1 else leaf for name, leaf in params.items()}
+
+        params = part(kernels(width=c.latent or d, ff=ff, stack=stack, name="experts")())
 
         mask_N = None if mask_BT is None else mask_BT.reshape(-1)
         x_ND = mask_rows(x_BTD.reshape(b * t, d), mask_N)
@@ -337,7 +342,7 @@ class MoE(nn.Module):
             y_ND += (same_N1 * x_ND).astype(y_ND.dtype)
         if c.shared:
             with jax.named_scope("shared"):
-                shared = dense(kernels(width=d, ff=c.shared * ff, name="shared")(), x_ND, **hidden)
+                shared = dense(part(kernels(width=d, ff=c.shared * ff, name="shared")()), x_ND, **hidden)
                 if c.shared_gate:
                     gate_D1 = Kernel((self.width, 1), 0, self.scale, False, name="shared_gate")("kernel")["kernel"]
                     shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)

@@ -27,15 +27,10 @@ class AttentionForm(NamedTuple):
       True
     """
 
-    window: Any = 0
+    window: Any = None
     sinks_H: Any = None
     scale: float = 0.0
     softcap: float = 0.0
-
-    @property
-    def windowed(self) -> bool:
-        """Whether there may be a window; 0 in an array is only known when it runs."""
-        return not (isinstance(self.window, int) and self.window == 0)
 
     def scores(self, products: Float[Array, "..."], size: int) -> Float[Array, "..."]:
         """Scores of inner products of queries and keys with `size` channels."""
@@ -46,7 +41,7 @@ class AttentionForm(NamedTuple):
 PLAIN = AttentionForm()
 
 
-def visible(query_T: Int[Array, "*N T"], key_S: Int[Array, "*N S"], window: Any = 0) -> Bool[Array, "*N T S"]:
+def visible(query_T: Int[Array, "*N T"], key_S: Int[Array, "*N S"], window: Any = None) -> Bool[Array, "*N T S"]:
     """Whether a query sees a key, by their positions: causal attention in a sliding window.
 
     Args:
@@ -62,9 +57,7 @@ def visible(query_T: Int[Array, "*N T"], key_S: Int[Array, "*N S"], window: Any 
     """
     distance_TS = jnp.expand_dims(query_T, -1) - jnp.expand_dims(key_S, -2)
     seen_TS = distance_TS >= 0
-    if isinstance(window, int) and window == 0:
-        return seen_TS
-    return seen_TS & ((distance_TS < window) | (window == 0))
+    return seen_TS if window is None else seen_TS & ((distance_TS < window) | (window == 0))
 
 
 def finite(x: jax.Array) -> jax.Array:

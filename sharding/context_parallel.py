@@ -97,8 +97,8 @@ def ring_attention(
     sinks_KG = None
     if form.sinks_H is not None:  # varying as the queries do, whose gradients are then summed over devices
         sinks_KG = vary(form.sinks_H.reshape(K, H // K).astype(jnp.float32), varying(q_BTHh))
-    window = jnp.asarray(form.window, jnp.float32) if form.windowed else None
-    how = form._replace(sinks_H=None, window=0)
+    window = jnp.asarray(form.window, jnp.float32) if form.window is not None else None
+    how = form._replace(sinks_H=None, window=None)
     return _ring(q_BTKGh, k_BTKh, v_BTKh, sinks_KG, window, axis, how).reshape(B, T, H, -1)
 
 
@@ -208,7 +208,7 @@ class _Places(NamedTuple):
         at_T = jnp.arange(self.length)
         if self.window is not None:
             at_T = zigzag_positions(self.rank, self.size, self.size * self.length)
-        return _Tile(visible(at_T, at_T, 0 if self.window is None else self.window), self.form)
+        return _Tile(visible(at_T, at_T, self.window), self.form)
 
     def chunks(self, query: jax.Array, key: jax.Array) -> _Tile:
         """Queries of one chunk over keys of an earlier one."""

@@ -30,6 +30,12 @@ PATHS: tuple[tuple[str, Logical], ...] = (
     (r"(^|/)attention/query/(bias|gain)$", ("heads", "head_dim")),
     (r"(^|/)attention/(key|value)/(bias|gain)$", ("kv_heads", "head_dim")),
     (r"(^|/)attention/output/kernel$", ("heads", "head_dim", "width")),
+    (r"(^|/)attention/sinks/logit$", ("heads",)),
+    (r"(^|/)attention/(query_down|latent_down|key_rope)/kernel$", ("width", None)),  # latents are no part of a head
+    (r"(^|/)attention/(query|key|value)_up/kernel$", (None, "heads", "head_dim")),
+    (r"(^|/)experts/(gate|up)/bias$", ("experts", "ff")),
+    (r"(^|/)experts/down/bias$", ("experts", None)),
+    (r"(^|/)shared/(gate|up)/bias$", ("ff",)),
     (r"(^|/)mlp/(.*/)?(gate|up)(/kernel)?$", ("width", "ff")),
     (r"(^|/)mlp/(.*/)?down(/kernel)?$", ("ff", "width")),
     (r"(^|/)gain$", (None,)),

@@ -35,7 +35,7 @@ def over_past(
     position_S = jnp.arange(past.k.shape[2], dtype=jnp.int32) * ways + index
     seen_NS = position_S[None] < starts_N[:, None]
     seen_NTS = seen_NS[:, None]
-    if form.windowed:
+    if form.window is not None:
         position_NT = starts_N[:, None] + jnp.arange(q_NTKGh.shape[1], dtype=jnp.int32)[None]
         seen_NTS &= visible(position_NT, jnp.broadcast_to(position_S[None], seen_NS.shape), form.window)
     dtype = q_NTKGh.dtype

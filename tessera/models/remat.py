@@ -100,3 +100,13 @@ def _group(layers: int, text: str, setting: str) -> Remat:
     if both:
         raise ValueError(f"remat={setting!r}: {both.pop()!r} is to be saved and offloaded; choose one")
     return Remat(layers, "names", names["save"], names["offload"])
+
+
+def layers_of(name: str, start: int, end: int) -> Callable[[dict], dict]:
+    """A function that cuts layers start..end - 1 out of the variables of a stack."""
+
+    def cut(variables: dict) -> dict:
+        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"][name])
+        return {"params": {**variables["params"], name: blocks}}
+
+    return cut

@@ -9,8 +9,14 @@ not grow with the depth:
     blocks/attention/{query [L, D, H, h], key [L, D, K, h], value [L, D, K, h], output [L, H, h, D]}/kernel
     blocks/mlp/{gate [L, D, F], up [L, D, F], down [L, F, D]}/kernel
     with `qkv_bias` blocks/attention/{query [L, H, h], key [L, K, h], value [L, K, h]}/bias
+    with `output_bias` blocks/attention/output_bias/bias [L, D]    with `sinks` blocks/attention/sinks/logit [L, H]
     with `qk_norm` blocks/attention/{query_norm, key_norm}/gain [L, h], or with its scope "projection"
         blocks/attention/{query [L, H, h], key [L, K, h]}/gain
+    with `norm_position` "both" also blocks/{attention_post_norm, mlp_post_norm}/gain [L, D]
+    with `latent` (ranks R, Q; n, r and v channels of a head, h = n + r), in place of query, key and value:
+        blocks/attention/{query_down [L, D, Q], query_up [L, Q, H, h], latent_down [L, D, R], key_rope [L, D, r],
+        key_up [L, R, H, n], value_up [L, R, H, v], output [L, H, v, D]}/kernel, {query_down_norm [L, Q],
+        latent_norm [L, R]}/gain; without Q query/kernel [L, D, H, h]
 
 Without `scan` the blocks are blocks_0, blocks_1, ... and the same leaves lack the L axis. With mlp="routed" every n-th
 block has routed experts (`moe.layer`); for n > 1 a scanned unit is n blocks, blocks/layer_0, ..., stacked along L / n.
@@ -27,20 +33,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
-from sharding.attention import AttentionForm
+from sharding.attention import PLAIN, AttentionForm, visible
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.attention import RopeScaling, attention, rope_frequencies, rotate
-from tessera.models.remat import Remat, parse_remat
+from tessera.models.attention_forms import LatentConfig, RopeScaling, scaled_frequencies, scored_attention
+from tessera.models.remat import Remat, layers_of, parse_remat
 
 
 class LayerForm(NamedTuple):
     """What attention in one layer of a decoder does otherwise than in another; with leading axes of layers for a scan.
 
     Attributes:
-      window: see `sharding.attention.AttentionForm`; float32 in an array, so that a pipeline can differentiate it.
+      window: see `sharding.attention.AttentionForm`; float32 in an array, 0 for none, so that a pipeline can
+        differentiate it.
       frequency_f: radians per position of every pair of rotated channels; zeros without positions (NoPE).
       magnitude: factor on rotated queries and keys.
     """
@@ -87,11 +94,18 @@ class TransformerConfig:
         first `moe.first_k_dense_replace`.
       moe: the routed experts.
       qkv_bias: biases on queries, keys and values (Qwen2).
+      output_bias: a bias on what attention adds to the residual stream (gpt-oss).
+      sinks: attention sinks, see `sharding.attention.AttentionForm` (gpt-oss).
+      query_pre_attn_scalar: scores of attention are divided by its square root (Gemma); 0 takes h.
+      attention_softcap: soft-cap of the scores, see `sharding.attention.AttentionForm`; 0 has none (Gemma 2).
+      latent: multi-head latent attention in place of grouped queries; `kv_heads` and `head_dim` are then 0.
       qk_norm: RMSNorm of the queries and keys before their rotation.
       qk_norm_scope: what its mean square is over: each "head" by itself, one gain [h] for all heads (Qwen3), or the
         whole "projection", all heads of a token together with a gain [H, h] (OLMoE, OLMo-2).
       rope_theta: base of the rotary wavelengths.
       rope_scaling: of the rotary wavelengths, for a longer context.
+      local_rope_theta: base in local layers, whose wavelengths are then not scaled (Gemma 3); 0 rotates as in others.
+      rotary_dim: rotated channels of a head, the first ones (Phi-3); 0 rotates all.
       window: sliding-window attention (Beltagy et al. 2020): tokens that a query of a local layer sees, itself
         included; 0 has no local layers.
       attention_pattern: attention by layer, a letter each, repeated over the depth: "L" local (in the window), "G"
@@ -99,7 +113,10 @@ class TransformerConfig:
         SmolLM3's. "" has all layers local where there is a window, else global.
       norm_eps: epsilon of RMSNorm.
       norm_position: where the norms of attention and of the feed-forward layer are: "pre", on what these read, or
-        "post", on what they add to the residual stream, which they read as it is (OLMo-2).
+        "post", on what they add to the residual stream, which they read as it is (OLMo-2), or "both" (Gemma 2).
+      gain_offset: added to the gains of all norms, which start at 1 - gain_offset (1 in Gemma).
+      embed_scale: factor on embeddings that are looked up (sqrt(D) in Gemma).
+      logit_softcap: soft-cap of the logits: z becomes logit_softcap tanh(z / logit_softcap) (Gemma 2); 0 has none.
       tied: the output layer reads the transposed embedding table.
       dtype: "float32" or "bfloat16" (mixed precision), for activations; parameters, softmax, statistics and logits
         are float32.
@@ -119,14 +136,24 @@ class TransformerConfig:
     mlp: str = "swiglu"
     moe: MoEConfig = MoEConfig()
     qkv_bias: bool = False
+    output_bias: bool = False
+    sinks: bool = False
+    query_pre_attn_scalar: int = 0
+    attention_softcap: float = 0.0
+    latent: LatentConfig = LatentConfig()
     qk_norm: bool = False
     qk_norm_scope: Literal["head", "projection"] = "head"
     rope_theta: float = 1e4
     rope_scaling: RopeScaling = RopeScaling()
+    local_rope_theta: float = 0.0
+    rotary_dim: int = 0
     window: int = 0
     attention_pattern: str = ""
     norm_eps: float = 1e-6
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    gain_offset: float = 0.0
+    embed_scale: float = 1.0
+    logit_softcap: float = 0.0
     tied: bool = True
     dtype: str = "float32"
     remat: str = "none"
@@ -137,15 +164,21 @@ class TransformerConfig:
         for name in ("vocab_size", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("kv_heads", "head_dim", "ff", "window"):
+        for name in ("kv_heads", "head_dim", "ff", "window", "rotary_dim", *SCALARS):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 for the default")
         if self.heads % self.kv_size:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_size}")
-        if not self.head_dim and self.width % self.heads:
+        if not (self.head_dim or self.latent.kv_rank) and self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; set head_dim yourself")
-        if self.head_size % 2:
+        if not self.latent.kv_rank and self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need an even one")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_size:
+            raise ValueError(f"rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_size}")
+        if self.latent.kv_rank:
+            self.latent.check({name: getattr(self, name) for name in NOT_LATENT})
+            if self.kv_size != self.heads:
+                raise ValueError(f"kv_heads={self.kv_heads} of heads={self.heads}: latent attention has one key a head")
         if self.rope_theta <= 0 or self.norm_eps <= 0 or self.init_scale <= 0:
             raise ValueError(
                 f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}, init_scale={self.init_scale} must be positive"
@@ -157,7 +190,7 @@ class TransformerConfig:
                 f"window={self.window} with attention_pattern={self.attention_pattern!r}: a window is that of local "
                 "layers ('L'), which need one"
             )
-        choices_of = {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post")}
+        choices_of = {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post", "both")}
         for name, choices in ({"dtype": DTYPES, "mlp": MLPS} | choices_of).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -207,16 +240,23 @@ class TransformerConfig:
     def form(self, layer: int) -> LayerForm:
         """Attention of one layer."""
         kind = self.attention_kinds[layer]
-        frequency_f = rope_frequencies(self.head_size, self.rope_theta, self.rope_scaling)
+        size = self.latent.rope_dim if self.latent.kv_rank else self.rotary_dim or self.head_size
+        window = self.window if kind == "L" else None
         if kind == "N":
-            return LayerForm(0, jnp.zeros_like(frequency_f), 1.0)
-        return LayerForm(self.window if kind == "L" else 0, frequency_f, self.rope_scaling.magnitude)
+            return LayerForm(None, jnp.zeros(size // 2), 1.0)
+        if kind == "L" and self.local_rope_theta:
+            return LayerForm(window, rope_frequencies(size, self.local_rope_theta), 1.0)
+        scaling = self.rope_scaling
+        magnitude = 1.0 if scaling.kind == "none" else scaling.magnitude
+        return LayerForm(window, rope_frequencies(size, self.rope_theta, scaling), magnitude)
 
     def forms(self, stack: Stack) -> LayerForm | None:
         """Attention of a stack's layers, float32 [units, blocks of a unit, ...]; None where all layers are alike."""
         if len(set(self.attention_kinds)) == 1:
             return None
-        each = [self.form(layer) for layer in range(stack.start, stack.start + stack.layers)]
+        layers = range(stack.start, stack.start + stack.layers)
+        windows = [self.window * (self.attention_kinds[layer] == "L") for layer in layers]
+        each = [self.form(layer)._replace(window=window) for layer, window in zip(layers, windows, strict=True)]
         shape = stack.units, len(stack.pattern)
         stacked = (jnp.stack([jnp.asarray(leaf, jnp.float32) for leaf in leaves]) for leaves in zip(*each, strict=True))
         return LayerForm(*(leaf.reshape(*shape, *leaf.shape[1:]) for leaf in stacked))
@@ -251,8 +291,34 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
-        """h with the default filled in."""
+        """h of queries and keys, with the default filled in."""
+        if self.latent.kv_rank:
+            return self.latent.nope_dim + self.latent.rope_dim
         return self.head_dim or self.width // self.heads
+
+    @property
+    def value_size(self) -> int:
+        """Channels of a head's value: h but in latent attention."""
+        return self.latent.value_dim if self.latent.kv_rank else self.head_size
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the scores of attention; 0 for h^-0.5."""
+        if self.latent.kv_rank:
+            return self.head_size**-0.5 * self.rope_scaling.latent_scale
+        return self.query_pre_attn_scalar**-0.5 if self.query_pre_attn_scalar else 0.0
+
+    def norm(self, x: Float[Array, "*N D"], gain: Float[Array, " D"], axis: str | None = None) -> Float[Array, "*N D"]:
+        """`rms_norm` with this model's epsilon and offset of the gain."""
+        return rms_norm(x, gain + self.gain_offset if self.gain_offset else gain, self.norm_eps, axis)
+
+    def embedded(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Embeddings times the model's factor."""
+        return x if self.embed_scale == 1 else x * self.embed_scale
+
+    def cap(self, logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
+        """Logits with the model's soft-cap."""
+        return self.logit_softcap * jnp.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
     @property
     def ff_size(self) -> int:
@@ -264,6 +330,10 @@ class TransformerConfig:
         """Factor on initial output kernels: 2 L of them add up in the residual stream (Radford et al. 2019, 2.3)."""
         return 1 / sqrt(2 * self.layers)
 
+
+SCALARS = ("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "local_rope_theta", "gain_offset")
+# Fields of plain attention that latent attention does without.
+NOT_LATENT = ("head_dim", "rotary_dim", "qkv_bias", "output_bias", "qk_norm", "query_pre_attn_scalar")
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """(activations, logical axes) -> the same activations, laid out so over devices; see `sharding.rules` for the names."""
@@ -288,14 +358,13 @@ def rms_norm(
 ) -> Float[Array, "*N D"]:
     """Divide by the root mean square over the last axis and scale: Zhang & Sennrich (2019), eq. 4.
 
-    Args:
-      x: activations of any float dtype.
-      gain: one factor per channel.
-      eps: added to the mean square, so that a zero vector stays zero.
-      axis: mesh axis inside `jax.shard_map` that splits the channels evenly; the mean is over all of them.
+    The statistics are float32, and `eps` keeps a zero vector zero.
 
-    Returns:
-      An array of x's shape and dtype; the statistics are float32.
+    Args:
+      x: activations of any float dtype, which is the result's.
+      gain: one factor per channel.
+      eps: added to the mean square.
+      axis: mesh axis inside `jax.shard_map` that splits the channels evenly; the mean is over all of them.
     """
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -303,6 +372,35 @@ def rms_norm(
     # Spelled out because the tests forbid implicit rank promotion.
     gain = gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale * gain).astype(x.dtype)
+
+
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, " f"]:
+    """Radians per position of every pair of `dim` channels, float32 [dim / 2], the fastest first; see `RopeScaling`."""
+    if scaling is not None and scaling.kind != "none":
+        return scaled_frequencies(dim, theta, scaling)
+    return theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
+def rotate(
+    x_BTHh: Float[Array, "B T H h"],
+    positions_BT: Int[Array, "B T"],
+    frequency_f: Float[Array, " f"],
+    magnitude: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "B T H h"]:
+    """Rotate pairs of channels by an angle that grows with the position: RoFormer (Su et al. 2021), eq. 34.
+
+    Channel i is paired with i + f (the GPT-NeoX and Llama layout, not the interleaved one of the paper; the two differ
+    by a fixed permutation of channels) and turns by position * frequency_f[i] radians, times `magnitude`. Channels from
+    2 f on stay as they are.
+    """
+    if (turned := 2 * frequency_f.shape[0]) < x_BTHh.shape[-1]:
+        head_BTHh, rest_BTHh = x_BTHh[..., :turned], x_BTHh[..., turned:]
+        return jnp.concatenate([rotate(head_BTHh, positions_BT, frequency_f, magnitude), rest_BTHh], axis=-1)
+    angle_BTf = positions_BT[..., None].astype(jnp.float32) * frequency_f[None, None, :]
+    cos, sin = (magnitude * turn(angle_BTf)[:, :, None, :] for turn in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHh.dtype)
 
 
 def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
@@ -337,12 +435,39 @@ def project_qkv(
             return y_BTHh
         if config.qk_norm and config.qk_norm_scope == "projection":
             flat_BTN, gain_N = y_BTHh.reshape(*y_BTHh.shape[:2], -1), params[name]["gain"].reshape(-1)
-            y_BTHh = rms_norm(flat_BTN, gain_N, config.norm_eps, axis).reshape(y_BTHh.shape)
+            y_BTHh = config.norm(flat_BTN, gain_N, axis).reshape(y_BTHh.shape)
         elif config.qk_norm:
-            y_BTHh = rms_norm(y_BTHh, params[f"{name}_norm"]["gain"], config.norm_eps)
+            y_BTHh = config.norm(y_BTHh, params[f"{name}_norm"]["gain"])
         return rotate(y_BTHh, positions_BT, form.frequency_f, form.magnitude)
 
     return project("query"), project("key"), project("value")
+
+
+def project_latent(
+    params: PyTree,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    config: TransformerConfig,
+    form: LayerForm,
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H h"], Float[Array, "B T H v"]]:
+    """Project to queries, keys and values through latents: DeepSeek-V2, section 2.1.2 and eq. 37-47.
+
+    Every head's key is its own channels without positions and then the rotated ones that all heads share. `params` are
+    those of one block's attention with `latent`, H that of the kernels; x_BTD is the normalized residual stream.
+    """
+    kernel = lambda name: params[name]["kernel"]  # noqa: E731
+    turn = lambda x_BTHr: rotate(x_BTHr, positions_BT, form.frequency_f, form.magnitude)  # noqa: E731
+    size, base = config.latent.nope_dim, params["query"] if "query" in params else params["query_up"]
+    q_in = x_BTD
+    if "query_down" in params:
+        q_in = rms_norm(x_BTD @ kernel("query_down").astype(x_BTD.dtype), params["query_down_norm"]["gain"])
+    q_BTHh = to_heads(q_in, base["kernel"])
+    latent_BTR = rms_norm(x_BTD @ kernel("latent_down").astype(x_BTD.dtype), params["latent_norm"]["gain"])
+    shared_BT1r = turn((x_BTD @ kernel("key_rope").astype(x_BTD.dtype))[:, :, None])
+    k_BTHn, v_BTHv = (to_heads(latent_BTR, kernel(name)) for name in ("key_up", "value_up"))
+    shared_BTHr = jnp.broadcast_to(shared_BT1r, (*k_BTHn.shape[:3], shared_BT1r.shape[-1]))
+    q_BTHh = jnp.concatenate([q_BTHh[..., :size], turn(q_BTHh[..., size:])], axis=-1)
+    return q_BTHh, jnp.concatenate([k_BTHn, shared_BTHr], axis=-1), v_BTHv
 
 
 def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"]) -> Float[Array, "B T D"]:
@@ -350,13 +475,67 @@ def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"
     return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
 
 
+def attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKv: Float[Array, "B S K v"],
+    form: AttentionForm = PLAIN,
+    *,
+    causal: bool = True,
+    mask: Bool[Array, "#B #H #T S"] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> Float[Array, "B T H v"]:
+    """Softmax of q·k / sqrt(h) applied to v: Vaswani et al. (2017), eq. 1, with grouped keys (Ainslie et al. 2023).
+
+    Query head i reads key/value head i // (H / K). The softmax is float32. A sliding window hides scores; that all are
+    computed is what XLA does with the causal mask too.
+
+    Args:
+      q_BTHh: queries.
+      k_BSKh: keys; K must divide H.
+      v_BSKv: values.
+      form: sliding window, sinks, scale and soft-cap.
+      causal: query t sees keys 0..t only, those in the window.
+      mask: True where a query may look; combined with `causal`.
+      implementation: passed to `jax.nn.dot_product_attention` where that can compute the form; None lets JAX choose.
+
+    Raises:
+      ValueError: K does not divide H.
+    """
+    (_, T, H, h), (_, S, K, v) = q_BTHh.shape, v_BSKv.shape
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} key/value heads evenly")
+    library = form.sinks_H is None and not form.softcap and v == h
+    if causal and (form.window is not None or not library):
+        seen_TS = visible(jnp.arange(T), jnp.arange(S), form.window)[None, None]
+        mask, causal = seen_TS if mask is None else mask & seen_TS, False
+    if library:
+        return jax.nn.dot_product_attention(
+            q_BTHh,
+            k_BSKh,
+            v_BSKv,
+            mask=mask,
+            is_causal=causal,
+            scale=form.scale or None,
+            implementation=implementation,
+        )
+    return scored_attention(q_BTHh, k_BSKh, v_BSKv, form, mask)
+
+
 def swiglu(
-    x: Float[Array, "*N D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"]
+    x: Float[Array, "*N D"],
+    gate: Float[Array, "D F"],
+    up: Float[Array, "D F"],
+    down: Float[Array, "F D"],
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> Float[Array, "*N D"]:
-    """Gated feed-forward layer (silu(x gate) * (x up)) down without biases: Shazeer (2020), eq. 6."""
+    """Gated feed-forward layer (silu(x gate) * (x up)) down without biases, or of another activation than SiLU.
+
+    SwiGLU is eq. 6 of Shazeer (2020), GeGLU, of GELU, eq. 5.
+    """
     gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
     gated, raised = checkpoint_name(x @ gate, "gate_up"), checkpoint_name(x @ up, "gate_up")
-    return (jax.nn.silu(gated) * raised) @ down
+    return (activation(gated) * raised) @ down
 
 
 # Modules: they declare parameters and call the functions.
@@ -383,12 +562,12 @@ def _kernel_init(shape: tuple[int, ...], fan_in: int, scale: float) -> Callable[
 
 
 class HeadProjection(nn.Module):
-    """A kernel [D, H, h] and, if asked for, a bias [H, h] that starts at zero and a norm's gain [H, h], at one."""
+    """A kernel [D, H, h] and, if asked for, a bias [H, h] that starts at zero and a norm's gain [H, h] at `gain`."""
 
     shape: tuple[int, int, int]
     scale: float = 1.0
     bias: bool = False
-    gain: bool = False
+    gain: float | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, Float[Array, "..."]]:
@@ -396,20 +575,24 @@ class HeadProjection(nn.Module):
         found = {"kernel": self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)}
         if self.bias:
             found["bias"] = self.param("bias", nn.initializers.zeros, self.shape[1:], jnp.float32)
-        if self.gain:
-            found["gain"] = self.param("gain", nn.initializers.ones, self.shape[1:], jnp.float32)
+        if self.gain is not None:
+            init = nn.initializers.constant(self.gain)
+            found["gain"] = self.param("gain", init, self.shape[1:], jnp.float32)
         return found
 
 
-class Gain(nn.Module):
-    """The gain of an RMSNorm of `size` channels, which starts at one."""
+class Vector(nn.Module):
+    """One vector [size] that starts at `value`: a norm's gain, a bias, the logits of attention sinks."""
 
     size: int
+    kind: str = "gain"
+    value: float = 1.0
 
     @nn.compact
     def __call__(self) -> dict[str, Float[Array, " size"]]:
-        """Return the parameter by name."""
-        return {"gain": self.param("gain", nn.initializers.ones, (self.size,), jnp.float32)}
+        """Return the parameter by its kind."""
+        init = nn.initializers.constant(self.value)
+        return {self.kind: self.param(self.kind, init, (self.size,), jnp.float32)}
 
 
 class Table(nn.Module):
@@ -426,18 +609,22 @@ class Table(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm with a gain that starts at one."""
+    """RMSNorm whose gain starts at one, the config's offset added."""
 
-    eps: float
+    config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Normalise the last axis."""
-        return rms_norm(x, self.param("gain", nn.initializers.ones, (x.shape[-1],), jnp.float32), self.eps)
+        init = nn.initializers.constant(1.0 - self.config.gain_offset)
+        return self.config.norm(x, self.param("gain", init, (x.shape[-1],), jnp.float32))
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions; `axis` is the mesh axis that splits the heads."""
+    """Causal self-attention with rotary positions, of grouped queries or through latents.
+
+    `axis` is the mesh axis that splits the heads.
+    """
 
     config: TransformerConfig
     attend: Attend = attention
@@ -448,26 +635,49 @@ class Attention(nn.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], form: LayerForm
     ) -> Float[Array, "B T D"]:
         """Mix tokens; token t reads tokens 0..t, or those of its window, in the order of the axis T."""
-        c = self.config
-        d, h, scale = c.width, c.head_size, c.init_scale
-        whole = c.qk_norm and c.qk_norm_scope == "projection"
+        c, d, scale = self.config, self.config.width, self.config.init_scale
+        params = self._latent() if c.latent.kv_rank else self._grouped()
+        output_HvD = Weight((c.heads, c.value_size, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
+        if c.latent.kv_rank:
+            projected = project_latent(params, x_BTD, positions_BT, c, form)
+        else:
+            projected = project_qkv(params, x_BTD, positions_BT, c, form, self.axis)
+        q_BTHh, k_BTKh, v_BTKv = (checkpoint_name(x, "qkv") for x in projected)
+        sinks_H = Vector(c.heads, "logit", 0.0, name="sinks")()["logit"] if c.sinks else None
+        how = AttentionForm(form.window, sinks_H, c.score_scale, c.attention_softcap)
+        y_BTD = from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKv, how), "attended"), output_HvD)
+        if c.output_bias:
+            bias_D = Vector(d, "bias", 0.0, name="output_bias")()["bias"].astype(y_BTD.dtype)
+            if self.axis is not None:  # partial results are summed over the axis: one device adds it
+                bias_D = jnp.where(jax.lax.axis_index(self.axis) == 0, bias_D, 0)
+            y_BTD += bias_D[None, None]
+        return y_BTD
+
+    def _grouped(self) -> PyTree:
+        c, h = self.config, self.config.head_size
+        whole, first = c.qk_norm and c.qk_norm_scope == "projection", 1.0 - c.gain_offset
         params = {
-            name: HeadProjection((d, heads, h), scale, c.qkv_bias, whole and name != "value", name=name)()
+            name: HeadProjection(
+                (c.width, heads, h), c.init_scale, c.qkv_bias, first if whole and name != "value" else None, name=name
+            )()
             for name, heads in (("query", c.heads), ("key", c.kv_size), ("value", c.kv_size))
         }
         if c.qk_norm and not whole:
-            params |= {name: Gain(h, name=name)() for name in ("query_norm", "key_norm")}
-        output_HhD = Weight((c.heads, h, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
-        projected = project_qkv(params, x_BTD, positions_BT, c, form, self.axis)
-        q_BTHh, k_BTKh, v_BTKh = (checkpoint_name(x, "qkv") for x in projected)
-        attended_BTHh = self.attend(q_BTHh, k_BTKh, v_BTKh, AttentionForm(form.window))
-        return from_heads(checkpoint_name(attended_BTHh, "attended"), output_HhD)
+            params |= {name: Vector(h, value=first, name=name)() for name in ("query_norm", "key_norm")}
+        return params
+
+    def _latent(self) -> PyTree:
+        c = self.config
+        shapes, gains = c.latent.shapes(c.width, c.heads)
+        params = {name: {"kernel": Weight(shape, scale=c.init_scale, name=name)()} for name, shape in shapes.items()}
+        return params | {name: Vector(size, name=name)() for name, size in gains.items()}
 
 
 class SwiGLU(nn.Module):
-    """The dense feed-forward layer."""
+    """The dense feed-forward layer, with SiLU or another function of the gate."""
 
     config: TransformerConfig
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -477,7 +687,7 @@ class SwiGLU(nn.Module):
         gate_DF = Weight((d, f), scale=scale, name="gate")()
         up_DF = Weight((d, f), scale=scale, name="up")()
         down_FD = Weight((f, d), scale=scale * c.residual_scale, name="down")()
-        return swiglu(x_BTD, gate_DF, up_DF, down_FD)
+        return swiglu(x_BTD, gate_DF, up_DF, down_FD, self.activation)
 
 
 def routed(config: TransformerConfig, name: str, axes: ExpertAxes = ONE_DEVICE) -> nn.Module:
@@ -488,7 +698,12 @@ def routed(config: TransformerConfig, name: str, axes: ExpertAxes = ONE_DEVICE) 
 
 # A feed-forward layer is a module made from the config that maps [B, T, D] to [B, T, D]. What it sows into the
 # collection "intermediates" (auxiliary losses, loads) comes out stacked by layer.
-MLPS: dict[str, Callable[..., nn.Module]] = {"swiglu": SwiGLU, "routed": routed}
+MLPS: dict[str, Callable[..., nn.Module]] = {
+    "swiglu": SwiGLU,
+    # Gemma's GeGLU, of GELU's approximation by tanh.
+    "geglu_tanh": functools.partial(SwiGLU, activation=functools.partial(jax.nn.gelu, approximate=True)),
+    "routed": routed,
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -526,12 +741,15 @@ class Block(nn.Module):
         """
         c, constrain = self.config, self.constrain
         x_BSD = checkpoint_name(x_BSD, "residual")
-        mlp, post = self.mlp or c.mlp, c.norm_position == "post"
+        mlp = self.mlp or c.mlp
 
         def added(name: str, x_BSD: jax.Array, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            norm = Norm(c.norm_eps, name=f"{name}_norm")
-            y_BSD = constrain(layer(constrain(x_BSD if post else norm(x_BSD), INSIDE)), RESIDUAL)
-            return checkpoint_name(norm(y_BSD) if post else y_BSD, name)
+            if c.norm_position != "post":
+                x_BSD = Norm(c, name=f"{name}_norm")(x_BSD)
+            y_BSD = constrain(layer(constrain(x_BSD, INSIDE)), RESIDUAL)
+            if c.norm_position != "pre":
+                y_BSD = Norm(c, name=f"{name}_post_norm" if c.norm_position == "both" else f"{name}_norm")(y_BSD)
+            return checkpoint_name(y_BSD, name)
 
         attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
         how = c.form(0) if form is None else form
@@ -576,8 +794,9 @@ class Decoder(nn.Module):
     """Tokens to next-token logits.
 
     The embedding table starts with variance 1 / D, so that tied logits start at unit scale. What is looked up is not
-    multiplied by sqrt(D) as in Vaswani et al. (2017), section 3.4: the residual stream would then point at the token
-    just read, which tied logits predict at first (8.1 instead of 5.7 nats at D = 128, V = 256).
+    multiplied by sqrt(D) as in Vaswani et al. (2017), section 3.4, unless `embed_scale` says so: the residual stream
+    would then point at the token just read, which tied logits predict at first (8.1 instead of 5.7 nats at D = 128, V =
+    256).
     """
 
     config: TransformerConfig
@@ -603,16 +822,16 @@ class Decoder(nn.Module):
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         known_BT = (tokens_BT >= 0) & (tokens_BT < c.vocab_size)  # as `sharding.lookup` of a plan
         x_BTD = jnp.where(known_BT[..., None], table_VD[tokens_BT], jnp.nan)
-        x_BTD = self.constrain(x_BTD.astype(DTYPES[c.dtype]), RESIDUAL)
+        x_BTD = self.constrain(c.embedded(x_BTD.astype(DTYPES[c.dtype])), RESIDUAL)
         x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
-        x_BTD = self.constrain(Norm(c.norm_eps, name="final_norm")(x_BTD), INSIDE)
+        x_BTD = self.constrain(Norm(c, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T
         else:
             head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
         # Products in the compute dtype, sums in float32: the logits feed a softmax over the vocabulary.
         logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-        return self.constrain(logits_BTV, ("batch", "time", "vocab"))
+        return self.constrain(c.cap(logits_BTV), ("batch", "time", "vocab"))
 
 
 @functools.lru_cache(maxsize=16)  # a plan is checked many times, its shapes made once
@@ -663,7 +882,7 @@ def run_blocks(
                 x_BTD = nn.map_variables(
                     lambda _, x, stack=stack, group=group, start=start: scan(stack, group, x, start),
                     "params",
-                    trans_in_fn=_layers(stack.name, start, start + group.layers),
+                    trans_in_fn=layers_of(stack.name, start, start + group.layers),
                 )(decoder, x_BTD)
                 start += group.layers
     return x_BTD
@@ -675,13 +894,3 @@ def checkpointed(block: Callable[..., nn.Module], group: Remat, scanned: bool) -
         return block
     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier is not needed there.
     return nn.remat(block, policy=group.policy, prevent_cse=not scanned)
-
-
-def _layers(name: str, start: int, end: int) -> Callable[[dict], dict]:
-    """A function that cuts layers start..end - 1 out of the variables of a stack."""
-
-    def cut(variables: dict) -> dict:
-        blocks = jax.tree.map(lambda leaf: leaf[start:end], variables["params"][name])
-        return {"params": {**variables["params"], name: blocks}}
-
-    return cut

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tessera.models.attention import attention
 from tessera.models.convolution import (
     IMPLEMENTATIONS,
     batch_statistics,
@@ -23,7 +22,7 @@ from tessera.models.convolution import (
     max_pool,
     normalise,
 )
-from tessera.models.transformer import from_heads, to_heads
+from tessera.models.transformer import attention, from_heads, to_heads
 
 NORMS = ("none", "batch", "group")
 MOMENTUM = 0.9

@@ -24,7 +24,7 @@ class Axes(NamedTuple):
 
 # First match wins, on the path with its names joined by "/".
 KERNEL_AXES = (
-    (r"(^|/)(query|key|value)/kernel$", Axes((-3,), (-2, -1))),
+    (r"(^|/)(query|key|value)(_up)?/kernel$", Axes((-3,), (-2, -1))),
     (r"(^|/)attention/output/kernel$", Axes((-3, -2), (-1,))),
     (r"(^|/)conv[^/]*/kernel$", Axes((-4, -3, -2), (-1,))),
     (r"(^|/)kernel$", Axes((-2,), (-1,))),

@@ -33,7 +33,6 @@ from sharding.plan import DATA_AXES, Plan
 from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
-from tessera.models.attention import attention
 from tessera.models.remat import Remat
 from tessera.models.transformer import (
     DTYPES,
@@ -42,9 +41,9 @@ from tessera.models.transformer import (
     LayerForm,
     Stack,
     TransformerConfig,
+    attention,
     form_of,
     param_shapes,
-    rms_norm,
 )
 from tessera.step import LossFn, router_metrics
 
@@ -176,7 +175,7 @@ class ShardedDecoder:
             if self.platform == "tpu" and moe.mixture.backend == "auto":  # also compiled on a machine without a TPU
                 moe = replace(moe, mixture=replace(moe.mixture, backend="tpu"))
         sizes: Any = {"heads": c.heads // tp, "kv_heads": c.kv_size // tp, "ff": c.ff_size // tp}
-        return replace(c, **sizes, head_dim=c.head_size, moe=moe)
+        return replace(c, **sizes, head_dim=0 if c.latent.kv_rank else c.head_size, moe=moe)
 
     @property
     def expert_axes(self) -> ExpertAxes:
@@ -199,7 +198,8 @@ class ShardedDecoder:
         """Look tokens up in the vocabulary-parallel embedding table, embed/table of `params`."""
         table_VD = self.gather(params["embed"], self.specs["embed"])["table"]
         with jax.named_scope("embed"):
-            return explicit(self.tp, self.plan.sequence)(lookup(tokens_BT, table_VD, self.tp), RESIDUAL)
+            x_BSD = explicit(self.tp, self.plan.sequence)(lookup(tokens_BT, table_VD, self.tp), RESIDUAL)
+            return self.config.embedded(x_BSD)
 
     def unit(
         self,
@@ -239,10 +239,10 @@ class ShardedDecoder:
         """float32 logits of this device's part of the vocabulary; reads final_norm and head (embed where tied)."""
         name = "embed" if self.config.tied else "head"
         gain = self.gather(params["final_norm"], self.specs["final_norm"])["gain"]
-        x_BTD = explicit(self.tp, self.plan.sequence)(rms_norm(x_BSD, gain, self.config.norm_eps), INSIDE)
+        x_BTD = explicit(self.tp, self.plan.sequence)(self.config.norm(x_BSD, gain), INSIDE)
         head = self.gather(params[name], self.specs[name])
         head_DV = head["table"].T if self.config.tied else head["kernel"]
-        return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32)
+        return self.config.cap(jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32))
 
     # Training.
 
@@ -373,12 +373,15 @@ class ShardedDecoder:
             made: list[tuple[jax.Array, jax.Array]] = []
 
             def attend(i: int) -> Attend:
-                def over_cache(q_NTHh: Any, k_NTKh: Any, v_NTKh: Any, form: AttentionForm) -> jax.Array:
+                def over_cache(q_NTHh: Any, k_NTKh: Any, v_NTKv: Any, form: AttentionForm) -> jax.Array:
+                    # The cache has keys and values of one size.
+                    v_NTKh = jnp.pad(v_NTKv, [(0, 0)] * 3 + [(0, k_NTKh.shape[-1] - v_NTKv.shape[-1])])
                     made.append((k_NTKh.transpose(0, 2, 1, 3), v_NTKh.transpose(0, 2, 1, 3)))
                     if inputs.read is None:
-                        return attention(q_NTHh, k_NTKh, v_NTKh, form)
+                        return attention(q_NTHh, k_NTKh, v_NTKv, form)
                     past = inputs.read(cache, number + i)
-                    return cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp, form)
+                    y_NTHh = cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp, form)
+                    return y_NTHh[..., : v_NTKv.shape[-1]]
 
                 return over_cache
 
@@ -469,7 +472,7 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
 
     Raises:
       PlanError: a router that looks at other tokens, expert dropout, noise or losses of a whole batch under pipeline
-        stages, sequences split over cp, biases of experts under tensor parallelism.
+        stages, sequences split over cp.
     """
     router, pp = config.router, plan.size("pp") > 1
     split_time = plan.size("cp") > 1 and config.balance and config.balance_scope == "sequence"
@@ -479,7 +482,6 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
         f"router.jitter={router.jitter} with pp > 1, where no noise is drawn": pp and router.jitter,
         f"mixture.dropout={config.mixture.dropout}": config.mixture.dropout,
         "balance_scope='sequence' with cp > 1 (choose 'batch')": split_time,
-        "biases with tp > 1": config.biases and plan.size("tp") > 1,
     }
     for setting, refused in wrong.items():
         if refused:

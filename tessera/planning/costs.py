@@ -82,9 +82,13 @@ def _layer_flops(config: TransformerConfig, z: Sizes, length: int) -> tuple[floa
     """FLOPs of one forward pass through all layers of a device: attention, dense feed-forward, experts."""
     tokens = z.b * z.t
     projections = 2.0 * tokens * z.D * z.h * (2 * z.H + 2 * z.K)
-    # Plain attention computes the scores that the causal mask hides; the ring computes half of them.
+    if rank := config.latent.kv_rank:
+        m, down = config.latent, config.latent.q_rank or z.D
+        weights = z.D * (rank + m.rope_dim + m.q_rank) + down * z.H * z.h + rank * z.H * (m.nope_dim + m.value_dim)
+        projections = 2.0 * tokens * (weights + z.H * m.value_dim * z.D)
+    # Plain attention computes the scores that the causal mask or a window hides; the ring computes half of them.
     share = 0.5 if z.S < length else 1.0
-    scores = 2 * 2.0 * tokens * length * share * z.H * z.h
+    scores = 2.0 * tokens * length * share * z.H * (z.h + config.value_size)
     dense = 3 * 2.0 * tokens * z.D * z.F
     moe = config.moe
     experts = 3 * 2.0 * tokens * z.W * (z.Z * moe.router.k + z.D * moe.shared)

@@ -21,9 +21,8 @@ from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs, param_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.attention import attention
 from tessera.models.remat import Remat
-from tessera.models.transformer import DTYPES, Block, TransformerConfig
+from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
@@ -271,7 +270,7 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
         config,
         heads=config.heads // tp,
         kv_heads=config.kv_size // tp,
-        head_dim=config.head_size,
+        head_dim=0 if config.latent.kv_rank else config.head_size,
         ff=config.ff_size // tp,
         mlp="swiglu",
         layers=1,

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from tessera.models.transformer import TransformerConfig
-from tessera.serving.huggingface import NotConvertible, TextFormat, assemble, some, tensor_names
+from tessera.serving.families import NotConvertible
+from tessera.serving.huggingface import TextFormat, assemble, some, tensor_names
 
 # Hugging Face's name without `model.` -> the file's; {l} counts blocks.
 NAMES = {

@@ -139,7 +139,7 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
     Raises:
       FileExistsError: the directory exists.
       WorkdirInUse: another process exports to it.
-      NotConvertible: a model of none of `huggingface.FAMILIES`.
+      NotConvertible: a model of none of `families.FAMILIES`.
       ImportError: the extra `hf` is not installed.
     """
     if is_url(directory):

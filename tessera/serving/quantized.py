@@ -27,8 +27,7 @@ from sharding.inference.quantize import (
     quantize_matrix,
 )
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.attention import attention
-from tessera.models.transformer import Block, LayerForm, TransformerConfig, project_qkv, rms_norm
+from tessera.models.transformer import Block, LayerForm, TransformerConfig, attention, project_qkv
 from tessera.optim.param_axes import kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
@@ -52,11 +51,15 @@ def quantise_decoder(
     Raises:
       ValueError: a method that needs calibration text without any; a group that does not divide a kernel's inputs.
     """
+    if how.method != "rtn" and (config.latent.kv_rank or not {"swiglu", "routed"}.issuperset(config.mlps)):
+        raise ValueError(f"method={how.method!r}: latent attention and mlp={config.mlp!r} are quantized by 'rtn' only")
     if how.method != "rtn" and calibration_NT is None:
         raise ValueError(f"method={how.method!r} needs calibration text")
     blocks = split_blocks(params, config)
     plain_config = replace(config, dtype="float32", remat="none")
-    x_NTD = None if calibration_NT is None else jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)]
+    x_NTD = None
+    if calibration_NT is not None:
+        x_NTD = config.embedded(jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)])
     made = []
     for i, block in enumerate(blocks):
         mlp = config.mlps[i]
@@ -93,16 +96,22 @@ def watch(
     positions_NT = jnp.broadcast_to(positions[None], x_NTD.shape[:2])
 
     def norm(name: str, x: jax.Array, position: str) -> jax.Array:
-        here = config.norm_position == position
-        return rms_norm(x, jnp.asarray(block[f"{name}_norm"]["gain"]), config.norm_eps) if here else x
+        here, both = config.norm_position == position, config.norm_position == "both"
+        suffix = "_post_norm" if both and position == "post" else "_norm"
+        return config.norm(x, jnp.asarray(block[f"{name}{suffix}"]["gain"])) if here or both else x
 
     y_NTD = norm("attention", x_NTD, "pre")
     projected = project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config, form)
-    mixed_NTHh = attention(*projected, AttentionForm(form.window))
+    sinks_H = jnp.asarray(a["sinks"]["logit"]) if config.sinks else None
+    mixed_NTHh = attention(
+        *projected, AttentionForm(form.window, sinks_H, config.score_scale, config.attention_softcap)
+    )
     inner = observe(y_NTD.reshape(-1, config.width))
     seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
     seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))
     added_NTD = jnp.einsum("nthk,hkd->ntd", mixed_NTHh, jnp.asarray(a["output"]["kernel"]))
+    if config.output_bias:
+        added_NTD += jnp.asarray(a["output_bias"]["bias"])[None, None]
     x_NTD = x_NTD + norm("attention", added_NTD, "post")
     y_MD = norm("mlp", x_NTD, "pre").reshape(-1, config.width)
     if mlp != "routed":

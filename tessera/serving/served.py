@@ -48,13 +48,11 @@ def serve(
     tp = plan.size("tp")
     params = join_blocks(params, split_blocks(params, config), replace(config, scan=True))
     config = replace(config, scan=True, remat="none", dtype=dtype or config.dtype, kv_heads=config.kv_size)
-    config = replace(config, moe=tokenwise(config.moe), head_dim=config.head_size, ff=config.ff_size)
+    config = replace(config, moe=tokenwise(config.moe), ff=config.ff_size)
+    config = replace(config, head_dim=0 if config.latent.kv_rank else config.head_size)
     if config.heads % tp:
         near = nearest_divisor(config.heads, tp)
         raise PlanError(f"plan {plan.axes!r}: {config.heads} heads do not divide by tp={tp}; nearest valid: tp={near}")
-    if "routed" in config.pattern and plan.present("tp", "ep"):
-        if config.moe.biases and tp > 1:
-            raise PlanError(f"plan {plan.axes!r}: experts with biases run without tp only")
     if tp > config.kv_size:
         if tp % config.kv_size:
             near = nearest_divisor(config.heads, config.kv_size)

@@ -22,11 +22,13 @@ def decoder_activations(
       config: the model.
 
     Raises:
-      ValueError: blocks that are not scanned or not dense.
+      ValueError: blocks that are not scanned or not dense, latent attention, or norms that are not on what layers read.
     """
-    if not config.scan or config.mlp != "swiglu":
+    if not config.scan or config.mlp != "swiglu" or config.latent.kv_rank or config.norm_position == "post":
         raise ValueError(
-            f"decoder_activations: scan={config.scan}, mlp={config.mlp!r}; scanned SwiGLU blocks are needed"
+            f"decoder_activations: scan={config.scan}, mlp={config.mlp!r}, latent.kv_rank={config.latent.kv_rank}, "
+            f"norm_position={config.norm_position!r}; scanned SwiGLU blocks that norm what they read are needed, "
+            "without latent attention"
         )
 
     @jax.jit

@@ -499,7 +499,10 @@ MODELS = {
     "llama": ("Llama", {"rope_theta": 5e4, "head_dim": 16}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4}}),
+    "llama-linear": (
+        "Llama",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e4}},
+    ),
     "llama-3.1": (
         "Llama",
         {
@@ -514,11 +517,21 @@ MODELS = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 5, "rms_norm_eps": 1e-4}),
-    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "qwen2": (
+        "Qwen2",
+        {
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+    ),
     "qwen3": (
         "Qwen3",
         {
             "head_dim": 16,
+            "attention_bias": True,
             "rms_norm_eps": 1e-3,
             "rope_parameters": {
                 "rope_type": "yarn",
@@ -592,6 +605,7 @@ MODELS = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 8,
             "norm_topk_prob": True,
+            "attention_bias": True,
             "mlp_only_layers": [0],
         },
     ),
@@ -602,6 +616,7 @@ MODELS = {
             "intermediate_size": 24,
             "head_dim": 6,
             "rms_norm_eps": 1e-2,
+            "attention_bias": True,
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
             "eos_token_id": 3,
         },
@@ -627,8 +642,186 @@ MODELS = {
             "num_experts": 4,
             "num_experts_per_tok": 3,
             "norm_topk_prob": True,
+            "attention_bias": True,
             "tie_word_embeddings": True,
             "eos_token_id": 3,
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "head_dim": 6,
+            "rms_norm_eps": 1e-2,
+            "rope_theta": 100.0,
+            "attention_bias": True,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "head_dim": 6,
+            "rms_norm_eps": 1e-2,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 3,
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200.0},
+            },
+        },
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "rms_norm_eps": 1e-2,
+            "attention_bias": True,
+            "no_rope_layers": [0, 1, 1],
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 3,
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "intermediate_size": 24,
+            "rms_norm_eps": 1e-2,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+            "pad_token_id": 0,
+            "eos_token_id": 3,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 8,
+            "num_hidden_layers": 3,
+            "head_dim": 6,
+            "rms_norm_eps": 1e-2,
+            "sliding_window": 5,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.7,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+            },
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+            },
+        },
+    ),
+    "deepseek_v2-greedy": (
+        "DeepseekV2",
+        {
+            "hidden_size": 16,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 12,
+            "moe_intermediate_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "tie_word_embeddings": True,
+            "rope_theta": 100.0,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+            },
         },
     ),
 }
@@ -661,13 +854,15 @@ def make_huggingface():
             }
             | more
         )
-        architecture = getattr(transformers, f"{kind}ForCausalLM")
+        architecture = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
         model = architecture(config).eval()
         if name not in ("llama", "llama-tied", "mixtral"):
-            for path, parameter in model.named_parameters():
-                if parameter.ndim == 1:  # biases start at 0 and gains at 1, where they cannot be told from absent ones
-                    torch.nn.init.normal_(parameter, float("norm" in path), 0.5)
-                elif "_moe" in name or "olmo" in name:  # 0.02 at first: experts would be chosen by next to nothing
+            buffers = [one for one in model.named_buffers() if "correction_bias" in one[0]]
+            for path, parameter in [*model.named_parameters(), *buffers]:
+                # Biases start at 0 and gains at 1 (Gemma's at 0), where they cannot be told from absent ones.
+                if parameter.ndim == 1 or path.endswith("proj_bias"):
+                    torch.nn.init.normal_(parameter, float("norm" in path and "gemma" not in name), 0.5)
+                elif kind not in ("Llama", "Mistral", "Qwen2", "Qwen3"):  # 0.02 at first: scores and routers near zero
                     torch.nn.init.normal_(parameter, 0.0, 0.4)
         directory = HERE / "huggingface" / name
         model.save_pretrained(directory)

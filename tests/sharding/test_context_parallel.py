@@ -13,7 +13,7 @@ from sharding.attention import PLAIN, AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.plan import Plan
-from tessera.models.attention import attention
+from tessera.models.transformer import attention
 
 
 def reference(q, k, v, form=PLAIN):

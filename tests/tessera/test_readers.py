@@ -28,7 +28,8 @@ from tessera.infra.logger import read_rows
 from tessera.infra.memo import Memo
 from tessera.infra.workdir import FORMAT, read_settings
 from tessera.models.transformer import TransformerConfig
-from tessera.serving.huggingface import NotConvertible, is_directory, read_config, write_config
+from tessera.serving.families import NotConvertible
+from tessera.serving.huggingface import is_directory, read_config, write_config
 from tessera.serving.load import own_tokenizer, read_calibration
 
 LLAMA = TransformerConfig(vocab_size=256, layers=2, width=16, heads=4, kv_heads=2, ff=16)

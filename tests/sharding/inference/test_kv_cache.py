@@ -23,7 +23,7 @@ from sharding.inference.kv_cache import (
 from sharding.inference.pipeline_ring import Ring, check_groups, default_groups
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.models.attention import attention
+from tessera.models.transformer import attention
 
 L, B, K, S, h, G = 2, 4, 2, 16, 8, 3
 CONFIG = CacheConfig(L, B, K, S, h)

@@ -9,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.models import transformer
-from tessera.models.attention import attention, rope
-from tessera.models.transformer import Decoder, TransformerConfig, from_heads, rms_norm, swiglu, to_heads
+from tessera.models.attention_forms import LatentConfig
+from tessera.models.transformer import (
+    Decoder,
+    TransformerConfig,
+    attention,
+    from_heads,
+    rms_norm,
+    rope_frequencies,
+    rotate,
+    swiglu,
+    to_heads,
+)
 
 
 def normal(*shape, seed=0):
@@ -54,7 +64,11 @@ def complex_rope(x, positions, theta):
 def test_rope_is_a_complex_rotation():
     x = normal(2, 5, 3, 8)
     positions = np.array([[0, 1, 2, 3, 4], [7, 7, 100, 3, 0]], np.int32)
-    assert_close(rope(jnp.asarray(x), jnp.asarray(positions), 100.0), complex_rope(x, positions, 100.0), 2e-5)
+    assert_close(
+        rotate(jnp.asarray(x), jnp.asarray(positions), rope_frequencies(8, 100.0)),
+        complex_rope(x, positions, 100.0),
+        2e-5,
+    )
 
 
 @settings(deadline=None, max_examples=15)
@@ -63,7 +77,7 @@ def test_rope_scores_depend_on_distance_alone(shift, first, second):
     x = jnp.asarray(normal(1, 2, 1, 8))
 
     def score(a, b):
-        turned = rope(x, jnp.array([[a, b]], jnp.int32), 1e3)
+        turned = rotate(x, jnp.array([[a, b]], jnp.int32), rope_frequencies(8, 1e3))
         return float((turned[0, 0, 0] * turned[0, 1, 0]).sum())
 
     assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=5e-4)
@@ -71,14 +85,9 @@ def test_rope_scores_depend_on_distance_alone(shift, first, second):
 
 def test_rope_keeps_lengths_and_leaves_position_zero_alone():
     x = jnp.asarray(normal(1, 6, 2, 4))
-    turned = rope(x, jnp.arange(6, dtype=jnp.int32)[None])
+    turned = rotate(x, jnp.arange(6, dtype=jnp.int32)[None], rope_frequencies(4, 1e4))
     assert_close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
     assert_close(turned[:, 0], x[:, 0])
-
-
-def test_rope_refuses_an_odd_head():
-    with pytest.raises(ValueError, match="even, not 3"):
-        rope(jnp.zeros((1, 2, 1, 3)), jnp.zeros((1, 2), jnp.int32))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -318,6 +327,12 @@ def test_default_sizes():
         ({"width": 12}, "head_dim=3 is odd"),
         ({"head_dim": 5}, "head_dim=5 is odd"),
         ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"attention_pattern": "LX", "window": 4}, "attention_pattern='LX': letters L"),
+        ({"attention_pattern": "GN", "window": 4}, "window=4 with attention_pattern='GN'"),
+        ({"attention_pattern": "L"}, "window=0 with attention_pattern='L'"),
+        ({"rotary_dim": 6}, "rotary_dim=6 must be even and at most head_dim=4"),
+        ({"kv_heads": 0, "latent": LatentConfig(8), "qk_norm": True}, "latent attention has no qk_norm=True"),
+        ({"latent": LatentConfig(8)}, "kv_heads=2 of heads=4: latent attention"),
         ({"ff": -1}, "ff=-1 must be positive"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
         ({"dtype": "float16"}, "dtype='float16': choose one of float32, bfloat16"),

@@ -117,7 +117,6 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
         ("pp=2", {"balance_scope": "sequence", "importance": 0.1}, "balance_scope='sequence' with pp > 1"),
         ("pp=2", {}, "balance_scope='batch' with pp > 1"),
         ("cp=2", {"balance_scope": "sequence"}, "balance_scope='sequence' with cp > 1"),
-        ("tp=2", {"biases": True}, "biases with tp > 1"),
     ],
 )
 def test_experts_that_would_compute_something_else_are_refused(axes, settings, words):
@@ -153,6 +152,7 @@ TRAINED = [
         MoEConfig(
             router=RouterConfig("sigmoid", 10, 3, bias=True, score="softmax", normalize=2.0),
             mixture=MixtureConfig("geglu", gating=Gating(limit=0.5, offset=1.0), weigh="input"),
+            biases=True,
             identity=1,
             null=1,
             shared=1,

@@ -17,6 +17,7 @@ from sharding.mesh import make_mesh
 from sharding.pipeline.stages import StageLayout
 from sharding.plan import Plan
 from sharding.rules import path_name, shardings
+from tessera.models.attention_forms import LatentConfig
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.parallel import pipelined_decoder
@@ -32,9 +33,23 @@ EXPERTS = MoEConfig(balance=0.1, balance_scope="sequence", z=0.1)
 ROUTED = {"mlp": "routed", "moe": EXPERTS}
 FIRST_DENSE = {"mlp": "routed", "moe": replace(EXPERTS, first_k_dense_replace=1, ff=8)}
 
+FORMS = {
+    "window": 5,
+    "sinks": True,
+    "qkv_bias": True,
+    "output_bias": True,
+    "attention_softcap": 2.0,
+    "norm_position": "both",
+    "gain_offset": 1.0,
+    "embed_scale": 4.0,
+    "logit_softcap": 5.0,
+    "local_rope_theta": 50.0,
+}
+LATENT = {"kv_heads": 0, "latent": LatentConfig(8, 6, 4, 4, 6)}
+
 # Plan, options of the plan, changes of the model; parameters of uneven or interleaved stages are arranged beforehand.
 PLANS = [
-    ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2, "window": 5, "attention_pattern": "LN"}),
+    ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2, "attention_pattern": "LN", **FORMS}),
 ]
 MORE_PLANS = [
     ("pp=2, fsdp=2", {"microbatches": 4}, {"layers": 3, "tied": False}),
@@ -44,7 +59,9 @@ MORE_PLANS = [
     ("pp=2, fsdp=2, tp=2", {"zero": 1, "sequence": True}, {"remat": "dots"}),
     ("pp=2, fsdp=2, tp=2", {"microbatches": 4}, {"layers": 5, "remat": "full"}),
     ("pp=4, tp=2", {}, {"tied": False}),
-    ("pp=4, cp=2", {}, {"window": 5, "attention_pattern": "LG"}),
+    ("pp=4, cp=2", {}, {"attention_pattern": "LG", **FORMS}),
+    ("pp=2, cp=2, tp=2", {"context": "all_to_all"}, {"heads": 8, "kv_heads": 4, **FORMS}),
+    ("pp=2, cp=2, tp=2", {}, LATENT),
     ("pp=2, fsdp=2, cp=2", {}, {"layers": 3}),
     ("pp=2, cp=2, dp=2", {"context": "all_to_all", "microbatches": 4}, {}),
     ("pp=2, ep=2, dp=2", {"microbatches": 2}, {"tied": False}),
@@ -59,7 +76,8 @@ MORE_PLANS = [
 
 def name(case):
     text, options, changes = case
-    changed = {key: getattr(value, "every", value) for key, value in {**options, **changes}.items()}
+    changed = {key: getattr(value, "every", value) for key, value in {**options, **changes}.items() if key not in FORMS}
+    changed |= {"latent": True} if "latent" in changes else {}
     return "-".join([text.replace(" ", ""), *(f"{key}={value}" for key, value in changed.items())])
 
 

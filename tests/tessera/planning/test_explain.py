@@ -8,13 +8,15 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from sharding.analysis import count_products
 from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.lm.run import RunConfig, first_state
+from tessera.models.attention_forms import LatentConfig
 from tessera.models.remat import parse_remat
-from tessera.models.transformer import TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, state_shardings
 from tessera.planning import costs
@@ -106,6 +108,17 @@ def test_flops_of_routed_experts_by_hand(latent, first):
     staged = local_sizes(replace(config, layers=4 + first), Plan("pp=2"), batch_size=4, length=8)
     assert (staged.layers, staged.routed) == (2 + first, 2)  # of the first stage
     assert sizes.M == 4 * 8 * 3 and sizes.Z == (latent or 32)
+
+
+@pytest.mark.parametrize("q_rank", [0, 12])
+def test_flops_of_latent_attention_are_those_of_its_products(q_rank):
+    latent = LatentConfig(kv_rank=10, q_rank=q_rank, nope_dim=6, rope_dim=4, value_dim=5)
+    config = TransformerConfig(vocab_size=64, layers=2, width=32, heads=4, ff=48, latent=latent)
+    tokens = jax.ShapeDtypeStruct((3, 8), jnp.int32)
+    params = param_shapes(config)
+    found = sum(one.flops * one.runs for one in count_products(Decoder(config).apply, {"params": params}, tokens))
+    sizes = local_sizes(config, Plan(), batch_size=3, length=8)
+    assert found == sum(costs._layer_flops(config, sizes, 8)) + 3 * 8 * 2 * 32 * 64
 
 
 def test_an_explanation_on_paper(tmp_path):

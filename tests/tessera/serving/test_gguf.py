@@ -9,8 +9,9 @@ import pytest
 from sharding.plan import Plan
 from tessera.cli import export_hf
 from tessera.data.text import BPETokenizer
+from tessera.serving.families import NotConvertible
 from tessera.serving.gguf import load_gguf, read_tokenizer
-from tessera.serving.huggingface import NotConvertible, TextFormat, load_directory
+from tessera.serving.huggingface import TextFormat, load_directory
 from tessera.serving.load import SourceConfig, export_directory, load, make_engine
 from tessera.serving.programs import ServeConfig
 

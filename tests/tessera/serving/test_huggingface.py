@@ -10,16 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.attention import RopeScaling
+from tessera.models.attention_forms import RopeScaling
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.serving import huggingface
+from tessera.serving import config_json, huggingface
+from tessera.serving.families import FAMILIES, NotConvertible
 from tessera.serving.huggingface import (
     ForeignFiles,
-    NotConvertible,
     is_directory,
     load_directory,
     read_config,
@@ -54,9 +55,10 @@ def tensors(directory):
 MODELS = ("llama", "llama-tied", "mixtral", "llama-linear", "llama-3.1", "mistral", "qwen2", "qwen3", "olmo2")
 ROUTED = ("qwen3_moe", "qwen2_moe", "qwen2_moe-normalized", "olmoe", "olmoe-normalized")
 MIXED = ("qwen2_moe-dense-layers", "qwen3_moe-dense-layers")
+FORMS = ("gemma2", "gemma3_text", "smollm3", "phi3", "gpt_oss", "deepseek_v2", "deepseek_v2-greedy", "deepseek_v3")
 
 
-@pytest.mark.parametrize("name", MODELS + ROUTED + MIXED)
+@pytest.mark.parametrize("name", MODELS + ROUTED + MIXED + FORMS)
 def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name, tmp_path, golden):
     theirs, case = GOLDEN / name, golden("huggingface")
     assert is_directory(theirs)
@@ -79,10 +81,21 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
     assert (tmp_path / "ours" / "config.json").read_text() == exported
 
 
-PLANS = [("qwen2_moe-dense-layers", "ep=2, tp=4"), ("mistral", "cp=2, tp=2")]
+PLANS = [
+    ("mistral", "cp=2, tp=2"),
+    ("gemma3_text", "pp=2, tp=2"),
+    ("gpt_oss", "ep=2, tp=2, cp=2"),
+    ("deepseek_v3", "ep=2, tp=2"),
+]
 SLOW_PLANS = [
     *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
     *((name, axes) for name in MIXED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4")),
+    *((name, axes) for name in FORMS for axes in ("", "tp=2, cp=2", "tp=4")),
+    ("gemma2", "dp=2, tp=4"),
+    ("phi3", "pp=2, tp=2"),
+    ("gpt_oss", "ep=4"),
+    ("deepseek_v2", "ep=2, cp=2"),
+    ("deepseek_v2-greedy", "pp=2, tp=2"),
     *(("mistral", axes) for axes in ("", "cp=8", "pp=2, cp=2, tp=2")),
     *((name, axes) for name in ("qwen2", "qwen3", "olmo2", "mixtral") for axes in ("tp=4", "pp=2, tp=2")),
 ]
@@ -109,7 +122,7 @@ def test_a_plan_draws_the_greedy_tokens_of_transformers(name, axes, golden):
 def test_what_has_no_counterpart_is_refused(tmp_path):
     pytest.importorskip("safetensors")
     base = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
-    for wrong in ({"attention_bias": True}, {"model_type": "gpt2"}, {"rope_scaling": {"rope_type": "longrope"}}):
+    for wrong in ({"mlp_bias": True}, {"model_type": "gpt2"}, {"rope_scaling": {"rope_type": "longrope"}}):
         (tmp_path / "config.json").write_text(json.dumps(base | wrong))
         with pytest.raises(NotConvertible, match=next(iter(wrong)).split("_scaling")[0]):
             read_config(tmp_path)
@@ -196,8 +209,61 @@ UNREADABLE = {
         None,
         "sliding_window=0 must be",
     ),
-    "windows in some layers": ("qwen3", {"layer_types": ["sliding_attention"]}, None, "sliding_attention"),
-    "an entry of scaling": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "mscale": 2.0}}, None, "'mscale': 2.0"),
+    "windows of no size": (
+        "qwen3",
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        None,
+        r"layer_types \['sliding_attention'\] without sliding_window",
+    ),
+    "chunks in some layers": (
+        "gemma2",
+        {"layer_types": ["chunked_attention", "full_attention", "sliding_attention"]},
+        None,
+        "chunked_attention",
+    ),
+    "types of some layers": ("gemma2", {"layer_types": ["full_attention"]}, None, "1 entries for num_hidden_layers=3"),
+    "another activation of Gemma": ("gemma2", {"hidden_activation": "gelu"}, None, "hidden_activation='gelu'"),
+    "attention to what follows": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        None,
+        "bidirectional_attention",
+    ),
+    "a soft-cap that transformers ignores": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 2.0},
+        None,
+        "attn_logit_softcap",
+    ),
+    "scaled local layers": (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        None,
+        "rope_parameters of sliding_attention",
+    ),
+    "LongRoPE": ("phi3", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, None, "longrope"),
+    "4-bit experts": (
+        "gpt_oss",
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        None,
+        "quantization.*mxfp4",
+    ),
+    "no sinks": (
+        "gpt_oss",
+        {},
+        lambda found: found.pop("model.layers.1.self_attn.sinks"),
+        r"no tensor model\.layers\.1\.self_attn\.sinks",
+    ),
+    "rotary halves of DeepSeek": ("deepseek_v3", {"rope_interleave": False}, None, "rope_interleave=False"),
+    "biases of latents": ("deepseek_v3", {"attention_bias": True}, None, "attention_bias=True"),
+    "another choice of experts": ("deepseek_v2", {"topk_method": "noaux_tc"}, None, "topk_method='noaux_tc'"),
+    "a latent of another width": (
+        "deepseek_v2",
+        {"kv_lora_rank": 12},
+        None,
+        r"kv_b_proj.* has shape \(44, 10\); .*\(44, 12\)",
+    ),
+    "an entry of scaling": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "mscal": 2.0}}, None, "'mscal': 2.0"),
     "another scaling": ("llama", {"rope_parameters": {"rope_type": "longrope"}}, None, "longrope"),
     "a window of Llama": ("llama", {"sliding_window": 16}, None, "sliding_window=16"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
@@ -210,7 +276,7 @@ UNREADABLE = {
         None,
         "sliding_window=4, use_sliding_window=True",
     ),
-    "biases of Qwen3-MoE": ("qwen3_moe", {"attention_bias": True}, None, "attention_bias=True"),
+    "biases of Qwen3-MoE missing": ("qwen3_moe", {"attention_bias": True}, None, r"no tensor .*k_proj\.bias"),
     "a dense layer after a routed one": ("qwen3_moe", {"mlp_only_layers": [1]}, None, r"mlp_only_layers=\[1\] with"),
     "no layer with experts": ("qwen3_moe", {"mlp_only_layers": [0, 1]}, None, "first_k_dense_replace=2 of layers=2"),
     "dense layers at the end": (
@@ -299,34 +365,36 @@ def test_other_safetensors_in_the_directory_are_not_read(tmp_path):
         load_directory(made)
 
 
-@pytest.mark.parametrize("kind", huggingface.FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_config_leaves_out_is_its_familys_default(kind):
     defaults = json.loads((GOLDEN / "defaults.json").read_text())[kind]
-    defaults |= {name: value for name, value in defaults["rope_parameters"].items() if name == "rope_theta"}
-    defaults["num_experts"] = defaults.get("num_local_experts", defaults.get("num_experts"))
-    ours = dict(huggingface.FAMILIES[kind])
-    ours["num_key_value_heads"] = ours["num_key_value_heads"] or ours["num_attention_heads"]
-    ours["head_dim"] = ours["head_dim"] or ours["hidden_size"] // ours["num_attention_heads"]
-    defaults["head_dim"] = defaults.get("head_dim") or defaults["hidden_size"] // defaults["num_attention_heads"]
-    assert ours == {name: defaults[name] for name in ours}
+    said = {"model_type": kind} | ({"num_experts_per_tok": 2} if kind == "deepseek_v2" else {})
+    empty, full = (config_json.settings(found, kind) for found in (said, defaults | said))
+    assert config_json.read(empty, kind) == config_json.read(full, kind)
+    for name in ("max_position_embeddings", "rms_norm_eps", "vocab_size"):
+        assert empty[name] == full[name]
 
 
 # Models of no family: changes of a routed model, the message.
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qkv_bias": True}, "no qkv_bias"),
-        ({"qkv_bias": True, "qk_norm": True}, "qkv_bias together with qk_norm"),
-        ({"mlp": "swiglu", "qk_norm": True, "qk_norm_scope": "projection"}, "OLMo-2 has norm_position='post'"),
-        ({"mlp": "swiglu", "norm_position": "post"}, "OLMo-2 has norm_position='post'"),
-        ({"qk_norm": True, "qk_norm_scope": "projection", "norm_position": "post"}, "without routed experts"),
-        ({"qk_norm": True, "qk_norm_scope": "projection", "head_dim": 2}, "head_dim=2 of width=8"),
-        ({"moe": {"shared": 1}}, "shared_gate"),
-        ({"moe": {"shared": 1, "shared_gate": True}, "qk_norm": True}, "no qk_norm"),
-        ({"moe": {"biases": True}}, "without biases or capacity"),
-        ({"moe": {"every": 2}}, "experts in every layer"),
-        ({"moe": {"router": RouterConfig(experts=4, softmax="before")}}, "softmax='before'"),
-        ({"moe": {"router": RouterConfig(experts=4, scale=2.0)}}, "moe differs"),
+        ({"qkv_bias": True, "qk_norm": True}, "output_bias=False"),
+        (
+            {"mlp": "swiglu", "qk_norm": True, "qk_norm_scope": "projection"},
+            "qwen3, differs in qk_norm_scope=",
+        ),
+        ({"mlp": "swiglu", "norm_position": "post"}, "norm_position='post'"),
+        ({"qk_norm": True, "qk_norm_scope": "projection", "norm_position": "post"}, "norm_position='post'"),
+        ({"qk_norm": True, "qk_norm_scope": "projection", "sinks": True}, "olmoe, differs in sinks=True"),
+        ({"moe": {"shared": 1}}, "moe.shared=1"),
+        ({"moe": {"shared": 1, "shared_gate": True}, "qk_norm": True}, "qk_norm=True"),
+        ({"moe": {"biases": True}}, "moe.biases=True"),
+        ({"moe": {"every": 2}}, "qwen3_moe, differs in qk_norm=False"),
+        ({"moe": {"router": RouterConfig(experts=4, scale=2.0)}}, "mixtral, differs in moe.router.scale=2.0"),
+        ({"moe": {"mixture": MixtureConfig(dispatch="capacity")}}, "moe.mixture.dispatch='capacity'"),
+        ({"mlp": "swiglu", "window": 3, "attention_pattern": "LN"}, "attention_pattern='LN'"),
+        ({"mlp": "geglu_tanh", "norm_position": "both"}, "mlp='geglu_tanh', norm_position='both'"),
     ],
     ids=str,
 )
@@ -334,6 +402,24 @@ def test_a_model_of_no_family_is_not_exported(changes, message):
     moe = MoEConfig(**{"router": RouterConfig(experts=4)} | changes.get("moe", {}))
     with pytest.raises(NotConvertible, match=message):
         write_config(dataclasses.replace(SMALL, **{"mlp": "routed"} | changes | {"moe": moe}))
+
+
+def test_fused_tensors_are_read_of_a_model_that_another_family_could_have(tmp_path):
+    """A Phi-3 whose channels are all rotated is a Mistral but for its tensors, as which it is written."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    params, config = load_directory(tampered(tmp_path / "model", "phi3", rope))
+    made = save_directory(tmp_path / "ours", params, config)
+    assert json.loads((made / "config.json").read_text())["model_type"] == "mistral"
+    again, found = load_directory(made)
+    assert found == config and same(again, params)
+
+
+def test_layers_that_predict_further_tokens_are_left_unread(tmp_path):
+    extra = add("model.layers.3.eh_proj.weight", "model.norm.weight")
+    one = tampered(tmp_path / "model", "deepseek_v3", {"num_nextn_predict_layers": 1}, extra)
+    assert same(load_directory(one)[0], load_directory(GOLDEN / "deepseek_v3")[0])
+    with pytest.raises(NotConvertible, match=r"eh_proj"):
+        load_directory(tampered(tmp_path / "none", "deepseek_v3", {"num_nextn_predict_layers": 0}, extra))
 
 
 def test_rotary_scaling_by_its_old_name(tmp_path):

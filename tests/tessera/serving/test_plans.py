@@ -14,7 +14,7 @@ from sharding.analysis.collectives import count_collectives
 from sharding.errors import PlanError
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.attention import RopeScaling
+from tessera.models.attention_forms import RopeScaling
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving.programs import Rows, ServeConfig, make_programs
 from tessera.serving.served import serve
