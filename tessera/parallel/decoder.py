@@ -139,6 +139,11 @@ class ShardedDecoder:
         return (c.layers - c.first_dense) // len(c.pattern)
 
     @property
+    def cache_size(self) -> int:
+        """Channels of a head's key, and of its value, in a KV cache."""
+        return max(self.config.head_size, self.config.value_size)
+
+    @property
     def batch_axes(self) -> tuple[str, ...]:
         """Axes that split the rows of a batch, or the slots of a KV cache."""
         return self.plan.present(*DATA_AXES)
@@ -374,13 +379,13 @@ class ShardedDecoder:
 
             def attend(i: int) -> Attend:
                 def over_cache(q_NTHh: Any, k_NTKh: Any, v_NTKv: Any, form: AttentionForm) -> jax.Array:
-                    # The cache has keys and values of one size.
-                    v_NTKh = jnp.pad(v_NTKv, [(0, 0)] * 3 + [(0, k_NTKh.shape[-1] - v_NTKv.shape[-1])])
-                    made.append((k_NTKh.transpose(0, 2, 1, 3), v_NTKh.transpose(0, 2, 1, 3)))
+                    # The cache has keys and values of one size; zeros change no score and are cut off again.
+                    wide = [_widen(x, self.cache_size) for x in (q_NTHh, k_NTKh, v_NTKv)]
+                    made.append((wide[1].transpose(0, 2, 1, 3), wide[2].transpose(0, 2, 1, 3)))
                     if inputs.read is None:
                         return attention(q_NTHh, k_NTKh, v_NTKv, form)
                     past = inputs.read(cache, number + i)
-                    y_NTHh = cached_attention(q_NTHh, k_NTKh, v_NTKh, past, inputs.starts, self.cp, form)
+                    y_NTHh = cached_attention(*wide, past, inputs.starts, self.cp, form)
                     return y_NTHh[..., : v_NTKv.shape[-1]]
 
                 return over_cache
@@ -461,6 +466,11 @@ class ShardedDecoder:
                 f"plan {self.plan.axes!r}: batch_size={batch_size} over {self.plan.data} data copies leaves {rows} "
                 f"rows, which do not divide into microbatches={parts} of {stages} stages; nearest valid: {choose}"
             )
+
+
+def _widen(x: jax.Array, size: int) -> jax.Array:
+    """Zeros behind the last axis, up to a size."""
+    return x if x.shape[-1] == size else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 def check_experts(config: MoEConfig, plan: Plan) -> None:

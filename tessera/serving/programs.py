@@ -97,7 +97,7 @@ class Programs:
             self.config.slots,
             model.kv_size,
             self.config.length,
-            model.head_size,
+            self.decoder.cache_size,
             self.config.cache_dtype or model.dtype,
         )
 

@@ -15,7 +15,7 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
-from tessera.models.attention_forms import RopeScaling
+from tessera.models.attention_forms import LatentConfig, RopeScaling
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving import config_json, huggingface
 from tessera.serving.families import FAMILIES, NotConvertible
@@ -402,6 +402,49 @@ def test_a_model_of_no_family_is_not_exported(changes, message):
     moe = MoEConfig(**{"router": RouterConfig(experts=4)} | changes.get("moe", {}))
     with pytest.raises(NotConvertible, match=message):
         write_config(dataclasses.replace(SMALL, **{"mlp": "routed"} | changes | {"moe": moe}))
+
+
+# Entries as published files have them, without the lists and names of transformers 5, and fields of the model.
+OLD_FILES = {
+    "gemma-3-1b": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 26, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+        | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 512, "sliding_window_pattern": 6},
+        {"attention_pattern": "LLLLLG", "window": 512, "rope_theta": 1e6, "local_rope_theta": 1e4}
+        | {"rope_scaling": RopeScaling("linear", 8.0), "query_pre_attn_scalar": 256, "embed_scale": 48.0},
+    ),
+    "gemma-2-2b": (
+        {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 224},
+        {
+            "attention_pattern": "LG",
+            "window": 4096,
+            "attention_softcap": 50.0,
+            "logit_softcap": 30.0,
+            "mlp": "geglu_tanh",
+        },
+    ),
+    "SmolLM3": ({"model_type": "smollm3", "rope_scaling": None}, {"attention_pattern": "GGGN", "window": 0}),
+    "gpt-oss-20b": (
+        {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
+        | {"rope_scaling": {"rope_type": "yarn", "factor": 32.0, "truncate": False}, "max_position_embeddings": 4096},
+        {"attention_pattern": "LG", "rope_scaling": RopeScaling("yarn", 32.0, 4096, truncate=False), "sinks": True},
+    ),
+    "DeepSeek-V2-Lite": (
+        {"model_type": "deepseek_v2", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6}
+        | {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707}},
+        {
+            "latent": LatentConfig(512),
+            "rope_scaling": RopeScaling("yarn", 40.0, 2048, mscale=0.707, mscale_all_dim=0.707),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_FILES)
+def test_entries_of_older_files_mean_what_they_meant(name, tmp_path):
+    entries, fields = OLD_FILES[name]
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    found = read_config(tmp_path)
+    assert {field: getattr(found, field) for field in fields} == fields
 
 
 def test_fused_tensors_are_read_of_a_model_that_another_family_could_have(tmp_path):
