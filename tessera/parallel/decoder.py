@@ -380,12 +380,12 @@ class ShardedDecoder:
             def attend(i: int) -> Attend:
                 def over_cache(q_NTHh: Any, k_NTKh: Any, v_NTKv: Any, form: AttentionForm) -> jax.Array:
                     # The cache has keys and values of one size; zeros change no score and are cut off again.
-                    wide = [_widen(x, self.cache_size) for x in (q_NTHh, k_NTKh, v_NTKv)]
-                    made.append((wide[1].transpose(0, 2, 1, 3), wide[2].transpose(0, 2, 1, 3)))
+                    wide_q, wide_k, wide_v = (_widen(x, self.cache_size) for x in (q_NTHh, k_NTKh, v_NTKv))
+                    made.append((wide_k.transpose(0, 2, 1, 3), wide_v.transpose(0, 2, 1, 3)))
                     if inputs.read is None:
                         return attention(q_NTHh, k_NTKh, v_NTKv, form)
                     past = inputs.read(cache, number + i)
-                    y_NTHh = cached_attention(*wide, past, inputs.starts, self.cp, form)
+                    y_NTHh = cached_attention(wide_q, wide_k, wide_v, past, inputs.starts, self.cp, form)
                     return y_NTHh[..., : v_NTKv.shape[-1]]
 
                 return over_cache
