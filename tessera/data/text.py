@@ -577,15 +577,19 @@ def read_texts(config: TextConfig) -> list[str]:
     """Read the documents of a text as they are: no split, no tokens; with `max_bytes` the first whole ones that fit.
 
     Raises:
-      ValueError, DataUnavailable: see `load_text`.
+      ValueError, DataUnavailable: see `load_text`; a token file, whose text is not known.
     """
     texts: list[str] = []
     size = 0
-    for document in _documents(config).values():
-        size += len(document)
-        if config.max_bytes and size > config.max_bytes and texts:
-            break
-        texts.append(document.decode())
+    _, paths = _find(config, config.name)
+    for path in sorted(paths):
+        if config.name not in ("stdlib", "tinyshakespeare") and is_token_file(path):
+            raise ConfigError(f"{path} holds tokens, not text; name the text that they were made from")
+        for document in _rows(path, config.column):
+            size += len(document)
+            if config.max_bytes and size > config.max_bytes and texts:
+                return texts
+            texts.append(document.decode())
     return texts
 
 
