@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ PRELOAD = (
     "orbax.checkpoint pytest"
 )
 FINISHED = ("killed", "timeout", "survived")
+BROKEN = 70  # exit status of a child that could not run its tests at all
 
 # Serves the changed source instead of the file's, and never from or into a cache of bytecode: an importer takes an
 # OSError of path_stats as "no date known".
@@ -74,6 +76,7 @@ class Mutant(NamedTuple):
     breaks: str
     equivalent: str = ""
     tests: tuple[str, ...] = ()
+    fresh: bool = False
 
 
 def load(path: Path) -> list[Mutant]:
@@ -232,6 +235,7 @@ def child(root: Path, task: Task, scratch: Path):
 
     recorder = Recorder(set(task.first), task.budget)
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch / 'tmp'}"]
+    options += ["-Wignore::pytest.PytestAssertRewriteWarning"]  # plugins that are imported before the fork
     options += ["-n0"] * bool(
         importlib.util.find_spec("xdist") and not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     )
@@ -257,8 +261,10 @@ def pool(root: Path, tasks: Iterable[Task], jobs: int = 1) -> Iterator[tuple[Tas
                 if (pid := os.fork()) == 0:
                     try:
                         child(root, task, scratch)
+                    except BaseException:
+                        traceback.print_exc()
                     finally:
-                        os._exit(3)
+                        os._exit(BROKEN)
                 running[pid] = task, scratch, time.monotonic() + 6 * task.limit
             for pid, (task, scratch, deadline) in list(running.items()):
                 late = time.monotonic() > deadline
@@ -282,6 +288,8 @@ def outcome(scratch: Path, late: bool, status: int, cpu: float) -> Outcome:
     out = json.loads(result.read_text()) if result.exists() else {"failed": "", "ran": []}
     out_of_time = late or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
     log = (scratch / "log").read_text(errors="replace") if (scratch / "log").exists() else ""
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
+        raise RuntimeError(f"tests could not be run:\n{log}")
     return Outcome(out.get("code", -1 if out_of_time else -2), out["failed"], out["ran"], cpu, log)
 
 
@@ -337,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", type=Path, help="list of mutants; tests/mutants.toml of the checkout")
     parser.add_argument("--out", type=Path, help="folder of the results; runs/mutants of the checkout")
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of file names")
+    parser.add_argument("--fresh", action="store_true", help="only those marked as written last")
     parser.add_argument("--tests", nargs="*", help="try these test files alone; what survives them counts as not run")
     parser.add_argument("--sample", type=int, help="how many, drawn by package")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -348,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     options = parser.parse_args(argv)
     root, began = options.root.resolve(), time.monotonic()
-    mutants = load(options.list or root / "tests" / "mutants.toml")
+    mutants = [m for m in load(options.list or root / "tests" / "mutants.toml") if m.fresh or not options.fresh]
     out = options.out or root / "runs" / "mutants"
     store = Store(out / "results.jsonl")
     chosen = [m for m in mutants if m.file.startswith(tuple(options.only))]
