@@ -133,3 +133,22 @@ def test_restarts_find_the_permutation_that_one_ascent_misses():
             same = [np.array_equal(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True)]
             recovered[restarts] += all(same)
     assert recovered[0] < recovered[10] == 12
+
+
+def test_activations_match_as_their_correlations_do():
+    """Units of different means and scales: the best of all permutations by `np.corrcoef`."""
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(40, 5)) * [1, 5, 0.2, 1, 2] + [9, -4, 0, 3, 6]
+    b = (a + generator.normal(size=a.shape))[:, [3, 0, 4, 1, 2]] * [1, 2, 0.1, 3, 1] + [-7, 5, 5, 0, 11]
+    like = np.corrcoef(a.T, b.T)[:5, 5:]
+    best = max(itertools.permutations(range(5)), key=lambda order: like[range(5), order].sum())
+    assert align.match_activations({"h": a}, {"h": b})["h"].tolist() == list(best)
+
+
+def test_twelve_blocks_come_back_in_order():
+    """Sorted as text, block 10 stands before block 2."""
+    config = TransformerConfig(vocab_size=5, layers=12, width=4, heads=2, ff=3)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    numbers = itertools.count()
+    params = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape) + 1000 * next(numbers), shapes)
+    equal(align.close_decoder(align.open_decoder(params)), params)

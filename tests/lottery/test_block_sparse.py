@@ -84,3 +84,10 @@ def test_what_does_not_fit_is_named():
         block_sparse.pack_chain(params, mask, ("dense7",))
     with pytest.raises(ValueError, match="block=32"):
         block_sparse.pack_chain(params, mask, LAYERS[:2], block=32)
+
+
+def test_pruned_weights_of_a_live_block_stay_pruned():
+    generator = np.random.default_rng(0)
+    kernel, mask = generator.normal(size=(128, 64)), generator.random((128, 64)) < 0.5
+    packed = block_sparse.pack(jnp.asarray(kernel, jnp.float32), jnp.asarray(mask))
+    np.testing.assert_array_equal(block_sparse.unpack(packed), np.where(mask, kernel.astype(np.float32), 0))

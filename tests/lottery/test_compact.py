@@ -178,3 +178,28 @@ def test_dead_experts_leave_and_the_layer_says_the_same(keep):
 def test_kernels_of_different_numbers_of_experts_are_refused():
     with pytest.raises(ValueError, match=r"\[2, 3\] experts"):
         compact.compact_experts({"up": np.ones((2, 3, 4)), "down": np.ones((3, 4, 3))})
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_a_neuron_is_dead_by_any_of_its_kernels(name):
+    config = TransformerConfig(vocab_size=5, layers=1, width=4, heads=2, ff=6)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    kernel = np.moveaxis(params["blocks"]["mlp"][name]["kernel"], 1 if name == "down" else 2, 0)
+    kernel[[1, 4]] = 0
+    assert compact.compact_decoder(params)[1]["ff"] == 4
+
+
+def test_an_expert_without_a_gate_stays_for_the_bias_that_it_adds():
+    stack = {"up": {"kernel": np.ones((3, 2, 4))}, "down": {"kernel": np.ones((3, 4, 2)), "bias": np.zeros((3, 2))}}
+    stack["up"]["kernel"][:2] = 0  # relu of zeros is zero, whatever reads it
+    stack["down"]["bias"][1] = 5
+    small, numbers = compact.compact_experts(stack)
+    assert numbers.tolist() == [2, 0, 1] and small["down"]["bias"].tolist() == [[5, 5], [0, 0]]
+
+
+def test_choices_of_cut_experts_have_no_weight():
+    """An expert that is gone, and a choice that was dropped before (expert 3 of 3)."""
+    chosen, weights = jnp.array([[0, 2], [1, 3]]), jnp.array([[0.25, 0.75], [0.5, 0.5]])
+    ids, factors = compact.renumber(chosen, weights, np.array([2, 0, 1]), 2)
+    assert ids.tolist() == [[2, 1], [0, 2]] and factors.tolist() == [[0.0, 0.75], [0.5, 0.0]]

@@ -151,6 +151,28 @@ def test_the_most_memory_at_once_is_the_state_what_is_saved_and_the_larger_of_he
     assert Memory(**parts | {"attention": 256.0}, feed_forward=32.0, logits=99.0).total == 3 + 8 + 4 + 256
 
 
+@pytest.mark.parametrize(
+    ("plan", "options", "parts", "rows"),
+    [
+        ("", {}, 1, 64),
+        ("", {}, 4, 16),
+        ("dp=2, fsdp=2", {}, 4, 4),
+        ("dp=2, pp=2", {"microbatches": 4}, 1, 8),
+        ("dp=2, pp=2", {"microbatches": 4}, 2, 4),
+    ],
+)
+def test_parts_of_a_batch_take_their_share_of_the_activations(plan, options, parts, rows):
+    """Gradient accumulation: so many rows at once, and a second set of gradients to add to."""
+    assert local_sizes(MODEL, Plan(plan, **options), 64, 128, parts).b == rows
+    run = make_run(plan, **options)
+    decoder = ShardedDecoder(run.model, run.plan)
+    placed = state_placements(decoder, jax.eval_shape(lambda: first_state(run)))
+    whole, cut = (estimate_memory(decoder, placed, 64, 128, n) for n in (1, parts))
+    for name in ("saved", "attention", "feed_forward"):
+        assert getattr(whole, name) == parts * getattr(cut, name)
+    assert cut.gradients == cut.params * (1 if parts == 1 and not options else 2)
+
+
 def test_what_does_not_fit_is_said():
     large = TransformerConfig(vocab_size=512, layers=4, width=8192, heads=8, ff=65536, dtype="bfloat16", remat="full")
     run = make_run("dp=8", large, batch_size=8)

@@ -22,6 +22,7 @@ from tessera.tickets import probe_report
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import Finished, FinishedLevels, Setup
 from tessera.tickets.studies import (
+    ablations,
     compared_masks,
     distribution,
     instability,
@@ -340,3 +341,14 @@ def test_comparisons_are_counted_with_and_without_bonferronis_correction():
         "By chance 1 of these 20 comparisons would be called better or worse if none were; "
         f"{strict} of the {told} are with intervals of 99.75% (Bonferroni) too."
     )
+
+
+def test_frozen_weights_have_no_gradient():
+    """Of the network x @ (trained + frozen): the gradient is that at the sum, and reaches one of the two."""
+    linear = Network(lambda key: None, lambda w, x: x @ w, lambda w, x: (x @ w, {}))
+    network, x = ablations.frozen_network(linear), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    tree = {"trained": jnp.array([[1.0], [0.0]]), "frozen": jnp.array([[0.0], [5.0]])}
+    np.testing.assert_array_equal(network.apply(tree, x), [[11], [23]])
+    found = jax.grad(lambda tree: jnp.square(network.train(tree, x)[0]).sum())(tree)
+    np.testing.assert_array_equal(found["trained"], [[2 * (11 + 3 * 23)], [2 * (2 * 11 + 4 * 23)]])
+    assert not found["frozen"].any()
