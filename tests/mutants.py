@@ -6,7 +6,7 @@ system (and hands it on to Python processes that tests start), so several mutant
 forked from a process that has imported JAX and pytest and has started no backend.
 
 A mutant is tried with the file that mirrors its module, tests/<path>/test_<module>.py, then with the test files below
-the same package that import the module, shortest first, within --budget seconds of processor time; markers as in the
+the same package that import the module, and the examples of its docstrings, shortest first, within --budget seconds of processor time; markers as in the
 default suite. It is killed by the first failing test, if that test passes without the mutant, and also by running out
 of time.
 
@@ -163,7 +163,8 @@ def tests_of(root: Path, mutant: Mutant) -> list[Path]:
     others = [f for f in sorted((base / folder[0]).rglob("test_*.py")) if module in imported(root, f)]
     if not first and not others:  # reached through other modules only
         others = sorted(base.joinpath(*folder).glob("test_*.py"))
-    return list(dict.fromkeys([*first, *others]))
+    examples = base / folder[0] / "test_examples.py"  # of docstrings, whose modules it imports by name
+    return list(dict.fromkeys([*first, *others, *([examples] if examples.exists() else [])]))
 
 
 class Recorder:

@@ -203,3 +203,25 @@ def test_choices_of_cut_experts_have_no_weight():
     chosen, weights = jnp.array([[0, 2], [1, 3]]), jnp.array([[0.25, 0.75], [0.5, 0.5]])
     ids, factors = compact.renumber(chosen, weights, np.array([2, 0, 1]), 2)
     assert ids.tolist() == [[2, 1], [0, 2]] and factors.tolist() == [[0.0, 0.75], [0.5, 0.0]]
+
+
+@pytest.mark.parametrize("structure", ["coupled", "2:4", "2x4"])
+def test_scores_of_pruned_weights_count_for_nothing(structure):
+    """Whatever they are, the units that go next are the same."""
+    generator = np.random.default_rng(0)
+    draw = lambda: {name: {"kernel": np.float32(generator.normal(size=(8, 8)))} for name in ("a", "b")}  # noqa: E731
+    score, mask = draw(), jax.tree.map(lambda x: jnp.asarray(np.abs(x) > 0.5), draw())
+    which, groups = masks.prunable(score), coupled.mlp_neurons(("a", "b"))
+
+    @jax.jit
+    def kept(score):
+        if structure == "coupled":
+            return coupled.keep_units(score, mask, which, groups, {"a": 3})
+        counts = {name: n // 2 for name, n in prune.units(score, which, structure).items()}
+        return prune.keep(score, mask, which, counts, structure)
+
+    found = kept(score)
+    for value in (1e6, -1e6, np.nan):
+        changed = kept(jax.tree.map(lambda s, m: np.where(m, s, np.float32(value)), score, mask))  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, changed, found)
+    assert sum(x.sum() for x in jax.tree.leaves(found)) < sum(x.sum() for x in jax.tree.leaves(mask))

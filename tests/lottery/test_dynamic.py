@@ -280,3 +280,19 @@ def test_straight_through_ramps_along_the_cubic_and_then_keeps_its_mask():
         np.testing.assert_array_equal(alive.sum(1), [round(final + (size - final) * (1 - p) ** 3) for p in parts])
         assert np.all(alive[8:] == alive[7]), "no choice after step 8"
         assert not np.any(np.asarray(params[name]["kernel"]).reshape(STEPS, -1)[~alive])
+
+
+def test_set_grows_at_places_drawn_anew_at_every_move():
+    """Places of 60 moves from one state: every dead one is among them, about as often as any other."""
+    mask = {"kernel": (jnp.arange(60) < 20).reshape(6, 10)}
+    config = dynamic.DynamicConfig("random", every=1, until=10**6, fraction=0.25)
+    tx = dynamic.dynamic(optax.sgd(0.1), mask, {"kernel": True}, config, key=jax.random.key(2))
+    params = masks.apply({"kernel": jax.random.normal(KEY, (6, 10))}, mask)
+
+    def grown(step):
+        state = tx.init(params)._replace(step=step)
+        return tx.update(params, state, params)[1].masks["kernel"] & ~mask["kernel"]
+
+    often = np.asarray(jax.jit(jax.vmap(grown))(jnp.arange(1, 61))).sum(0)[~np.asarray(mask["kernel"])]
+    # 5 of the 40 dead places and of the 5 that were dropped, 60 times: 6.7 each, with a deviation of 2.4.
+    assert often.min() > 0 and often.max() < 6.7 + 5 * 2.4

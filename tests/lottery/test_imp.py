@@ -141,6 +141,11 @@ def test_arms_start_from_the_weights_and_masks_they_are_named_for(everything):
                 weights[fresh]["dense0"]["kernel"][kept] != np.asarray(dense["reset"]["dense0"]["kernel"])[kept]
             )
         assert np.any(mask["random_mask"]["dense0"]["kernel"] != mask["ticket"]["dense0"]["kernel"])
+    # Fresh weights are fresh at every level, in every arm and for every seed: no two draws have a number in common.
+    fresh = [arm for arm in ALL.arms if imp.ARMS[arm].weights == "fresh"]
+    drawn = [part(ALL, trainer.starts[level].params, arm)["dense0"]["kernel"] for level in (1, 2, 3) for arm in fresh]
+    numbers = np.concatenate([leaf[leaf != 0] for leaf in drawn])
+    assert len(np.unique(numbers)) == len(numbers)
     assert_equal(part(ALL, trainer.starts[1].masks, "oneshot"), part(ALL, trainer.starts[1].masks, "ticket"))
 
 

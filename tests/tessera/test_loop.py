@@ -13,7 +13,7 @@ import pytest
 
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
-from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, evaluate, train
+from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, Signals, evaluate, train
 from tessera.step import StepConfig, init_state, make_train_step
 
 ROWS = 6
@@ -140,6 +140,20 @@ def test_a_signal_saves_and_stops_at_the_step(tmp_path, whole, signum):
     same(result, whole[0])
     assert result.start == 8
     assert (tmp_path / METRICS).read_bytes() == (whole[2] / METRICS).read_bytes()
+
+
+def test_a_second_signal_acts_as_if_nobody_listened():
+    """The first is noted; the second meets the handler that was there before, in the middle of a step."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.reached(1) and heard == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("step", [1, 7, 10, 20])

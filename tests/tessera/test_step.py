@@ -67,6 +67,15 @@ def test_gradient_accumulation_gives_the_update_of_the_whole_batch(parts, tx):
     assert_close(one["loss"], two["loss"])
 
 
+def test_parts_of_a_batch_draw_noise_of_their_own():
+    """The mean of 12 uniform draws has a deviation of 1 / 12; of one draw, used 12 times, of 1 / sqrt(12)."""
+    params, batch = problem()
+    step = make_train_step(loss_fn, optax.sgd(0.1), StepConfig(grad_accum_steps=12))
+    state = init_state(params, optax.sgd(0.1))
+    means = jax.jit(jax.vmap(lambda key: step(state, batch, key)[1]["draw"]))(jax.random.split(KEY, 400))
+    assert np.std(means) == pytest.approx(1 / 12, rel=0.2) and np.mean(means) == pytest.approx(0.5, abs=0.02)
+
+
 def test_what_follows_from_the_routers_load_is_of_the_whole_batch():
     """Two parts, each at one expert alone, are a balanced batch."""
     batch = {"load": jnp.array([[1.0, 0.0], [0.0, 1.0]] * 3)}

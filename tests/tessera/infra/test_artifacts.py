@@ -25,7 +25,7 @@ def test_the_newest_state_is_read_and_a_damaged_one_is_passed_over(tmp_path):
     step, tree, extra = store.latest(TREE)
     assert step == 20 and extra == {"rows": [{"step": 20}]}
     np.testing.assert_array_equal(tree["params"]["w"], TREE["params"]["w"] + 20)
-    assert store.latest(TREE, before=19)[0] == 10
+    assert [store.latest(TREE, before=step)[0] for step in (19, 20, 21)] == [10, 20, 20]
     damage(store.path(20))
     assert store.latest(TREE)[0] == 10
     store.clear(before=10)

@@ -112,6 +112,19 @@ def test_progress_as_plain_lines():
     assert lines[-1].startswith("work 4/4") and "loss 0.25 note x" in lines[-1] and "left" not in lines[-1]
 
 
+@pytest.mark.parametrize(("units", "seconds", "rate"), [(8, 2.0, "4.0/s"), (2, 8.0, "4.0 s each"), (3, 3.0, "1.0/s")])
+def test_progress_tells_units_a_second_or_seconds_a_unit(monkeypatch, units, seconds, rate):
+    """After the first unit, which holds compilation."""
+    now, stream = [50.0], io.StringIO()
+    monkeypatch.setattr("tessera.infra.logger.time.monotonic", lambda: now[0])
+    with Progress(units + 2, every=0.0, stream=stream) as bar:
+        now[0] = 90.0
+        bar.advance()
+        now[0] += seconds
+        bar.advance(units)
+        assert rate in stream.getvalue().splitlines()[-1].split(", ") or f" {rate}" in stream.getvalue().splitlines()[-1]
+
+
 def test_progress_is_quiet_between_lines_and_when_inactive():
     stream = io.StringIO()
     with Progress(1000, every=60.0, stream=stream) as bar:

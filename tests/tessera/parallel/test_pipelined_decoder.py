@@ -119,6 +119,14 @@ def test_a_plan_with_stages_computes_what_one_device_does(text, options, changes
         assert scale > 1e-4, path_name(path)
 
 
+def test_metrics_of_routers_on_uneven_stages_are_those_of_the_layers():
+    """Three routed layers on two stages, of which one has a layer of padding; the loss alone."""
+    parts, mesh, params, loss_fn = make("pp=2", {"microbatches": 2}, ROUTED | {"layers": 3})
+    _, found = jax.device_get(jax.jit(pipelined_decoder.make_loss(parts, mesh))(params, BATCH))
+    _, expected = jax.device_get(jax.jit(loss_fn)(params, BATCH))
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixture", "training"),
