@@ -6,9 +6,9 @@ system (and hands it on to Python processes that tests start), so several mutant
 forked from a process that has imported JAX and pytest and has started no backend.
 
 A mutant is tried with the file that mirrors its module, tests/<path>/test_<module>.py, then with the test files below
-the same package that import the module, and the examples of its docstrings, shortest first, within --budget seconds of processor time; markers as in the
-default suite. It is killed by the first failing test, if that test passes without the mutant, and also by running out
-of time.
+the same package that import the module, and the examples of its docstrings, shortest first, within --budget seconds of
+processor time; markers as in the default suite. It is killed by the first failing test, if that test passes without the
+mutant, and also by running out of time.
 
     python tests/mutants.py --only lottery/ moe/gate.py      # what starts with these
     python tests/mutants.py --sample 60 --seed 1             # as many of each package as its share

@@ -11,6 +11,7 @@ from moe.layer import MoEConfig
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from sharding.rules import path_name, shardings
+from sharding.tensor_parallel import gather_params
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding, make_loss
@@ -114,3 +115,19 @@ def test_a_plan_computes_what_one_device_does(one_device, text, options, changes
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max(), err_msg=path_name(path))
         assert np.abs(theirs).max() > 1e-4, path_name(path)
+
+
+def test_routers_gains_and_biases_are_not_rounded_to_the_compute_type():
+    """Experts are chosen in float32: the router's kernel comes as it is stored."""
+    stored = {
+        "attention_norm": {"gain": jnp.full((2, 8), 0.1)},
+        "mlp": {"router": {"kernel": jnp.full((8, 4), 0.1)}, "up": {"kernel": jnp.full((8, 8), 0.1)}},
+    }
+    specs = jax.tree.map(lambda leaf: jax.sharding.PartitionSpec(), stored)
+    found = gather_params(stored, specs, jnp.bfloat16, fsdp=None, vary_over=())
+    types = {path_name(path): leaf.dtype.name for path, leaf in jax.tree.leaves_with_path(found)}
+    assert types == {
+        "attention_norm/gain": "float32",
+        "mlp/router/kernel": "float32",
+        "mlp/up/kernel": "bfloat16",
+    }

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from scaling.fitting.bootstrap import bootstrap
+from scaling.fitting.bootstrap import bootstrap, interval
 from scaling.fitting.fit import FitConfig, fit
 from scaling.fitting.intervals import prediction_interval, profile
 from scaling.published import CURVE
@@ -75,3 +75,9 @@ def test_a_new_runs_loss_is_predicted():
     few = fit(fitted.rows.take(np.arange(0, 40, 4)), CURVE, NORMAL, starts=CURVE.raw(T)[:, None])
     low, high = prediction_interval(few, bootstrap(few, 200), beyond)
     assert np.isfinite([low, high]).all()
+
+
+@pytest.mark.parametrize(("level", "ends"), [(0.95, (25, 975)), (0.5, (250, 750))])
+def test_percentile_intervals_of_even_draws(level, ends):
+    draws = np.random.default_rng(0).permutation(np.arange(1001.0))
+    np.testing.assert_allclose(interval(np.stack([draws, 2 * draws]), level).T, [ends, np.multiply(2, ends)], rtol=1e-9)

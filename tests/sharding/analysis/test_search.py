@@ -21,3 +21,9 @@ def test_every_factoring_is_looked_at_once_and_the_fastest_that_fits_wins():
     ranking = rank(seen, judge, 60.0)
     assert ranking.fits[0].plan.axes == "fsdp=8" and ranking.smallest.plan.axes == "fsdp=8"
     assert (ranking.tried, ranking.refused, ranking.too_large, len(ranking.fits)) == (10, 1, 3, 6)
+
+
+def test_an_interleaved_schedule_holds_its_virtual_stages_where_there_are_stages():
+    for plan in plans(4, Plan(schedule="interleaved", virtual=3)):
+        expected = ("interleaved", 3) if plan.size("pp") > 1 else ("1f1b", 1)
+        assert (plan.schedule, plan.virtual) == expected

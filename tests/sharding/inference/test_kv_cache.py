@@ -122,3 +122,10 @@ def test_groups():
         cache_specs(CONFIG, Plan("tp=4"))
     with pytest.raises(ValueError, match="int8"):
         CacheConfig(1, 1, 1, 1, 2, "int4")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_are_those_of_the_arrays(dtype):
+    config = CacheConfig(L, B, K, S, h, dtype)
+    arrays = jax.eval_shape(lambda: make_cache(config))._replace(lengths=None)
+    assert config.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))

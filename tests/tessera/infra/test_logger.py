@@ -122,7 +122,8 @@ def test_progress_tells_units_a_second_or_seconds_a_unit(monkeypatch, units, sec
         bar.advance()
         now[0] += seconds
         bar.advance(units)
-        assert rate in stream.getvalue().splitlines()[-1].split(", ") or f" {rate}" in stream.getvalue().splitlines()[-1]
+        line = stream.getvalue().splitlines()[-1]
+    assert f"/{units + 2}  {rate}  " in line
 
 
 def test_progress_is_quiet_between_lines_and_when_inactive():
