@@ -144,3 +144,19 @@ def test_removal_counts_round_as_numpy_and_never_empty_a_layer(rate, alive):
 def test_impossible_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("structure", "alive"),
+    [
+        ("neuron", lambda mask: mask.any(0).sum()),
+        ("2x3", lambda mask: mask.reshape(3, 2, 2, 3).any((1, 3)).sum()),
+        ("2:3", lambda mask: mask.sum()),
+    ],
+)
+def test_a_unit_is_alive_while_any_of_its_weights_is(structure, alive):
+    mask = np.random.default_rng(0).random((6, 6)) < 0.25
+    mask[:, 0] = mask[2:4, 3:] = False
+    params, which = {"one": {"kernel": jnp.asarray(mask)}}, {"one": {"kernel": True}}
+    (found,) = prune.alive_units(params, which, structure).values()
+    assert int(found) == alive(mask) < mask.size

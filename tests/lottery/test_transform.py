@@ -299,3 +299,17 @@ def test_masks_that_do_not_fit_are_refused_by_name():
     mask["output"]["kernel"] = mask["output"]["kernel"].T
     with pytest.raises(ValueError, match=r"output/kernel has shape \(4, 8\)"):
         transform.sparse(optax.adam(1.0), mask).init(params)
+
+
+@pytest.mark.parametrize("name", ["value_fn", "obj_fn"])
+def test_a_line_search_sees_the_loss_of_the_sparse_network(name):
+    """Parameters tried on the way may have anything under the mask's zeros: |w|^2 of (3, 5) is 9 there."""
+
+    def update(updates, state, params=None, **extra):
+        return {"kernel": jnp.full(2, extra[name]({"kernel": jnp.array([3.0, 5.0])}))}, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    mask, params = {"kernel": jnp.array([True, False])}, {"kernel": jnp.array([1.0, 0.0])}
+    tx = transform.sparse(inner, mask)
+    asked = {name: lambda p: jnp.square(p["kernel"]).sum()}
+    assert tx.update(params, tx.init(params), params, **asked)[0]["kernel"].tolist() == [9, 0]

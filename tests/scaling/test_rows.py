@@ -75,3 +75,12 @@ def test_dropping_the_highest_losses_keeps_the_order():
     assert rows.without_highest_losses(2)["params"].tolist() == [1, 3]
     with pytest.raises(ValueError, match="cannot drop 4 of 4"):
         rows.without_highest_losses(4)
+
+
+def test_sizes_have_units_and_losses_have_none():
+    """A loss of "3.2k" is a typing error, whatever it would be as a number."""
+    sizes = {"params": ["1.2B", "70M", "5e3k"], "tokens": ["3T", "2 b", "1e9"]}
+    rows = make_rows({**sizes, "loss": ["3.2", "2.9", "2.5"]})
+    assert rows["params"].tolist() == [1.2e9, 7e7, 5e6] and rows["tokens"].tolist() == [3e12, 2e9, 1e9]
+    with pytest.raises(RowError, match="'3.2k' is not a number"):
+        make_rows({**sizes, "loss": ["3.2k", "2.9", "2.5"]})

@@ -6,6 +6,7 @@ import pytest
 
 from moe.kernels import implementations, tiling
 from moe.kernels.tiling import Tiling, lookup
+from moe.kernels.tpu.tiles import even
 
 
 @pytest.fixture
@@ -80,3 +81,13 @@ def test_the_tables_that_ship_can_be_read():
 def test_a_tile_of_nothing_is_refused(field):
     with pytest.raises(ValueError, match=field):
         Tiling(**{field: 0})
+
+
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_even_tiles_are_as_few_as_can_be_and_cover_their_axis(multiple):
+    for size in range(1, 300):
+        for most in (32, 64, 96, 256):
+            tile, count = even(size, most, multiple), -(-size // most)
+            assert tile % multiple == 0 and count * tile >= size
+            # One more tile would do with less, and one unit less would not cover the axis.
+            assert (tile - multiple) * count < size

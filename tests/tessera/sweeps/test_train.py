@@ -55,6 +55,11 @@ def test_rows_hold_what_was_measured(whole):
         assert row["gradient_noise"] > 0 and np.isfinite(row["gradient_signal"])
 
 
+def test_of_a_trunk_that_ended_its_branch_points_stay_alone(whole):
+    """What was saved in between is removed, that at the branch points too."""
+    assert {path.name for path in whole[1].rglob("trunk/*")} == {f"branch-{one.branch}" for one in plan().readouts}
+
+
 def test_a_readout_is_what_a_run_of_that_length_gives(text, whole, tmp_path):
     rows, _ = trained(text, tmp_path, plan(tokens=(4096.0,)))
     assert rows == whole[0][:1]
