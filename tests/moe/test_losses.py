@@ -86,6 +86,16 @@ def test_the_auxiliary_losses_of_devices_are_those_of_all_their_tokens(scope):
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("coefficient", [0.5, 3.0])
+@pytest.mark.parametrize("name", ["balance", "importance", "load", "z"])
+def test_an_auxiliary_loss_is_added_times_its_coefficient(name, coefficient):
+    config = MoEConfig(**{"router": RouterConfig("noisy", 4, 2), "balance": 0.0, name: coefficient})
+    routing = route.noisy_top_k(*jax.random.normal(jax.random.key(0), (2, 6, 4)), 2)
+    alone = {"balance": losses.load_balance, "importance": losses.importance_loss}
+    alone |= {"load": losses.load_loss, "z": losses.z_loss}
+    assert float(auxiliary(routing, config, 1)) == pytest.approx(coefficient * float(alone[name](routing)), rel=1e-6)
+
+
 def test_st_moe_z_loss():
     # Eq. 5: mean of (log sum exp)^2. exp rows sum to 1 + e and 2 e^2: logs are log(1 + e) and 2 + log 2.
     routing = route.top_k(jnp.array([[0.0, 1.0], [2.0, 2.0]]), 1)

@@ -12,7 +12,7 @@ import tiny_model as tiny
 from lottery import export, masks
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
-from sharding.inference.quantize import QuantConfig, stored_bytes
+from sharding.inference.quantize import QuantConfig, Quantized, stored_bytes
 from sharding.plan import Plan
 from tessera.data.text import ByteTokenizer
 from tessera.models.transformer import Attention, Block, Decoder, SwiGLU, TransformerConfig
@@ -73,6 +73,21 @@ def test_calibration_sees_what_the_kernels_of_a_block_read(norm_position):
     seen = watch(block, x, np.zeros((2, 5), np.int32), config, "swiglu", config.form(0))
     for kernel, layer in (("query", Attention), ("gate", SwiGLU)):
         np.testing.assert_allclose(seen[kernel].magnitude, np.abs(read[layer]).sum((0, 1)), rtol=1e-5)
+
+
+def test_a_block_is_calibrated_on_what_the_quantised_blocks_before_it_compute(monkeypatch):
+    """Kernels quantised to zeros add nothing to the stream: every block reads what the first one did."""
+    seen = []
+
+    def zeros(kernel, how, statistics):
+        seen.append(statistics)
+        return Quantized(np.zeros(kernel.shape, np.int8), np.ones((1, kernel.shape[1]), np.float32))
+
+    monkeypatch.setattr("tessera.serving.quantized.quantize_matrix", zeros)
+    quantise_decoder(weights(DENSE), DENSE, QuantConfig(8, "gptq"), TEXT)
+    first, second = seen[:7], seen[7:]
+    same = [np.allclose(a.hessian, b.hessian, rtol=1e-4) for a, b in zip(first, second, strict=True)]
+    assert sum(same) >= 3, "of queries, keys and values; what else a block reads depends on its own kernels"
 
 
 @pytest.mark.parametrize("axes", ["", pytest.param("tp=4, dp=2", marks=pytest.mark.slow)])

@@ -11,8 +11,8 @@ pytest.importorskip("pydantic")
 from bodies import BODIES, CHAT, COMPLETION
 
 from tessera.data.text import ByteTokenizer
-from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, Reader, openapi, read_body
-from tessera.serving.requests import Sampling
+from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, Reader, openapi, read_body, usage
+from tessera.serving.requests import Request, Sampling
 
 READER = Reader(ByteTokenizer(), 256)
 
@@ -122,6 +122,9 @@ def test_what_is_asked_arrives():
     wanted |= {"temperature": 0.0, "max_tokens": 4, "stop_tokens": (3, 4)}
     seeds = [one.seed for one in found.samplings]
     assert found.samplings[0] == Sampling(**wanted, seed=2**32 - 1) and seeds == [2**32 - 1, 0] * 2
+    # Both texts of a prompt read it once.
+    requests = [Request(*pair) for pair in zip(found.prompts, found.samplings, strict=True)]
+    assert usage(found, requests, drawn=5) == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
 @given(BODIES, st.booleans(), st.booleans())
