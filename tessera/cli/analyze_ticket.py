@@ -1,5 +1,6 @@
 """Look at a finished search: `tessera analyze-ticket --config.search=RUN`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,11 @@ SCHEMA = Schema(AnalyzeSettings, analysis=AnalysisConfig)
 ERRORS = (DataUnavailable, WorkdirMismatch, CheckpointDamaged, FloatingPointError)
 
 
+def spread(have: Sequence[int]) -> list[int]:
+    """Five of the finished levels over the depth: the first three, the one in the middle and the last."""
+    return sorted({0, *have[1:3], have[len(have) // 2], have[-1]} if have else {0})
+
+
 def main(invocation: Invocation) -> None:
     """Config -> levels of the search -> connectivity, overlap, sharpness -> page."""
     config, console = invocation.config, Console()
@@ -43,7 +49,7 @@ def main(invocation: Invocation) -> None:
         raise ConfigError("config.search: the workdir of a finished search is needed")
     search = checked("config.search", finished, config.search, "config.search")
     have = [n for n in range(search.setup.search.levels + 1) if search.store.has(n)]
-    levels = list(config.levels) or sorted({0, *have[1:3], have[len(have) // 2], have[-1]} if have else {0})
+    levels = list(config.levels) or spread(have)
     missing = [level for level in levels if level not in have]
     if missing:
         raise ConfigError(f"config.levels: the search has no finished level {missing[0]}; finished: {have}")

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from scaling.sweeps.adaptive import PlannerConfig, choose_runs, first_table
 from scaling.sweeps.executors import ExecutorConfig, make_executor
-from scaling.sweeps.plan import Family, PlanConfig, plan_runs
+from scaling.sweeps.plan import Family, PlanConfig, PlannedRun, plan_runs
 from scaling.sweeps.store import DamagedRow
 from scaling.sweeps.sweep import RunFailed, SweepConfig, run_sweep
 from tessera.cli.main import Invocation
@@ -29,6 +30,11 @@ from tessera.sweeps.train import TextStore, check_texts, compile_cache, train_ru
 SCHEMA = schema.SCHEMA
 FULL = 2**16  # bytes that a full disk may show as free
 ERRORS = (DataUnavailable, WorkdirMismatch, RunFailed, DamagedRow, ImportError)
+
+
+def target_of(runs: Sequence[PlannedRun]) -> float:
+    """Ten times the largest budget of a plan: a target that does not move as larger budgets come in."""
+    return 10 * max(readout.budget for run in runs for readout in run.readouts)
 
 
 def main(invocation: Invocation) -> None:
@@ -55,8 +61,7 @@ def main(invocation: Invocation) -> None:
     console = Console()
     table, more = runs, None
     if planner.begin:
-        # The target must not move as larger budgets come in.
-        report = replace(report, target=report.target or 10 * max(r.budget for run in runs for r in run.readouts))
+        report = replace(report, target=report.target or target_of(runs))
         table = checked("config.planner", first_table, runs, planner)
         more = partial(choose_runs, runs=runs, config=planner, target=report.target)
     executor = checked("config.engine", make_executor, engine, workdir / "logs", compile_cache(workdir / "compiled"))

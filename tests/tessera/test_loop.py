@@ -97,6 +97,15 @@ def test_rows_and_checkpoints_of_a_whole_run(whole):
     assert len(timing) == 10 and timing[0]["tokens_per_second"] == pytest.approx(12 * timing[0]["steps_per_second"])
 
 
+def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
+    """Every step takes two seconds, whatever was saved or evaluated in between."""
+    now = [0.0]
+    monkeypatch.setattr("tessera.loop.time.perf_counter", lambda: now[0])
+    tick = lambda: now.__setitem__(0, now[0] + 2.0)  # noqa: E731
+    run(tmp_path, Stream(at=dict.fromkeys(range(1, 13), tick)), steps=12, every=5)
+    assert [row["steps_per_second"] for row in read_rows(tmp_path / TIMING)] == [0.5] * 6
+
+
 class Killed(BaseException):
     """Ends a run without any of its clean-up: nothing in the loop may rely on more than a kill leaves."""
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from configs import lm
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.text import TextConfig, load_text
@@ -25,6 +26,7 @@ from tessera.infra.schema import completed
 from tessera.lm.run import (
     Placement,
     RunConfig,
+    accumulated_batch,
     batch_share,
     build_run,
     data_parallel,
@@ -119,6 +121,15 @@ def test_routers_and_losses_that_training_would_not_have_are_refused(tmp_path, m
     config.step.update(step)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         run_config(config, 256)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_a_plan_has_to_divide_a_part_of_the_batch(parts):
+    """12 sequences over four devices: in two parts of 6 they do not divide, nor in four of 3; in three parts they do."""
+    config = RunConfig(MODEL, Plan("dp=4"), OptimizerConfig(), StepConfig(grad_accum_steps=parts), 12, 128)
+    assert accumulated_batch(config) == 12 // parts
+    with nullcontext() if 12 // parts % 4 == 0 else pytest.raises(PlanError, match=f"{12 // parts}"):
+        under_plan(config, devices=jax.devices()[:4])
 
 
 def test_experts_without_a_plan_run_on_the_devices_of_their_tokens():

@@ -17,8 +17,17 @@ import pytest
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointReader, Checkpoints
+from tessera.infra.logger import Logger
 from tessera.infra.workdir import FORMAT
-from tessera.lm.warm_start import StartConfig, convert, join_blocks, keeps_outputs, read_model, split_blocks
+from tessera.lm.warm_start import (
+    StartConfig,
+    convert,
+    join_blocks,
+    keeps_outputs,
+    read_model,
+    recorded_load,
+    split_blocks,
+)
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
 
@@ -115,6 +124,15 @@ def test_other_counts_of_experts_are_refused():
     other = routed(1, RouterConfig("top_k", 8, 2))
     with pytest.raises(ValueError, match=r"\(2, 4, 16, 24\) there, \(2, 8, 16, 24\) needed"):
         convert(made, routed(), other, key=KEY)
+
+
+def test_the_load_of_a_run_is_that_of_its_last_tenth(tmp_path):
+    loads = np.random.default_rng(0).dirichlet(np.ones(3), (25, 2))  # 25 logged steps, two layers, three experts
+    with Logger(tmp_path) as logger:
+        for step, load in enumerate(loads, 1):
+            logger.write(step, {"loss": 1.0, "router/load": load.tolist()})
+            logger.write(step, {"loss": 9.0}, kind="eval")
+    np.testing.assert_allclose(recorded_load(tmp_path), loads[-2:].mean(0), rtol=1e-12)
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):

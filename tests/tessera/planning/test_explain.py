@@ -20,11 +20,11 @@ from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, state_shardings
 from tessera.planning import costs
-from tessera.planning.compile import compile_step
+from tessera.planning.compile import Compiled, compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
 from tessera.planning.memory import Memory, estimate_memory, local_sizes, saved_per_row, state_placements
-from tessera.planning.report import picture_sections, tables, terminal, verdict, write_page
+from tessera.planning.report import memory_rows, picture_sections, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
@@ -182,6 +182,14 @@ def test_what_does_not_fit_is_said():
     for share, fits in ((0.90, True), (0.95, False)):
         device = replace(H100, memory=found.memory.total / share)
         assert replace(found, hardware=device).fits == fits
+
+
+def test_the_estimate_is_told_against_the_compilers_figure():
+    run = make_run("dp=8")
+    found = explain(run, H100)
+    compiled = Compiled(int(found.memory.total / 1.25), 0, 0, 0, None, 1.0, 1.0)
+    rows = {name: cells for name, *cells in memory_rows(found, compiled)}
+    assert rows["estimate against it"] == ["+25.0%", ""]
 
 
 def test_a_batch_that_does_not_divide_is_refused():

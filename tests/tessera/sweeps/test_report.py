@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scaling.batch import critical_batch
 from scaling.rows import make_rows
 from scaling.sweeps.sweep import table
-from tessera.reports.html import section_html
+from tessera.reports.html import Table, section_html
 from tessera.sweeps.report import (
     ReportConfig,
     best_rows,
@@ -16,6 +17,7 @@ from tessera.sweeps.report import (
     isoflop_part,
     lr_minima,
     lr_section,
+    noise_section,
     surface_part,
     sweep_page,
 )
@@ -145,3 +147,16 @@ def test_enough_is_when_the_interval_is_tight():
     assert not enough(found, ReportConfig(stop_at=1e-4, target=1e13))
     with pytest.raises(ValueError, match="not be negative"):
         ReportConfig(stop_at=-1.0)
+
+
+def test_a_critical_batch_and_its_interval_are_in_tokens():
+    """Of sequences of 64 tokens: mean noise over mean signal, and `scaling.critical_batch`'s interval."""
+    found = make_rows({name: [row[name] for row in rows()] for name in rows()[0]})
+    section = noise_section(found, 64)
+    (body,) = [part.rows for part in section.content if isinstance(part, Table)]
+    for budget, (name, runs, tokens, interval) in zip(BUDGETS, body, strict=True):
+        mine = found.take(found["budget"] == budget)
+        batch = critical_batch(mine["gradient_signal"], mine["gradient_noise"])
+        assert tokens == pytest.approx(64 * 3.0 / mine["gradient_signal"].mean()) and runs == 8
+        ends = [float(number) for number in re.findall(r"[\d.]+", interval.replace(",", ""))]
+        assert ends == pytest.approx([64 * batch.low, 64 * batch.high], rel=0.01), name

@@ -13,7 +13,7 @@ from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_netw
 from tessera.tickets.studies.compared_masks import compare
 from tessera.tickets.studies.sources import changed
 from tessera.tickets.studies.sparse_methods import SparseConfig, sparse_share
-from tessera.tickets.studies.study import Comparison, markdown
+from tessera.tickets.studies.study import Comparison, magnitude_masks, markdown
 
 CONFIG = ConfigDict(
     {
@@ -157,3 +157,13 @@ def test_methods_are_ranked_at_equal_executed_flops():
     assert study.findings[1] == "Ahead of the ticket (iterative): RigL."
     text = markdown(study)
     assert all(f"**{heading}**" in text for heading in study.tables)
+
+
+def test_magnitude_masks_hold_the_largest_weights_of_every_layer():
+    params = {name: {"kernel": np.random.default_rng(i).normal(size=(2, 5, 4))} for i, name in enumerate("ab")}
+    found, counts = magnitude_masks(jax.tree.map(jnp.float32, params), 0.3)
+    assert counts == {"a/kernel": 6, "b/kernel": 6}
+    for name, layer in params.items():
+        size = np.abs(layer["kernel"].reshape(2, -1))
+        largest = size >= np.sort(size)[:, -6:].min(1, keepdims=True)
+        np.testing.assert_array_equal(np.asarray(found[name]["kernel"]).reshape(2, -1), largest)

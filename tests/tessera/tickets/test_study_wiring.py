@@ -22,7 +22,6 @@ from tessera.tickets import probe_report
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import Finished, FinishedLevels, Setup
 from tessera.tickets.studies import (
-    ablations,
     compared_masks,
     distribution,
     instability,
