@@ -125,7 +125,7 @@ def test_routers_and_losses_that_training_would_not_have_are_refused(tmp_path, m
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_a_plan_has_to_divide_a_part_of_the_batch(parts):
-    """12 sequences over four devices: in two parts of 6 they do not divide, nor in four of 3; in three parts they do."""
+    """12 sequences over four devices: parts of 12 and 4 divide, those of 6 and 3 do not."""
     config = RunConfig(MODEL, Plan("dp=4"), OptimizerConfig(), StepConfig(grad_accum_steps=parts), 12, 128)
     assert accumulated_batch(config) == 12 // parts
     with nullcontext() if 12 // parts % 4 == 0 else pytest.raises(PlanError, match=f"{12 // parts}"):
