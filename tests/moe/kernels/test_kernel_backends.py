@@ -1,6 +1,7 @@
 """Names of backends: what "auto" resolves to, what is refused, and the tokamax backend (a stub where it is missing)."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -240,7 +241,18 @@ def fail():
     raise RuntimeError("ptxas fatal")
 
 
-CHECKED = [("plain", broken, "differ by"), ("plain", uncompiled, "ptxas fatal"), ("plain", None, None)]
+def greedy(kernel, operands, spec, *, interpret=False):
+    """Reads rows past the groups, which may hold anything."""
+    out = getattr(ops, kernel)(operands, spec)
+    return jax.tree.map(lambda leaf: leaf + 0 * operands.x.sum(), out)
+
+
+CHECKED = [
+    ("plain", broken, "differ by"),
+    ("plain", greedy, "differ by"),
+    ("plain", uncompiled, "ptxas fatal"),
+    ("plain", None, None),
+]
 CHECKED += [
     pytest.param(name, *case, marks=pytest.mark.slow)
     for name in ("gather", "swiglu", "combine")
@@ -282,6 +294,18 @@ def test_kernels_that_fail_their_check_are_replaced_with_one_warning(monkeypatch
     assert len(warnings) == count and (len(runs) == checked if why else len(runs) < 2 * checked)
     implementations.call.clear_cache()
     self_check._works.cache_clear()
+
+
+@pytest.mark.parametrize(("platforms", "runs"), [(("tpu",), True), (("tpu", "cpu"), False), (("cpu",), False)])
+def test_a_kernel_has_to_run_on_every_platform_of_its_program(platforms, runs):
+    traced = jax.jit(lambda x: implementations._require_p.bind(x, backend="tpu")).trace(jnp.ones(3))
+    names = ", ".join(platforms)
+    with (
+        nullcontext()
+        if runs
+        else pytest.raises(ValueError, match=f"backend='tpu' runs on tpu, .* compiled for {names}")
+    ):
+        traced.lower(lowering_platforms=platforms)
 
 
 class Stub:

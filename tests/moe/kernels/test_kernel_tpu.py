@@ -11,10 +11,11 @@ import pytest
 from jax.experimental import pallas as pl
 
 from moe.kernels import Combine, Quantized, SwiGLU, block_sparse_matmul, block_structure, grouped_matmul, quantize
-from moe.kernels.spec import GroupedSpec
+from moe.kernels.spec import ContractionOperands, ContractionSpec, GroupedSpec
 from moe.kernels.tiling import Tiling
-from moe.kernels.tpu import gather, grouped
+from moe.kernels.tpu import contraction, gather, grouped
 from moe.kernels.tpu.tiles import Tiles
+from sharding.analysis.collectives import inner_jaxprs
 
 TILES = Tiling(rows=32, inner=128, cols=128)
 interpreted = partial(grouped_matmul, backend="tpu_interpret", tiling=TILES)
@@ -252,3 +253,31 @@ def test_compiles_ahead_of_time(chip, topology, name):
     text = compiled.as_text()
     assert "tpu_custom_call" in text
     assert ("ragged_contraction_gathered" in text) == ("gathered" in name)
+
+
+def test_a_weight_gradient_has_nothing_of_other_groups_and_of_rows_past_them():
+    """Three groups in one tile of rows, the second empty; what is past them is NaN in both operands."""
+    rng, sizes = np.random.default_rng(0), (7, 0, 12)
+    x, dy = rng.normal(size=(24, 40)), rng.normal(size=(24, 24))
+    x[19:] = dy[19:] = np.nan
+    operands = ContractionOperands(*(jnp.array(a, jnp.float32) for a in (x, dy)), jnp.array(sizes, jnp.int32))
+    found = contraction.contract(operands, ContractionSpec(np.dtype("float32"), TILES), interpret=True)
+    expected = [x[:7].T @ dy[:7], np.zeros((40, 24)), x[7:19].T @ dy[7:19]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_float16_is_computed_in_float32():
+    """TPUs have none: no array of a kernel is float16, while operands and results are."""
+    x, w = jnp.zeros((32, 128), jnp.float16), jnp.zeros((2, 128, 128), jnp.float16)
+    run = lambda x, w: interpreted(x, w, jnp.array([8, 24]))  # noqa: E731
+    kernels = [eqn for eqn in every_equation(jax.make_jaxpr(run)(x, w).jaxpr) if eqn.primitive.name == "pallas_call"]
+    assert kernels and run(x, w).dtype == jnp.float16
+    for eqn in kernels:
+        assert jnp.float16 not in {var.aval.dtype for var in (*eqn.invars, *eqn.outvars)}
+
+
+def every_equation(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn.params.values()):
+            yield from every_equation(inner)

@@ -80,6 +80,15 @@ def test_an_upcycled_decoder_computes_what_the_dense_one_did_and_learns_on(name,
     assert all(jnp.abs(leaf).max() > 0 for one in experts for leaf in jax.tree.leaves(one))
 
 
+@pytest.mark.parametrize("scale", [0.02, 0.5])
+def test_new_routers_start_at_their_scale(scale, dense):
+    target = routed(router=RouterConfig("top_k", 64, 2))
+    made = convert(dense[0], DENSE, target, StartConfig(router_scale=scale), key=KEY)
+    kernels = np.stack([block["mlp"]["router"]["kernel"] for block in split_blocks(made, target)])
+    assert kernels.std() == pytest.approx(scale, rel=0.1) and kernels.mean() == pytest.approx(0, abs=0.1 * scale)
+    assert np.corrcoef(kernels.reshape(2, -1))[0, 1] == pytest.approx(0, abs=0.15)
+
+
 @pytest.mark.parametrize("method", ["mean", "slerp", "ties", "dare"])
 def test_merging_what_was_upcycled_gives_the_dense_decoder_back(method, dense):
     target = CASES["every second, sigmoid"]

@@ -92,6 +92,19 @@ def test_every_second_block_is_routed_and_scan_changes_nothing():
     np.testing.assert_array_equal(np.asarray(table).sum(2)[0], 2 * np.bincount(np.asarray(TOKENS).ravel() % 3))
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_routers_bias_follows_its_own_layers_load(scan):
+    """Of two routed layers with opposite loads: away from the busy experts, by bias_rate a step."""
+    config = replace(CONFIG, scan=scan)
+    shapes = jax.eval_shape(Decoder(config).init, KEY, TOKENS)["params"]
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    load = jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    moved = make_adjust(config)(params, {"router/load": load})
+    biases = [at(moved, path)["router"]["bias"] for path in router_paths(config)]
+    expected = 0.01 * np.array([[-1, -1, 1, 1], [1, 1, -1, -1]])
+    np.testing.assert_allclose(np.reshape(biases, (2, 4)), expected, atol=1e-8)
+
+
 def test_the_penalty_of_relu_routers_moves_with_the_choices_of_all_layers():
     moe = MoEConfig(router=RouterConfig("relu", 4, 1, penalty=0.5, penalty_rate=1.25), balance=0.0)
     model, params = make(moe=moe, layers=2)
