@@ -343,3 +343,16 @@ def test_default_sizes():
 def test_bad_sizes_are_refused_with_their_numbers(changes, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**SMALL | changes)
+
+
+def test_queries_keys_and_values_have_their_biases():
+    """Of inputs that are zero biases are all there is, at position 0 as they are."""
+    config = TransformerConfig(vocab_size=5, layers=1, width=8, heads=4, kv_heads=2, qkv_bias=True)
+    heads = {"query": 4, "key": 2, "value": 2}
+    params = {
+        name: {"kernel": jnp.ones((8, count, 2)), "bias": jnp.arange(2.0 * count).reshape(count, 2) + count}
+        for name, count in heads.items()
+    }
+    found = transformer.project_qkv(params, jnp.zeros((1, 1, 8)), jnp.zeros((1, 1), jnp.int32), config)
+    for (name, layer), vector in zip(params.items(), found, strict=True):
+        np.testing.assert_array_equal(vector[0, 0], layer["bias"], err_msg=name)
