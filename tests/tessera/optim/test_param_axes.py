@@ -90,3 +90,11 @@ def test_unstacked_matrices_are_clipped_as_optax_does():
         ours.update(grads, ours.init(params), params)[0],
         theirs.update(grads, theirs.init(params), params)[0],
     )
+
+
+def test_vectors_do_not_decay_however_they_are_stacked():
+    """A gain, bias or penalty of every layer is a matrix by its shape alone."""
+    stacked = {name: jnp.zeros((4, 8)) for name in ("gain", "bias", "scale", "penalty", "kernel", "table")}
+    found = decayed({"blocks": stacked, "single": {"kernel": jnp.zeros(8)}})
+    assert {name for name, flag in found["blocks"].items() if flag} == {"kernel", "table"}
+    assert not found["single"]["kernel"]

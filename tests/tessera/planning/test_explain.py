@@ -121,6 +121,21 @@ def test_flops_of_latent_attention_are_those_of_its_products(q_rank):
     assert found == sum(costs._layer_flops(config, sizes, 8)) + 3 * 8 * 2 * 32 * 64
 
 
+@pytest.mark.parametrize(("platform", "share"), [("tpu", 3 / 4), ("gpu", 3 / 4), ("cpu", 3), ("", 3)])
+def test_bytes_of_exchanged_experts_by_hand(platform, share):
+    """Choices go to experts and back, forward, once more as they are computed again, and backward.
+
+    Of four devices each sends three quarters of its choices; in padded blocks it sends as many to each of three.
+    """
+    run = make_run("ep=4, dp=2", ROUTED)
+    decoder = ShardedDecoder(run.model, run.plan, platform=platform)
+    placed = state_placements(decoder, jax.eval_shape(lambda: first_state(run)))
+    (found,) = [one for one in estimate_costs(decoder, placed, run.batch_size, run.length).moved if one.axis == "ep"]
+    choices = 4 * (64 // 8) * 128 * 2 * 64 * 2  # layers, sequences, tokens, choices, width, bytes
+    others = sum(one.bytes for one in placed["params"] if "/experts/" not in one.path)
+    assert found.moved == pytest.approx(6 * share * choices + 2 * 3 / 4 * others)
+
+
 def test_an_explanation_on_paper(tmp_path):
     run = make_run("fsdp=4, tp=2", sequence=True)
     found = explain(run, H100)

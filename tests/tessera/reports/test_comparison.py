@@ -30,7 +30,7 @@ def settings(arm):
 
 
 def make_run(arm, seed):
-    """Ten logged steps. Unbalanced: one expert takes a half, and the last five nothing."""
+    """Ten logged steps. Unbalanced: at the end one expert takes a half, and the last five nothing."""
     rng = np.random.default_rng(seed)
     rows = [{"step": s, "kind": "eval", "loss": LOSSES[arm][seed] + 0.1 * (10 - s)} for s in (5, 10)]
     rows += [{"step": s, "kind": "time", "tokens_per_second": 100.0 + s} for s in range(1, 11)]
@@ -39,7 +39,8 @@ def make_run(arm, seed):
         load = np.array([0.5] + [0.05] * 10 + [0.0] * 5)
     table = None
     if arm != "dense":
-        rows += [{"step": s, "kind": "train", "router/load": [load.tolist()] * 4} for s in range(1, 11)]
+        loads = [*np.eye(16)[:9], load]  # a table shows the last tenth
+        rows += [{"step": s, "kind": "train", "router/load": [x.tolist()] * 4} for s, x in enumerate(loads, 1)]
         order = rng.permutation(16)
         profile = np.random.default_rng(7).dirichlet(np.full(16, 0.2), 256)
         table = np.round(1000 * profile[None, :, order].repeat(4, 0))
