@@ -56,3 +56,8 @@ def test_experts_that_choose_have_the_places_of_the_live_tokens():
     routing = gate.gate({"kernel": jnp.eye(E)}, X, config, jnp.asarray(MASK))
     # Two times 6 live tokens over 4 experts; with padding there would be 4 places.
     np.testing.assert_array_equal(metrics.load(routing), np.full(E, 3))
+
+
+def test_soft_moe_of_padding_alone_is_zeros():
+    routing = route.soft(jnp.ones((4, 2, 3)), jnp.zeros(4, bool))
+    assert np.isfinite(routing.slots.dispatch_NEP).all() and not routing.slots.combine_NEP.any()

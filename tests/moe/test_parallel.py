@@ -245,3 +245,22 @@ def test_experts_that_do_not_divide_are_refused():
 def test_a_buffer_below_a_balanced_load_is_refused(options):
     with pytest.raises(ValueError, match=rf"slack={options['slack']},.*at least 1 \(a balanced load\) with 'dropless'"):
         experts.MixtureConfig(**options)
+
+
+def test_identity_experts_count_once_however_many_devices_split_the_others():
+    """Of experts whose weights are zeros the inputs times their weights are all there is, summed over tp."""
+    config = MoEConfig(router=RouterConfig("top_k", E, 2, softmax="before"), identity=E - 1)
+    params = {"router": {"kernel": jax.random.normal(jax.random.key(0), (D, E))}}
+    params["experts"] = {name: {"kernel": jnp.zeros_like(leaf[:1])} for name, leaf in PARAMS.items()}
+    x = X[:8].reshape(1, 8, D)
+    routing = route.top_k(x[0] @ params["router"]["kernel"], 2, softmax="before")
+    weights = np.where(np.asarray(routing.experts_NK) > 0, routing.weights_NK, 0).sum(1)
+    mesh, cut = Mesh(np.array(jax.devices()[:2]), ("tp",)), {name: P(None, None, "tp") for name in ("gate", "up")}
+    specs = {"router": P(), "experts": {name: {"kernel": cut.get(name, P(None, "tp"))} for name in params["experts"]}}
+    layer = MoE(config, D, F, axes=ExpertAxes(width="tp"))
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, P()), out_specs=P())
+    def run(params, x):
+        return jax.lax.psum(layer.apply({"params": params}, x), "tp")
+
+    np.testing.assert_allclose(jax.jit(run)(params, x)[0], weights[:, None] * x[0], rtol=1e-5, atol=1e-6)

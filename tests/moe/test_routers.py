@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from moe import losses, metrics, route
-from moe.routing import Routing, grouped, require_causal
+from moe.routing import Routing, first_experts, grouped, require_causal
 
 N, E = 12, 8
 KEY = jax.random.key(7)
@@ -346,3 +346,10 @@ def test_a_forced_load_follows_zipfs_law_up_to_one_choice_a_token(experts, k, sk
 def test_a_negative_skew_is_refused():
     with pytest.raises(ValueError, match="skew=-1"):
         route.uniform(jnp.zeros((4, 4)), 2, skew=-1.0)
+
+
+def test_of_the_first_experts_alone_the_other_choices_have_no_weight():
+    routing = route.top_k(jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])), 2, softmax="before")
+    first = first_experts(routing, 3)
+    assert first.experts_NK.tolist() == [[3, 2], [0, 1]] and first.num_experts == 3
+    np.testing.assert_allclose(first.weights_NK, [[0, 0.3], [0.4, 0.3]], rtol=1e-6)

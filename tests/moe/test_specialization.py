@@ -49,3 +49,9 @@ def test_agreement_finds_renamed_experts_and_knows_chance():
     assert abs(other.matched - other.chance) < 0.2
     with pytest.raises(ValueError, match="share classes and experts"):
         agreement(table, table[:, :5])
+
+
+def test_pairs_that_occur_once_count():
+    """Two classes, each once at an expert of its own: ln 2; three at one expert: nothing."""
+    assert mutual_information(np.eye(2)).plain == pytest.approx(np.log(2))
+    assert mutual_information(np.ones((3, 1))).plain == pytest.approx(0)

@@ -209,3 +209,12 @@ def test_the_interval_score_is_that_of_gneiting_and_raftery():
     outside = np.array([np.log(1 / 0.5), 0.0, np.log(3 / 2)])
     found = misfit.interval_score(np.stack([low, high]), loss, level=0.9)
     np.testing.assert_allclose(found, np.log(2) + 2 / 0.1 * outside)
+
+
+def test_bic_is_that_of_normal_residuals():
+    """The law's parameters and the residuals' variance, at the likeliest variance."""
+    (one,) = misfit.compare_laws(sweep(0.0), [CHINCHILLA])
+    residuals = one.fitted.residuals
+    log_likelihood = norm.logpdf(residuals, scale=np.sqrt(np.mean(residuals**2))).sum()
+    assert one.log_likelihood == pytest.approx(log_likelihood)
+    assert one.bic == pytest.approx(6 * np.log(len(residuals)) - 2 * log_likelihood)

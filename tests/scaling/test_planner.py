@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from scaling import planner
 from scaling.coverage import isoflop_design
-from scaling.fitting.fit import FitConfig, fit
+from scaling.fitting.fit import FitConfig, fit, fit_near
 from scaling.optimum import chinchilla_optimum
 from scaling.planner_benchmark import benchmark_planner, candidate_runs, simulate_losses
 from scaling.published import CHINCHILLA
@@ -162,3 +164,14 @@ def test_what_cannot_be_planned_is_said():
         )
     with pytest.raises(ValueError, match="3 runs do not determine 5 parameters"):
         planner.covariance(planner.slopes(CHINCHILLA, theta, made[0][:3], made[1][:3]), NOISE)
+
+
+def test_a_fit_to_one_more_run_looks_beyond_the_basin_of_the_last_one():
+    """From a fit whose best basin has lost the term of size, and a second one that has not."""
+    truth = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
+    rows, good = isoflop_design(truth, budgets=4, sizes=5, noise=0.002), CHINCHILLA.raw(truth)
+    fitted = fit(rows, CHINCHILLA, starts=good[:, None])
+    lost = np.where(np.array(CHINCHILLA.parameters) == "A", -40.0, fitted.theta)
+    basins = np.stack([lost, fitted.theta], 1)
+    stuck = replace(fitted, theta=lost, basins_PK=basins, basin_values=np.full(2, fitted.value))
+    assert fit_near(stuck, rows).value == pytest.approx(fitted.value, rel=1e-6)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from scaling.fitting.bootstrap import bootstrap, interval
+from scaling.fitting.bootstrap import Bootstrap, bootstrap, interval
 from scaling.fitting.fit import FitConfig, fit
 from scaling.fitting.intervals import prediction_interval, profile
 from scaling.published import CURVE
@@ -81,3 +81,25 @@ def test_a_new_runs_loss_is_predicted():
 def test_percentile_intervals_of_even_draws(level, ends):
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
     np.testing.assert_allclose(interval(np.stack([draws, 2 * draws]), level).T, [ends, np.multiply(2, ends)], rtol=1e-9)
+
+
+def test_standard_errors_leave_out_fits_that_did_not_converge():
+    draws, flags = np.random.default_rng(0).normal(size=(2, 6)), np.array([1, 1, 0, 1, 0, 1], bool)
+    boot = Bootstrap(draws, np.zeros(6), flags, np.zeros(6, int), np.where(flags, draws, 1e9))
+    np.testing.assert_allclose(boot.standard_errors(), draws[:, flags].std(axis=1, ddof=1))
+
+
+def test_a_prediction_has_the_uncertainty_of_the_curve():
+    """Half the width squared is in proportion to the noise's variance plus the curve's, whatever that is."""
+    fitted = fit(runs(0.01), CURVE, NORMAL, starts=CURVE.raw(T)[:, None])
+    place = make_rows({"params": [1.0], "tokens": [1e13], "loss": [1.0]})
+    noise = np.sum(fitted.residuals**2) / (len(fitted.rows) - len(CURVE.parameters))
+    normal = np.random.default_rng(0).normal(size=(len(fitted.theta), 400))
+    ratios = []
+    for spread in (0.0, 0.003, 0.01):
+        theta = fitted.theta[:, None] + spread * normal
+        boot = Bootstrap(theta, np.zeros(400), np.ones(400, bool), np.zeros(400, int), theta)
+        low, high = prediction_interval(fitted, boot, place)
+        curve = np.ptp(np.percentile(CURVE.predict(theta, CURVE.gather(place))[0], [15.865525, 84.134475])) / 2
+        ratios.append(float(np.log(high / low)[0] / 2 / np.sqrt(noise + curve**2)))
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-4)

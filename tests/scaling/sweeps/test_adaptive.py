@@ -112,3 +112,23 @@ def test_a_run_that_failed_is_not_chosen_again():
     pair = choose_runs(rows, table, runs=RUNS, config=PlannerConfig(begin=2), target=TARGET)
     assert pair[0] == choice and len({run.key for run in pair}) == 2
     assert choose_runs(rows[:5], table, runs=RUNS, config=config, target=TARGET) == []
+
+
+def test_a_second_run_is_chosen_as_if_the_first_were_made(monkeypatch):
+    counted = []
+
+    def recorded(fitted, rows, *, made, **options):
+        counted.append(made.T.tolist())
+        return 0
+
+    monkeypatch.setattr("scaling.sweeps.adaptive.next_run", recorded)
+    table = first_table(RUNS, PlannerConfig(begin=2))
+    found = [
+        {"params": run.columns["params"], "tokens": readout.tokens, "flops": readout.flops}
+        | {"loss": 1.2 + 40 / run.columns["params"] ** 0.45 + 900 / readout.tokens**0.5}
+        for run in table
+        for readout in run.readouts
+    ]
+    config = PlannerConfig(begin=2, at_once=2)
+    first, _ = choose_runs(found, table, runs=RUNS, config=config, target=TARGET)
+    assert counted[1] == [*counted[0], [first.columns["params"], first.readouts[0].tokens]]

@@ -126,3 +126,11 @@ def test_plans_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match="aspect"):
         Family(aspect=0.0)
     assert math.isinf(PlanConfig(widths=(8,), budgets=(1.0,)).tokens_per_parameter[1])
+
+
+@pytest.mark.parametrize("convention", ["6ND", "exact matmuls", "kaplan"])
+def test_budgets_of_token_counts_follow_the_convention(convention):
+    config = PlanConfig(widths=(32,), tokens=(1e6, 4e6), convention=convention)
+    (run,) = plan_runs(Family(), config, {})
+    each = flops.count(Family().shape(32), convention).flops_per_token
+    assert [readout.budget for readout in run.readouts] == pytest.approx([1e6 * each, 4e6 * each])

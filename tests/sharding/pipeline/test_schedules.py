@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import PlanError
 from sharding.pipeline.lockstep import RUNNABLE, lockstep_schedule, phases, require_lockstep, slots
-from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live
+from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live, needs
 from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
@@ -170,3 +170,20 @@ def test_sizes_are_refused_with_the_numbers(call, message):
 
 def test_live_counts_ticks():
     assert live(one_f_one_b(2, 2)) == [[1, 2, 2, 2, 1, 1], [0, 1, 1, 1, 1, 0]]
+
+
+NEEDED = {
+    "the first part": (Work("F", 3), 0, []),
+    "the next stage": (Work("F", 3), 1, [(0, Work("F", 3))]),
+    "the next chunk": (Work("F", 3, 1), 0, [(2, Work("F", 3, 0))]),
+    "the last part backward": (Work("B", 3, 1), 2, [(2, Work("F", 3, 1))]),
+    "the stage before": (Work("B", 3, 1), 1, [(1, Work("F", 3, 1)), (2, Work("B", 3, 1))]),
+    "the chunk before": (Work("B", 3, 0), 2, [(2, Work("F", 3, 0)), (0, Work("B", 3, 1))]),
+    "a weight gradient": (Work("W", 3, 0), 1, [(1, Work("B", 3, 0))]),
+}
+
+
+@pytest.mark.parametrize(("work", "stage", "expected"), NEEDED.values(), ids=NEEDED)
+def test_what_a_work_waits_for(work, stage, expected):
+    """Three stages of two chunks: parts 0 to 5 of the model are chunk 0 of stages 0, 1, 2, then chunk 1."""
+    assert list(needs(work, stage, 3, 2)) == expected

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from tessera.data.text import ByteTokenizer
 from tessera.infra.errors import ConfigError
-from tessera.serving.engine import generate_all
+from tessera.serving.engine import Engine, generate_all
 from tessera.serving.huggingface import TextFormat
-from tessera.serving.requests import Sampling
+from tessera.serving.requests import Request, Sampling
 from tessera.serving.schema import AppConfig
 from tessera.serving.service import Service
 
@@ -754,3 +754,28 @@ def test_a_dead_engine_is_told_at_once(cause, monkeypatch):
             server.get("/health")
         assert error.value.code == 503 and "failed for good" in error.value.read().decode()
         assert 'tessera_alive{model_name="tiny"} 0.0' in server.get("/metrics") and not server.engine.busy
+
+        assert "tessera_alive 0" in server.get("/metrics") and not server.engine.busy
+
+
+def test_the_time_to_the_first_token_is_of_texts_that_have_one():
+    """A text that ends with an error before its first token has a duration and no first token."""
+    told = []
+
+    class Silent(Engine):
+        def __init__(self):
+            pass
+
+        def submit(self, prompt, sampling, notify):
+            told.append(notify)
+            return Request(prompt, sampling)
+
+    async def ask(**changes):
+        requests, _ = service.submit([(1, 2)], [Sampling()])
+        told[-1](replace(requests[0], **changes))
+
+    service = Service(Silent())
+    asyncio.run(ask(finish="error"))
+    assert (service.first_token.total, service.duration.total) == (0, 1)
+    asyncio.run(ask(tokens=[5], finish="length"))
+    assert (service.first_token.total, service.duration.total) == (1, 2)
