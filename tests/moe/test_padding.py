@@ -59,5 +59,9 @@ def test_experts_that_choose_have_the_places_of_the_live_tokens():
 
 
 def test_soft_moe_of_padding_alone_is_zeros():
-    routing = route.soft(jnp.ones((4, 2, 3)), jnp.zeros(4, bool))
-    assert np.isfinite(routing.slots.dispatch_NEP).all() and not routing.slots.combine_NEP.any()
+    def weights(logits_NEP):
+        slots = route.soft(logits_NEP, jnp.zeros(4, bool)).slots
+        return (jnp.sin(slots.dispatch_NEP) + slots.combine_NEP).sum(), slots
+
+    gradient, slots = jax.jit(jax.grad(weights, has_aux=True))(jnp.arange(24.0).reshape(4, 2, 3))
+    assert np.isfinite(slots.dispatch_NEP).all() and not slots.combine_NEP.any() and not gradient.any()

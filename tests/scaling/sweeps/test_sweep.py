@@ -48,6 +48,22 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert engine.calls == 0 and (tmp_path / "runs.csv").read_bytes() == before
 
 
+def test_the_table_has_nothing_of_a_run_that_failed(tmp_path):
+    """Not the readouts that it had made either: started again it may go on, and its rows come together."""
+
+    def failing(run, directory, report):
+        for made, found in enumerate(quick(run, directory, report)):
+            if run.name == "w16" and made:
+                raise OSError("the disk is full")
+            yield found
+
+    with pytest.raises(RunFailed, match="w16: the disk is full"):
+        carry_out(tmp_path, failing)
+    names = read_csv(tmp_path / "runs.csv")["run"].tolist()
+    planned = [run.name for run in toy_sweep.runs() for _ in run.readouts]
+    assert names == [name for name in planned if name != "w16"] and len(names) < len(planned)
+
+
 def test_a_budget_that_is_added_takes_only_its_own_training(tmp_path):
     carry_out(tmp_path, runs=toy_sweep.runs(budgets=(1e9, 9e9)))
     started = []

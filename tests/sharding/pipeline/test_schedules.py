@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import PlanError
 from sharding.pipeline.lockstep import RUNNABLE, lockstep_schedule, phases, require_lockstep, slots
-from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, peak_live, needs
+from sharding.pipeline.schedules import Schedule, Work, bubble, bubble_formula, check, draw, live, needs, peak_live
 from sharding.pipeline.timelines import Ticks, gpipe, interleaved, one_f_one_b, simulate, timeline, zero_bubble
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")

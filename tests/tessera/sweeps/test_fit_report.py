@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from scipy.stats import expectile
 
+from scaling.published import find_law
 from scaling.rows import RowError, make_rows
 from tessera.cli import fit as fit_command
 from tessera.cli import main as cli
 from tessera.infra.config import ConfigError, build
 from tessera.infra.config_files import load_config
 from tessera.sweeps.fit_page import fit_page, number_sections, parameter_table, summary
-from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs
+from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs, misfit_sections
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
 
@@ -520,3 +521,18 @@ def test_sentences_about_a_law_without_a_formula_and_a_single_size(tmp_path):
     lost = {"A": {"value": float("inf")}, "E": {"value": 1.7}, "B": {"value": 2.0, "undetermined": True}}
     told = parameter_table({"level": 0.95, "undetermined": "N and D are proportional", "parameters": lost})
     assert [row[1] for row in told.rows] == ["undetermined", "1.7", "undetermined"]
+
+
+def test_laws_of_columns_that_the_runs_lack_are_not_compared(monkeypatch):
+    compared = []
+
+    def compare(rows, laws, config):
+        compared.extend(law.name for law in laws)
+        raise LookupError
+
+    monkeypatch.setattr("tessera.sweeps.fit_report.misfit.compare_laws", compare)
+    rows = make_rows({"params": np.geomspace(1e6, 1e9, 9), "tokens": np.geomspace(1e8, 1e9, 9), "loss": [3.0] * 9})
+    config = ScalingConfig("runs.csv", misfit=False, laws=("chinchilla", "sparsity", "fine_grained_moe", "kaplan"))
+    with pytest.raises(LookupError):
+        misfit_sections(rows, find_law("kaplan"), config, {"doctor": []})
+    assert compared == ["kaplan", "chinchilla"]

@@ -20,6 +20,7 @@ from tessera.sweeps.report import (
     noise_section,
     surface_part,
     sweep_page,
+    target_of,
 )
 
 T = {"A": 40.0, "B": 900.0, "E": 1.2, "alpha": 0.45, "beta": 0.5}
@@ -160,3 +161,9 @@ def test_a_critical_batch_and_its_interval_are_in_tokens():
         assert tokens == pytest.approx(64 * 3.0 / mine["gradient_signal"].mean()) and runs == 8
         ends = [float(number) for number in re.findall(r"[\d.]+", interval.replace(",", ""))]
         assert ends == pytest.approx([64 * batch.low, 64 * batch.high], rel=0.01), name
+
+
+def test_a_sweep_plans_for_ten_times_its_largest_run():
+    found = make_rows({name: [row[name] for row in rows()] for name in rows()[0]})
+    assert target_of(found, ReportConfig()) == 10 * found["flops"].max() != 10 * max(BUDGETS)
+    assert target_of(found, ReportConfig(target=5e13)) == 5e13

@@ -139,3 +139,11 @@ def test_description_reads_settings_and_does_without_them():
     parts = ("300-100", "400 steps with adam", "20% by magnitude of each layer (10% of the output", "3 seeds", "41.0%")
     assert all(part in text for part in parts)
     assert "4 rounds" in report.describe(make_rows(), {})
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(1.0, "100%"), (0.9949, "99.5%"), (0.1234, "12.3%"), (0.05123, "5.12%"), (0.0012345, "0.123%")],
+)
+def test_percentages_have_the_digits_that_tell_networks_apart(fraction, text):
+    assert report.percent(fraction) == text
