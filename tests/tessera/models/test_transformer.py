@@ -356,3 +356,21 @@ def test_queries_keys_and_values_have_their_biases():
     found = transformer.project_qkv(params, jnp.zeros((1, 1, 8)), jnp.zeros((1, 1), jnp.int32), config)
     for (name, layer), vector in zip(params.items(), found, strict=True):
         np.testing.assert_array_equal(vector[0, 0], layer["bias"], err_msg=name)
+
+
+@pytest.mark.parametrize("scope", ["head", "projection"])
+def test_the_norms_of_queries_and_keys_have_the_models_epsilon(scope):
+    config = TransformerConfig(
+        vocab_size=5, layers=1, width=8, heads=4, kv_heads=2, qk_norm=True, qk_norm_scope=scope, norm_eps=3.0
+    )
+    x, params = normal(1, 1, 8, seed=9), {}
+    for seed, (name, count) in enumerate({"query": 4, "key": 2, "value": 2}.items()):
+        params[name] = {"kernel": normal(8, count, 2, seed=seed), "gain": np.ones((count, 2), np.float32)}
+        params[f"{name}_norm"] = {"gain": np.ones(2, np.float32)}
+    found = transformer.project_qkv(
+        jax.tree.map(jnp.asarray, params), jnp.asarray(x), jnp.zeros((1, 1), jnp.int32), config
+    )
+    for name, vectors in zip(("query", "key"), found, strict=False):
+        y = np.einsum("d,dhk->hk", x[0, 0], params[name]["kernel"])
+        mean = np.square(y).mean(-1, keepdims=True) if scope == "head" else np.square(y).mean()
+        assert_close(vectors[0, 0], y / np.sqrt(mean + 3.0))

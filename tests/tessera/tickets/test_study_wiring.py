@@ -20,7 +20,7 @@ from tessera.data.images import Images, ImageSplits
 from tessera.models.registry import Network
 from tessera.tickets import probe_report
 from tessera.tickets.probes import AnalysisConfig
-from tessera.tickets.setup import Finished, FinishedLevels, Setup
+from tessera.tickets.setup import Finished, FinishedLevels, Setup, init_stack
 from tessera.tickets.studies import (
     compared_masks,
     distribution,
@@ -351,3 +351,9 @@ def test_frozen_weights_have_no_gradient():
     found = jax.grad(lambda tree: jnp.square(network.train(tree, x)[0]).sum())(tree)
     np.testing.assert_array_equal(found["trained"], [[2 * (11 + 3 * 23)], [2 * (2 * 11 + 4 * 23)]])
     assert not found["frozen"].any()
+
+
+def test_initializations_differ_by_seed_and_salt_and_are_the_same_again():
+    drawn = [init_stack(recorder(), SEEDS, salt)["dense0"]["kernel"] for salt in (0, 1, 0)]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert len(np.unique(drawn[:2])) == 2 * drawn[0].size
