@@ -160,3 +160,15 @@ def test_a_unit_is_alive_while_any_of_its_weights_is(structure, alive):
     params, which = {"one": {"kernel": jnp.asarray(mask)}}, {"one": {"kernel": True}}
     (found,) = prune.alive_units(params, which, structure).values()
     assert int(found) == alive(mask) < mask.size
+
+
+@pytest.mark.parametrize(("structure", "stay"), [("2:4", 2), ("1:4", 1), ("3:4", 3)])
+def test_a_pattern_protects_its_weights_whatever_is_asked_for(structure, stay):
+    score = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)}
+    which, size = {"kernel": True}, prune.sizes(score, {"kernel": True})["kernel"]
+    found = prune.remove(score, masks.ones(score), which, {"kernel": size}, structure)["kernel"]
+    groups = np.asarray(found).reshape(2, 4, 3)
+    assert (groups.sum(1) == stay).all()
+    best = np.sort(np.asarray(score["kernel"]).reshape(2, 4, 3), axis=1)[:, -stay:]
+    left = np.where(groups, score["kernel"].reshape(2, 4, 3), -9)
+    np.testing.assert_array_equal(np.sort(left, axis=1)[:, -stay:], best)

@@ -58,6 +58,7 @@ def settings(tmp_path, words=600, **changes):
 def test_texts_that_are_large_enough_are_taken(tmp_path):
     run = build_run(settings(tmp_path))
     assert sum(1 for _ in run.held_out("test")) > 0
+    assert run.loop.tokens == 4 * 16  # of a step, for the throughput
 
 
 @pytest.mark.parametrize(
