@@ -4,6 +4,7 @@ from scipy.stats import f, norm
 
 from scaling import misfit
 from scaling.coverage import EPOCH, around, isoflop_design
+from scaling.fitting.discrepancy import estimate_discrepancy
 from scaling.fitting.fit import FitConfig, fit
 from scaling.laws import restrict, tie
 from scaling.optimum import chinchilla_optimum
@@ -218,3 +219,11 @@ def test_bic_is_that_of_normal_residuals():
     log_likelihood = norm.logpdf(residuals, scale=np.sqrt(np.mean(residuals**2))).sum()
     assert one.log_likelihood == pytest.approx(log_likelihood)
     assert one.bic == pytest.approx(6 * np.log(len(residuals)) - 2 * log_likelihood)
+
+
+def test_without_a_row_to_spare_the_discrepancy_is_the_prior():
+    """Five rows and five parameters: a law that holds exactly has a tenth, every other setting an equal share."""
+    rows = isoflop_design(EPOCH, budgets=5, sizes=7).take(np.array([0, 8, 17, 25, 34]))
+    found = estimate_discrepancy(CHINCHILLA, CHINCHILLA.raw(EPOCH), rows, np.zeros(5))
+    assert found.share[0] == pytest.approx(0.1)
+    np.testing.assert_allclose(found.share[1:], 0.9 / (len(found.share) - 1))
