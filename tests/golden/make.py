@@ -911,7 +911,57 @@ def make_smollm2():
     return found | {"losses": np.asarray(losses)}
 
 
-<<<<<<< HEAD
+TEXTS = (
+    "The cat sat on the mat, and the mat was flat.\n",
+    "def f(x):\n    return x + 1  # naïve café — 東京 🙂\n",
+    "  Two  spaces, CAPITALS, 3.14159 and\ttabs; don't-break? <|endoftext|>",
+    "",
+)
+
+
+def make_tokenizers():
+    """Three tokenizer.json as families of models have them: GPT-2's bytes, Llama's and T5's Unigram, BERT's WordPiece.
+
+    Each has a template that puts special tokens around a text, and the last one truncates and pads.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    corpus = [text * 4 for text in TEXTS] + [(HERE.parent.parent / "LICENSE").read_text()[:6000]]
+    found, folder = {}, HERE / "tokenizers"
+    folder.mkdir(exist_ok=True)
+
+    def add(name, inner, trainer, template):
+        inner.train_from_iterator(corpus, trainer)
+        special = [(word, inner.token_to_id(word)) for word in template.split() if word.startswith(("<", "["))]
+        inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        if name == "wordpiece":
+            inner.enable_truncation(8)
+            inner.enable_padding()
+        inner.save(str(folder / f"{name}.json"))
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / f"{name}.json"))
+        tokens = {str(i): np.asarray(fast(text, add_special_tokens=False).input_ids) for i, text in enumerate(TEXTS)}
+        found[name] = tokens
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 400, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], **options)
+    add("bytelevel", inner, trainer, "<|endoftext|> $A")
+    inner = tokenizers.Tokenizer(models.Unigram())
+    inner.normalizer = normalizers.NFKC()
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", **options)
+    add("unigram", inner, trainer, "<s> $A </s>")
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], **options)
+    add("wordpiece", inner, trainer, "[CLS] $A [SEP]")
+    return found
+
+
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}
@@ -1008,56 +1058,6 @@ def make_chats():
             found.append(
                 {"template": template, "messages": messages, "tools": tools, "text": texts[0], "name": f"{form}-{name}"}
             )
-=======
-TEXTS = (
-    "The cat sat on the mat, and the mat was flat.\n",
-    "def f(x):\n    return x + 1  # naïve café — 東京 🙂\n",
-    "  Two  spaces, CAPITALS, 3.14159 and\ttabs; don't-break? <|endoftext|>",
-    "",
-)
-
-
-def make_tokenizers():
-    """Three tokenizer.json as families of models have them: GPT-2's bytes, Llama's and T5's Unigram, BERT's WordPiece.
-
-    Each has a template that puts special tokens around a text, and the last one truncates and pads.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    corpus = [text * 4 for text in TEXTS] + [(HERE.parent.parent / "LICENSE").read_text()[:6000]]
-    found, folder = {}, HERE / "tokenizers"
-    folder.mkdir(exist_ok=True)
-
-    def add(name, inner, trainer, template):
-        inner.train_from_iterator(corpus, trainer)
-        special = [(word, inner.token_to_id(word)) for word in template.split() if word.startswith(("<", "["))]
-        inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-        if name == "wordpiece":
-            inner.enable_truncation(8)
-            inner.enable_padding()
-        inner.save(str(folder / f"{name}.json"))
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / f"{name}.json"))
-        tokens = {str(i): np.asarray(fast(text, add_special_tokens=False).input_ids) for i, text in enumerate(TEXTS)}
-        found[name] = tokens
-
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": 400, "show_progress": False}
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], **options)
-    add("bytelevel", inner, trainer, "<|endoftext|> $A")
-    inner = tokenizers.Tokenizer(models.Unigram())
-    inner.normalizer = normalizers.NFKC()
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", **options)
-    add("unigram", inner, trainer, "<s> $A </s>")
-    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], **options)
-    add("wordpiece", inner, trainer, "[CLS] $A [SEP]")
->>>>>>> d1429d2 (data: rows, token files and any tokenizer.json as text, several sources)
     return found
 
 
@@ -1095,12 +1095,9 @@ def main():
             continue
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
-<<<<<<< HEAD
     (HERE / "chats.json").write_text(json.dumps(make_chats(), indent=1) + "\n")
     sources["chats.json"] = {"source": TRANSFORMERS, "command": COMMAND}
-=======
     sources["tokenizers/"] = {"source": TRANSFORMERS, "command": COMMAND}
->>>>>>> d1429d2 (data: rows, token files and any tokenizer.json as text, several sources)
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}
     (HERE / "sources.json").write_text(json.dumps(sources, indent=2) + "\n")
 

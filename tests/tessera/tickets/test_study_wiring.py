@@ -22,6 +22,7 @@ from tessera.tickets import probe_report
 from tessera.tickets.probes import AnalysisConfig
 from tessera.tickets.setup import Finished, FinishedLevels, Setup, init_stack
 from tessera.tickets.studies import (
+    ablations,
     compared_masks,
     distribution,
     instability,
