@@ -33,10 +33,11 @@ def main(invocation: Invocation) -> int:
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     config = checked("config.model.dir", read_architecture, source)
     options = {"context": values["context"], "latency": values["latency"] * 1e-6, "dtype": source.dtype}
+    refused: dict[str, str] = {}
     if c.plan:
         plan = build(Plan, {}, "config", axes=c.plan)
         plan = checked("config.plan", plan.fill, max(plan.devices, 1))
-        found, refused = [checked("config.plan", token_cost, config, plan, sizes, device, **options)], {}
+        found = [checked("config.plan", token_cost, config, plan, sizes, device, **options)]
     else:
         found, refused = serving_plans(config, values["devices"], sizes, device, **options)
     show(console, found, device)

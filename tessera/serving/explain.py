@@ -130,7 +130,8 @@ def token_cost(
 
     def read(params: Any, state: Any) -> Any:
         n = sizes.rows * programs.parts
-        chunk = Rows(np.zeros((n, sizes.chunk), np.int32), *np.zeros((2, n), np.int32), np.ones(n, np.int32))
+        none = np.zeros(n, np.int32)
+        chunk = Rows(np.zeros((n, sizes.chunk), np.int32), none, none, none + 1)
         return programs.extend(params, state, chunk)
 
     found, work = _counted(read, params, state)

@@ -79,7 +79,8 @@ class Programs:
     _made: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def _devices(self) -> Mesh:
+    def device_mesh(self) -> Mesh:
+        """The mesh, of devices there are."""
         assert isinstance(self.mesh, Mesh), "programs over an AbstractMesh cannot run"
         return self.mesh
 
@@ -121,7 +122,7 @@ class Programs:
 
     def place(self, params: PyTree) -> PyTree:
         """Parameters from `serve` on their devices."""
-        return jax.device_put(params, shardings(self._devices, quantized_specs(params, self.decoder)))
+        return jax.device_put(params, shardings(self.device_mesh, quantized_specs(params, self.decoder)))
 
     def empty(self) -> State:
         """An empty state, not placed."""
@@ -131,7 +132,7 @@ class Programs:
     def start(self) -> State:
         """An empty state on the devices."""
         if "start" not in self._made:
-            self._made["start"] = jax.jit(self.empty, out_shardings=shardings(self._devices, self.state_specs))
+            self._made["start"] = jax.jit(self.empty, out_shardings=shardings(self.device_mesh, self.state_specs))
         return self._made["start"]()
 
     def prefill(self, params: PyTree, tokens: Any, lengths: Any) -> tuple[State, jax.Array]:

@@ -129,7 +129,7 @@ class Speculating:
         target, drawn, lengths, seen = self._verify(
             params.target, state.target, tokens, guesses, logits, live, settings
         )
-        specs = shardings(self.draft.mesh, self.draft.state_specs)
+        specs = shardings(self.draft.device_mesh, self.draft.state_specs)
         cache = draft.cache._replace(lengths=jax.device_put(lengths, specs.cache.lengths))
         return Both(target, State(cache, jax.device_put(seen, specs.seen))), drawn
 
@@ -140,5 +140,5 @@ class Speculating:
     def _move(self, made: Drawn) -> tuple[jax.Array, jax.Array]:
         """The draft's tokens and logits on the large model's devices."""
         data, tp = self.target.data, self.target.decoder.tp
-        where = shardings(self.target.mesh, (PartitionSpec(None, data), PartitionSpec(None, data, tp)))
+        where = shardings(self.target.device_mesh, (PartitionSpec(None, data), PartitionSpec(None, data, tp)))
         return jax.device_put((made.tokens, made.logits), where)
