@@ -55,3 +55,9 @@ def test_pairs_that_occur_once_count():
     """Two classes, each once at an expert of its own: ln 2; three at one expert: nothing."""
     assert mutual_information(np.eye(2)).plain == pytest.approx(np.log(2))
     assert mutual_information(np.ones((3, 1))).plain == pytest.approx(0)
+
+
+def test_experts_that_serve_every_class_alike_do_not_agree():
+    """Their profiles are the classes' frequencies alone, of which every expert has the same share."""
+    common = np.outer([900, 90, 10], [1, 2, 3])
+    assert agreement(common, 2 * common).matched == pytest.approx(0, abs=0.01)

@@ -88,3 +88,15 @@ def test_layers_that_keep_different_numbers_are_refused():
     path = ("blocks", "layer_1", "mlp", "experts", "up", "kernel")
     with pytest.raises(ValueError, match=r"different numbers of experts \[2, 3\]"):
         drop_experts(params, replaced(masks, path, up.at[0, 3].set(False)), CONFIG)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_layer_is_scored_by_its_own_load(scan):
+    config = replace(CONFIG, scan=scan)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(1), TOKENS)["params"]
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    scores = load_scores(params, jnp.asarray(LOAD), config)
+    kernels = np.concatenate(
+        [np.reshape(at(scores, path)["router"]["kernel"], (-1, 16, 6)) for path in router_paths(config)]
+    )
+    np.testing.assert_array_equal(kernels, np.repeat(LOAD[:, None], 16, axis=1))

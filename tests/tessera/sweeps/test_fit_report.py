@@ -14,7 +14,7 @@ from tessera.cli import main as cli
 from tessera.infra.config import ConfigError, build
 from tessera.infra.config_files import load_config
 from tessera.sweeps.fit_page import fit_page, number_sections, parameter_table, summary
-from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs, misfit_sections
+from tessera.sweeps.fit_report import ScalingConfig, fit_runs, load_runs, misfit_sections, spread_of
 
 T = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
 
@@ -536,3 +536,8 @@ def test_laws_of_columns_that_the_runs_lack_are_not_compared(monkeypatch):
     with pytest.raises(LookupError):
         misfit_sections(rows, find_law("kaplan"), config, {"doctor": []})
     assert compared == ["kaplan", "chinchilla"]
+
+
+def test_standard_errors_are_of_the_finite_draws():
+    draws = np.array([1.0, np.nan, 4.0, np.inf, 7.0])
+    assert spread_of(draws) == pytest.approx(3.0) and np.isnan(spread_of(draws[:2]))

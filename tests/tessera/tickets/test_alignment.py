@@ -21,6 +21,9 @@ def test_activations_put_a_shuffled_decoder_back():
     here = decoder_activations(params, tokens, CONFIG)
     there = decoder_activations(jax.tree.map(np.asarray, align.close_decoder(shuffled)), tokens, CONFIG)
     assert set(here) == set(order)
+    for i, x in enumerate(here["residual"].reshape(2, -1, 16)):
+        gate, up = (x @ np.asarray(params["blocks"]["mlp"][name]["kernel"][i]) for name in ("gate", "up"))
+        np.testing.assert_allclose(here[f"ff_{i}"], gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-6)
     found = align.match_activations(here, there)
     back = align.permute(shuffled, found, spec)
     jax.tree.map(np.testing.assert_array_equal, back, opened)
