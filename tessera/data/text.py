@@ -420,7 +420,7 @@ class _Source:
         if self.texts is not None:
             assert tokenizer is not None
             sizes: dict[str, int | None] = {split: sum(map(len, texts)) for split, texts in self.texts.items()}
-            return {split: _tokens(tokenizer, texts, end) for split, texts in self.texts.items()}, sizes
+            return {split: join_documents(tokenizer, texts, end) for split, texts in self.texts.items()}, sizes
         maps = [(one.tokens, vocab_size, one.path) for one in self.files]
         streams = {split: TokenStream(maps, ranges) for split, ranges in self.ranges.items()}
         for split, stream in streams.items():
@@ -634,7 +634,7 @@ def batched_by_size(
         yield batch
 
 
-def _tokens(tokenizer: Tokenizer, documents: Sequence[bytes], end: int) -> np.ndarray:
+def join_documents(tokenizer: Tokenizer, documents: Sequence[bytes], end: int) -> np.ndarray:
     """The documents as one stream with the separator between them."""
     empty = tokenizer.encode_documents([""])[0]
     separator = np.array([end], empty.dtype)

@@ -22,7 +22,17 @@ from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.loader import held_out_batches, token_batches
-from tessera.data.text import ByteTokenizer, TextConfig, TextSplits, Tokenizer, load_text, overlap
+from tessera.data.text import (
+    ByteTokenizer,
+    TextConfig,
+    TextSplits,
+    Tokenizer,
+    join_documents,
+    load_text,
+    overlap,
+    read_texts,
+    separator_of,
+)
 from tessera.infra.config import ConfigError, build, check_seeds, checked
 from tessera.infra.workdir import resolve
 from tessera.lm.warm_start import StartConfig, starting_params
@@ -99,7 +109,7 @@ class Run(NamedTuple):
       held_out: split -> the first `config.eval.batches` full batches of it, in its order.
       eval_fn: (state, split) -> loss and accuracy on the first `config.eval.batches` batches, a last partial one
         included, with averaged weights where there are any; and bits per byte, by the split's bytes per token, where
-        these are known.
+        these are known. On "validation" also loss and bits per byte of every one of `config.eval.texts`, by name.
       schedule: step -> learning rate.
       tokenizer: of the text; None for token files without one.
       overlap: line on the overlap of training and held-out text; "" where it was not asked for.
@@ -171,16 +181,21 @@ def build_run(c: ConfigDict) -> Run:
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
         return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
 
-    def weighed(split: str) -> Iterator[tuple[Any, float]]:
+    named = {name: named_text(c, name, text, splits) for name in c.eval.texts}
+
+    def weighed(tokens: Any) -> Iterator[tuple[Any, float]]:
         sizes = {"batch_size": config.batch_size, "length": config.length, "limit": c.eval.batches}
-        found = held_out_batches(getattr(splits, split), **sizes, process_index=index, process_count=count)
+        found = held_out_batches(tokens, **sizes, process_index=index, process_count=count)
         return ((placement.place({"tokens": batch["tokens"]}), weight) for batch, weight in found)
 
     def eval_fn(state: TrainState, split: str) -> dict[str, float]:
         params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-        found = evaluate(eval_step, params, weighed(split))
+        found = evaluate(eval_step, params, weighed(getattr(splits, split)))
         if split in splits.bytes_per_token:
             found["bits_per_byte"] = found["loss"] / math.log(2) / splits.bytes_per_token[split]
+        for name, (tokens, size) in named.items() if split == "validation" else ():
+            loss = evaluate(eval_step, params, weighed(tokens))["loss"]
+            found |= {f"{name}: loss": loss, f"{name}: bits_per_byte": loss / math.log(2) / size}
         return found
 
     settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
@@ -190,6 +205,24 @@ def build_run(c: ConfigDict) -> Run:
     schedule, said = learning_rate(config.optimizer), overlap_line(text, splits)
     functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
     return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, said)
+
+
+def named_text(c: ConfigDict, name: str, text: TextConfig, splits: TextSplits) -> tuple[np.ndarray, float]:
+    """The tokens of one of `config.eval.texts`, and its bytes per token.
+
+    Raises:
+      ConfigError: it cannot be read, is too small for a batch, or the run's tokens have no tokenizer.
+    """
+    where = "config.eval.texts"
+    if splits.tokenizer is None:
+        raise ConfigError(f"{where}={name!r}: the training tokens have no tokenizer; name it as data.tokenizer")
+    documents = [one.encode() for one in checked(where, read_texts, replace(text, name=name, sources=(), max_bytes=0))]
+    separator = separator_of(splits.tokenizer, text.tokenizer if text.from_file else "", text.separator)
+    tokens = join_documents(splits.tokenizer, documents, separator)
+    least = c.batch_size * c.length + 1
+    if len(tokens) < least:
+        raise ConfigError(f"{where}: {name!r} has {len(tokens)} tokens; at least {least} fill a batch")
+    return tokens, sum(map(len, documents)) / len(tokens)
 
 
 def overlap_line(text: TextConfig, splits: TextSplits) -> str:

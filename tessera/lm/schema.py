@@ -56,11 +56,14 @@ class EvalConfig:
 
     Attributes:
       every: steps between two evaluations; 0 evaluates after the last step only.
-      batches: batches of one evaluation.
+      batches: batches of one evaluation, of every text.
+      texts: further texts that are scored in every evaluation, each a name, file or glob as `data.name` has them; a row
+        gets their nats per token and bits per byte by name.
     """
 
     every: int = 0
     batches: int = 16
+    texts: tuple[str, ...] = ()
 
 
 SCHEMA = Schema(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -37,7 +38,7 @@ from tessera.lm.run import (
     under_plan,
 )
 from tessera.lm.schema import SCHEMA
-from tessera.models.transformer import TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding
 from tessera.step import StepConfig
@@ -238,3 +239,29 @@ def bytes_of(tokens, file):
     inner = tokenizers.Tokenizer.from_file(str(file))
     ends = np.flatnonzero(tokens == inner.token_to_id("<|endoftext|>"))
     return [inner.decode(part[part != 0].tolist()) for part in np.split(tokens, ends)]
+
+
+def test_further_texts_are_scored_with_validation_by_name(tmp_path):
+    """Against the loss of a decoder on their whole windows; documents are joined by byte 0."""
+    for name, text in (("a", "tile " * 60), ("b", "the route")):
+        (tmp_path / f"{name}.md").write_text(text)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "ticket é " * 20}) + "\n")
+    names = (f"{tmp_path}/*.md", f"{tmp_path}/rows.jsonl")
+    run = build_run(settings(tmp_path, eval={"texts": names}))
+    state = run.init_fn(False)
+    result = run.eval_fn(state, "validation")
+    assert set(run.eval_fn(state, "test")) == {key for key in result if ": " not in key}
+    texts = (("tile " * 60 + "\0the route").encode(), ("ticket é " * 20).encode())
+    for name, text in zip(names, texts, strict=True):
+        windows = [np.frombuffer(text, np.uint8)[i : i + 17].astype(np.int32) for i in range(0, len(text) - 16, 16)]
+        tokens = jnp.asarray(np.stack(windows))
+        logits = Decoder(run.config.model).apply({"params": state.params}, tokens[:, :-1])
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+        assert result[f"{name}: loss"] == pytest.approx(-float(chosen.mean()), rel=1e-5)
+        size = len(text) - text.count(b"\0")  # separators are tokens and no text
+        wanted = result[f"{name}: loss"] / np.log(2) * len(text) / size
+        assert result[f"{name}: bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"config.eval.texts: '.*b.md' has 9 tokens; at least 65 fill a batch"):
+        build_run(settings(tmp_path, eval={"texts": (f"{tmp_path}/b.md",)}))
+    with pytest.raises(ConfigError, match="config.eval.texts: .*nothing"):
+        build_run(settings(tmp_path, eval={"texts": ("nothing.txt",)}))
