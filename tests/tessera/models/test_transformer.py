@@ -353,7 +353,7 @@ def test_queries_keys_and_values_have_their_biases():
         name: {"kernel": jnp.ones((8, count, 2)), "bias": jnp.arange(2.0 * count).reshape(count, 2) + count}
         for name, count in heads.items()
     }
-    found = transformer.project_qkv(params, jnp.zeros((1, 1, 8)), jnp.zeros((1, 1), jnp.int32), config)
+    found = transformer.project_qkv(params, jnp.zeros((1, 1, 8)), jnp.zeros((1, 1), jnp.int32), config, config.form(0))
     for (name, layer), vector in zip(params.items(), found, strict=True):
         np.testing.assert_array_equal(vector[0, 0], layer["bias"], err_msg=name)
 
@@ -368,7 +368,7 @@ def test_the_norms_of_queries_and_keys_have_the_models_epsilon(scope):
         params[name] = {"kernel": normal(8, count, 2, seed=seed), "gain": np.ones((count, 2), np.float32)}
         params[f"{name}_norm"] = {"gain": np.ones(2, np.float32)}
     found = transformer.project_qkv(
-        jax.tree.map(jnp.asarray, params), jnp.asarray(x), jnp.zeros((1, 1), jnp.int32), config
+        jax.tree.map(jnp.asarray, params), jnp.asarray(x), jnp.zeros((1, 1), jnp.int32), config, config.form(0)
     )
     for name, vectors in zip(("query", "key"), found, strict=False):
         y = np.einsum("d,dhk->hk", x[0, 0], params[name]["kernel"])

@@ -755,8 +755,6 @@ def test_a_dead_engine_is_told_at_once(cause, monkeypatch):
         assert error.value.code == 503 and "failed for good" in error.value.read().decode()
         assert 'tessera_alive{model_name="tiny"} 0.0' in server.get("/metrics") and not server.engine.busy
 
-        assert "tessera_alive 0" in server.get("/metrics") and not server.engine.busy
-
 
 def test_the_time_to_the_first_token_is_of_texts_that_have_one():
     """A text that ends with an error before its first token has a duration and no first token."""
@@ -766,7 +764,7 @@ def test_the_time_to_the_first_token_is_of_texts_that_have_one():
         def __init__(self):
             pass
 
-        def submit(self, prompt, sampling, notify):
+        def submit(self, prompt, sampling, notify, constraint):
             told.append(notify)
             return Request(prompt, sampling)
 
@@ -774,8 +772,16 @@ def test_the_time_to_the_first_token_is_of_texts_that_have_one():
         requests, _ = service.submit([(1, 2)], [Sampling()])
         told[-1](replace(requests[0], **changes))
 
-    service = Service(Silent())
+    service = Service(Silent(), model="tiny")
+
+    def seen(name, what="count"):
+        value = service.latencies.registry.get_sample_value(f"vllm:{name}_seconds_{what}", {"model_name": "tiny"})
+        return value or 0
+
+    names = ("time_to_first_token", "e2e_request_latency", "request_time_per_output_token")
     asyncio.run(ask(finish="error"))
-    assert (service.first_token.total, service.duration.total) == (0, 1)
+    assert [seen(name) for name in names] == [0, 1, 0]
     asyncio.run(ask(tokens=[5], finish="length"))
-    assert (service.first_token.total, service.duration.total) == (1, 2)
+    assert [seen(name) for name in names] == [1, 2, 0], "one token has none after it"
+    service.latencies.end("tiny", 10.0, 6.0, 4)
+    assert seen("request_time_per_output_token", "sum") == 2.0, "three tokens after the first took 6 seconds"
