@@ -83,6 +83,9 @@ def read_format(directory: Path | str) -> TextFormat:
         ends |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
     file = path / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.exists() else more["tokenizer_config.json"].get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
     return TextFormat(
         c.get("bos_token_id"), tuple(ends), template if isinstance(template, str) else "", c["max_position_embeddings"]
     )

@@ -1,6 +1,7 @@
 """Chat templates against transformers (`make_chats` of tests/golden/make.py), and tool calls in models' own forms."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ pytest.importorskip("pydantic")
 
 from tessera.data.text import BPETokenizer, ByteTokenizer
 from tessera.serving.chat import BadChat, CallStream, ChatFormat
-from tessera.serving.huggingface import TextFormat
+from tessera.serving.huggingface import TextFormat, read_format
 from tessera.serving.protocol import Reader, read_body
 
-CHATS = json.loads((Path(__file__).parents[2] / "golden" / "chats.json").read_text())
+GOLDEN = Path(__file__).parents[2] / "golden"
+CHATS = json.loads((GOLDEN / "chats.json").read_text())
 HERMES = next(one["template"] for one in CHATS if one["tools"])
 MISTRAL = "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}{{ messages | tojson }}[TOOL_CALLS]"
 LLAMA = '{% if tools %}Answer with {"name": name, "parameters": object}.{% endif %}{{ messages | tojson }}'
@@ -53,6 +55,17 @@ def test_a_template_runs_in_a_sandbox_and_says_what_is_wrong():
     ):
         with pytest.raises(BadChat, match="chat template"):
             ChatFormat(ByteTokenizer(), TextFormat(template=template)).render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 }}", [{"name": "rag", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ 1 }}"}]]
+)
+def test_a_directorys_template_is_the_only_one_or_the_default_of_several(template, tmp_path):
+    shutil.copy(GOLDEN / "huggingface" / "llama" / "config.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert read_format(tmp_path).template == "{{ 1 }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ 3 }}")
+    assert read_format(tmp_path).template == "{{ 3 }}"
 
 
 def calls(found):
