@@ -59,7 +59,8 @@ def grouped_matmul(
     forward-mode differentiation (`jax.jvp`), nor with symbolic dimensions (`jax.export`).
 
     Values are checked where they are known, that is outside jit. Inside it, sizes below zero and row numbers out of
-    range give unspecified rows, unless the program is transformed by `jax.experimental.checkify.checkify`.
+    range give unspecified rows, unless the environment variable TESSERA_CHECKIFY is set while a program is traced, and
+    it is transformed by `jax.experimental.checkify.checkify`.
 
     Args:
       x: (T, K) bfloat16, float16 or float32; T = M without `gather`.

@@ -320,7 +320,8 @@ ROWS = jnp.arange(8, dtype=jnp.int32)
     ],
     ids=["sizes", "past the end", "below zero", "tokens"],
 )
-def test_values_out_of_range_are_refused_outside_jit_and_found_by_checkify_inside(sizes, options, message):
+def test_values_out_of_range_are_refused_outside_jit_and_found_by_checkify_inside(sizes, options, message, monkeypatch):
+    monkeypatch.setenv("TESSERA_CHECKIFY", "1")
     sizes, f = jnp.array(sizes), partial(cpu, X, W, **options)
     with pytest.raises(ValueError, match=message):
         f(sizes)
@@ -328,6 +329,10 @@ def test_values_out_of_range_are_refused_outside_jit_and_found_by_checkify_insid
     found = checkify.checkify(jax.jit(traced))(sizes, {"gather": options["gather"]} if "gather" in options else {})[0]
     assert re.search(message, found.get())
     assert checkify.checkify(jax.jit(traced))(S, {"gather": ROWS})[0].get() is None or "epilogue" in options
+
+
+def test_a_product_has_no_effects_so_that_layers_of_it_can_be_scanned():
+    assert not jax.make_jaxpr(partial(cpu, gather=ROWS))(X, W, S).effects
 
 
 @pytest.mark.parametrize(
