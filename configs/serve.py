@@ -1,7 +1,7 @@
 """A model to be served, from Python, the command line or over HTTP.
 
 What: loads a run of `scripts/train.py` (`--config.model.dir=runs/lm`), a ticket of it (`--config.model.ticket=FILE`)
-or a Hugging Face Llama or Mixtral directory, places it under `--config.plan` (any, whatever plan it was trained under)
+or a Hugging Face directory, places it under `--config.plan` (any, whatever plan it was trained under)
 and continues text: `scripts/generate.py` prints it as it comes, `scripts/serve.py` speaks OpenAI's protocol.
 Cost: loading and compiling, some ten seconds for a small model on a CPU; not measured for large ones.
 Expected: text in the manner of what the model was trained on.

@@ -408,10 +408,21 @@ class Engine:
             logging.exception("what listens to request %d failed as it ended", request.number)
 
 
-def generate_all(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[Any]:
-    """Run requests through an engine to their end; a convenience for scripts and tests."""
+def generate_all(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    notify: Sequence[Callable[[Request], None]] = (),
+) -> list[Request]:
+    """Run requests through an engine to their end, however many wait; `notify` is that of each, see `Engine.submit`."""
     requests = []
-    for prompt, sampling in zip(prompts, samplings, strict=True):
-        requests.append(engine.submit(prompt, sampling))
+    listeners = notify or [lambda request: None] * len(prompts)
+    for prompt, sampling, listener in zip(prompts, samplings, listeners, strict=True):
+        while True:
+            try:
+                requests.append(engine.submit(prompt, sampling, listener))
+                break
+            except QueueFull:
+                engine.step()
     engine.run()
     return requests

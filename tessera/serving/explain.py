@@ -17,7 +17,7 @@ from sharding.analysis.collectives import Collective, count_collectives, count_p
 from sharding.analysis.hardware import Hardware
 from sharding.analysis.roofline import placements, step_roofline
 from sharding.errors import PlanError
-from sharding.inference.kv_cache import DTYPES, CacheConfig
+from sharding.inference.kv_cache import CacheConfig
 from sharding.inference.sample import greedy
 from sharding.mesh import abstract_mesh
 from sharding.plan import MESH_AXES, Plan, factorings
@@ -123,9 +123,7 @@ def token_cost(
     cache = _cache_bytes(programs, context)
     touched = experts * _touched(decoder, tokens * plan.size("ep")) + held - experts - table
     traffic = float(ticks) * (touched + cache * rows / programs.groups)
-    step = step_roofline(
-        hardware, flops=flops, traffic=float(traffic), moved=[(one.group, False, one.moved) for one in moved]
-    )
+    step = step_roofline(hardware, flops=flops, traffic=traffic, moved=[(one.group, False, one.moved) for one in moved])
     count = sum(one.count for one in moved)
 
     def read(params: Any, state: Any) -> Any:
@@ -162,7 +160,7 @@ def _counted(function: Any, *args: Any) -> tuple[list[Collective], float]:
 def _difference(
     one: tuple[list[Collective], float], two: tuple[list[Collective], float]
 ) -> tuple[list[Collective], float]:
-    """What the second program has more of: the same collectives, run more often, and those of its own."""
+    """What the second program has more of: it has the same collectives, some of which run more often."""
     found = []
     for before, after in zip(one[0], two[0], strict=True):
         assert (before.kind, before.axes, before.scope) == (after.kind, after.axes, after.scope)
@@ -194,7 +192,6 @@ def _cache_bytes(programs: Programs, tokens: int) -> float:
     """Bytes of one slot's KV cache with so many tokens, on one device."""
     plan, sizes = programs.decoder.plan, programs.cache_config
     one: CacheConfig = replace(sizes, slots=1, length=tokens)
-    assert sizes.dtype in DTYPES
     return one.bytes / (plan.size("pp") * plan.size("tp") * plan.size("cp"))
 
 

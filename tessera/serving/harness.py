@@ -7,9 +7,9 @@ docs/inference.md.
 from typing import Any
 
 from tessera.serving.chat import ChatFormat
-from tessera.serving.engine import Engine
+from tessera.serving.engine import Engine, generate_all
 from tessera.serving.load import Loaded
-from tessera.serving.requests import QueueFull, Sampling
+from tessera.serving.requests import Sampling
 from tessera.serving.scoring import Part, score, windows
 from tessera.serving.text import TextStream
 
@@ -55,7 +55,7 @@ def harness_model(engine: Engine, loaded: Loaded, max_tokens: int = 256) -> Any:
             for request in requests:
                 prompt, options = request.args
                 until = options.get("until") or []
-                draw = int(options.get("max_gen_toks", max_tokens))
+                draw = min(int(options.get("max_gen_toks", max_tokens)), most - 1)
                 warm = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
                 tokens = self.tok_encode(prompt)[-(most - draw) :]
                 stream = TextStream(tokenizer, [until] if isinstance(until, str) else until, tokens)
@@ -84,12 +84,8 @@ def _generate(engine: Engine, asked: list[tuple[list[int], Sampling, TextStream]
 
         return notify
 
-    for index, (tokens, sampling, stream) in enumerate(asked):
-        while True:
-            try:
-                engine.submit(tokens, sampling, listener(index, stream))
-                break
-            except QueueFull:
-                engine.step()
-    engine.run()
+    listeners = [listener(index, stream) for index, (_, _, stream) in enumerate(asked)]
+    requests = generate_all(engine, [one[0] for one in asked], [one[1] for one in asked], listeners)
+    if any(one.finish == "error" for one in requests):
+        raise RuntimeError("the engine failed; the log says why")
     return texts

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tessera.serving.engine import Engine
-from tessera.serving.requests import QueueFull, Request, Sampling
+from tessera.serving.engine import Engine, generate_all
+from tessera.serving.requests import Request, Sampling
 
 
 class Part(NamedTuple):
@@ -81,16 +81,9 @@ def score(engine: Engine, parts: Sequence[Part], progress: Callable[[int], None]
     def listener(count: int) -> Callable[[Request], None]:
         return lambda request: progress(count) if request.finish else None
 
-    requests = []
-    for part in parts:
-        prompt = (*part.context, *part.tokens)[-most:]
-        while True:
-            try:
-                requests.append(engine.submit(prompt, READ, listener(len(part.tokens))))
-                break
-            except QueueFull:
-                engine.step()
-    engine.run()
+    prompts = [(*part.context, *part.tokens)[-most:] for part in parts]
+    listeners = [listener(len(part.tokens)) for part in parts]
+    requests = generate_all(engine, prompts, [READ] * len(parts), listeners)
     scores = []
     for part, request in zip(parts, requests, strict=True):
         if request.finish != "length":
