@@ -16,9 +16,9 @@ def test_hashes_are_equal_where_the_ngrams_are(n):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("pieces", [1 << 12, 1 << 17])
-def test_a_planted_leak(share, pieces, monkeypatch):
-    monkeypatch.setattr("tessera.data.text.CHUNK", pieces)
+@pytest.mark.parametrize("chunk", [1 << 12, 1 << 17])
+def test_a_planted_leak(share, chunk, monkeypatch):
+    monkeypatch.setattr("tessera.data.text.CHUNK", chunk)
     rng = np.random.default_rng(0)
     train, held_out = rng.integers(0, 50_000, 60_000), rng.integers(0, 50_000, 20_000)
     leaked = int(share * len(held_out))
