@@ -140,13 +140,18 @@ def ulysses_attention(
         heads = sequences[0].shape[2]
         mine = jax.lax.dynamic_slice_in_dim(form.sinks_H, jax.lax.axis_index(axis) * heads, heads)
         form = form._replace(sinks_H=mine)
+    if form.window is not None and jnp.ndim(form.window):
+        form = form._replace(window=jax.lax.all_gather(form.window, axis, axis=1, tiled=True))
     result = attend(*sequences, form)
     with jax.named_scope("exchange_time"):
         return exchange(result, split_axis=1, concat_axis=2)
 
 
 class _Tile(NamedTuple):
-    """How a block of queries attends to a block of keys: the keys seen (None: all) and the form of the scores."""
+    """How a block of queries attends to a block of keys: the keys seen (None: all) and the form of the scores.
+
+    `seen_TS` is [B, T, S] where rows differ.
+    """
 
     seen_TS: jax.Array | None
     form: AttentionForm
@@ -159,7 +164,10 @@ def _scores(q_BTKGh: jax.Array, k_BSKh: jax.Array, how: _Tile) -> tuple[jax.Arra
     s_BKGTS, slope = form.scores(products, size), form.scale or size**-0.5
     if form.softcap:
         slope = slope * (1 - jnp.square(s_BKGTS / form.softcap))
-    return s_BKGTS if how.seen_TS is None else jnp.where(how.seen_TS[None, None, None], s_BKGTS, -jnp.inf), slope
+    if how.seen_TS is None:
+        return s_BKGTS, slope
+    seen_BKGTS = jnp.expand_dims(how.seen_TS, (0, 1, 2) if how.seen_TS.ndim == 2 else (1, 2))
+    return jnp.where(seen_BKGTS, s_BKGTS, -jnp.inf), slope
 
 
 def _attend(q_BTKGh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, how: _Tile) -> Partial:
@@ -192,9 +200,9 @@ def _send(tree: tuple[jax.Array, ...], axis: str) -> tuple[jax.Array, ...]:
 
 
 class _Places(NamedTuple):
-    """Which keys a device's queries see: of its own part, and of another part's halves; `window` is None without one.
+    """Which keys a device's queries see: of its own part, and of another part's halves.
 
-    Chunk i of the 2 p chunks of a sequence begins at position i T / 2; device d has chunks d and 2 p - 1 - d.
+    `window` is None without one, [] or, of this device's queries, [B, T]. Chunk i of the 2 p chunks of a sequence begins at position i T / 2; device d has chunks d and 2 p - 1 - d.
     """
 
     rank: jax.Array
@@ -210,13 +218,13 @@ class _Places(NamedTuple):
             at_T = zigzag_positions(self.rank, self.size, self.size * self.length)
         return _Tile(visible(at_T, at_T, self.window), self.form)
 
-    def chunks(self, query: jax.Array, key: jax.Array) -> _Tile:
-        """Queries of one chunk over keys of an earlier one."""
-        if self.window is None:
+    def chunks(self, query: jax.Array, key: jax.Array, window: jax.Array | None) -> _Tile:
+        """Queries of one chunk, with their windows, over keys of an earlier one."""
+        if window is None:
             return _Tile(None, self.form)
         steps = jnp.arange(self.length // 2)
         at_T, at_S = (chunk * (self.length // 2) + steps for chunk in (query, key))
-        return _Tile(visible(at_T, at_S, self.window), self.form)
+        return _Tile(visible(at_T, at_S, window), self.form)
 
     def step(self, distance: jax.Array) -> tuple[jax.Array, _Tile, _Tile]:
         """What part rank - distance sends: whether it is earlier, and two blocks.
@@ -227,8 +235,12 @@ class _Places(NamedTuple):
         earlier = distance <= self.rank  # or the keys come from around the end of the ring
         source, last = (self.rank - distance) % self.size, 2 * self.size - 1
         high = last - self.rank
-        other = self.chunks(jnp.where(earlier, self.rank, high), jnp.where(earlier, source, last - source))
-        return earlier, self.chunks(high, source), other
+        window = self.window, self.window  # of the low queries and of the high ones
+        if self.window is not None and self.window.ndim:
+            window = _halves(self.window)
+        mixed = None if self.window is None else jnp.where(earlier, *window)
+        other = self.chunks(jnp.where(earlier, self.rank, high), jnp.where(earlier, source, last - source), mixed)
+        return earlier, self.chunks(high, source, window[1]), other
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

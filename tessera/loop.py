@@ -179,23 +179,27 @@ def evaluate(
     """Weighted mean over batches of the metrics of each.
 
     Args:
-      eval_fn: (params, batch) -> metrics, scalars that are means over the batch; jit it outside.
+      eval_fn: (params, batch) -> metrics, scalars that are means over the batch; jit it outside. A metric "weight" is
+        what the batch counts, times the weight that comes with it.
       params: parameters.
       batches: equal-sized batches with their weights, see `tessera.data.loader.held_out_batches`. The sums stay on
         device until the end, so batches overlap.
 
     Raises:
-      ValueError: there was no batch.
+      ValueError: there was no batch, or none with weight.
     """
     total: Any = None
-    weights = 0.0
     for batch, weight in batches:
-        metrics = jax.tree.map(lambda value, weight=weight: value * weight, dict(eval_fn(params, batch)))
+        metrics = dict(eval_fn(params, batch))
+        weight = weight * metrics.pop("weight", 1.0)
+        metrics = {name: value * weight for name, value in metrics.items()} | {"weight": weight}
         total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
-        weights += weight
     if total is None:
         raise ValueError("no batch to evaluate on: the split is smaller than one batch, or eval.batches is 0")
-    return {name: float(value) / weights for name, value in sorted(jax.device_get(total).items())}
+    found = {name: float(value) for name, value in jax.device_get(total).items()}
+    if not (weight := found.pop("weight")):
+        raise ValueError("nothing to evaluate on: no target of the split has weight")
+    return {name: value / weight for name, value in sorted(found.items())}
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -1,18 +1,28 @@
 """Losses, accuracies and distillation as weighted means, computed in float32 whatever the dtype of the logits."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def weighted_mean(values: Float[Array, "*N"], weights: Float[Array, "*N"] | None = None) -> Float[Array, ""]:
-    """sum(values * weights) / sum(weights) in float32; zero if all weights are zero, the plain mean for None."""
+def weighted_mean(
+    values: Float[Array, "*N"], weights: Float[Array, "*N"] | None = None, total: int = 0
+) -> Float[Array, ""]:
+    """sum(values * weights) / sum(weights) in float32; zero if all weights are zero, the plain mean for None.
+
+    A `total` above 0 is the divisor in place of sum(weights).
+    """
     values = values.astype(jnp.float32)
     if weights is None:
         return values.mean()
     weights = weights.astype(jnp.float32)
-    total = weights.sum()
-    return (values * weights).sum() / jnp.where(total == 0, 1.0, total)
+    if total:
+        return (values * weights).sum() / total
+    weight = weights.sum()
+    return (values * weights).sum() / jnp.where(weight == 0, 1.0, weight)
 
 
 def cross_entropy(
@@ -20,6 +30,7 @@ def cross_entropy(
     labels: Int[Array, "*N"],
     weights: Float[Array, "*N"] | None = None,
     z: float = 0.0,
+    total: int = 0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean cross-entropy in nats with PaLM's z-loss.
 
@@ -31,6 +42,7 @@ def cross_entropy(
       labels: class of every position, 0..V-1.
       weights: weight of every position (0 leaves it out), default all ones.
       z: coefficient of the z-loss.
+      total: divisor of the weighted sums; 0 is the sum of the weights.
 
     Returns:
       The loss, and the metrics cross_entropy (without the z-loss), z_loss (the added term), accuracy (a fraction) and
@@ -42,21 +54,24 @@ def cross_entropy(
     # needs one small all-reduce where a gather would collect the logits.
     hot = labels[..., None] == jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     nll = lse - jnp.where(hot, logits, 0.0).sum(axis=-1)
-    nats, z_loss = weighted_mean(nll, weights), z * weighted_mean(jnp.square(lse), weights)
+    nats, z_loss = weighted_mean(nll, weights, total), z * weighted_mean(jnp.square(lse), weights, total)
     metrics = {
         "cross_entropy": nats,
         "z_loss": z_loss,
-        "accuracy": accuracy(logits, labels, weights),
+        "accuracy": accuracy(logits, labels, weights, total),
         "weight": jnp.float32(labels.size) if weights is None else weights.astype(jnp.float32).sum(),
     }
     return nats + z_loss, metrics
 
 
 def accuracy(
-    logits: Float[Array, "*N V"], labels: Int[Array, "*N"], weights: Float[Array, "*N"] | None = None
+    logits: Float[Array, "*N V"],
+    labels: Int[Array, "*N"],
+    weights: Float[Array, "*N"] | None = None,
+    total: int = 0,
 ) -> Float[Array, ""]:
     """Weighted fraction of positions whose largest logit is the label's (the first of equal ones); float32."""
-    return weighted_mean((logits.argmax(-1) == labels).astype(jnp.float32), weights)
+    return weighted_mean((logits.argmax(-1) == labels).astype(jnp.float32), weights, total)
 
 
 def distillation(
@@ -73,7 +88,10 @@ def distillation(
 
 
 def next_token_loss(
-    logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B U"], z: float = 0.0
+    logits_BTV: Float[Array, "B T V"],
+    tokens_BT: Int[Array, "B U"],
+    z: float = 0.0,
+    mean_weights_BT: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Next-token cross-entropy of a language model (nats per token; its exponential is the perplexity).
 
@@ -81,9 +99,41 @@ def next_token_loss(
       logits_BTV: logits of the tokens but the last of every row; row t predicts token t + 1.
       tokens_BT: tokens [B, T + 1].
       z: coefficient of the z-loss, see `cross_entropy`.
+      mean_weights_BT: weights of the targets, of mean one in the batch that these rows are a part of; see
+        `with_mean_weights`.
 
     Returns:
       The loss, and the metrics cross_entropy (nats per token, without the z-loss) and accuracy.
     """
-    loss, metrics = cross_entropy(logits_BTV, tokens_BT[:, 1:], z=z)
+    loss, metrics = cross_entropy(logits_BTV, tokens_BT[:, 1:], mean_weights_BT, z, tokens_BT[:, 1:].size)
     return loss, {name: metrics[name] for name in ("cross_entropy", "accuracy")}
+
+
+def with_mean_weights(batch: Any) -> Any:
+    """Scale the weights of a whole batch of targets to mean one, so that plain means over its parts are weighted means.
+
+    sum(w nll) / sum(w) over a batch is then the mean of w nll over its targets, and so the mean over equal parts,
+    whether microbatches, steps of gradient accumulation or devices. Weights that are all zero stay zero.
+
+    Args:
+      batch: with "weights" float32 [B, T] of the targets and, where documents are packed, "positions" int32 [B, T] (-1
+        for padding). Another batch, also one that was scaled before, is returned as it is.
+
+    Returns:
+      The batch with "mean_weights" in place of "weights", and with "mean_live", 1 for tokens and 0 for padding, scaled
+      likewise, for means over tokens.
+    """
+    if not (isinstance(batch, Mapping) and "weights" in batch):
+        return batch
+    found = {name: value for name, value in batch.items() if name != "weights"}
+    live_BT = jnp.ones(batch["weights"].shape) if "positions" not in batch else (batch["positions"] >= 0).astype(float)
+    for name, weights_BT in (("mean_weights", batch["weights"]), ("mean_live", live_BT)):
+        weights_BT = weights_BT.astype(jnp.float32)
+        total = weights_BT.sum()
+        found[name] = weights_BT * (weights_BT.size / jnp.where(total == 0, 1.0, total))
+    return found
+
+
+def padding_share(batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+    """The metric "padding" of packed documents, the share of padding among a batch's inputs; none for another batch."""
+    return {"padding": (batch["positions"] < 0).mean(dtype=jnp.float32)} if "positions" in batch else {}

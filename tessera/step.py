@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Int32, Key, PyTree
 
 from moe.metrics import of_load
 from tessera.infra.config import check_seed
+from tessera.losses import with_mean_weights
 from tessera.optim.noise_scale import noise_scale
 
 Row = dict[str, Any]
@@ -78,6 +79,7 @@ def make_train_step(
     """Make `step(state, batch, key) -> (state, metrics)`, pure and not jitted.
 
     Each step draws its own key by folding in `state.step`, so a resumed run draws what an uninterrupted one would. The
+    weights of a batch, if it has some, are those of `tessera.losses.with_mean_weights`. The
     optimizer is always given `value=` and `grad_fn=` (the gradient of this batch at other parameters, for SAM).
 
     `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
@@ -91,6 +93,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: PyTree, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        batch = with_mean_weights(batch)  # before it is cut into parts, which may have more weight or less
         gradient = _make_gradient(loss_fn, batch, key, config.grad_accum_steps)
         loss, metrics, grads, parts_squared = gradient(state.params)
         updates, opt_state = tx.update(

@@ -1,4 +1,4 @@
-"""Forms of attention that plain decoders do without: scaled rotary positions, latents, soft-caps and sinks.
+"""Forms of attention by layer, and those that plain decoders do without: scaled positions, latents, soft-caps, sinks.
 
 Axes: B batch, T and S query and key times, H query heads, K key/value heads (K divides H), G = H / K, h head dimension,
 v that of values, f pairs of rotated channels.
@@ -7,13 +7,28 @@ v that of values, f pairs of rotated channels.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, floor, log, pi
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sharding.attention import AttentionForm
+
+
+class LayerForm(NamedTuple):
+    """What attention in one layer of a decoder does otherwise than in another; with leading axes of layers for a scan.
+
+    Attributes:
+      window: see `sharding.attention.AttentionForm`; float32 in an array, 0 for none, so that a pipeline can
+        differentiate it.
+      frequency_f: radians per position of every pair of rotated channels; zeros without positions (NoPE).
+      magnitude: factor on rotated queries and keys.
+    """
+
+    window: Any
+    frequency_f: Any
+    magnitude: Any
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32, Int, PyTree
 
 from moe.route import update_bias, update_penalty
 from moe.specialization import joint_counts
-from tessera.losses import next_token_loss
+from tessera.losses import next_token_loss, padding_share, with_mean_weights
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.step import LossFn, Metrics
 
@@ -38,6 +38,9 @@ def per_layer(sown: Mapping[str, Any], name: str, config: TransformerConfig) -> 
 def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
     """Make `loss(params, batch, key)`, the next-token loss of a decoder, for batches {"tokens": int32 [B, T + 1]}.
 
+    With documents packed into rows a batch also has "positions" int32 [B, T], which restart in every document and are
+    -1 for padding, and "weights" float32 [B, T] of the targets: the loss is sum(w nll) / sum(w), and 0 without weight.
+
     The metrics are cross_entropy (nats per token) and accuracy. With routed layers the auxiliary losses of all layers
     are added, a key (given in training) switches noise, capacity and expert dropout on, and the metrics have aux_loss
     and, for L routed layers, router/load [L, E] (shares of the choices), router/max_violation, router/entropy,
@@ -52,30 +55,39 @@ def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
 
         def dense_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
             del key
-            logits_BTV: Any = model.apply({"params": params}, batch["tokens"][:, :-1])
-            return next_token_loss(logits_BTV, batch["tokens"], z_loss)
+            batch = with_mean_weights(batch)
+            logits_BTV: Any = model.apply({"params": params}, batch["tokens"][:, :-1], batch.get("positions"))
+            loss, metrics = next_token_loss(logits_BTV, batch["tokens"], z_loss, batch.get("mean_weights"))
+            return loss, metrics | padding_share(batch)
 
         return dense_loss
 
     def routed_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
-        tokens_BT, rngs = batch["tokens"], {} if key is None else {"router": key}
-        logits_BTV, state = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs, mutable=["intermediates"])
-        loss, metrics = next_token_loss(logits_BTV, tokens_BT, z_loss)
+        batch = with_mean_weights(batch)
+        tokens_BT, how = batch["tokens"], {"rngs": {} if key is None else {"router": key}, "mutable": ["intermediates"]}
+        logits_BTV, state = model.apply({"params": params}, tokens_BT[:, :-1], batch.get("positions"), **how)
+        loss, metrics = next_token_loss(logits_BTV, tokens_BT, z_loss, batch.get("mean_weights"))
         auxiliary = per_layer(state["intermediates"], "aux_loss", config).sum()
         routing = per_layer(state["intermediates"], "routing", config)
-        metrics |= {f"router/{name}": value for name, value in routing.items()}
-        return loss + auxiliary, metrics | {"aux_loss": auxiliary}
+        # Of a part of a batch: its share of the tokens that are not padding.
+        share = batch["mean_live"].mean() if "mean_live" in batch else 1.0
+        metrics |= {f"router/{name}": value * share for name, value in routing.items()}
+        return loss + auxiliary, metrics | padding_share(batch) | {"aux_loss": auxiliary}
 
     return routed_loss
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[PyTree, Mapping[str, Any]], dict[str, jax.Array]]:
-    """Make the jitted `eval(params, batch) -> {"loss", "accuracy"}`; its loss is the cross-entropy without z-loss."""
+    """Make the jitted `eval(params, batch) -> {"loss", "accuracy"}`; its loss is the cross-entropy without z-loss.
+
+    Of a batch with weights there is also "weight", their sum, by which `tessera.loop.evaluate` weighs batches.
+    """
 
     @jax.jit
     def eval_fn(params: PyTree, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         metrics = loss_fn(params, batch, None)[1]
-        return {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}
+        found = {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}
+        return found | ({"weight": batch["weights"].sum()} if "weights" in batch else {})
 
     return eval_fn
 

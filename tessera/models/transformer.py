@@ -36,25 +36,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
-from sharding.attention import PLAIN, AttentionForm, visible
+from sharding.attention import PLAIN, AttentionForm, packed_window, visible
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.attention_forms import LatentConfig, RopeScaling, scaled_frequencies, scored_attention
+from tessera.models.attention_forms import LatentConfig, LayerForm, RopeScaling, scaled_frequencies, scored_attention
 from tessera.models.remat import Remat, layers_of, parse_remat
-
-
-class LayerForm(NamedTuple):
-    """What attention in one layer of a decoder does otherwise than in another; with leading axes of layers for a scan.
-
-    Attributes:
-      window: see `sharding.attention.AttentionForm`; float32 in an array, 0 for none, so that a pipeline can
-        differentiate it.
-      frequency_f: radians per position of every pair of rotated channels; zeros without positions (NoPE).
-      magnitude: factor on rotated queries and keys.
-    """
-
-    window: Any
-    frequency_f: Any
-    magnitude: Any
 
 
 class Stack(NamedTuple):
@@ -507,8 +492,9 @@ def attention(
         raise ValueError(f"{H} query heads cannot share {K} key/value heads evenly")
     library = form.sinks_H is None and not form.softcap and v == h
     if causal and (form.window is not None or not library):
-        seen_TS = visible(jnp.arange(T), jnp.arange(S), form.window)[None, None]
-        mask, causal = seen_TS if mask is None else mask & seen_TS, False
+        seen_TS = visible(jnp.arange(T), jnp.arange(S), form.window)
+        seen_BHTS = jnp.expand_dims(seen_TS, (0, 1) if seen_TS.ndim == 2 else 1)
+        mask, causal = seen_BHTS if mask is None else mask & seen_BHTS, False
     if library:
         return jax.nn.dot_product_attention(
             q_BTHh,
@@ -623,12 +609,13 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, of grouped queries or through latents.
 
-    `axis` is the mesh axis that splits the heads.
+    `axis` is the mesh axis that splits the heads. If `packed`, attention stays within documents, whose positions restart.
     """
 
     config: TransformerConfig
     attend: Attend = attention
     axis: str | None = None
+    packed: bool = False
 
     @nn.compact
     def __call__(
@@ -644,7 +631,8 @@ class Attention(nn.Module):
             projected = project_qkv(params, x_BTD, positions_BT, c, form, self.axis)
         q_BTHh, k_BTKh, v_BTKv = (checkpoint_name(x, "qkv") for x in projected)
         sinks_H = Vector(c.heads, "logit", 0.0, name="sinks")()["logit"] if c.sinks else None
-        how = AttentionForm(form.window, sinks_H, c.score_scale, c.attention_softcap)
+        window = packed_window(positions_BT, form.window) if self.packed else form.window
+        how = AttentionForm(window, sinks_H, c.score_scale, c.attention_softcap)
         y_BTD = from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKv, how), "attended"), output_HvD)
         if c.output_bias:
             bias_D = Vector(d, "bias", 0.0, name="output_bias")()["bias"].astype(y_BTD.dtype)
@@ -714,7 +702,7 @@ class Block(nn.Module):
     `constrain` is called where a layer begins (with `INSIDE`) and on what it adds to the residual stream (`RESIDUAL`);
     under tensor parallelism the latter is where partial sums are added up. S is T, or a device's part of it where the
     residual stream is split along time. `expert_axes` are the mesh axes that split routed experts; that of their width
-    splits the heads too.
+    splits the heads too. If `packed`, see `Decoder`, attention stays within documents and no expert gets padding.
     """
 
     config: TransformerConfig
@@ -722,6 +710,7 @@ class Block(nn.Module):
     attend: Attend = attention
     mlp: str = ""
     expert_axes: ExpertAxes = ONE_DEVICE
+    packed: bool = False
 
     @nn.compact
     def __call__(
@@ -751,12 +740,13 @@ class Block(nn.Module):
                 y_BSD = Norm(c, name=f"{name}_post_norm" if c.norm_position == "both" else f"{name}_norm")(y_BSD)
             return checkpoint_name(y_BSD, name)
 
-        attend = Attention(c, self.attend, self.expert_axes.width, name="attention")
+        attend = Attention(c, self.attend, self.expert_axes.width, self.packed, name="attention")
         how = c.form(0) if form is None else form
         x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT, how))
         feed: Callable[..., jax.Array]
         if mlp == "routed":
-            feed = functools.partial(routed(c, "mlp", self.expert_axes), tokens_BT=tokens_BT)
+            mask_BT = positions_BT >= 0 if self.packed else None
+            feed = functools.partial(routed(c, "mlp", self.expert_axes), mask_BT=mask_BT, tokens_BT=tokens_BT)
         else:
             feed = MLPS[mlp](c, name="mlp")
         return x_BSD + added("mlp", x_BSD, feed), None
@@ -769,6 +759,7 @@ class Unit(nn.Module):
     constrain: Constrain = unconstrained
     attend: Attend = attention
     mlps: tuple[str, ...] = ()
+    packed: bool = False
 
     @nn.compact
     def __call__(
@@ -780,7 +771,7 @@ class Unit(nn.Module):
     ) -> tuple[Float[Array, "B S D"], None]:
         """Run the blocks in order."""
         for i, mlp in enumerate(self.mlps):
-            block = Block(self.config, self.constrain, self.attend, mlp, name=f"layer_{i}")
+            block = Block(self.config, self.constrain, self.attend, mlp, packed=self.packed, name=f"layer_{i}")
             x_BSD, _ = block(x_BSD, positions_BT, tokens_BT, form_of(forms, i))
         return x_BSD, None
 
@@ -811,19 +802,20 @@ class Decoder(nn.Module):
 
         Args:
           tokens_BT: token ids in 0..V-1; another id gives NaN from its position on.
-          positions_BT: rotary positions, default 0..T-1 in every row.
+          positions_BT: default 0..T-1 in every row. Where documents are packed into rows, they restart at 0 in every
+            document, at whose boundaries attention stops, and are -1 for padding.
 
         Returns:
           float32 logits; row t predicts token t + 1 and depends on tokens 0..t only.
         """
-        c = self.config
+        c, packed = self.config, positions_BT is not None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         table_VD = Table((c.vocab_size, c.width), c.init_scale, name="embed")()
         known_BT = (tokens_BT >= 0) & (tokens_BT < c.vocab_size)  # as `sharding.lookup` of a plan
         x_BTD = jnp.where(known_BT[..., None], table_VD[tokens_BT], jnp.nan)
         x_BTD = self.constrain(c.embedded(x_BTD.astype(DTYPES[c.dtype])), RESIDUAL)
-        x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT)
+        x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT, packed)
         x_BTD = self.constrain(Norm(c, name="final_norm")(x_BTD), INSIDE)
         if c.tied:
             head_DV = table_VD.T
@@ -842,7 +834,11 @@ def param_shapes(config: TransformerConfig) -> PyTree:
 
 
 def run_blocks(
-    decoder: Decoder, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], tokens_BT: Int[Array, "B T"]
+    decoder: Decoder,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    tokens_BT: Int[Array, "B T"],
+    packed: bool,
 ) -> Float[Array, "B T D"]:
     """Run all blocks with activation checkpointing (`TransformerConfig.remat`), inside the decoder's compact method.
 
@@ -865,14 +861,15 @@ def run_blocks(
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=end - start,
         )
-        return layers(*options, mlp, name=stack.name)(x_BTD, positions_BT, tokens_BT, forms)[0]
+        return layers(*options, mlp, packed=packed, name=stack.name)(x_BTD, positions_BT, tokens_BT, forms)[0]
 
     for stack in c.stacks:
         groups, start = c.groups(stack), 0
         if not c.scan:
             block = checkpointed(Block, groups[0], scanned=False)
             form = form_of(c.forms(stack), (0, 0))
-            x_BTD, _ = block(*options, stack.pattern[0], name=stack.name)(x_BTD, positions_BT, tokens_BT, form)
+            block = block(*options, stack.pattern[0], packed=packed, name=stack.name)
+            x_BTD, _ = block(x_BTD, positions_BT, tokens_BT, form)
         elif len(groups) == 1 or decoder.is_initializing():
             x_BTD = scan(stack, replace(groups[0], layers=stack.layers), x_BTD)
         elif "routed" in stack.pattern:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from moe.kernels import Quantized
 from moe.layer import ExpertAxes, MoEConfig
@@ -45,6 +45,7 @@ from tessera.models.transformer import (
     form_of,
     param_shapes,
 )
+from tessera.losses import padding_share, with_mean_weights
 from tessera.step import LossFn, router_metrics
 
 Micro = Mapping[str, Any]
@@ -217,6 +218,7 @@ class ShardedDecoder:
         *,
         sow: bool,
         key: Key[Array, ""] | None = None,
+        packed: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any]:
         """Run the blocks of one step of a stack: one, or with `moe.every` n > 1 the n blocks of its pattern.
 
@@ -229,11 +231,13 @@ class ShardedDecoder:
           attend: index of a block in the pattern -> its attention.
           sow: also return what the routed block sowed into "intermediates" (None without one).
           key: of routed experts in training; None is evaluation.
+          packed: see `tessera.models.transformer.Block`.
         """
         params, forms = self.gather(layer[0], self.layer_specs(stack)), jax.lax.stop_gradient(layer[1])
         sown = None
         for i, mlp in enumerate(stack.pattern):
-            block = Block(self.local, explicit(self.tp, self.plan.sequence), attend(i), mlp, self.expert_axes)
+            constrain = explicit(self.tp, self.plan.sequence)
+            block = Block(self.local, constrain, attend(i), mlp, self.expert_axes, packed)
             one = params if len(stack.pattern) == 1 else params[f"layer_{i}"]
             how: Any = {"mutable": ["intermediates"] if sow else [], "rngs": {} if key is None else {"router": key}}
             (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, form_of(forms, i), **how)
@@ -258,11 +262,13 @@ class ShardedDecoder:
         cut = zigzag_positions if self.plan.context == "ring" else contiguous_positions
         return cut(jax.lax.axis_index("cp"), self.plan.size("cp"), length)
 
+    def own(self, x_BT: Num[Array, "B U"]) -> Num[Array, "B T"]:
+        """The columns of this device's tokens, of an array with one for every input of the sequence."""
+        return jnp.take(x_BT, self.positions(x_BT.shape[1]), axis=1)
+
     def begin(self, shared: PyTree, micro: Micro, key: Key[Array, ""] | None = None) -> Stream:
         """Tokens int32 [B, T + 1] to the stream before the first layer; `key` as in `Stream`, equal on all devices."""
-        tokens_BT = micro["tokens"]
-        tokens_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1), axis=1)
-        x_BSD = vary(self.embed(shared, tokens_BT), self.residual_axes)
+        x_BSD = vary(self.embed(shared, self.own(micro["tokens"][:, :-1])), self.residual_axes)
         if not self.routed:
             return Stream(x_BSD)
         routed = self.config.mlps.count("routed")
@@ -283,38 +289,45 @@ class ShardedDecoder:
 
     def layer(self, stack: Stack, layer: Layer, stream: Stream, micro: Micro) -> Stream:
         """One step of a stack (see `unit`) on the stream."""
-        tokens_BT = micro["tokens"]
-        positions_T = self.positions(tokens_BT.shape[1] - 1)
-        positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
-        ids_BT = jnp.take(tokens_BT, positions_T, axis=1) if self.config.moe.router.name == "hash" else None
+        tokens_BT, packed = micro["tokens"][:, :-1], "positions" in micro
+        if packed:
+            positions_BT = self.own(micro["positions"])
+        else:
+            positions_T = self.positions(tokens_BT.shape[1])
+            positions_BT = jnp.broadcast_to(positions_T[None], (tokens_BT.shape[0], positions_T.shape[0]))
+        ids_BT = self.own(tokens_BT) if self.config.moe.router.name == "hash" else None
         key, mine = (None, None) if stream.key is None else jax.random.split(stream.key)
         if self.dropping:
             mine = jax.random.key(0)  # a sign of training; nothing that draws noise runs under stages
         with jax.named_scope("layer"):
             attend = lambda _: self._attend()  # noqa: E731
-            x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, sow=True, key=mine)
+            how: Any = {"sow": True, "key": mine, "packed": packed}
+            x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, **how)
         if "routed" not in stack.pattern:
             return stream._replace(x=x_BSD)
         found = jax.lax.stop_gradient(sown["routing"][0])
         # Layers come in order of depth, whichever stage runs them: what is new goes to the end.
-        router = {}
+        router, count = {}, self.own(micro["mean_live"]).sum() if "mean_live" in micro else positions_BT.size
         for name, sums in stream.router.items():
-            new = vary(found[name] * positions_BT.size, sorted(jax.typeof(sums).mat.varying))
+            new = vary(found[name] * count, sorted(jax.typeof(sums).mat.varying))
             router[name] = jnp.concatenate([sums[1:], new[None]])
         return Stream(x_BSD, stream.aux_loss + sown["aux_loss"][0], router, key)
 
     def head_loss(self, shared: PyTree, stream: Stream, micro: Micro) -> Sums:
         """Sums over this device's tokens: of the loss, of their number, and of the metrics.
 
-        The sums are equal on all devices of tp.
+        The sums are equal on all devices of tp. Weights of the targets have a mean of one over the whole batch.
         """
-        tokens_BT = micro["tokens"]
-        labels_BT = jnp.take(tokens_BT, self.positions(tokens_BT.shape[1] - 1) + 1, axis=1)
+        labels_BT = self.own(micro["tokens"][:, 1:])
         with jax.named_scope("head"):
             nll_BT, lse_BT, right_BT = token_losses(self.logits(shared, stream.x), labels_BT, self.tp)
+        square_BT = jnp.square(lse_BT)
+        if "mean_weights" in micro:
+            weight_BT = self.own(micro["mean_weights"])
+            nll_BT, square_BT, right_BT = nll_BT * weight_BT, square_BT * weight_BT, right_BT * weight_BT
         weight = jnp.float32(labels_BT.size)
         metrics = {"cross_entropy": nll_BT.sum(), "accuracy": right_BT.sum()}
-        loss = metrics["cross_entropy"] + self.z_loss * jnp.square(lse_BT).sum()
+        loss = metrics["cross_entropy"] + self.z_loss * square_BT.sum()
         if self.routed:
             metrics["aux_loss"] = stream.aux_loss * weight
             loss += metrics["aux_loss"]
@@ -519,14 +532,20 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
             loss, weight, metrics = jax.lax.psum(vary_all((loss, weight, metrics), axes), axes)
         return jax.tree.map(lambda total: total / weight, (loss, metrics))
 
-    specs = (decoder.specs, {"tokens": PartitionSpec(decoder.batch_axes or None)}, PartitionSpec())
+    specs = (decoder.specs, PartitionSpec(decoder.batch_axes or None), PartitionSpec())
     sharded = jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
 
     def loss_fn(params: PyTree, batch: Micro, key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = sharded(params, {"tokens": batch["tokens"]}, key if decoder.routed else None)
-        return loss, router_metrics(metrics)
+        loss, metrics = sharded(params, micro_of(batch), key if decoder.routed else None)
+        return loss, router_metrics(metrics) | padding_share(batch)
 
     return loss_fn
+
+
+def micro_of(batch: Micro) -> Micro:
+    """What the decoder's functions look at in a batch, its weights scaled to mean one."""
+    names = ("tokens", "positions", "mean_weights", "mean_live")
+    return {name: value for name, value in with_mean_weights(batch).items() if name in names}
 
 
 def vary_all(tree: PyTree, axes: tuple[str, ...]) -> PyTree:

@@ -19,6 +19,7 @@ from sharding.pipeline.run import PipelineConfig, make_value_and_grad
 from sharding.pipeline.run import make_loss as make_forward
 from sharding.pipeline.stages import StageLayout, split_layers, stack_stages, unstack_stages
 from sharding.pipeline.ticks import StageFns
+from tessera.losses import padding_share
 from tessera.parallel import decoder as unpipelined
 from tessera.parallel.decoder import ROUTER_MEANS, ShardedDecoder
 from tessera.step import LossFn, router_metrics
@@ -122,11 +123,11 @@ def make_loss(
 
     def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss = losses[decoder.routed and key is not None]
-        value, metrics = loss(params, {"tokens": batch["tokens"]})
+        value, metrics = loss(params, unpipelined.micro_of(batch))
         del metrics["weight"]
         for name in ROUTER_MEANS if decoder.routed else ():
             metrics[f"router/{name}"] = metrics[f"router/{name}"][-layout.layers :]  # zeros of padding come first
-        return value, router_metrics(metrics)
+        return value, router_metrics(metrics) | padding_share(batch)
 
     return loss_fn
 
