@@ -202,7 +202,8 @@ def _send(tree: tuple[jax.Array, ...], axis: str) -> tuple[jax.Array, ...]:
 class _Places(NamedTuple):
     """Which keys a device's queries see: of its own part, and of another part's halves.
 
-    `window` is None without one, [] or, of this device's queries, [B, T]. Chunk i of the 2 p chunks of a sequence begins at position i T / 2; device d has chunks d and 2 p - 1 - d.
+    `window` is None without one, [] or, of this device's queries, [B, T]. Chunk i of the 2 p chunks of a sequence
+    begins at position i T / 2; device d has chunks d and 2 p - 1 - d.
     """
 
     rank: jax.Array

@@ -42,8 +42,8 @@ def main(invocation: Invocation) -> int:
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     run = build_run(c)
     workdir = invocation.prepare(run.settings, whole=True)
-    if first_process and run.overlap:
-        print(run.overlap, file=sys.stderr, flush=True)
+    for line in run.notes if first_process else ():
+        print(line, file=sys.stderr, flush=True)
     logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=first_process)
     with hold(workdir), logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
         if first_process and isinstance(run.tokenizer, BPETokenizer) and c.data.tokenizer != "bpe":

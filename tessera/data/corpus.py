@@ -122,6 +122,8 @@ def tokenize_corpus(
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / DESCRIPTION).is_file():
         return read_object(directory / DESCRIPTION)
+    if text.prompt:
+        raise ConfigError(f"config.data.prompt={text.prompt!r}: token files have no prompts; train on the text itself")
     tokenizer = _tokenizer(text, config, directory)
     end = separator_of(tokenizer, text.tokenizer if text.from_file else "", text.separator)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")

@@ -34,31 +34,34 @@ def is_saved_dataset(path: Path | str) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def read_documents(source: Path | str, column: str) -> Iterator[tuple[str, str]]:
-    """Iterate over (place, text) of every row that has text; empty ones are counted in one warning.
+def read_documents(source: Path | str, column: str, prompt: str = "") -> Iterator[tuple[str, ...]]:
+    """Iterate over (place, text) of every row that has text, or (place, prompt, text); empty ones are counted.
 
     Args:
       source: a file whose name ends as one of `ROWS`, a saved data set, or "datasets:NAME" or "datasets:NAME:SPLIT" for
         `datasets.load_dataset` (the split is "train" by default).
       column: key or column of the text.
+      prompt: key or column of the prompt; "" for none.
 
     Raises:
       ConfigError: a damaged file, a row that is not JSON, an absent column, or a value that is not text.
       ImportError: a package of the extra `data` is missing.
     """
     name = str(source)
+    columns = [prompt, column] if prompt else [column]
     if name.startswith(HUB) or is_saved_dataset(source):
-        rows = _dataset_rows(source, column)
+        rows = _dataset_rows(source, columns)
     elif name.endswith(".parquet"):
-        rows = _parquet_rows(Path(source), column)
+        rows = _parquet_rows(Path(source), columns)
     else:
-        rows = _json_rows(Path(source), column)
+        rows = _json_rows(Path(source), columns)
     empty, first = 0, ""
-    for place, text in rows:
-        if not isinstance(text, str):
-            raise ConfigError(f"{place}: {column!r} holds {type(text).__name__}; text is needed")
-        if text:
-            yield place, _encodable(place, text)
+    for place, *texts in rows:
+        for which, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise ConfigError(f"{place}: {which!r} holds {type(text).__name__}; text is needed")
+        if texts[-1]:
+            yield place, *(_encodable(place, text) for text in texts)
         else:
             empty, first = empty + 1, first or place
     if empty:
@@ -83,13 +86,13 @@ def _encodable(place: str, text: str) -> str:
     return text
 
 
-def _json_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with _lines(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", _value(line, column, f"{path}, line {number}")
+                    yield f"{path}, line {number}", *_values(line, columns, f"{path}, line {number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{path}: damaged after line {number} ({error}); a whole .gz file is needed") from error
     except Exception as error:
@@ -136,51 +139,53 @@ class _zstd_lines:
             yield rest
 
 
-def _value(line: bytes, column: str, place: str) -> Any:
+def _values(line: bytes, columns: list[str], place: str) -> list[Any]:
+    form = ", ".join(f"{column!r}: ..." for column in columns)
     try:
         row = json.loads(line)
     except RecursionError:
         raise ConfigError(f"{place}: no JSON: nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{place}: no JSON ({error}); a line is an object such as {{{column!r}: ...}}") from None
+        raise ConfigError(f"{place}: no JSON ({error}); a line is an object such as {{{form}}}") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{place}: a {type(row).__name__}; a line is an object such as {{{column!r}: ...}}")
-    if column not in row:
-        raise _absent(place, column, row)
-    return row[column]
+        raise ConfigError(f"{place}: a {type(row).__name__}; a line is an object such as {{{form}}}")
+    _require(place, columns, row)
+    return [row[column] for column in columns]
 
 
-def _absent(place: str, column: str, there: Any) -> ConfigError:
-    names = ", ".join(repr(name) for name in there) or "none"
-    return ConfigError(f"{place}: no column {column!r}; there are {names} (config.data.column)")
+def _require(place: str, columns: list[str], there: Any) -> None:
+    """Raise ConfigError for a column that is not there."""
+    for column in columns:
+        if column not in there:
+            names = ", ".join(repr(name) for name in there) or "none"
+            which = "column" if column == columns[-1] else "prompt"
+            raise ConfigError(f"{place}: no column {column!r}; there are {names} (config.data.{which})")
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
     arrow, parquet = package("pyarrow", str(path)), package("pyarrow.parquet", str(path))
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _absent(str(path), column, file.schema_arrow.names)
+            _require(str(path), columns, file.schema_arrow.names)
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for texts in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
                     row += 1
-                    yield f"{path}, row {row}", text
+                    yield f"{path}, row {row}", *texts
     except ConfigError:
         raise
     except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: names or texts that are no UTF-8
         raise ConfigError(f"{path}: no Parquet file, or a damaged one ({_short(error)})") from error
 
 
-def _dataset_rows(source: Path | str, column: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(source: Path | str, columns: list[str]) -> Iterator[tuple[str, Any]]:
     found = load_dataset(source)
-    if column not in found.column_names:
-        raise _absent(str(source), column, found.column_names)
+    _require(str(source), columns, found.column_names)
     row = 0
-    for batch in found.select_columns([column]).iter(1024):
-        for text in batch[column]:
+    for batch in found.select_columns(columns).iter(1024):
+        for texts in zip(*(batch[column] for column in columns), strict=True):
             row += 1
-            yield f"{source}, row {row}", text
+            yield f"{source}, row {row}", *texts
 
 
 def load_dataset(source: Path | str, split: str = "train") -> Any:

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Integer
 
 from tessera.data.images import Images
+from tessera.data.packing import Packed
 from tessera.data.token_files import TokenStream
 from tessera.infra.config import check_seed
 
-Tokens = Integer[np.ndarray, " N"] | TokenStream
+Tokens = Integer[np.ndarray, " N"] | TokenStream | Packed
 
 
 def token_batches(
@@ -34,7 +35,8 @@ def token_batches(
     every token but the first is a target once per epoch; a tail shorter than a window is left out.
 
     Args:
-      tokens: the whole stream; every process passes the same one.
+      tokens: the whole stream, or its documents packed into rows of `length`, which then are the windows; every process
+        passes the same one.
       batch_size: windows per step over all processes together.
       length: inputs per window.
       seed: of the shuffling; every epoch is shuffled anew.
@@ -49,11 +51,11 @@ def token_batches(
         the sources in their order.
 
     Returns:
-      Iterator of {"tokens": int32 [b, length + 1], "ids": int64 [b] window numbers} with b = batch_size /
-      process_count. Its `get_state()` is a small dict of JSON values; `set_state` of it in a fresh iterator goes on
-      in the same order, whatever the number of processes. With another batch size it goes on with the next window too,
-      if what was read is a whole number of the new batches; else, and for other windows or another seed, it is a
-      ValueError.
+      Iterator of {"tokens": int32 [b, length + 1], "ids": int64 [b] window numbers}, of packed documents with what
+      `tessera.data.packing.Packed.rows` has besides, with b = batch_size / process_count. Its `get_state()` is a small
+      dict of JSON values; `set_state` of it in a fresh iterator goes on in the same order, whatever the number of
+      processes. With another batch size it goes on with the next window too, if what was read is a whole number of the
+      new batches; else, and for other windows or another seed, it is a ValueError.
 
     Raises:
       ValueError: sizes below 1, fewer tokens than one window, a batch that does not divide by the processes, or (with
@@ -61,7 +63,7 @@ def token_batches(
     """
     _at_least("length", length, 1)
     streams = [stream for stream, _ in parts] or [tokens]
-    sizes = [(len(stream) - 1) // length for stream in streams]
+    sizes = [window_count(stream, length) for stream in streams]
     for stream, windows in zip(streams, sizes, strict=True):
         if windows < 1:
             raise ValueError(f"{len(stream)} tokens do not fill one window: length={length} needs {length + 1}")
@@ -92,7 +94,8 @@ def held_out_batches(
 
     The sum of weight times a batch's mean, over the sum of weights, is the mean over the windows. Those that fill no
     batch are not left out, nor do they ask for another shape: they come with window 0 repeated behind them, and a batch
-    of window 0 alone follows with the negative weight that takes it out again.
+    of window 0 alone follows with the negative weight that takes it out again. Packed documents have rows of padding
+    behind them, without weight.
 
     Args:
       limit: batches at most, the partial one included.
@@ -101,9 +104,13 @@ def held_out_batches(
     share: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
     full = token_batches(tokens, batch_size=batch_size, length=length, seed=0, shuffle=False, repeat=False, **share)
     yield from ((batch, 1.0) for batch in islice(full, limit))
-    windows = (len(tokens) - 1) // length
+    windows = window_count(tokens, length)
     left = windows % batch_size
-    if left and windows // batch_size < limit:
+    if left and windows // batch_size < limit and isinstance(tokens, Packed):
+        ids_B = np.full(batch_size, -1)
+        ids_B[:left] = np.arange(windows - left, windows)
+        yield tokens.rows(ids_B[process_index::process_count]), 1.0
+    elif left and windows // batch_size < limit:
         first, padded = np.zeros(batch_size, np.int64), np.zeros(batch_size, np.int64)
         padded[:left] = np.arange(windows - left, windows)
         for ids_B, weight in ((padded, 1.0), (first, left / batch_size - 1)):
@@ -137,7 +144,14 @@ def image_batches(
     )
 
 
+def window_count(tokens: Tokens, length: int) -> int:
+    """Windows of a stream, a tail shorter than one left out; of packed documents, rows."""
+    return len(tokens) if isinstance(tokens, Packed) else (len(tokens) - 1) // length
+
+
 def _gather_windows(tokens: Any, length: int, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    if isinstance(tokens, Packed):
+        return tokens.rows(ids)
     ids_B = np.asarray(ids, np.int64)
     tokens = tokens[ids_B[:, None] * length + np.arange(length + 1)].astype(np.int32, copy=False)
     return {"tokens": tokens, "ids": ids_B}
@@ -149,12 +163,14 @@ def _gather_mixed(
     ids_B = np.asarray(ids, np.int64)
     ends = np.cumsum(sizes)
     which = np.searchsorted(ends, ids_B, side="right")
-    tokens = np.empty((len(ids_B), length + 1), np.int32)
+    found: dict[str, np.ndarray] = {}
     for number in np.unique(which).tolist():
         mine = which == number
-        own = ids_B[mine] - (ends[number] - sizes[number])
-        tokens[mine] = _gather_windows(streams[number], length, own)["tokens"]
-    return {"tokens": tokens, "ids": ids_B}
+        for name, rows in _gather_windows(
+            streams[number], length, ids_B[mine] - (ends[number] - sizes[number])
+        ).items():
+            found.setdefault(name, np.empty((len(ids_B), *rows.shape[1:]), rows.dtype))[mine] = rows
+    return found | {"ids": ids_B}
 
 
 def _gather_images(images: Images, ids: Sequence[int]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from tessera.data.documents import HUB, is_rows, is_saved_dataset, read_documents
 from tessera.data.download import Remote, fetch
+from tessera.data.packing import METHODS, Documents, Packed, joined_documents
 from tessera.data.token_files import TokenFile, TokenStream, is_token_file, joined, open_tokens
 from tessera.infra.errors import ConfigError
 from tessera.infra.logger import read_object
@@ -183,6 +184,8 @@ class BPETokenizer:
 
 
 TOKENIZERS = {"bytes": ByteTokenizer, "bpe": BPETokenizer}
+# Between a prompt and what follows it; no byte of UTF-8.
+PROMPT = b"\xff"
 # Tokens that end a text, by the name that families of models give them; of a file without tokenizer_config.json.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 SPLITS = ("train", "validation", "test")
@@ -269,6 +272,11 @@ class TextConfig:
       validation: share of the documents (of the text, if it is a single file) held out for validation.
       test: the same for testing.
       column: key of the text in JSON lines, column of it in Parquet and `datasets`.
+      prompt: key or column of a text before it, whose tokens do not count in the loss (instruction tuning); "" has
+        none. Such documents are packed.
+      packing: "" trains on windows of the stream, in which attention crosses documents. With "concatenate" and
+        "best_fit" positions restart in every document, attention and loss stop at its end: the same windows, or rows
+        whose documents are whole where they fit, with padding; see `tessera.data.packing.Packed`.
       sources: (name, weight) of several texts in place of `name`; a weight is a share of the training windows.
       max_tokens: at most so many tokens over all splits, each keeping its share; 0 is all.
       separator: the token between documents, by name; "" is byte 0 or the tokenizer's end of text.
@@ -285,6 +293,8 @@ class TextConfig:
     validation: float = 0.05
     test: float = 0.05
     column: str = "text"
+    prompt: str = ""
+    packing: str = ""
     sources: tuple[tuple[str, float], ...] = ()
     max_tokens: int = 0
     separator: str = ""
@@ -307,6 +317,10 @@ class TextConfig:
             raise ValueError(f"max_bytes={self.max_bytes} and max_tokens={self.max_tokens} must be 0 (all) or more")
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError(f"validation={self.validation} and test={self.test} must be shares with a sum below 1")
+        if self.packing not in ("", *METHODS):
+            raise ValueError(f"packing={self.packing!r}: choose one of {', '.join(METHODS)}, or '' for none")
+        if self.prompt and not self.packing:
+            raise ValueError(f"prompt={self.prompt!r} needs documents with ends: packing={' or '.join(METHODS)}")
         if self.overlap < -1 or self.overlap_limit < 0:
             raise ValueError(f"overlap={self.overlap} must be -1 or more, overlap_limit={self.overlap_limit} 0 or more")
         if any(not 0 < weight < math.inf for _, weight in self.sources):
@@ -335,6 +349,7 @@ class TextSplits(NamedTuple):
       tokenizer: None where token files have none.
       bytes_per_token: bytes of UTF-8 per token by split, where they are known.
       parts: the training stream and weight of every source, where there are several.
+      documents: those of each split, then, as "train 0", "train 1", ..., of each part; empty without packing.
     """
 
     train: Any
@@ -345,6 +360,25 @@ class TextSplits(NamedTuple):
     tokenizer: Tokenizer | None
     bytes_per_token: Mapping[str, float] = {}
     parts: tuple[tuple[Any, float], ...] = ()
+    documents: Mapping[str, Documents] = {}
+
+    def packed(self, length: int, method: str) -> "TextSplits":
+        """The same with rows of `length` inputs, `tessera.data.packing.Packed`, in place of the streams.
+
+        Raises:
+          ConfigError: of a split no document has two tokens.
+        """
+        streams = {split: getattr(self, split) for split in SPLITS}
+        streams |= {f"train {i}": stream for i, (stream, _) in enumerate(self.parts)}
+        try:
+            rows = {
+                name: Packed(stream, self.documents[name], length, method) if len(stream) else stream
+                for name, stream in streams.items()
+            }
+        except ValueError as error:
+            raise ConfigError(f"config.data.packing={method!r}: {error}") from None
+        parts = tuple((rows[f"train {i}"], weight) for i, (_, weight) in enumerate(self.parts))
+        return self._replace(**{split: rows[split] for split in SPLITS}, parts=parts)
 
 
 def load_text(config: TextConfig) -> TextSplits:
@@ -372,17 +406,29 @@ def load_text(config: TextConfig) -> TextSplits:
     tokenizer, vocab_size, end = _tokenizer(config, found, texts, content_hash)
     if config.from_file and tokenizer is not None:
         content_hash = hashlib.sha256(f"{content_hash} {_tokenizer_hash(tokenizer)}".encode()).hexdigest()
-    made = [one.streams(config, tokenizer, vocab_size, end) for one in found]
+    made, documents = [], []
+    for one in found:
+        streams, text_bytes, within = one.streams(config, tokenizer, vocab_size, end)
+        made.append((streams, text_bytes))
+        documents.append(within)
     ratios = {}
     for split in SPLITS:
         tokens = sum(len(streams[split]) for streams, _ in made)
         sizes = [size for _, text_bytes in made if (size := text_bytes[split]) is not None]
-        if tokens and len(sizes) == len(made):
+        if not config.prompt and tokens and len(sizes) == len(made):
             ratios[split] = sum(sizes) / tokens
     capped = [{split: _cap(stream, config, split) for split, stream in streams.items()} for streams, _ in made]
     whole = {split: joined([streams[split] for streams in capped]) for split in SPLITS} if found[1:] else capped[0]
     weights = [weight for _, weight in config.sources]
     parts = tuple((streams["train"], w) for streams, w in zip(capped, weights, strict=True)) if weights else ()
+    places: dict[str, Documents] = {}
+    if config.packing:
+        each = [
+            {split: documents[i][split].first(len(stream)) for split, stream in streams.items()}
+            for i, streams in enumerate(capped)
+        ]
+        places = {split: joined_documents([one[split] for one in each]) for split in SPLITS}
+        places |= {f"train {i}": one["train"] for i, one in enumerate(each)}
     return TextSplits(
         **whole,
         vocab_size=vocab_size,
@@ -390,6 +436,7 @@ def load_text(config: TextConfig) -> TextSplits:
         tokenizer=tokenizer,
         bytes_per_token=ratios,
         parts=parts if len(parts) > 1 else (),
+        documents=places,
     )
 
 
@@ -408,6 +455,7 @@ class _Source:
     files: tuple[TokenFile, ...] = ()
     ranges: dict[str, list] = field(default_factory=dict)
     text_bytes: dict[str, int | None] = field(default_factory=dict)
+    sizes: dict[str, np.ndarray] | None = None
 
     def has(self, split: str) -> bool:
         if self.texts is not None:
@@ -416,11 +464,18 @@ class _Source:
 
     def streams(
         self, config: TextConfig, tokenizer: Tokenizer | None, vocab_size: int, end: int
-    ) -> tuple[dict[str, Any], dict[str, int | None]]:
+    ) -> tuple[dict[str, Any], dict[str, int | None], dict[str, Documents]]:
         if self.texts is not None:
             assert tokenizer is not None
             sizes: dict[str, int | None] = {split: sum(map(len, texts)) for split, texts in self.texts.items()}
-            return {split: join_documents(tokenizer, texts, end) for split, texts in self.texts.items()}, sizes
+            made = {split: join_documents(tokenizer, texts, end) for split, texts in self.texts.items()}
+            documents = {split: found for split, (_, found) in made.items()}
+            return {split: tokens for split, (tokens, _) in made.items()}, sizes, documents
+        if config.packing and self.sizes is None:
+            raise ConfigError(
+                f"config.data.packing={config.packing!r}: the documents of {self.files[0].path} are not known; "
+                "tokenize the text with `tessera tokenize`"
+            )
         maps = [(one.tokens, vocab_size, one.path) for one in self.files]
         streams = {split: TokenStream(maps, ranges) for split, ranges in self.ranges.items()}
         for split, stream in streams.items():
@@ -429,7 +484,8 @@ class _Source:
                 streams[split] = stream.first(len(stream) - 1)
         for stream in streams.values():
             stream.check_ends()
-        return streams, self.text_bytes
+        within = {split: Documents(np.cumsum(sizes)) for split, sizes in (self.sizes or {}).items()}
+        return streams, self.text_bytes, within
 
 
 def _source(config: TextConfig, name: str) -> _Source:
@@ -448,24 +504,25 @@ def _source(config: TextConfig, name: str) -> _Source:
         paths = [path for path in paths if not path.name.endswith(".documents.bin")]
         return _token_source(config, [open_tokens(path) for path in paths])
     if not known and any(is_rows(path) for path in paths):
-        rows = (row for path in paths for row in _rows(path, config.column))
+        rows = (row for path in paths for row in _rows(path, config.column, config.prompt))
         return _Source(_split_rows(rows, config))
     files = {path.relative_to(root).as_posix(): _read(path) for path in paths}
     return _Source(_split(dict(sorted(files.items())), config))
 
 
-def _rows(path: Path | str, column: str) -> Iterator[bytes]:
-    """Documents of a file: its rows, or the whole text."""
+def _rows(path: Path | str, column: str, prompt: str = "") -> Iterator[bytes]:
+    """Documents of a file: its rows, with the mark `PROMPT` behind a prompt, or the whole text."""
     if not is_rows(path):
         yield _read(Path(path))
         return
-    for _, text in read_documents(path, column):
-        yield text.encode()
+    for _, *texts in read_documents(path, column, prompt):
+        yield PROMPT.join(text.encode() for text in texts)
 
 
 def _token_source(config: TextConfig, files: Sequence[TokenFile]) -> _Source:
     ranges: dict[str, list] = {split: [] for split in SPLITS}
     sizes: dict[str, list[int | None]] = {split: [] for split in SPLITS}
+    lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for which, one in enumerate(files):
         starts = np.concatenate([[0], one.ends[:-1]])
         if len(one.ends) == 1:  # documents are not known
@@ -485,9 +542,12 @@ def _token_source(config: TextConfig, files: Sequence[TokenFile]) -> _Source:
             stops = one.ends[mine & ~np.concatenate([mine[1:], [False]])]
             if len(begins):
                 ranges[split].append((which, begins, stops))
+                lengths[split].append((one.ends - starts)[mine])
             sizes[split].append(None if one.text_bytes is None else int(one.text_bytes[mine].sum()))
     totals = {split: None if None in found else sum(found) for split, found in sizes.items()}  # type: ignore[arg-type]
-    return _Source(None, tuple(files), ranges, totals)
+    known = config.packing and all(len(one.ends) > 1 for one in files)
+    within = {split: np.concatenate([np.zeros(0, np.int64), *found]) for split, found in lengths.items()}
+    return _Source(None, tuple(files), ranges, totals, within if known else None)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -536,7 +596,7 @@ def _tokenizer(
         path = config.tokenizer if config.from_file else named[0]
         tokenizer = load_tokenizer(path)
     elif config.tokenizer == "bpe" and texts:
-        documents = [document for one in texts for document in one["train"]]
+        documents = [document.replace(PROMPT, b"") for one in texts for document in one["train"]]
         tokenizer = _trained_bpe(documents, content_hash, config.vocab_size)
     elif config.tokenizer == "bytes" and (texts or not sizes):
         tokenizer = ByteTokenizer()
@@ -634,15 +694,24 @@ def batched_by_size(
         yield batch
 
 
-def join_documents(tokenizer: Tokenizer, documents: Sequence[bytes], end: int) -> np.ndarray:
-    """The documents as one stream with the separator between them."""
+def join_documents(tokenizer: Tokenizer, documents: Sequence[bytes], end: int) -> tuple[np.ndarray, Documents]:
+    """The documents as one stream with the separator between them, and where they are; prompts end with `PROMPT`."""
     empty = tokenizer.encode_documents([""])[0]
     separator = np.array([end], empty.dtype)
     streams = [empty[:0]]
+    sizes, prompts = [], []
     for batch in batched_by_size(documents):
-        for tokens in tokenizer.encode_documents([document.decode() for document in batch]):
-            streams += [tokens, separator]
-    return np.concatenate(streams)[:-1] if len(streams) > 1 else streams[0]
+        cut = [document.split(PROMPT) for document in batch]
+        encoded = iter(tokenizer.encode_documents([text.decode() for texts in cut for text in texts]))
+        for texts in cut:
+            tokens = [next(encoded) for _ in texts]
+            streams += [*tokens, separator]
+            sizes.append(sum(map(len, tokens)) + 1)
+            prompts.append(len(tokens[0]) if len(tokens) > 1 else 0)
+    ends = np.cumsum(np.array(sizes, np.int64))
+    counted = ends - sizes + prompts if any(prompts) else None
+    found = np.concatenate(streams)[:-1] if len(streams) > 1 else streams[0]
+    return found, Documents(np.minimum(ends, len(found)), counted)
 
 
 def _trained_bpe(documents: Sequence[bytes], content_hash: str, vocab_size: int) -> BPETokenizer:

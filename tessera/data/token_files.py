@@ -240,7 +240,7 @@ class TokenStream:
         where = np.searchsorted(self._ends, index, side="right")
         physical, which = index + self._shift[where], self._which[where]
         found = np.empty(index.shape, np.int32)
-        self._count(PAGES * (len(index) if index.ndim else 1))
+        self._count(PAGES * (1 + int((np.diff(index.ravel()) != 1).sum())))
         for number in np.unique(which).tolist():
             mine = which == number
             found[mine] = self._checked(number, self._files[number][0][physical[mine]], physical[mine])

@@ -30,6 +30,8 @@ class WindowConfig:
             raise ValueError(
                 f"length={self.length} must be at least 1, limit={self.limit} and {self.test_limit} 0 or more"
             )
+        if self.text.packing:
+            raise ValueError(f"packing={self.text.packing!r}: the windows of a stack of models are not packed")
 
 
 class Windows(NamedTuple):

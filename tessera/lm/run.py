@@ -21,7 +21,8 @@ from rich.table import Table
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
-from tessera.data.loader import held_out_batches, token_batches
+from tessera.data.loader import held_out_batches, token_batches, window_count
+from tessera.data.packing import Packed
 from tessera.data.text import (
     ByteTokenizer,
     TextConfig,
@@ -112,7 +113,7 @@ class Run(NamedTuple):
         these are known. On "validation" also loss and bits per byte of every one of `config.eval.texts`, by name.
       schedule: step -> learning rate.
       tokenizer: of the text; None for token files without one.
-      overlap: line on the overlap of training and held-out text; "" where it was not asked for.
+      notes: lines to print at the start: the overlap of training and held-out text, what packing leaves as padding.
     """
 
     settings: dict[str, Any]
@@ -127,7 +128,7 @@ class Run(NamedTuple):
     eval_fn: Callable[[TrainState, str], dict[str, float]]
     schedule: optax.Schedule
     tokenizer: Tokenizer | None
-    overlap: str
+    notes: tuple[str, ...]
 
 
 def build_run(c: ConfigDict) -> Run:
@@ -155,7 +156,8 @@ def build_run(c: ConfigDict) -> Run:
     text = build(TextConfig, c.data, "config.data")
     config = run_config(c, text.vocab_size)  # all settings are checked before the text is read, or even fetched
     splits = checked("config.data", load_text, text)
-    check_splits(c, splits)
+    rows = splits.packed(c.length, text.packing) if text.packing else splits
+    check_splits(c, rows)
     if splits.vocab_size != text.vocab_size:  # a small text has fewer byte pairs than were asked for
         config = run_config(c, splits.vocab_size)
     loss_fn, placement = checked("config.plan", under_plan, config)
@@ -175,8 +177,8 @@ def build_run(c: ConfigDict) -> Run:
 
     def loader(split: str, **options: Any) -> grain.DatasetIterator:
         sizes: dict[str, Any] = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
-        sizes |= {"parts": splits.parts if split == "train" else ()}
-        return token_batches(getattr(splits, split), **sizes, process_index=index, process_count=count, **options)
+        sizes |= {"parts": rows.parts if split == "train" else ()}
+        return token_batches(getattr(rows, split), **sizes, process_index=index, process_count=count, **options)
 
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
         return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
@@ -186,11 +188,12 @@ def build_run(c: ConfigDict) -> Run:
     def weighed(tokens: Any) -> Iterator[tuple[Any, float]]:
         sizes = {"batch_size": config.batch_size, "length": config.length, "limit": c.eval.batches}
         found = held_out_batches(tokens, **sizes, process_index=index, process_count=count)
-        return ((placement.place({"tokens": batch["tokens"]}), weight) for batch, weight in found)
+        for batch, weight in found:
+            yield placement.place({name: value for name, value in batch.items() if name != "ids"}), weight
 
     def eval_fn(state: TrainState, split: str) -> dict[str, float]:
         params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
-        found = evaluate(eval_step, params, weighed(getattr(splits, split)))
+        found = evaluate(eval_step, params, weighed(getattr(rows, split)))
         if split in splits.bytes_per_token:
             found["bits_per_byte"] = found["loss"] / math.log(2) / splits.bytes_per_token[split]
         for name, (tokens, size) in named.items() if split == "validation" else ():
@@ -202,13 +205,13 @@ def build_run(c: ConfigDict) -> Run:
     settings |= {"data_sha256": splits.content_hash}
     if text.tokenizer != "bpe" and splits.vocab_size != text.vocab_size:
         settings |= {"vocab_size": splits.vocab_size}  # that of a file
-    schedule, said = learning_rate(config.optimizer), overlap_line(text, splits)
+    schedule, said = learning_rate(config.optimizer), (overlap_line(text, splits), packing_line(text, rows))
     functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
-    return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, said)
+    return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, tuple(filter(None, said)))
 
 
-def named_text(c: ConfigDict, name: str, text: TextConfig, splits: TextSplits) -> tuple[np.ndarray, float]:
-    """The tokens of one of `config.eval.texts`, and its bytes per token.
+def named_text(c: ConfigDict, name: str, text: TextConfig, splits: TextSplits) -> tuple[Any, float]:
+    """The tokens of one of `config.eval.texts`, packed if the training text is, and its bytes per token.
 
     Raises:
       ConfigError: it cannot be read, is too small for a batch, or the run's tokens have no tokenizer.
@@ -218,11 +221,26 @@ def named_text(c: ConfigDict, name: str, text: TextConfig, splits: TextSplits) -
         raise ConfigError(f"{where}={name!r}: the training tokens have no tokenizer; name it as data.tokenizer")
     documents = [one.encode() for one in checked(where, read_texts, replace(text, name=name, sources=(), max_bytes=0))]
     separator = separator_of(splits.tokenizer, text.tokenizer if text.from_file else "", text.separator)
-    tokens = join_documents(splits.tokenizer, documents, separator)
+    tokens, places = join_documents(splits.tokenizer, documents, separator)
     least = c.batch_size * c.length + 1
     if len(tokens) < least:
         raise ConfigError(f"{where}: {name!r} has {len(tokens)} tokens; at least {least} fill a batch")
-    return tokens, sum(map(len, documents)) / len(tokens)
+    rows = Packed(tokens, places, c.length, text.packing) if text.packing else tokens
+    return rows, sum(map(len, documents)) / len(tokens)
+
+
+def packing_line(text: TextConfig, splits: TextSplits) -> str:
+    """How the training documents are packed, as a line; "" without packing."""
+    if not text.packing:
+        return ""
+    found = [part for part, _ in splits.parts] or [splits.train]
+    rows, documents = sum(map(len, found)), sum(len(one.documents.ends) for one in found)
+    padding = sum(one.padding * len(one) for one in found) / rows
+    cut = sum(one.cut for one in found)
+    return (
+        f"packing: {documents:,} training documents in {rows:,} rows ({text.packing}); {padding:.2%} padding, "
+        f"{cut:,} documents cut"
+    )
 
 
 def overlap_line(text: TextConfig, splits: TextSplits) -> str:
@@ -361,10 +379,11 @@ def check_splits(c: ConfigDict, splits: TextSplits) -> None:
     """
     lines = []
     for name in ("train", "validation", "test"):
-        tokens, batch = len(getattr(splits, name)), 1 if name == "train" else c.batch_size
-        windows = max(0, tokens - 1) // c.length
+        found, batch = getattr(splits, name), 1 if name == "train" else c.batch_size
+        windows = max(0, window_count(found, c.length))
         if windows >= batch:
             continue
+        tokens = len(found.tokens) if isinstance(found, Packed) else len(found)
         cap = f", config.data.max_bytes={c.data.max_bytes}" if c.data.max_bytes else ""
         fixes = [f"more text (config.data.name={c.data.name!r}{cap})"]
         if name != "train":

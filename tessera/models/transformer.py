@@ -609,7 +609,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, of grouped queries or through latents.
 
-    `axis` is the mesh axis that splits the heads. If `packed`, attention stays within documents, whose positions restart.
+    `axis` is the mesh axis that splits the heads. If `packed`, see `Decoder`, attention stays within documents.
     """
 
     config: TransformerConfig

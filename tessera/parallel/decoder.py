@@ -33,6 +33,7 @@ from sharding.plan import DATA_AXES, Plan
 from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
 from sharding.vocab_parallel import lookup, token_losses
+from tessera.losses import padding_share, with_mean_weights
 from tessera.models.remat import Remat
 from tessera.models.transformer import (
     DTYPES,
@@ -45,7 +46,6 @@ from tessera.models.transformer import (
     form_of,
     param_shapes,
 )
-from tessera.losses import padding_share, with_mean_weights
 from tessera.step import LossFn, router_metrics
 
 Micro = Mapping[str, Any]

@@ -221,8 +221,9 @@ def test_rows_with_a_tokenizer_of_a_file_are_trained_on_and_their_leak_is_said(t
     data = {"name": str(tmp_path / "a.jsonl"), "tokenizer": str(golden), "validation": 0.2, "test": 0.2}
     run = build_run(settings(tmp_path, data=data))
     assert run.config.model.vocab_size == run.settings["vocab_size"] == 400
-    found = [float(share) for share in re.findall(r"([\d.]+)% of (?:validation|test)", run.overlap)]
-    assert run.overlap.startswith("overlap: ") and "by 13-grams of tokens" in run.overlap
+    (line,) = run.notes
+    found = [float(share) for share in re.findall(r"([\d.]+)% of (?:validation|test)", line)]
+    assert line.startswith("overlap: ") and "by 13-grams of tokens" in line
     assert len(found) == 2 and min(found) > 80
     result = run.eval_fn(run.init_fn(False), "validation")
     splits = load_text(TextConfig(**data))
@@ -231,7 +232,7 @@ def test_rows_with_a_tokenizer_of_a_file_are_trained_on_and_their_leak_is_said(t
         result["loss"] / np.log(2) * len(splits.validation) / size, rel=1e-6
     )
     clean = build_run(settings(tmp_path, data=data | {"overlap": 0}))
-    assert clean.overlap == ""
+    assert clean.notes == ()
 
 
 def bytes_of(tokens, file):
@@ -265,3 +266,28 @@ def test_further_texts_are_scored_with_validation_by_name(tmp_path):
         build_run(settings(tmp_path, eval={"texts": (f"{tmp_path}/b.md",)}))
     with pytest.raises(ConfigError, match="config.eval.texts: .*nothing"):
         build_run(settings(tmp_path, eval={"texts": ("nothing.txt",)}))
+
+
+def test_packed_answers_are_scored_as_each_by_itself(tmp_path):
+    """Held-out loss by hand, a document a row, of what follows the prompts; a step, and the line at the start."""
+    rows = [{"ask": f"{i}? ", "answer": "tile " * (i % 5 + 1)} for i in range(90)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"name": str(tmp_path / "chat.jsonl"), "column": "answer", "prompt": "ask", "packing": "best_fit"}
+    run = build_run(settings(tmp_path, length=40, data=data | {"validation": 0.3, "test": 0.3}))
+    said = r"packing: \d+ training documents in \d+ rows \(best_fit\); .*% padding, 0 documents cut"
+    assert re.fullmatch(said, run.notes[1])
+    state = run.init_fn(False)
+    batch = next(run.loader("train"))
+    state, metrics = jax.jit(run.step_fn)(state, {name: x for name, x in batch.items() if name != "ids"}, run.key)
+    assert metrics["padding"] == pytest.approx((batch["positions"] < 0).mean()) and bool(metrics["finite"])
+    result = run.eval_fn(state, "validation")
+    stream = load_text(TextConfig(**data, validation=0.3, test=0.3)).validation
+    texts = np.split(stream, np.flatnonzero(stream == 0) + 1)
+    rows = np.stack([np.pad(text, (0, 41 - len(text))) for text in texts]).astype(np.int32)
+    logits = Decoder(run.config.model).apply({"params": state.params}, jnp.asarray(rows[:, :-1]))
+    nll, logits = [], np.asarray(jax.nn.log_softmax(logits))
+    for k, text in enumerate(texts):
+        begin = bytes(text.astype(np.uint8)).index(b"? ") + 2
+        nll += [-logits[k, i - 1, rows[k, i]] for i in range(begin, len(text))]
+    assert result["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert "bits_per_byte" not in result

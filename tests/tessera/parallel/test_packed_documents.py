@@ -210,6 +210,5 @@ def test_gradient_accumulation_and_evaluation_weigh_targets_not_parts(one_device
     )
     assert_equal((parts[1]["loss"], parts[0].params), (whole[1]["loss"], whole[0].params))
     found = make_eval(loss_fn)(params, batch)
-    assert found["weight"] == batch["weights"].sum() and found["loss"] == pytest.approx(
-        float(whole[1]["loss"]), abs=1e-6
-    )
+    assert found["weight"] == batch["weights"].sum()
+    assert found["loss"] == pytest.approx(float(whole[1]["loss"]), abs=1e-6)
