@@ -44,7 +44,7 @@ def main(invocation: Invocation) -> None:
     trial = build(TrialConfig, c.train, "config.train")
     splits = checked("config.data", load_text, text)
     family = build(Family, c.family, "config.family", vocab=splits.vocab_size)
-    check_texts(splits, family.length, trial.eval_tokens)
+    check_texts(splits, family.length, trial.eval_tokens, text.sources)
     plan = build(PlanConfig, c.plan, "config.plan")
     engine = build(ExecutorConfig, c.engine, "config.engine")
     if is_mirror(invocation.workdir) and engine.name != "local":

@@ -195,20 +195,14 @@ def _iterate(
     if not repeat and size < batch_size:
         raise ValueError(f"{size} examples do not fill one batch of {batch_size}, and repeat=False")
     # Grain shuffles epoch e with seed + e. With hashed seeds, runs 0 and 1 share no epochs.
-    seeds = np.random.SeedSequence(seed).generate_state(max(1, len(mixture)))
     if mixture:
         if not (shuffle and repeat):
             raise ValueError("sources with weights are shuffled and repeated")
-        ends = np.cumsum([windows for windows, _ in mixture]).tolist()
-        ranges = [
-            grain.MapDataset.range(end - windows, end).shuffle(seed=int(own)).repeat()
-            for end, own, (windows, _) in zip(ends, seeds, mixture, strict=True)
-        ]
-        order = grain.MapDataset.mix(ranges, [weight for _, weight in mixture])
+        order = mixed_order(mixture, seed)
     else:
         order = grain.MapDataset.range(size)
         if shuffle:
-            order = order.shuffle(seed=int(seeds[0]))
+            order = order.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
         # Only whole global batches are shared out, or some processes would end a step before the others and leave them
         # waiting in a collective.
         order = order.repeat() if repeat else order[: size - size % batch_size]
@@ -216,6 +210,17 @@ def _iterate(
     what |= {"mixture": [list(pair) for pair in mixture]} if mixture else {}
     # Only indices travel through grain one by one; each batch is one gather.
     return shared(order, what, process_index=process_index, process_count=process_count, batch_fn=gather)
+
+
+def mixed_order(mixture: Sequence[tuple[int, float]], seed: int) -> grain.MapDataset:
+    """Windows of several sources for ever, numbered through them, of (number, weight) of each: see `token_batches`."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(mixture))
+    ends = np.cumsum([windows for windows, _ in mixture]).tolist()
+    ranges = [
+        grain.MapDataset.range(end - windows, end).shuffle(seed=int(own)).repeat()
+        for end, own, (windows, _) in zip(ends, seeds, mixture, strict=True)
+    ]
+    return grain.MapDataset.mix(ranges, [weight for _, weight in mixture])
 
 
 def shared(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from scaling.mup import factors
 from sharding.rules import path_name
@@ -166,7 +166,7 @@ class Trial:
         logits_BTV: Any = self.model.apply({"params": params}, tokens_BT[:, :-1])
         return cross_entropy(logits_BTV, tokens_BT[:, 1:])[0]
 
-    def windows(self, tokens_N: UInt8[Array, " N"], index_B: Int[Array, " B"]) -> Int[Array, "B T"]:
+    def windows(self, tokens_N: Integer[Array, " N"], index_B: Int[Array, " B"]) -> Int[Array, "B T"]:
         """Window i holds the tokens i T to i T + T, the last one being a target only."""
         return tokens_N[index_B[:, None] * self.length + jnp.arange(self.length + 1)[None, :]].astype(jnp.int32)
 
@@ -182,7 +182,7 @@ class Trial:
     def advance(
         self,
         state: TrainState,
-        tokens_N: UInt8[Array, " N"],
+        tokens_N: Integer[Array, " N"],
         index_TB: Int[Array, "T B"],
         count: Any,
         schedule: Schedule,
@@ -196,7 +196,7 @@ class Trial:
         return jax.lax.map(lambda tokens_BT: self.loss(params, tokens_BT), windows_nbT).mean()
 
     def noise(
-        self, params: PyTree, tokens_N: UInt8[Array, " N"], index_KB: Int[Array, "K B"]
+        self, params: PyTree, tokens_N: Integer[Array, " N"], index_KB: Int[Array, "K B"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(|G|^2, trace of the covariance over sequences) from K batches; see `tessera.optim.noise_scale`."""
 

@@ -5,7 +5,8 @@ now and then in between; a killed run goes on from the last save, and a readout 
 it.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array
 
 from scaling.sweeps.plan import PlannedRun, Readout
 from scaling.sweeps.store import Row, Store
+from tessera.data.loader import mixed_order
 from tessera.data.text import TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
@@ -48,33 +50,75 @@ class TextStore(Store):
 
 
 class Texts(NamedTuple):
-    """The training stream and the validation windows [n, b, T + 1], on the device; `size` training windows."""
+    """The text of a sweep on the device.
+
+    Attributes:
+      train: training stream, in the smallest type that holds the vocabulary. Sources are one behind another, each with
+        a window of nothing behind it, so that windows are numbered from one to the next.
+      validation: windows [n, b, T + 1].
+      mixture: number and weight of every source's training windows.
+      bytes_per_token: of the validation text; 0 where it is not known.
+    """
 
     train: Array
     validation: Array
-    size: int
+    mixture: tuple[tuple[int, float], ...]
+    bytes_per_token: float
+
+    @property
+    def size(self) -> int:
+        """Training windows."""
+        return sum(windows for windows, _ in self.mixture)
+
+    def index(self, seed: int, start: int, steps: int, batch_size: int) -> np.ndarray:
+        """Windows int32 [steps, batch] of the steps that follow `start`; of several sources by their weights."""
+        if len(self.mixture) == 1:
+            return index_block(seed=seed, start=start, steps=steps, batch_size=batch_size, size=self.size)
+        order = mixed_order(self.mixture, seed)
+        numbers = np.array([order[i] for i in range(start * batch_size, (start + steps) * batch_size)])
+        gaps = np.searchsorted(np.cumsum([windows for windows, _ in self.mixture]), numbers, side="right")
+        return (numbers + gaps).reshape(steps, batch_size).astype(np.int32)
 
 
 def load_texts(text: TextConfig, length: int, eval_tokens: int) -> Texts:
-    """Read the text; errors as of `check_texts`."""
+    """Read the text, token files too, into memory; errors as of `check_texts`."""
     splits = load_text(text)
-    windows = check_texts(splits, length, eval_tokens)
+    windows = check_texts(splits, length, eval_tokens, text.sources)
     there = (len(splits.validation) - 1) // length
     # Spread over the whole stream: its first files are not like the rest (tables of character sets, for one).
     starts = length * (np.arange(windows) * there // windows)[:, None] + np.arange(length + 1)
     validation = splits.validation[starts].astype(np.int32).reshape(-1, EVAL_BATCH, length + 1)
-    train = jnp.asarray(splits.train.astype(np.uint8))
-    return Texts(train, jnp.asarray(validation), (len(splits.train) - 1) // length)
+    dtype = np.uint8 if splits.vocab_size <= 256 else np.uint16 if splits.vocab_size <= 1 << 16 else np.int32
+    parts = splits.parts or ((splits.train, 1.0),)
+    mixture = tuple(((len(stream) - 1) // length, weight) for stream, weight in parts)
+    streams = []
+    for (stream, _), (windows, _) in zip(parts, mixture, strict=True):
+        tokens = np.zeros((windows + 1) * length, dtype)
+        tokens[: windows * length + 1] = stream[: windows * length + 1]
+        streams.append(tokens)
+    train = jnp.asarray(np.concatenate(streams))
+    return Texts(train, jnp.asarray(validation), mixture, splits.bytes_per_token.get("validation", 0.0))
 
 
-def check_texts(splits: TextSplits, length: int, eval_tokens: int) -> int:
+def check_texts(splits: TextSplits, length: int, eval_tokens: int, sources: Sequence[tuple[str, float]] = ()) -> int:
     """Check that a sweep's runs have text to train on and to measure with; returns the windows they measure with.
 
     Raises:
-      ConfigError: more than 256 symbols, less training text than one window, or less validation text than one batch.
+      ConfigError: packed documents, less training text (of any source) than one window or more than can be numbered, or
+        less validation text than one batch.
     """
-    if splits.vocab_size > 256:
-        raise ConfigError("config.data.tokenizer: a sweep keeps its text as bytes; use 'bytes'")
+    if splits.documents:
+        raise ConfigError("config.data.packing: a sweep trains on windows of the stream; leave it ''")
+    if len(splits.train) >= 2**31:
+        raise ConfigError(
+            f"config.data: {len(splits.train)} training tokens; a sweep keeps its text on the device and numbers fewer "
+            "than 2^31: set config.data.max_tokens"
+        )
+    for (stream, _), (name, _) in zip(splits.parts, sources, strict=bool(splits.parts)):
+        if len(stream) <= length:
+            raise ConfigError(
+                f"config.data.sources: {name!r} has {len(stream)} training tokens; at least {length + 1} are needed"
+            )
     least = EVAL_BATCH * length
     if eval_tokens < least:
         raise ConfigError(
@@ -109,8 +153,7 @@ class Trainer:
 
     def index(self, start: int, steps: int) -> np.ndarray:
         """Windows of the steps that follow `start`, the same for a trunk and its decays."""
-        s = self.run.settings
-        return index_block(seed=s["seed"], start=start, steps=steps, batch_size=s["batch"], size=self.texts.size)
+        return self.texts.index(self.run.settings["seed"], start, steps, self.run.settings["batch"])
 
     def load(self, before: int, like: TrainState) -> TrainState | None:
         """The newest sound state of the trunk at or before a step."""
@@ -162,6 +205,8 @@ class Trainer:
         final = self.advance(state, readout.steps, decay, save=False)
         loss = float(self.programs.evaluate(final.params, self.texts.validation))
         epochs = readout.tokens / (self.texts.size * self.run.settings["model"]["length"])
+        if size := self.texts.bytes_per_token:
+            measured["bits_per_byte"] = loss / math.log(2) / size
         return {"loss": loss, "epochs": epochs} | measured
 
 
@@ -179,8 +224,9 @@ def train_run(
       config: how.
 
     Yields:
-      Each readout with loss (validation, nats per token), epochs (passes over the training text) and the two estimates
-      of `tessera.optim.noise_scale` at the branch point, over sequences.
+      Each readout with loss (validation, nats per token), bits_per_byte where the bytes of the text are known, epochs
+      (windows of training over those there are) and the two estimates of `tessera.optim.noise_scale` at the branch
+      point, over sequences.
 
     Raises:
       FloatingPointError: the loss is no longer finite; the sweep stores that as the run's result.

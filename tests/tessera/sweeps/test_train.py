@@ -1,14 +1,19 @@
 """One run of a sweep trained for real: readouts, going on, and what a kill leaves behind."""
 
+import json
+import random
 import shutil
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from scaling.sweeps.plan import Family, PlanConfig, PlannedRun, Readout, Rule, plan_runs
 from scaling.sweeps.store import Store, carry_out
-from tessera.data.text import ByteTokenizer, TextConfig, TextSplits
+from tessera.data.text import ByteTokenizer, TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
 from tessera.sweeps import train
@@ -148,3 +153,42 @@ def test_rows_have_the_unique_tokens_of_their_text(tmp_path):
     store, run = TextStore(tmp_path), PlannedRun("w", {"width": 8}, (Readout(100, 80, 102_400, 6e9, 6e9),))
     store.save(run, run.readouts[0], {"loss": 2.5, "epochs": 0.8})
     assert store.rows(run)[0]["unique_tokens"] == 128_000
+
+
+def test_a_sweep_trains_on_any_tokens_and_on_sources_by_weight(tmp_path):
+    """Numbers of windows against the streams, one by one; bits per byte against the bytes of the held-out text."""
+    golden = Path(__file__).parents[2] / "golden" / "tokenizers" / "bytelevel.json"
+    words = "the tile token ticket routes".split()
+    for name, count in (("a", 300), ("b", 100)):
+        rows = [" ".join(random.Random(f"{name}{i}").choices(words, k=30)) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    sources = tuple((str(tmp_path / f"{name}.jsonl"), weight) for name, weight in (("a", 1.0), ("b", 3.0)))
+    text = TextConfig(sources=sources, tokenizer=str(golden), validation=0.2, test=0.1)
+    texts, splits = load_texts(text, 16, 2048), load_text(text)
+    assert texts.train.dtype == np.uint16 and splits.vocab_size == 400
+    (first, _), (second, _) = texts.mixture
+    assert (first, second) == tuple((len(stream) - 1) // 16 for stream, _ in splits.parts)
+    index = texts.index(0, 0, 200, 4)
+    np.testing.assert_array_equal(texts.index(0, 50, 100, 4), index[50:150])
+    assert (index > first).mean() == pytest.approx(0.75, abs=0.01)
+    stored = np.asarray(texts.train)
+    for number in np.unique(index).tolist():
+        stream, own = (splits.parts[0][0], number) if number < first else (splits.parts[1][0], number - first - 1)
+        np.testing.assert_array_equal(stored[number * 16 :][:17], stream[own * 16 :][:17])
+    (run,) = plan_runs(Family(vocab=400, length=16), PlanConfig(**{**PLAN.__dict__, "tokens": (2048.0,)}), {})
+    ((_, measured),) = train_run(run, tmp_path / "run", lambda steps: None, text=text, config=CONFIG)
+    size = bytes_of(splits.validation, golden)
+    bits = measured["loss"] / np.log(2) * len(splits.validation) / size
+    assert measured["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert 2048 / measured["epochs"] == pytest.approx((first + second) * 16)
+    with pytest.raises(ConfigError, match="config.data.packing: a sweep trains on windows"):
+        load_texts(replace(text, packing="best_fit"), 16, 2048)
+    short = splits._replace(parts=(splits.parts[0], (splits.parts[1][0][:16], 3.0)))
+    with pytest.raises(ConfigError, match=r"config.data.sources: '.*b.jsonl' has 16 training tokens; at least 17"):
+        train.check_texts(short, 16, 2048, sources)
+
+
+def bytes_of(stream, golden):
+    """Bytes of the documents of a stream, whose separators are no text."""
+    inner = tokenizers.Tokenizer.from_file(str(golden))
+    return len(inner.decode(stream[stream != inner.token_to_id("<|endoftext|>")].tolist()).encode())
