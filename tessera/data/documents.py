@@ -5,6 +5,7 @@ A document comes with its place ("corpus.jsonl, line 3"), which is how every mes
 
 import gzip
 import json
+import logging as standard
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,7 +205,13 @@ def load_dataset(source: Path | str, split: str = "train") -> Any:
             name, _, named = name.removeprefix(HUB).partition(":")
             if not Path(name).exists():
                 logging.warning("%s: names of the Hugging Face hub were not tried when this was written", source)
-            found = datasets.load_dataset(name, split=named or split)
+            client = standard.getLogger("huggingface_hub")
+            level = client.level
+            client.setLevel(standard.ERROR)  # without a network it warns of every try, before the error
+            try:
+                found = datasets.load_dataset(name, split=named or split)
+            finally:
+                client.setLevel(level)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except Exception as error:  # of many kinds: of its own, of the hub, of Arrow
