@@ -93,7 +93,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: PyTree, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        batch = with_mean_weights(batch)  # before it is cut into parts, which may have more weight or less
+        if config.grad_accum_steps > 1:  # before the batch is cut into parts, which may have more weight or less
+            batch = with_mean_weights(batch)
         gradient = _make_gradient(loss_fn, batch, key, config.grad_accum_steps)
         loss, metrics, grads, parts_squared = gradient(state.params)
         updates, opt_state = tx.update(

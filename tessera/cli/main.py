@@ -57,6 +57,13 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("tessera.cli.train", "train", "Train a language model.", "lm", also=("explain",), hosts=True),
+    "train-images": Command(
+        "tessera.cli.train_images",
+        "train_images",
+        "Train on class folders that are larger than memory.",
+        "images",
+        hosts=True,
+    ),
     "find-ticket": Command("tessera.cli.find_ticket", "find_ticket", "Search for lottery tickets.", "lottery_digits"),
     "analyze-ticket": Command(
         "tessera.cli.analyze_ticket",

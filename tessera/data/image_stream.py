@@ -1,7 +1,7 @@
 """Pictures larger than memory: decoded and augmented by grain's workers, in an order that is a function of a seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ class AugmentConfig:
     """How pictures are scaled and changed at random.
 
     Attributes:
-      size: pixels a side of the result.
+      size: pixels a side of the result, to which pictures are scaled and cut.
       crop: pixels of zeros around a picture before a window of `size` is cut at random (He et al. 2016); 0 is no crop.
       flip: mirror half of the pictures, left to right.
       mean, std: subtracted and divided by, by channel, of pixels in [0, 1]; () leaves them.
     """
 
-    size: int
+    size: int = 32
     crop: int = 0
     flip: bool = False
     mean: tuple[float, ...] = ()
@@ -78,11 +78,40 @@ def stream_images(
       Iterator of {"images": float32 [b, size, size, C], "labels": int32 [b], "ids": int64 [b] positions in `files`}.
     """
     check_seed("seed", seed)
-    mode = mode_of(files[0][0])
-    rows = [(str(path), label, number) for number, (path, label) in enumerate(files)]
+    rows, mode = _rows(files), mode_of(files[0][0])
     own_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.source(rows).shuffle(seed=own_seed).repeat()
     # Before the shares are cut, so that what is drawn does not depend on the number of processes.
     pictures = order.random_map(_Augment(augment, mode), seed=own_seed)
     what = {"batch_size": batch_size, "size": len(rows), "seed": seed}
     return shared(pictures, what, process_index=process_index, process_count=process_count, threads=workers)
+
+
+def held_out_images(
+    files: Sequence[tuple[Path, int]],
+    augment: AugmentConfig,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 8,
+) -> grain.DatasetIterator:
+    """Iterate once over pictures in their order, scaled and normalized but not augmented, as equal batches.
+
+    Args:
+      files, augment, batch_size, process_index, process_count, workers: as in `stream_images`.
+
+    Returns:
+      Iterator of batches as of `stream_images`, with "weights" float32 [b]: 1, and 0 for what fills the last batch.
+    """
+    mode, plain = mode_of(files[0][0]), replace(augment, crop=0, flip=False)
+    rows = _rows(files)
+    rows += [(rows[0][0], 0, -1)] * (-len(rows) % batch_size)
+    pictures = grain.MapDataset.source(rows).random_map(_Augment(plain, mode), seed=0)
+    weighed = pictures.map(lambda one: one | {"weights": np.float32(one["ids"] >= 0)})
+    what = {"batch_size": batch_size, "size": len(rows), "seed": None}
+    return shared(weighed, what, process_index=process_index, process_count=process_count, threads=workers)
+
+
+def _rows(files: Sequence[tuple[Path, int]]) -> list[tuple[str, int, int]]:
+    return [(str(path), label, number) for number, (path, label) in enumerate(files)]

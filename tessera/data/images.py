@@ -458,6 +458,8 @@ def class_folders(path: Path | str, test: float = 0.2) -> Folders:
       ConfigError: no pictures, or classes of the test set that are missing in training.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such directory of class folders")
     root = path / "train" if (path / "train").is_dir() else path
     classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     number = {name: i for i, name in enumerate(classes)}

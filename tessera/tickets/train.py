@@ -176,7 +176,7 @@ def train_block(
     """Take T optimizer steps on one masked network; returns the state and the mean training loss of the block."""
     # Masked where moments enter a step, which is faster (docs/architecture.md); so the last state is masked at the end.
     tx = sparse(optimizer, masks, moments="in")
-    train_step = make_train_step(loss_fn, tx, adjust=_with_statistics)
+    train_step = make_train_step(loss_fn, tx, adjust=with_statistics)
 
     def step(state: Any, index_B: Array) -> tuple[Any, Array]:
         state, metrics = train_step(state, (x_NX[index_B], y_N[index_B]), jax.random.key(0))
@@ -187,7 +187,8 @@ def train_block(
     return replace(after, opt_state=mask_state(after.opt_state, masks), best=state.best), loss
 
 
-def _with_statistics(params: PyTree, metrics: dict[str, Any]) -> PyTree:
+def with_statistics(params: PyTree, metrics: dict[str, Any]) -> PyTree:
+    """The parameters with the batch statistics that `make_loss` gives as a metric: an `adjust` of `make_train_step`."""
     return {**params, STATISTICS: metrics[STATISTICS]} if STATISTICS in metrics else params
 
 

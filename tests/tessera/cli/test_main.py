@@ -62,6 +62,7 @@ def test_thirty_random_fields_are_set_from_the_command_line():
         schema = schema_of(command)
         config = schema.complete(load_config(cli.COMMANDS[command].config)[0])
         cases += [(command, one) for one in schema.fields(config) if not one.path.endswith(".*")]
+    cases.remove(next(case for case in cases if (case[0], case[1].path) == ("study", "name")))  # picks the settings
     done = 0
     for command, one in draw.sample(cases, 60):
         text = _other(one)

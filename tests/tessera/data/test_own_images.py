@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera.data.image_stream import AugmentConfig, stream_images
+from tessera.data.image_stream import AugmentConfig, held_out_images, stream_images
 from tessera.data.images import CIFAR100, ImageConfig, class_folders, image_splits, load_images
 from tessera.infra.errors import ConfigError
 
@@ -224,3 +224,22 @@ def test_streamed_pictures_are_decoded_and_augmented_in_a_fixed_order(tmp_path):
     fresh = stream_images(files, AugmentConfig(5), batch_size=6, seed=3)
     fresh.set_state(state)
     np.testing.assert_array_equal(next(fresh)["ids"], batches(files, 1, skip=4)[0][0]["ids"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_held_out_pictures_come_once_as_they_are_and_what_fills_the_last_batch_has_no_weight(tmp_path, processes):
+    x = RNG.integers(0, 256, (10, 5, 5, 3), np.uint8)
+    files = class_folders(folders(tmp_path / "set", x, np.arange(10) % 2), 0.0).train
+    augment = AugmentConfig(5, crop=2, flip=True, mean=(0.5,) * 3, std=(0.25,) * 3)
+    how = {"batch_size": 4, "process_count": processes}
+    shares = [list(held_out_images(files, augment, process_index=p, **how)) for p in range(processes)]
+    assert [len(batches) for batches in shares] == [3] * processes
+    found = {name: np.concatenate([batch[name] for one in shares for batch in one]) for name in shares[0][0]}
+    np.testing.assert_array_equal(found["weights"], found["ids"] >= 0)
+    live = np.flatnonzero(found["weights"])
+    assert sorted(found["ids"][live]) == list(range(10)) and len(found["ids"]) == 12
+    for k in live:
+        path, label = files[found["ids"][k]]
+        pixels = (np.asarray(Image.open(path), np.float32) / 255 - 0.5) / 0.25
+        np.testing.assert_allclose(found["images"][k], pixels, atol=1e-6)
+        assert found["labels"][k] == label
