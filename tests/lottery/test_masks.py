@@ -95,6 +95,8 @@ def test_check_zeros_counts_the_weights_that_are_not():
     mask["output"]["kernel"] = mask["output"]["kernel"].at[0].set(False)
     with pytest.raises(ValueError, match="output/kernel: 3 pruned weights are not zero"):
         masks.check_zeros(MLP, mask)
+    with pytest.raises(ValueError, match="output/kernel: 3 pruned weights are not zero"):
+        masks.check_zeros(jax.tree.map(jnp.negative, MLP), mask)
     masks.check_zeros(masks.apply(MLP, mask), mask)
 
 
