@@ -1,17 +1,20 @@
-"""Linear mode connectivity: loss and error on the straight line between two networks.
+"""Mode connectivity: loss and error on the straight line, or on a Bezier curve, between two networks.
 
 Frankle et al. 2020 (arXiv:1912.05671), section 2: two runs from the same weights, differing in data order only, are
-stable if the error along the line rises above the mean of its ends by less than `STABLE`, 2%.
+stable if the error along the line rises above the mean of its ends by less than `STABLE`, 2%. Nonlinear mode
+connectivity (Garipov et al. 2018, arXiv:1802.10026) bends the path: `fit_bend` trains its one control point.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+import optax
+from jaxtyping import Array, Float, Key, PyTree
 
-__all__ = ["STABLE", "along", "barrier", "instability", "instability_curve", "interpolate"]
+__all__ = ["STABLE", "along", "barrier", "bezier", "fit_bend", "instability", "instability_curve", "interpolate"]
 
 STABLE = 0.02
 
@@ -33,10 +36,85 @@ def interpolate(a: PyTree, b: PyTree, alpha: float | Float[Array, ""]) -> PyTree
     return jax.tree.map(between, a, b)
 
 
+def bezier(a: PyTree, bend: PyTree, b: PyTree, alpha: float | Float[Array, ""]) -> PyTree:
+    """Compute a point of the quadratic Bezier curve from a to b with control point `bend` (Garipov et al. 2018, eq. 5).
+
+    (1 - alpha)^2 a + 2 alpha (1 - alpha) bend + alpha^2 b; exactly a and b at 0 and 1. Integer leaves are a's.
+
+    Example:
+      >>> a, bend, b = ({"kernel": jnp.full(2, value)} for value in (0.0, 3.0, 2.0))
+      >>> lottery.connectivity.bezier(a, bend, b, 0.5)["kernel"].tolist()
+      [2.0, 2.0]
+    """
+    return interpolate(interpolate(a, bend, alpha), interpolate(bend, b, alpha), alpha)
+
+
+def fit_bend(
+    loss_fn: Callable[[PyTree, PyTree], Float[Array, ""]],
+    a: PyTree,
+    b: PyTree,
+    batches: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: Key[Array, ""],
+    masks: PyTree | None = None,
+) -> tuple[PyTree, Float[Array, " S"]]:
+    """Train the control point of the Bezier curve between two networks: the least expected loss at uniform points.
+
+    It begins in the middle of the line; a step takes one batch at one random point of the curve (Garipov et al. 2018,
+    eq. 2 and section 3.3).
+
+    Args:
+      loss_fn: params, batch -> loss, traceable.
+      a: params of one end.
+      b: params of the other.
+      batches: of each step, stacked [S, ...].
+      optimizer: of the control point.
+      key: of the points.
+      masks: of both ends, where they have one: pruned weights of the control point stay zero.
+
+    Returns:
+      The control point, and the loss of each step before its update.
+
+    Example:
+      >>> ring = lambda params, _: (jnp.square(params["x"]).sum() - 1) ** 2  # minima: the unit circle
+      >>> a, b = {"x": jnp.array([-1.0, 0.0])}, {"x": jnp.array([0.8, 0.6])}
+      >>> bend, _ = lottery.connectivity.fit_bend(ring, a, b, jnp.zeros(300), optax.adam(0.03), key=jax.random.key(0))
+      >>> barriers = []
+      >>> for control in (None, bend):
+      ...     alphas, values = lottery.connectivity.along(lambda p: ring(p, None), a, b, 21, bend=control)
+      ...     barriers.append(float(lottery.connectivity.barrier(alphas, values)))
+      >>> barriers[0] > 0.7, barriers[1] < 0.1
+      (True, True)
+    """
+
+    middle, treedef = jax.tree.flatten(interpolate(a, b, 0.5))
+    trained = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in middle]
+    every = trained if masks is None else jax.tree.leaves(masks)
+    alive = [None if masks is None else mask for mask, t in zip(every, trained, strict=True) if t]
+
+    def whole(leaves: list[Array]) -> PyTree:
+        left = iter(leaves)
+        return treedef.unflatten([next(left) if t else leaf for t, leaf in zip(trained, middle, strict=True)])
+
+    def step(carry: Any, batch: Any) -> tuple[Any, Array]:
+        leaves, state, key = carry
+        key, own = jax.random.split(key)
+        alpha = jax.random.uniform(own)
+        loss, gradients = jax.value_and_grad(lambda x: loss_fn(bezier(a, whole(x), b, alpha), batch))(leaves)
+        updates, state = optimizer.update(gradients, state, leaves)
+        updates = [u if m is None else jnp.where(m, u, 0) for u, m in zip(updates, alive, strict=True)]
+        return (optax.apply_updates(leaves, updates), state, key), loss
+
+    start = [leaf for leaf, t in zip(middle, trained, strict=True) if t]
+    (leaves, _, _), losses = jax.lax.scan(step, (start, optimizer.init(start), key), batches)
+    return whole(leaves), losses
+
+
 def along(
-    metric_fn: Callable[[PyTree], PyTree], a: PyTree, b: PyTree, points: int = 30
+    metric_fn: Callable[[PyTree], PyTree], a: PyTree, b: PyTree, points: int = 30, *, bend: PyTree | None = None
 ) -> tuple[Float[Array, " P"], PyTree]:
-    """Evaluate a metric along the line: (alphas [P], metric_fn at each of them, stacked [P, ...]), both ends included.
+    """Evaluate a metric along the path: (alphas [P], metric_fn at each of them, stacked [P, ...]), both ends included.
 
     Evaluated one after the other in one program, so memory is that of one network.
 
@@ -45,6 +123,7 @@ def along(
       a: params of one end.
       b: params of the other.
       points: evenly spaced; the paper takes 30.
+      bend: control point of a Bezier curve; None is the straight line.
 
     Raises:
       ValueError: fewer than two points.
@@ -58,6 +137,8 @@ def along(
     if points < 2:
         raise ValueError(f"along: {points} points; two ends at least are needed")
     alphas = jnp.linspace(0.0, 1.0, points)
+    if bend is not None:
+        return alphas, jax.lax.map(lambda alpha: metric_fn(bezier(a, bend, b, alpha)), alphas)
     return alphas, jax.lax.map(lambda alpha: metric_fn(interpolate(a, b, alpha)), alphas)
 
 

@@ -1,14 +1,15 @@
-"""Make the golden values: what PyTorch, transformers and peft compute on fixed inputs. Command: `make golden`.
+"""Make the golden values: what PyTorch, transformers, peft and others compute on fixed inputs. Command: `make golden`.
 
-Needs torch, transformers and peft (requirements/golden.txt) and nothing of this project. Every `NAME.npz` holds inputs
-and outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` holds whole model directories; `sources.json`
-says which version made what. Tests read them through the fixture `golden`.
+Needs requirements/golden.txt and nothing of this project. Every `NAME.npz` holds inputs and outputs as arrays named by
+paths (`rms_norm/3x5/x`); `huggingface/` holds whole model directories; `sources.json` says which version made what.
+Tests read them through the fixture `golden`.
 """
 
 import json
 import shutil
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ import numpy as np
 import peft
 import torch
 import transformers
+from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.registry import get as mergekit_method
+from mergekit.merge_methods.slerp import slerp
 from peft.utils.merge_utils import ties
 from torch.nn import functional
 from transformers.models.dbrx.modeling_dbrx import DbrxFFN
@@ -487,12 +491,29 @@ def make_families():
 
 
 def make_merging():
-    """TIES merging (Yadav et al. 2023) by peft: differences of four experts, half or a fifth of the entries left."""
+    """Differences of four experts merged by TIES (peft); three models and their base merged by mergekit's methods."""
     deltas = normal(4, 6, 10)
-    return {
+    found = {
         f"ties/{density:g}": {"deltas": deltas, "merged": ties(tensors(*deltas), torch.ones(4), density)}
         for density in (0.5, 0.2)
     }
+    base, models = normal(6, 10, seed=1), normal(3, 6, 10, seed=2)
+    group = TensorGroup.from_tensors(tensors(base, *models), base_index=0)
+    mergekit = {"base": base, "models": models}
+    for name, own in {"ties": (0.5, 0.3, 0.2), "task_arithmetic": (1.0, -0.5, 0.3)}.items():
+        method = mergekit_method(name)
+        each = {"weight": dict(enumerate(own, 1)), "density": dict.fromkeys((1, 2, 3), 0.37)}
+        shared = {"int8_mask": False, "normalize": name == "ties", "rescale": False, "lambda": 0.7}
+        mergekit[name] = {"weights": np.array(own), "merged": method.merge_group(group, **each, **shared)}
+    pairs = [(models[0], 2 * models[1]), (models[0], -1.5 * models[0])]
+    mergekit["slerp"] = {
+        str(i): {
+            "stack": np.stack(pair),
+            "merged": slerp(torch.tensor([0.3]), *(one[None] for one in tensors(*pair)))[0],
+        }
+        for i, pair in enumerate(pairs)
+    }
+    return found | {"mergekit": mergekit}
 
 
 MODELS = {
@@ -1079,7 +1100,7 @@ FILES = {
     "layers": (make_layers, TORCH),
     "lenet": (make_lenet, TORCH),
     "losses": (make_losses, TORCH),
-    "merging": (make_merging, PEFT),
+    "merging": (make_merging, f"{PEFT}, mergekit {version('mergekit')}"),
     "optimizers": (make_optimizers, TORCH),
     "smollm2": (make_smollm2, TRANSFORMERS),
     "tokenizers": (make_tokenizers, TRANSFORMERS),

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lottery import connectivity
@@ -26,6 +27,33 @@ def test_a_double_well_has_its_hill_as_barrier():
     # A convex loss has no barrier.
     alphas, values = connectivity.along(lambda p: p["x"] ** 2, a, {"x": jnp.array(3.0)}, 5)
     assert float(connectivity.barrier(alphas, values)) == 0.0
+
+
+def test_a_trained_bend_is_the_minimum_that_scipy_finds():
+    """On a ring-shaped valley, a point of the curve is a quadratic form of the bend, so its mean loss has a minimum."""
+    from scipy.integrate import quad
+    from scipy.optimize import minimize
+
+    ring = lambda p, batch: (jnp.square(p["x"]).sum() - 1) ** 2 * batch  # noqa: E731
+    ends = np.array([[-1.0, 0.0], [0.6, 0.8]])
+
+    def mean(bend):
+        point = lambda t: (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * bend + t**2 * ends[1]  # noqa: E731
+        return quad(lambda t: (np.square(point(t)).sum() - 1) ** 2, 0, 1)[0]
+
+    best = minimize(mean, ends.mean(0) + [0.0, 0.5], tol=1e-6).x
+    a, b = ({"x": jnp.asarray(end, jnp.float32), "n": jnp.array(3)} for end in ends)
+    schedule = optax.cosine_decay_schedule(0.05, 3000)
+    bend, losses = connectivity.fit_bend(ring, a, b, jnp.ones(3000), optax.sgd(schedule), key=jax.random.key(0))
+    np.testing.assert_allclose(bend["x"], best, atol=0.03)
+    assert losses.shape == (3000,) and int(bend["n"]) == 3
+    np.testing.assert_array_equal(connectivity.bezier(a, bend, b, 1.0)["x"], b["x"])
+    mask = {"x": jnp.array([True, False]), "n": jnp.array(True)}
+    bend, _ = connectivity.fit_bend(
+        ring, {**a, "x": jnp.array([-1.0, 0])}, {**b, "x": jnp.array([1.0, 0])}, jnp.ones(9), optax.sgd(0.1),
+        key=jax.random.key(0), masks=mask,
+    )  # fmt: skip
+    assert bend["x"][1] == 0
 
 
 def test_runs_that_part_late_are_stable_in_a_problem_with_two_valleys():

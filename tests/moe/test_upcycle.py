@@ -6,7 +6,7 @@ import pytest
 from moe import experts
 from moe.gate import RouterConfig
 from moe.layer import MoE, MoEConfig
-from moe.upcycle import dare, merge, slerp, ties, upcycle
+from moe.upcycle import merge, upcycle
 
 D, F, E = 6, 10, 4
 DENSE = {name: {"kernel": leaf} for name, leaf in experts.initialize(D, F, 0, key=jax.random.key(0)).items()}
@@ -41,37 +41,6 @@ def test_merging_copies_gives_the_dense_layer_back(method):
 def test_mean_by_load():
     routed = {"experts": {"up": {"kernel": jnp.arange(8.0).reshape(2, 2, 2)}}}
     np.testing.assert_allclose(merge(routed, weights=jnp.array([3.0, 1.0]))["up"]["kernel"], [[1, 2], [3, 4]])
-
-
-def test_slerp_of_two_vectors_is_the_closed_form():
-    # A quarter circle cut in three: a third of the way is 30 degrees; the norm goes from 1 to 4, a third is 2.
-    stack = jnp.array([[[1.0, 0.0]], [[0.0, 4.0]]])
-    found = slerp(stack, jnp.array([2 / 3, 1 / 3]))
-    np.testing.assert_allclose(found, [[2 * np.cos(np.pi / 6), 2 * np.sin(np.pi / 6)]], rtol=1e-5)
-    # Layers in front are interpolated by themselves, parallel vectors linearly.
-    layers = jnp.stack([jnp.stack([stack[0], stack[0]]), jnp.stack([stack[1], 3 * stack[0]])])
-    both = slerp(layers, jnp.array([2 / 3, 1 / 3]))
-    np.testing.assert_allclose(both[0], found, rtol=1e-5)
-    np.testing.assert_allclose(both[1], [[5 / 3, 0.0]], rtol=1e-5)
-
-
-def test_ties_by_hand():
-    # Half of the entries remain: (-3, 0, 0, 4), (2, -3, 0, 0), (0, -1, 0, 2). Sums (-1, -4, 0, 6) elect (-, -, 0, +).
-    deltas = jnp.array([[-3.0, 1.0, 0.5, 4.0], [2.0, -3.0, 0.5, 1.0], [0.5, -1.0, 0.5, 2.0]])[:, None]
-    np.testing.assert_allclose(ties(deltas, 0.5), [[-3.0, -2.0, 0.0, 3.0]])
-
-
-@pytest.mark.parametrize("density", [0.5, 0.2])
-def test_ties_is_pefts(density, golden):
-    case = golden("merging")["ties"][f"{density:g}"]
-    np.testing.assert_allclose(ties(jnp.asarray(case["deltas"]), density), case["merged"], rtol=1e-5, atol=1e-6)
-
-
-def test_dare_keeps_a_share_and_the_mean():
-    deltas = jnp.ones((3, 100, 100))
-    found = np.asarray(dare(deltas, 0.25, key=jax.random.key(0)))
-    assert set(np.unique(found)) == {0.0, 4.0}
-    assert found.mean() == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize(
