@@ -239,3 +239,7 @@ def test_a_run_becomes_a_hugging_face_directory(directory):
     console = ("-c", "from tessera.cli.main import main; main()")
     out = run(directory, *console, "export-hf", "runs/lm", "models/lm")
     assert "vocabulary 256" in out and (directory / "models" / "lm" / "tokenizer.json").exists()
+    for document, command in COMMANDS:
+        if document.name == "inference.md" and command.startswith("tessera merge"):
+            out = run(directory, *console, *shlex.split(command)[1:])
+            assert "models merged by" in out and (directory / "models" / "merged" / "tokenizer.json").exists()

@@ -118,6 +118,7 @@ COMMANDS: dict[str, Command] = {
 # Commands without a config.
 PLAIN = {
     "export-hf": ("tessera.cli.export_hf", "Write a run, a ticket of one or a GGUF file as a Hugging Face directory."),
+    "merge": ("tessera.cli.merge", "Merge trained models of one shape: soup, task vectors, SLERP, TIES, DARE."),
     "doctor": ("tessera.cli.doctor", "Versions, devices, defaults and missing extras, to paste into an issue."),
 }
 
