@@ -18,11 +18,12 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("source", help="run of the training script, Hugging Face directory, or GGUF file (.gguf)")
     parser.add_argument("directory", help="new directory to write")
     parser.add_argument("--ticket", default="", help="file of lottery.export.save whose weights replace the run's")
+    parser.add_argument("--adapter", default="", help="LoRA adapter of peft (a directory) to merge into the weights")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json; the default is the model's own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     options = parser.parse_args(list(argv))
     try:
-        loaded = load(SourceConfig(options.source, options.ticket, options.tokenizer))
+        loaded = load(SourceConfig(options.source, options.ticket, options.adapter, options.tokenizer))
         made = export_directory(loaded, options.directory, options.dtype)
     except (*ERRORS, CheckpointDamaged, DiskFull, WorkdirInUse) as error:
         print(f"error: {error}", file=sys.stderr)

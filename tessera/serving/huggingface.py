@@ -174,7 +174,7 @@ def assemble(
     """
     tree: dict[str, Any] = {}
     shapes, made_of = dict(_leaves(config)), defaultdict(list)
-    for tensor in _tensors(config, family):
+    for tensor in tensors_of(config, family):
         for number, path in enumerate(tensor.parts):
             made_of[path].append((tensor, number))
     for path, shape in shapes.items():
@@ -190,7 +190,7 @@ def assemble(
 
 def tensor_names(config: TransformerConfig) -> set[str]:
     """Names of all tensors of a Llama."""
-    return {tensor.name for tensor in _tensors(config, FAMILIES["llama"])}
+    return {tensor.name for tensor in tensors_of(config, FAMILIES["llama"])}
 
 
 def save_directory(
@@ -218,7 +218,7 @@ def save_directory(
       NotConvertible: a model of none of the `FAMILIES`.
       ImportError: the extra `hf` is not installed.
     """
-    save_file = _safetensors().numpy.save_file
+    save_file = safetensors_module().numpy.save_file
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     settings = write_config(config, dtype=dtype, **more) | MARK
     path = Path(directory)
@@ -294,7 +294,7 @@ def _is_exported(file: Path) -> bool:
             found = json.loads(file.read_text(encoding="utf-8"))
             return MARK.items() <= (found if file.name == CONFIG else found["metadata"]).items()
         if WEIGHTS.fullmatch(file.name):
-            with _safetensors().safe_open(file, framework="numpy") as tensors:
+            with safetensors_module().safe_open(file, framework="numpy") as tensors:
                 return MARK.items() <= (tensors.metadata() or {}).items()
     except Exception as error:  # what cannot be read is not known to be an export's
         if isinstance(error, ImportError):
@@ -405,7 +405,7 @@ class Tensor(NamedTuple):
         return [outward_shape(path, leaves[path][len(self.place) :], self.layout) for path in self.parts]
 
 
-def _tensors(config: TransformerConfig, family: Family) -> Iterator[Tensor]:
+def tensors_of(config: TransformerConfig, family: Family) -> Iterator[Tensor]:
     """All tensors of a model."""
     stacks = {stack.name: stack for stack in config.stacks}
     for path, _ in _leaves(config):
@@ -443,7 +443,7 @@ def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[
         if leaf is None or tuple(leaf.shape) != shape:
             raise NotConvertible(f"{path} should have shape {shape}; export takes scanned blocks, unquantised")
     family = family_of(config)
-    for tensor in _tensors(config, family):
+    for tensor in tensors_of(config, family):
         parts = []
         for path in tensor.parts:
             leaf = leaves[path]
@@ -457,7 +457,7 @@ def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[
 
 def _open(directory: Path) -> dict[str, Any]:
     """Tensor name -> open file: of the index, else model.safetensors, else the only file there is."""
-    safe_open = _safetensors().safe_open
+    safe_open = safetensors_module().safe_open
     files = sorted(file.name for file in directory.glob("*.safetensors"))
     where: Any = read_object(directory / INDEX).get("weight_map") if (directory / INDEX).exists() else {}
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -505,7 +505,7 @@ def _check_names(
         raise NotConvertible(f"{directory}: no model has the sizes of its config.json ({error})") from error
     wanted: set[str] = set()
     missing: list[str] = []
-    for tensor in _tensors(config, family):
+    for tensor in tensors_of(config, family):
         if tensor.name in tensors:
             wanted.add(tensor.name)
             found = tuple(tensors[tensor.name].get_slice(tensor.name).get_shape())
@@ -547,7 +547,8 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[name] = value
 
 
-def _safetensors() -> Any:
+def safetensors_module() -> Any:
+    """Import safetensors; ImportError with the extra's name where it is not installed."""
     try:
         import safetensors
         import safetensors.numpy

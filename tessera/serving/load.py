@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -18,9 +19,11 @@ from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.logger import read_object, write_text
 from tessera.infra.remote import cache_dir, is_url, local, upload
 from tessera.infra.workdir import hold
+from tessera.lm import lora
 from tessera.lm.warm_start import read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
+from tessera.serving.adapters import load_adapters
 from tessera.serving.engine import Engine
 from tessera.serving.huggingface import TextFormat
 from tessera.serving.programs import Programs, ServeConfig, make_programs
@@ -37,6 +40,7 @@ class SourceConfig:
       dir: a run of `scripts/train.py`, whose newest checkpoint is read, a Hugging Face directory, or a GGUF file; as
         the files below, a path or a URL (s3://, gs://).
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
+      adapter: a directory of a LoRA adapter of `peft`, merged into the weights, inside the ticket's mask; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
       dtype: "float32" or "bfloat16", of activations and kernels; "" is the model's.
       bits: 0 keeps the weights, 8 and 4 round them.
@@ -47,6 +51,7 @@ class SourceConfig:
 
     dir: str = ""
     ticket: str = ""
+    adapter: str = ""
     tokenizer: str = ""
     dtype: str = ""
     bits: int = 0
@@ -112,6 +117,10 @@ def load(source: SourceConfig) -> Loaded:
         params, config = read_model(path)
     if source.ticket:
         params = read_ticket(local(source.ticket), config)
+    if source.adapter:
+        alive = jax.tree.map(lambda leaf: leaf != 0, params) if source.ticket else None
+        adapters, settings = load_adapters(local(source.adapter), config)
+        params = jax.tree.map(np.asarray, lora.apply(params, adapters, settings, alive))
     tokenizer = BPETokenizer.load(local(source.tokenizer)) if source.tokenizer else own_tokenizer(path, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -261,7 +270,8 @@ def make_engine(
     ends = loaded.format.ends
     if not draft.dir:
         return Engine(programs, programs.place(params), queue, ends, prefix_cache), loaded._replace(params=None)
-    small = SourceConfig(draft.dir, draft.ticket, source.tokenizer, draft.dtype, draft.bits, draft.group)
+    own = {name: getattr(draft, name) for name in ("dir", "ticket", "dtype", "bits", "group")}
+    small = SourceConfig(tokenizer=source.tokenizer, **own)
     split = plan if draft.plan == "same" else Plan(draft.plan)
     drafted = load(small)
     _check_length(drafted, small, sizes)

@@ -516,6 +516,51 @@ def make_merging():
     return found | {"mergekit": mergekit}
 
 
+LORA = {
+    "llama": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "qwen2": {"r": 3, "lora_alpha": 5.0, "use_rslora": True, "target_modules": ["k_proj", "v_proj", "up_proj"]},
+}
+"""Adapters of models of `MODELS`; of the first every layer, of the second the last one."""
+
+
+def make_lora():
+    """LoRA adapters that peft writes, the logits with them, and one kernel that they were merged into.
+
+    `exported_config.json` is what we write for the same adapter (a test says so); here peft reads the same tensors with
+    it and must compute the same logits to the last bit.
+    """
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 9))
+    found = {"tokens": tokens.astype(np.int32)}
+    for name, settings in LORA.items():
+        torch.manual_seed(1)
+        base = transformers.AutoModelForCausalLM.from_pretrained(HERE / "huggingface" / name)
+        only = {} if name == "llama" else {"layers_to_transform": [1]}
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings, **only)).eval()
+        for path, parameter in model.named_parameters():
+            if "lora_" in path:
+                torch.nn.init.normal_(parameter, 0.0, 0.3)
+        directory = HERE / "lora" / name
+        model.peft_config["default"].base_model_name_or_path = name
+        model.save_pretrained(directory)
+        (directory / "README.md").unlink()
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)).logits
+            copy = HERE / "lora" / "copy"
+            exported = HERE / "lora" / f"{name}.exported_config.json"
+            if exported.exists():
+                shutil.copytree(directory, copy)
+                shutil.copy(exported, copy / "adapter_config.json")
+                fresh = transformers.AutoModelForCausalLM.from_pretrained(HERE / "huggingface" / name)
+                again = peft.PeftModel.from_pretrained(fresh, copy).eval()(torch.tensor(tokens)).logits
+                shutil.rmtree(copy)
+                assert torch.equal(again, logits), f"{name}: peft reads another adapter from our configuration"
+            merged = model.merge_and_unload()
+            kernel = merged.model.layers[1].mlp
+            kernel = (kernel.down_proj if name == "llama" else kernel.up_proj).weight.T.contiguous()
+        found[name] = {"logits": logits, "merged": kernel}
+    return found
+
+
 MODELS = {
     "llama": ("Llama", {"rope_theta": 5e4, "head_dim": 16}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -1100,6 +1145,7 @@ FILES = {
     "layers": (make_layers, TORCH),
     "lenet": (make_lenet, TORCH),
     "losses": (make_losses, TORCH),
+    "lora": (make_lora, PEFT),
     "merging": (make_merging, f"{PEFT}, mergekit {version('mergekit')}"),
     "optimizers": (make_optimizers, TORCH),
     "smollm2": (make_smollm2, TRANSFORMERS),
@@ -1119,8 +1165,9 @@ def main():
     (HERE / "chats.json").write_text(json.dumps(make_chats(), indent=1) + "\n")
     sources["chats.json"] = {"source": TRANSFORMERS, "command": COMMAND}
     sources["tokenizers/"] = {"source": TRANSFORMERS, "command": COMMAND}
+    sources["lora/"] = {"source": PEFT, "command": COMMAND}
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}
-    (HERE / "sources.json").write_text(json.dumps(sources, indent=2) + "\n")
+    (HERE / "sources.json").write_text(json.dumps(sources, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
