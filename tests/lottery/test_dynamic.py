@@ -280,6 +280,10 @@ def test_straight_through_ramps_along_the_cubic_and_then_keeps_its_mask():
         np.testing.assert_array_equal(alive.sum(1), [round(final + (size - final) * (1 - p) ** 3) for p in parts])
         assert np.all(alive[8:] == alive[7]), "no choice after step 8"
         assert not np.any(np.asarray(params[name]["kernel"]).reshape(STEPS, -1)[~alive])
+    # Where the ramp ends with the last choice, that choice is made.
+    tx = dynamic.straight_through(optax.sgd(0.3), WHICH, {"a/kernel": 6, "b/kernel": 4}, every=4, ramp=6, until=6)
+    _, mask, _ = run(tx, PARAMS)
+    assert [int(np.asarray(mask[name]["kernel"])[-1].sum()) for name in "ab"] == [6, 4]
 
 
 def test_set_grows_at_places_drawn_anew_at_every_move():

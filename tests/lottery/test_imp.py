@@ -369,6 +369,7 @@ def test_wrong_configurations_say_what_would_be_right(change, message):
         ({"output": "^output/"}, (0.2, (("^output/", 0.1),))),
         ({"output": "^output/", "output_rate": 0.3}, (0.2, (("^output/", 0.3),))),
         ({"output": "^output/", "output_rate": 0.0}, (0.2, (("^output/", 0.0),))),
+        ({"output": "^output/", "rates": (("put/", 0.05),)}, (0.2, (("put/", 0.05), ("^output/", 0.1)))),
         ({}, (0.2, ())),
     ],
 )

@@ -183,6 +183,9 @@ def test_masks_are_fitted_to_other_widths_and_seeds():
     stack = {"kernel": jnp.stack([jnp.zeros(2, bool), jnp.ones(2, bool)])}
     got = transfer.by_seed((stack, (3, 5)), (5, 3, 9))["kernel"]
     np.testing.assert_array_equal(got[:, 0], [True, False, False])
+    # One place on, in turn: of 5 that of 3, of 3 that of 5, and of the third, which is not there, the fourth's.
+    got = transfer.by_seed((stack, (3, 5)), (5, 3, 9), shift=1)["kernel"]
+    np.testing.assert_array_equal(got[:, 0], [False, True, True])
     with pytest.raises(ValueError, match="kernel has shape"):
         transfer.resize(mask, {"kernel": jnp.zeros(4)})
     with pytest.raises(ValueError, match="bias is in only one"):

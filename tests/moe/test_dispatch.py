@@ -80,6 +80,23 @@ def test_every_way_computes_what_the_plain_loop_does(name, way):
         np.testing.assert_array_equal(placed, np.asarray(routing.experts_NK) < E)
 
 
+@pytest.mark.parametrize("drop", ["position", "probability"])
+def test_groups_have_places_of_their_own(drop):
+    """Three groups of tokens at once are the three one after the other, with what each drops."""
+    params = without_biases(PARAMS["swiglu"])
+    config = experts.MixtureConfig(dispatch="capacity", capacity_factor=0.8, drop=drop, groups=3)
+
+    def run(x, logits, config):
+        return jax.jit(lambda x, r: experts.mixture(params, x, r, config))(x, route.top_k(logits, 2))
+
+    out, placed = run(X, LOGITS, config)
+    cut = [jnp.split(values, 3) for values in (X, LOGITS)]
+    alone = [run(x, logits, replace(config, groups=1)) for x, logits in zip(*cut, strict=True)]
+    np.testing.assert_array_equal(placed, np.concatenate([one[1] for one in alone]))
+    np.testing.assert_allclose(out, np.concatenate([one[0] for one in alone]), rtol=1e-5, atol=1e-6)
+    assert 0 < (~np.asarray(placed)).sum() < placed.size / 2
+
+
 @pytest.mark.parametrize("activation", experts.ACTIVATIONS)
 @pytest.mark.parametrize("way", experts.DISPATCHES)
 def test_activations_and_biases(activation, way):

@@ -76,6 +76,16 @@ def test_layers_of_a_stack_are_merged_each_by_itself_and_trees_leaf_by_leaf():
         assert whole["step"] == 0 and whole["step"].dtype == trees[0]["step"].dtype
 
 
+@pytest.mark.parametrize("method", ["task", "ties", "dare"])
+def test_the_merged_difference_is_scaled(method):
+    trees = [{"kernel": jax.random.normal(jax.random.key(i), (3, 4))} for i in range(3)]
+    once, half = (
+        merge(trees[1:], trees[0], method=method, scale=scale, key=jax.random.key(9))["kernel"] for scale in (1.0, 0.5)
+    )
+    np.testing.assert_allclose(half, (trees[0]["kernel"] + once) / 2, rtol=1e-5, atol=1e-6)
+    assert np.abs(once - trees[0]["kernel"]).max() > 0.1
+
+
 def test_a_task_taken_away_and_added_again_gives_the_model_back():
     base, tuned = ({"kernel": jax.random.normal(jax.random.key(i), (3, 4)).astype(jnp.bfloat16)} for i in (1, 2))
     without = merge([tuned], base, method="task", weights=[-1.0])

@@ -29,6 +29,8 @@ def test_mutual_information_is_scikit_learns():
 
 def test_mutual_information_at_its_ends():
     assert mutual_information(np.eye(4) * 1e6).normalized == pytest.approx(1, abs=1e-4)
+    # Two classes with two experts each: the expert tells the class.
+    assert mutual_information(np.eye(2).repeat(2, 1) * 1e6).normalized == pytest.approx(1, abs=1e-4)
     assert mutual_information(np.ones((4, 3)) * 1e6).corrected == pytest.approx(0, abs=1e-9)
     assert mutual_information(np.zeros((4, 3))) == (0, 0, 0)
     # Noise of few tokens has information, and its bias is what the correction takes off.

@@ -11,7 +11,7 @@ from scaling.fitting.fit import FitConfig, fit
 from scaling.isoflop import Curves, Minimum, PowerLaw, envelope, find_budgets
 from scaling.isoflop import minimum as minimum_of
 from scaling.laws import power_law, restrict
-from scaling.published import CHINCHILLA, JOINT
+from scaling.published import CHINCHILLA, JOINT, SPARSITY
 from scaling.rows import make_rows
 from scaling.tables import read_csv
 
@@ -129,6 +129,25 @@ def test_optima_that_are_as_likely_are_told_with_their_distance():
     exponent = 1 / (one.parameters["alpha"] + one.parameters["beta"])
     assert near.numbers["log_shift"] == pytest.approx(np.log(2) * exponent)
     assert doctor.near_optima(replace(one, **both, basin_values=one.value * np.array([1, 1.2])), 1e22).verdict == "fine"
+
+
+def test_further_columns_are_held_where_one_says():
+    """Rounding b_S moves N* by what the law itself says at that sparsity, and not at all of a dense model."""
+    truth = {"a_S": 16.8, "c_S": 45.8, "B": 400.0, "c": 0.651, "b_S": 0.724, "b_N": 0.25, "b_D": 0.25}
+    grid = isoflop_design(EPOCH, budgets=4, sizes=6)
+    sizes = {name: np.tile(grid[name], 3) for name in ("params", "tokens")}
+    columns = sizes | {"sparsity": np.repeat([0.0, 0.5, 0.75], len(grid))}
+    theta = SPARSITY.raw(truth)
+    blank = make_rows(columns | {"loss": np.ones(len(columns["sparsity"]))})
+    rows = make_rows(columns | {"loss": np.exp(SPARSITY.predict(theta[:, None], SPARSITY.gather(blank))[:, 0])})
+    found = fit(rows, SPARSITY, FitConfig(objective="normal"), starts=theta[:, None])
+    # At 75% the coefficient of N is a_S .25^b_S + c_S, and N* goes as its power 1 / (b_N + b_D).
+    coefficient = lambda b_S, density: 16.8 * density**b_S + 45.8  # noqa: E731
+    for sparsity in (0.0, 0.5, 0.75):
+        moved = doctor.rounding(found, 1e20, {"sparsity": sparsity}).numbers["log_shift"]
+        wanted = 2 * np.log(coefficient(0.72, 1 - sparsity) / coefficient(0.724, 1 - sparsity))
+        assert moved == pytest.approx(wanted, rel=0.02, abs=1e-9)
+    assert doctor.rounding(found, 1e20) == doctor.rounding(found, 1e20, {"sparsity": 0.5})
 
 
 def test_unconverged_resamples_are_counted():

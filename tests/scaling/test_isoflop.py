@@ -97,6 +97,14 @@ def test_sizes_near_the_minimum_leave_out_what_is_no_parabola(options):
     assert weighed.params == near.params and np.isnan(weighed.cubic_scatter)
 
 
+def test_of_two_ways_to_leave_sizes_out_the_narrower_holds():
+    x = np.linspace(-4, 4, 17)
+    loss = 3 + 0.02 * x**2 - 0.004 * x**3
+    by = lambda **options: isoflop.minimum(np.exp(x), loss, 1.0, **options)  # noqa: E731
+    assert by(nearest=13, within=3.0) == by(within=3.0) != by(nearest=13)
+    assert by(nearest=5, within=30.0) == by(nearest=5) != by(within=30.0)
+
+
 def test_the_envelope_of_training_curves():
     params = np.geomspace(1e6, 1e10, 33)
     curves = [(n, np.geomspace(n / 5, n * 2000, 60)) for n in params]

@@ -158,6 +158,15 @@ def test_free_scale_likelihoods_reach_scipys_optimum(fitted, kind, norm):
     assert found.log_likelihood == pytest.approx(240 * density, rel=1e-9)
 
 
+def test_only_an_unweighted_fit_of_log_losses_has_a_likelihood(fitted):
+    config = FitConfig(objective="normal")
+    columns = dict(fitted.rows.columns) | {"weight": np.linspace(1, 2, len(fitted.rows))}
+    rows = make_rows(columns)
+    for changes in ({}, {"residuals": "linear"}, {"overprediction": 2.0}, {"weights": "weight"}):
+        found = replace(fitted, rows=rows, config=replace(config, **changes))
+        assert (found.log_likelihood is None) == bool(changes)
+
+
 def test_a_threshold_must_be_positive():
     with pytest.raises(ValueError, match="delta 0.0"):
         FitConfig(delta=0.0)

@@ -15,6 +15,7 @@ from sharding.inference.kv_cache import (
     Past,
     append,
     cache_specs,
+    copy_prefix,
     make_cache,
     quantize_vectors,
     read_range,
@@ -70,6 +71,21 @@ def test_an_unused_row_writes_nothing_and_slots_beside_it_stay():
     assert np.array_equal(full.k[:, 1, :, :2], values[:, 0, :, :2])
     a, b = read_range(1, 2)(full, 1), read_slots(jnp.array([1, 2]))(full, 1)
     assert np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_copied_prefix_reads_as_its_source(dtype):
+    k, v = 10 * keys(L, 2, K, 6, h), keys(L, 2, K, 6, h, seed=1)
+    cache = make_cache(CacheConfig(L, B, K, S, h, dtype))
+    cache = jax.jit(append)(cache, k, v, jnp.array([0, 2]), jnp.zeros(2, jnp.int32), jnp.array([6, 5]))
+    copied = jax.jit(copy_prefix)(cache, jnp.array([0, 1]), jnp.array([2, 3]), jnp.array([4, 0]))
+    assert copied.lengths.tolist() == [6, 0, 4, 0]
+    for layer in range(L):
+        past = read_slots(jnp.array([0, 2]))(copied, layer)
+        for one in (part for part in past if part is not None):
+            np.testing.assert_array_equal(one[1, :, :4], one[0, :, :4])
+    assert np.abs(np.asarray(past.k[0, :, :4], np.float32)).max() > 0
+    assert (dtype == "int8") == (past.k_scale is not None)
 
 
 def test_an_empty_cache_adds_nothing():
