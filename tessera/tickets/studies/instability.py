@@ -4,7 +4,7 @@ Frankle et al. 2020 (arXiv:1912.05671), sections 2 and 3: a network is trained t
 different orders; the error along the line between the two ends is compared with the mean of the ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,11 @@ def _branches(
     ]
 
 
+def stable_from(steps: Sequence[int], stable: Sequence[bool | int]) -> int | None:
+    """The first step from which on a network is stable at all that were tried; None where it is not at the last."""
+    return next((k for i, k in enumerate(steps) if all(stable[i:])), None)
+
+
 def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -> Study:
     cell = lambda d, k: [row for row in rows if row["density"] == d and row["step"] == k]  # noqa: E731
     body: list[list[Any]] = []
@@ -142,7 +147,7 @@ def _study(rows: list[dict[str, Any]], study: InstabilityConfig, setup: Setup) -
             ]
             body.append([f"{density:.0%}", k, *columns, f"{sum(row['stable'] for row in mine)} of {n}"])
         name = "The dense network" if density == 1 else f"The network of {density:.0%} of the weights"
-        first = next((k for i, k in enumerate(study.steps) if all(stable[i:])), None)
+        first = stable_from(study.steps, stable)
         findings.append(
             f"{name} is stable (mean rise of the error below 2 points) "
             + ("from step 0 on." if first == 0 else f"from step {first} on." if first else "at no step that was tried.")

@@ -2,6 +2,7 @@
 
 import builtins
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,8 @@ def test_bpe(library, tmp_path, cache, source):
     again = load_text(config)
     assert saved.stat().st_mtime_ns == stamp, "the second time it comes from the cache"
     np.testing.assert_array_equal(again.train, splits.train)
+    smaller = load_text(replace(config, vocab_size=265))  # another tokenizer, and the first one's stays
+    assert smaller.vocab_size <= 265 < splits.vocab_size == load_text(config).vocab_size
 
 
 def test_bpe_learns_from_the_training_split_only(tmp_path):

@@ -85,7 +85,13 @@ def test_rope_scores_depend_on_distance_alone(shift, first, second):
 
 def test_rope_keeps_lengths_and_leaves_position_zero_alone():
     x = jnp.asarray(normal(1, 6, 2, 4))
-    turned = rotate(x, jnp.arange(6, dtype=jnp.int32)[None], rope_frequencies(4, 1e4))
+    positions = jnp.arange(6, dtype=jnp.int32)[None]
+    turned = rotate(x, positions, rope_frequencies(4, 1e4))
+    # YaRN's factor on part of the channels: that of the rotated ones by themselves, and the others stay.
+    part, alone = (rotate(y, positions, rope_frequencies(4, 1e4)[:1], 1.3) for y in (x, x[..., :2]))
+    np.testing.assert_allclose(part[..., :2], alone, rtol=1e-6)
+    np.testing.assert_array_equal(part[..., 2:], x[..., 2:])
+    np.testing.assert_allclose(jnp.linalg.norm(alone, axis=-1), 1.3 * jnp.linalg.norm(x[..., :2], axis=-1), rtol=1e-5)
     assert_close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
     assert_close(turned[:, 0], x[:, 0])
 

@@ -9,7 +9,7 @@ import pytest
 from tessera.infra.config import ConfigError
 from tessera.models import convolution
 from tessera.models.registry import STATISTICS, make_network
-from tessera.models.vision import LeNet, MLPConfig
+from tessera.models.vision import LeNet, MLPConfig, Norm
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -33,6 +33,16 @@ def test_pooling_and_norms_agree_with_flax():
     flax, _ = module.apply({"params": {"scale": scale, "bias": bias}, "batch_stats": stats}, x, mutable=["batch_stats"])
     ours = convolution.normalise(x, *convolution.batch_statistics(x), scale, bias)
     np.testing.assert_allclose(ours, flax, rtol=1e-4, atol=1e-5)
+    # Two batches move the running statistics as flax's with the momentum of the papers, 0.9.
+    ours, theirs = Norm("batch", True), nn.BatchNorm(use_running_average=False, epsilon=1e-5, momentum=0.9)
+    states = [{"params": {"scale": scale, "bias": bias}, "batch_stats": stats}] * 2
+    for batch in (3 * x, x - 1):
+        moved = [
+            module.apply(state, batch, mutable=["batch_stats"])[1]
+            for module, state in zip((ours, theirs), states, strict=True)
+        ]
+        states = [state | new for state, new in zip(states, moved, strict=True)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
 
 # Weights as papers count them: Frankle & Carbin 2019, figure 2 (Conv-2 4.3M, Conv-4 2.4M; the layers it lists for

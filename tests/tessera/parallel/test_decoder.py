@@ -114,6 +114,7 @@ def test_accumulated_gradients_under_a_plan_are_those_of_one_device(axes):
         ("dp=8", {"router": RouterConfig("base", k=1)}, "router.name='base' \\(choose one of top_k"),
         ("pp=2", {"router": RouterConfig("noisy")}, "router.name='noisy' with pp > 1"),
         ("pp=2", {"router": RouterConfig("switch", k=1, jitter=0.1)}, "router.jitter=0.1 with pp > 1"),
+        ("dp=2", {"mixture": MixtureConfig(dropout=0.1)}, "mixture.dropout=0.1: not the same numbers"),
         ("pp=2", {"balance_scope": "sequence", "importance": 0.1}, "balance_scope='sequence' with pp > 1"),
         ("pp=2", {}, "balance_scope='batch' with pp > 1"),
         ("cp=2", {"balance_scope": "sequence"}, "balance_scope='sequence' with cp > 1"),

@@ -37,8 +37,10 @@ def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
     return RunConfig(model, Plan(plan, **options), optimizer, StepConfig(), batch_size, length, 1e-4)
 
 
-def test_state_bytes_are_those_of_the_arrays():
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_state_bytes_are_those_of_the_arrays(ema):
     run = make_run("fsdp=2, tp=2, dp=2")
+    run = replace(run, step=StepConfig(ema=ema))
     parts, mesh = ShardedDecoder(run.model, run.plan), make_mesh(run.plan)
     shapes = jax.eval_shape(lambda: first_state(run))
     state = jax.jit(lambda: first_state(run), out_shardings=state_shardings(parts, mesh, shapes))()
@@ -46,7 +48,7 @@ def test_state_bytes_are_those_of_the_arrays():
     placed = state_placements(parts, shapes)
     memory = estimate_memory(parts, placed, run.batch_size, run.length)
     assert memory.state == on_first - 4  # the step counter
-    assert memory.gradients == memory.params and memory.total > memory.state + memory.saved
+    assert memory.gradients * (2 if ema else 1) == memory.params and memory.total > memory.state + memory.saved
 
 
 @pytest.mark.parametrize("remat, least, most", [("full", 1, 1), ("dots", 4, 30), ("none", 30, 1000)])
@@ -186,6 +188,8 @@ def test_parts_of_a_batch_take_their_share_of_the_activations(plan, options, par
     for name in ("saved", "attention", "feed_forward"):
         assert getattr(whole, name) == parts * getattr(cut, name)
     assert cut.gradients == cut.params * (1 if parts == 1 and not options else 2)
+    # The products of a step are those of its rows, whatever goes through the model at once.
+    assert estimate_costs(decoder, placed, 64, 128, parts).flops == estimate_costs(decoder, placed, 64, 128).flops
 
 
 def test_what_does_not_fit_is_said():

@@ -119,6 +119,18 @@ def test_a_plan_draws_the_greedy_tokens_of_transformers(name, axes, golden):
     assert np.array_equal(found, np.resize(case[f"{name}.greedy"], (8, 6)))
 
 
+def test_windows_of_qwen_without_a_list_of_layers_are_in_the_last_ones(tmp_path):
+    """transformers' Qwen2Config: a layer has the window if its index is at least max_window_layers."""
+    settings = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
+    del settings["layer_types"]
+    for first, letters in ((0, "LLLLL"), (2, "GGLLL"), (4, "GGGGL")):
+        changed = settings | {"num_hidden_layers": 5, "max_window_layers": first, "use_sliding_window": True}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        assert "".join(read_config(tmp_path).attention_kinds) == letters
+    (tmp_path / "config.json").write_text(json.dumps(changed | {"max_window_layers": 5}))
+    assert read_config(tmp_path).window == 0
+
+
 def test_what_has_no_counterpart_is_refused(tmp_path):
     pytest.importorskip("safetensors")
     base = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}

@@ -11,7 +11,7 @@ pytest.importorskip("pydantic")
 from bodies import BODIES, CHAT, COMPLETION
 
 from tessera.data.text import ByteTokenizer
-from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, Reader, openapi, read_body, usage
+from tessera.serving.protocol import BadRequest, ChatBody, CompletionBody, Reader, best, openapi, read_body, usage
 from tessera.serving.requests import Request, Sampling
 
 READER = Reader(ByteTokenizer(), 256)
@@ -32,6 +32,18 @@ def test_what_is_no_json_object_is_refused(data):
     for chat in (False, True):
         with pytest.raises(BadRequest, match="the body"):
             read(data, chat)
+
+
+def test_the_best_of_several_texts_are_those_of_the_highest_mean_per_token():
+    asked = read({"model": "m", "prompt": ["a", "b"], "best_of": 2, "n": 1})
+    requests = []
+    # Means -1, -2; -0.5, none: the short text has the higher sum and the lower mean.
+    for logprobs in ([-1.0] * 5, [-2.0], [-0.5, -0.5], []):
+        request = Request((1,), Sampling(max_tokens=8))
+        request.logprobs.extend(logprobs)
+        requests.append(request)
+    assert best(asked, requests) == [0, 2]
+    assert best(read({"model": "m", "prompt": ["a", "b"], "n": 2}), requests) == [0, 1, 2, 3]
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

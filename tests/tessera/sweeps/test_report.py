@@ -138,6 +138,10 @@ def test_the_best_of_a_grid_is_what_isoflops_are_drawn_through():
     found = rows(sizes=4, factors=(0.5, 1.0, 2.0), noise=0.0)
     best = best_rows(as_rows(found))
     assert len(best) == 16 and set(best["lr"].tolist()) == {0.02}
+    # Of every seed its own best: two of four times four, the second's at another learning rate.
+    other = [row | {"seed": 1, "loss": row["loss"] + 0.2 * (row["lr"] != 0.005)} for row in found]
+    both = best_rows(as_rows(found + other))
+    assert len(both) == 32 and set(both.take(both["seed"] == 1)["lr"].tolist()) == {0.005}
 
 
 @pytest.mark.slow

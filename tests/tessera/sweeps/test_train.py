@@ -129,9 +129,14 @@ def test_a_diverging_run_says_so(text, tmp_path):
 
 def test_validation_windows_are_spread_over_the_text(text):
     few, all_ = load_texts(text, 16, 1024), load_texts(text, 16, 10**9)
-    firsts = {tuple(row) for row in np.asarray(all_.validation).reshape(-1, 17)[-200:]}
-    assert few.validation.shape == (1, 64, 17)
-    assert any(tuple(row) in firsts for row in np.asarray(few.validation).reshape(-1, 17)[-4:])
+    stream = load_text(text).validation
+    there = (len(stream) - 1) // 16
+    assert few.validation.shape == (1, 64, 17) and there > 130
+    for found in (few, all_):  # window i of n is the one that begins at i / n of the text
+        windows = np.asarray(found.validation).reshape(-1, 17)
+        for i, window in enumerate(windows):
+            begin = 16 * (i * there // len(windows))
+            np.testing.assert_array_equal(window, stream[begin : begin + 17])
     with pytest.raises(ConfigError, match="config.train.eval_tokens=100: at least 1024 are needed"):
         load_texts(text, 16, 100)
     assert train.EVAL_BATCH == 64

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from tessera.infra.config import ConfigError
 from tessera.models.registry import Network
-from tessera.tickets.studies import sparse_training
+from tessera.tickets.studies import instability, sparse_training
 from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_network
 from tessera.tickets.studies.compared_masks import compare
 from tessera.tickets.studies.sources import changed
@@ -34,6 +34,13 @@ def test_a_source_changes_the_settings_it_names_and_no_other():
     assert CONFIG.model.hidden == (8, 4)
     with pytest.raises(ConfigError, match="config.sources.more.seeds: a source may change data, lr, model"):
         changed(CONFIG, "more")
+
+
+@pytest.mark.parametrize(
+    ("stable", "first"), [((0, 1, 0, 1), 30), ((1, 1, 1, 1), 0), ((1, 1, 1, 0), None), ((0, 0, 1, 1), 20)]
+)
+def test_a_network_is_stable_from_where_it_stays_so(stable, first):
+    assert instability.stable_from((0, 10, 20, 30), stable) == first
 
 
 def test_masks_are_compared_seed_by_seed():
