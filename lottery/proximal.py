@@ -52,7 +52,7 @@ def proximal(
       ...     gradients = {"kernel": params["kernel"] - jnp.array([[1.0], [0.1]])}
       ...     updates, state = tx.update(gradients, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> params["kernel"].ravel().round(3).tolist()
+      >>> np.float64(params["kernel"]).ravel().round(3).tolist()
       [0.8, 0.0]
     """
     inner = optax.with_extra_args_support(inner)

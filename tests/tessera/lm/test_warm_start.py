@@ -16,6 +16,7 @@ import pytest
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from moe.upcycle import merge
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointReader, Checkpoints
 from tessera.infra.logger import Logger
 from tessera.infra.workdir import FORMAT
@@ -96,6 +97,24 @@ def test_merging_what_was_upcycled_gives_the_dense_decoder_back(method, dense):
     start = StartConfig(method=method)
     back = convert(made, target, DENSE, start, base=(dense[0], DENSE), key=KEY)
     chex.assert_trees_all_close(back, dense[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_no_setting_of_a_merge_is_ignored(method, dense):
+    """Against `moe.upcycle.merge` of the one layer, whose arithmetic has tests of its own."""
+    made = convert(dense[0], DENSE, CASES["top_k"], StartConfig(noise=0.5), key=KEY)
+    results = []
+    for changes in ({}, {"density": 0.7}, {"scale": 0.3}, {"method": "mean"}):
+        start = StartConfig(**{"method": method} | changes)
+        back = convert(made, CASES["top_k"], DENSE, start, base=(dense[0], DENSE), key=KEY)
+        results.append(np.asarray(back["blocks"]["mlp"]["up"]["kernel"]))
+        if method == "ties":
+            mlp, base = (
+                split_blocks(params, config)[1]["mlp"] for params, config in ((made, CASES["top_k"]), (dense[0], DENSE))
+            )
+            wanted = merge(mlp, base, method=start.method, density=start.density, scale=start.scale)
+            np.testing.assert_allclose(results[-1][1], wanted["up"]["kernel"], rtol=1e-6)
+    assert all(np.abs(one - results[0]).max() > 1e-3 for one in results[1:])
 
 
 def test_noise_tells_experts_apart(dense):

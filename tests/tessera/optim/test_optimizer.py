@@ -191,6 +191,12 @@ def test_a_warmup_below_one_is_a_share_of_the_steps(steps, warmup):
         assert learning_rate(share)(step) == learning_rate(whole)(step)
 
 
+@pytest.mark.parametrize("warmup", [1, 1.0])
+def test_a_warmup_of_one_is_one_step(warmup):
+    rate = learning_rate(OptimizerConfig("adamw", 1e-3, "constant", 400, warmup))
+    assert [float(rate(step)) for step in (0, 1, 200)] == pytest.approx([0, 1e-3, 1e-3])
+
+
 def test_learning_rate_is_what_the_optimizer_uses():
     config = OptimizerConfig("sgd", 0.5, "linear", steps=10, warmup=2)
     tx, params = make_optimizer(config), {"kernel": jnp.zeros(())}

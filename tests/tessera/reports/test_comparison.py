@@ -1,6 +1,7 @@
 """Tables and figures of arms over seeds, from rows made here."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -86,6 +87,14 @@ def test_stability_tells_renamed_experts_from_random_ones():
         else:
             assert abs(row["agreement"] - row["chance"]) < 0.1
     assert comparison.stability_rows(RUNS[:3]) == []  # one seed
+    # A byte that one seed hardly saw is left out of the agreement of both.
+    first, second, *_ = (run for run in RUNS if run.arm == "moe" and run.table_LVE is not None)
+    rare = second.table_LVE.copy()
+    rare[:, ::2] = np.random.default_rng(0).permuted(rare[:, ::2], axis=-1) * 0.01
+    seen = rare.sum(-1)[0]
+    assert (seen[::2] < comparison.LEAST_SEEN).all() and (seen[1::2] >= comparison.LEAST_SEEN).sum() > 2
+    found = comparison.stability_rows([first, replace(second, table_LVE=rare)])
+    assert all(row["agreement"] == pytest.approx(1, abs=1e-2) for row in found)
 
 
 def test_the_report_has_every_table_and_figure():
