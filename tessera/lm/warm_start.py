@@ -37,9 +37,9 @@ class StartConfig:
         run with more experts than this one the busiest of every layer stay.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
-      method: merging: "mean", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
-      density, scale: merging by "ties" and "dare".
-      base: merging by "ties" and "dare": the dense run that was upcycled.
+      method: merging: "mean", "task", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
+      density, scale: merging by "ties" and "dare" (scale also by "task").
+      base: merging by "task", "ties" and "dare": the dense run that was upcycled.
     """
 
     workdir: str = ""
@@ -152,7 +152,7 @@ def convert(
       params: of a decoder of `source`.
       source, target: models that differ in `mlp`, `moe`, `scan` and what changes no weights.
       start: how layers are upcycled and merged.
-      base: parameters and model of the dense decoder that was upcycled, for "ties" and "dare".
+      base: parameters and model of the dense decoder that was upcycled, for differences from it.
       key: for new routers, noise and DARE.
 
     Raises:
