@@ -31,6 +31,7 @@ __all__ = [
     "path_name",
     "prunable",
     "random_like",
+    "support",
 ]
 
 
@@ -284,6 +285,22 @@ def check_zeros(params: PyTree, masks: PyTree) -> None:
 @jax.jit
 def _violations(params: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.map(lambda p, m: jnp.sum(jnp.atleast_1d((p != 0) & ~m), axis=-1, dtype=jnp.int32), params, masks)
+
+
+def support(params: PyTree, which: PyTree | None = None) -> PyTree:
+    """Find the masks of weights that are not zero; leaves that are not prunable are all True.
+
+    Args:
+      params: of a pruned network.
+      which: `prunable`; None takes its default.
+
+    Example:
+      >>> params = {"dense0": {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)}}
+      >>> jax.tree.map(lambda m: m.tolist(), lottery.masks.support(params))
+      {'dense0': {'bias': [True, True], 'kernel': [[False, True]]}}
+    """
+    which = prunable(params) if which is None else which
+    return jax.tree.map(lambda w, leaf: leaf != 0 if w else jnp.ones(leaf.shape, bool), which, params)
 
 
 def distance(a: PyTree, b: PyTree, which: PyTree | None = None) -> Float[Array, ""]:

@@ -3,7 +3,7 @@
 A penalty that is part of the loss shrinks weights but leaves none at zero; its proximal operator does (Parikh & Boyd
 2014, section 6.5). `proximal` takes it after every step of an optimizer, so weights or whole units are exactly zero
 during training, and come back where the loss asks for them: no mask, no criterion, no schedule. What is zero at the end
-is a mask, `support`.
+is a mask, `lottery.masks.support`.
 
 Example:
   >>> params = {"dense0": {"kernel": jnp.array([[0.5, -0.02], [0.01, -1.0]])}}
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from lottery import structures
 from lottery.masks import flatten, path_name, prunable
 
-__all__ = ["group_lasso", "l1", "nuclear", "proximal", "support"]
+__all__ = ["group_lasso", "l1", "nuclear", "proximal"]
 
 Proximal = Callable[[PyTree, Any], PyTree]
 """(params, step size) -> params."""
@@ -160,18 +160,6 @@ def nuclear(strength: float, which: PyTree | None = None) -> Proximal:
         return turned.transpose(back).astype(leaf.dtype)
 
     return _of_leaves(shrink, which)
-
-
-def support(params: PyTree, which: PyTree | None = None) -> PyTree:
-    """Find the masks of weights that are not zero; leaves that are not penalized are all True.
-
-    Example:
-      >>> params = {"dense0": {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)}}
-      >>> jax.tree.map(lambda m: m.tolist(), lottery.proximal.support(params))
-      {'dense0': {'bias': [True, True], 'kernel': [[False, True]]}}
-    """
-    which = prunable(params) if which is None else which
-    return jax.tree.map(lambda w, leaf: leaf != 0 if w else jnp.ones(leaf.shape, bool), which, params)
 
 
 def _of_leaves(shrink: Callable[[str, Array, Any, Any], Float[Array, "..."]], which: PyTree | None) -> Proximal:

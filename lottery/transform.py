@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from lottery import masks as masks_lib
 
-__all__ = ["map_moments", "mask_state", "sparse"]
+__all__ = ["keep_zeros", "map_moments", "mask_state", "sparse"]
 
 
 # Extra arguments of optax transformations that are functions of the parameters; sam's also returns gradients.
@@ -78,6 +78,35 @@ def sparse(
         return jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), masks, new, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keep_zeros(
+    inner: optax.GradientTransformation, which: PyTree | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Train a pruned network without a mask at hand: `sparse` with the mask of the weights that are not zero.
+
+    The mask is read off the parameters in every step; a live weight that becomes exactly zero stays so.
+
+    Args:
+      inner: as for `sparse`.
+      which: `masks.prunable`; leaves whose zeros stay. None takes its default.
+
+    Example:
+      >>> params = {"dense0": {"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(2)}}
+      >>> optimizer = lottery.transform.keep_zeros(optax.sgd(0.5))
+      >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+      >>> jax.tree.map(lambda leaf: leaf.tolist(), optax.apply_updates(params, updates))
+      {'dense0': {'bias': [-0.5, -0.5], 'kernel': [[0.5, 0.0]]}}
+    """
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError("keep_zeros: update needs params")
+        return sparse(inner, masks_lib.support(params, which)).update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: sparse(inner, masks_lib.support(params, which)).init(params), update
+    )
 
 
 def _masked_function(name: str, value: Any, masks: PyTree) -> Any:

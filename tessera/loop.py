@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,7 +143,7 @@ def train(
                 if last:
                     evaluation = {}  # of this state it is not known yet: saved first, it outlives a failure to evaluate
                 extra = {"evaluation": evaluation}
-                checkpoints.save(step, state, data=batches.get_state(), extra=extra, metrics=validation)
+                checkpoints.save(step, without_frozen(state), data=batches.get_state(), extra=extra, metrics=validation)
             if save or step % config.log_every == 0 or validation is not None:
                 clock, timed = time.perf_counter(), step  # evaluation and saving are not part of a step's time
             if stop and not last:
@@ -163,14 +163,26 @@ def _restore(
     init: Callable[[], Any], batches: Batches, checkpoints: Checkpoints, logger: Logger
 ) -> tuple[Any, int, dict]:
     """State, step and last evaluation to go on from; the data and the log are wound to the same point."""
+    first = init()
+    if not checkpoints.steps():
+        logger.truncate(0)
+        return first, 0, {}
     # The first state is made for its shapes and shardings and freed before the saved arrays take its place.
-    restored = checkpoints.restore_latest(abstract(init())) if checkpoints.steps() else None
+    shapes, frozen = abstract(without_frozen(first)), getattr(first, "frozen", None)
+    del first
+    restored = checkpoints.restore_latest(shapes)
     logger.truncate(restored.step if restored else 0)
     if restored is None:
         return init(), 0, {}
     batches.set_state(restored.data)
     logging.info("going on from step %d", restored.step)
-    return restored.state, restored.step, restored.extra["evaluation"] or checkpoints.measured(restored.step)
+    state = restored.state if frozen is None else replace(restored.state, frozen=frozen)
+    return state, restored.step, restored.extra["evaluation"] or checkpoints.measured(restored.step)
+
+
+def without_frozen(state: Any) -> Any:
+    """The state without what no step changes, as it is saved."""
+    return replace(state, frozen=None) if getattr(state, "frozen", None) is not None else state
 
 
 def evaluate(

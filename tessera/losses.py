@@ -75,16 +75,21 @@ def accuracy(
 
 
 def distillation(
-    logits: Float[Array, "*N V"], teacher: Float[Array, "*N V"], temperature: float = 1.0
+    logits: Float[Array, "*N V"],
+    teacher: Float[Array, "*N V"],
+    temperature: float = 1.0,
+    mean_weights: Float[Array, "*N"] | None = None,
 ) -> Float[Array, ""]:
     """Cross-entropy with a teacher's softened classes, times the square of the temperature, float32.
 
     Hinton, Vinyals & Dean 2015 (arXiv:1503.02531), section 2: both logits are divided by the temperature; the factor
-    T^2 keeps the gradient as large as that of the labels. No gradient reaches the teacher.
+    T^2 keeps the gradient as large as that of the labels. No gradient reaches the teacher. Weights of the positions are
+    of mean one, see `with_mean_weights`.
     """
     soft = jax.nn.softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    return -(soft * log_p).sum(-1).mean() * temperature**2
+    each = -(soft * log_p).sum(-1)
+    return (each if mean_weights is None else each * mean_weights).mean() * temperature**2
 
 
 def next_token_loss(

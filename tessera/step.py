@@ -30,12 +30,17 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step reads and writes. `ema` mirrors `params`; None without a moving average."""
+    """All that a step reads and writes.
+
+    `ema` mirrors `params`; None without a moving average. `frozen` is read and never changed, nor saved with the rest:
+    the model that adapters belong to, a teacher.
+    """
 
     step: Any  # int32 [], but a sharding or a ShapeDtypeStruct in a mapped state
     params: PyTree
     opt_state: PyTree
     ema: PyTree = None
+    frozen: PyTree = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def make_train_step(
     config: StepConfig = StepConfig(),
     *,
     adjust: Callable[[PyTree, Metrics], PyTree] | None = None,
+    join: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, PyTree, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Make `step(state, batch, key) -> (state, metrics)`, pure and not jitted.
 
@@ -84,6 +90,9 @@ def make_train_step(
 
     `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
     moves outside the gradient, such as the biases of balanced routers.
+
+    `join(params, frozen)`, if given, makes what `loss_fn` takes in place of the parameters, from those that are trained
+    and those of `TrainState.frozen`.
 
     Metrics: those of `loss_fn` (means over the parts of a batch, but for what follows from the routers' load), loss,
     grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient norm are); with `noise_scale` also
@@ -95,7 +104,8 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         if config.grad_accum_steps > 1:  # before the batch is cut into parts, which may have more weight or less
             batch = with_mean_weights(batch)
-        gradient = _make_gradient(loss_fn, batch, key, config.grad_accum_steps)
+        loss_of = loss_fn if join is None else lambda params, *rest: loss_fn(join(params, state.frozen), *rest)
+        gradient = _make_gradient(loss_of, batch, key, config.grad_accum_steps)
         loss, metrics, grads, parts_squared = gradient(state.params)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]

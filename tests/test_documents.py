@@ -119,6 +119,8 @@ TINY_LM += [
     "--config.eval.batches=1",
 ]
 
+ADAPTED = [word for word in TINY_LM[1:] if "model" not in word]
+
 
 def run(directory, *words, **options):
     done = subprocess.run(
@@ -232,6 +234,20 @@ def test_the_commands_on_data_of_ones_own(directory):
     with (directory / "runs" / "sweep" / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows and all(float(row["bits_per_byte"]) > 0 and int(row["unique_tokens"]) > 0 for row in rows)
+
+
+@pytest.mark.docs
+def test_a_model_is_adapted(directory):
+    """Those of adapting.md, a few steps each, from the directory that `export-hf` made of a tiny run."""
+    console, made = ("-c", "from tessera.cli.main import main; main()"), directory / "models"
+    if not (made / "lm").exists():
+        run(directory, *console, "export-hf", "runs/lm", "models/lm")
+    for document, command in COMMANDS:
+        if document.name == "adapting.md" and command.startswith("tessera "):
+            _, *words = shlex.split(command)
+            run(directory, *console, *words, *(ADAPTED if words[0] == "train" else SHORTER.get(words[0], [])))
+    assert (directory / "runs" / "lora" / "adapter" / "adapter_config.json").exists()
+    assert (made / "lora" / "config.json").exists() and (directory / "runs" / "recovered" / "report.html").exists()
 
 
 @pytest.mark.docs

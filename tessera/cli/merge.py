@@ -124,7 +124,7 @@ def align_decoder(one: PyTree, other: PyTree, config: TransformerConfig, seed: i
     own = "/attention/(query|key)_norm/"  # gains of all heads alike
     if left := [path for path in flatten(opened[0]) if path not in spec and not re.search(own, path)]:
         raise ValueError(f"align: {left[0]} has no permutation in lottery.align.decoder_spec")
-    permutations = align.match_weights(*opened, spec, seed=seed, restarts=1)
+    permutations = align.match_weights(opened[0], opened[1], spec, seed=seed, restarts=1)
     return align.close_decoder(align.permute(opened[1], permutations, spec))
 
 

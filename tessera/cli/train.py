@@ -1,23 +1,30 @@
 """Train a language model: `tessera train --config=lm:tiny --workdir=runs/lm`."""
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from sharding.errors import PlanError
 from sharding.multihost.distributed import DistributedError
 from tessera.cli.main import Invocation
 from tessera.data.download import DataUnavailable
-from tessera.data.text import BPETokenizer, ByteTokenizer
+from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
-from tessera.infra.config import build
+from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.logger import Logger
+from tessera.infra.remote import local
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import build_run, results_table
+from tessera.lm.lora import LoRAConfig
+from tessera.lm.run import build_run, results_table, whole_model
+from tessera.lm.warm_start import Pretrained, with_pretrained
 from tessera.loop import Interrupted, NonFiniteLoss, train
-from tessera.models.transformer import Decoder
+from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.planning.report import run_sections
 from tessera.reports.html import print_report
 from tessera.reports.router import write_specialization
@@ -40,7 +47,9 @@ def main(invocation: Invocation) -> int:
     """Config -> parts of the run -> training loop -> table and report. Returns the exit status."""
     c, first_process = invocation.config, jax.process_index() == 0
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
-    run = build_run(c)
+    pretrained = read_pretrained(c) if c.start.dir or c.distill.dir else None
+    c = c if pretrained is None else with_pretrained(c, pretrained)
+    run = build_run(c, pretrained)
     workdir = invocation.prepare(run.settings, whole=True)
     for line in run.notes if first_process else ():
         print(line, file=sys.stderr, flush=True)
@@ -66,11 +75,54 @@ def main(invocation: Invocation) -> int:
             return 128 + stop.signum
         results = {"validation": result.evaluation, "test": run.eval_fn(result.state, "test")}
     if jax.process_count() == 1:
+        if run.config.lora is not None and first_process:
+            adapters = result.state.params if result.state.ema is None else result.state.ema
+            write_adapter(workdir, adapters, run.config.lora, run.config.model, c.start.dir)
         model, batches = Decoder(run.config.model), run.held_out("validation")
         tokenizer = "bytes" if isinstance(run.tokenizer, ByteTokenizer) else c.data.tokenizer
         if run.tokenizer is not None:
-            write_specialization(workdir, model, result.state.params, batches, tokenizer)
+            write_specialization(workdir, model, whole_model(run.config, result.state), batches, tokenizer)
     if first_process:
         Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
         print_report(lm_report, workdir, results["test"], *run_sections(run.config.model, run.config.plan, workdir))
     return 0
+
+
+def read_pretrained(c: ConfigDict) -> Pretrained:
+    """Read the model to go on from and the teacher, where the config names them.
+
+    Raises:
+      ConfigError: a directory that cannot be read, by the setting that names it; models of different architectures.
+    """
+    from tessera.serving import huggingface  # of serving, which a run without them does not need
+    from tessera.serving.load import SourceConfig, load
+
+    def read(setting: str, path: str) -> Any:
+        if not path:
+            return None
+        if not huggingface.is_directory(local(path)):
+            raise ConfigError(f"config.{setting}={path!r}: no Hugging Face directory (config.json and safetensors)")
+        return checked(f"config.{setting}", load, SourceConfig(path))
+
+    start, teacher = read("start.dir", c.start.dir), read("distill.dir", c.distill.dir)
+    first = (
+        (None, None, "") if start is None else (start.params, start.config, own_tokenizer(c.start.dir, start.tokenizer))
+    )
+    return Pretrained(*first, *((None, None) if teacher is None else (teacher.params, teacher.config)))
+
+
+def own_tokenizer(directory: str, tokenizer: Tokenizer) -> str:
+    """The tokenizer's file of a Hugging Face directory; "" where there is none, or where it says what bytes do."""
+    file, words = Path(local(directory)) / "tokenizer.json", "aZ ~\0\n\t\x7f äß€𝄞"
+    of_bytes = tokenizer.vocab_size == 256 and tokenizer.encode(words).tolist() == list(words.encode())
+    return str(file) if file.exists() and not of_bytes else ""
+
+
+def write_adapter(workdir: Path, adapters: PyTree, lora: LoRAConfig, model: TransformerConfig, base: str) -> None:
+    """Write a run's adapters as adapter/, for peft; where its format cannot say them, a line tells why."""
+    from tessera.serving.adapters import NotConvertible, save_adapters
+
+    try:
+        save_adapters(workdir / "adapter", jax.device_get(adapters), lora, model, base)
+    except (NotConvertible, ImportError) as error:
+        print(f"no adapter/ for peft: {error}", file=sys.stderr)

@@ -43,20 +43,20 @@ class LoRAConfig:
     """Which kernels are adapted, and by how much.
 
     Attributes:
-      rank: R of the matrix that is added; at most the smaller side of a kernel.
+      rank: R of the matrix that is added, at most the smaller side of a kernel; 0 trains without adapters.
       alpha: what is added is alpha / rank times a b.
       targets: regular expression of the paths of the kernels that get an adapter.
       rank_stabilized: alpha / sqrt(rank) in place of alpha / rank (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
     """
 
-    rank: int = 8
+    rank: int = 0
     alpha: float = 16.0
     targets: str = r"/(query|key|value|output|gate|up|down)/kernel$"
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}: at least 1 is needed")
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must not be negative")
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -80,6 +80,8 @@ def initialize(params: PyTree, config: LoRAConfig, *, key: Key[Array, ""]) -> di
       ValueError: no kernel is a target, a target whose axes of inputs and outputs are not known, or a rank above the
         smaller side of a kernel.
     """
+    if not config.rank:
+        raise ValueError("rank=0 has no adapters: at least 1 is needed")
     found: dict[str, Any] = {}
     paths = []
     for path, leaf in _leaves(params):
@@ -127,7 +129,8 @@ def apply(params: PyTree, adapters: PyTree, config: LoRAConfig, masks: PyTree | 
     for path, pair in _adapters(adapters):
         if path not in flat:
             raise ValueError(f"the adapter changes {path}, which the model does not have")
-        flat[path] = _added(path, flat[path], *map(jnp.asarray, (pair["a"], pair["b"])), config.scale, alive.get(path))
+        a, b = (jnp.asarray(pair[side]) for side in "ab")
+        flat[path] = _added(path, flat[path], a, b, config.scale, alive.get(path))
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), list(flat.values()))
 
 

@@ -1,5 +1,7 @@
 """A language model's training run: its settings, and its parts made from the config of `scripts/train.py`."""
 
+import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from lottery.masks import support
+from lottery.transform import keep_zeros
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
@@ -36,7 +40,10 @@ from tessera.data.text import (
 )
 from tessera.infra.config import ConfigError, build, check_seeds, checked
 from tessera.infra.workdir import resolve
-from tessera.lm.warm_start import StartConfig, starting_params
+from tessera.lm import lora
+from tessera.lm.distill import DistillConfig, distill_loss
+from tessera.lm.lora import LoRAConfig
+from tessera.lm.warm_start import Pretrained, StartConfig, starting_params
 from tessera.loop import LoopConfig, evaluate
 from tessera.models.lm_loss import lm_loss, make_adjust, make_eval
 from tessera.models.transformer import Decoder, TransformerConfig
@@ -55,6 +62,9 @@ class RunConfig:
       batch_size: sequences per step over all devices.
       length: tokens per sequence.
       z_loss: see `tessera.losses.cross_entropy`.
+      lora: adapters that are trained in place of the model; of rank 0 there are none.
+      distill: a teacher's part in the loss.
+      keep_zeros: weights of kernels that are zero stay zero.
     """
 
     model: TransformerConfig
@@ -64,6 +74,30 @@ class RunConfig:
     batch_size: int
     length: int
     z_loss: float = 0.0
+    lora: LoRAConfig | None = None
+    distill: DistillConfig | None = None
+    keep_zeros: bool = False
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of what is trained."""
+        tx = make_optimizer(self.optimizer)
+        return keep_zeros(tx) if self.keep_zeros and self.lora is None else tx
+
+    def whole(self, params: PyTree, frozen: PyTree) -> PyTree:
+        """The model's parameters, from those that are trained and those of `TrainState.frozen`."""
+        if self.lora is None:
+            return params
+        masks = support(frozen["base"]) if self.keep_zeros else None
+        return lora.apply(frozen["base"], params, self.lora, masks)
+
+    @property
+    def join(self) -> Callable[[PyTree, PyTree], PyTree] | None:
+        """What the loss takes, from what is trained and what is frozen; None where that is the parameters alone."""
+        if self.distill is None:
+            return None if self.lora is None else self.whole
+        teacher = "base" if self.lora is not None and not self.distill.dir else "teacher"
+        return lambda params, frozen: (self.whole(params, frozen), frozen[teacher])
 
 
 class Placement(NamedTuple):
@@ -131,12 +165,14 @@ class Run(NamedTuple):
     notes: tuple[str, ...]
 
 
-def build_run(c: ConfigDict) -> Run:
+def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     """Check every setting, read the text, and make the parts of a run; nothing is written.
 
     Args:
       c: the settings of `tessera.lm.schema`, complete (the command line gives them so; see
         `tessera.infra.schema.completed`).
+      pretrained: what `config.start.dir` and `config.distill.dir` name, in whose architecture `c.model` is (see
+        `tessera.lm.warm_start.with_pretrained`).
 
     Raises:
       ConfigError: a setting that is wrong, by its path, or a text that is too small.
@@ -154,26 +190,37 @@ def build_run(c: ConfigDict) -> Run:
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
     start = build(StartConfig, c.start, "config.start")
     text = build(TextConfig, c.data, "config.data")
-    config = run_config(c, text.vocab_size)  # all settings are checked before the text is read, or even fetched
+    least = 0 if pretrained is None or pretrained.model is None else pretrained.model.vocab_size
+    config = run_config(
+        c, max(least, text.vocab_size)
+    )  # all settings are checked before the text is read, or even fetched
     splits = checked("config.data", load_text, text)
     rows = splits.packed(c.length, text.packing) if text.packing else splits
     check_splits(c, rows)
     if splits.vocab_size != text.vocab_size:  # a small text has fewer byte pairs than were asked for
-        config = run_config(c, splits.vocab_size)
+        config = run_config(c, max(least, splits.vocab_size))
+    check_adaptation(c, config, splits.vocab_size, least)
     loss_fn, placement = checked("config.plan", under_plan, config)
     index, count = checked("config.plan", placement.share)
     if c.batch_size % count:
         raise ConfigError(f"config.batch_size={c.batch_size}: {count} processes share a batch; a multiple is needed")
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
-    step_fn = make_train_step(loss_fn, make_optimizer(config.optimizer), config.step, adjust=make_adjust(config.model))
-    eval_step = make_eval(loss_fn)
+    eval_step, adjust = make_eval(loss_fn), make_adjust(config.model) if config.lora is None else None
+    trained_loss = loss_fn
+    if config.distill is not None:
+        other = None if pretrained is None or pretrained.teacher_model is None else Decoder(pretrained.teacher_model)
+        given = Decoder(config.model), config.distill, config.z_loss, other
+        trained_loss = checked("config.distill", distill_loss, *given)
+    step_fn = make_train_step(trained_loss, config.tx, config.step, adjust=adjust, join=config.join)
 
     def init_fn(resumed: bool) -> TrainState:
-        params = None
-        if start.workdir and not resumed:
+        params = teacher = None
+        if pretrained is not None and (not resumed or config.join is not None):
+            params, teacher = pretrained.params, pretrained.teacher
+        if start.workdir and (not resumed or config.join is not None):
             params = checked("config.start", starting_params, start, config.model, key=init_key)
-        first = jax.jit(lambda params: first_state(config, params, init_key), out_shardings=placement.state)
-        return first(params)
+        first = jax.jit(lambda *given: first_state(config, given[0], init_key, given[1]), out_shardings=placement.state)
+        return checked("config.lora", first, params, teacher)
 
     def loader(split: str, **options: Any) -> grain.DatasetIterator:
         sizes: dict[str, Any] = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
@@ -192,7 +239,7 @@ def build_run(c: ConfigDict) -> Run:
             yield placement.place({name: value for name, value in batch.items() if name != "ids"}), weight
 
     def eval_fn(state: TrainState, split: str) -> dict[str, float]:
-        params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
+        params = whole_model(config, state)
         found = evaluate(eval_step, params, weighed(getattr(rows, split)))
         if split in splits.bytes_per_token:
             found["bits_per_byte"] = found["loss"] / math.log(2) / splits.bytes_per_token[split]
@@ -203,6 +250,8 @@ def build_run(c: ConfigDict) -> Run:
 
     settings = {name: value for name, value in resolve(c).items() if name not in ("plan", "sharding")}
     settings |= {"data_sha256": splits.content_hash}
+    if pretrained is not None:  # another model in the same directory is another run
+        settings |= {"start_sha256": tree_hash((pretrained.params, pretrained.teacher))}
     if text.tokenizer != "bpe" and splits.vocab_size != text.vocab_size:
         settings |= {"vocab_size": splits.vocab_size}  # that of a file
     schedule, said = learning_rate(config.optimizer), (overlap_line(text, splits), packing_line(text, rows))
@@ -271,18 +320,74 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
         checked("config.model.moe.router", model.moe.router.check_training)
         if step.grad_accum_steps > 1:
             checked("config.model.moe", model.moe.check_parts, f"grad_accum_steps={step.grad_accum_steps}")
-    return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss)
+    adapters = build(LoRAConfig, c.lora, "config.lora") if c.lora.rank else None
+    teacher = build(DistillConfig, c.distill, "config.distill") if c.distill.weight or c.distill.hidden else None
+    return RunConfig(
+        model, plan, optimizer, step, c.batch_size, c.length, c.z_loss, adapters, teacher, c.start.keep_zeros
+    )
 
 
-def first_state(config: RunConfig, params: PyTree = None, key: Key[Array, ""] | None = None) -> TrainState:
+def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -> None:
+    """Check that adapters, a teacher and kept zeros have a model to come from, and that its tokenizer fits it.
+
+    Raises:
+      ConfigError: the setting that would have none, or that does not go together with another.
+    """
+    if least and words > least:
+        raise ConfigError(
+            f"config.data.tokenizer={c.data.tokenizer!r} has {words} tokens, the model of config.start.dir {least}: "
+            "its own tokenizer is needed"
+        )
+    start = c.start.dir or c.start.workdir
+    for name, asked in (("lora.rank", config.lora), ("start.keep_zeros", config.keep_zeros)):
+        if asked and not start:
+            raise ConfigError(f"config.{name} is set: name the model to start from as config.start.dir or .workdir")
+    if config.distill is not None and not (start or config.distill.dir):
+        raise ConfigError(
+            "config.distill is set: name the teacher as config.distill.dir, or a start (config.start.dir)"
+        )
+    if config.distill is not None and config.plan.axes:
+        raise ConfigError(f"config.distill with config.plan={config.plan.axes!r}: a teacher is read with plan='' only")
+
+
+def tree_hash(tree: PyTree) -> str:
+    """SHA-256 of a tree's arrays, in hexadecimal."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} ".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def whole_model(config: RunConfig, state: TrainState) -> PyTree:
+    """The parameters that a run's state stands for: averaged where there is an average, adapters merged in."""
+    params = eval_params(config.optimizer, state.opt_state, state.params) if state.ema is None else state.ema
+    return params if config.lora is None else _merged(config)(params, state.frozen)
+
+
+@functools.cache
+def _merged(config: RunConfig) -> Callable[[PyTree, PyTree], PyTree]:
+    return jax.jit(config.whole)
+
+
+def first_state(
+    config: RunConfig, params: PyTree = None, key: Key[Array, ""] | None = None, teacher: PyTree = None
+) -> TrainState:
     """The state before the first step, with these parameters or random ones.
 
-    Call it under `jax.eval_shape` to have its shapes alone.
+    Call it under `jax.eval_shape` to have its shapes alone. With adapters these are what is trained, and the model is
+    frozen; so is a teacher, which is the model itself where none is given.
     """
+    key = jax.random.key(0) if key is None else key
     if params is None:
         tokens = jnp.zeros((1, config.length), jnp.int32)
-        params = Decoder(config.model).init(jax.random.key(0) if key is None else key, tokens)["params"]
-    return init_state(params, make_optimizer(config.optimizer), config.step)
+        params = Decoder(config.model).init(key, tokens)["params"]
+    frozen, trained = {}, params
+    if config.lora is not None:
+        trained, frozen = lora.initialize(params, config.lora, key=jax.random.fold_in(key, 1)), {"base": params}
+    if config.distill is not None and (config.lora is None or config.distill.dir):
+        frozen["teacher"] = jax.tree.map(jnp.copy, params) if teacher is None else teacher
+    return replace(init_state(trained, config.tx, config.step), frozen=frozen or None)
 
 
 def under_plan(

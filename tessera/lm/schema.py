@@ -6,6 +6,8 @@ from sharding.plan import Plan
 from tessera.data.text import TextConfig
 from tessera.infra.checkpoint import CheckpointConfig
 from tessera.infra.schema import Group, Schema
+from tessera.lm.distill import DistillConfig
+from tessera.lm.lora import LoRAConfig
 from tessera.lm.warm_start import StartConfig
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
@@ -70,6 +72,8 @@ SCHEMA = Schema(
     LMSettings,
     sharding=Group(Plan, without=("axes",)),
     start=StartConfig,
+    lora=LoRAConfig,
+    distill=DistillConfig,
     data=TextConfig,
     model=Group(TransformerConfig, without=("vocab_size",)),
     optimizer=Group(OptimizerConfig, without=("lr", "steps")),

@@ -6,16 +6,18 @@ has more experts than are wanted, those it used least are cut out first (`tesser
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Key, PyTree
+from ml_collections import ConfigDict
 
+from lottery.masks import support
 from moe.gate import parameter_shapes
 from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
@@ -24,6 +26,7 @@ from tessera.infra.config import build
 from tessera.infra.logger import METRICS, load_history, read_rows
 from tessera.infra.remote import local
 from tessera.infra.workdir import read_settings
+from tessera.lm import lora
 from tessera.lm.expert_pruning import drop_experts, prune_experts
 from tessera.models.transformer import Decoder, Stack, TransformerConfig
 
@@ -35,6 +38,9 @@ class StartConfig:
     Attributes:
       workdir: a run of `scripts/train.py`, whose newest checkpoint is read; "" starts from random weights. Of a
         run with more experts than this one the busiest of every layer stay.
+      dir: a Hugging Face directory to go on from in place of a run: the model is the directory's, whatever else
+        `config.model` says, and the tokenizer too where `config.data.tokenizer` is "bytes".
+      keep_zeros: kernels' weights that are zero at the start, as in a pruned model, stay zero.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
       method: merging: "mean", "task", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
@@ -43,12 +49,45 @@ class StartConfig:
     """
 
     workdir: str = ""
+    dir: str = ""
+    keep_zeros: bool = False
     router_scale: float = 0.02
     noise: float = 0.0
     method: Method = "mean"
     density: float = 0.2
     scale: float = 1.0
     base: str = ""
+
+    def __post_init__(self) -> None:
+        if self.workdir and self.dir:
+            raise ValueError(f"workdir={self.workdir!r} and dir={self.dir!r}: a run starts from one of the two")
+
+
+class Pretrained(NamedTuple):
+    """A model to go on from and a teacher, each as parameters (numpy, None for none) and model; a tokenizer's file."""
+
+    params: PyTree
+    model: TransformerConfig | None
+    tokenizer: str = ""
+    teacher: PyTree = None
+    teacher_model: TransformerConfig | None = None
+
+
+def with_pretrained(c: ConfigDict, pretrained: Pretrained) -> ConfigDict:
+    """Settings of a run with the architecture, and the tokenizer, of a model to go on from.
+
+    How it runs (dtype, remat) stays as `c` says; unchanged where there is no such model.
+    """
+    if pretrained.model is None:
+        return c
+    c = ConfigDict(c.to_dict())
+    own = {name: c.model[name] for name in ("dtype", "remat")}
+    c.model = ConfigDict(
+        {name: value for name, value in asdict(pretrained.model).items() if name != "vocab_size"} | own
+    )
+    if pretrained.tokenizer and c.data.tokenizer == "bytes":
+        c.data.tokenizer = pretrained.tokenizer
+    return c
 
 
 def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[Array, ""]) -> PyTree:
@@ -96,6 +135,35 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no run of a language model: it has no {error}") from error
     return params, build(TransformerConfig, model, f"{path}/config.json: model", vocab_size=vocabulary)
+
+
+def read_adapted(workdir: Path | str, base: PyTree = None) -> tuple[PyTree, TransformerConfig]:
+    """Parameters (numpy) and model of a run, adapters merged into the model that it started from.
+
+    Args:
+      workdir: a run of `scripts/train.py`.
+      base: parameters of the directory that it started from (`settings["start"]["dir"]`), where it did.
+
+    Raises:
+      As `read_model`, and for adapters what `starting_params` raises.
+    """
+    path = local(workdir)
+    settings = read_settings(path)
+    if not settings.get("lora", {}).get("rank"):
+        return read_model(path)
+    where, start = f"{path}/config.json", build(StartConfig, settings["start"], f"{path}/config.json: start")
+    if base is None:
+        _, source = read_adapted(start.workdir)
+        model = build(TransformerConfig, settings["model"], f"{where}: model", vocab_size=source.vocab_size)
+        base = starting_params(start, model, key=jax.random.split(jax.random.key(settings["seed"]))[0])
+    else:
+        size = base["embed"]["table"].shape[0]
+        model = build(TransformerConfig, settings["model"], f"{where}: model", vocab_size=size)
+    config = build(lora.LoRAConfig, settings["lora"], f"{where}: lora")
+    state = CheckpointReader(path / "checkpoints").restore_newest().state
+    adapters = jax.tree.map(jnp.asarray, state["params"])
+    params = lora.apply(base, adapters, config, support(base) if start.keep_zeros else None)
+    return jax.tree.map(np.asarray, params), model
 
 
 def recorded_load(workdir: Path | str) -> np.ndarray:

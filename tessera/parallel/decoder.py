@@ -563,6 +563,8 @@ def state_shardings(decoder: ShardedDecoder, mesh: Mesh, state: PyTree) -> PyTre
     """
     plan, shapes = decoder.plan, param_shapes(decoder.config)
     specs = mirrored_specs(state, shapes, param_specs(shapes, plan.sizes, plan.rules))
+    if state.frozen is not None:  # adapters are replicated, the model that they belong to is not
+        return shardings(mesh, specs.replace(frozen={name: decoder.specs for name in state.frozen}))
     return shardings(mesh, specs.replace(params=decoder.specs))
 
 

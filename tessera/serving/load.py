@@ -18,9 +18,9 @@ from sharding.plan import Plan
 from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.logger import read_object, write_text
 from tessera.infra.remote import cache_dir, is_url, local, upload
-from tessera.infra.workdir import hold
+from tessera.infra.workdir import hold, read_settings
 from tessera.lm import lora
-from tessera.lm.warm_start import read_model
+from tessera.lm.warm_start import read_adapted, read_model
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
 from tessera.serving.adapters import load_adapters
@@ -114,7 +114,7 @@ def load(source: SourceConfig) -> Loaded:
     elif huggingface.is_directory(path):
         (params, config), text = huggingface.load_directory(path), huggingface.read_format(path)
     else:
-        params, config = read_model(path)
+        params, config = read_adapted(path, load(SourceConfig(base)).params if (base := _base(path)) else None)
     if source.ticket:
         params = read_ticket(local(source.ticket), config)
     if source.adapter:
@@ -303,3 +303,9 @@ def _flat(tree: PyTree, prefix: str = "") -> dict[str, Any]:
     for name, branch in tree.items():
         found |= _flat(branch, f"{prefix}/{name}" if prefix else name)
     return found
+
+
+def _base(path: Path) -> str:
+    """The Hugging Face directory that a run of adapters started from; "" for any other run."""
+    settings = read_settings(path)
+    return settings.get("start", {}).get("dir", "") if settings.get("lora", {}).get("rank") else ""

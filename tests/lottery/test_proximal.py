@@ -100,7 +100,7 @@ def test_gradient_descent_with_l1_ends_at_scikit_learns_lasso():
 
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=400)
     np.testing.assert_allclose(params["kernel"][:, 0], wanted, atol=1e-4)
-    alive = proximal.support(params)["kernel"][:, 0]
+    alive = masks.support(params)["kernel"][:, 0]
     np.testing.assert_array_equal(alive, wanted != 0)
     assert 1 < alive.sum() < 5
 
