@@ -1,9 +1,12 @@
 """Measure what 8 and 4 bits cost: `tessera quantize --config.model.dir=runs/lm`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console
 
 from sharding.inference.quantize import QuantConfig, stored_bytes
@@ -66,12 +69,7 @@ def main(invocation: Invocation) -> int:
     calibration, held_out = cut(splits.train, c.calibration)[:, :-1], cut(splits.validation, c.validation)
     loss_fn = jax.jit(lm_loss(Decoder(loaded.config)))
 
-    def loss(params):
-        parts = np.split(held_out, range(32, len(held_out), 32))
-        losses = [loss_fn(params, {"tokens": part})[1]["cross_entropy"] for part in parts]
-        return float(np.average(losses, weights=[len(part) for part in parts]))
-
-    exact = loss(loaded.params)
+    exact = mean_loss(loss_fn, loaded.params, held_out)
     console.print(
         "| bits | method | group | kernels, MB | cross-entropy | above unrounded |\n|---|---|---|---|---|---|"
     )
@@ -79,6 +77,16 @@ def main(invocation: Invocation) -> int:
     for bits, method, group in c.variants:
         how = checked("config.variants", QuantConfig, bits, method, group)
         small = checked("config.variants", quantise_decoder, loaded.params, loaded.config, how, calibration)
-        found, size = loss(dequantize_layer(small, "float32")), stored_bytes(small["blocks"]) / 1e6
+        found, size = (
+            mean_loss(loss_fn, dequantize_layer(small, "float32"), held_out),
+            stored_bytes(small["blocks"]) / 1e6,
+        )
         console.print(f"| {bits} | {method} | {group or 'all'} | {size:.2f} | {found:.4f} | {found - exact:+.4f} |")
     return 0
+
+
+def mean_loss(loss_fn: Callable[..., Any], params: PyTree, rows: np.ndarray, size: int = 32) -> float:
+    """The mean cross-entropy of rows of tokens, `size` at a time; a last smaller part counts by its rows."""
+    parts = np.split(rows, range(size, len(rows), size))
+    losses = [loss_fn(params, {"tokens": part})[1]["cross_entropy"] for part in parts]
+    return float(np.average(losses, weights=[len(part) for part in parts]))

@@ -37,6 +37,11 @@ def target_of(runs: Sequence[PlannedRun]) -> float:
     return 10 * max(readout.budget for run in runs for readout in run.readouts)
 
 
+def with_target(report: ReportConfig, runs: Sequence[PlannedRun]) -> ReportConfig:
+    """A report whose target, where it has none, is that of `target_of`."""
+    return replace(report, target=report.target or target_of(runs))
+
+
 def main(invocation: Invocation) -> None:
     """Config -> plan -> runs -> CSV, fit, report."""
     c = invocation.config
@@ -61,7 +66,7 @@ def main(invocation: Invocation) -> None:
     console = Console()
     table, more = runs, None
     if planner.begin:
-        report = replace(report, target=report.target or target_of(runs))
+        report = with_target(report, runs)
         table = checked("config.planner", first_table, runs, planner)
         more = partial(choose_runs, runs=runs, config=planner, target=report.target)
     executor = checked("config.engine", make_executor, engine, workdir / "logs", compile_cache(workdir / "compiled"))

@@ -56,6 +56,14 @@ def test_the_count_is_that_of_enumeration_within_its_interval(seed):
         strong.log_share(runs, target, target - 1, pilot)
 
 
+@pytest.mark.parametrize("coldest", [0.5, 3.0])
+def test_a_pilot_goes_no_colder_than_it_may(coldest):
+    count_off = lambda masks: jnp.sum(~masks, axis=1).astype(jnp.float32)  # noqa: E731
+    config = strong.AnnealConfig(population=32, steps=2, levels=12, coldest=coldest)
+    pilot = strong.choose_ladder(count_off, 40, 0, config, key=jax.random.key(0))
+    assert pilot.betas.max() == pytest.approx(coldest)
+
+
 def test_no_mask_that_is_good_enough_is_a_share_of_zero():
     count = problem(0)
     config = strong.AnnealConfig(population=16, steps=2, levels=3)

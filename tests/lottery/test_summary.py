@@ -41,6 +41,13 @@ def test_intervals_agree_with_scipy(confidence):
         assert row["n"] == 5 and row["density"] == pytest.approx(0.8 ** row["level"])
 
 
+def test_a_value_of_zero_counts_and_none_does_not():
+    same = {"arm": "ticket", "level": 0, "density": 1.0}
+    rows = [same | {"seed": seed, "gap": value} for seed, value in enumerate((0.0, 3.0, None, 0))]
+    (found,) = summary.summarize(rows, "gap")
+    assert (found["mean"], found["n"]) == (1.0, 3)
+
+
 @pytest.mark.parametrize("against", ["reinit", "dense"])
 def test_differences_are_paired_by_seed(against):
     rows = make_rows()

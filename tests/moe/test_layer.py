@@ -73,6 +73,11 @@ def test_a_router_declares_what_it_uses(name):
     assert routing.causal == c.causal == ROUTERS[name].causal
 
 
+@pytest.mark.parametrize(("ff", "granularity", "width"), [(0, 1, 24), (0, 4, 6), (10, 1, 10), (10, 4, 10)])
+def test_a_width_of_ones_own_is_not_divided(ff, granularity, width):
+    assert MoEConfig(ff=ff, granularity=granularity).width_of(24) == width
+
+
 def test_experts_start_like_so_many_dense_layers():
     model = MoE(MoEConfig(router=RouterConfig("top_k", 8, 2), biases=True), 64, 96, 0.5, 0.25)
     params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2, 64)))["params"]["experts"]

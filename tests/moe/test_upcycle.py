@@ -28,6 +28,9 @@ def test_stacked_layers_and_noise():
     noisy = upcycle(DENSE, E, key=jax.random.key(2), noise=0.1)["experts"]["up"]["kernel"]
     spread = (noisy - DENSE["up"]["kernel"][None]).std() / DENSE["up"]["kernel"].std()
     assert spread == pytest.approx(0.1, rel=0.15) and jnp.abs(noisy[0] - noisy[1]).max() > 0
+    experts_of = upcycle(DENSE, E, key=jax.random.key(2), noise=0.1)["experts"]
+    drawn = [np.asarray(experts_of[name]["kernel"] - DENSE[name]["kernel"][None]).ravel() for name in ("gate", "up")]
+    assert abs(np.corrcoef(*drawn)[0, 1]) < 0.2  # each kernel has noise of its own
 
 
 @pytest.mark.parametrize("method", ["mean", "slerp", "ties", "dare"])

@@ -58,6 +58,14 @@ def test_inference_moves_the_optimum_to_smaller_models_trained_longer():
         optimum.inference_optimum(CHINCHILLA, THETA, 1.0, 0.0)
 
 
+def test_another_count_of_flops_is_another_budget():
+    """With C = 8 N D the optimum at a budget is that of C = 6 N D at three quarters of it."""
+    ours = optimum.compute_optimal(CHINCHILLA, THETA[:, None], [8e20], tokens_per_flop=1 / 8)
+    theirs = optimum.compute_optimal(CHINCHILLA, THETA[:, None], [6e20])
+    np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-6)
+    np.testing.assert_allclose(ours.tokens, theirs.tokens, rtol=1e-6)
+
+
 def test_other_columns_are_held():
     t = {"a_S": 16.8, "c_S": 45.8, "B": 400.0, "c": 0.651, "b_S": 0.722, "b_N": 0.245, "b_D": 0.25}
     dense, sparse = (

@@ -32,6 +32,13 @@ def test_the_same_runs_from_every_format(tmp_path, name, encoding):
     assert len(rows.columns) == (5 if name == "plain.csv" else 4)
 
 
+@pytest.mark.parametrize("order", ["loss,final,params,tokens", "final,params,tokens,loss"])
+def test_a_named_column_is_taken_wherever_the_files_own_stands(tmp_path, order):
+    values = {"loss": "9", "final": "2.5", "params": "1e6", "tokens": "1e8"}
+    (tmp_path / "runs.csv").write_text(f"{order}\n" + ",".join(values[name] for name in order.split(",")) + "\n")
+    assert read_rows(tmp_path / "runs.csv", {"loss": "final"})["loss"].tolist() == [2.5]
+
+
 def test_parquet_without_its_extra_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "runs.parquet").touch()

@@ -134,6 +134,10 @@ def test_a_run_that_diverges_is_a_result_and_not_trained_again(tmp_path):
     engine = Inside()
     assert carry_out(tmp_path, toy_sweep.diverge, engine) == rows and engine.calls == 0
     assert (tmp_path / "diverged.csv").read_text() == diverged
+    (tmp_path / "sound").mkdir()
+    (tmp_path / "sound" / "diverged.csv").write_text(diverged)  # of a start before the fault was mended
+    carry_out(tmp_path / "sound", toy_sweep.diverge, Inside(), runs=toy_sweep.runs(widths=(8,)))
+    assert not (tmp_path / "sound" / "diverged.csv").exists()
     with pytest.raises(RunFailed, match="all runs diverged"):
         carry_out(tmp_path / "all", toy_sweep.diverge, runs=toy_sweep.runs(widths=(24,)))
 
@@ -249,6 +253,12 @@ def test_a_missing_engine_names_the_extra(tmp_path, monkeypatch, name, module, e
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"tessera-jax\[{extra}\]"):
         make_executor(ExecutorConfig(name=name, slots=2), tmp_path)
+
+
+def test_environment_variables_of_the_options_win(tmp_path):
+    config = ExecutorConfig("local", slots=1, options=(("CACHE", "mine"), ("MORE", "1")))
+    made = make_executor(config, tmp_path, {"CACHE": "the program's", "OTHER": "2"})
+    assert made.environment == {"CACHE": "mine", "MORE": "1", "OTHER": "2"}
 
 
 def test_a_cluster_needs_a_number_of_slots(tmp_path):

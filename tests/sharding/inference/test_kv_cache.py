@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from sharding.attention import AttentionForm
 from sharding.errors import PlanError
 from sharding.inference.attention import cached_attention, merge, over_chunk, over_past
 from sharding.inference.kv_cache import (
@@ -71,6 +72,18 @@ def test_an_unused_row_writes_nothing_and_slots_beside_it_stay():
     assert np.array_equal(full.k[:, 1, :, :2], values[:, 0, :, :2])
     a, b = read_range(1, 2)(full, 1), read_slots(jnp.array([1, 2]))(full, 1)
     assert np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
+
+
+def test_a_window_sees_only_the_texts_part_of_the_cache():
+    """Rows of a slot behind its text hold what others left; a window wider than the text changes nothing."""
+    past, q = Past(keys(2, K, S, h), keys(2, K, S, h, seed=1), None, None), keys(2, 1, K, G, h, seed=2)
+    starts = jnp.array([3, 7])
+    plain, wide, narrow = (over_past(q, past, starts, form=AttentionForm(window=w)) for w in (None, 12, 3))
+    for one, other in zip(plain, wide, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    # Window 3 of a query at position 7: keys 5 and 6, and itself, which the cache does not have.
+    s = np.einsum("kgh,ksh->kgs", q[1, 0], past.k[1, :, 5:7]) * h**-0.5
+    np.testing.assert_allclose(narrow[1][1, 0], np.log(np.exp(s).sum(-1)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -219,6 +219,7 @@ def test_streamed_pictures_are_decoded_and_augmented_in_a_fixed_order(tmp_path):
             matches = [key for key, window in windows.items() if np.abs(window - image).max() < 1e-5]
             assert matches, "no window of the padded picture, mirrored or not"
             seen.append(matches[0])
+    assert {y for y, _, _ in seen} == {z for _, z, _ in seen} == set(range(5))  # the last row and column too
     assert len(set(seen)) > 8 and {flip for *_, flip in seen} == {False, True}
     assert sorted(np.concatenate([batch["ids"] for batch in first[:3]])) == list(range(18))
     fresh = stream_images(files, AugmentConfig(5), batch_size=6, seed=3)

@@ -110,6 +110,9 @@ def test_no_checkpoint_is_none(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.restore_latest(make_state()) is None
         assert checkpoints.best_step() is None
+        checkpoints.save(3, make_state(3))  # never evaluated
+        checkpoints.wait()
+        assert checkpoints.steps() == [3] and checkpoints.best_step() is None
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -35,6 +35,12 @@ def test_decay_spares_biases():
     assert decayed(params) == {name: {"kernel": True, "bias": False} for name in ("dense0", "output")}
 
 
+def test_first_and_last_layers_are_no_matrices_of_muon():
+    leaf = {"kernel": jnp.zeros((4, 4))}
+    params = {"dense0": leaf, "output": leaf, "head": leaf, "embed": {"table": jnp.zeros((4, 4))}}
+    assert {path for path, axes in by_path(matrix_axes(params)).items() if axes is not None} == {"dense0/kernel"}
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_muon_takes_hidden_kernels_as_matrices(scan):
     found = {path: axes for path, axes in by_path(matrix_axes(decoder_params(scan))).items() if axes is not None}

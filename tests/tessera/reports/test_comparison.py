@@ -69,6 +69,14 @@ def test_the_arms_cost_the_same_and_the_dense_one_no_less():
     assert flops["moe"] == flops["unbalanced"] <= flops["dense"] < 1.005 * flops["moe"]
 
 
+@pytest.mark.parametrize(("ff", "granularity", "width"), [(0, 4, 4), (0, 2, 8), (6, 4, 6)])
+def test_the_width_of_fine_grained_experts_is_theirs(ff, granularity, width):
+    run = next(run for run in RUNS if run.arm == "moe")
+    moe = {**run.config["model"]["moe"], "ff": ff, "granularity": granularity}
+    model = {**run.config["model"], "ff": 16, "moe": moe}
+    assert comparison.shape({**run.config, "model": model}).ff == width
+
+
 def test_balance():
     rows = {row["arm"]: row for row in comparison.balance_rows(RUNS)}
     assert set(rows) == {"moe", "unbalanced"}

@@ -161,6 +161,11 @@ def test_a_prefix_is_read_once_and_the_texts_are_the_same(axes):
     found = generate_all(again, [whole], asked[:1])[0]
     assert again.counts["prefix_tokens"] == len(whole) - 2 and before > 0
     assert found.tokens == generate_all(tiny.engine(axes=axes), [whole], asked[:1])[0].tokens
+    # Log-probabilities of a prompt need all of it read, whatever is in the cache.
+    told = replace(asked[0], prompt_logprobs=True)
+    (found,), (wanted,) = (generate_all(one, [whole], [told]) for one in (again, tiny.engine(axes=axes)))
+    assert len(found.prompt_logprobs) == len(whole) - 1
+    np.testing.assert_allclose(found.prompt_logprobs, wanted.prompt_logprobs, atol=1e-5)
 
 
 def test_a_prefix_is_copied_from_a_text_that_still_runs():

@@ -50,6 +50,9 @@ def test_a_stream_holds_back_half_characters_and_what_may_be_a_stop_string():
     stream = TextStream(ByteTokenizer(), ["stop"])
     assert [stream.feed([byte]).text for byte in "né stop".encode()] == ["n", "", "é", " ", "", "", "", ""]
     assert stream.stopped and stream.count == 4
+    behind = TextStream(ByteTokenizer(), offset=5)  # five letters were given before
+    deltas = [behind.feed([byte], logprobs=[-1.0]) for byte in "né!".encode()]
+    assert [place for delta in deltas for place in delta.offsets] == [5, 6, 6, 7]
     other = TextStream(ByteTokenizer(), ["stop"])
     assert other.feed(list(b"a sto")).text + other.feed([], final=True).text == "a sto"
 
