@@ -39,6 +39,7 @@ __all__ = [
     "neurons",
     "numbered",
     "parse",
+    "ratio",
     "slices",
 ]
 
@@ -314,8 +315,8 @@ def parse(name: str) -> Maker:
     """
     if name in STRUCTURES:
         return STRUCTURES[name]
-    if found := re.fullmatch(r"(\d+):(\d+)", name):
-        n, m = int(found[1]), int(found[2])
+    if found := ratio(name):
+        n, m = found
         n_of_m(n, m)
         return lambda layout: n_of_m(n, m, layout)
     if found := re.fullmatch(r"(\d+)x(\d+)", name):
@@ -333,8 +334,19 @@ def floor(name: str) -> float:
       (0.5, 0.0)
     """
     parse(name)
+    found = ratio(name)
+    return found[0] / found[1] if found else 0.0
+
+
+def ratio(name: str) -> tuple[int, int] | None:
+    """Read n and m off the name of n:m sparsity; None for another structure.
+
+    Example:
+      >>> lottery.structures.ratio("2:4"), lottery.structures.ratio("neuron")
+      ((2, 4), None)
+    """
     found = re.fullmatch(r"(\d+):(\d+)", name)
-    return int(found[1]) / int(found[2]) if found else 0.0
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def layout(path: str, shape: Sequence[int], chosen: bool | Layout = True, strict: bool = False) -> Layout:

@@ -1,8 +1,8 @@
 """Make the golden values: what PyTorch, transformers, peft and others compute on fixed inputs. Command: `make golden`.
 
-Needs requirements/golden.txt and nothing of this project. Every `NAME.npz` holds inputs and outputs as arrays named by
-paths (`rms_norm/3x5/x`); `huggingface/` holds whole model directories; `sources.json` says which version made what.
-Tests read them through the fixture `golden`.
+Needs requirements/golden.txt, for `pruning.npz` clones, and nothing of this project. Every `NAME.npz` holds inputs and
+outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` and `lora/` hold whole directories; `sources.json`
+says which version made what. Tests read them through the fixture `golden`.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import peft
+import pruning
 import torch
 import transformers
 from mergekit.merge_methods.base import TensorGroup
@@ -1148,6 +1149,7 @@ FILES = {
     "lora": (make_lora, PEFT),
     "merging": (make_merging, f"{PEFT}, mergekit {version('mergekit')}"),
     "optimizers": (make_optimizers, TORCH),
+    "pruning": (pruning.make_pruning, pruning.SOURCE),
     "smollm2": (make_smollm2, TRANSFORMERS),
     "tokenizers": (make_tokenizers, TRANSFORMERS),
 }
@@ -1159,6 +1161,9 @@ def main():
     for name, (make, _) in FILES.items():
         if name == "smollm2" and not SMOLLM2.exists():
             print(f"smollm2.npz stays as it is: no {SMOLLM2} (make smollm2)")
+            continue
+        if name == "pruning" and not pruning.AUTHORS.exists():
+            print(f"pruning.npz stays as it is: no {pruning.AUTHORS}, see tests/golden/pruning.py")
             continue
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
