@@ -26,6 +26,7 @@ LINES = (
     ("planning",),
     ("tickets",),
     ("sweeps",),
+    ("compress",),
     ("lm",),
     ("reports",),
     ("parallel",),

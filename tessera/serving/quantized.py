@@ -13,22 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from moe.gate import gate
-from sharding.attention import AttentionForm
 from sharding.errors import PlanError
 from sharding.inference.quantize import (
     Calibration,
     QuantConfig,
     Quantized,
     is_quantized,
-    observe,
     quantize_matrix,
 )
+from tessera.compress.statistics import gather, kernels, run, statistics_of
 from tessera.lm.warm_start import join_blocks, split_blocks
-from tessera.models.transformer import Block, LayerForm, TransformerConfig, attention, project_qkv
-from tessera.optim.param_axes import kernel_axes
+from tessera.models.lm_loss import replaced
+from tessera.models.transformer import TransformerConfig
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
 
@@ -65,103 +63,35 @@ def quantise_decoder(
         mlp = config.mlps[i]
         seen = {}
         if x_NTD is not None and how.method != "rtn":
-            seen = watch(block, x_NTD, calibration_NT, plain_config, mlp, config.form(i))
+            seen = gather(block, x_NTD, calibration_NT, plain_config, mlp, config.form(i))
         small = _quantise_block(block, how, seen)
         made.append(small)
         if seen:
             plain = dequantize_layer(small, "float32")
-            x_NTD = _run(plain_config, mlp, config.form(i))(plain, x_NTD, jnp.asarray(calibration_NT))
+            x_NTD = run(plain, x_NTD, calibration_NT, plain_config, mlp, config.form(i))
     return join_blocks(params, made, config)
 
 
-def _run(config: TransformerConfig, mlp: str, form: LayerForm) -> Any:
-    @jax.jit
-    def run(block: PyTree, x_NTD: jax.Array, tokens_NT: jax.Array) -> jax.Array:
-        positions_NT = jnp.broadcast_to(jnp.arange(x_NTD.shape[1], dtype=jnp.int32)[None], x_NTD.shape[:2])
-        return Block(config, mlp=mlp).apply({"params": block}, x_NTD, positions_NT, tokens_NT, form)[0]
-
-    return run
-
-
-def watch(
-    block: Mapping[str, Any],
-    x_NTD: Float[Array, "N T D"],
-    tokens_NT: Any,
-    config: TransformerConfig,
-    mlp: str,
-    form: LayerForm,
-) -> dict[str, Any]:
-    """What every kernel of a block reads: name -> `Calibration`, or one per expert."""
-    a, positions = block["attention"], jnp.arange(x_NTD.shape[1], dtype=jnp.int32)
-    positions_NT = jnp.broadcast_to(positions[None], x_NTD.shape[:2])
-
-    def norm(name: str, x: jax.Array, position: str) -> jax.Array:
-        here, both = config.norm_position == position, config.norm_position == "both"
-        suffix = "_post_norm" if both and position == "post" else "_norm"
-        return config.norm(x, jnp.asarray(block[f"{name}{suffix}"]["gain"])) if here or both else x
-
-    y_NTD = norm("attention", x_NTD, "pre")
-    projected = project_qkv(jax.tree.map(jnp.asarray, a), y_NTD, positions_NT, config, form)
-    sinks_H = jnp.asarray(a["sinks"]["logit"]) if config.sinks else None
-    mixed_NTHh = attention(
-        *projected, AttentionForm(form.window, sinks_H, config.score_scale, config.attention_softcap)
-    )
-    inner = observe(y_NTD.reshape(-1, config.width))
-    seen: dict[str, Any] = dict.fromkeys(("query", "key", "value"), inner)
-    seen["output"] = observe(mixed_NTHh.reshape(-1, config.heads * config.head_size))
-    added_NTD = jnp.einsum("nthk,hkd->ntd", mixed_NTHh, jnp.asarray(a["output"]["kernel"]))
-    if config.output_bias:
-        added_NTD += jnp.asarray(a["output_bias"]["bias"])[None, None]
-    x_NTD = x_NTD + norm("attention", added_NTD, "post")
-    y_MD = norm("mlp", x_NTD, "pre").reshape(-1, config.width)
-    if mlp != "routed":
-        seen |= _watch_feed(block["mlp"], y_MD)
-        return seen
-    if not replace(config.moe, shared=0, shared_gate=False).plain:
-        raise ValueError("experts are quantised with calibration if they are SwiGLU without biases; use method='rtn'")
-    router = jax.tree.map(jnp.asarray, block["mlp"].get("router", {}))
-    routing = gate(router, y_MD, config.moe.router, tokens_N=jnp.asarray(tokens_NT).reshape(-1))
-    chosen_MK, experts = np.asarray(routing.experts_NK), block["mlp"]["experts"]
-    each = []
-    for e in range(config.moe.router.experts):
-        one = jax.tree.map(lambda leaf: leaf[e], experts)  # noqa: B023
-        each.append(_watch_feed(one, y_MD[np.flatnonzero((chosen_MK == e).any(1))]))
-    seen["experts"] = {name: [found[name] for found in each] for name in ("gate", "up", "down")}
-    if "shared" in block["mlp"]:
-        seen["shared"] = _watch_feed(block["mlp"]["shared"], y_MD)
-    return seen
-
-
-def _watch_feed(layer: Mapping[str, Any], y_MD: Float[Array, "M D"]) -> dict[str, Calibration]:
-    gate_DF, up_DF = (jnp.asarray(layer[name]["kernel"]) for name in ("gate", "up"))
-    outer, hidden_MF = observe(y_MD), jax.nn.silu(y_MD @ gate_DF) * (y_MD @ up_DF)
-    return {"gate": outer, "up": outer, "down": observe(hidden_MF)}
-
-
 def _quantise_block(block: Mapping[str, Any], how: QuantConfig, seen: Mapping[str, Any]) -> PyTree:
-    def one(path: tuple, leaf: Any) -> Any:
-        names = [str(entry.key) for entry in path]
-        if names[-1] != "kernel" or "router" in names or names[0] not in ("attention", "mlp"):
-            return leaf
-        axes = kernel_axes(path)
-        assert axes is not None
-        found = seen.get(names[1], seen)
-        statistics = found.get(names[-2]) if isinstance(found, Mapping) else found
+    made = dict(block)
+    for names, leaf, inputs in kernels(block):
+        statistics = statistics_of(seen, names)
         if "experts" in names:
             each = statistics or [None] * leaf.shape[0]
-            return _stack([_quantise(leaf[e], how, axes.inputs, each[e]) for e in range(leaf.shape[0])])
-        return _quantise(leaf, how, axes.inputs, statistics)
-
-    return jax.tree_util.tree_map_with_path(one, block)
+            leaf = _stack([_quantise(leaf[e], how, inputs, each[e]) for e in range(leaf.shape[0])])
+        else:
+            leaf = _quantise(leaf, how, inputs, statistics)
+        made = replaced(made, names, leaf)
+    return made
 
 
 def _stack(members: list[Quantized]) -> Quantized:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *members)
 
 
-def _quantise(kernel: Any, how: QuantConfig, inputs: tuple[int, ...], seen: Calibration | None) -> Quantized:
-    """A kernel [inputs..., outputs...]; a group never spans two of the last input axis' rows."""
-    shape, count = np.shape(kernel), len(inputs)
+def _quantise(kernel: Any, how: QuantConfig, count: int, seen: Calibration | None) -> Quantized:
+    """A kernel of `count` input axes [inputs..., outputs...]; a group never spans two of the last input axis' rows."""
+    shape = np.shape(kernel)
     into, out = shape[:count], shape[count:]
     if how.group and into[-1] % how.group:
         raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")

@@ -14,13 +14,14 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig, Quantized, stored_bytes
 from sharding.plan import Plan
+from tessera.compress.statistics import gather
 from tessera.data.text import ByteTokenizer
 from tessera.models.transformer import Attention, Block, Decoder, SwiGLU, TransformerConfig
 from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.engine import generate_all
 from tessera.serving.load import SourceConfig, make_engine, read_calibration, read_ticket
 from tessera.serving.programs import ServeConfig, make_programs
-from tessera.serving.quantized import quantise_decoder, watch
+from tessera.serving.quantized import quantise_decoder
 from tessera.serving.requests import Sampling
 from tessera.serving.served import serve
 
@@ -70,7 +71,7 @@ def test_calibration_sees_what_the_kernels_of_a_block_read(norm_position):
 
     with nn.intercept_methods(record):
         Block(config).apply({"params": block}, x, jnp.broadcast_to(jnp.arange(5), (2, 5)))
-    seen = watch(block, x, np.zeros((2, 5), np.int32), config, "swiglu", config.form(0))
+    seen = gather(block, x, np.zeros((2, 5), np.int32), config, "swiglu", config.form(0))
     for kernel, layer in (("query", Attention), ("gate", SwiGLU)):
         np.testing.assert_allclose(seen[kernel].magnitude, np.abs(read[layer]).sum((0, 1)), rtol=1e-5)
 
