@@ -113,6 +113,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("tessera.cli.serve", "serve", "Serve a model over HTTP.", "serve", also=("generate",)),
     "generate": Command("tessera.cli.generate", "generate", "Continue a text.", "serve", also=("serve",)),
     "evaluate": Command("tessera.cli.evaluate", "evaluate", "Perplexity and bits per byte of texts.", "evaluate"),
+    "prune": Command("tessera.cli.prune", "prune", "Prune a trained language model on text.", "prune"),
     "quantize": Command("tessera.cli.quantize", "quantize", "Loss of a model in 8 and 4 bits.", "quantize"),
 }
 # Commands without a config.

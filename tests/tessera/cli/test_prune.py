@@ -1,0 +1,122 @@
+"""The command `tessera prune` on a small model: what comes out, what is refused, and that nothing is overwritten."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding.plan import Plan
+from tessera.cli import main as cli
+from tessera.cli import prune
+from tessera.compress.text import perplexity
+from tessera.data.text import BPETokenizer
+from tessera.infra.config import ConfigError
+from tessera.infra.config_files import load_config
+from tessera.infra.workdir import WorkdirMismatch
+from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.serving import scoring
+from tessera.serving.engine import Engine
+from tessera.serving.huggingface import load_directory, save_directory
+from tessera.serving.load import SourceConfig, load
+from tessera.serving.programs import ServeConfig, make_programs
+from tessera.serving.served import serve
+
+CONFIG = TransformerConfig(vocab_size=256, layers=2, width=16, heads=4, kv_heads=2, ff=32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as a Hugging Face directory, and two texts."""
+    made = jax.jit(Decoder(replace(CONFIG, init_scale=2.0)).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+        "params"
+    ]
+
+    save_directory(tmp_path / "dense", made, CONFIG)
+    BPETokenizer.of_bytes().save(tmp_path / "dense" / "tokenizer.json")
+    (tmp_path / "learn.txt").write_text("".join(f"line {i} of text\n" for i in range(200)))
+    (tmp_path / "judge.txt").write_text("".join(f"other line, {i * i}\n" for i in range(30)))
+    return tmp_path
+
+
+def run(folder, *flags, workdir="out"):
+    config, name = load_config("prune", scripts=("prune",))
+    given = {
+        "model.dir": str(folder / "dense"),
+        "texts": str(folder / "judge.txt"),
+        "calibration.texts": str(folder / "learn.txt"),
+        "calibration.sequences": "8",
+        "calibration.length": "16",
+        "length": "33",
+        "prune.block": "8",
+    } | dict(flag.split("=", 1) for flag in flags)
+    invocation = cli.invoke(prune.SCHEMA, config, list(given.items()), name, {"workdir": str(folder / workdir)})
+    return prune.main(replace(invocation, flags=invocation.flags | {"upload_seconds": 15.0}))
+
+
+def test_a_directory_comes_out_that_loads_as_the_pruned_model(folder, capsys):
+    assert run(folder) == 0
+    out = folder / "out"
+    loaded = load(SourceConfig(str(out / "model")))
+    up = loaded.params["blocks"]["mlp"]["up"]["kernel"]
+    assert np.mean(up != 0) == 0.5
+    dense, _ = load_directory(folder / "dense")
+    np.testing.assert_array_equal(loaded.params["embed"]["table"], dense["embed"]["table"])
+    result = json.loads((out / "result.json").read_text())
+    assert result["density"] == 0.5 and result["parameters"] == result["pruned_parameters"]
+    (row,) = result["texts"]
+    assert row["tokens"] == len((folder / "judge.txt").read_bytes())
+    # The same figures as `tessera evaluate`, whose engine has a cache of keys and values.
+    text = (folder / "judge.txt").read_text()
+    for params, key in ((dense, "nats per token"), (loaded.params, "pruned, nats")):
+        placed, served = serve(params, loaded.config, Plan(""))
+        programs = make_programs(served, ServeConfig(slots=4, length=34, chunk=16))
+        engine = Engine(programs, programs.place(placed))
+        tokens = loaded.tokenizer.encode(text).tolist()
+        wanted = scoring.perplexity(engine, [tokens], len(text), loaded.begin, length=33)
+        assert wanted.tokens == row["tokens"] and row[key] == pytest.approx(wanted.loss, rel=1e-5)
+    lines = (out / "layers.csv").read_text().splitlines()
+    assert lines[0] == "layer,block,weights,density,error" and len(lines) == 1 + 2 * 7
+    page = (out / "report.html").read_text()
+    assert "blocks_1/mlp/down/kernel" in page and "judge.txt" in page
+    assert not list((out / "blocks").iterdir()) and "result" not in capsys.readouterr().err
+    # A run that was killed after the export goes on with what it wrote.
+    before = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    (out / "finished.json").unlink(missing_ok=True)
+    assert run(folder) == 0 and (out / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["calibration.sequences=5000"], "config.calibration: calibration text too short"),
+        (["calibration.texts=FOLDER/judge.txt"], "config.texts: .*judge.txt has a document of the calibration text"),
+        (["prune.structure=2:4", "prune.density=0.3"], "config.prune: .*density=0.5 is the only one"),
+        (["prune.structure=expert", "prune.method=reap"], "config.prune: .*no routed experts"),
+        (["prune.structure=5x5"], "config.prune: blocks_0: .*do not divide"),
+        (["prune.method=wand"], "config.prune.method"),
+        (["texts=nothing.txt"], "config.texts: no text file matches"),
+        (["model.dir=FOLDER/nothing"], "config.model"),
+        (["dtype=int8"], "config.dtype='int8'"),
+        (["length=1"], "windows of at least 2"),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_no_model(folder, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        run(folder, *(flag.replace("FOLDER", str(folder)) for flag in flags))
+    assert not (folder / "out" / "model").exists()
+
+
+def test_files_of_others_are_left_alone(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.doc").write_text("mine")
+    with pytest.raises(WorkdirMismatch, match="no run made it"):
+        run(folder)
+    assert [path.name for path in (folder / "out").iterdir()] == ["thesis.doc"]
+
+
+def test_a_text_of_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="every document is empty"):
+        perplexity({}, CONFIG, [[]], 0, 8)
