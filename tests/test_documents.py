@@ -5,6 +5,7 @@ the rest is run by `-m docs`, as `.ci/run` does.
 """
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -172,6 +173,10 @@ SHORT = {
     "explain_serving": ["--config.model.dir=runs/lm", "--hardware=v5e", "--devices=4"],
     "evaluate": ["--config.model.dir=runs/lm", "--config.texts=*.py", "--config.max_bytes=3000", "--config.stride=100"],
     "generate": ["--config.model.dir=runs/lm", "--config.prompt=def ", "--config.sampling.max_tokens=4"],
+    "prune": [
+        *("--config.model.dir=runs/lm", "--config.texts=text.py", "--config.calibration.sequences=4"),
+        *("--config.calibration.length=16", "--config.length=16", "--workdir=runs/pruned"),
+    ],
     "study": [
         "--config=study_instability:tiny",
         "--config.train.steps=100it",
@@ -248,6 +253,29 @@ def test_a_model_is_adapted(directory):
             run(directory, *console, *words, *(ADAPTED if words[0] == "train" else SHORTER.get(words[0], [])))
     assert (directory / "runs" / "lora" / "adapter" / "adapter_config.json").exists()
     assert (made / "lora" / "config.json").exists() and (directory / "runs" / "recovered" / "report.html").exists()
+
+
+# What shortens the commands of docs/pruning.md.
+PRUNING = {
+    "prune": [
+        *("--config.calibration.sequences=8", "--config.calibration.length=16", "--config.calibration.max_bytes=20000"),
+        "--config.length=16",
+    ],
+    "evaluate": ["--config.sizes.length=32"],
+}
+
+
+@pytest.mark.docs
+def test_the_commands_on_pruning(directory):
+    """As they stand, on the small run."""
+    (directory / "notes.txt").write_text("Text that is no program, to judge on.\n" * 20)
+    console = ("-c", "from tessera.cli.main import main; main()")
+    found = [shlex.split(command) for document, command in COMMANDS if document.name == "pruning.md"]
+    said = {words[-1]: run(directory, *console, *words[1:], *PRUNING[words[1]]) for words in found}
+    assert len(said) == 5 and all("| notes.txt |" in text for text in said.values())
+    assert json.loads((directory / "runs" / "sparse" / "result.json").read_text())["density"] == 0.5
+    narrow = json.loads((directory / "runs" / "narrow" / "result.json").read_text())
+    assert narrow["pruned_parameters"] < narrow["parameters"]
 
 
 @pytest.mark.docs

@@ -72,7 +72,7 @@ def main(invocation: Invocation) -> int:
     learned = {name: _read(c, name, "config.calibration.texts", calibration.max_bytes) for name in calibration.texts}
     checked("config.texts", refuse_shared, learned, evaluated)
     loaded = checked("config.model", load, build(SourceConfig, c.model, "config.model"))
-    checked("config.prune", check_fits, how, loaded.config)
+    checked("config.prune", check_fits, how, loaded.params, loaded.config)
     longest = loaded.format.positions
     if longest and max(c.length, calibration.length) > longest:
         raise ConfigError(

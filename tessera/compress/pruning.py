@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from lottery import calibrated, coupled, criteria, masks, structures
+from lottery import calibrated, coupled, criteria, masks, prune, structures
 from lottery.allocation import spread_densities
 from lottery.compact import compact_decoder
 from sharding.inference.quantize import Calibration
@@ -116,8 +116,8 @@ class PrunedDecoder(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def check_fits(how: PruneConfig, config: TransformerConfig) -> None:
-    """Raise ValueError if a decoder cannot be pruned so."""
+def check_fits(how: PruneConfig, params: Mapping[str, Any], config: TransformerConfig) -> None:
+    """Raise ValueError if a decoder cannot be pruned so; nothing is computed."""
     plain = len(config.stacks) == 1 and config.scan and len(config.pattern) == 1
     if how.structure == "expert":
         keep, router = round(how.density * config.moe.router.experts), config.moe.router
@@ -132,6 +132,25 @@ def check_fits(how: PruneConfig, config: TransformerConfig) -> None:
     if how.structure in UNITS and (not plain or config.mlp == "routed" or config.sinks or config.qkv_bias):
         raise ValueError(f"structure={how.structure!r}: a scanned dense decoder without biases and sinks is needed")
     check_gathers(config)
+    shapes = {
+        f"blocks_{i}/{name}": (int(np.prod(leaf.shape[:inputs])), leaf.size)
+        for i, block in enumerate(split_blocks(params, config))
+        for name, names, inputs, index in _layers(block)
+        for leaf in (at(block, names)[index] if index else at(block, names),)
+    }
+    for pattern in how.dense:
+        masks.match_paths(pattern, list(shapes), "dense")
+    found = structures.ratio(how.structure)
+    if found and how.method == "sparsegpt" and how.block % found[1]:
+        raise ValueError(f"block={how.block} with structure={how.structure!r}: a multiple of {found[1]} is needed")
+    for name, (inputs, size) in shapes.items():
+        if how.structure in (*UNITS, *METHODS) or any(re.search(pattern, name) for pattern in how.dense):
+            continue
+        try:
+            kernel = jax.ShapeDtypeStruct((inputs, size // inputs), jnp.float32)
+            prune.units({"kernel": kernel}, {"kernel": True}, how.structure)
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix('kernel: ')}") from error
 
 
 def prune_decoder(
@@ -157,12 +176,9 @@ def prune_decoder(
       ValueError: a decoder, structure or density that do not go together; statistics that are not finite; a Hessian
         that is not positive definite.
     """
-    check_fits(how, config)
+    check_fits(how, params, config)
     plain, blocks = replace(config, dtype="float32", remat="none"), split_blocks(params, config)
     x_NTD = np.asarray(plain.embedded(jnp.asarray(params["embed"]["table"])[jnp.asarray(tokens_NT)]))
-    names = [f"blocks_{i}/{name}" for i, block in enumerate(blocks) for name, *_ in _layers(block)]
-    for pattern in how.dense:
-        masks.match_paths(pattern, names, "dense")
     if how.structure in METHODS:
         return _cut_whole(params, blocks, plain, config, how, x_NTD, tokens_NT, done)
     fisher = _fisher(params, plain, tokens_NT) if how.method == "fisher" else [None] * len(blocks)

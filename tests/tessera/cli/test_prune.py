@@ -95,7 +95,7 @@ def test_a_directory_comes_out_that_loads_as_the_pruned_model(folder, capsys):
         (["calibration.texts=FOLDER/judge.txt"], "config.texts: .*judge.txt has a document of the calibration text"),
         (["prune.structure=2:4", "prune.density=0.3"], "config.prune: .*density=0.5 is the only one"),
         (["prune.structure=expert", "prune.method=reap"], "config.prune: .*no routed experts"),
-        (["prune.structure=5x5"], "config.prune: blocks_0: .*do not divide"),
+        (["prune.structure=5x5"], "config.prune: blocks_0/.*do not divide"),
         (["prune.method=wand"], "config.prune.method"),
         (["texts=nothing.txt"], "config.texts: no text file matches"),
         (["model.dir=FOLDER/nothing"], "config.model"),

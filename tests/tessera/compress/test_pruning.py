@@ -262,7 +262,15 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude():
         (lambda: prune_decoder(weights(ROUTED), ROUTED, PruneConfig("wanda", "head"), TEXT), "scanned dense decoder"),
         (
             lambda: prune_decoder(weights(DENSE), DENSE, PruneConfig("wanda", "5x5"), TEXT),
-            "blocks_0: attention/key/kernel: .*blocks of 5 x 5 do not divide a 16 x 8 matrix",
+            "blocks_0/attention/key/kernel: blocks of 5 x 5 do not divide a 16 x 8 matrix",
+        ),
+        (
+            lambda: prune_decoder(weights(DENSE), DENSE, PruneConfig("sparsegpt", "2:4", block=6), TEXT),
+            "block=6 with structure='2:4': a multiple of 4",
+        ),
+        (
+            lambda: prune_decoder(weights(ROUTED), ROUTED, PruneConfig("wanda", "1:5", density=0.2), TEXT),
+            "blocks_0/attention/key/kernel: 1:5 needs a multiple of 5 inputs, not 16",
         ),
         (
             lambda: prune_decoder(weights(DENSE), DENSE, PruneConfig("wanda", dense=("block_0",)), TEXT),
