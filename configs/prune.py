@@ -3,8 +3,9 @@
 What: a Hugging Face directory, a GGUF file or a run of `scripts/train.py` (`--config.model.dir`), pruned by magnitude,
 Fisher information, Wanda or SparseGPT, in single weights, 2:4, blocks, or by cutting out neurons, heads, experts or
 layers; perplexity before and after, every layer's error, a report, and a Hugging Face directory of the result.
-Cost: SmolLM2-135M on two busy CPU cores, see docs/results/prune_smollm2.md.
-Expected: SparseGPT loses less than Wanda, and Wanda less than magnitude (docs/results/prune_smollm2.md).
+Cost: SmolLM2-135M on 4,096 tokens, with 16,000 tokens scored, 200 s of processor time by SparseGPT, 106 s by Wanda.
+Expected: on text like the calibration text SparseGPT loses least, then Wanda, and magnitude far more
+(docs/results/prune_smollm2.md).
 Command: python scripts/prune.py --config=configs/prune.py --config.model.dir=models/smollm2 --workdir=runs/pruned
 """
 

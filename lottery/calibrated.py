@@ -148,10 +148,11 @@ def keep_best(
 def _check_density(density: float | Array, pattern: str) -> None:
     if isinstance(density, jax.core.Tracer):
         return
-    if not 0 <= density <= 1:
+    value = float(density)
+    if not 0 <= value <= 1:
         raise ValueError(f"density={density}: a fraction of the weights, 0 to 1, is needed")
     found = structures.ratio(pattern)
-    if found and abs(density - found[0] / found[1]) > 1e-6:
+    if found and abs(value - found[0] / found[1]) > 1e-6:
         raise ValueError(
             f"density={density} with {pattern}: every group of {found[1]} keeps {found[0]}, so the density is "
             f"{found[0] / found[1]:g}"

@@ -315,8 +315,8 @@ def parse(name: str) -> Maker:
     """
     if name in STRUCTURES:
         return STRUCTURES[name]
-    if found := ratio(name):
-        n, m = found
+    if pair := ratio(name):
+        n, m = pair
         n_of_m(n, m)
         return lambda layout: n_of_m(n, m, layout)
     if found := re.fullmatch(r"(\d+)x(\d+)", name):

@@ -184,7 +184,8 @@ def prune_decoder(
     fisher = _fisher(params, plain, tokens_NT) if how.method == "fisher" else [None] * len(blocks)
     densities = _allocate(blocks, plain, how, fisher, x_NTD, tokens_NT)
     digest = hashlib.sha256(np.ascontiguousarray(tokens_NT).tobytes()).hexdigest()
-    made, rows = [], []
+    made: list[PyTree] = []
+    rows: list[dict[str, Any]] = []
     for i, block in enumerate(blocks):
         saved = _saved(store, i, block, digest)
         if saved is None:
@@ -203,6 +204,7 @@ def prune_decoder(
         done(1)
     result = join_blocks(params, made, config)
     if how.structure in UNITS:
+        sizes: Any
         result, sizes = compact_decoder(result)
         config = replace(config, **sizes)
     return PrunedDecoder(result, config, rows)

@@ -191,18 +191,18 @@ def _observe(x_MI: Array) -> Calibration:
 
 def _observe_experts(mlp: Mapping[str, Any], y_MD: Array, experts_MK: Array, weights_MK: Array) -> dict[str, Any]:
     """Of every expert on the tokens that chose it; on the host, since these are of any number."""
-    y_MD, chosen_MK, weights_MK = (np.asarray(x) for x in (y_MD, experts_MK, weights_MK))
+    rows_MD, chosen_MK, gates_MK = (np.asarray(x) for x in (y_MD, experts_MK, weights_MK))
     stacked = {name: np.asarray(mlp["experts"][name]["kernel"]) for name in ("gate", "up", "down")}
     each, load, norm = [], [], []
     for e in range(len(stacked["up"])):
         picked_MK = chosen_MK == e
         rows = np.flatnonzero(picked_MK.any(1))
-        y = y_MD[rows]
+        y = rows_MD[rows]
         gated = y @ stacked["gate"][e]
         hidden = gated * expit(gated) * (y @ stacked["up"][e])
         outer = observe(y)
         each.append({"gate": outer, "up": outer, "down": observe(hidden)})
-        gate_M = np.where(picked_MK, weights_MK, 0).sum(1)[rows]
+        gate_M = np.where(picked_MK, gates_MK, 0).sum(1)[rows]
         load.append(float(len(rows)))
         norm.append(float(gate_M @ np.linalg.norm(hidden @ stacked["down"][e], axis=1)))
     experts = {name: [one[name] for one in each] for name in ("gate", "up", "down")}

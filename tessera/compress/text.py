@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def perplexity(
 def _nats(
     config: TransformerConfig, params: PyTree, tokens_NT: Int[Array, "N T"], counts_N: Int[Array, " N"]
 ) -> jax.Array:
-    logits_NTV = Decoder(config).apply({"params": params}, tokens_NT[:, :-1])
+    logits_NTV: Any = Decoder(config).apply({"params": params}, tokens_NT[:, :-1])
     chosen_NT = jnp.take_along_axis(logits_NTV, tokens_NT[:, 1:, None], -1)[..., 0]
     scored_NT = jnp.arange(tokens_NT.shape[1] - 1)[None] < counts_N[:, None]
     return jnp.where(scored_NT, jax.nn.logsumexp(logits_NTV, -1) - chosen_NT, 0).sum()

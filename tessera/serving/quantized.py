@@ -55,7 +55,7 @@ def quantise_decoder(
         raise ValueError(f"method={how.method!r} needs calibration text")
     blocks = split_blocks(params, config)
     plain_config = replace(config, dtype="float32", remat="none")
-    x_NTD = None
+    x_NTD: Any = None
     if calibration_NT is not None:
         x_NTD = config.embedded(jnp.asarray(params["embed"]["table"])[jnp.asarray(calibration_NT)])
     made = []

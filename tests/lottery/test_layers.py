@@ -182,7 +182,8 @@ SLOW |= {f"supermask.{name}" for name in ("popup", "popup_masks", "ablate_weight
 # Functions of single weights, of one array, of states or of names: no layer is looked at.
 PLAIN = {
     *(f"masks.{name}" for name in ("apply", "check", "check_zeros", "flatten", "match_paths", "ones", "path_name")),
-    *("prune.drop_lowest", "controls.same_sign", "transform.map_moments", "transform.mask_state", "transform.sparse"),
+    *("prune.drop_lowest", "allocation.spread_densities", "controls.same_sign", "transform.map_moments"),
+    *("transform.mask_state", "transform.sparse"),
     *(f"criteria.{name}" for name in criteria.__all__ if name not in ("random", "synflow")),
     *(f"dynamic.{name}" for name in ("cubic_density", "early_bird", "masks_of", "observe")),
     *(

@@ -300,6 +300,14 @@ def test_inputs_that_are_not_finite_are_named():
         prune_decoder(params, DENSE, PruneConfig("sparsegpt"), TEXT)
 
 
+def test_a_hessian_that_cannot_be_inverted_is_said():
+    """All tokens alike: one direction of inputs, and next to no damping."""
+    params = weights(DENSE)
+    params["embed"]["table"] = np.ones_like(params["embed"]["table"]) * np.arange(1, 17, dtype=np.float32)
+    with pytest.raises(ValueError, match="blocks_0: attention/key/kernel: the Hessian .* not positive definite"):
+        prune_decoder(params, DENSE, PruneConfig("sparsegpt", damping=1e-12, block=8), TEXT)
+
+
 def test_calibration_windows_are_whole_and_differ_and_short_text_is_refused():
     documents = {"one": ["x" * 5, "abcdefgh" * 9], "two": ["12345678" * 4]}
     config = CalibrationConfig(("one", "two"), sequences=6, length=16)
