@@ -22,6 +22,7 @@ from tessera.infra.schema import Group, Schema
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.reports.html import print_report
 from tessera.reports.pruning import prune_report
+from tessera.serving.huggingface import write_config
 from tessera.serving.load import Loaded, SourceConfig, export_directory, load
 
 MODEL = "model"  # folder of the workdir that the pruned model is written to
@@ -72,6 +73,9 @@ def main(invocation: Invocation) -> int:
     learned = {name: _read(c, name, "config.calibration.texts", calibration.max_bytes) for name in calibration.texts}
     checked("config.texts", refuse_shared, learned, evaluated)
     loaded = checked("config.model", load, build(SourceConfig, c.model, "config.model"))
+    checked("config.model", write_config, loaded.config)  # what cannot be written is said before anything is pruned
+    if not loaded.config.scan:
+        raise ConfigError(f"config.model: {c.model.dir} has model.scan=False; only scanned blocks can be written")
     checked("config.prune", check_fits, how, loaded.params, loaded.config)
     longest = loaded.format.positions
     if longest and max(c.length, calibration.length) > longest:
