@@ -162,7 +162,7 @@ def test_only_an_unweighted_fit_of_log_losses_has_a_likelihood(fitted):
     config = FitConfig(objective="normal")
     columns = dict(fitted.rows.columns) | {"weight": np.linspace(1, 2, len(fitted.rows))}
     rows = make_rows(columns)
-    for changes in ({}, {"residuals": "linear"}, {"overprediction": 2.0}, {"weights": "weight"}):
+    for changes in ({}, {"residuals": "loss"}, {"overprediction": 2.0}, {"weights": "weight"}):
         found = replace(fitted, rows=rows, config=replace(config, **changes))
         assert (found.log_likelihood is None) == bool(changes)
 
