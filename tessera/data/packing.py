@@ -1,8 +1,8 @@
 """Documents packed into rows of equal length for training without attention across documents.
 
-Which piece of which document is in which row is planned from the documents' lengths alone, 28 bytes a piece; tokens are
-read when a row is. The plan is a function of the lengths, so that every process has the same one, and rows are
-shuffled, shared out and resumed as windows are (`tessera.data.loader`).
+Which piece of which document is in which row is planned from the documents' lengths alone, at most 28 bytes a piece;
+tokens are read when a row is. The plan is a function of the lengths, so that every process has the same one, and rows
+are shuffled, shared out and resumed as windows are (`tessera.data.loader`).
 """
 
 from collections.abc import Sequence

@@ -128,9 +128,14 @@ def replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def expert_table(
-    model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], classes_BT: Int[Array, "B T"], classes: int
+    model: Decoder,
+    params: PyTree,
+    tokens_BT: Int[Array, "B T"],
+    classes_BT: Int[Array, "B T"],
+    classes: int,
+    positions_BT: Int[Array, "B T"] | None = None,
 ) -> Float32[Array, "L C E"]:
-    """Choices by routed layer, class of the token read and expert, routed as in evaluation."""
-    _, state = model.apply({"params": params}, tokens_BT, mutable=["routings"])
+    """Choices by routed layer, class of the token read and expert, routed as in evaluation; none of padding."""
+    _, state = model.apply({"params": params}, tokens_BT, positions_BT, mutable=["routings"])
     routing = per_layer(state["routings"], "routing", model.config)
     return jax.vmap(lambda one: joint_counts(one, classes_BT.reshape(-1), classes))(routing)

@@ -88,10 +88,11 @@ def write_specialization(
     """
     if not router_paths(model.config) or tokenizer != "bytes":
         return
-    count = jax.jit(lambda p, tokens: expert_table(model, p, tokens, tokens, 256))
+    count = jax.jit(lambda p, tokens, positions: expert_table(model, p, tokens, tokens, 256, positions))
     total: Any = 0
     for batch in batches:
-        total = total + np.asarray(count(params, np.asarray(batch["tokens"])[:, :-1]), np.int64)
+        tokens = np.asarray(batch["tokens"])[:, :-1]
+        total = total + np.asarray(count(params, tokens, batch.get("positions")), np.int64)
     kinds = np.eye(len(BYTE_CLASSES), dtype=np.int64)[byte_classes(np.arange(256))]
     by_class = np.einsum("lve,vc->lce", total, kinds)
     found = {"classes": BYTE_CLASSES, "counts": by_class.tolist(), "bytes": total.tolist()}
