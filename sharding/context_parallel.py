@@ -236,12 +236,12 @@ class _Places(NamedTuple):
         earlier = distance <= self.rank  # or the keys come from around the end of the ring
         source, last = (self.rank - distance) % self.size, 2 * self.size - 1
         high = last - self.rank
-        window = self.window, self.window  # of the low queries and of the high ones
+        above = mixed = self.window  # of the high queries, and of the other block's
         if self.window is not None and self.window.ndim:
-            window = _halves(self.window)
-        mixed = None if self.window is None else jnp.where(earlier, *window)
+            below, above = _halves(self.window)
+            mixed = jnp.where(earlier, below, above)
         other = self.chunks(jnp.where(earlier, self.rank, high), jnp.where(earlier, source, last - source), mixed)
-        return earlier, self.chunks(high, source, window[1]), other
+        return earlier, self.chunks(high, source, above), other
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

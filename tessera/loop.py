@@ -201,11 +201,11 @@ def evaluate(
       ValueError: there was no batch, or none with weight.
     """
     total: Any = None
-    for batch, weight in batches:
+    for batch, times in batches:
         metrics = dict(eval_fn(params, batch))
-        weight = weight * metrics.pop("weight", 1.0)
-        metrics = {name: value * weight for name, value in metrics.items()} | {"weight": weight}
-        total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+        weight = times * metrics.pop("weight", 1.0)
+        one = {name: value * weight for name, value in metrics.items()} | {"weight": weight}
+        total = one if total is None else jax.tree.map(lambda a, b: a + b, total, one)
     if total is None:
         raise ValueError("no batch to evaluate on: the split is smaller than one batch, or eval.batches is 0")
     found = {name: float(value) for name, value in jax.device_get(total).items()}

@@ -94,10 +94,8 @@ def main(invocation: Invocation) -> int:
     """Config -> pictures, network, step -> training loop -> loss and accuracy on the test set. Returns the status."""
     c, first_process = invocation.config, jax.process_index() == 0
     check_seeds(c.to_dict())
-    saving, augment = (
-        build(cls, c[name], f"config.{name}")
-        for cls, name in ((CheckpointConfig, "checkpoint"), (AugmentConfig, "augment"))
-    )
+    saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
+    augment = build(AugmentConfig, c.augment, "config.augment")
     if c.steps < 1 or c.batch_size < 1:
         raise ConfigError(f"config.steps={c.steps} and config.batch_size={c.batch_size} must be at least 1")
     optimizer = build(OptimizerConfig, c.optimizer, "config.optimizer", lr=c.lr, steps=c.steps)

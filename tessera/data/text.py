@@ -378,7 +378,7 @@ class TextSplits(NamedTuple):
         except ValueError as error:
             raise ConfigError(f"config.data.packing={method!r}: {error}") from None
         parts = tuple((rows[f"train {i}"], weight) for i, (_, weight) in enumerate(self.parts))
-        return self._replace(**{split: rows[split] for split in SPLITS}, parts=parts)
+        return self._replace(train=rows["train"], validation=rows["validation"], test=rows["test"], parts=parts)
 
 
 def load_text(config: TextConfig) -> TextSplits:

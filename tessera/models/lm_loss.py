@@ -64,7 +64,8 @@ def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
 
     def routed_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
         batch = with_mean_weights(batch)
-        tokens_BT, how = batch["tokens"], {"rngs": {} if key is None else {"router": key}, "mutable": ["intermediates"]}
+        tokens_BT = batch["tokens"]
+        how: Any = {"rngs": {} if key is None else {"router": key}, "mutable": ["intermediates"]}
         logits_BTV, state = model.apply({"params": params}, tokens_BT[:, :-1], batch.get("positions"), **how)
         loss, metrics = next_token_loss(logits_BTV, tokens_BT, z_loss, batch.get("mean_weights"))
         auxiliary = per_layer(state["intermediates"], "aux_loss", config).sum()

@@ -70,12 +70,12 @@ class Texts(NamedTuple):
         """Training windows."""
         return sum(windows for windows, _ in self.mixture)
 
-    def index(self, seed: int, start: int, steps: int, batch_size: int) -> np.ndarray:
+    def order(self, seed: int, start: int, steps: int, batch_size: int) -> np.ndarray:
         """Windows int32 [steps, batch] of the steps that follow `start`; of several sources by their weights."""
         if len(self.mixture) == 1:
             return index_block(seed=seed, start=start, steps=steps, batch_size=batch_size, size=self.size)
-        order = mixed_order(self.mixture, seed)
-        numbers = np.array([order[i] for i in range(start * batch_size, (start + steps) * batch_size)])
+        mixed = mixed_order(self.mixture, seed)
+        numbers = np.array([mixed[i] for i in range(start * batch_size, (start + steps) * batch_size)])
         gaps = np.searchsorted(np.cumsum([windows for windows, _ in self.mixture]), numbers, side="right")
         return (numbers + gaps).reshape(steps, batch_size).astype(np.int32)
 
@@ -153,7 +153,7 @@ class Trainer:
 
     def index(self, start: int, steps: int) -> np.ndarray:
         """Windows of the steps that follow `start`, the same for a trunk and its decays."""
-        return self.texts.index(self.run.settings["seed"], start, steps, self.run.settings["batch"])
+        return self.texts.order(self.run.settings["seed"], start, steps, self.run.settings["batch"])
 
     def load(self, before: int, like: TrainState) -> TrainState | None:
         """The newest sound state of the trunk at or before a step."""

@@ -173,8 +173,8 @@ def test_a_sweep_trains_on_any_tokens_and_on_sources_by_weight(tmp_path):
     assert texts.train.dtype == np.uint16 and splits.vocab_size == 400
     (first, _), (second, _) = texts.mixture
     assert (first, second) == tuple((len(stream) - 1) // 16 for stream, _ in splits.parts)
-    index = texts.index(0, 0, 200, 4)
-    np.testing.assert_array_equal(texts.index(0, 50, 100, 4), index[50:150])
+    index = texts.order(0, 0, 200, 4)
+    np.testing.assert_array_equal(texts.order(0, 50, 100, 4), index[50:150])
     assert (index > first).mean() == pytest.approx(0.75, abs=0.01)
     stored = np.asarray(texts.train)
     for number in np.unique(index).tolist():
