@@ -98,23 +98,24 @@ def wait_for(processes, done, timeout=900):
         time.sleep(0.05)
 
 
-# Processes and plan before the kill, and after it.
+# Processes and plan before the kill, and after it, and further flags.
 CHANGES = {
-    "two": (2, "fsdp=2, tp=2", 1, "dp=2, cp=2"),
-    "four": (4, "fsdp=4", 2, "pp=2, tp=2"),
-    "one": (1, "dp=4", 2, "fsdp=2, tp=2"),
+    "two": (2, "fsdp=2, tp=2", 1, "dp=2, cp=2", ()),
+    "four": (4, "fsdp=4", 2, "pp=2, tp=2", ()),
+    "one": (1, "dp=4", 2, "fsdp=2, tp=2", ()),
+    "packed": (2, "dp=2, cp=2", 2, "pp=2, dp=2", ("--config.data.packing=best_fit",)),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.multihost
-@pytest.mark.parametrize("processes, plan, then, other", CHANGES.values(), ids=CHANGES)
-def test_a_run_with_a_killed_process_goes_on_on_other_processes(start, tmp_path, processes, plan, then, other):
+@pytest.mark.parametrize("processes, plan, then, other, more", CHANGES.values(), ids=CHANGES)
+def test_a_run_with_a_killed_process_goes_on_on_other_processes(start, tmp_path, processes, plan, then, other, more):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    [(output, status)] = finish(start(whole, "dp=4", 1))
+    [(output, status)] = finish(start(whole, "dp=4", 1, *more))
     assert status == 0, output
     expected = losses(whole)
-    running = start(workdir, plan, processes)
+    running = start(workdir, plan, processes, *more)
     wait_for(running, lambda: (workdir / "checkpoints" / "50").exists())
     running[-1].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -122,7 +123,7 @@ def test_a_run_with_a_killed_process_goes_on_on_other_processes(start, tmp_path,
     assert results[-1][1] == -signal.SIGKILL, results
     assert time.monotonic() - began < 180
     assert all(status != 0 for _, status in results), results  # none of them thinks it is done, and none hangs
-    results = finish(start(workdir, other, then))
+    results = finish(start(workdir, other, then, *more))
     assert [status for _, status in results] == [0] * then, results
     assert losses(workdir) == pytest.approx(expected, abs=1e-5)
 
