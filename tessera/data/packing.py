@@ -1,6 +1,6 @@
 """Documents packed into rows of equal length for training without attention across documents.
 
-Which piece of which document is in which row is planned from the documents' lengths alone, at most 28 bytes a piece;
+Which segment of which document is in which row is planned from lengths alone, at most 28 bytes a segment;
 tokens are read when a row is. The plan is a function of the lengths, so that every process has the same one, and rows
 are shuffled, shared out and resumed as windows are (`tessera.data.loader`).
 """
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 METHODS = ("concatenate", "best_fit")
-BUFFER = 1 << 16  # consecutive pieces among which best fit chooses
+BUFFER = 1 << 16  # consecutive segments among which best fit chooses
 
 
 class Documents(NamedTuple):
@@ -49,8 +49,8 @@ class Packed:
     "concatenate" cuts the stream into windows, and so documents where a window ends. "best_fit" leaves documents whole
     that fit into a row: among `BUFFER` consecutive ones, the longest first, each goes to the row with the least space
     that holds it (best-fit decreasing: Ding et al. 2024, arXiv:2404.10830); what is left of a row is padding. Longer
-    documents are cut into pieces that overlap by a token, so that every token of a document but its first is a target
-    once. A piece of a single token has no target and is left out.
+    documents are cut into segments that overlap by a token, so that every token of a document but its first is a target
+    once. A segment of a single token has no target and is left out.
 
     Args:
       tokens: the stream, an array or `tessera.data.token_files.TokenStream`.
@@ -59,7 +59,7 @@ class Packed:
       method: one of `METHODS`.
 
     Attributes:
-      cut: documents that are in several pieces.
+      cut: documents that are in several segments.
 
     Raises:
       ValueError: no document has two tokens.
@@ -71,7 +71,7 @@ class Packed:
         if method == "concatenate":
             which, begins, sizes, rows = _windows(starts, ends, length)
         else:
-            which, begins, sizes = _pieces(starts, ends - starts, length)
+            which, begins, sizes = _segments(starts, ends - starts, length)
             rows = _best_fit(sizes, length + 1)
         if not len(rows):
             raise ValueError(f"{len(ends)} documents of {len(tokens)} tokens: none has the two that a target takes")
@@ -96,25 +96,25 @@ class Packed:
         """Read rows by number; number -1 is a row of padding alone.
 
         Returns:
-          {"tokens": int32 [b, T + 1], "positions": int32 [b, T], which restart at 0 in every piece and are -1 for
+          {"tokens": int32 [b, T + 1], "positions": int32 [b, T], which restart at 0 in every segment and are -1 for
           padding, "weights": float32 [b, T], 1 for targets that count, else 0, "ids": int64 [b]}.
         """
         ids_B = np.asarray(ids, np.int64)
         first, last = self._offsets[ids_B], np.where(ids_B < 0, self._offsets[ids_B], self._offsets[ids_B + 1])
-        pieces, row_P = _ranges(first, last - first)
-        sizes_P = self._sizes[pieces]
-        position_N, piece_N = _ranges(np.zeros_like(pieces), sizes_P)
-        used_B = np.bincount(row_P, sizes_P, len(ids_B)).astype(np.int64)
-        column_P = np.cumsum(sizes_P) - sizes_P - (np.cumsum(used_B) - used_B)[row_P]
-        place_N = row_P[piece_N], column_P[piece_N] + position_N
-        index_N = self._starts[pieces][piece_N] + position_N
+        segments, row_G = _ranges(first, last - first)
+        sizes_G = self._sizes[segments]
+        position_N, segment_N = _ranges(np.zeros_like(segments), sizes_G)
+        used_B = np.bincount(row_G, sizes_G, len(ids_B)).astype(np.int64)
+        column_G = np.cumsum(sizes_G) - sizes_G - (np.cumsum(used_B) - used_B)[row_G]
+        place_N = row_G[segment_N], column_G[segment_N] + position_N
+        index_N = self._starts[segments][segment_N] + position_N
         shape = len(ids_B), self.length + 1
         tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         positions = np.full(shape, -1, np.int32)
         tokens[place_N], positions[place_N] = self.tokens[index_N], position_N
         counts_N = position_N > 0
         if self._counted is not None:
-            counts_N = counts_N & (index_N >= self._counted[pieces][piece_N])
+            counts_N = counts_N & (index_N >= self._counted[segments][segment_N])
         weights[place_N] = counts_N
         return {"tokens": tokens, "positions": positions[:, :-1], "weights": weights[:, 1:], "ids": ids_B}
 
@@ -126,7 +126,7 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
-    """Document, start, size and row of the pieces of "concatenate"; a tail shorter than a window is left out."""
+    """Document, start, size and row of the segments of "concatenate"; a tail shorter than a window is left out."""
     rows = max(0, int(ends[-1]) - 1) // length if len(ends) else 0
     begins = np.union1d(np.arange(rows) * length, starts[starts < rows * length])
     which = np.searchsorted(ends, begins, side="right")
@@ -135,21 +135,21 @@ def _windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndar
     return which, begins, sizes, row
 
 
-def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
-    """Document, start and size of the pieces of "best_fit", of 2 to length + 1 tokens."""
+def _segments(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
+    """Document, start and size of the segments of "best_fit", of 2 to length + 1 tokens."""
     number, which = _ranges(np.zeros_like(sizes), -(-np.maximum(sizes - 1, 0) // length))
     return which, starts[which] + number * length, np.minimum(length + 1, sizes[which] - number * length)
 
 
-def _best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Row of every piece; rows are numbered by their first piece."""
+def _best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Row of every segment; rows are numbered by their first segment."""
     found = np.empty(len(sizes), np.int64)
     total = 0
     for begin in range(0, len(sizes), BUFFER):
         block = sizes[begin : begin + BUFFER]
         rows: list[int] = [0] * len(block)
         count, spaces = 0, 0  # a bit of `spaces` for every list of `left` that is not empty
-        left: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the space that they have
+        left: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the space that they have
         for i in np.argsort(-block, kind="stable").tolist():
             size = int(block[i])
             fitting = spaces >> size
@@ -158,7 +158,7 @@ def _best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
                 row = left[space].pop()
                 spaces ^= 0 if left[space] else 1 << space
             else:
-                space, row, count = room, count, count + 1
+                space, row, count = capacity, count, count + 1
             rows[i] = row
             if space - size > 1:  # a token alone has no target
                 left[space - size].append(row)

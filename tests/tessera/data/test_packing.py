@@ -40,7 +40,7 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(lengths, lengt
     # A target is the token after its input, in the same document.
     assert (labels == inputs + 1)[counts].all() and (document[labels] == document[inputs])[counts].all()
     np.testing.assert_array_equal(np.sort(labels[counts]), np.setdiff1d(np.arange(ends[-1]), start))
-    # Tokens of one position after another are of one piece, and a document that fits is one piece.
+    # Tokens of one position after another are of one segment, and a document that fits is one segment.
     live = batch["positions"] >= 0
     later = batch["positions"] > 0
     assert (np.roll(inputs, 1, axis=1) == inputs - 1)[later].all() and not later[:, 0].any()
@@ -76,9 +76,9 @@ def test_best_fit_wastes_at_most_two_percent_of_log_normal_lengths(length, sigma
     lengths = np.random.default_rng(0).lognormal(5, sigma, 5000).astype(int) + 1
     packed = made(lengths, length, "best_fit")
     assert packed.padding <= 0.02
-    # Beside the least number of rows that hold the pieces.
-    pieces = np.concatenate([[min(length + 1, n - k) for k in range(0, n - 1, length)] for n in lengths])
-    assert len(packed) <= 1.02 * np.ceil(pieces.sum() / (length + 1))
+    # Beside the least number of rows that hold the segments.
+    segments = np.concatenate([[min(length + 1, n - k) for k in range(0, n - 1, length)] for n in lengths])
+    assert len(packed) <= 1.02 * np.ceil(segments.sum() / (length + 1))
 
 
 def test_prompts_do_not_count():
