@@ -52,10 +52,12 @@ class QuantConfig:
 
 
 class Quantized(NamedTuple):
-    """A kernel as values * scales / channel: values int8 or int4 in the kernel's shape.
+    """A kernel as (values - zeros) * scales / channel: values int8 or int4 in the kernel's shape.
 
     `scales` float32 of the same rank, its input axes divided by the group size; `channel` float32, one factor per input
-    (AWQ) with size 1 in the other axes, or None.
+    (AWQ) with size 1 in the other axes, or None; `zeros` int8 in the shape of the scales (asymmetric quantization), or
+    None. Where groups are not of consecutive inputs (GPTQ's activation order) `groups` int32 has the group of every
+    input, without the output axes, and the input axes of scales and zeros are one, of groups.
 
     Example:
       >>> import numpy as np
@@ -68,6 +70,8 @@ class Quantized(NamedTuple):
     values: Any
     scales: Any
     channel: Any = None
+    zeros: Any = None
+    groups: Any = None
 
 
 class Calibration(NamedTuple):
@@ -102,12 +106,26 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Float[Array, "...
       True
     """
     values, scales = jnp.asarray(kernel.values), jnp.asarray(kernel.scales)
+    zeros = None if kernel.zeros is None else jnp.asarray(kernel.zeros).astype(jnp.float32)
+    if kernel.groups is not None:
+        scales = _spread(scales, kernel.groups, values.shape)
+        zeros = None if zeros is None else _spread(zeros, kernel.groups, values.shape)
     # Every axis as (groups, members): of size (1, all) for one scale, (all, 1) for a scale each.
     split = [(s, v // s) for v, s in zip(values.shape, scales.shape, strict=True)]
     grouped = values.reshape([size for pair in split for size in pair]).astype(jnp.float32)
-    spread = scales.reshape([size for s, _ in split for size in (s, 1)])
-    result = (grouped * spread).reshape(values.shape)
+    spread = [size for s, _ in split for size in (s, 1)]
+    grouped = grouped if zeros is None else grouped - zeros.reshape(spread)
+    result = (grouped * scales.reshape(spread)).reshape(values.shape)
     return (result if kernel.channel is None else result / kernel.channel).astype(dtype)
+
+
+def _spread(of_groups: jax.Array, groups: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Values of groups [*stack, J, *outputs] for every input, from its group [*stack, *inputs]: of a kernel's shape."""
+    groups = jnp.asarray(groups)
+    stack = of_groups.ndim - 1 - (len(shape) - groups.ndim)
+    front, J = shape[:stack], of_groups.shape[stack]
+    flat = jnp.take_along_axis(of_groups.reshape(*front, J, -1), groups.reshape(*front, -1, 1), axis=-2)
+    return flat.reshape(shape)
 
 
 def round_to_nearest(

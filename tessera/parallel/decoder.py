@@ -585,7 +585,7 @@ def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str], bool] = la
     def convert(path: tuple, node: Any) -> Any:
         if not is_quantized(node):
             return node
-        if keep(path_name(path)):
+        if keep(path_name(path)) and node.zeros is None and node.groups is None:
             return Quantized(node.values, node.scales, None if node.channel is None else node.channel[..., 0])
         return dequantize(node, DTYPES[dtype])
 

@@ -12,6 +12,7 @@ from moe.experts import MixtureConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import ConfigError, build
 from tessera.models.transformer import TransformerConfig
+from tessera.serving import packed
 from tessera.serving.families import (
     FAMILIES,
     FIELDS,
@@ -38,6 +39,7 @@ def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = found.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotConvertible(f"{where}: model_type={kind!r} has no counterpart here; {', '.join(FAMILIES)} load")
+    packed.scheme(found.get("quantization_config"), where)
     defaults = FAMILIES[kind].defaults
     for one, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if one in defaults and other in found:  # two names of one entry

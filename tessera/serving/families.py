@@ -419,7 +419,6 @@ REFUSED: dict[str, Any] = {
     "use_sliding_window": False,
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
     "clip_qkv": None,
     "use_bidirectional_attention": False,
     "attn_logit_softcapping": None,

@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from tessera.infra.logger import read_object, write_text
 from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.serving import packed
 from tessera.serving.config_json import family_of, read, settings, write
 from tessera.serving.families import FAMILIES, SHARED, Family, NotConvertible, stored
 
@@ -47,8 +48,8 @@ def read_settings(directory: Path | str) -> dict[str, Any]:
     Raises:
       FileNotFoundError: no config.json.
       NotConvertible: not one of `FAMILIES`, or with an entry that changes what the model computes and has no
-        counterpart here: other biases, rotary scaling, activation or windows, quantized weights, layers
-        without experts between routed ones; or sizes that are none.
+        counterpart here: other biases, rotary scaling, activation or windows, quantized weights of another layout
+        than `tessera.serving.packed` reads, layers without experts between routed ones; or sizes that are none.
       ValueError: a damaged config.json.
     """
     path = Path(directory) / CONFIG
@@ -117,7 +118,9 @@ def write_config(config: TransformerConfig, **more: Any) -> dict[str, Any]:
 def load_directory(
     directory: Path | str, place: Callable[[str, np.ndarray], Any] | None = None
 ) -> tuple[PyTree, TransformerConfig]:
-    """Parameters float32 and model of a directory; tensors are read one at a time, a stack is filled as they come.
+    """Parameters and model of a directory; tensors are read one at a time, a stack is filled as they come.
+
+    Kernels that GPTQ, AWQ or compressed-tensors has quantized are `Quantized`, all else is float32.
 
     Args:
       directory: config.json and *.safetensors.
@@ -131,8 +134,17 @@ def load_directory(
     """
     config, c = read_config(directory), read_settings(directory)
     family, tensors = FAMILIES[c["model_type"]], _open(Path(directory))
-    _check_names(Path(directory), tensors, config, family, _more_layers(c))
-    return assemble(config, _reader(Path(directory), tensors), place, family), config
+    read, quantized = _reader(Path(directory), tensors), {}
+    if how := packed.scheme(c.get("quantization_config"), str(directory)):
+        slices = {name: file.get_slice(name) for name, file in tensors.items()}
+        kinds = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+        quantized = packed.find(how, kinds, read, str(directory))
+    _check_names(Path(directory), tensors, config, family, _more_layers(c), quantized)
+
+    def unpacked(name: str) -> Any:
+        return packed.read(how, quantized[name], read) if how and name in quantized else read(name)
+
+    return assemble(config, unpacked, place, family, quantized), config
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -163,11 +175,14 @@ def _reader(directory: Path, tensors: dict[str, Any]) -> Callable[[str], np.ndar
 
 def assemble(
     config: TransformerConfig,
-    read: Callable[[str], np.ndarray],
-    place: Callable[[str, np.ndarray], Any] | None = None,
+    read: Callable[[str], Any],
+    place: Callable[[str, Any], Any] | None = None,
     family: Family = FAMILIES["llama"],
+    quantized: Collection[str] = (),
 ) -> PyTree:
     """Parameters float32 of a scanned decoder from tensors in a family's names and layout, read one at a time.
+
+    Those of the names in `quantized` are read as `packed.Packed`, and kernels of blocks made `Quantized` of them.
 
     Raises:
       NotConvertible: a tensor of another shape.
@@ -178,14 +193,48 @@ def assemble(
         for number, path in enumerate(tensor.parts):
             made_of[path].append((tensor, number))
     for path, shape in shapes.items():
+        kernel = None
+        if all(tensor.name in quantized for tensor, _ in made_of[path]):
+            kernel = _quantized_kernel(config, read, family, path, shapes, made_of[path])
+        if kernel is not None:
+            _set(tree, path, kernel if place is None else place(path, kernel))
+            continue
         array = np.empty(shape, np.float32)
         for tensor, number in made_of[path]:
             found, parts = read(tensor.name), tensor.shapes(shapes)
+            found = found.widen() if isinstance(found, packed.Packed) else found
             _check_shape(tensor.name, found.shape, file_shape(parts, tensor.layout))
             one = inward(cut(found, parts, number, tensor.layout), path, tensor.layout, array[tensor.place].shape)
             array[tensor.place] = halves(one, config.latent.rope_dim) if path.endswith(family.pairs) else one
         _set(tree, path, array if place is None else place(path, array))
     return tree
+
+
+def _quantized_kernel(
+    config: TransformerConfig,
+    read: Callable[[str], Any],
+    family: Family,
+    path: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    made_of: Sequence[tuple["Tensor", int]],
+) -> Any:
+    """A leaf of the blocks as `Quantized`; None for what the model reads in float32 or the file stores otherwise."""
+    tensor = made_of[0][0]
+    if not (tensor.place and path.endswith("/kernel") and tensor.layout == "rows") or path.endswith("router/kernel"):
+        return None
+    members = []
+    for tensor, number in made_of:
+        ends = np.cumsum([0, *(one[0] for one in tensor.shapes(shapes))])
+        members.append(packed.rows(read(tensor.name), int(ends[number]), int(ends[number + 1])))
+    lead = len(tensor.place)
+    shape, pairs = shapes[path][lead:], path.endswith(family.pairs)
+    inputs = len(shape) - 1 if path.endswith("output/kernel") else 1
+    made = packed.kernel(
+        members, shape, inputs, lambda array: halves(array, config.latent.rope_dim) if pairs else array
+    )
+    order = sorted(range(len(made_of)), key=lambda i: made_of[i][0].place)
+    stack = shapes[path][:lead]
+    return made and jax.tree.map(lambda array: array[order].reshape(*stack, *array.shape[1:]), made)
 
 
 def tensor_names(config: TransformerConfig) -> set[str]:
@@ -496,7 +545,12 @@ def _more_layers(c: Mapping[str, Any]) -> range:
 
 
 def _check_names(
-    directory: Path, tensors: dict[str, Any], config: TransformerConfig, family: Family, more: range
+    directory: Path,
+    tensors: dict[str, Any],
+    config: TransformerConfig,
+    family: Family,
+    more: range,
+    quantized: Mapping[str, packed.Module],
 ) -> None:
     """Refuse tensors that are missing, of another shape, quantized or asked for by no parameter; none is read."""
     try:
@@ -504,9 +558,14 @@ def _check_names(
     except (OverflowError, TypeError, ValueError) as error:
         raise NotConvertible(f"{directory}: no model has the sizes of its config.json ({error})") from error
     wanted: set[str] = set()
+    beside: set[str] = set()  # tensors of quantized projections
     missing: list[str] = []
     for tensor in tensors_of(config, family):
-        if tensor.name in tensors:
+        if module := quantized.get(tensor.name):
+            beside.update(module.parts.values())
+            wanted_shape = file_shape(tensor.shapes(shapes), tensor.layout)
+            _check_shape(f"{directory}: {tensor.name}", module.shape, wanted_shape)
+        elif tensor.name in tensors:
             wanted.add(tensor.name)
             found = tuple(tensors[tensor.name].get_slice(tensor.name).get_shape())
             _check_shape(f"{directory}: {tensor.name}", found, file_shape(tensor.shapes(shapes), tensor.layout))
@@ -520,7 +579,7 @@ def _check_names(
     if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
         raise NotConvertible(f"{directory} has quantized weights: {some(quantized)}; {', '.join(DTYPES)} load")
     layers = tuple(f"model.layers.{layer}." for layer in more)
-    rest = {name for name in tensors.keys() - wanted if not (IGNORED.fullmatch(name) or name.startswith(layers))}
+    rest = {name for name in tensors.keys() - wanted - beside if not (IGNORED.fullmatch(name) or name.startswith(layers))}
     table, head = SHARED["embed/table"], SHARED["head/kernel"]
     if config.tied and head in rest:
         if not np.array_equal(tensors[head].get_tensor(head), tensors[table].get_tensor(table)):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lottery import export
-from sharding.inference.quantize import QuantConfig
+from sharding.inference.quantize import QuantConfig, is_quantized
 from sharding.plan import Plan
 from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.logger import read_object, write_text
@@ -289,6 +289,8 @@ def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> N
 
 def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:
     params = loaded.params
+    if source.bits and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValueError(f"bits={source.bits}: the weights of {source.dir} are quantized already; leave bits=0")
     if source.bits:
         text = read_calibration(source.calibration, loaded.tokenizer) if source.method != "rtn" else None
         params = quantise_decoder(params, loaded.config, QuantConfig(source.bits, source.method, source.group), text)

@@ -113,7 +113,7 @@ def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
         if not is_quantized(node):
             return spec
 
-        def cut(array: Any) -> PartitionSpec | None:
+        def cut(array: Any, spec: PartitionSpec = spec) -> PartitionSpec | None:
             if array is None:
                 return None
             entries = [None if size == 1 else entry for size, entry in zip(array.shape, spec, strict=False)]
@@ -125,6 +125,12 @@ def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
                     raise PlanError(f"scales {array.shape} of a quantised kernel do not divide by {entry}={ways}")
             return PartitionSpec(*entries)
 
-        return Quantized(cut(node.values), cut(node.scales), cut(node.channel))
+        of_groups = spec
+        if node.groups is not None:  # every device has the scales of all groups
+            entries, count = (*spec, *[None] * (node.values.ndim - len(spec))), node.values.ndim - node.groups.ndim
+            of_groups = PartitionSpec(*entries[: node.scales.ndim - 1 - count], None, *entries[-count:])
+        return Quantized(
+            cut(node.values), cut(node.scales, of_groups), cut(node.channel), cut(node.zeros, of_groups), cut(node.groups)
+        )
 
     return jax.tree.map(one, params, decoder.specs, is_leaf=is_quantized)

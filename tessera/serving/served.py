@@ -79,8 +79,11 @@ def repeat_heads(params: PyTree, times: int) -> PyTree:
             return leaf
         if not is_quantized(leaf):
             return jnp.repeat(leaf, times, axis=-2)
-        scales = jnp.repeat(leaf.scales, times, axis=-2) if leaf.scales.shape[-2] > 1 else leaf.scales
-        return leaf._replace(values=jnp.repeat(leaf.values, times, axis=-2), scales=scales)
+
+        def each(array: Any) -> Any:
+            return array if array is None or array.shape[-2] != leaf.values.shape[-2] else jnp.repeat(array, times, -2)
+
+        return leaf._replace(values=each(leaf.values), scales=each(leaf.scales), zeros=each(leaf.zeros))
 
     return jax.tree_util.tree_map_with_path(repeat, params, is_leaf=is_quantized)
 

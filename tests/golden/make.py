@@ -1,15 +1,18 @@
 """Make the golden values: what PyTorch, transformers, peft and others compute on fixed inputs. Command: `make golden`.
 
-Needs requirements/golden.txt, for `pruning.npz` clones, and nothing of this project. Every `NAME.npz` holds inputs and
+Needs requirements/golden*.txt, for `pruning.npz` clones, and nothing of this project. Every `NAME.npz` holds inputs and
 outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` and `lora/` hold whole directories; `sources.json`
 says which version made what. Tests read them through the fixture `golden`.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -952,6 +955,197 @@ def make_huggingface():
     return found
 
 
+def module_of(package, path, **stubs):
+    """One file of an installed package, without the package's own imports; `stubs` stand for modules that it imports."""
+    for name, content in stubs.items():
+        sys.modules[name.replace("__", ".")] = content
+    file = Path(importlib.metadata.distribution(package).locate_file(path))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack_gptq(weight, bits, group, *, order=False, symmetric=False, second=False):
+    """A projection [outputs, inputs] packed by auto_gptq, and what that library multiplies by."""
+    outputs, inputs = weight.shape
+    rng = np.random.default_rng(outputs * inputs)
+    place = torch.tensor(rng.permutation(inputs) if order else np.arange(inputs))  # in the order of activations
+    g_idx = (place // group).int()
+    limit, half = 2**bits - 1, 2 ** (bits - 1)
+    scales, zeros = [], []
+    for j in range(inputs // group):
+        part = weight[:, g_idx == j]
+        low, high = part.min(1).values.clamp(max=0), part.max(1).values.clamp(min=0)
+        one = 2 * part.abs().max(1).values / limit if symmetric else (high - low) / limit
+        scales.append(one.half().float())
+        zeros.append(torch.full_like(one, half) if symmetric else (-low / scales[-1]).round().clamp(1, limit))
+    scales_OJ, zeros_OJ = torch.stack(scales, 1), torch.stack(zeros, 1)
+    index = g_idx.long()
+    steps = (weight / scales_OJ[:, index] + zeros_OJ[:, index]).round().clamp(0, limit)
+    linear = torch.nn.Linear(inputs, outputs, bias=False)
+    linear.weight.data = (steps - zeros_OJ[:, index]) * scales_OJ[:, index]
+    library = module_of("auto_gptq", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py")
+    layer = library.QuantLinear(bits, group, inputs, outputs, False)
+    layer.pack(linear, scales_OJ.clone(), zeros_OJ.clone(), g_idx)
+    with torch.no_grad():
+        dense = layer(torch.eye(inputs)).T
+    found = {name: getattr(layer, name) for name in ("qweight", "qzeros", "g_idx")} | {"scales": layer.scales.half()}
+    if second:  # zero points as they are, where the first format has them less 1 (gptqmodel/utils/model.py)
+        found["qzeros"] += {4: 0x11111111, 8: 0x01010101}[bits]
+        found.pop("g_idx")
+    return found, dense
+
+
+def pack_awq(weight, group):
+    """A projection packed by AutoAWQ, and what that library multiplies by."""
+    outputs, inputs = weight.shape
+    parts = weight.reshape(outputs, -1, group)
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    scales = ((high - low) / 15).half().float()
+    zeros = (-low / scales).round().clamp(0, 15)
+    linear = torch.nn.Linear(inputs, outputs, bias=False)
+    wide_scales, wide_zeros = (one.repeat_interleave(group, 1) for one in (scales, zeros))
+    linear.weight.data = ((weight / wide_scales + wide_zeros).round().clamp(0, 15) - wide_zeros) * wide_scales
+    packing = module_of("autoawq", "awq/utils/packing_utils.py")
+    stubs = {
+        "awq__utils__module": types.SimpleNamespace(try_import=lambda name: (None, "")),
+        "awq__utils__utils": types.SimpleNamespace(get_best_device=lambda: "cpu"),
+        "awq__utils__packing_utils": packing,
+    }
+    library = module_of("autoawq", "awq/modules/linear/gemm.py", **stubs)
+    scales_JO, zeros_JO = scales.T.contiguous(), zeros.T.contiguous()
+    layer = library.WQLinear_GEMM.from_linear(linear, 4, group, scales=scales_JO, zeros=zeros_JO)
+    found = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
+    dense = packing.dequantize_gemm(found["qweight"], found["qzeros"], found["scales"].float(), 4, group)
+    return found, dense.T
+
+
+def pack_compressed(weight, **weights):
+    """A projection packed by compressed-tensors, and what that library multiplies by."""
+    from compressed_tensors import quantization
+    from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    arguments = quantization.QuantizationArgs(**weights)
+    outputs, inputs = weight.shape
+    state = {"weight": weight.clone()}
+    parts = weight.reshape(outputs, -1, weights.get("group_size") or inputs)
+    whole = weights["strategy"] == "tensor"
+    low, high = (parts.min()[None, None], parts.max()[None, None]) if whole else (parts.amin(-1), parts.amax(-1))
+    state["weight_scale"], state["weight_zero_point"] = calculate_qparams(low, high, arguments)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    library = PackedQuantizationCompressor if weights["num_bits"] == 4 else IntQuantizationCompressor
+    found = library.compress(state, scheme)
+    return found, library.decompress(found, scheme)["weight"]
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": False}
+
+
+def compressed(**weights):
+    """quantization_config of compressed-tensors for all projections but the head."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    kind = "pack-quantized" if weights["num_bits"] == 4 else "int-quantized"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+QUANTIZED = {
+    "gptq": ("Llama", GPTQ, partial(pack_gptq, bits=4, group=8)),
+    "gptq-act-order": ("Mixtral", GPTQ | {"desc_act": True}, partial(pack_gptq, bits=4, group=8, order=True)),
+    "gptq-v2": (
+        "Phi3",
+        GPTQ | {"bits": 8, "group_size": 16, "checkpoint_format": "gptq_v2", "sym": True},
+        partial(pack_gptq, bits=8, group=16, symmetric=True, second=True),
+    ),
+    "awq": (
+        "Mixtral",
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
+        partial(pack_awq, group=16),
+    ),
+    "int4": ("Llama", compressed(**INT4, symmetric=True), partial(pack_compressed, **INT4, symmetric=True)),
+    "int4-asymmetric": (
+        "Llama",
+        compressed(**INT4, symmetric=False),
+        partial(pack_compressed, **INT4, symmetric=False),
+    ),
+    "int8": ("Llama", compressed(**INT8, symmetric=True), partial(pack_compressed, **INT8, symmetric=True)),
+    "int8-tensor": (
+        "Llama",
+        compressed(**INT8 | {"strategy": "tensor"}, symmetric=False),
+        partial(pack_compressed, **INT8 | {"strategy": "tensor"}, symmetric=False),
+    ),
+}
+
+
+def make_quantized():
+    """Directories with packed weights, and logits of transformers with what their libraries unpack."""
+    from safetensors.torch import load_file, save_file
+
+    tokens = np.random.default_rng(0).integers(0, 64, (3, 12))
+    found = {"tokens": tokens.astype(np.int32)}
+    for name, (kind, entry, pack) in QUANTIZED.items():
+        torch.manual_seed(0)
+        sizes = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        more = {"pad_token_id": 0} if kind == "Phi3" else {"num_local_experts": 2} if kind == "Mixtral" else {}
+        model = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(**sizes | more, rope_theta=100.0)
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, 0.0, 0.4)
+        directory = HERE / "huggingface" / "quantized" / name
+        model.save_pretrained(directory)
+        (directory / "generation_config.json").unlink()
+        packed, dense = {}, {}
+        for path, tensor in load_file(directory / "model.safetensors").items():
+            if tensor.ndim < 2 or "embed" in path or "lm_head" in path or path.endswith("gate.weight"):
+                packed[path] = tensor.half()
+                dense[path] = packed[path].float()
+                continue
+            parts, dense[path] = pack(tensor)
+            packed |= {f"{path.removesuffix('weight')}{part}": one.contiguous() for part, one in parts.items()}
+        plain = HERE / "huggingface" / "copy"
+        shutil.copytree(directory, plain)
+        save_file({path: one.detach().contiguous() for path, one in dense.items()}, plain / "model.safetensors", {"format": "pt"})
+        model = type(model).from_pretrained(plain).eval()
+        shutil.rmtree(plain)
+        save_file(packed, directory / "model.safetensors", {"format": "pt"})
+        settings = json.loads((directory / "config.json").read_text()) | {"quantization_config": entry}
+        (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with torch.no_grad():
+            found[name] = logits = model(torch.tensor(tokens)).logits
+            drawn = torch.tensor(tokens)
+            for _ in range(6):
+                drawn = torch.cat([drawn, model(drawn).logits[:, -1:].argmax(-1)], 1)
+        found[f"{name}.greedy"] = drawn[:, tokens.shape[1] :].int()
+        if entry["quant_method"] == "compressed-tensors":  # the others need a GPU there
+            read = type(model).from_pretrained(
+                directory, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+            )
+            with torch.no_grad():
+                again = read.eval()(torch.tensor(tokens)).logits
+            torch.testing.assert_close(again, logits, atol=2e-4, rtol=0)
+    return found
+
+
 def make_smollm2():
     """SmolLM2-135M-Instruct (`make smollm2`): losses of 20,480 tokens of these documents, and greedy continuations."""
     model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
@@ -1137,6 +1331,11 @@ def flat(tree, path=""):
     return {path: tree.detach().numpy() if isinstance(tree, torch.Tensor) else np.asarray(tree)}
 
 
+def version(package):
+    """A package and its version."""
+    return f"{package} {importlib.metadata.version(package)}"
+
+
 TORCH, TRANSFORMERS, PEFT = (f"{lib.__name__} {lib.__version__}" for lib in (torch, transformers, peft))
 FILES = {
     "convolutions": (make_convolutions, TORCH),
@@ -1147,9 +1346,10 @@ FILES = {
     "lenet": (make_lenet, TORCH),
     "losses": (make_losses, TORCH),
     "lora": (make_lora, PEFT),
-    "merging": (make_merging, f"{PEFT}, mergekit {version('mergekit')}"),
+    "merging": (make_merging, f"{PEFT}, {version('mergekit')}"),
     "optimizers": (make_optimizers, TORCH),
     "pruning": (pruning.make_pruning, pruning.SOURCE),
+    "quantized": (make_quantized, ", ".join(map(version, ("auto_gptq", "autoawq", "compressed_tensors")))),
     "smollm2": (make_smollm2, TRANSFORMERS),
     "tokenizers": (make_tokenizers, TRANSFORMERS),
 }
