@@ -113,6 +113,8 @@ coverage: $(VENV)/installed
 golden:
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/golden.txt
+	.venv-golden/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	    -r requirements/golden-packing.txt
 	.venv-golden/bin/python tests/golden/make.py
 
 # The versions with which continuous integration runs, resolved afresh: make lock PYTHON=python3.12

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from absl import logging
 from jaxtyping import PyTree
 
 from tessera.infra.logger import read_object, write_text
@@ -120,7 +121,7 @@ def load_directory(
 ) -> tuple[PyTree, TransformerConfig]:
     """Parameters and model of a directory; tensors are read one at a time, a stack is filled as they come.
 
-    Kernels that GPTQ, AWQ or compressed-tensors has quantized are `Quantized`, all else is float32.
+    Kernels that GPTQ, AWQ or compressed-tensors has quantized to 4 or 8 bits are `Quantized`, all else is float32.
 
     Args:
       directory: config.json and *.safetensors.
@@ -136,7 +137,9 @@ def load_directory(
     family, tensors = FAMILIES[c["model_type"]], _open(Path(directory))
     read, quantized = _reader(Path(directory), tensors), {}
     if how := packed.scheme(c.get("quantization_config"), str(directory)):
-        slices = {name: file.get_slice(name) for name, file in tensors.items()}
+        if how.activations:
+            logging.warning("%s: its weights are read as quantized; activations are not quantized here", directory)
+        slices = {name: file.handle.get_slice(name) for name, file in tensors.items()}
         kinds = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
         quantized = packed.find(how, kinds, read, str(directory))
     _check_names(Path(directory), tensors, config, family, _more_layers(c), quantized)
@@ -144,7 +147,8 @@ def load_directory(
     def unpacked(name: str) -> Any:
         return packed.read(how, quantized[name], read) if how and name in quantized else read(name)
 
-    return assemble(config, unpacked, place, family, quantized), config
+    whole = {name for name, module in quantized.items() if not module.float8}
+    return assemble(config, unpacked, place, family, whole), config
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -165,7 +169,7 @@ def _reader(directory: Path, tensors: dict[str, Any]) -> Callable[[str], np.ndar
 
     def read_sums(file: Any) -> dict[str, int]:
         try:
-            found = json.loads((file.metadata() or {}).get(SUMS, "{}"))
+            found = json.loads((file.handle.metadata() or {}).get(SUMS, "{}"))
             return {str(name): int(value) for name, value in found.items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise NotConvertible(f"{directory} is damaged: {SUMS} of a file are no numbers by tensor") from error
@@ -504,6 +508,23 @@ def _outward(params: PyTree, config: TransformerConfig, dtype: Any) -> Iterator[
         yield tensor.name, np.ascontiguousarray(array.astype(dtype))
 
 
+class _File(NamedTuple):
+    """An open file, of which float8 tensors can be read too."""
+
+    handle: Any
+    path: Path
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        if self.handle.get_slice(name).get_dtype() != packed.FLOAT8:
+            return self.handle.get_tensor(name)
+        with self.path.open("rb") as file:  # numpy has no such dtype, and safetensors asks it for one
+            header = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(header))[name]
+            begin, end = entry["data_offsets"]
+            file.seek(8 + header + begin)
+            return np.frombuffer(file.read(end - begin), ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
+
+
 def _open(directory: Path) -> dict[str, Any]:
     """Tensor name -> open file: of the index, else model.safetensors, else the only file there is."""
     safe_open = safetensors_module().safe_open
@@ -526,14 +547,14 @@ def _open(directory: Path) -> dict[str, Any]:
     handles = {}
     for name in files:
         try:
-            handles[name] = safe_open(directory / name, framework="numpy")
+            handles[name] = _File(safe_open(directory / name, framework="numpy"), directory / name)
         except OSError:
             raise
         except Exception as error:  # safetensors' own kind
             raise NotConvertible(f"{directory / name} is damaged: {error}") from error
+    inside = {file: set(one.handle.keys()) for file, one in handles.items()}
     if not where:
-        return {name: handle for handle in handles.values() for name in handle.keys()}
-    inside = {file: set(handle.keys()) for file, handle in handles.items()}
+        return {name: handles[file] for file, names in inside.items() for name in names}
     if wrong := [f"{name} in {file}" for name, file in where.items() if name not in inside[file]]:
         raise NotConvertible(f"{directory / INDEX} names {some(wrong)}: not there")
     return {name: handles[file] for name, file in where.items()}
@@ -567,7 +588,7 @@ def _check_names(
             _check_shape(f"{directory}: {tensor.name}", module.shape, wanted_shape)
         elif tensor.name in tensors:
             wanted.add(tensor.name)
-            found = tuple(tensors[tensor.name].get_slice(tensor.name).get_shape())
+            found = tuple(tensors[tensor.name].handle.get_slice(tensor.name).get_shape())
             _check_shape(f"{directory}: {tensor.name}", found, file_shape(tensor.shapes(shapes), tensor.layout))
         else:
             missing.append(tensor.name)
@@ -575,11 +596,13 @@ def _check_names(
             break
     if missing:
         raise NotConvertible(f"{directory} has no tensor {some(sorted(missing))}")
-    kinds = {name: tensors[name].get_slice(name).get_dtype() for name in sorted(wanted)}
+    kinds = {name: tensors[name].handle.get_slice(name).get_dtype() for name in sorted(wanted)}
     if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
         raise NotConvertible(f"{directory} has quantized weights: {some(quantized)}; {', '.join(DTYPES)} load")
     layers = tuple(f"model.layers.{layer}." for layer in more)
-    rest = {name for name in tensors.keys() - wanted - beside if not (IGNORED.fullmatch(name) or name.startswith(layers))}
+    rest = {
+        name for name in tensors.keys() - wanted - beside if not (IGNORED.fullmatch(name) or name.startswith(layers))
+    }
     table, head = SHARED["embed/table"], SHARED["head/kernel"]
     if config.tied and head in rest:
         if not np.array_equal(tensors[head].get_tensor(head), tensors[table].get_tensor(table)):

@@ -1,8 +1,8 @@
-"""Quantized weights of Hugging Face directories, as GPTQ, AWQ and compressed-tensors store them.
+"""Quantized weights of Hugging Face directories, as GPTQ, AWQ, compressed-tensors and fp8 store them.
 
 What is packed is found by the names of the tensors beside a projection, not by lists of modules, and every value is
-read as it is: `kernel` makes a `Quantized` of it without rounding again. O and I are outputs and inputs of a
-projection, J groups of inputs that share a scale.
+read as it is: `kernel` makes a `Quantized` of 4 or 8 bits without rounding again; float8 is widened. O and I are
+outputs and inputs of a projection, J groups of inputs that share a scale.
 """
 
 import math
@@ -16,8 +16,9 @@ from jaxtyping import Float, Int, Int8
 from sharding.inference.quantize import Quantized
 from tessera.serving.families import NotConvertible
 
-METHODS = ("gptq", "awq", "compressed-tensors")
-FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+FLOAT8 = "F8_E4M3"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output of a group of eight that the k-th four bits of a word hold
 WEIGHT = ".weight"
 
@@ -28,16 +29,20 @@ class Scheme(NamedTuple):
     Attributes:
       method: one of `METHODS`.
       zero: added to every stored zero point, the 1 that GPTQ's first format takes off.
+      block: outputs and inputs that share a scale of float8; () for whole rows.
+      activations: whether the model was made to have its activations quantized too.
     """
 
     method: str
     zero: int = 0
+    block: tuple[int, ...] = ()
+    activations: bool = False
 
 
 class Packed(NamedTuple):
     """A projection as (values - zeros) * scales, the last two of the group of an input."""
 
-    values_OI: Int8[np.ndarray, "O I"]
+    values_OI: Int8[np.ndarray, "O I"] | Float[np.ndarray, "O I"]
     scales_OJ: Float[np.ndarray, "O J"]
     zeros_OJ: Int8[np.ndarray, "O J"]
     groups_I: Int[np.ndarray, " I"]
@@ -63,8 +68,19 @@ def scheme(entry: Any, where: str) -> Scheme | None:
             f"{where}: quantization_config with quant_method={method!r} is not read; {', '.join(METHODS)} are"
         )
     method = entry["quant_method"]
+    block: tuple[int, ...] = ()
     if method == "compressed-tensors":
         wrong = _wrong_groups(entry)
+    elif method == "fp8":
+        wrong = {
+            name: entry[name] for name, one in (("fmt", "e4m3"), ("scale_fmt", None)) if entry.get(name, one) != one
+        }
+        found = entry.get("weight_block_size")
+        valid_block = (
+            isinstance(found, Sequence) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)
+        )
+        block = tuple(found) if valid_block else ()
+        wrong |= {} if valid_block or found is None else {"weight_block_size": found}
     else:
         valid: dict[str, tuple[Any, ...]] = {"bits": (4, 8) if method == "gptq" else (4,)}
         valid |= {"checkpoint_format": (None, "gptq", "gptq_v2"), "pack_dtype": (None, "int32"), "dynamic": (None, {})}
@@ -76,7 +92,9 @@ def scheme(entry: Any, where: str) -> Scheme | None:
     if wrong:
         said = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise NotConvertible(f"{where}: quantization_config of {method} with {said} is not read")
-    return Scheme(method, int(method == "gptq" and entry.get("checkpoint_format") != "gptq_v2"))
+    groups = entry.get("config_groups", {}).values() if method == "compressed-tensors" else ()
+    activations = method == "fp8" or any(group.get("input_activations") for group in groups)
+    return Scheme(method, int(method == "gptq" and entry.get("checkpoint_format") != "gptq_v2"), block, activations)
 
 
 def _wrong_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +112,8 @@ def _wrong_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(weights, Mapping):
             wrong[f"config_groups.{name}.weights"] = weights
             continue
-        allowed: dict[str, tuple[Any, ...]] = {"num_bits": (4, 8), "type": ("int",)}
+        real = weights.get("type") == "float"
+        allowed: dict[str, tuple[Any, ...]] = {"num_bits": (8,) if real else (4, 8), "type": ("int", "float")}
         allowed["strategy"] = ("tensor", "channel", "group", None)
         for key, one in allowed.items():
             if weights.get(key) not in one:
@@ -110,18 +129,21 @@ class Module(NamedTuple):
     Attributes:
       parts: last part of a tensor's name -> the whole name.
       shape: of the projection, (O, I).
+      float8: whether its values are float8, not whole numbers.
     """
 
     parts: Mapping[str, str]
     shape: tuple[int, int]
+    float8: bool = False
 
 
-# The tensors of a quantized projection: those that it must have, and may have besides. "input_scale" is of activations,
-# which are not quantized here.
+# The tensors of a quantized projection: those that it must have, and may have besides. Scales of inputs are of
+# activations, which are not quantized here.
 PARTS = {
     "qweight": (("qzeros", "scales"), ("g_idx",)),
     "weight_packed": (("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx", "input_scale")),
     "weight": (("weight_scale",), ("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")),
+    "fp8": (("weight_scale_inv",), ("activation_scale",)),
 }
 
 
@@ -145,10 +167,11 @@ def find(
     found: dict[str, Module] = {}
     for name, (shape, dtype) in tensors.items():
         stem, _, last = name.rpartition(".")
-        packed = last in (("qweight",) if how.method != "compressed-tensors" else ("weight_packed",))
-        if not packed and not (last == "weight" and dtype == "I8" and how.method == "compressed-tensors"):
+        packed = last == {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}.get(how.method)
+        plain = {"fp8": (FLOAT8,), "compressed-tensors": ("I8", FLOAT8)}.get(how.method, ())
+        if not packed and not (last == "weight" and dtype in plain):
             continue
-        must, may = PARTS[last]
+        must, may = PARTS["fp8" if how.method == "fp8" else last]
         parts = {part: f"{stem}.{part}" for part in (last, *must, *may) if f"{stem}.{part}" in tensors}
         if missing := [f"{stem}.{part}" for part in must if part not in parts]:
             raise NotConvertible(f"{where}: {name} without {', '.join(missing)}")
@@ -163,7 +186,7 @@ def find(
         elif last == "weight_packed":
             outputs, inputs = (int(one) for one in get(parts["weight_shape"]).reshape(2))
             size = (outputs, inputs)
-        found[stem + WEIGHT] = Module(parts, size)
+        found[stem + WEIGHT] = Module(parts, size, dtype == FLOAT8)
     return found
 
 
@@ -202,6 +225,8 @@ def _read(how: Scheme, tensors: Mapping[str, np.ndarray]) -> Packed:
         groups_I = tensors.get("g_idx", _in_order(inputs, scales_JO.shape[0]))
         zeros_OJ = (zeros_JO.T - half).astype(np.int8)
         return Packed((values_IO.T - half).astype(np.int8), scales_JO.T, zeros_OJ, groups_I, bits)
+    if how.method == "fp8":
+        return _read_blocks(how, tensors["weight"].astype(np.float32), tensors["weight_scale_inv"].astype(np.float32))
     scales_OJ = tensors["weight_scale"].astype(np.float32)
     zeros = tensors.get("weight_zero_point")
     if "weight_packed" in tensors:
@@ -214,6 +239,7 @@ def _read(how: Scheme, tensors: Mapping[str, np.ndarray]) -> Packed:
             zeros = _unpack(zeros, bits, 0)[:outputs] - half
     else:
         values_OI, bits = tensors["weight"], 8
+        values_OI = values_OI if values_OI.dtype == np.int8 else values_OI.astype(np.float32)
         outputs, inputs = values_OI.shape
     if scales_OJ.size == 1:  # of the whole tensor
         scales_OJ = np.full((outputs, 1), scales_OJ.reshape(()), np.float32)
@@ -222,6 +248,14 @@ def _read(how: Scheme, tensors: Mapping[str, np.ndarray]) -> Packed:
     zeros_OJ = np.zeros(scales_OJ.shape, np.int8) if zeros is None else zeros.reshape(outputs, -1).astype(np.int8)
     groups_I = tensors.get("weight_g_idx", _in_order(inputs, scales_OJ.shape[1]))
     return Packed(values_OI, scales_OJ, zeros_OJ, groups_I, bits)
+
+
+def _read_blocks(how: Scheme, values_OI: np.ndarray, scales: np.ndarray) -> Packed:
+    """Float8 with a scale for every block of outputs and inputs, or one for all."""
+    outputs, inputs = values_OI.shape
+    rows, columns = how.block or (outputs, inputs)
+    scales_OJ = np.repeat(scales.reshape(-(-outputs // rows), -(-inputs // columns)), rows, axis=0)[:outputs]
+    return Packed(values_OI, scales_OJ, np.zeros(scales_OJ.shape, np.int8), np.arange(inputs) // columns, 8)
 
 
 def _check_bits(bits: int) -> None:

@@ -130,7 +130,11 @@ def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
             entries, count = (*spec, *[None] * (node.values.ndim - len(spec))), node.values.ndim - node.groups.ndim
             of_groups = PartitionSpec(*entries[: node.scales.ndim - 1 - count], None, *entries[-count:])
         return Quantized(
-            cut(node.values), cut(node.scales, of_groups), cut(node.channel), cut(node.zeros, of_groups), cut(node.groups)
+            cut(node.values),
+            cut(node.scales, of_groups),
+            cut(node.channel),
+            cut(node.zeros, of_groups),
+            cut(node.groups),
         )
 
     return jax.tree.map(one, params, decoder.specs, is_leaf=is_quantized)

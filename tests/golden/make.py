@@ -956,7 +956,7 @@ def make_huggingface():
 
 
 def module_of(package, path, **stubs):
-    """One file of an installed package, without the package's own imports; `stubs` stand for modules that it imports."""
+    """One file of an installed package without the package's imports; `stubs` stand for modules that it imports."""
     for name, content in stubs.items():
         sys.modules[name.replace("__", ".")] = content
     file = Path(importlib.metadata.distribution(package).locate_file(path))
@@ -1024,7 +1024,7 @@ def pack_awq(weight, group):
 def pack_compressed(weight, **weights):
     """A projection packed by compressed-tensors, and what that library multiplies by."""
     from compressed_tensors import quantization
-    from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+    from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor, IntQuantizationCompressor
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -1036,12 +1036,23 @@ def pack_compressed(weight, **weights):
     low, high = (parts.min()[None, None], parts.max()[None, None]) if whole else (parts.amin(-1), parts.amax(-1))
     state["weight_scale"], state["weight_zero_point"] = calculate_qparams(low, high, arguments)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
-    library = PackedQuantizationCompressor if weights["num_bits"] == 4 else IntQuantizationCompressor
+    eight = IntQuantizationCompressor if weights["type"] == "int" else FloatQuantizationCompressor
+    library = PackedQuantizationCompressor if weights["num_bits"] == 4 else eight
     found = library.compress(state, scheme)
     return found, library.decompress(found, scheme)["weight"]
 
 
+def pack_fp8(weight, block):
+    """A projection in float8 with a scale for every block, and what transformers multiplies by (it reads it below)."""
+    parts = weight.reshape(weight.shape[0] // block, block, weight.shape[1] // block, block)
+    scales = parts.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    values = (parts / scales[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+    dense = (values.float().reshape(parts.shape) * scales[:, None, :, None]).reshape(weight.shape)
+    return {"weight": values, "weight_scale_inv": scales}, dense
+
+
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": False}
 
@@ -1049,7 +1060,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "
 def compressed(**weights):
     """quantization_config of compressed-tensors for all projections but the head."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    kind = "pack-quantized" if weights["num_bits"] == 4 else "int-quantized"
+    kind = "pack-quantized" if weights["num_bits"] == 4 else f"{weights['type']}-quantized"
     return {
         "quant_method": "compressed-tensors",
         "format": kind,
@@ -1083,6 +1094,16 @@ QUANTIZED = {
         "Llama",
         compressed(**INT8 | {"strategy": "tensor"}, symmetric=False),
         partial(pack_compressed, **INT8 | {"strategy": "tensor"}, symmetric=False),
+    ),
+}
+
+
+QUANTIZED |= {
+    "float8": ("Llama", compressed(**FLOAT8, symmetric=True), partial(pack_compressed, **FLOAT8, symmetric=True)),
+    "fp8": (
+        "Llama",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]},
+        partial(pack_fp8, block=16),
     ),
 }
 
@@ -1124,7 +1145,11 @@ def make_quantized():
             packed |= {f"{path.removesuffix('weight')}{part}": one.contiguous() for part, one in parts.items()}
         plain = HERE / "huggingface" / "copy"
         shutil.copytree(directory, plain)
-        save_file({path: one.detach().contiguous() for path, one in dense.items()}, plain / "model.safetensors", {"format": "pt"})
+        save_file(
+            {path: one.detach().contiguous() for path, one in dense.items()},
+            plain / "model.safetensors",
+            {"format": "pt"},
+        )
         model = type(model).from_pretrained(plain).eval()
         shutil.rmtree(plain)
         save_file(packed, directory / "model.safetensors", {"format": "pt"})
@@ -1136,10 +1161,10 @@ def make_quantized():
             for _ in range(6):
                 drawn = torch.cat([drawn, model(drawn).logits[:, -1:].argmax(-1)], 1)
         found[f"{name}.greedy"] = drawn[:, tokens.shape[1] :].int()
-        if entry["quant_method"] == "compressed-tensors":  # the others need a GPU there
-            read = type(model).from_pretrained(
-                directory, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
-            )
+        read = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
+        if way := read.get(entry["quant_method"]):  # the others need a GPU there
+            how = getattr(transformers, way)(dequantize=True)
+            read = type(model).from_pretrained(directory, quantization_config=how, dtype=torch.float32)
             with torch.no_grad():
                 again = read.eval()(torch.tensor(tokens)).logits
             torch.testing.assert_close(again, logits, atol=2e-4, rtol=0)
