@@ -58,7 +58,8 @@ def placements(tree: PyTree, specs: PyTree, sizes: Mapping[str, int]) -> list[Pl
         ways = [math.prod(sizes.get(axis, 1) for axis in names) for names in axes]
         local = tuple(-(-size // way) for size, way in zip(leaf.shape, ways, strict=True))
         item = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else np.dtype(leaf.dtype).itemsize
-        found.append(Placed(path_name(path), tuple(leaf.shape), str(leaf.dtype), axes, local, math.prod(local) * item))
+        size = math.prod(local) * item // (2 if str(leaf.dtype) == "int4" else 1)  # two 4-bit values to a byte
+        found.append(Placed(path_name(path), tuple(leaf.shape), str(leaf.dtype), axes, local, size))
     return found
 
 

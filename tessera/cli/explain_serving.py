@@ -7,6 +7,7 @@ from rich.console import Console
 
 from sharding.analysis import hardware
 from sharding.errors import PlanError
+from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.cli.main import Invocation
 from tessera.infra.checkpoint import CheckpointDamaged
@@ -28,18 +29,19 @@ def main(invocation: Invocation) -> int:
     if values["devices"] < 1:
         raise ConfigError(f"--devices={values['devices']} must be at least 1")
     source = build(SourceConfig, c.model, "config.model")
-    if source.bits:
-        raise ConfigError(f"config.model.bits={source.bits}: only unrounded weights are explained; leave it out")
+    named = {name: getattr(source, name) for name in ("bits", "method", "group")}
+    weights = build(QuantConfig, {}, "config.model", **named) if source.bits else None
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     config = checked("config.model.dir", read_architecture, source)
     options = {"context": values["context"], "latency": values["latency"] * 1e-6, "dtype": source.dtype}
+    options["weights"] = weights
     refused: dict[str, str] = {}
     if c.plan:
         plan = build(Plan, {}, "config", axes=c.plan)
         plan = checked("config.plan", plan.fill, max(plan.devices, 1))
         found = [checked("config.plan", token_cost, config, plan, sizes, device, **options)]
     else:
-        found, refused = serving_plans(config, values["devices"], sizes, device, **options)
+        found, refused = checked("config.model", serving_plans, config, values["devices"], sizes, device, **options)
     show(console, found, device)
     fitting = [one for one in found if one.fits(device)]
     full = [filled(one, config, sizes, device, **options) for one in fitting]

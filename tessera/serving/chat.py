@@ -77,9 +77,8 @@ class ChatFormat:
             return "".join(lines) + "assistant:"
         from jinja2.exceptions import TemplateError
 
-        names: dict[str, Any] = {}
-        ends = self.text.ends
-        if isinstance(self.tokenizer, BPETokenizer):
+        names, ends = dict(self.text.special or {}), self.text.ends
+        if self.text.special is None and isinstance(self.tokenizer, BPETokenizer):
             names["bos_token"] = "" if self.text.begin is None else self.tokenizer.name_of(self.text.begin)
             names["eos_token"] = self.tokenizer.name_of(ends[0]) if ends else ""
         messages = [_with_arguments(message) for message in messages]

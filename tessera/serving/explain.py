@@ -18,13 +18,14 @@ from sharding.analysis.hardware import Hardware
 from sharding.analysis.roofline import placements, step_roofline
 from sharding.errors import PlanError
 from sharding.inference.kv_cache import CacheConfig
+from sharding.inference.quantize import QuantConfig
 from sharding.inference.sample import greedy
 from sharding.mesh import abstract_mesh
 from sharding.plan import MESH_AXES, Plan, factorings
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.serving.programs import Programs, Rows, ServeConfig
-from tessera.serving.quantized import quantized_specs
+from tessera.serving.quantized import quantized_shapes, quantized_specs
 from tessera.serving.served import serve
 
 HEADROOM = 0.92  # share of a device's memory that weights and KV cache may fill
@@ -76,6 +77,7 @@ def token_cost(
     context: int = 0,
     latency: float = 5e-6,
     dtype: str = "",
+    weights: QuantConfig | None = None,
 ) -> TokenCost:
     """Explain one plan.
 
@@ -87,9 +89,12 @@ def token_cost(
       context: tokens of every text in the KV cache; 0 is half of the length.
       latency: seconds that a collective takes beside its bytes.
       dtype: of weights and activations; "" is the model's.
+      weights: how kernels are quantized, None for not at all. Their bytes are read from memory once, as they are, and
+        made float on the way to the products.
 
     Raises:
       PlanError: a plan that does not fit the model or the sizes.
+      ValueError: a group that does not divide a kernel's inputs.
     """
     decoder: Any = None
 
@@ -98,14 +103,15 @@ def token_cost(
         params, decoder = serve(params, config, plan, dtype)
         return params
 
-    params = jax.eval_shape(served, param_shapes(config))
+    shapes = param_shapes(config)
+    params = jax.eval_shape(served, shapes if weights is None else quantized_shapes(shapes, weights))
     programs = Programs(decoder, sizes, abstract_mesh(plan))
     state = jax.eval_shape(programs.empty)
     context = context or sizes.length // 2
-    weights = placements(params, quantized_specs(params, decoder), {axis: plan.size(axis) for axis in MESH_AXES})
-    table = sum(one.bytes for one in weights if one.path.startswith("embed/") and not decoder.config.tied)
-    held = sum(one.bytes for one in weights)
-    experts = sum(one.bytes for one in weights if "/experts/" in one.path)
+    placed = placements(params, quantized_specs(params, decoder), {axis: plan.size(axis) for axis in MESH_AXES})
+    table = sum(one.bytes for one in placed if one.path.startswith("embed/") and not decoder.config.tied)
+    held = sum(one.bytes for one in placed)
+    experts = sum(one.bytes for one in placed if "/experts/" in one.path)
 
     def drawn(steps: int) -> Any:
         def call(params: Any, state: Any) -> Any:

@@ -67,12 +67,21 @@ class TextFormat(NamedTuple):
       ends: tokens that end it.
       template: of a chat, in Jinja; "" without one.
       positions: tokens at most; 0 for no limit.
+      special: texts of special tokens by the names that a template knows them by (bos_token, eos_token ...); None for
+        those of `begin` and `ends`.
     """
 
     begin: int | None = None
     ends: tuple[int, ...] = ()
     template: str = ""
     positions: int = 0
+    special: Mapping[str, str] | None = None
+
+
+# Names that a chat template knows special tokens by.
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Classes of tokenizers that have no special tokens but those that their files name.
+NO_DEFAULTS = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 def read_format(directory: Path | str) -> TextFormat:
@@ -88,9 +97,20 @@ def read_format(directory: Path | str) -> TextFormat:
     if isinstance(template, list):  # several by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
-    return TextFormat(
-        c.get("bos_token_id"), tuple(ends), template if isinstance(template, str) else "", c["max_position_embeddings"]
-    )
+    template = template if isinstance(template, str) else ""
+    special = _special_tokens(path, more["tokenizer_config.json"])
+    return TextFormat(c.get("bos_token_id"), tuple(ends), template, c["max_position_embeddings"], special)
+
+
+def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str] | None:
+    """Special tokens that a directory's tokenizer has for a template, as transformers reads them; None if unsaid."""
+    if "added_tokens_decoder" not in settings:  # else the older file is not read
+        settings = {**settings, **_read_json(directory / "special_tokens_map.json")}
+    said = {name: settings[name] for name in SPECIAL if name in settings}
+    if not said and (settings.get("tokenizer_class") not in NO_DEFAULTS or not settings):
+        return None
+    texts = {name: one.get("content") if isinstance(one, dict) else one for name, one in said.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -173,9 +173,8 @@ def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float3
             tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, BPETokenizer) else BPETokenizer.of_bytes()
             tokenizer.save(staging / "tokenizer.json")
             names = {"bos_token": text.begin, "eos_token": text.ends[0] if text.ends else None}
-            settings: dict[str, Any] = {
-                name: tokenizer.name_of(token) for name, token in names.items() if token is not None
-            }
+            named = {name: tokenizer.name_of(token) for name, token in names.items() if token is not None}
+            settings: dict[str, Any] = named if text.special is None else dict(text.special)
             settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
             settings |= {"chat_template": text.template} if text.template else {}
             write_text(staging / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")

@@ -27,6 +27,7 @@ from tessera.compress.statistics import gather, kernels, run, statistics_of
 from tessera.lm.warm_start import join_blocks, split_blocks
 from tessera.models.lm_loss import replaced
 from tessera.models.transformer import TransformerConfig
+from tessera.optim.param_axes import Axes, kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
 
 
@@ -72,6 +73,36 @@ def quantise_decoder(
     return join_blocks(params, made, config)
 
 
+def _quantized_axes(path: tuple) -> Axes | None:
+    """Axes of a kernel that is quantized, None for every other leaf."""
+    names = [str(entry.key) for entry in path]
+    inside = {"attention", "mlp"}.intersection(names)
+    return kernel_axes(path) if names[-1] == "kernel" and "router" not in names and inside else None
+
+
+def quantized_shapes(shapes: PyTree, how: QuantConfig) -> PyTree:
+    """Shapes of a decoder's parameters with those of `Quantized` in place of every kernel that is quantized.
+
+    Raises:
+      ValueError: a group that does not divide a kernel's inputs.
+    """
+
+    def one(path: tuple, leaf: Any) -> Any:
+        axes = _quantized_axes(path)
+        if axes is None:
+            return leaf
+        stack = leaf.shape[: min(axes.inputs)]  # layers and experts
+        into, groups, out = _groups(leaf.shape[len(stack) :], how, len(axes.inputs))
+        parts = {"values": ((*into, *out), jnp.int4 if how.bits == 4 else jnp.int8)}
+        parts["scales"] = ((*groups, *out), jnp.float32)
+        if how.method == "awq":
+            parts["channel"] = ((*into, *(1,) * len(out)), jnp.float32)
+        made = {name: jax.ShapeDtypeStruct((*stack, *shape), dtype) for name, (shape, dtype) in parts.items()}
+        return Quantized(**made)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
 def _quantise_block(block: Mapping[str, Any], how: QuantConfig, seen: Mapping[str, Any]) -> PyTree:
     made = dict(block)
     for names, leaf, inputs in kernels(block):
@@ -91,15 +122,19 @@ def _stack(members: list[Quantized]) -> Quantized:
 
 def _quantise(kernel: Any, how: QuantConfig, count: int, seen: Calibration | None) -> Quantized:
     """A kernel of `count` input axes [inputs..., outputs...]; a group never spans two of the last input axis' rows."""
-    shape = np.shape(kernel)
+    into, groups, out = _groups(np.shape(kernel), how, count)
+    flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
+    found = quantize_matrix(flat, how, seen)
+    channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
+    return Quantized(found.values.reshape(*into, *out), found.scales.reshape(*groups, *out), channel)
+
+
+def _groups(shape: tuple[int, ...], how: QuantConfig, count: int) -> tuple[tuple[int, ...], ...]:
+    """Sizes of a kernel's input axes, the numbers of groups along them, and sizes of its output axes."""
     into, out = shape[:count], shape[count:]
     if how.group and into[-1] % how.group:
         raise ValueError(f"group={how.group} does not divide the last input axis of a kernel {shape}")
-    flat = np.asarray(kernel, np.float64).reshape(int(np.prod(into)), int(np.prod(out)))
-    found = quantize_matrix(flat, how, seen)
-    groups = (*into[:-1], into[-1] // how.group) if how.group else (1,) * count
-    channel = None if found.channel is None else found.channel.reshape(*into, *(1,) * len(out))
-    return Quantized(found.values.reshape(shape), found.scales.reshape(*groups, *out), channel)
+    return into, (*into[:-1], into[-1] // how.group) if how.group else (1,) * count, out
 
 
 def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:

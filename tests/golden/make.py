@@ -1347,6 +1347,36 @@ def make_chats():
     return found
 
 
+SPECIAL = {  # tokenizer_config.json, special_tokens_map.json
+    "of the tokenizer": (
+        {"bos_token": "a", "eos_token": "b", "pad_token": {"__type": "AddedToken", "content": "c"}},
+        None,
+    ),
+    "none": ({"bos_token": None}, None),
+    "of the older file": ({"bos_token": "a"}, {"bos_token": "d", "eos_token": {"content": "e"}}),
+    "of the newer file": ({"bos_token": "a", "added_tokens_decoder": {}}, {"bos_token": "d", "eos_token": "e"}),
+}
+SPECIAL_TEMPLATE = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ bos_token is defined }}"
+
+
+def make_special_tokens():
+    """Prompts with the special tokens of a tokenizer's files, which are not those of config.json."""
+    found = []
+    for name, (settings, older) in SPECIAL.items():
+        directory = HERE / "tokenizer"
+        directory.mkdir()
+        shutil.copy(HERE / "tokenizers" / "bytelevel.json", directory / "tokenizer.json")
+        settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": SPECIAL_TEMPLATE}
+        files = {"tokenizer_config.json": settings} | ({"special_tokens_map.json": older} if older else {})
+        for file, content in files.items():
+            (directory / file).write_text(json.dumps(content))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        shutil.rmtree(directory)
+        found.append({"name": name, "files": files, "text": text})
+    return found
+
+
 def flat(tree, path=""):
     """Nested mappings and tensors as one mapping from paths to arrays."""
     if isinstance(tree, dict):
@@ -1393,7 +1423,9 @@ def main():
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}
     (HERE / "chats.json").write_text(json.dumps(make_chats(), indent=1) + "\n")
-    sources["chats.json"] = {"source": TRANSFORMERS, "command": COMMAND}
+    (HERE / "special_tokens.json").write_text(json.dumps(make_special_tokens(), indent=1) + "\n")
+    for name in ("chats.json", "special_tokens.json"):
+        sources[name] = {"source": TRANSFORMERS, "command": COMMAND}
     sources["tokenizers/"] = {"source": TRANSFORMERS, "command": COMMAND}
     sources["lora/"] = {"source": PEFT, "command": COMMAND}
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}

@@ -16,6 +16,7 @@ from tessera.serving.protocol import Reader, read_body
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CHATS = json.loads((GOLDEN / "chats.json").read_text())
+SPECIAL = json.loads((GOLDEN / "special_tokens.json").read_text())
 HERMES = next(one["template"] for one in CHATS if one["tools"])
 MISTRAL = "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}{{ messages | tojson }}[TOOL_CALLS]"
 LLAMA = '{% if tools %}Answer with {"name": name, "parameters": object}.{% endif %}{{ messages | tojson }}'
@@ -66,6 +67,16 @@ def test_a_directorys_template_is_the_only_one_or_the_default_of_several(templat
     assert read_format(tmp_path).template == "{{ 1 }}"
     (tmp_path / "chat_template.jinja").write_text("{{ 3 }}")
     assert read_format(tmp_path).template == "{{ 3 }}"
+
+
+@pytest.mark.parametrize("case", SPECIAL, ids=[one["name"] for one in SPECIAL])
+def test_a_template_has_the_special_tokens_of_the_tokenizers_files(case, tmp_path):
+    """Not those that config.json numbers: instructed models end their turns with another token than their texts."""
+    settings = json.loads((GOLDEN / "huggingface" / "llama" / "config.json").read_text())
+    assert settings["bos_token_id"] is not None
+    for name, content in (case["files"] | {"config.json": settings}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert ChatFormat(tokenizer(), read_format(tmp_path)).render([{"role": "user", "content": "?"}]) == case["text"]
 
 
 def calls(found):

@@ -9,14 +9,17 @@ import pytest
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from sharding.analysis.hardware import find_hardware
+from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.explain import _touched, filled, serving_plans, table, token_cost
 from tessera.serving.programs import ServeConfig
+from tessera.serving.quantized import quantise_decoder, quantized_shapes
 from tessera.serving.served import serve
 
 CONFIG = TransformerConfig(vocab_size=64, layers=4, width=16, heads=8, kv_heads=4, ff=24)
 SIZES = ServeConfig(slots=8, length=32, chunk=16)
+SHAPES = param_shapes(CONFIG)
 V5E = find_hardware("v5e")
 
 
@@ -88,6 +91,31 @@ def test_experts_are_read_where_a_token_goes_to_them():
     assert one.weights - split.weights == experts / 2
     more = cost("ep=2", replace(routed, layers=8))
     assert more.collectives - split.collectives == 4 * 3, "sizes, tokens there, and back"
+
+
+@pytest.mark.parametrize("axes", ["", "tp=2"])
+@pytest.mark.parametrize(
+    "how", [QuantConfig(8), QuantConfig(4, group=2), QuantConfig(4, "awq", 2)], ids=["int8", "int4", "awq"]
+)
+def test_quantized_weights_are_counted_as_they_are_held(how, axes):
+    """Bytes by hand: 8 or 4 bits a weight, a float32 scale a group and output, AWQ's factor an input."""
+    into_out = {"query": (16, 16), "key": (16, 8), "value": (16, 8), "output": (16, 16)}
+    into_out |= {"gate": (16, 24), "up": (16, 24), "down": (24, 16)}
+    ways, wanted = Plan(axes).size("tp"), 0.0
+    for name, (inputs, outputs) in into_out.items():
+        groups, inner = (inputs // how.group if how.group else 1), name in ("output", "down")  # tp splits their inputs
+        scales = groups * outputs / (1 if inner and not how.group else ways)
+        factors = inputs / (ways if inner else 1) if how.method == "awq" else 0
+        wanted += 4 * (inputs * outputs * how.bits / 8 / ways + 4 * (scales + factors))
+    rest = 4 * (64 * 16 / ways + 9 * 16)
+    found, plain = cost(axes, weights=how), cost(axes)
+    assert found.weights == wanted + rest
+    assert plain.traffic - found.traffic == plain.weights - found.weights
+    assert (found.flops, found.cache, found.moved) == (plain.flops, plain.cache, plain.moved)
+    made = quantise_decoder(jax.tree.map(lambda one: np.ones(one.shape), SHAPES), CONFIG, replace(how, method="rtn"))
+    shapes = quantized_shapes(SHAPES, replace(how, method="rtn"))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), made["blocks"], shapes["blocks"])
+    assert all(leaf for path, leaf in jax.tree.leaves_with_path(same) if "gain" not in str(path))
 
 
 @pytest.mark.parametrize("axes", ["", "dp=2", "pp=2"])
