@@ -1,6 +1,7 @@
 """Damaged files of every format, requests that vanish, and inputs that nobody would send."""
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -254,7 +255,10 @@ def resumed(lab: faults.Lab, most: int) -> None:
 
 
 def requests(lab: faults.Lab, most: int) -> None:
-    """Send requests, 200 at once; a third of the clients leave. The others get what their seed gives, and all ends."""
+    """Send requests, 200 at once; a third of the clients leave, a tenth read slowly.
+
+    The others get what their seed gives, all ends, and the memory after a fifth of them is that after all.
+    """
     log, out = lab.place / "requests.log", lab.place / "requests.json"
     status = faults.fork(lambda: out.write_text(json.dumps(_requests(most, lab.random.random()))) and 0, log, 1800)
     count = lab.count("requests")
@@ -288,10 +292,10 @@ def _requests(most: int, seed: float) -> list[tuple[str, str, str]]:
     expected: dict[int, str] = {}
 
     async def ask(client: openai.AsyncOpenAI, number: int, limit: asyncio.Semaphore) -> None:
-        kind, leaves = number % 50, rng.random() < 1 / 3
+        kind, leaves, slow = number % 50, rng.random() < 1 / 3, rng.random() < 0.1
         body = {"model": "tiny", "prompt": f"{kind} ", "max_tokens": 8, "seed": kind, "stream": rng.random() < 0.5}
         async with limit:
-            task = asyncio.create_task(send(client, body))
+            task = asyncio.create_task(send(client, body, 0.3 if slow else 0.0))
             if leaves:
                 await asyncio.sleep(rng.uniform(0, 0.5))
                 gone = not task.done()
@@ -305,22 +309,34 @@ def _requests(most: int, seed: float) -> list[tuple[str, str, str]]:
                 done.append((f"request {number}", repr(error)[:300], ""))
                 return
         first = expected.setdefault(kind, text)
-        done.append((f"request {number}", "" if text == first else f"{text!r}, and {first!r} before", "answered"))
+        note = "read slowly" if slow and body["stream"] else "answered"
+        done.append((f"request {number}", "" if text == first else f"{text!r}, and {first!r} before", note))
 
-    async def send(client: openai.AsyncOpenAI, body: dict) -> str:
+    async def send(client: openai.AsyncOpenAI, body: dict, pause: float) -> str:
         answer = await client.completions.create(**body)
         if not body["stream"]:
             return answer.choices[0].text
-        return "".join([chunk.choices[0].text async for chunk in answer])
+        texts = []
+        async for chunk in answer:
+            texts.append(chunk.choices[0].text)
+            await asyncio.sleep(pause)
+        return "".join(texts)
 
-    async def everybody(server: Any) -> None:
+    async def everybody(server: Any, numbers: range) -> None:
         limit = asyncio.Semaphore(200)
         async with server.client(kind=openai.AsyncOpenAI) as client:
-            await asyncio.gather(*(ask(client, number, limit) for number in range(most)))
+            await asyncio.gather(*(ask(client, number, limit) for number in numbers))
 
     with running(queue=256) as server:
         threads = threading.active_count()
-        asyncio.run(everybody(server))
+        first = max(most // 5, 1)
+        asyncio.run(everybody(server, range(first)))
+        before = resident()
+        asyncio.run(everybody(server, range(first, most)))
+        after = resident()
+        grown = after - before > GROWTH
+        note = f"{before:.0f} MB resident after {first} requests, {after:.0f} MB after {most}"
+        done.append(("memory", note if grown else "", note))
         until = time.monotonic() + 30
         while time.monotonic() < until and not idle(server.engine):
             time.sleep(0.05)
@@ -331,6 +347,15 @@ def _requests(most: int, seed: float) -> list[tuple[str, str, str]]:
         status, _ = server.post({"model": "tiny", "prompt": "a", "max_tokens": 2})
         done.append(("a request afterwards", "" if status == 200 else f"status {status}", "answered"))
     return done
+
+
+GROWTH = 64.0  # MB that the process (server and clients) may grow by after the first fifth of the requests
+
+
+def resident() -> float:
+    """Memory of this process in MB."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def idle(engine: Any) -> bool:

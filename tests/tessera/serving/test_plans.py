@@ -16,6 +16,7 @@ from sharding.inference.sample import greedy
 from sharding.plan import Plan
 from tessera.models.attention_forms import RopeScaling
 from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.serving import config_json
 from tessera.serving.programs import Rows, ServeConfig, make_programs
 from tessera.serving.served import serve
 
@@ -24,7 +25,13 @@ DENSE = replace(PLAIN, qkv_bias=True, qk_norm=True, rope_scaling=RopeScaling("ll
 DENSE = replace(DENSE, window=5, attention_pattern="LGN")  # shorter than prompts, longer than what a call reads of some
 ROUTED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(experts=8, k=2), shared=1))
 HASHED = replace(PLAIN, mlp="routed", moe=MoEConfig(router=RouterConfig(name="hash", experts=8, k=2)))
-CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED}
+TINY = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "rope_theta": 100.0}
+TINY |= {"num_attention_heads": 8, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2}
+FAMILIES = {
+    kind: config_json.read(config_json.settings(TINY | {"model_type": kind} | more, kind), kind)
+    for kind, more in (("olmoe", {"num_key_value_heads": 8}), ("mixtral", {"sliding_window": 6}))
+}
+CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED} | FAMILIES
 SIZES = ServeConfig(slots=8, length=24, chunk=8)
 LENGTHS = np.array([12, 5, 8, 1, 9, 0, 3, 11], np.int32)
 STEPS = 4
@@ -50,6 +57,11 @@ SLOW_PLANS = [
     ("dense", "ep=2, cp=4"),
     ("hashed", ""),
     ("hashed", "ep=4, tp=2"),
+    *(
+        (name, axes)
+        for name in FAMILIES
+        for axes in ("tp=2", "tp=4", "tp=8", "ep=2", "ep=4", "ep=8", "ep=2, tp=4", "ep=4, tp=2")
+    ),
     *(("routed", axes) for axes in ("ep=8", "ep=4, tp=2", "dp=2, ep=2, cp=2", "dp=2, cp=2, tp=2", "pp=4, dp=2")),
 ]
 
