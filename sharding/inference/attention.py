@@ -39,7 +39,9 @@ def over_past(
         position_NT = starts_N[:, None] + jnp.arange(q_NTKGh.shape[1], dtype=jnp.int32)[None]
         seen_NTS &= visible(position_NT, jnp.broadcast_to(position_S[None], seen_NS.shape), form.window)
     dtype = q_NTKGh.dtype
-    k_NKSh, v_NKSh = past.k.astype(dtype), past.v.astype(dtype)
+    shared = past.v is None
+    k_NKSh, v_NKSh = past.k.astype(dtype), (past.k if shared else past.v).astype(dtype)
+    v_scale = past.k_scale if shared else past.v_scale
     s_NKGTS = jnp.einsum("ntkgh,nksh->nkgts", q_NTKGh, k_NKSh, preferred_element_type=jnp.float32)
     if past.k_scale is not None:
         s_NKGTS *= past.k_scale[:, :, None, None]
@@ -47,8 +49,8 @@ def over_past(
     top_NKGT = finite(s_NKGTS.max(-1))
     p_NKGTS = jnp.exp(s_NKGTS - top_NKGT[..., None])
     sum_NKGT = p_NKGTS.sum(-1)
-    if past.v_scale is not None:
-        p_NKGTS *= past.v_scale[:, :, None, None]
+    if v_scale is not None:
+        p_NKGTS *= v_scale[:, :, None, None]
     o_NKGTh = jnp.einsum("nkgts,nksh->nkgth", p_NKGTS.astype(dtype), v_NKSh, preferred_element_type=jnp.float32)
     o_NKGTh /= jnp.maximum(sum_NKGT, 1e-30)[..., None]
     lse_NKGT = jnp.log(sum_NKGT) + top_NKGT

@@ -30,6 +30,7 @@ class CacheConfig:
       length: most tokens of one sequence, prompt included.
       head_dim: h.
       dtype: "float32", "bfloat16" or "int8" (one float32 scale per position and head).
+      shared: values are the first channels of the keys (latent attention), and not stored again.
 
     Example:
       >>> from sharding.inference import CacheConfig
@@ -43,6 +44,7 @@ class CacheConfig:
     length: int
     head_dim: int
     dtype: str = "float32"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "slots", "kv_heads", "length", "head_dim"):
@@ -55,7 +57,7 @@ class CacheConfig:
     def bytes(self) -> int:
         """Bytes over all devices."""
         per_head = self.head_dim * jnp.dtype(DTYPES[self.dtype]).itemsize + (4 if self.dtype == "int8" else 0)
-        return 2 * self.layers * self.slots * self.kv_heads * self.length * per_head
+        return (2 - self.shared) * self.layers * self.slots * self.kv_heads * self.length * per_head
 
     def check(self, plan: Plan) -> None:
         """Refuse sizes that do not divide.
@@ -80,6 +82,8 @@ class CacheConfig:
 class Cache(NamedTuple):
     """A KV cache: keys and values, their scales (None unless int8), and the number of tokens in every slot.
 
+    Values that the keys begin with are None.
+
     Example:
       >>> from sharding.inference import CacheConfig, make_cache
       >>> cache = make_cache(CacheConfig(layers=2, slots=3, kv_heads=1, length=8, head_dim=4))
@@ -95,10 +99,13 @@ class Cache(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Keys and values [N, K, S, h] of some slots in one layer, and their scales [N, K, S] or None."""
+    """Keys and values [N, K, S, h] of some slots in one layer, and their scales [N, K, S] or None.
+
+    Without values of their own (None) the keys are the values too.
+    """
 
     k: jax.Array
-    v: jax.Array
+    v: jax.Array | None
     k_scale: jax.Array | None
     v_scale: jax.Array | None
 
@@ -118,7 +125,8 @@ def make_cache(config: CacheConfig) -> Cache:
 
     dtype = DTYPES[config.dtype]
     lengths = jnp.zeros(config.slots, jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale(), scale(), lengths)
+    k, v = jnp.zeros(shape, dtype), None if config.shared else jnp.zeros(shape, dtype)
+    return Cache(k, v, scale(), None if config.shared else scale(), lengths)
 
 
 def cache_specs(config: CacheConfig, plan: Plan) -> Cache:
@@ -139,7 +147,8 @@ def cache_specs(config: CacheConfig, plan: Plan) -> Cache:
     names = [next(iter(plan.present(axis)), None) for axis in ("pp", "tp", "cp")]
     values = PartitionSpec(names[0], data, names[1], names[2])
     scales = values if config.dtype == "int8" else None
-    return Cache(values, values, scales, scales, PartitionSpec(data))
+    v, v_scales = (None, None) if config.shared else (values, scales)
+    return Cache(values, v, scales, v_scales, PartitionSpec(data))
 
 
 def quantize_vectors(x: Float[Array, "*N h"]) -> tuple[Int[Array, "*N h"], Float[Array, "*N"]]:
@@ -185,7 +194,9 @@ def append(
     # The scatter drops rows past the end.
     row_NT = jnp.where(here_NT, position_NT // ways, cache.k.shape[3])
 
-    def write(array: jax.Array, values: jax.Array) -> jax.Array:
+    def write(array: jax.Array | None, values: jax.Array) -> Any:
+        if array is None:
+            return None
         order = (1, 3, 0, 2, *range(4, values.ndim))
         return array.at[:, slots_N[:, None], :, row_NT].set(values.transpose(order).astype(array.dtype), mode="drop")
 

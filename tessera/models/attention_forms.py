@@ -119,6 +119,8 @@ class LatentConfig:
       nope_dim: channels of a head's query and key without positions.
       rope_dim: rotated channels of a head's query, and of the one key that all heads share.
       value_dim: channels of a head's value.
+      absorbed: queries are projected to the latents, which are then one key and value for all heads: the same function
+        (section 2.1.2), with a KV cache of kv_rank + rope_dim channels a token. Serving sets it.
     """
 
     kv_rank: int = 0
@@ -126,6 +128,7 @@ class LatentConfig:
     nope_dim: int = 128
     rope_dim: int = 64
     value_dim: int = 128
+    absorbed: bool = False
 
     def __post_init__(self):
         least = {"kv_rank": 0, "q_rank": 0, "nope_dim": 1, "rope_dim": 2, "value_dim": 1}

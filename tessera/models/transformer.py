@@ -434,11 +434,12 @@ def project_latent(
     positions_BT: Int[Array, "B T"],
     config: TransformerConfig,
     form: LayerForm,
-) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H h"], Float[Array, "B T H v"]]:
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K v"]]:
     """Project to queries, keys and values through latents: DeepSeek-V2, section 2.1.2 and eq. 37-47.
 
-    Every head's key is its own channels without positions and then the rotated ones that all heads share. `params` are
-    those of one block's attention with `latent`, H that of the kernels; x_BTD is the normalized residual stream.
+    Every head's key is its own channels without positions and then the rotated ones that all heads share. With
+    `latent.absorbed` K is 1: the value is the latent, the key the latent and the shared channels. `params` are those of
+    one block's attention with `latent`, H that of the kernels; x_BTD is the normalized residual stream.
     """
     kernel = lambda name: params[name]["kernel"]  # noqa: E731
     turn = lambda x_BTHr: rotate(x_BTHr, positions_BT, form.frequency_f, form.magnitude)  # noqa: E731
@@ -449,6 +450,11 @@ def project_latent(
     q_BTHh = to_heads(q_in, base["kernel"])
     latent_BTR = rms_norm(x_BTD @ kernel("latent_down").astype(x_BTD.dtype), params["latent_norm"]["gain"])
     shared_BT1r = turn((x_BTD @ kernel("key_rope").astype(x_BTD.dtype))[:, :, None])
+    if config.latent.absorbed:
+        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHh[..., :size], kernel("key_up").astype(x_BTD.dtype))
+        latent_BT1R = latent_BTR[:, :, None]
+        q_BTHh = jnp.concatenate([q_BTHR, turn(q_BTHh[..., size:])], axis=-1)
+        return q_BTHh, jnp.concatenate([latent_BT1R, shared_BT1r], axis=-1), latent_BT1R
     k_BTHn, v_BTHv = (to_heads(latent_BTR, kernel(name)) for name in ("key_up", "value_up"))
     shared_BTHr = jnp.broadcast_to(shared_BT1r, (*k_BTHn.shape[:3], shared_BT1r.shape[-1]))
     q_BTHh = jnp.concatenate([q_BTHh[..., :size], turn(q_BTHh[..., size:])], axis=-1)
@@ -633,7 +639,10 @@ class Attention(nn.Module):
         sinks_H = Vector(c.heads, "logit", 0.0, name="sinks")()["logit"] if c.sinks else None
         window = packed_window(positions_BT, form.window) if self.packed else form.window
         how = AttentionForm(window, sinks_H, c.score_scale, c.attention_softcap)
-        y_BTD = from_heads(checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKv, how), "attended"), output_HvD)
+        y_BTHv = checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKv, how), "attended")
+        if c.latent.absorbed:
+            y_BTHv = jnp.einsum("bthr,rhv->bthv", y_BTHv, params["value_up"]["kernel"].astype(y_BTHv.dtype))
+        y_BTD = from_heads(y_BTHv, output_HvD)
         if c.output_bias:
             bias_D = Vector(d, "bias", 0.0, name="output_bias")()["bias"].astype(y_BTD.dtype)
             if self.axis is not None:  # partial results are summed over the axis: one device adds it

@@ -142,6 +142,8 @@ class ShardedDecoder:
     @property
     def cache_size(self) -> int:
         """Channels of a head's key, and of its value, in a KV cache."""
+        if self.config.latent.absorbed:
+            return self.config.latent.kv_rank + self.config.latent.rope_dim
         return max(self.config.head_size, self.config.value_size)
 
     @property

@@ -259,6 +259,7 @@ def canonical(config: TransformerConfig) -> TransformerConfig:
         "kv_heads": config.kv_size,
         "head_dim": 0 if config.latent.kv_rank else config.head_size,
         "ff": config.ff_size,
+        "latent": replace(config.latent, absorbed=False),
         "attention_pattern": "" if pattern in ("L", "G") else pattern,
         "rotary_dim": 0 if config.rotary_dim == config.head_size else config.rotary_dim,
         "local_rope_theta": config.local_rope_theta if "L" in kinds and local != plain else 0.0,

@@ -92,14 +92,15 @@ class Programs:
     @functools.cached_property
     def cache_config(self) -> CacheConfig:
         """Sizes of the KV cache; its dtype is the model's unless the config says another."""
-        model = self.decoder.config
+        model, latent = self.decoder.config, self.decoder.config.latent.absorbed
         return CacheConfig(
             model.layers,
             self.config.slots,
-            model.kv_size,
+            self.decoder.plan.size("tp") if latent else model.kv_size,  # a copy of the latents for each device
             self.config.length,
             self.decoder.cache_size,
             self.config.cache_dtype or model.dtype,
+            shared=latent,
         )
 
     @functools.cached_property

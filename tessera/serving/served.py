@@ -27,8 +27,8 @@ def serve(
 ) -> tuple[PyTree, ShardedDecoder]:
     """Parameters and model as they are served under a plan.
 
-    Blocks are stacked, key/value heads repeated where there are fewer than tp, what is for training only (capacity,
-    noise, auxiliary losses, recomputation) is off, and kernels have the compute dtype.
+    Blocks are stacked, key/value heads repeated where there are fewer than tp, latent attention caches latents, what is
+    for training only (capacity, noise, auxiliary losses, recomputation) is off, and kernels have the compute dtype.
 
     Args:
       params: of a decoder of `config`, any float dtype, on any device.
@@ -50,6 +50,7 @@ def serve(
     config = replace(config, scan=True, remat="none", dtype=dtype or config.dtype, kv_heads=config.kv_size)
     config = replace(config, moe=tokenwise(config.moe), ff=config.ff_size)
     config = replace(config, head_dim=0 if config.latent.kv_rank else config.head_size)
+    config = replace(config, latent=replace(config.latent, absorbed=config.latent.kv_rank > 0))
     if config.heads % tp:
         near = nearest_divisor(config.heads, tp)
         raise PlanError(f"plan {plan.axes!r}: {config.heads} heads do not divide by tp={tp}; nearest valid: tp={near}")

@@ -18,6 +18,7 @@ from sharding.plan import Plan
 from tessera.models.attention_forms import LatentConfig, RopeScaling
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving import config_json, huggingface
+from tessera.serving.engine import Engine
 from tessera.serving.families import FAMILIES, NotConvertible
 from tessera.serving.huggingface import (
     ForeignFiles,
@@ -28,6 +29,7 @@ from tessera.serving.huggingface import (
     write_config,
 )
 from tessera.serving.programs import ServeConfig, make_programs
+from tessera.serving.requests import Sampling
 from tessera.serving.served import serve
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface"
@@ -129,6 +131,32 @@ def test_windows_of_qwen_without_a_list_of_layers_are_in_the_last_ones(tmp_path)
         assert "".join(read_config(tmp_path).attention_kinds) == letters
     (tmp_path / "config.json").write_text(json.dumps(changed | {"max_window_layers": 5}))
     assert read_config(tmp_path).window == 0
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "int8"))]
+)
+def test_latent_attention_caches_latents_and_no_keys_and_values(cache_dtype, golden):
+    params, config = load_directory(GOLDEN / "deepseek_v3")
+    params, served = serve(params, config, Plan(""))
+    programs = make_programs(served, ServeConfig(slots=2, length=24, chunk=12, cache_dtype=cache_dtype))
+    latent, per = config.latent, {"float32": 4, "bfloat16": 2, "int8": 1}[cache_dtype]
+    scales = 4 * (cache_dtype == "int8")
+    a_token = config.layers * ((latent.kv_rank + latent.rope_dim) * per + scales)  # of all heads together
+    state = programs.start()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) == 2 * 24 * a_token + 2 * 4
+    assert programs.cache_config.bytes == 2 * 24 * a_token
+    # A slot that begins with another's latents goes on as the one that has read them.
+    engine, case = Engine(programs, programs.place(params), prefix_cache=4), golden("huggingface")
+    prompt, wanted = case["tokens"][0].tolist(), case["deepseek_v3.greedy"][0].tolist()
+    sampling = Sampling(temperature=0.0, max_tokens=6)
+    first = engine.submit(prompt, sampling)
+    engine.run()
+    second = engine.submit([*prompt[:-1], 3], sampling), engine.submit(prompt, sampling)
+    engine.run()
+    assert engine.counts["prefix_tokens"] >= 2 * (len(prompt) - 1)
+    assert first.tokens == second[1].tokens
+    assert cache_dtype != "float32" or first.tokens == wanted
 
 
 def test_what_has_no_counterpart_is_refused(tmp_path):
