@@ -19,7 +19,7 @@ from typing import Any
 
 from tessera.cli.main import Command, Flag, Invocation, run
 
-SUITES = ("lottery", "moe", "kernels", "sparsity", "fits", "inference", "data", "audit")
+SUITES = ("lottery", "moe", "kernels", "sparsity", "fits", "inference", "decode", "data", "audit")
 # What `--all` runs: the configs for a CPU.
 CPU = ("bench_lottery", "bench_moe", "bench_kernels:cpu", "bench_sparsity", "bench_fits", "bench_inference")
 COMMAND = Command(

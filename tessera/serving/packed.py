@@ -23,6 +23,21 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output of a group of eight that the k-th
 WEIGHT = ".weight"
 
 
+# Entries of a method, with the values that are read, where they are said.
+VALID: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gptq": {
+        "bits": (4, 8),
+        "checkpoint_format": (None, "gptq", "gptq_v2"),
+        "format": (None, "gptq", "gptq_v2"),
+        "pack_dtype": (None, "int32"),
+        "dynamic": (None, {}),
+        "is_marlin_format": (None, False),
+    },
+    "awq": {"bits": (4,), "version": (None, "gemm", "GEMM"), "format": (None, "gemm")},
+    "fp8": {"fmt": (None, "e4m3"), "scale_fmt": (None,)},
+}
+
+
 class Scheme(NamedTuple):
     """How the quantized weights of a directory are stored.
 
@@ -67,34 +82,24 @@ def scheme(entry: Any, where: str) -> Scheme | None:
         raise NotConvertible(
             f"{where}: quantization_config with quant_method={method!r} is not read; {', '.join(METHODS)} are"
         )
-    method = entry["quant_method"]
-    block: tuple[int, ...] = ()
+    method, block = entry["quant_method"], ()
     if method == "compressed-tensors":
         wrong = _wrong_groups(entry)
-    elif method == "fp8":
-        wrong = {
-            name: entry[name] for name, one in (("fmt", "e4m3"), ("scale_fmt", None)) if entry.get(name, one) != one
-        }
-        found = entry.get("weight_block_size")
-        valid_block = (
-            isinstance(found, Sequence) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)
-        )
-        block = tuple(found) if valid_block else ()
-        wrong |= {} if valid_block or found is None else {"weight_block_size": found}
     else:
-        valid: dict[str, tuple[Any, ...]] = {"bits": (4, 8) if method == "gptq" else (4,)}
-        valid |= {"checkpoint_format": (None, "gptq", "gptq_v2"), "pack_dtype": (None, "int32"), "dynamic": (None, {})}
-        valid |= {"is_marlin_format": (None, False), "use_marlin": (None, False)}
-        valid |= {"version": ("gemm", "GEMM", None)} if method == "awq" else {}
-        bits = entry.get("bits", entry.get("w_bit"))
-        wrong = {name: one for name in valid if (one := entry.get(name)) not in valid[name] and name != "bits"}
-        wrong |= {} if bits in valid["bits"] else {"bits": bits}
+        said = {"bits": entry.get("bits", entry.get("w_bit"))} | dict(entry)
+        wrong = {name: said[name] for name, fine in VALID[method].items() if name in said and said[name] not in fine}
+    layout = entry.get("checkpoint_format") or entry.get("format")
+    if method == "fp8" and (found := entry.get("weight_block_size")) is not None:
+        if isinstance(found, Sequence) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
+            block = tuple(found)
+        else:
+            wrong["weight_block_size"] = found
     if wrong:
         said = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise NotConvertible(f"{where}: quantization_config of {method} with {said} is not read")
     groups = entry.get("config_groups", {}).values() if method == "compressed-tensors" else ()
     activations = method == "fp8" or any(group.get("input_activations") for group in groups)
-    return Scheme(method, int(method == "gptq" and entry.get("checkpoint_format") != "gptq_v2"), block, activations)
+    return Scheme(method, int(method == "gptq" and layout != "gptq_v2"), block, activations)
 
 
 def _wrong_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
