@@ -39,9 +39,8 @@ def over_past(
         position_NT = starts_N[:, None] + jnp.arange(q_NTKGh.shape[1], dtype=jnp.int32)[None]
         seen_NTS &= visible(position_NT, jnp.broadcast_to(position_S[None], seen_NS.shape), form.window)
     dtype = q_NTKGh.dtype
-    shared = past.v is None
-    k_NKSh, v_NKSh = past.k.astype(dtype), (past.k if shared else past.v).astype(dtype)
-    v_scale = past.k_scale if shared else past.v_scale
+    v, v_scale = (past.k, past.k_scale) if past.v is None else (past.v, past.v_scale)
+    k_NKSh, v_NKSh = past.k.astype(dtype), v.astype(dtype)
     s_NKGTS = jnp.einsum("ntkgh,nksh->nkgts", q_NTKGh, k_NKSh, preferred_element_type=jnp.float32)
     if past.k_scale is not None:
         s_NKGTS *= past.k_scale[:, :, None, None]

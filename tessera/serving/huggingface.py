@@ -617,8 +617,8 @@ def _check_names(
     if missing:
         raise NotConvertible(f"{directory} has no tensor {some(sorted(missing))}")
     kinds = {name: tensors[name].handle.get_slice(name).get_dtype() for name in sorted(wanted)}
-    if quantized := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
-        raise NotConvertible(f"{directory} has quantized weights: {some(quantized)}; {', '.join(DTYPES)} load")
+    if others := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
+        raise NotConvertible(f"{directory} has quantized weights: {some(others)}; {', '.join(DTYPES)} load")
     layers = tuple(f"model.layers.{layer}." for layer in more)
     rest = {
         name for name in tensors.keys() - wanted - beside if not (IGNORED.fullmatch(name) or name.startswith(layers))

@@ -86,14 +86,14 @@ def scheme(entry: Any, where: str) -> Scheme | None:
     if method == "compressed-tensors":
         wrong = _wrong_groups(entry)
     else:
-        said = {"bits": entry.get("bits", entry.get("w_bit"))} | dict(entry)
-        wrong = {name: said[name] for name, fine in VALID[method].items() if name in said and said[name] not in fine}
+        found = {"bits": entry.get("w_bit")} | dict(entry)
+        wrong = {name: found[name] for name, fine in VALID[method].items() if name in found and found[name] not in fine}
     layout = entry.get("checkpoint_format") or entry.get("format")
-    if method == "fp8" and (found := entry.get("weight_block_size")) is not None:
-        if isinstance(found, Sequence) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
-            block = tuple(found)
+    if method == "fp8" and (sizes := entry.get("weight_block_size")) is not None:
+        if isinstance(sizes, Sequence) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes):
+            block = tuple(sizes)
         else:
-            wrong["weight_block_size"] = found
+            wrong["weight_block_size"] = sizes
     if wrong:
         said = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise NotConvertible(f"{where}: quantization_config of {method} with {said} is not read")
@@ -104,7 +104,11 @@ def scheme(entry: Any, where: str) -> Scheme | None:
 
 def _wrong_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of compressed-tensors that are not read."""
-    valid = {"kv_cache_scheme": (None, {}), "transform_config": (None, {}), "format": FORMATS}
+    valid: dict[str, tuple[Any, ...]] = {
+        "kv_cache_scheme": (None, {}),
+        "transform_config": (None, {}),
+        "format": FORMATS,
+    }
     wrong = {name: entry.get(name) for name in valid if entry.get(name) not in valid[name]}
     sparsity = entry.get("sparsity_config") or {}
     if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":

@@ -1,5 +1,9 @@
 """SmolLM2-135M-Instruct, which somebody else trained, against transformers; `make smollm2` brings it."""
 
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -62,6 +66,37 @@ def test_greedy_texts_are_those_of_transformers_up_to_their_end(name, golden):
         assert loaded.tokenizer.decode(np.asarray(request.tokens)) == "The capital of France is Paris."
         asked = [{"role": "user", "content": "What is the capital of France?"}]
         assert ChatFormat(loaded.tokenizer, loaded.format).prompt(asked) == tuple(prompt)
+
+
+@pytest.mark.slow
+def test_the_official_client_is_told_the_capital_of_france(tmp_path):
+    """The whole command: a process that serves the directory, and OpenAI's client."""
+    openai = pytest.importorskip("openai")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    root = MODEL.parents[1]
+    flags = [f"--config.model.dir={MODEL}", f"--config.port={port}", "--config.sizes.slots=1"]
+    flags += ["--config.sizes.length=128", "--config.sizes.chunk=64", "--config.app.warm_up=false"]
+    command = [sys.executable, str(root / "scripts" / "serve.py"), "--config=configs/serve.py", *flags]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+    try:
+        with openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", timeout=300) as client:
+            until = time.monotonic() + 300
+            while True:
+                try:
+                    (model,) = client.models.list()
+                    break
+                except (openai.APIConnectionError, openai.InternalServerError):
+                    assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.5)
+            asked = [{"role": "user", "content": "What is the capital of France?"}]
+            answer = client.chat.completions.create(model=model.id, messages=asked, temperature=0.0, max_tokens=20)
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.slow
