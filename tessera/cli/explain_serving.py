@@ -12,7 +12,8 @@ from sharding.plan import Plan
 from tessera.cli.main import Invocation
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import ConfigError, build, checked
-from tessera.serving import schema
+from tessera.infra.remote import local
+from tessera.serving import huggingface, schema
 from tessera.serving.explain import HEAD, TokenCost, filled, serving_plans, table, token_cost
 from tessera.serving.load import SourceConfig, read_architecture
 from tessera.serving.programs import ServeConfig
@@ -29,12 +30,10 @@ def main(invocation: Invocation) -> int:
     if values["devices"] < 1:
         raise ConfigError(f"--devices={values['devices']} must be at least 1")
     source = build(SourceConfig, c.model, "config.model")
-    named = {name: getattr(source, name) for name in ("bits", "method", "group")}
-    weights = build(QuantConfig, {}, "config.model", **named) if source.bits else None
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     config = checked("config.model.dir", read_architecture, source)
     options = {"context": values["context"], "latency": values["latency"] * 1e-6, "dtype": source.dtype}
-    options["weights"] = weights
+    options["weights"] = weights_of(source)
     refused: dict[str, str] = {}
     if c.plan:
         plan = build(Plan, {}, "config", axes=c.plan)
@@ -58,6 +57,24 @@ def main(invocation: Invocation) -> int:
     for plan_text, why in refused.items():
         console.print(f"{plan_text}: {why}", soft_wrap=True, highlight=False, style="dim")
     return 0 if fitting else 3
+
+
+def weights_of(source: SourceConfig) -> QuantConfig | None:
+    """How a model's weights are quantized when it is served; None for not at all.
+
+    Raises:
+      ConfigError: bits that are none; a directory whose weights are quantized, which config.json describes in part.
+    """
+    if source.bits:
+        named = {name: getattr(source, name) for name in ("bits", "method", "group")}
+        return build(QuantConfig, {}, "config.model", **named)
+    path = local(source.dir)
+    if huggingface.is_directory(path) and huggingface.read_settings(path).get("quantization_config"):
+        raise ConfigError(
+            f"config.model.dir={source.dir}: its weights are quantized; say how they are to be counted, such as "
+            "--config.model.bits=4 --config.model.group=128"
+        )
+    return None
 
 
 def show(console: Console, found: Sequence[TokenCost], device: hardware.Hardware) -> None:

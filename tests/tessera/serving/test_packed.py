@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.inference.quantize import Quantized, dequantize, is_quantized
+from sharding.inference.quantize import QuantConfig, Quantized, dequantize, is_quantized
 from sharding.inference.sample import greedy
 from sharding.plan import Plan
+from tessera.cli.explain_serving import weights_of
+from tessera.infra.errors import ConfigError
 from tessera.models.transformer import Decoder
 from tessera.parallel.decoder import dequantize_layer
 from tessera.serving import packed
@@ -233,6 +235,13 @@ def test_what_quantizes_activations_reads_as_its_weights_alone(tmp_path, caplog)
     assert "activations are not quantized here" in caplog.text
     plain, _ = load_directory(GOLDEN / "int8")
     assert jax.tree.all(jax.tree.map(np.array_equal, params, plain)) and config == read_config(GOLDEN / "int8")
+
+
+def test_plans_of_quantized_files_are_explained_with_the_bits_that_are_said():
+    with pytest.raises(ConfigError, match=r"weights are quantized; say how .*--config\.model\.bits=4"):
+        weights_of(SourceConfig(str(GOLDEN / "awq")))
+    assert weights_of(SourceConfig(str(GOLDEN / "awq"), bits=4, group=16)) == QuantConfig(4, group=16)
+    assert weights_of(SourceConfig(str(GOLDEN.parent / "llama"))) is None
 
 
 def test_quantized_weights_are_not_rounded_again_nor_exported(tmp_path, monkeypatch):
