@@ -190,11 +190,13 @@ def find(
         if last == "qweight" and how.method == "awq":
             size = (8 * size[1], size[0])
         elif last == "qweight":  # as many values to a word as its zero points have
-            zeros, scales = (tensors[parts[part]][0] for part in ("qzeros", "scales"))
-            size = (size[1], size[0] * (scales[-1] // max(zeros[-1], 1)))
+            zeros, scales = (math.prod(tensors[parts[part]][0]) for part in ("qzeros", "scales"))
+            size = (size[1], size[0] * (scales // max(zeros, 1)))
         elif last == "weight_packed":
-            outputs, inputs = (int(one) for one in get(parts["weight_shape"]).reshape(2))
-            size = (outputs, inputs)
+            said = np.asarray(get(parts["weight_shape"])).reshape(-1).tolist()
+            if len(said) != 2:
+                raise NotConvertible(f"{where}: {parts['weight_shape']} has {len(said)} sizes, not two")
+            size = (int(said[0]), int(said[1]))
         found[stem + WEIGHT] = Module(parts, size, dtype == FLOAT8)
     return found
 
@@ -212,6 +214,7 @@ def read(how: Scheme, module: Module, get: Callable[[str], np.ndarray]) -> Packe
         outputs, inputs = found.values_OI.shape
         J = found.scales_OJ.shape[1]
         fits = found.scales_OJ.shape == found.zeros_OJ.shape == (outputs, J) and found.groups_I.shape == (inputs,)
+        fits = fits and found.groups_I.dtype.kind in "iu" and (outputs, inputs) == module.shape
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise NotConvertible(f"{name}: the tensors of this quantized projection do not go together: {error}") from error
     if not fits or found.groups_I.min(initial=0) < 0 or found.groups_I.max(initial=0) >= J:
@@ -238,8 +241,10 @@ def _read(how: Scheme, tensors: Mapping[str, np.ndarray]) -> Packed:
         return _read_blocks(how, tensors["weight"].astype(np.float32), tensors["weight_scale_inv"].astype(np.float32))
     scales_OJ = tensors["weight_scale"].astype(np.float32)
     zeros = tensors.get("weight_zero_point")
+    if zeros is not None and zeros.dtype.kind not in "iu":
+        raise ValueError("zero points are whole numbers")
     if "weight_packed" in tensors:
-        outputs, inputs = (int(size) for size in tensors["weight_shape"])
+        outputs, inputs = (int(size) for size in tensors["weight_shape"].reshape(-1))
         bits = 32 * tensors["weight_packed"].shape[1] // inputs
         _check_bits(bits)
         half = 2 ** (bits - 1)
@@ -287,7 +292,11 @@ def _unpack(words: np.ndarray, bits: int, axis: int, order: Sequence[int] | None
       axis: 0 or 1.
       order: place of the k-th number among those of its word; default k.
     """
-    parts = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)
+    if words.dtype != np.int32 or words.ndim != 2:
+        raise ValueError(f"packed numbers are int32 in a matrix, not {words.dtype}{list(words.shape)}")
+    parts = np.ascontiguousarray(words).view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (
+        2**bits - 1
+    )
     parts = parts.astype(np.int16)
     if order is not None:
         parts = parts[..., np.argsort(order)]
