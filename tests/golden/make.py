@@ -1429,6 +1429,7 @@ def main():
     sources["tokenizers/"] = {"source": TRANSFORMERS, "command": COMMAND}
     sources["lora/"] = {"source": PEFT, "command": COMMAND}
     sources["huggingface/"] = {"source": TRANSFORMERS, "command": COMMAND}
+    sources["huggingface/quantized/"] = sources["quantized.npz"]
     (HERE / "sources.json").write_text(json.dumps(sources, indent=2, sort_keys=True) + "\n")
 
 
