@@ -95,7 +95,8 @@ def fit_bend(
 
     def whole(leaves: list[Array]) -> PyTree:
         left = iter(leaves)
-        return treedef.unflatten([next(left) if t else leaf for t, leaf in zip(trained, middle, strict=True)])
+        every = [next(left) if t else leaf for t, leaf in zip(trained, middle, strict=True)]
+        return jax.tree.unflatten(treedef, every)
 
     def step(carry: Any, batch: Any) -> tuple[Any, Array]:
         leaves, state, key = carry

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
-LIBRARIES = ("torch", "transformers", "peft", "auto_gptq", "autoawq", "compressed_tensors")
+LIBRARIES = ("torch", "transformers", "peft", "mergekit", "auto_gptq", "autoawq", "compressed_tensors")
 
 
 def test_every_file_states_its_source_and_command_and_all_are_small():

@@ -631,10 +631,8 @@ class Attention(nn.Module):
         c, d, scale = self.config, self.config.width, self.config.init_scale
         params = self._latent() if c.latent.kv_rank else self._grouped()
         output_HvD = Weight((c.heads, c.value_size, d), fan_in=2, scale=scale * c.residual_scale, name="output")()
-        if c.latent.kv_rank:
-            projected = project_latent(params, x_BTD, positions_BT, c, form)
-        else:
-            projected = project_qkv(params, x_BTD, positions_BT, c, form, self.axis)
+        given = params, x_BTD, positions_BT, c, form
+        projected = project_latent(*given) if c.latent.kv_rank else project_qkv(*given, self.axis)
         q_BTHh, k_BTKh, v_BTKv = (checkpoint_name(x, "qkv") for x in projected)
         sinks_H = Vector(c.heads, "logit", 0.0, name="sinks")()["logit"] if c.sinks else None
         window = packed_window(positions_BT, form.window) if self.packed else form.window
