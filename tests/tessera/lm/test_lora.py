@@ -101,9 +101,10 @@ def start(params, **settings):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: start(p, rank=0), "rank=0"),
+        (lambda p: start(p), "rank=0 has no adapters"),
+        (lambda p: start(p, rank=-1), "rank=-1 must not be negative"),
         (lambda p: start(p, targets="("), "no regular expression"),
-        (lambda p: start(p, targets="q_proj"), "fits none of the kernels: blocks/"),
+        (lambda p: start(p, rank=1, targets="q_proj"), "fits none of the kernels: blocks/"),
         (lambda p: start(p, rank=9), "rank=9 of blocks/layer_0/attention/key/kernel, 16 inputs and 8"),
         (lambda p: lora.apply(p, {"head": PAIR}, LORA), "changes head/kernel, which"),
         (
