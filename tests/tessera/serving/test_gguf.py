@@ -186,7 +186,8 @@ def test_a_file_becomes_a_directory_at_once(tmp_path, monkeypatch, capsys):
     file = write(tmp_path / "model.gguf", "llama", fields={"tokenizer.chat_template": "{{ messages }}"})
     assert export_hf.main([str(file), str(tmp_path / "model")]) == 0
     direct, exported = load(SourceConfig(str(file))), load(SourceConfig(str(tmp_path / "model")))
-    assert direct.format == exported.format == TextFormat(None, (0,), "{{ messages }}", 64)
+    assert direct.format == TextFormat(None, (0,), "{{ messages }}", 64)
+    assert exported.format == direct.format._replace(special={"eos_token": direct.tokenizer.name_of(0)})
     assert direct.config == exported.config and direct.tokenizer.vocab_size == exported.tokenizer.vocab_size == 64
     wanted = _flat(load_directory(GOLDEN / "llama")[0])
     for loaded in (direct, exported):
