@@ -83,6 +83,13 @@ def test_a_readout_added_later_branches_off_the_trunk_that_is_there(text, whole,
     assert steps[0] == first.branch and sum(steps) == last.steps  # the trunk's first part is not trained again
 
 
+def test_a_readout_added_before_the_end_of_the_trunk_is_what_it_would_have_been(text, whole, tmp_path):
+    trained(text, tmp_path, plan(tokens=(8192.0,)))
+    path = Store(tmp_path).path(plan())
+    (measured,) = train_run(plan(tokens=(4096.0,)), path, lambda steps: None, text=text, config=CONFIG)
+    assert measured[1]["loss"] == whole[0][0]["loss"]
+
+
 @pytest.mark.parametrize(
     "until", [pytest.param(10, marks=pytest.mark.slow), 70, pytest.param(110, marks=pytest.mark.slow)]
 )
