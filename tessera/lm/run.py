@@ -39,7 +39,8 @@ from tessera.data.text import (
     separator_of,
 )
 from tessera.infra.config import ConfigError, build, check_seeds, checked
-from tessera.infra.workdir import resolve
+from tessera.infra.remote import local
+from tessera.infra.workdir import read_settings, resolve
 from tessera.lm import lora
 from tessera.lm.distill import DistillConfig, distill_loss
 from tessera.lm.lora import LoRAConfig
@@ -190,7 +191,11 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
     start = build(StartConfig, c.start, "config.start")
     text = build(TextConfig, c.data, "config.data")
-    least = 0 if pretrained is None or pretrained.model is None else pretrained.model.vocab_size
+    least = 0  # words of a model to go on from, which may be more than its tokenizer's
+    if pretrained is not None and pretrained.model is not None:
+        least = pretrained.model.vocab_size
+    elif start.workdir:
+        least = checked("config.start", read_settings, local(start.workdir)).get("vocab_size", 0)
     config = run_config(
         c, max(least, text.vocab_size)
     )  # all settings are checked before the text is read, or even fetched
@@ -252,8 +257,8 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     settings |= {"data_sha256": splits.content_hash}
     if pretrained is not None:  # another model in the same directory is another run
         settings |= {"start_sha256": tree_hash((pretrained.params, pretrained.teacher))}
-    if text.tokenizer != "bpe" and splits.vocab_size != text.vocab_size:
-        settings |= {"vocab_size": splits.vocab_size}  # that of a file
+    if text.tokenizer != "bpe" and config.model.vocab_size != text.vocab_size:
+        settings |= {"vocab_size": config.model.vocab_size}  # that of a file, or of the model at the start
     schedule, said = learning_rate(config.optimizer), (overlap_line(text, splits), packing_line(text, rows))
     functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
     return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, tuple(filter(None, said)))
@@ -335,7 +340,7 @@ def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -
     """
     if least and words > least:
         raise ConfigError(
-            f"config.data.tokenizer={c.data.tokenizer!r} has {words} tokens, the model of config.start.dir {least}: "
+            f"config.data.tokenizer={c.data.tokenizer!r} has {words} tokens, the model of config.start {least}: "
             "its own tokenizer is needed"
         )
     start = c.start.dir or c.start.workdir

@@ -25,6 +25,7 @@ from tessera.loop import train
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
 from tessera.serving.huggingface import load_directory
+from tessera.serving.load import SourceConfig, load
 
 tokenizers = pytest.importorskip("tokenizers")
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface" / "llama"
@@ -181,19 +182,23 @@ def test_distillation_from_the_start_moves_nothing_and_from_a_teacher_towards_it
     assert set(both.init_fn(False).frozen) == {"base"}
 
 
-def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home, pretrained, tmp_path):
-    def whole(workdir, steps):
-        c = settings(home, pretrained, steps=steps, **LORA)
-        run = build_run(c, pretrained)
-        workdir.mkdir(exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(run.settings))
-        (workdir / "run.json").write_text(json.dumps({"format": FORMAT}))
-        logger, saving = Logger(workdir), CheckpointConfig(every=2)
-        with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
-            options = {"key": run.key, "logger": logger, "checkpoints": checkpoints, "place": run.placement.place}
-            init = lambda: run.init_fn(bool(checkpoints.steps()))  # noqa: E731
-            return run, train(run.step_fn, init, run.loader("train"), run.loop, **options).state
+def carried_out(workdir, home, pretrained, **changes):
+    """A run in a workdir, as `tessera train` carries it out: its parts and its last state."""
+    c = settings(home, pretrained, **changes)
+    run = build_run(c, pretrained if c.start.dir else None)
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(run.settings))
+    (workdir / "run.json").write_text(json.dumps({"format": FORMAT}))
+    shutil.copy(home / "llama" / "tokenizer.json", workdir)
+    logger, saving = Logger(workdir), CheckpointConfig(every=2)
+    with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
+        options = {"key": run.key, "logger": logger, "checkpoints": checkpoints, "place": run.placement.place}
+        init = lambda: run.init_fn(bool(checkpoints.steps()))  # noqa: E731
+        return run, train(run.step_fn, init, run.loader("train"), run.loop, **options).state
 
+
+def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home, pretrained, tmp_path):
+    whole = lambda workdir, steps: carried_out(workdir, home, pretrained, steps=steps, **LORA)  # noqa: E731
     _, at_once = whole(tmp_path / "once", 4)
     whole(tmp_path / "twice", 2)
     run, resumed = whole(tmp_path / "twice", 4)
@@ -201,12 +206,24 @@ def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home,
     jax.tree.map(np.testing.assert_array_equal, resumed.frozen["base"], pretrained.params)
     size = sum(file.stat().st_size for file in (tmp_path / "once" / "checkpoints").rglob("*") if file.is_file())
     assert size < 4 * sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
-    assert (
-        run.settings["start_sha256"]
-        != build_run(
-            settings(home, pretrained), pretrained._replace(params=jax.tree.map(lambda x: 2 * x, pretrained.params))
-        ).settings["start_sha256"]
-    )
+    found = load(SourceConfig(str(tmp_path / "once")))  # the model to serve: the adapters in the directory's weights
+    wanted = whole_model(run.config, at_once)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found.params, wanted)
+    assert found.config == run.config.model and found.tokenizer.vocab_size == 60
+    doubled = pretrained._replace(params=jax.tree.map(lambda x: 2 * x, pretrained.params))
+    assert run.settings["start_sha256"] != build_run(settings(home, pretrained), doubled).settings["start_sha256"]
+
+
+@pytest.mark.slow
+def test_adapters_of_a_run_are_merged_into_its_weights(home, pretrained, tmp_path):
+    first = tmp_path / "first"
+    _, tuned = carried_out(first, home, pretrained, steps=2)
+    changes = {"start.dir": "", "start.workdir": str(first), "data.tokenizer": pretrained.tokenizer, "lora.rank": 2}
+    run, state = carried_out(tmp_path / "second", home, pretrained, steps=2, **changes)
+    jax.tree.map(np.testing.assert_array_equal, state.frozen["base"], tuned.params)
+    found = load(SourceConfig(str(tmp_path / "second")))
+    wanted = whole_model(run.config, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found.params, wanted)
 
 
 @pytest.mark.parametrize(
