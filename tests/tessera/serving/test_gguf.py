@@ -49,11 +49,13 @@ def trained(vocab=300):
     return json.loads(found._inner.to_str())["model"], found
 
 
-def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), tokens=True):
-    """A GGUF file of a golden Hugging Face directory."""
+def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), tokens=True, wide=None):
+    """A GGUF file of a golden Hugging Face directory; `wide` has down projections of 256 neurons, packed."""
     import safetensors.numpy
 
-    c = json.loads((GOLDEN / name / "config.json").read_text())
+    c = json.loads((GOLDEN / name / "config.json").read_text()) | (
+        {"intermediate_size": 256} if wide is not None else {}
+    )
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_embedding_length(c["hidden_size"])
@@ -86,7 +88,14 @@ def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), toke
         weights = permute(weights, heads) if heads else weights
         if ours in drop:
             continue
-        if kind == "F32" or weights.ndim == 1 or weights.shape[-1] % 32:
+        if wide is not None and inner.startswith("mlp."):
+            weights = np.ones((256, c["hidden_size"]), np.float32)
+            if inner == "mlp.down_proj":
+                writer.add_tensor(ours, wide[int(layer)], raw_dtype=quantization)
+                continue
+            writer.add_tensor(ours, weights)
+            continue
+        if kind == "F32" or wide is not None or weights.ndim == 1 or weights.shape[-1] % 32:
             writer.add_tensor(ours, weights)
         else:
             writer.add_tensor(ours, gguf.quants.quantize(weights, quantization), raw_dtype=quantization)
@@ -104,6 +113,49 @@ def test_a_file_holds_the_model_it_was_made_from(name, tmp_path):
     assert found == config
     for path, leaf in _flat(wanted).items():
         np.testing.assert_array_equal(_flat(params)[path], leaf, err_msg=path)
+
+
+def q4_k(block):
+    """256 weights of 144 bytes: d, dmin, eight 6-bit scales and minima, 4-bit values (llama.cpp, ggml-quants)."""
+    d, dmin = block[:4].view(np.float16).astype(np.float64)
+    packed, quants, out = block[4:16].astype(int), block[16:].astype(int), []
+    for j in range(8):
+        if j < 4:
+            scale, least = packed[j] & 63, packed[j + 4] & 63
+        else:
+            scale = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4)
+            least = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
+        part = quants[32 * (j // 2) : 32 * (j // 2) + 32]
+        out.append(d * scale * (part >> 4 if j % 2 else part & 15) - dmin * least)
+    return np.concatenate(out)
+
+
+def q6_k(block):
+    """256 weights of a block of 210 bytes: low 4 bits, high 2 bits, sixteen int8 scales, d (llama.cpp, ggml-quants)."""
+    low, high, scales = block[:128].astype(int), block[128:192].astype(int), block[192:208].view(np.int8).astype(int)
+    d, out = float(block[208:].view(np.float16)[0]), np.zeros(256)
+    for n in range(2):
+        for i in range(32):
+            ql, qh, at = low[64 * n + i], high[32 * n + i], 8 * n + i // 16
+            other = low[64 * n + 32 + i]
+            values = (ql & 15, other & 15, ql >> 4, other >> 4)
+            for k, value in enumerate(values):
+                q = (value | ((qh >> 2 * k & 3) << 4)) - 32
+                out[128 * n + 32 * k + i] = d * scales[at + 2 * k] * q
+    return out
+
+
+@pytest.mark.parametrize(("kind", "size", "decode"), [("Q4_K", 144, q4_k), ("Q6_K", 210, q6_k)])
+def test_blocks_of_256_weights_are_widened(kind, size, decode, tmp_path):
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 32, size), np.uint8)
+    scale = np.array([0.01, 0.02] if kind == "Q4_K" else [0.01], np.float16).view(np.uint8)
+    where = slice(0, 4) if kind == "Q4_K" else slice(208, 210)
+    blocks[..., where] = scale
+    params, config = load_gguf(write(tmp_path / "model.gguf", "llama", kind, wide=blocks))
+    assert config.ff == 256
+    wanted = np.stack([np.stack([decode(row) for row in layer]) for layer in blocks])  # [L, D, F]
+    np.testing.assert_allclose(params["blocks"]["mlp"]["down"]["kernel"], wanted.swapaxes(1, 2), rtol=1e-3, atol=1e-6)
 
 
 # Steps over the largest weight; half of one is the error, for Q4_0, which has one level less on one side, a whole one.
