@@ -343,6 +343,10 @@ def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -
             f"config.data.tokenizer={c.data.tokenizer!r} has {words} tokens, the model of config.start {least}: "
             "its own tokenizer is needed"
         )
+    if c.start.dir and c.start.workdir:
+        raise ConfigError(
+            f"config.start.dir={c.start.dir!r} and .workdir={c.start.workdir!r}: a run starts from one of the two"
+        )
     start = c.start.dir or c.start.workdir
     for name, asked in (("lora.rank", config.lora), ("start.keep_zeros", config.keep_zeros)):
         if asked and not start:

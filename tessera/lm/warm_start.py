@@ -58,10 +58,6 @@ class StartConfig:
     scale: float = 1.0
     base: str = ""
 
-    def __post_init__(self) -> None:
-        if self.workdir and self.dir:
-            raise ValueError(f"workdir={self.workdir!r} and dir={self.dir!r}: a run starts from one of the two")
-
 
 class Pretrained(NamedTuple):
     """A model to go on from and a teacher, each as parameters (numpy, None for none) and model; a tokenizer's file."""

@@ -16,7 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lottery
-from lottery import allocation, controls, criteria, dynamic, imp, masks, prune, structures, supermask, transform
+from lottery import (
+    allocation,
+    controls,
+    criteria,
+    dynamic,
+    imp,
+    masks,
+    proximal,
+    prune,
+    structures,
+    supermask,
+    transform,
+)
 
 BLOCKS = 2
 SHAPES = {"mlp/experts/up/kernel": (2, 4, 4), "norm/gain": (4,)}
@@ -166,6 +178,11 @@ ROWS = cases(
     dynamic__straight_through=trained(
         lambda t, k: dynamic.straight_through(optax.sgd(0.1), which(t), counts(t)["uniform"], ramp=2)
     ),
+    proximal__l1=lambda t, k: proximal.l1(0.3, which(t))(t, 0.5),
+    proximal__group_lasso=lambda t, k: tuple(
+        proximal.group_lasso(0.2, structure, which(t))(t, 0.5) for structure in ("neuron", "2x2")
+    ),
+    proximal__nuclear=lambda t, k: proximal.nuclear(0.5, which(t))(t, 0.5),
     supermask__initial_scores=lambda t, k: supermask.initial_scores(t, key=k),
     supermask__signed_constant=lambda t, k: supermask.signed_constant(t, which(t)),
     supermask__popup=lambda t, k: supermask.popup(t, criteria.random(t, key=k), which(t), counts(t)["uniform"]),
@@ -181,9 +198,12 @@ SLOW = {name for name in ROWS if name.startswith("dynamic.")} | {"imp.search", "
 SLOW |= {f"supermask.{name}" for name in ("popup", "popup_masks", "ablate_weights")}
 # Functions of single weights, of one array, of states or of names: no layer is looked at.
 PLAIN = {
-    *(f"masks.{name}" for name in ("apply", "check", "check_zeros", "flatten", "match_paths", "ones", "path_name")),
+    *(
+        f"masks.{name}"
+        for name in ("apply", "check", "check_zeros", "flatten", "match_paths", "ones", "path_name", "support")
+    ),
     *("prune.drop_lowest", "allocation.spread_densities", "controls.same_sign", "transform.map_moments"),
-    *("transform.mask_state", "transform.sparse"),
+    *("transform.keep_zeros", "transform.mask_state", "transform.sparse", "proximal.proximal"),
     *(f"criteria.{name}" for name in criteria.__all__ if name not in ("random", "synflow")),
     *(f"dynamic.{name}" for name in ("cubic_density", "early_bird", "masks_of", "observe")),
     *(
@@ -222,7 +242,7 @@ def test_scan_and_no_scan_give_the_same(name):
 
 
 def test_every_public_function_has_its_row():
-    modules = (masks, prune, allocation, controls, criteria, dynamic, supermask, transform, imp)
+    modules = (masks, prune, allocation, controls, criteria, dynamic, proximal, supermask, transform, imp)
     public = {
         f"{module.__name__.split('.')[1]}.{name}"
         for module in modules
