@@ -4,7 +4,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, get_args
 
 import jax
@@ -18,6 +17,7 @@ from tessera.cli.main import PLAIN
 from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.errors import DiskFull, WorkdirInUse
 from tessera.models.transformer import TransformerConfig
+from tessera.serving import huggingface
 from tessera.serving.load import Loaded, SourceConfig, export_directory, load
 
 ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ValueError, ImportError)
@@ -101,14 +101,15 @@ def check_same(one: TransformerConfig, other: TransformerConfig, one_name: str, 
     """Check that two models have the same architecture; what only changes how they run may differ.
 
     Raises:
-      ValueError: the first setting in which they differ.
+      ValueError: the first setting of config.json in which they differ.
     """
-    for field in fields(one):
-        here, there = getattr(one, field.name), getattr(other, field.name)
-        if here != there and field.name not in ("dtype", "remat"):
-            raise ValueError(
-                f"{field.name} is {here!r} in {one_name} and {there!r} in {other_name}: one shape is needed"
-            )
+    if one == other:
+        return
+    here, there = huggingface.write_config(one), huggingface.write_config(other)  # with no default left open
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            differ = f"{name} is {here.get(name)!r} in {one_name} and {there.get(name)!r} in {other_name}"
+            raise ValueError(f"{differ}: models of one architecture can be merged")
 
 
 def align_decoder(one: PyTree, other: PyTree, config: TransformerConfig, seed: int = 0) -> PyTree:

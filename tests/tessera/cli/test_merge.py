@@ -38,6 +38,9 @@ def test_a_soup_of_directories_and_a_task_taken_away(tmp_path, capsys):
             one, two, mixed, less = one[name], two[name], mixed[name], less[name]
         np.testing.assert_allclose(mixed, 0.75 * one + 0.25 * two, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(less, 2 * one - two, rtol=1e-5, atol=1e-6)
+    merge.check_same(
+        CONFIG, load(SourceConfig(names[0])).config, "a run", "its export"
+    )  # where defaults are written out
     assert merge.main([*names, "--method=ties", f"--output={tmp_path / 'd'}"]) == 1
     assert "pass base=" in capsys.readouterr().err and not (tmp_path / "d").exists()
     assert merge.main([*names, f"--output={tmp_path / 'soup'}"]) == 1
