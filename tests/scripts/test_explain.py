@@ -52,7 +52,7 @@ def test_a_page_is_written(tmp_path, flags, words):
     ids=["heads", "hardware", "topology", "devices", "stages"],
 )
 def test_what_is_wrong_is_one_message(tmp_path, flags, words):
-    status, output = explain(tmp_path / "run", "--config=configs/lm.py:tiny", *flags, "--nosearch")
+    status, output = explain(tmp_path / "run", "--config=configs/lm.py:tiny", *flags, "--no-search")
     assert status == 2 and words in output and "Traceback" not in output, output
     assert not (tmp_path / "run").exists()
 
@@ -62,7 +62,7 @@ def test_what_is_wrong_is_one_message(tmp_path, flags, words):
 def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu (the extra `tpu`)")
-    flags = ["--config=configs/lm.py:small", "--config.plan=fsdp=4, tp=2", "--compile=v5e:2x4", "--nosearch"]
+    flags = ["--config=configs/lm.py:small", "--config.plan=fsdp=4, tp=2", "--compile=v5e:2x4", "--no-search"]
     status, output = explain(tmp_path, *flags)
     assert status == 0, output
     assert "the compiler's" in output and "estimate against it" in output

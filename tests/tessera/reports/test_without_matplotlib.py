@@ -44,7 +44,7 @@ CASES = {
     "find_ticket": (SEARCH, ("tickets.csv",)),
     "train": (LM, ("metrics.jsonl", "checkpoints")),
     "fit_scaling": (FIT, ("fit.json",)),
-    "explain": (("--config=configs/lm.py:tiny", "--config.plan=fsdp=2", "--nosearch"), ()),
+    "explain": (("--config=configs/lm.py:tiny", "--config.plan=fsdp=2", "--no-search"), ()),
     "study": (("--config=configs/study_ablations.py:tiny", *DIGITS), ("rows.csv", "table.md")),
     "sweep": (SWEEP, ("runs.csv", "fit.json")),
 }
