@@ -5,7 +5,7 @@ All functions run inside shard_map, on one device's part of time.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +219,7 @@ class _Places(NamedTuple):
             at_T = zigzag_positions(self.rank, self.size, self.size * self.length)
         return _Tile(visible(at_T, at_T, self.window), self.form)
 
-    def chunks(self, query: jax.Array, key: jax.Array, window: jax.Array | None) -> _Tile:
+    def chunks(self, query: jax.Array, key: jax.Array, window: Any) -> _Tile:
         """Queries of one chunk, with their windows, over keys of an earlier one."""
         if window is None:
             return _Tile(None, self.form)
