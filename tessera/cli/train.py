@@ -106,12 +106,14 @@ def read_pretrained(c: ConfigDict) -> Pretrained:
 
     start, teacher = read("start.dir", c.start.dir), read("distill.dir", c.distill.dir)
     first = (
-        (None, None, "") if start is None else (start.params, start.config, own_tokenizer(c.start.dir, start.tokenizer))
+        (None, None, "")
+        if start is None
+        else (start.params, start.config, tokenizer_file(c.start.dir, start.tokenizer))
     )
     return Pretrained(*first, *((None, None) if teacher is None else (teacher.params, teacher.config)))
 
 
-def own_tokenizer(directory: str, tokenizer: Tokenizer) -> str:
+def tokenizer_file(directory: str, tokenizer: Tokenizer) -> str:
     """The tokenizer's file of a Hugging Face directory; "" where there is none, or where it says what bytes do."""
     file, words = Path(local(directory)) / "tokenizer.json", "aZ ~\0\n\t\x7f äß€𝄞"
     of_bytes = tokenizer.vocab_size == 256 and tokenizer.encode(words).tolist() == list(words.encode())

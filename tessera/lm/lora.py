@@ -23,6 +23,7 @@ Example:
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from lottery import structures
 from sharding.inference.quantize import dequantize, is_quantized
 from sharding.rules import path_name
 
-__all__ = ["LoRAConfig", "apply", "initialize", "size"]
+__all__ = ["LoRAConfig", "apply", "initialize", "nested", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ def initialize(params: PyTree, config: LoRAConfig, *, key: Key[Array, ""]) -> di
         own = jax.random.fold_in(key, len(paths) + len(found))
         bound = 1 / math.sqrt(inputs)
         a = jax.random.uniform(own, (*shape[:split], config.rank), jnp.float32, -bound, bound)
-        _set(found, path, {"a": a, "b": jnp.zeros((*shape[: layout.batch], config.rank, *shape[split:]), jnp.float32)})
+        found[path] = {"a": a, "b": jnp.zeros((*shape[: layout.batch], config.rank, *shape[split:]), jnp.float32)}
         paths.append(path)
     if not found:
         shown = ", ".join(path for path in paths if path.endswith("kernel")) or ", ".join(paths)
         raise ValueError(f"targets={config.targets!r} fits none of the kernels: {shown}")
-    return found
+    return nested(found)
 
 
 def apply(params: PyTree, adapters: PyTree, config: LoRAConfig, masks: PyTree | None = None) -> PyTree:
@@ -126,24 +127,12 @@ def apply(params: PyTree, adapters: PyTree, config: LoRAConfig, masks: PyTree | 
     """
     flat = dict(_leaves(params))
     alive = {} if masks is None else dict(_leaves(masks))
-    for path, pair in _adapters(adapters):
+    for path, pair in pairs(adapters):
         if path not in flat:
             raise ValueError(f"the adapter changes {path}, which the model does not have")
         a, b = (jnp.asarray(pair[side]) for side in "ab")
         flat[path] = _added(path, flat[path], a, b, config.scale, alive.get(path))
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), list(flat.values()))
-
-
-def size(adapters: PyTree) -> int:
-    """Count the weights of adapters.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from tessera.lm import lora
-      >>> lora.size({"up": {"kernel": {"a": jnp.zeros((8, 2)), "b": jnp.zeros((2, 4))}}})
-      24
-    """
-    return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
 def _added(path: str, kernel: Any, a: Array, b: Array, scale: float, alive: Any) -> Float[Array, "..."]:
@@ -166,13 +155,32 @@ def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_quantized)]
 
 
-def _adapters(tree: PyTree) -> list[tuple[str, Any]]:
-    pairs = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
-    return [(path_name(path), pair) for path, pair in pairs]
+def pairs(adapters: PyTree) -> list[tuple[str, Any]]:
+    """List adapters as (path of the kernel, {a, b}).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from tessera.lm import lora
+      >>> [path for path, _ in lora.pairs({"up": {"kernel": {"a": jnp.zeros((8, 2)), "b": jnp.zeros((2, 4))}}})]
+      ['up/kernel']
+    """
+    found = jax.tree.leaves_with_path(adapters, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
+    return [(path_name(path), pair) for path, pair in found]
 
 
-def _set(tree: dict[str, Any], path: str, value: Any) -> None:
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[name] = value
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest adapters that are given by the paths of their kernels: the inverse of `pairs`.
+
+    Example:
+      >>> from tessera.lm import lora
+      >>> lora.nested({"up/kernel": {"a": 1, "b": 2}})
+      {'up': {'kernel': {'a': 1, 'b': 2}}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = value
+    return tree

@@ -191,14 +191,9 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
     start = build(StartConfig, c.start, "config.start")
     text = build(TextConfig, c.data, "config.data")
-    least = 0  # words of a model to go on from, which may be more than its tokenizer's
-    if pretrained is not None and pretrained.model is not None:
-        least = pretrained.model.vocab_size
-    elif start.workdir:
-        least = checked("config.start", read_settings, local(start.workdir)).get("vocab_size", 0)
-    config = run_config(
-        c, max(least, text.vocab_size)
-    )  # all settings are checked before the text is read, or even fetched
+    least = words_at_start(start, pretrained)
+    # All settings are checked before the text is read, or even fetched.
+    config = run_config(c, max(least, text.vocab_size))
     splits = checked("config.data", load_text, text)
     rows = splits.packed(c.length, text.packing) if text.packing else splits
     check_splits(c, rows)
@@ -211,11 +206,7 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
         raise ConfigError(f"config.batch_size={c.batch_size}: {count} processes share a batch; a multiple is needed")
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
     eval_step, adjust = make_eval(loss_fn), make_adjust(config.model) if config.lora is None else None
-    trained_loss = loss_fn
-    if config.distill is not None:
-        other = None if pretrained is None or pretrained.teacher_model is None else Decoder(pretrained.teacher_model)
-        given = Decoder(config.model), config.distill, config.z_loss, other
-        trained_loss = checked("config.distill", distill_loss, *given)
+    trained_loss = loss_fn if config.distill is None else checked("config.distill", with_teacher, config, pretrained)
     step_fn = make_train_step(trained_loss, config.tx, config.step, adjust=adjust, join=config.join)
 
     def init_fn(resumed: bool) -> TrainState:
@@ -330,6 +321,21 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     return RunConfig(
         model, plan, optimizer, step, c.batch_size, c.length, c.z_loss, adapters, teacher, c.start.keep_zeros
     )
+
+
+def words_at_start(start: StartConfig, pretrained: Pretrained | None) -> int:
+    """Vocabulary of a model to go on from, which may be larger than its tokenizer's; 0 where that is not known."""
+    if pretrained is not None and pretrained.model is not None:
+        return pretrained.model.vocab_size
+    if start.workdir:
+        return checked("config.start", read_settings, local(start.workdir)).get("vocab_size", 0)
+    return 0
+
+
+def with_teacher(config: RunConfig, pretrained: Pretrained | None) -> LossFn:
+    """The loss of a run that is distilled; see `tessera.lm.distill.distill_loss`."""
+    other = None if pretrained is None or pretrained.teacher_model is None else Decoder(pretrained.teacher_model)
+    return distill_loss(Decoder(config.model), config.distill or DistillConfig(), config.z_loss, other)
 
 
 def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -> None:

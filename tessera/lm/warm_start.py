@@ -124,6 +124,10 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
     """
     path = local(workdir)
     settings = read_settings(path)
+    if settings.get("lora", {}).get("rank"):
+        raise ValueError(
+            f"{path} is a run of adapters, not of a whole model: write it by `tessera export-hf {path} DIR`, name DIR"
+        )
     state = CheckpointReader(path / "checkpoints").restore_newest().state
     try:
         params = jax.tree.map(np.asarray, state["params"])

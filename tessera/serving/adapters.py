@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from lottery import structures
 from tessera.infra.logger import write_text
-from tessera.lm.lora import LoRAConfig
+from tessera.lm.lora import LoRAConfig, nested, pairs
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.config_json import family_of
 from tessera.serving.families import NotConvertible
@@ -66,7 +66,7 @@ def save_adapters(
     path = Path(directory)
     if path.exists() and (foreign := sorted(set(file.name for file in path.iterdir()) - {CONFIG, WEIGHTS})):
         raise FileExistsError(f"{path} has files that are no adapter's ({some(foreign)}); name a new directory")
-    leaves = dict(_pairs(adapters))
+    leaves = dict(pairs(adapters))
     tensors: dict[str, np.ndarray] = {}
     names = set()
     for tensor, _ in _projections(config):
@@ -147,15 +147,8 @@ def load_adapters(directory: Path | str, config: TransformerConfig) -> tuple[dic
         raise NotConvertible(f"{path / WEIGHTS}: {some(left)}: no projection of this model")
     if not found:
         raise NotConvertible(f"{path / WEIGHTS} has no tensor")
-    tree: dict[str, Any] = {}
-    for leaf, pair in found.items():
-        *folders, last = leaf.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = pair
     targets = "^(" + "|".join(map(re.escape, sorted(found))) + ")$"
-    return tree, LoRAConfig(rank, float(settings["lora_alpha"]), targets, bool(settings.get("use_rslora")))
+    return nested(found), LoRAConfig(rank, float(settings["lora_alpha"]), targets, bool(settings.get("use_rslora")))
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -195,9 +188,3 @@ def _check(tensor: Tensor, config: TransformerConfig) -> None:
     own = len(tensor.parts) == 1 and tensor.layout == "rows" and len(tensor.place) <= 1
     if not own or (pairs and tensor.parts[0].endswith(pairs)):
         raise NotConvertible(f"{tensor.name} holds several of our kernels, experts or reordered channels: no adapter")
-
-
-def _pairs(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    found = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, dict) and set(node) == {"a", "b"})
-    for path, pair in found:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), pair

@@ -20,7 +20,7 @@ from tessera.infra.logger import read_object, write_text
 from tessera.infra.remote import cache_dir, is_url, local, upload
 from tessera.infra.workdir import hold, read_settings
 from tessera.lm import lora
-from tessera.lm.warm_start import read_adapted, read_model
+from tessera.lm.warm_start import read_adapted
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
 from tessera.serving.adapters import load_adapters
@@ -114,7 +114,7 @@ def load(source: SourceConfig) -> Loaded:
     elif huggingface.is_directory(path):
         (params, config), text = huggingface.load_directory(path), huggingface.read_format(path)
     else:
-        params, config = read_adapted(path, load(SourceConfig(base)).params if (base := _base(path)) else None)
+        params, config = _read_run(path)
     if source.ticket:
         params = read_ticket(local(source.ticket), config)
     if source.adapter:
@@ -134,7 +134,7 @@ def read_architecture(source: SourceConfig) -> TransformerConfig:
     path = local(source.dir)
     if gguf.is_gguf(path):
         return gguf.load_gguf(path)[1]
-    return huggingface.read_config(path) if huggingface.is_directory(path) else read_model(path)[1]
+    return huggingface.read_config(path) if huggingface.is_directory(path) else _read_run(path)[1]
 
 
 def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path | str:
@@ -306,7 +306,8 @@ def _flat(tree: PyTree, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _base(path: Path) -> str:
-    """The Hugging Face directory that a run of adapters started from; "" for any other run."""
+def _read_run(path: Path) -> tuple[PyTree, TransformerConfig]:
+    """Parameters and model of a run; adapters are merged into the Hugging Face directory that they started from."""
     settings = read_settings(path)
-    return settings.get("start", {}).get("dir", "") if settings.get("lora", {}).get("rank") else ""
+    base = settings.get("start", {}).get("dir", "") if settings.get("lora", {}).get("rank") else ""
+    return read_adapted(path, load(SourceConfig(base)).params if base else None)

@@ -20,12 +20,12 @@ from tessera.lm import lora
 from tessera.lm.distill import DistillConfig, distill_loss
 from tessera.lm.run import build_run, whole_model
 from tessera.lm.schema import SCHEMA
-from tessera.lm.warm_start import Pretrained, with_pretrained
+from tessera.lm.warm_start import Pretrained, read_model, with_pretrained
 from tessera.loop import train
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
 from tessera.serving.huggingface import load_directory
-from tessera.serving.load import SourceConfig, load
+from tessera.serving.load import SourceConfig, load, read_architecture
 
 tokenizers = pytest.importorskip("tokenizers")
 GOLDEN = Path(__file__).parents[2] / "golden" / "huggingface" / "llama"
@@ -210,6 +210,9 @@ def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home,
     wanted = whole_model(run.config, at_once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found.params, wanted)
     assert found.config == run.config.model and found.tokenizer.vocab_size == 60
+    assert read_architecture(SourceConfig(str(tmp_path / "once"))) == run.config.model
+    with pytest.raises(ValueError, match="is a run of adapters, not of a whole model: write"):
+        read_model(tmp_path / "once")
     doubled = pretrained._replace(params=jax.tree.map(lambda x: 2 * x, pretrained.params))
     assert run.settings["start_sha256"] != build_run(settings(home, pretrained), doubled).settings["start_sha256"]
 

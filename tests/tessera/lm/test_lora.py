@@ -57,7 +57,7 @@ def test_sizes_scales_and_the_spread_of_a(params):
     assert np.abs(pairs[0] - pairs[1]).max() > 0.1
     # Attention 16 -> 16, 8, 8, 16 and feed-forward 16 -> 24 -> 16; 8 experts of 16 -> 8.
     attention, dense, experts = (16 + 16) * 2 + (16 + 8) * 2, (16 + 24) * 3, 8 * (16 + 8) * 3
-    assert lora.size(adapters) == 3 * (2 * attention + dense + experts)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 3 * (2 * attention + dense + experts)
     assert lora.LoRAConfig(rank=4, alpha=6.0).scale == 1.5
     assert lora.LoRAConfig(rank=4, alpha=6.0, rank_stabilized=True).scale == 3.0
 

@@ -56,7 +56,7 @@ CASES = {
     "top_k": routed(),
     "every second, sigmoid": routed(2, RouterConfig("sigmoid", 3, 2)),
     "not scanned, hash": routed(1, RouterConfig("hash", 4, 2), scan=False),
-    "hierarchical": routed(1, RouterConfig("hierarchical", 4, 1, groups=2, top_groups=2)),
+    "hierarchical": routed(1, RouterConfig("hierarchical", 4, 2, groups=2, top_groups=2)),
 }
 
 
