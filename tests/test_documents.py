@@ -241,12 +241,16 @@ def test_the_commands_on_data_of_ones_own(directory):
     assert rows and all(float(row["bits_per_byte"]) > 0 and int(row["unique_tokens"]) > 0 for row in rows)
 
 
+@pytest.fixture(scope="module")
+def exported(directory):
+    """What `export-hf` says that makes models/lm of the small run."""
+    return run(directory, "-c", "from tessera.cli.main import main; main()", "export-hf", "runs/lm", "models/lm")
+
+
 @pytest.mark.docs
-def test_a_model_is_adapted(directory):
+def test_a_model_is_adapted(directory, exported):
     """Those of adapting.md, a few steps each, from the directory that `export-hf` made of a tiny run."""
     console, made = ("-c", "from tessera.cli.main import main; main()"), directory / "models"
-    if not (made / "lm").exists():
-        run(directory, *console, "export-hf", "runs/lm", "models/lm")
     for document, command in COMMANDS:
         if document.name == "adapting.md" and command.startswith("tessera "):
             _, *words = shlex.split(command)
@@ -279,10 +283,9 @@ def test_the_commands_on_pruning(directory):
 
 
 @pytest.mark.docs
-def test_a_run_becomes_a_hugging_face_directory(directory):
+def test_a_run_becomes_a_hugging_face_directory(directory, exported):
     console = ("-c", "from tessera.cli.main import main; main()")
-    out = run(directory, *console, "export-hf", "runs/lm", "models/lm")
-    assert "vocabulary 256" in out and (directory / "models" / "lm" / "tokenizer.json").exists()
+    assert "vocabulary 256" in exported and (directory / "models" / "lm" / "tokenizer.json").exists()
     for document, command in COMMANDS:
         if document.name == "inference.md" and command.startswith("tessera merge"):
             out = run(directory, *console, *shlex.split(command)[1:])
