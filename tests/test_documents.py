@@ -177,6 +177,10 @@ SHORT = {
         *("--config.model.dir=runs/lm", "--config.texts=text.py", "--config.calibration.sequences=4"),
         *("--config.calibration.length=16", "--config.length=16", "--workdir=runs/pruned"),
     ],
+    "compare_pruning": [
+        *("--config=compare_pruning:tiny", "--config.model.dir=runs/lm", "--config.texts=text.py"),
+        *("--config.calibration.length=16", "--config.length=16", "--config.tokens=50", "--workdir=runs/ways"),
+    ],
     "study": [
         "--config=study_instability:tiny",
         "--config.train.steps=100it",
@@ -266,6 +270,10 @@ PRUNING = {
         "--config.length=16",
     ],
     "evaluate": ["--config.sizes.length=32"],
+    "compare-pruning": [
+        *("--config.length=16", "--config.tokens=100", "--config.calibration.length=16"),
+        "--config.calibration.max_bytes=20000",
+    ],
 }
 
 
@@ -276,7 +284,8 @@ def test_the_commands_on_pruning(directory):
     console = ("-c", "from tessera.cli.main import main; main()")
     found = [shlex.split(command) for document, command in COMMANDS if document.name == "pruning.md"]
     said = {words[-1]: run(directory, *console, *words[1:], *PRUNING[words[1]]) for words in found}
-    assert len(said) == 5 and all("| notes.txt |" in text for text in said.values())
+    assert len(said) == 6 and "notes.txt: sparsegpt is" in said.pop("--workdir=runs/compared")
+    assert all("| notes.txt |" in text for text in said.values())
     assert json.loads((directory / "runs" / "sparse" / "result.json").read_text())["density"] == 0.5
     narrow = json.loads((directory / "runs" / "narrow" / "result.json").read_text())
     assert narrow["pruned_parameters"] < narrow["parameters"]

@@ -114,6 +114,12 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("tessera.cli.generate", "generate", "Continue a text.", "serve", also=("serve",)),
     "evaluate": Command("tessera.cli.evaluate", "evaluate", "Perplexity and bits per byte of texts.", "evaluate"),
     "prune": Command("tessera.cli.prune", "prune", "Prune a trained language model on text.", "prune"),
+    "compare-pruning": Command(
+        "tessera.cli.compare_pruning",
+        "compare_pruning",
+        "Prune a trained language model in several ways and compare them.",
+        "compare_pruning",
+    ),
     "quantize": Command("tessera.cli.quantize", "quantize", "Loss of a model in 8 and 4 bits.", "quantize"),
 }
 # Commands without a config.

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from lottery.summary import write_csv
 from tessera.cli.main import Invocation
 from tessera.compress.pruning import PruneConfig, PrunedDecoder, check_fits, prune_decoder
 from tessera.compress.text import CalibrationConfig, Measured, draw_windows, perplexity, refuse_shared
-from tessera.data.text import TextConfig, read_texts
+from tessera.data.text import TextConfig, Tokenizer, read_texts
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.checkpoint import CheckpointDamaged, NotOurs
 from tessera.infra.config import ConfigError, build, checked
@@ -47,13 +47,9 @@ class PruneSettings:
     dtype: str = "float32"
 
 
-SCHEMA = Schema(
-    PruneSettings,
-    model=Group(SourceConfig, without=("dtype", "bits", "group", "method", "calibration")),
-    prune=PruneConfig,
-    calibration=CalibrationConfig,
-    data=Group(TextConfig, without=("name", "tokenizer", "vocab_size", "max_bytes", "validation", "test")),
-)
+MODEL_SOURCE = Group(SourceConfig, without=("dtype", "bits", "group", "method", "calibration"))
+DATA = Group(TextConfig, without=("name", "tokenizer", "vocab_size", "max_bytes", "validation", "test"))
+SCHEMA = Schema(PruneSettings, model=MODEL_SOURCE, prune=PruneConfig, calibration=CalibrationConfig, data=DATA)
 ERRORS = (FileNotFoundError, FileExistsError, CheckpointDamaged, NotOurs, WorkdirMismatch, ImportError)
 
 
@@ -69,31 +65,29 @@ def main(invocation: Invocation) -> int:
             f"config.texts={tuple(c.texts)}, config.length={c.length}, config.tokens={c.tokens}: at least one text, "
             "windows of at least 2 tokens, and 0 (all) or more tokens are needed"
         )
-    evaluated = {name: _read(c, name, "config.texts") for name in c.texts}
-    learned = {name: _read(c, name, "config.calibration.texts", calibration.max_bytes) for name in calibration.texts}
+    evaluated = {name: read_documents(c, name, "config.texts") for name in c.texts}
+    learned = {
+        name: read_documents(c, name, "config.calibration.texts", calibration.max_bytes) for name in calibration.texts
+    }
     checked("config.texts", refuse_shared, learned, evaluated)
     loaded = checked("config.model", load, build(SourceConfig, c.model, "config.model"))
     checked("config.model", write_config, loaded.config)  # what cannot be written is said before anything is pruned
     if not loaded.config.scan:
         raise ConfigError(f"config.model: {c.model.dir} has model.scan=False; only scanned blocks can be written")
     checked("config.prune", check_fits, how, loaded.params, loaded.config)
-    longest = loaded.format.positions
-    if longest and max(c.length, calibration.length) > longest:
-        raise ConfigError(
-            f"config.length={c.length}, config.calibration.length={calibration.length}: {c.model.dir} "
-            f"has max_position_embeddings={longest}"
-        )
+    check_lengths(loaded, c)
     windows_NT = checked("config.calibration", draw_windows, learned, loaded.tokenizer, calibration)
+    tokens = {name: cut_tokens(texts, loaded.tokenizer, c.tokens)[0] for name, texts in evaluated.items()}
     workdir = invocation.prepare(whole=True)
     with hold(workdir):
-        before = {name: _score(loaded, name, texts, c) for name, texts in evaluated.items()}
+        before = {name: score(loaded, name, texts, c.length) for name, texts in tokens.items()}
         store, began = ArtifactStore(workdir / BLOCKS), time.monotonic()
         with Progress(loaded.config.layers, "blocks", begins="compiling") as progress:
             options = {"store": store, "done": progress.advance}
             pruned = checked("config.prune", prune_decoder, loaded.params, loaded.config, how, windows_NT, **options)
         seconds = time.monotonic() - began
         small = loaded._replace(params=pruned.params, config=pruned.config)
-        rows = [_compare(name, before[name], _score(small, name, texts, c)) for name, texts in evaluated.items()]
+        rows = [_compare(name, before[name], score(small, name, texts, c.length)) for name, texts in tokens.items()]
         if not (workdir / MODEL).exists():  # it appears when it is whole
             export_directory(small, workdir / MODEL, c.dtype)
         write_csv(pruned.rows, workdir / "layers.csv")
@@ -115,23 +109,59 @@ def main(invocation: Invocation) -> int:
     return 0
 
 
-def _read(c: Any, name: str, where: str, most: int = 0) -> list[str]:
+def check_lengths(loaded: Loaded, c: Any) -> None:
+    """Raise ConfigError for windows that are longer than the model's positions."""
+    longest = loaded.format.positions
+    if longest and max(c.length, c.calibration.length) > longest:
+        raise ConfigError(
+            f"config.length={c.length}, config.calibration.length={c.calibration.length}: {c.model.dir} "
+            f"has max_position_embeddings={longest}"
+        )
+
+
+def read_documents(c: Any, name: str, where: str, most: int = 0) -> list[str]:
+    """The documents of a text, at most `most` bytes of them; `where` is the setting that names it.
+
+    Raises:
+      ConfigError: no such text.
+    """
     return checked(where, read_texts, build(TextConfig, c.data, "config.data", name=name, max_bytes=most))
 
 
-def _score(loaded: Loaded, name: str, documents: list[str], c: Any) -> Measured:
-    tokens, left = [], c.tokens or None
+def cut_tokens(documents: Iterable[str], tokenizer: Tokenizer, size: int, parts: int = 1) -> list[list[list[int]]]:
+    """The first size * parts tokens of documents in consecutive parts, each a list of documents' tokens.
+
+    Args:
+      documents: text.
+      tokenizer: of the model.
+      size: tokens of a part; 0 is all, in one part.
+      parts: how many.
+    """
+    cut: list[list[list[int]]] = [[]]
+    left = size
     for document in documents:
-        found = loaded.tokenizer.encode(document)[:left].tolist()
-        tokens.append(found)
-        if left is not None:
-            left -= len(found)
-            if left <= 0:
-                break
+        tokens = tokenizer.encode(document).tolist()
+        while size and len(tokens) >= left:
+            cut[-1].append(tokens[:left])
+            tokens, left = tokens[left:], size
+            if len(cut) == parts:
+                return cut
+            cut.append([])
+        cut[-1].append(tokens)
+        left -= len(tokens)
+    return cut
+
+
+def score(loaded: Loaded, name: str, tokens: list[list[int]], length: int) -> Measured:
+    """Cross-entropy of documents' tokens in windows of `length`, with a bar called `name`.
+
+    Raises:
+      ConfigError: no tokens.
+    """
     with Progress(sum(map(len, tokens)), name, begins="compiling") as progress:
         options = {"progress": progress.advance}
         return checked(
-            "config.texts", perplexity, loaded.params, loaded.config, tokens, loaded.begin, c.length, **options
+            "config.texts", perplexity, loaded.params, loaded.config, tokens, loaded.begin, length, **options
         )
 
 

@@ -158,7 +158,7 @@ class Comparison:
         pair: str = "seed",
         sign: int = 1,
     ):
-        self.by, self.value, self.heading, self.unit = by, value, heading, unit
+        self.by, self.value, self.heading, self.unit, self.pair = by, value, heading, unit, pair
         self.scale, self.digits, self.sign, self.side = scale, digits, sign, "over" if sign > 0 else "below"
         self.rows = sorted(rows, key=lambda row: row[pair])
         arms = [row for row in rows if row[by] != DENSE]
@@ -241,7 +241,7 @@ class Comparison:
             ax.axvline(dense, color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5)))
         ax.set_yticks(range(len(arms)), list(arms.values()))
         ax.invert_yaxis()
-        titles(ax, title, f"{self.unit} {self.side} {over}, same seed" if over else self.heading)
+        titles(ax, title, f"{self.unit} {self.side} {over}, same {self.pair}" if over else self.heading)
 
     def figure(self, panels: Mapping[str, Mapping[str, str]], over: str = "") -> Callable[[], Figure]:
         """A figure of `draw`, one panel per title with its arms and their labels; drawn when it is called."""

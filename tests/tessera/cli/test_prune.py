@@ -1,5 +1,6 @@
-"""The command `tessera prune` on a small model: what comes out, what is refused, and that nothing is overwritten."""
+"""The commands `tessera prune` and `tessera compare-pruning` on a small model: what comes out, what is refused."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from sharding.plan import Plan
+from tessera.cli import compare_pruning, prune
 from tessera.cli import main as cli
-from tessera.cli import prune
+from tessera.compress.pruning import prune_decoder
 from tessera.compress.text import perplexity
 from tessera.data.text import BPETokenizer
 from tessera.infra.config import ConfigError
@@ -46,8 +48,11 @@ def folder(tmp_path, dense):
     return tmp_path
 
 
-def run(folder, *flags, workdir="out"):
-    config, name = load_config("prune", scripts=("prune",))
+def run(folder, *flags, workdir="out", command=prune, arms=None):
+    name = command.__name__.rpartition(".")[2]
+    config, name = load_config(name, scripts=(name,))
+    if arms is not None:
+        config = {**config, "arms": arms}
     given = {
         "model.dir": str(folder / "dense"),
         "texts": str(folder / "judge.txt"),
@@ -57,8 +62,8 @@ def run(folder, *flags, workdir="out"):
         "length": "33",
         "prune.block": "8",
     } | dict(flag.split("=", 1) for flag in flags)
-    invocation = cli.invoke(prune.SCHEMA, config, list(given.items()), name, {"workdir": str(folder / workdir)})
-    return prune.main(replace(invocation, flags=invocation.flags | {"upload_seconds": 15.0}))
+    invocation = cli.invoke(command.SCHEMA, config, list(given.items()), name, {"workdir": str(folder / workdir)})
+    return command.main(replace(invocation, flags=invocation.flags | {"upload_seconds": 15.0}))
 
 
 def test_a_directory_comes_out_that_loads_as_the_pruned_model(folder, capsys):
@@ -124,3 +129,64 @@ def test_files_of_others_are_left_alone(folder):
 def test_a_text_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match="every document is empty"):
         perplexity({}, CONFIG, [[]], 0, 8)
+
+
+ARMS = {
+    "magnitude": {"method": "magnitude"},
+    "sparse": {"density": 0.75},
+    "layers": {"structure": "layer", "method": "influence"},
+}
+
+
+def test_arms_are_compared_draw_by_draw_and_go_on_after_a_kill(folder, monkeypatch):
+    flags = ("draws=3,5", "tokens=150")
+    pruned, killed = [], prune_decoder
+
+    def stops(*args, **options):
+        pruned.append(args)
+        if len(pruned) == 5:
+            raise KeyboardInterrupt
+        return killed(*args, **options)
+
+    monkeypatch.setattr(compare_pruning, "prune_decoder", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *flags, command=compare_pruning, arms=ARMS)
+    assert run(folder, *flags, command=compare_pruning, arms=ARMS) == 0
+    assert len(pruned) == 5 + 2  # the four that were done are not pruned again
+    # Both draws have calibration text of their own, and the arms of one draw the same.
+    windows = [args[3] for args in pruned]
+    assert all((one == windows[0]).all() for one in windows[:3]) and (windows[3] != windows[0]).any()
+    rows = list(csv.DictReader((folder / "out" / "rows.csv").open()))
+    assert [(row["arm"], row["draw"]) for row in rows] == [
+        (arm, draw) for draw in "35" for arm in ("dense", *sorted(ARMS))
+    ]
+    # By the command for one model, on the whole text: its first 150 bytes are the first draw's, the next the second's.
+    judged = (folder / "judge.txt").read_bytes()
+    for number, draw in enumerate("35"):
+        (folder / "judge.txt").write_bytes(judged[150 * number : 150 * (number + 1)])
+        one = f"one-{draw}"
+        assert run(folder, "prune.density=0.75", f"calibration.seed={draw}", workdir=one) == 0
+        (wanted,) = json.loads((folder / one / "result.json").read_text())["texts"]
+        for arm, key in (("dense", "nats per token"), ("sparse", "pruned, nats")):
+            (row,) = (row for row in rows if (row["arm"], row["draw"]) == (arm, draw))
+            assert float(row["nats"]) == pytest.approx(wanted[key], rel=1e-6) and int(row["tokens"]) == 150
+    kernels = int(rows[0]["live"])
+    assert [int(row["live"]) / kernels for row in rows[:4]] == [1, 0.5, 0.5, 0.75]
+    page = (folder / "out" / "report.html").read_text()
+    assert "sparse is" in page and "sparsegpt, unstructured" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["tokens=5000"], "config.texts: .*judge.txt has 4[0-9]+ tokens; 5 draws that score 5,000 each need 25,000"),
+        (["draws=1,1"], "draws that differ are needed"),
+        (["against=wanda"], "config.against='wanda': one of the arms is needed: layers, magnitude, sparse"),
+        (["arms.sparse.density=2.0"], "config.arms.sparse: density=2.0"),
+        (["arms.sparse.structure=5x5"], "config.arms.sparse: blocks_0/.*do not divide"),
+    ],
+)
+def test_arms_that_cannot_be_are_one_message(folder, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        run(folder, *flags, command=compare_pruning, arms=ARMS)
+    assert not (folder / "out").exists()
