@@ -7,7 +7,7 @@ load-balance loss. `:tiny` is a minute's check that everything runs.
 Cost: 23 minutes of processor time for the 15 runs.
 Expected: after a million tokens `moe` ends at 1.414 nats per byte, `dense` at 1.454, every seed of the first below all
 of the second; without a balance term 7.6 of the 16 experts are in use, with it 15.8. See docs/results/moe_lm.md.
-Command: python scripts/compare_moe.py --config=configs/moe_vs_dense.py --workdir=runs/moe_vs_dense
+Command: python scripts/compare.py --config=configs/moe_vs_dense.py --workdir=runs/moe_vs_dense
 """
 
 from ml_collections import ConfigDict
@@ -33,6 +33,7 @@ def get_config(variant: str = "short") -> ConfigDict:
     run.model.moe.ff = 96
     run.model.moe.router.experts = 16
     config = ConfigDict()
+    config.title = "Routed experts against a dense decoder"
     config.seeds = (0, 1, 2, 3, 4) if variant == "short" else (0, 1)
     config.run = run
     # What each arm changes in `run`. 3 x 198 >= 2 x 3 x 96 + 16: products per token and channel, router and all.

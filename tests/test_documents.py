@@ -121,6 +121,7 @@ TINY_LM += [
 ]
 
 ADAPTED = [word for word in TINY_LM[1:] if "model" not in word]
+COMPARED = [word.replace("--config.", "--config.run.") for word in ADAPTED] + ["--config.seeds=0"]
 
 
 def run(directory, *words, **options):
@@ -258,8 +259,13 @@ def test_a_model_is_adapted(directory, exported):
     for document, command in COMMANDS:
         if document.name == "adapting.md" and command.startswith("tessera "):
             _, *words = shlex.split(command)
-            run(directory, *console, *words, *(ADAPTED if words[0] == "train" else SHORTER.get(words[0], [])))
+            short = {"train": ADAPTED, "compare": COMPARED}.get(words[0], [])
+            run(directory, *console, *words, *short)
     assert (directory / "runs" / "lora" / "adapter" / "adapter_config.json").exists()
+    for name, arms in (("recover", 4), ("tickets", 5)):
+        with (directory / "runs" / name / "runs.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == arms and all(float(row["validation_loss"]) > 0 for row in rows)
     assert (made / "lora" / "config.json").exists() and (directory / "runs" / "recovered" / "report.html").exists()
 
 

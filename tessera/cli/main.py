@@ -81,8 +81,8 @@ COMMANDS: dict[str, Command] = {
         "isoflop",
         environment={"JAX_PLATFORMS": "cpu"},
     ),
-    "compare-moe": Command(
-        "tessera.cli.compare_moe", "compare_moe", "Train arms over seeds and compare them.", "moe_vs_dense", hosts=True
+    "compare": Command(
+        "tessera.cli.compare", "compare", "Train arms over seeds and compare them.", "moe_vs_dense", hosts=True
     ),
     "explain": Command(
         "tessera.cli.explain",

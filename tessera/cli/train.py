@@ -21,8 +21,8 @@ from tessera.infra.remote import local
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.lm import schema as lm_schema
 from tessera.lm.lora import LoRAConfig
-from tessera.lm.run import build_run, results_table, whole_model
-from tessera.lm.warm_start import Pretrained, with_pretrained
+from tessera.lm.run import Run, build_run, results_table, whole_model
+from tessera.lm.warm_start import Pretrained, StartConfig, masked_params, with_pretrained
 from tessera.loop import Interrupted, NonFiniteLoss, train
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.planning.report import run_sections
@@ -31,6 +31,7 @@ from tessera.reports.router import write_specialization
 from tessera.reports.run_report import lm_report
 
 SCHEMA = lm_schema.SCHEMA
+MASK = 1  # folded into the run's key, for random weights and places of a mask
 ERRORS = (
     DataUnavailable,
     WorkdirMismatch,
@@ -47,9 +48,7 @@ def main(invocation: Invocation) -> int:
     """Config -> parts of the run -> training loop -> table and report. Returns the exit status."""
     c, first_process = invocation.config, jax.process_index() == 0
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
-    pretrained = read_pretrained(c) if c.start.dir or c.distill.dir else None
-    c = c if pretrained is None else with_pretrained(c, pretrained)
-    run = build_run(c, pretrained)
+    c, run = prepare_run(c)
     workdir = invocation.prepare(run.settings, whole=True)
     for line in run.notes if first_process else ():
         print(line, file=sys.stderr, flush=True)
@@ -88,6 +87,17 @@ def main(invocation: Invocation) -> int:
     return 0
 
 
+def prepare_run(c: ConfigDict) -> tuple[ConfigDict, Run]:
+    """Settings with the architecture of the model that the run goes on from, where there is one, and the run.
+
+    Raises:
+      ConfigError, DataUnavailable: see `read_pretrained` and `tessera.lm.run.build_run`.
+    """
+    pretrained = read_pretrained(c) if c.start.dir or c.distill.dir else None
+    c = c if pretrained is None else with_pretrained(c, pretrained)
+    return c, build_run(c, pretrained)
+
+
 def read_pretrained(c: ConfigDict) -> Pretrained:
     """Read the model to go on from and the teacher, where the config names them.
 
@@ -105,11 +115,14 @@ def read_pretrained(c: ConfigDict) -> Pretrained:
         return checked(f"config.{setting}", load, SourceConfig(path))
 
     start, teacher = read("start.dir", c.start.dir), read("distill.dir", c.distill.dir)
-    first = (
-        (None, None, "")
-        if start is None
-        else (start.params, start.config, tokenizer_file(c.start.dir, start.tokenizer))
-    )
+    first: tuple = (None, None, "")
+    if start is not None:
+        params = start.params
+        if c.start.mask or c.start.random_weights:
+            pruned = None if (mask := read("start.mask", c.start.mask)) is None else mask.params
+            how, key = build(StartConfig, c.start, "config.start"), jax.random.fold_in(jax.random.key(c.seed), MASK)
+            params = checked("config.start.mask", masked_params, params, start.config, how, pruned, key=key)
+        first = (params, start.config, tokenizer_file(c.start.dir, start.tokenizer))
     return Pretrained(*first, *((None, None) if teacher is None else (teacher.params, teacher.config)))
 
 

@@ -318,9 +318,8 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
             checked("config.model.moe", model.moe.check_parts, f"grad_accum_steps={step.grad_accum_steps}")
     adapters = build(LoRAConfig, c.lora, "config.lora") if c.lora.rank else None
     teacher = build(DistillConfig, c.distill, "config.distill") if c.distill.weight or c.distill.hidden else None
-    return RunConfig(
-        model, plan, optimizer, step, c.batch_size, c.length, c.z_loss, adapters, teacher, c.start.keep_zeros
-    )
+    keep_zeros = c.start.keep_zeros or bool(c.start.mask)
+    return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss, adapters, teacher, keep_zeros)
 
 
 def words_at_start(start: StartConfig, pretrained: Pretrained | None) -> int:
@@ -353,6 +352,9 @@ def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -
         raise ConfigError(
             f"config.start.dir={c.start.dir!r} and .workdir={c.start.workdir!r}: a run starts from one of the two"
         )
+    for name, needs in (("mask", "dir"), ("random_weights", "dir"), ("shuffle_mask", "mask")):
+        if c.start[name] and not c.start[needs]:
+            raise ConfigError(f"config.start.{name}={c.start[name]!r} needs a Hugging Face directory, start.{needs}")
     start = c.start.dir or c.start.workdir
     for name, asked in (("lora.rank", config.lora), ("start.keep_zeros", config.keep_zeros)):
         if asked and not start:

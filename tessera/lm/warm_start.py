@@ -17,7 +17,8 @@ from absl import logging
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from lottery.masks import support
+from lottery.controls import shuffle_masks
+from lottery.masks import apply, prunable, support
 from moe.gate import parameter_shapes
 from moe.layer import MoEConfig
 from moe.upcycle import Method, merge, upcycle
@@ -41,6 +42,11 @@ class StartConfig:
       dir: a Hugging Face directory to go on from in place of a run: the model is the directory's, whatever else
         `config.model` says, and the tokenizer too where `config.data.tokenizer` is "bytes".
       keep_zeros: kernels' weights that are zero at the start, as in a pruned model, stay zero.
+      mask: a Hugging Face directory of the same model, pruned: weights of `dir` that are zero there start at zero and
+        stay so (a ticket: its mask on other weights, such as those of an earlier checkpoint).
+      shuffle_mask: the zeros of `mask` at random places of the same layer, drawn by `config.seed`: a random mask of
+        equal densities.
+      random_weights: random initial weights in the architecture of `dir` in place of its own.
       router_scale: upcycling: standard deviation of the new routers' kernels.
       noise: upcycling: noise on the experts over the spread of their kernel, so that they differ; 0 keeps the outputs.
       method: merging: "mean", "task", "slerp", "ties" or "dare", see `moe.upcycle.merge`.
@@ -51,6 +57,9 @@ class StartConfig:
     workdir: str = ""
     dir: str = ""
     keep_zeros: bool = False
+    mask: str = ""
+    shuffle_mask: bool = False
+    random_weights: bool = False
     router_scale: float = 0.02
     noise: float = 0.0
     method: Method = "mean"
@@ -84,6 +93,32 @@ def with_pretrained(c: ConfigDict, pretrained: Pretrained) -> ConfigDict:
     if pretrained.tokenizer and c.data.tokenizer == "bytes":
         c.data.tokenizer = pretrained.tokenizer
     return c
+
+
+def masked_params(
+    params: PyTree, config: TransformerConfig, start: StartConfig, pruned: PyTree = None, *, key: Key[Array, ""]
+) -> PyTree:
+    """Weights of a directory, or random ones in their place, with the zeros of a pruned model.
+
+    Args:
+      params: of the directory.
+      config: its model.
+      start: `random_weights` and `shuffle_mask` say what stays of them.
+      pruned: parameters of the same model, whose zeros are the mask; None for none.
+      key: for random weights and places.
+
+    Raises:
+      ValueError: `pruned` is another model; its shapes are named.
+    """
+    init_key, mask_key = jax.random.split(key)
+    if start.random_weights:
+        params = jax.jit(Decoder(config).init)(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    if pruned is not None:
+        _check(pruned, config)
+        mask = support(jax.tree.map(jnp.asarray, pruned))
+        mask = shuffle_masks(mask, prunable(pruned), key=mask_key) if start.shuffle_mask else mask
+        params = apply(params, mask)
+    return jax.tree.map(np.asarray, params)
 
 
 def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[Array, ""]) -> PyTree:
@@ -284,7 +319,7 @@ def _check(params: PyTree, config: TransformerConfig) -> None:
     wrong = [path for path in there | here if there.get(path) != here.get(path)]
     if wrong:
         shown = "; ".join(f"{path}: {there.get(path)} there, {here.get(path)} needed" for path in wrong[:3])
-        raise ValueError(f"the other run's weights do not fit ({len(wrong)} differ): {shown}")
+        raise ValueError(f"the other model's weights do not fit ({len(wrong)} differ): {shown}")
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

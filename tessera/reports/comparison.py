@@ -119,12 +119,24 @@ def shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
+def flops_per_token(config: Mapping[str, Any]) -> float:
+    """Training FLOPs per token of the matrix products of a run.
+
+    With adapters the gradients of the model's own kernels, a third, are not computed (their own products, a few
+    percent, are not counted); a teacher computes a forward pass more, counted as if it had the model's shape.
+    """
+    thirds = (2 if config.get("lora", {}).get("rank") else 3) + (
+        1 if config.get("distill", {}).get("weight") or config.get("distill", {}).get("hidden") else 0
+    )
+    return exact_matmuls(shape(config)) / config["length"] * thirds / 3
+
+
 def summary(run: Run) -> dict[str, Any]:
     """One line of a table of all runs."""
     speed = column(run.rows, "tokens_per_second", "time")[1]
     return {"arm": run.arm, "seed": run.seed, "validation_loss": run.loss} | {
         "parameters": parameters(shape(run.config)).total,
-        "flops_per_token": exact_matmuls(shape(run.config)) / run.config["length"],
+        "flops_per_token": flops_per_token(run.config),
         "tokens_per_second": float(np.median(speed)) if len(speed) else None,
     }
 

@@ -140,7 +140,7 @@ def test_a_comparison_is_never_redone(tmp_path, text):
     flags = ["--config=configs/moe_vs_dense.py:tiny", f"--config.run.data.name={text}", "--config.run.steps=20"]
 
     def compare():
-        process = start("compare_moe", tmp_path / "all", *flags)
+        process = start("compare", tmp_path / "all", *flags)
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
         return output

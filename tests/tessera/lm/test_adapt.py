@@ -20,7 +20,7 @@ from tessera.lm import lora
 from tessera.lm.distill import DistillConfig, distill_loss
 from tessera.lm.run import build_run, whole_model
 from tessera.lm.schema import SCHEMA
-from tessera.lm.warm_start import Pretrained, read_model, with_pretrained
+from tessera.lm.warm_start import Pretrained, StartConfig, masked_params, read_model, with_pretrained
 from tessera.loop import train
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder
@@ -118,6 +118,41 @@ def test_a_plan_trains_adapters_as_one_device_does(home, pretrained, plan):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), split[0][-1].params, alone[0][-1].params
     )
+
+
+def test_a_mask_goes_on_other_weights(home, pretrained):
+    """Its zeros, or as many of every layer at other places, in the directory's weights or in random ones."""
+    keep = lambda leaf: np.where(leaf > np.quantile(leaf, 0.25, axis=(-2, -1), keepdims=True), leaf, 0)  # noqa: E731
+    pruned = jax.tree.map(lambda leaf: keep(leaf) if leaf.ndim > 1 else leaf, pretrained.params)
+    which, key = masks.prunable(pruned), jax.random.key(3)
+    made = lambda **how: masked_params(pretrained.params, pretrained.model, StartConfig(**how), pruned, key=key)  # noqa: E731
+    kernels = lambda tree: [x for x, chosen in zip(*map(jax.tree.leaves, (tree, which)), strict=True) if chosen]  # noqa: E731
+    ticket, shuffled, fresh = made(), made(shuffle_mask=True), made(random_weights=True)
+    assert len(kernels(ticket)) == 7
+    for first, zeros, other, random in zip(*map(kernels, (pretrained.params, pruned, shuffled, fresh)), strict=True):
+        assert first.shape[0] == 2 and 0.7 < np.mean(zeros != 0) < 0.8
+        layers = tuple(range(1, first.ndim))
+        np.testing.assert_array_equal((other != 0).sum(layers), (zeros != 0).sum(layers))
+        assert ((other != 0) != (zeros != 0)).any() and (other[other != 0] == first[other != 0]).all()
+        np.testing.assert_array_equal(random != 0, zeros != 0)
+        assert not (random[zeros != 0] == first[zeros != 0]).any()
+    table = lambda tree: tree["embed"]["table"]  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, ticket, masks.apply(pretrained.params, masks.support(pruned)))
+    np.testing.assert_array_equal(table(ticket), table(pretrained.params))
+    assert (table(fresh) != table(pretrained.params)).all()
+    # The mask stays in training, and another seed draws other places.
+    given = pretrained._replace(params=ticket)
+    run = build_run(settings(home, given, **{"start.mask": "pruned", "optimizer.name": "adamw"}), given)
+    states, _ = advance(run, 2)
+    for before, after in zip(kernels(ticket), kernels(states[-1].params), strict=True):
+        np.testing.assert_array_equal(before != 0, np.asarray(after) != 0)
+    other = masked_params(
+        pretrained.params, pretrained.model, StartConfig(shuffle_mask=True), pruned, key=jax.random.key(4)
+    )
+    assert any((a != b).any() for a, b in zip(kernels(other), kernels(shuffled), strict=True))
+    narrow = jax.tree.map(lambda leaf: leaf[..., :-1], pruned)
+    with pytest.raises(ValueError, match="weights do not fit"):
+        masked_params(pretrained.params, pretrained.model, StartConfig(), narrow, key=key)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -239,6 +274,8 @@ def test_adapters_of_a_run_are_merged_into_its_weights(home, pretrained, tmp_pat
         ({"distill.weight": 1.5}, "weight=1.5 must be a share"),
         ({"lora.rank": 200}, "rank=200 of blocks/attention/key/kernel"),
         ({"start.workdir": "runs/x"}, "a run starts from one of the two"),
+        ({"start.dir": "", "start.mask": "x"}, "config.start.mask='x' needs a Hugging Face directory, start.dir"),
+        ({"start.shuffle_mask": True}, "config.start.shuffle_mask=True needs .* start.mask"),
     ],
 )
 def test_what_has_nothing_to_start_from_is_refused(home, pretrained, changes, message):

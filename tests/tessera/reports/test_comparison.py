@@ -12,7 +12,7 @@ from scipy import stats
 from configs import moe_vs_dense
 from scaling.flops import parameters
 from sharding.rules import path_name
-from tessera.cli.compare_moe import SCHEMA
+from tessera.cli.compare import SCHEMA
 from tessera.infra.config import build
 from tessera.infra.schema import completed
 from tessera.models.transformer import TransformerConfig, param_shapes
@@ -127,3 +127,12 @@ def test_a_runs_sizes_are_those_of_its_parameters():
     config["model"]["moe"]["null"] = 1
     with pytest.raises(ValueError, match="zero-computation experts"):
         comparison.shape(config)
+
+
+def test_adapters_skip_the_weights_gradients_and_a_teacher_adds_a_forward_pass():
+    plain = settings("dense")
+    assert plain["lora"]["rank"] == 0 and plain["distill"]["weight"] == 0
+    full = comparison.flops_per_token(plain)
+    for lora, weight, thirds in ((8, 0.0, 2), (0, 0.5, 4), (8, 0.5, 3)):
+        config = plain | {"lora": plain["lora"] | {"rank": lora}, "distill": plain["distill"] | {"weight": weight}}
+        assert comparison.flops_per_token(config) == pytest.approx(full * thirds / 3)

@@ -1,4 +1,4 @@
-"""Train arms over seeds and compare them: `tessera compare-moe --config=moe_vs_dense --workdir=DIR`."""
+"""Train arms over seeds and compare them: `tessera compare --config=moe_vs_dense --workdir=DIR`."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,6 @@ from tessera.infra.config import ConfigError
 from tessera.infra.schema import Changes, Schema
 from tessera.infra.workdir import hold, locate
 from tessera.lm import schema as lm_schema
-from tessera.lm.run import build_run
 from tessera.reports import comparison
 from tessera.reports.html import config_section, print_report, write_report
 
@@ -24,10 +23,12 @@ class CompareSettings:
     """What stands at the top of a comparison's config.
 
     Attributes:
+      title: of the page.
       seeds: of every arm.
       against: the arm that the others are compared with, seed by seed.
     """
 
+    title: str = "Runs compared"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     against: str = "dense"
 
@@ -74,7 +75,7 @@ def main(invocation: Invocation) -> int:
         show(title, rows)
     write_csv([comparison.summary(one) for one in runs], root / "runs.csv")
     sections = [*comparison.sections(runs, tables), config_section(root)]
-    print_report(write_report, root, "Routed experts against a dense decoder", sections)
+    print_report(write_report, root, config.title, sections)
     return 0
 
 
@@ -93,7 +94,7 @@ def check(config: ConfigDict, arm: str, seed: int) -> None:
       ConfigError: a setting that is wrong.
     """
     try:
-        build_run(settings_of(config, arm, seed))
+        train.prepare_run(settings_of(config, arm, seed))
     except ConfigError as error:
         raise ConfigError(f"arm {arm!r} (config is config.run with config.arms.{arm}): {error}") from error
 

@@ -1,6 +1,0 @@
-"""Train arms over seeds and compare them. `python scripts/compare_moe.py --help` lists configs and flags."""
-
-from tessera.cli.main import run
-
-if __name__ == "__main__":
-    run("compare-moe")
