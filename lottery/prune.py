@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -340,14 +341,10 @@ def _remove(scores, masks, which, numbers, structure, stay: bool) -> PyTree:
         able = alive & ~jnp.isposinf(unit_score) if rule.protects else alive
         parts.append(tuple(x.reshape(len(layers[path]), -1) for x in (unit_score, alive, able)))
 
-    def gone(parts: list[tuple[Array, ...]], number: Array) -> list[Array]:
-        count = counting.subtract(_total(alive for _, alive, _ in parts), number) if stay else number
-        return _lowest([(unit_score, able) for unit_score, _, able in parts], count)
-
     if everything:
-        dropped = gone(parts, counting.split(numbers[EVERYTHING]))
+        dropped = _gone(parts, counting.split(numbers[EVERYTHING]), stay)
     else:
-        one = jax.vmap(lambda number, *rows: gone([tuple(row[None] for row in rows)], number)[0][0])
+        one = jax.vmap(lambda number, *rows: _gone([tuple(row[None] for row in rows)], number, stay)[0][0])
         dropped = []
         for path, part in zip(used, parts, strict=True):
             alive = jnp.sum(part[1], axis=1, dtype=jnp.int32)
@@ -389,6 +386,15 @@ def _total(flags: Iterable[Array]) -> Array:
     return counting.total([jnp.sum(x, axis=1, dtype=jnp.int32) for x in flags])
 
 
+# Jitted on their own: a search prunes many layers of few shapes, and traces this once for each shape.
+@partial(jax.jit, static_argnames="stay")
+def _gone(parts: Sequence[tuple[Array, ...]], number: Array, stay: bool) -> list[Array]:
+    """Units to remove of (scores, alive, able to go) [L, N]: `number` of them, or all but so many."""
+    count = counting.subtract(_total(alive for _, alive, _ in parts), number) if stay else number
+    return _lowest([(unit_score, able) for unit_score, _, able in parts], count)
+
+
+@jax.jit
 def _lowest(parts: Sequence[tuple[Array, Array]], count: Array) -> list[Array]:
     """The `count` (a pair) alive units of lowest score over all parts, each (scores [L, N], alive [L, N] bool)."""
     sign = jnp.uint32(1 << 31)

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from lottery import masks
+from tessera.cli import prune
 from tessera.cli.main import Invocation
 from tessera.cli.prune import DATA, MODEL_SOURCE, check_lengths, cut_tokens, read_documents, score
 from tessera.compress.pruning import PruneConfig, check_fits, prune_decoder
@@ -27,6 +28,8 @@ from tessera.serving.load import Loaded, SourceConfig, load
 from tessera.tickets.studies.study import DENSE, Comparison, Study, same, verdict, write_study
 
 BLOCKS = "blocks"  # folder of the arm that is being pruned
+
+ERRORS = prune.ERRORS
 
 
 @dataclass(frozen=True)
