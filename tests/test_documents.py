@@ -181,6 +181,7 @@ SHORT = {
     "compare_pruning": [
         *("--config=compare_pruning:tiny", "--config.model.dir=runs/lm", "--config.texts=text.py"),
         *("--config.calibration.length=16", "--config.length=16", "--config.tokens=50", "--workdir=runs/ways"),
+        "--config.arms.sparsegpt_blocks.structure=4x4",
     ],
     "study": [
         "--config=study_instability:tiny",
@@ -260,7 +261,8 @@ def test_a_model_is_adapted(directory, exported):
         if document.name == "adapting.md" and command.startswith("tessera "):
             _, *words = shlex.split(command)
             short = {"train": ADAPTED, "compare": COMPARED}.get(words[0], [])
-            run(directory, *console, *words, *short)
+            narrow = [f"--config.arms.{arm}.lora.rank=2" for arm in ("lora", "lora_distill") if "recover" in command]
+            run(directory, *console, *words, *short, *(narrow if words[0] == "compare" else []))
     assert (directory / "runs" / "lora" / "adapter" / "adapter_config.json").exists()
     for name, arms in (("recover", 4), ("tickets", 5)):
         with (directory / "runs" / name / "runs.csv").open() as file:
@@ -278,7 +280,7 @@ PRUNING = {
     "evaluate": ["--config.sizes.length=32"],
     "compare-pruning": [
         *("--config.length=16", "--config.tokens=100", "--config.calibration.length=16"),
-        "--config.calibration.max_bytes=20000",
+        *("--config.calibration.max_bytes=20000", "--config.arms.sparsegpt_blocks.structure=4x4"),
     ],
 }
 
