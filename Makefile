@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 test test-all test-docs test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants clean
+.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -62,9 +62,21 @@ test-gpu:
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/run.py --all
 
-# Commands and code blocks of README and docs, run shortened.
+# Commands and code blocks of README and docs, run shortened; the tutorials, and the site where `make docs` was run.
 test-docs: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py tests/lottery/test_docs.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py tests/test_site.py tests/lottery/test_docs.py
+
+# The documentation site in runs/site, built strictly and without a network: open runs/site/index.html.
+$(VENV)/docs: | $(VENV)/installed
+	$(PIP) $(LOCK:%=--constraint %) -e '.[docs,reports]'
+	@touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Every notebook, run from top to bottom by nbclient. A few minutes.
+test-notebooks: $(VENV)/docs
+	$(BIN)/python -m pytest -n0 -m 'slow or not slow' tests/test_notebooks.py
 
 # A wheel is built and tried in an empty environment outside the checkout (needs a package index).
 test-wheel: $(VENV)/installed

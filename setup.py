@@ -39,7 +39,7 @@ EXTRAS = {
     "ray": ["ray[default]>=2.9"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]>=0.11"],
-    "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
     # For golden values (`make golden`) and for the benchmarks' columns of other libraries; nothing here imports them.
     "baselines": ["torch", "transformers", "peft", "lm-eval", "llama-cpp-python"],
     "dev": [

@@ -41,5 +41,7 @@ boot = scaling.bootstrap(fitted, 200)
 best = scaling.compute_optimal(law, boot.theta_PB, [budget]).params[0]
 low, high = np.quantile(best, [0.025, 0.975])
 true = scaling.chinchilla_optimum({"E": E, "A": A, "B": B, "alpha": ALPHA, "beta": BETA}, [budget]).params.item()
-print(f"best size for {budget:.3g} FLOPs: {low / 1e9:.0f} to {high / 1e9:.0f} billion parameters (true: {true / 1e9:.0f})")
+print(
+    f"best size for {budget:.3g} FLOPs: {low / 1e9:.0f} to {high / 1e9:.0f} billion parameters (true: {true / 1e9:.0f})"
+)
 assert low < true < high

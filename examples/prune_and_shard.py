@@ -23,7 +23,8 @@ def kernel(outputs, inputs):
 
 
 model = {
-    f"layers.{i}": {"mlp": {"up_proj": kernel(HIDDEN, WIDTH), "down_proj": kernel(WIDTH, HIDDEN)}} for i in range(LAYERS)
+    f"layers.{i}": {"mlp": {"up_proj": kernel(HIDDEN, WIDTH), "down_proj": kernel(WIDTH, HIDDEN)}}
+    for i in range(LAYERS)
 }
 # Real activations are uneven and correlated; so are these.
 mixing = jax.random.normal(next(keys), (WIDTH, WIDTH)) * jnp.geomspace(3, 0.1, WIDTH)

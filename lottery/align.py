@@ -153,7 +153,7 @@ def sizes(tree: PyTree, spec: Spec) -> dict[str, int]:
 
 
 def permute(tree: PyTree, permutations: Mapping[str, Any], spec: Spec) -> PyTree:
-    """Permute the units of a tree (params, masks, moments): new unit i is old unit permutations[name][i].
+    """Permute the units of a tree (params, masks, moments): new unit i is old unit `permutations[name][i]`.
 
     Leaves that the spec does not name stay. Params permuted so compute the same function.
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PROGRAMS = ("python", "make", "tessera", "sbatch", "kubectl", "mpirun", "pip", "source", "curl", "git", "export", "cd")
+# A command that begins with one of these is one inside a sentence, too.
+INLINE = ("python", "make", "tessera", "sbatch", "kubectl", "mpirun", "pip")
 
 
 def name_of(document):
@@ -49,7 +52,7 @@ def commands():
         plain = FENCE.sub("", document.read_text(encoding="utf-8"))
         for text in re.findall(r"`([^`]+)`", plain):
             text = " ".join(text.split())
-            if text.split(" ")[0] in ("python", "make", "sbatch", "kubectl", "mpirun", "pip") and " " in text:
+            if text.split(" ")[0] in INLINE and len(text.split(" ")) > 1:
                 found.append((document, text))
     return found
 
@@ -150,7 +153,10 @@ def directory(tmp_path_factory):
 
 @pytest.mark.docs
 @pytest.mark.parametrize(
-    ("document", "number", "text"), blocks("python"), ids=lambda x: name_of(x) if isinstance(x, Path) else None
+    ("document", "number", "text"),
+    # The blocks of a tutorial are one program: `test_site.py` runs them.
+    [block for block in blocks("python") if block[0].parent.name != "tutorials"],
+    ids=lambda x: name_of(x) if isinstance(x, Path) else None,
 )
 def test_every_python_block_runs(document, number, text, directory):
     """As a program of its own; one that begins with `# name.py` has that name, for others to import."""
@@ -297,6 +303,22 @@ def test_the_commands_on_pruning(directory):
     assert json.loads((directory / "runs" / "sparse" / "result.json").read_text())["density"] == 0.5
     narrow = json.loads((directory / "runs" / "narrow" / "result.json").read_text())
     assert narrow["pruned_parameters"] < narrow["parameters"]
+
+
+@pytest.mark.docs
+def test_the_tutorial_on_pruning(directory, exported):
+    """Its commands and its assertion, with a tiny model in the place of SmolLM2."""
+    shutil.copytree(directory / "models" / "lm", directory / ".cache" / "smollm2")
+    (directory / "notes.txt").write_text("Text that is no program, to judge on.\n" * 20)
+    console, ran = ("-c", "from tessera.cli.main import main; main()"), []
+    for document, command in COMMANDS:
+        if document.stem == "prune_and_serve" and command.startswith("tessera ") and " serve " not in command:
+            _, *words = shlex.split(command)
+            ran.append(words[0])
+            run(directory, *console, *words, *PRUNING.get(words[0], []))
+    assert ran == ["prune", "prune", "generate"]
+    (text,) = (text for document, _, text in blocks("python") if document.stem == "prune_and_serve")
+    assert "density 0.5" in run(directory, "-c", text)
 
 
 @pytest.mark.docs

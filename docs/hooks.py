@@ -1,0 +1,286 @@
+"""Pages of the site that are made from what is written elsewhere, so that nothing is written twice.
+
+From README its section Install; from CONTRIBUTING.md the how-to pages; from examples/ and notebooks/ a page that shows
+them; from each package's `__all__` the API reference. Links to files outside docs/ become links to the repository
+where its address is known (`URL` of setup.py), and plain text where not.
+"""
+
+import ast
+import json
+import posixpath
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+URL = re.findall(r'^URL = "(.*)"$', (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)[0]
+LIBRARIES = ("lottery", "moe", "sharding", "scaling")
+# Of tessera, what the documents import or name.
+TESSERA = (
+    *("loop", "step", "losses", "models.transformer", "models.vision", "models.lm_loss", "models.remat"),
+    *("parallel.decoder", "planning.memory", "lm.lora", "optim.optimizer", "data.documents", "data.packing"),
+    *("infra.config", "infra.workdir", "infra.checkpoint", "reports.html", "serving.engine"),
+)
+GUIDES = {
+    "router": "router",
+    "criterion": "pruning criterion",
+    "law": "scaling law",
+    "schedule": "schedule",
+    "config": "config",
+}
+
+
+class Doctests(griffe.Extension):
+    """Read our `Example:` as the section `Examples:`, whose doctests are shown as code."""
+
+    def on_object(self, *, obj, **_):
+        """Called for every object with its docstring as it is written."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+
+
+def read(path):
+    """Text of a file of the repository."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def section(path, heading):
+    """A section of a Markdown file without its heading."""
+    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", read(path), re.M | re.S)[1]
+
+
+def public_names(package):
+    """Names by module of a package: its `__all__`, or the table that it hands to `attach`.
+
+    Modules that are public as a whole have no names.
+    """
+    tree = ast.parse(read(f"{package.replace('.', '/')}/__init__.py"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attach":
+            return ast.literal_eval(node.args[1])
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return {name: () for name in ast.literal_eval(node.value) if find(f"{package}.{name}")}
+    return {}
+
+
+def find(module):
+    """File of a module, None where there is none."""
+    path = ROOT / module.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+
+
+def exports(module):
+    """Literal `__all__` of a module, or None."""
+    for node in ast.parse(find(module).read_text(encoding="utf-8")).body:
+        if (
+            isinstance(node, ast.Assign)
+            and getattr(node.targets[0], "id", "") == "__all__"
+            and isinstance(node.value, ast.List)
+        ):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def reference(module, names=()):
+    """Directive of mkdocstrings for some or all public names of a module."""
+    members = json.dumps(list(names or exports(module) or []))
+    chosen = f"\n      members: {members}" if members != "[]" else ""
+    return f"::: {module}\n    options:\n      show_root_full_path: true\n      heading_level: 2{chosen}\n"
+
+
+def api_pages():
+    """Page -> text, a page a module or a subpackage."""
+    pages = {
+        "api/index.md": "# Reference\n\nPublic are the names below, each package's `__all__`, the commands and their settings.\n\n"
+    }
+    for package in LIBRARIES:
+        summary = ast.get_docstring(ast.parse(read(f"{package}/__init__.py")))
+        index = f"# {package}\n\n{summary.split('Example:')[0].split('Modules are imported')[0].strip()}\n\n"
+        table = public_names(package)
+        for name, names in table.items():
+            module, parent = f"{package}.{name}", name.rpartition(".")[0]
+            if parent in table:
+                continue  # on the page of its package
+            inner = public_names(module) if find(module).name == "__init__.py" and not names else {}
+            for part in inner:
+                inner[part] = (*inner[part], *(n for n in table.get(f"{name}.{part}", ()) if n not in inner[part]))
+            text = f"# {module}\n\n"
+            if any(inner.values()) or (inner and not exports(module)):
+                text += "\n".join(
+                    reference(f"{module}.{part}", some) for part, some in inner.items() if find(f"{module}.{part}")
+                )
+            else:
+                text += reference(module, names)
+            pages[f"api/{module}.md"] = text
+            first = (ast.get_docstring(ast.parse(find(module).read_text(encoding="utf-8"))) or "").split("\n")[0]
+            index += f"- [`{module}`]({module}.md): {first}\n"
+        pages[f"api/{package}.md"] = index
+        pages["api/index.md"] += f"- [{package}]({package}.md): {summary.split(chr(10))[0]}\n"
+    pages["api/tessera.md"] = (
+        "# tessera\n\nWhat the documents import of the package that joins the libraries; all of it may change before 1.0.\n\n"
+        + "\n".join(reference(f"tessera.{name}") for name in TESSERA)
+    )
+    pages["api/index.md"] += (
+        "- [tessera](tessera.md): " + ast.get_docstring(ast.parse(read("tessera/__init__.py"))).split("\n")[0] + "\n"
+    )
+    pages["api/commands.md"] = commands()
+    pages["api/index.md"] += (
+        "- [commands](commands.md): `tessera COMMAND`, the configs of each, and how to list its settings.\n"
+    )
+    return pages
+
+
+def commands():
+    """Page of the command line, from the table that `tessera --help` prints."""
+    tree = ast.parse(read("tessera/cli/main.py"))
+    rows = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if getattr(target, "id", "") in ("COMMANDS", "PLAIN"):
+                for key, value in zip(node.value.keys, node.value.values, strict=True):
+                    texts = [arg.value for arg in (value.args if isinstance(value, ast.Call) else value.elts)]
+                    meaning = texts[2] if isinstance(value, ast.Call) else texts[1]
+                    config = texts[3] if isinstance(value, ast.Call) and len(texts) > 3 else ""
+                    rows.append((key.value, meaning, config))
+    table = "\n".join(
+        f"| `tessera {name}` | {meaning} | {f'`{config}`' if config else ''} |" for name, meaning, config in rows
+    )
+    experiments = "\n".join(
+        f"| `{path.stem}` | {(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').split(chr(10))[0]} |"
+        for path in sorted((ROOT / "configs").glob("[a-z]*.py"))
+    )
+    return f"""# Commands and configs
+
+`tessera COMMAND --help` lists a command's configs and flags, `--fields` every setting with its type, default and meaning,
+`--print_config` what a command line resolves to. The scripts of a checkout are the same commands: `tessera train` is
+`python scripts/train.py`.
+
+| command | what it does | its config, if none is named |
+|---|---|---|
+{table}
+
+## Configs
+
+A config is found by its name (`--config=lm:tiny`, the variant behind the colon) or is a file of your own. Its docstring says
+what it does, what it costs and what to expect.
+
+| config | what |
+|---|---|
+{experiments}
+"""
+
+
+def example_page():
+    """The examples' sources and the list of notebooks."""
+    text = "# Examples and notebooks\n\nEach example is one file of plain JAX: no configs, nothing of `tessera`. Copy one and change it.\n\n"
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(source))
+        title, rest = docstring.split("\n", 1)
+        body = source.split('"""', 2)[2].lstrip("\n")
+        text += f"## {path.stem.replace('_', ' ').capitalize()}\n\n**{title}**\n{rest}\n\n```python\n{body}```\n\n"
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if notebooks:
+        text += "## Notebooks\n\nOne a package, with figures: `jupyter lab notebooks/` in a checkout.\n\n"
+        for path in notebooks:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            title = next(
+                re.match(r"# (.*)", "".join(cell["source"]))[1]
+                for cell in cells
+                if "".join(cell["source"]).startswith("# ")
+            )
+            link = (
+                f"[`notebooks/{path.name}`]({URL}/blob/main/notebooks/{path.name})"
+                if URL
+                else f"`notebooks/{path.name}`"
+            )
+            text += f"- {link}: {title}\n"
+    return text
+
+
+def guide_pages():
+    """How-to pages from CONTRIBUTING.md."""
+    pages = {}
+    for name, title in GUIDES.items():
+        article = "an" if title[0] in "aeiou" else "a"
+        pages[f"howto/{name}.md"] = f"# Add {article} {title}\n\n{section('CONTRIBUTING.md', f'How to add a {name}')}"
+    listed = "\n".join(f"- [Add a {title}]({name}.md)" for name, title in GUIDES.items())
+    pages["howto/index.md"] = f"""# How to
+
+One page a task. Their code is that of CONTRIBUTING.md, which a test runs.
+
+{listed}
+- [Log to TensorBoard or Weights & Biases](logging.md)
+
+Other tasks are in the guides: [your own data](../data.md), [pruning a trained model](../pruning.md), [fine-tuning and
+LoRA](../adapting.md), [serving](../inference.md), [upcycling and merging experts](../moe.md).
+"""
+    return pages
+
+
+def generated():
+    """Every made page."""
+    return {
+        "install.md": f"# Install\n{section('README.md', 'Install')}",
+        "examples.md": example_page(),
+        **guide_pages(),
+        **api_pages(),
+    }
+
+
+def on_config(config):
+    """Fill the tabs of results and reference."""
+    tabs = {next(iter(entry)): entry for entry in config.nav}
+    results = sorted(path.name for path in (ROOT / "docs" / "results").glob("*.md") if path.name != "README.md")
+    tabs["Results"]["Results"] = ["results/README.md", *(f"results/{name}" for name in results)]
+    pages = api_pages()
+    entries: list = ["api/index.md", "api/commands.md"]
+    for package in LIBRARIES:
+        inner = [
+            {page[4:-3]: page} for page in pages if page.startswith(f"api/{package}.") and page != f"api/{package}.md"
+        ]
+        entries.append({package: [f"api/{package}.md", *inner]})
+    tabs["Reference"]["Reference"] = [*entries, {"tessera": "api/tessera.md"}]
+    if URL:
+        config.repo_url = URL
+    return config
+
+
+def on_files(files, config):
+    """Add the made pages."""
+    for page, text in generated().items():
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Point links to files outside docs/ at the repository, or make them text."""
+    here = page.file.src_uri
+    # README and CONTRIBUTING lie one folder up.
+    base = "" if here == "install.md" or here.startswith("howto/") else f"docs/{posixpath.dirname(here)}"
+
+    def mend(match):
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if "://" in target or target.startswith(("#", "mailto:")):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(base, target))
+        inside = path[5:] if path.startswith("docs/") else ""
+        if inside and (files.get_file_from_path(inside)):
+            return f"{text}({posixpath.relpath(inside, posixpath.dirname(here) or '.')}{anchor})"
+        if base == "" and files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(here), target))):
+            return match[0]  # a link of a made page to another
+        if path.rstrip("/") == "docs/results":
+            return f"{text}({posixpath.relpath('results/README.md', posixpath.dirname(here) or '.')})"
+        if not (ROOT / path).exists():
+            return match[0]  # strict building reports it
+        return f"{text}({URL}/blob/main/{path}{anchor})" if URL else text[1:-1]
+
+    # Not inside fenced code.
+    parts = re.split(r"(^```.*?^```)", markdown, flags=re.M | re.S)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"(!?\[[^\]]*\])\(([^)#\s]*)(#[^)\s]*)?\)", mend, part)
+        for part in parts
+    )
