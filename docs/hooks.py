@@ -83,121 +83,88 @@ def exports(module):
     return None
 
 
+def first_line(path):
+    """First line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+
+
 def reference(module, names=()):
-    """Directive of mkdocstrings for some or all public names of a module."""
-    members = json.dumps(list(names or exports(module) or []))
-    chosen = f"\n      members: {members}" if members != "[]" else ""
+    """Directive of mkdocstrings for some names of a module, for its `__all__`, or for all without an underscore."""
+    members = list(names or exports(module) or [])
+    chosen = f"\n      members: {json.dumps(members)}" if members else ""
     return f"::: {module}\n    options:\n      show_root_full_path: true\n      heading_level: 2{chosen}\n"
 
 
 def api_pages():
     """Page -> text, a page a module or a subpackage."""
-    pages = {
-        "api/index.md": "# Reference\n\nPublic are the names below, each package's `__all__`, the commands and their settings.\n\n"
-    }
+    index = "# Reference\n\nPublic are each package's `__all__`, shown here, and the commands with their settings.\n\n"
+    pages = {}
     for package in LIBRARIES:
-        summary = ast.get_docstring(ast.parse(read(f"{package}/__init__.py")))
-        index = f"# {package}\n\n{summary.split('Example:')[0].split('Modules are imported')[0].strip()}\n\n"
+        summary = ast.get_docstring(ast.parse(read(f"{package}/__init__.py"))).split("\n")[0]
+        contents = f"# {package}\n\n{summary}\n\n"
         table = public_names(package)
         for name, names in table.items():
-            module, parent = f"{package}.{name}", name.rpartition(".")[0]
-            if parent in table:
-                continue  # on the page of its package
-            inner = public_names(module) if find(module).name == "__init__.py" and not names else {}
-            for part in inner:
-                inner[part] = (*inner[part], *(n for n in table.get(f"{name}.{part}", ()) if n not in inner[part]))
-            text = f"# {module}\n\n"
-            if any(inner.values()) or (inner and not exports(module)):
-                text += "\n".join(
-                    reference(f"{module}.{part}", some) for part, some in inner.items() if find(f"{module}.{part}")
-                )
-            else:
-                text += reference(module, names)
-            pages[f"api/{module}.md"] = text
-            first = (ast.get_docstring(ast.parse(find(module).read_text(encoding="utf-8"))) or "").split("\n")[0]
-            index += f"- [`{module}`]({module}.md): {first}\n"
-        pages[f"api/{package}.md"] = index
-        pages["api/index.md"] += f"- [{package}]({package}.md): {summary.split(chr(10))[0]}\n"
-    pages["api/tessera.md"] = (
-        "# tessera\n\nWhat the documents import of the package that joins the libraries; all of it may change before 1.0.\n\n"
-        + "\n".join(reference(f"tessera.{name}") for name in TESSERA)
-    )
-    pages["api/index.md"] += (
-        "- [tessera](tessera.md): " + ast.get_docstring(ast.parse(read("tessera/__init__.py"))).split("\n")[0] + "\n"
-    )
-    pages["api/commands.md"] = commands()
-    pages["api/index.md"] += (
-        "- [commands](commands.md): `tessera COMMAND`, the configs of each, and how to list its settings.\n"
-    )
-    return pages
+            module = f"{package}.{name}"
+            if name.rpartition(".")[0] in table:
+                continue  # on the page of its subpackage
+            parts = public_names(module) if find(module).name == "__init__.py" and not exports(module) else {}
+            for part in parts:
+                more = [each for each in table.get(f"{name}.{part}", ()) if each not in parts[part]]
+                parts[part] = (*parts[part], *more)
+            directives = [reference(f"{module}.{part}", some) for part, some in parts.items()]
+            pages[f"api/{module}.md"] = "\n".join([f"# {module}\n", *(directives or [reference(module, names)])])
+            contents += f"- [`{module}`]({module}.md): {first_line(find(module))}\n"
+        pages[f"api/{package}.md"] = contents
+        index += f"- [{package}]({package}.md): {summary}\n"
+    index += f"- [tessera](tessera.md): {first_line(find('tessera'))}\n"
+    index += "- [commands](commands.md): every command and config.\n"
+    said = "What the documents use of the package that joins the libraries. All of it may change before 1.0."
+    joined = "\n".join(reference(f"tessera.{name}") for name in TESSERA)
+    tessera = f"# tessera\n\n{said}\n\n{joined}"
+    return {"api/index.md": index, "api/tessera.md": tessera, "api/commands.md": commands_page(), **pages}
 
 
-def commands():
-    """Page of the command line, from the table that `tessera --help` prints."""
-    tree = ast.parse(read("tessera/cli/main.py"))
+def commands_page():
+    """Page of the command line, from the tables that `tessera --help` prints and the configs' docstrings."""
     rows = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign | ast.Assign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if getattr(target, "id", "") in ("COMMANDS", "PLAIN"):
-                for key, value in zip(node.value.keys, node.value.values, strict=True):
-                    texts = [arg.value for arg in (value.args if isinstance(value, ast.Call) else value.elts)]
-                    meaning = texts[2] if isinstance(value, ast.Call) else texts[1]
-                    config = texts[3] if isinstance(value, ast.Call) and len(texts) > 3 else ""
-                    rows.append((key.value, meaning, config))
-    table = "\n".join(
-        f"| `tessera {name}` | {meaning} | {f'`{config}`' if config else ''} |" for name, meaning, config in rows
+    for node in ast.parse(read("tessera/cli/main.py")).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+        if getattr(target, "id", "") in ("COMMANDS", "PLAIN"):
+            for name, value in zip(node.value.keys, node.value.values, strict=True):
+                # Command(module, script, meaning, config, ...), or a pair of module and meaning.
+                texts = [each.value for each in getattr(value, "args", None) or value.elts]
+                meaning, config = (texts[1], "") if len(texts) == 2 else (texts[2], "".join(texts[3:4]))
+                rows.append(f"| `tessera {name.value}` | {meaning} | {f'`{config}`' if config else ''} |")
+    configs = [f"| `{path.stem}` | {first_line(path)} |" for path in sorted((ROOT / "configs").glob("[a-z]*.py"))]
+    return "\n".join(
+        [
+            "# Commands and configs\n",
+            "`tessera COMMAND --help` lists a command's configs and flags, `--fields` every setting with its type,",
+            "default and meaning, `--print_config` what a command line resolves to. In a checkout",
+            "`python scripts/train.py` is `tessera train`, and so on.\n",
+            *("| command | what it does | its config, if none is named |", "|---|---|---|", *rows),
+            "\n## Configs\n",
+            "A config is found by its name (`--config=lm:tiny`, the variant behind the colon) or is a file of your",
+            "own. Its docstring says what it does, what it costs and what to expect.\n",
+            *("| config | what |", "|---|---|", *configs),
+        ]
     )
-    experiments = "\n".join(
-        f"| `{path.stem}` | {(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').split(chr(10))[0]} |"
-        for path in sorted((ROOT / "configs").glob("[a-z]*.py"))
-    )
-    return f"""# Commands and configs
-
-`tessera COMMAND --help` lists a command's configs and flags, `--fields` every setting with its type, default and meaning,
-`--print_config` what a command line resolves to. The scripts of a checkout are the same commands: `tessera train` is
-`python scripts/train.py`.
-
-| command | what it does | its config, if none is named |
-|---|---|---|
-{table}
-
-## Configs
-
-A config is found by its name (`--config=lm:tiny`, the variant behind the colon) or is a file of your own. Its docstring says
-what it does, what it costs and what to expect.
-
-| config | what |
-|---|---|
-{experiments}
-"""
 
 
-def example_page():
+def examples_page():
     """The examples' sources and the list of notebooks."""
-    text = "# Examples and notebooks\n\nEach example is one file of plain JAX: no configs, nothing of `tessera`. Copy one and change it.\n\n"
+    text = "# Examples and notebooks\n\n"
+    text += "Each example is one file of plain JAX without configs: copy one and change it.\n\n"
     for path in sorted((ROOT / "examples").glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        docstring = ast.get_docstring(ast.parse(source))
+        _, docstring, body = path.read_text(encoding="utf-8").split('"""', 2)
         title, rest = docstring.split("\n", 1)
-        body = source.split('"""', 2)[2].lstrip("\n")
-        text += f"## {path.stem.replace('_', ' ').capitalize()}\n\n**{title}**\n{rest}\n\n```python\n{body}```\n\n"
-    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    if notebooks:
-        text += "## Notebooks\n\nOne a package, with figures: `jupyter lab notebooks/` in a checkout.\n\n"
-        for path in notebooks:
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-            title = next(
-                re.match(r"# (.*)", "".join(cell["source"]))[1]
-                for cell in cells
-                if "".join(cell["source"]).startswith("# ")
-            )
-            link = (
-                f"[`notebooks/{path.name}`]({URL}/blob/main/notebooks/{path.name})"
-                if URL
-                else f"`notebooks/{path.name}`"
-            )
-            text += f"- {link}: {title}\n"
+        text += f"## {path.stem.replace('_', ' ').capitalize()}\n\n**{title}**\n{rest}\n"
+        text += f"```python\n{body.strip()}\n```\n\n"
+    text += "## Notebooks\n\nOne a package, with figures: `jupyter lab notebooks/` in a checkout.\n\n"
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        title = re.search(r'"# (.*?)(?:\\n)?"', path.read_text(encoding="utf-8"))[1]
+        link = f"[`{path.name}`](../notebooks/{path.name})"
+        text += f"- {link}: {title}\n"
     return text
 
 
@@ -225,7 +192,7 @@ def generated():
     """Every made page."""
     return {
         "install.md": f"# Install\n{section('README.md', 'Install')}",
-        "examples.md": example_page(),
+        "examples.md": examples_page(),
         **guide_pages(),
         **api_pages(),
     }
@@ -259,7 +226,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Point links to files outside docs/ at the repository, or make them text."""
     here = page.file.src_uri
-    # README and CONTRIBUTING lie one folder up.
+    # What is made of README and CONTRIBUTING has links that begin at the top.
     base = "" if here == "install.md" or here.startswith("howto/") else f"docs/{posixpath.dirname(here)}"
 
     def mend(match):

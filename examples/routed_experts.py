@@ -23,7 +23,7 @@ def dense(params, x):
 
 
 def routed(params, x):
-    """Two of eight experts for every token, and what keeps all eight in use (Shazeer et al. 2017, Fedus et al. 2021)."""
+    """Two of eight experts for every token, and the loss that keeps all in use (Fedus et al. 2021)."""
     routing = route.top_k(x @ params["router"], k=2)
     y, _ = experts.mixture(params["experts"], x, routing)
     return y, 0.01 * losses.load_balance(routing)

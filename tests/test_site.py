@@ -1,4 +1,4 @@
-"""The documentation site: every page is reached, tutorials run, the strict build needs no network, no link is broken."""
+"""The documentation site: pages are reached, tutorials run, it needs no network and has no broken link."""
 
 import html.parser
 import os
