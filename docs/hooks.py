@@ -88,11 +88,11 @@ def first_line(path):
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
-def reference(module, names=()):
+def reference(module, names=(), level=2):
     """Directive of mkdocstrings for some names of a module, for its `__all__`, or for all without an underscore."""
     members = list(names or exports(module) or [])
     chosen = f"\n      members: {json.dumps(members)}" if members else ""
-    return f"::: {module}\n    options:\n      show_root_full_path: true\n      heading_level: 2{chosen}\n"
+    return f"::: {module}\n    options:\n      show_root_full_path: true\n      heading_level: {level}{chosen}\n"
 
 
 def api_pages():
@@ -112,7 +112,14 @@ def api_pages():
                 more = [each for each in table.get(f"{name}.{part}", ()) if each not in parts[part]]
                 parts[part] = (*parts[part], *more)
             directives = [reference(f"{module}.{part}", some) for part, some in parts.items()]
-            pages[f"api/{module}.md"] = "\n".join([f"# {module}\n", *(directives or [reference(module, names)])])
+            if not directives:
+                public = names or exports(module) or ()
+                # A function may have its module's name, which is what would be shown for it.
+                apart = [each for each in public if find(f"{module}.{each}")]
+                directives = [reference(module, [each for each in public if each not in apart], level=1)]
+                directives += [reference(f"{module}.{each}", [each]) for each in apart]
+            title = f"# {module}\n\n{first_line(find(module))}\n" if parts else ""
+            pages[f"api/{module}.md"] = "\n".join([title, *directives])
             contents += f"- [`{module}`]({module}.md): {first_line(find(module))}\n"
         pages[f"api/{package}.md"] = contents
         index += f"- [{package}]({package}.md): {summary}\n"
