@@ -213,10 +213,9 @@ def on_config(config):
     pages = api_pages()
     entries: list = ["api/index.md", "api/commands.md"]
     for package in LIBRARIES:
-        inner = [
-            {page[4:-3]: page} for page in pages if page.startswith(f"api/{package}.") and page != f"api/{package}.md"
-        ]
-        entries.append({package: [f"api/{package}.md", *inner]})
+        mine = [page for page in pages if page.startswith(f"api/{package}.") and page != f"api/{package}.md"]
+        inner = [{page.removeprefix(f"api/{package}.").removesuffix(".md"): page} for page in mine]
+        entries.append({package: [{"Contents": f"api/{package}.md"}, *inner]})
     tabs["Reference"]["Reference"] = [*entries, {"tessera": "api/tessera.md"}]
     if URL:
         config.repo_url = URL
