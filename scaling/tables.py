@@ -132,9 +132,9 @@ def _read_json(path: Path) -> tuple[dict[str, list[Any]], np.ndarray | None]:
             while len(found) < len(lines):
                 number = int(numbers[len(found)])
                 found.append(json.loads(lines[number]))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno if numbers is None else number}"
-        raise ValueError(f"{path.name}, {place}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets
+        place = f"line {getattr(error, 'lineno', 1) if numbers is None else number}"
+        raise ValueError(f"{path.name}, {place}: not JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{path.name}: a JSON object a line, or a list of them, is wanted: a row each")
     names = list(dict.fromkeys(name for row in found for name in row))
@@ -143,13 +143,13 @@ def _read_json(path: Path) -> tuple[dict[str, list[Any]], np.ndarray | None]:
 
 def _read_parquet(path: Path) -> dict[str, list[Any]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"{path.name}: Parquet needs the extra `data` (pip install -e '.[data]')") from error
     try:
         return parquet.read_table(path).to_pydict()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path.name}: not a Parquet file ({error})") from error
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path.name}: not a Parquet file ({' '.join(str(error).split())})") from error
 
 
 def _renamed(table: Mapping[str, list[Any]], columns: Mapping[str, str], source: str) -> dict[str, list[Any]]:

@@ -297,16 +297,12 @@ def _carry_out(module: Any, invocation: Invocation) -> int:
     """The status of a command, whose directory is noted as finished; a directory at a URL is a local one meanwhile."""
     import jax
 
-    from tessera.infra.errors import ConfigError
-    from tessera.infra.remote import is_url, mirrored
+    from tessera.infra.checkpoint import agreed
+    from tessera.infra.remote import mirrored
     from tessera.infra.workdir import mark_finished
 
-    if is_url(invocation.workdir) and jax.process_count() > 1:
-        raise ConfigError(
-            f"--workdir={invocation.workdir}: a run of {jax.process_count()} processes needs a directory that all of "
-            "them see, such as a mounted bucket or a network file system; a URL is for a run of one process"
-        )
-    with mirrored(invocation.workdir, invocation.flags["upload_seconds"]) as workdir:
+    every, process = invocation.flags["upload_seconds"], jax.process_index()
+    with mirrored(invocation.workdir, every, process, agreed) as workdir:
         status = module.main(replace(invocation, workdir=workdir)) or 0
         if invocation.prepared and not status:
             mark_finished(*invocation.prepared[0])

@@ -29,7 +29,8 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sharding.rules import path_name
-from tessera.infra.logger import write_text
+from tessera.infra.logger import read_object, write_text
+from tessera.infra.remote import is_mirror
 
 BEST = "loss"  # the validation metric that ranks checkpoints; lower is better
 TRIES = 10  # how often a checkpoint may be replaced by a newer one while it is read
@@ -173,7 +174,8 @@ class Checkpoints(CheckpointReader):
     """The checkpoints of the run that this process trains, by step; to look at another run use `CheckpointReader`.
 
     Opening it makes the directory and removes what a killed save left there. Call every method from every process; it
-    is a context manager.
+    is a context manager. Where each process has a directory of its own (`tessera.infra.remote.mirrored`), the first
+    one gathers the state and writes all of it.
 
     Raises:
       NotOurs: the directory has numbered directories, which would be removed as old checkpoints, and they are no
@@ -183,12 +185,19 @@ class Checkpoints(CheckpointReader):
     def __init__(self, directory: Path | str, config: CheckpointConfig = CheckpointConfig()):
         super().__init__(directory)
         self.config = config
+        self._apart = jax.process_count() > 1 and is_mirror(directory)
         for step in self.steps() if self.directory.is_dir() else ():
             refuse_foreign(self.directory / str(step))
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> ocp.CheckpointManager | None:
         self._mend_ranks()
+        if self._apart and jax.process_index():
+            return None
+        among = ocp.options.MultiprocessingOptions()
+        if self._apart:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            among = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
         policies: list[Any] = [preservation_policy.LatestN(self.config.keep)]
         if self.config.best:
             best = preservation_policy.BestN(
@@ -201,12 +210,14 @@ class Checkpoints(CheckpointReader):
             best_mode="min",
             enable_async_checkpointing=self.config.asynchronous,
             cleanup_tmp_directories=True,
+            create=not self._apart,
+            multiprocessing_options=among,
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _mend_ranks(self) -> None:
         """Orbax cannot open a directory where one rank is unreadable: such a checkpoint becomes an unranked one."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._apart:
             for path in self.directory.glob("*/metrics/metrics"):
                 try:
                     float(json.loads(path.read_text(encoding="utf-8"))[BEST])
@@ -216,6 +227,8 @@ class Checkpoints(CheckpointReader):
         barrier("tessera:mend_ranks")
 
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        if self._apart or self._manager is None:
+            return super()._read(step, args)
         return self._manager.restore(step, args=args)
 
     def best_step(self) -> int | None:
@@ -224,8 +237,12 @@ class Checkpoints(CheckpointReader):
         return min(ranks, key=ranks.__getitem__, default=None)
 
     def _ranks(self) -> dict[int, float]:
-        metrics = {step: self._manager.metrics(step) for step in self.steps()}
-        return {step: _rank(found) for step, found in metrics.items() if found and math.isfinite(_rank(found))}
+        ranks = {step: self._metrics(step).get(BEST, math.inf) for step in self.steps()}
+        return {step: rank for step, rank in ranks.items() if math.isfinite(rank)}
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        file = self.directory / str(step) / "metrics" / "metrics"
+        return read_object(file) if file.exists() else {}
 
     def save(
         self,
@@ -245,7 +262,11 @@ class Checkpoints(CheckpointReader):
           extra: further JSON-able values.
           metrics: validation metrics at this step; a finite "loss" ranks the checkpoint for `best`.
         """
-        if step in self._manager.all_steps():
+        known = self._manager is not None and step in self._manager.all_steps()
+        if agreed(known) if self._apart else known:
+            return
+        state = gathered(state) if self._apart else state
+        if self._manager is None:
             return
         ranked = metrics is not None and BEST in metrics and math.isfinite(metrics[BEST])
         rank = {BEST: float(metrics[BEST]) if ranked and metrics is not None else math.inf}
@@ -291,7 +312,10 @@ class Checkpoints(CheckpointReader):
                 number = sum(path.name.split(".")[0] == str(step) for path in place.iterdir())
                 os.replace(self.directory / str(step), place / (f"{step}.{number}" if number else str(step)))
         barrier("tessera:set_aside")
-        self._manager.close()
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self.close()
         self._manager = self._open()
 
     def rank(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -308,6 +332,8 @@ class Checkpoints(CheckpointReader):
         if not math.isfinite(values.get(BEST, math.inf)):
             return
         self._write_metrics(step, values)
+        if self._manager is None:
+            return
         steps = self.steps()
         ranks = self._ranks()
         retained = {*steps[-self.config.keep :], *sorted(ranks, key=ranks.__getitem__)[: self.config.best]}
@@ -320,12 +346,11 @@ class Checkpoints(CheckpointReader):
         if jax.process_index() == 0:
             write_text(self.directory / str(step) / "metrics" / "metrics", json.dumps(dict(values)))
         barrier("tessera:rank:done")
-        self._manager.close()
-        self._manager = self._open()  # Orbax reads ranks when it opens a directory
+        self._reopen()  # Orbax reads ranks when it opens a directory
 
     def measured(self, step: int) -> dict[str, float]:
         """Validation metrics that `rank` recorded for a checkpoint; empty if there are none."""
-        found = {name: float(value) for name, value in (self._manager.metrics(step) or {}).items()}
+        found = {name: float(value) for name, value in self._metrics(step).items()}
         return found if BEST in found and all(math.isfinite(value) for value in found.values()) else {}
 
     def wait(self) -> None:
@@ -334,11 +359,13 @@ class Checkpoints(CheckpointReader):
         Raises:
           Exception: what went wrong in writing it.
         """
-        self._manager.wait_until_finished()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish the save under way and stop the threads."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -398,6 +425,17 @@ def agreed(value: int | bool, *, all_of: bool = False) -> int:
     if all_of:
         return int(np.all(multihost_utils.process_allgather(np.int32(value))))
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Whole NumPy arrays of a pytree on the first process, None elsewhere; call it on every process."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x) if jax.process_index() == 0 else None
+
+    return jax.tree.map(whole, tree)
 
 
 def save_args(state: PyTree, meta: dict[str, Any]) -> ocp.args.Composite:

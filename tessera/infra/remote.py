@@ -9,6 +9,7 @@ others, so an upload that is killed leaves the directory as it was before, with 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +20,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tessera.infra.errors import RemoteError, RemoteMissing, WorkdirInUse
 
+Agreed = Callable[[bool], int]
 URL = re.compile(r"[a-z][a-z0-9+.-]*::?//.+")
 MANIFEST = ".mirror.json"
 LOCK = re.compile(r"\.mirror-lock-(\d{8})")
@@ -70,7 +72,7 @@ def local(path: Path | str) -> Path:
         return Path(path).expanduser()
     url = str(path).rstrip("/")
     place = _place("copies", url)
-    with _explained(url):
+    with _explained(url), _one_at_a_time(place.parent):
         fixed = re.split(r"/(?=[^/]*[*?\[])", url, maxsplit=1)
         if len(fixed) == 2:  # a pattern
             fs, root = _open(fixed[0])
@@ -95,28 +97,50 @@ def local(path: Path | str) -> Path:
 
 
 @contextlib.contextmanager
-def mirrored(url: str, every: float = 15.0) -> Iterator[str]:
+def mirrored(url: str, every: float = 15.0, process: int = 0, agreed: Agreed = int) -> Iterator[str]:
     """A local directory for a run whose directory is at a URL; any other path is given back as it is.
 
     The directory begins as what is at the URL. What changes is uploaded after every so many seconds and at the
-    end, also of a run that fails. One process at a time has the URL: see `Lease`.
+    end, also of a run that fails. One run at a time has the URL: see `Lease`.
+
+    Args:
+      url: where the run's directory is.
+      every: seconds between two uploads.
+      process: which of the run's processes this is. Each has a directory of its own, which begins as what is at the
+        URL; that of the first is uploaded.
+      agreed: the first process's value on every process, see `tessera.infra.checkpoint.agreed`; called by all.
 
     Raises:
-      WorkdirInUse: another process has it.
+      WorkdirInUse: another run has it.
       RemoteError: see `local`; the local directory keeps what was not uploaded.
     """
     if not is_url(url):
         yield url
         return
     url = url.rstrip("/")
-    with _explained(url):
-        mirror = Mirror(url, every)
+    mirror, problem = None, None
     try:
-        yield str(mirror.place)
+        with _explained(url):
+            mirror = Mirror(url, every) if process == 0 else None
+    except (RemoteError, WorkdirInUse) as error:
+        problem = error
+    if not agreed(problem is None):
+        raise problem or RemoteError(f"{url} cannot be used; the first process says why")
+    try:
+        with _explained(url):
+            place = _place(f"mirrors/{process}", url) if mirror is None else mirror.place
+            if mirror is None:
+                shutil.rmtree(place, ignore_errors=True)
+                fs, root = _open(url)
+                _bring(fs, root, _manifest(fs, root) or {}, place)
+        agreed(True)  # all have what was there: it may change
+        yield str(place)
     finally:
-        with _explained(url, f"; what is not there is in {mirror.place}"):
-            mirror.close()
-        print(f"uploaded to {url}", file=sys.stderr, flush=True)
+        if mirror is not None:
+            with _explained(url, f"; what is not there is in {mirror.place}"):
+                mirror.close()
+            print(f"uploaded to {url}", file=sys.stderr, flush=True)
+    agreed(True)  # the others stay until all is uploaded, since a run ends when one of its processes does
 
 
 def upload(directory: Path, url: str, *, last: str) -> None:
@@ -140,7 +164,7 @@ class Mirror:
 
     def __init__(self, url: str, every: float):
         self.every = every
-        self.url, self.place = url, _place("mirrors", url)
+        self.url, self.place = url, _place("mirrors/0", url)
         self.fs, self.root = _open(url)
         self.lease = Lease(self.fs, self.root, url)
         self._sent = _manifest(self.fs, self.root) or {}
@@ -353,7 +377,7 @@ def _manifest(fs: Any, root: str) -> dict[str, str] | None:
         listed = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))["files"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise RemoteError(f"{root}/{MANIFEST} is damaged ({error}); it is written anew if you delete it") from error
     for name in listed:
         # What is listed is written below a local directory, wherever the manifest came from.
@@ -391,6 +415,16 @@ def _bring(fs: Any, root: str, files: dict[str, str], place: Path) -> None:
             continue
         os.replace(temporary, path)
     note.write_text(json.dumps({name: str(key) for name, key in files.items()}), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(place: Path) -> Iterator[None]:
+    """Wait for the processes of this machine that bring the same: each removes the files that it does not know."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _place(kind: str, url: str) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lottery import structures
-from tessera.infra.logger import write_text
+from tessera.infra.logger import read_object, write_text
 from tessera.lm.lora import LoRAConfig, nested, pairs
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.config_json import family_of
@@ -153,18 +153,17 @@ def load_adapters(directory: Path | str, config: TransformerConfig) -> tuple[dic
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise NotConvertible(f"{file}: no JSON ({error})") from None
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type") if isinstance(settings, dict) else None
-        raise NotConvertible(f"{file}: peft_type={kind!r}; adapters of LORA are read")
+        settings = read_object(file)
+    except ValueError as error:
+        raise NotConvertible(str(error)) from None
+    if settings.get("peft_type") != "LORA":
+        raise NotConvertible(f"{file}: peft_type={settings.get('peft_type')!r}; adapters of LORA are read")
     for name, plain in PLAIN.items():
         if name in settings and settings[name] not in plain:
             raise NotConvertible(f"{file}: {name}={settings[name]!r} is not read; only {plain[0]!r}")
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = settings.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:  # type: ignore[arg-type]
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:  # type: ignore[arg-type]
             raise NotConvertible(f"{file}: {name}={value!r} must be a positive number")
     return settings
 

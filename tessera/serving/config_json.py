@@ -28,6 +28,8 @@ from tessera.serving.families import (
     NotConvertible,
 )
 
+MOST_LAYERS = 10_000
+
 
 def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Entries of a config.json with the defaults of its family for what it leaves out.
@@ -54,6 +56,8 @@ def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in (*WHOLE, *NUMBERS):
         if name in defaults and not (c[name] is None and (defaults[name] is None or name in NULL)):
             _check_number(where, name, c[name], whole=name in WHOLE, least=0 if name in ZERO else 1)
+    if c["num_hidden_layers"] > MOST_LAYERS:  # settings of every layer are listed before a tensor is looked for
+        raise NotConvertible(f"{where}: num_hidden_layers={c['num_hidden_layers']}: no model has over {MOST_LAYERS}")
     c["rope_parameters"] = rope
     if kind.startswith("qwen") and not c.get("use_sliding_window"):
         c["sliding_window"] = None  # the entry has no effect

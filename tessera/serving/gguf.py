@@ -5,15 +5,19 @@ Quantized tensors (Q8_0, Q4_1 ...) are widened to float32 one at a time by the `
 rows of its query and key projections are stored interleaved and are put back here.
 """
 
+import contextlib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from tessera.models.transformer import TransformerConfig
+from tessera.infra.checkpoint import short
+from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.families import NotConvertible
 from tessera.serving.huggingface import TextFormat, assemble, some, tensor_names
 
@@ -55,7 +59,8 @@ def load_gguf(
       ImportError: the extra `hf` is not installed.
     """
     reader = _open(file)
-    config = _config(file, reader)
+    with _sound(file):
+        config = _config(file, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = {theirs: _name(theirs) for theirs in tensor_names(config)}
     if missing := sorted(set(names.values()) - tensors.keys()):
@@ -69,18 +74,24 @@ def load_gguf(
         heads = {"q_proj": config.heads, "k_proj": config.kv_size}.get(name.split(".")[-2], 0)
         return _halves(array, heads) if heads else array
 
-    return assemble(config, read, place), config
+    with _sound(file):
+        shapes = jax.tree.leaves(param_shapes(config))
+        if (asked := sum(math.prod(leaf.shape) for leaf in shapes)) != sum(
+            int(one.n_elements) for one in reader.tensors
+        ):
+            raise NotConvertible(f"{file} says sizes of {asked} parameters, and its tensors have another number")
+        return assemble(config, read, place), config
 
 
 def read_tokenizer(file: Path | str) -> Any:
     """The `tokenizers.Tokenizer` of a file, byte-level BPE with the splits of its `tokenizer.ggml.pre`.
 
     Raises:
-      NotConvertible: another kind of tokenizer.
+      NotConvertible: another kind of tokenizer, or a damaged file.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    fields = _fields(_open(file))
+    fields = _fields(file, _open(file))
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     # The regular expression of GPT-2 is ByteLevel's own.
     splits: dict[str, list[Any]] = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
@@ -90,36 +101,44 @@ def read_tokenizer(file: Path | str) -> Any:
             f"{', '.join(map(repr, splits))} and no token before the text is: give the model's tokenizer.json as "
             "tokenizer"
         )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    found = Tokenizer(models.BPE(vocabulary, merges))
+    with _sound(file):
+        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        found = Tokenizer(models.BPE(vocabulary, merges))
+        special = [token for token, of_type in zip(tokens, types, strict=True) if of_type == CONTROL]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     found.pre_tokenizer = pre_tokenizers.Sequence([*splits[split], byte_level])
     found.decoder = decoders.ByteLevel()
-    special = [token for token, of_type in zip(tokens, types, strict=True) if of_type == CONTROL]
     found.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return found
 
 
 def read_format(file: Path | str) -> TextFormat:
     """Special tokens, chat template and positions of a file."""
-    fields = _fields(_open(file))
+    fields = _fields(file, _open(file))
     end = fields.get("tokenizer.ggml.eos_token_id")
-    return TextFormat(
+    found = TextFormat(
         fields.get("tokenizer.ggml.bos_token_id"),
         () if end is None else (end,),
         fields.get("tokenizer.chat_template", ""),
         fields.get("llama.context_length", 0),
     )
+    if not all(type(one) is int for one in (found.begin or 0, *found.ends, found.positions)):
+        raise NotConvertible(f"{file}: token ids and llama.context_length must be whole numbers")
+    if not isinstance(found.template, str):
+        raise NotConvertible(f"{file}: tokenizer.chat_template must be text")
+    return found
 
 
 def _config(file: Path | str, reader: Any) -> TransformerConfig:
-    fields = _fields(reader)
+    fields = _fields(file, reader)
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise NotConvertible(f"{file}: architecture {kind!r} has no counterpart here; 'llama' loads")
     c = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    if c["block_count"] > len(reader.tensors):
+        raise NotConvertible(f"{file} has {len(reader.tensors)} tensors: too few for {c['block_count']} blocks")
     heads, width = c["attention.head_count"], c["embedding_length"]
     size = c.get("attention.key_length", width // heads)
     wrong = {
@@ -161,14 +180,27 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
 def _open(file: Path | str) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no GGUF file {file}")
+    package = _gguf()
+    with _sound(file):
+        return package.GGUFReader(file)
+
+
+def _fields(file: Path | str, reader: Any) -> dict[str, Any]:
+    with _sound(file):
+        return {name: field.contents() for name, field in reader.fields.items()}
+
+
+@contextlib.contextmanager
+def _sound(file: Path | str) -> Iterator[None]:
+    """What goes wrong inside is a damaged file: the package checks hardly anything of what it reads."""
     try:
-        return _gguf().GGUFReader(file)
-    except ValueError as error:
-        raise NotConvertible(f"{file} is no GGUF file: {error}") from error
-
-
-def _fields(reader: Any) -> dict[str, Any]:
-    return {name: field.contents() for name, field in reader.fields.items()}
+        yield
+    except NotConvertible as error:
+        if str(file) in str(error):
+            raise
+        raise NotConvertible(f"{file}: {error}") from error
+    except Exception as error:  # of many kinds
+        raise NotConvertible(f"{file} is no GGUF file, or damaged ({short(error)})") from error
 
 
 def _gguf() -> Any:

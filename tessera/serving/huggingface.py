@@ -89,11 +89,19 @@ def read_format(directory: Path | str) -> TextFormat:
     path, c = Path(directory), read_settings(directory)
     more = {name: _read_json(path / name) for name in ("generation_config.json", "tokenizer_config.json")}
     ends: dict[int, None] = {}
-    for found in (c, more["generation_config.json"]):
+    for name, found in ((CONFIG, c), ("generation_config.json", more["generation_config.json"])):
         value = found.get("eos_token_id")
-        ends |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in (*ids, found.get("bos_token_id") or 0)):
+            begin = found.get("bos_token_id")
+            raise NotConvertible(f"{path / name}: eos_token_id={value!r}, bos_token_id={begin!r}: no token ids")
+        ends |= dict.fromkeys(ids)
     file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else more["tokenizer_config.json"].get("chat_template")
+    try:
+        template = file.read_text(encoding="utf-8") if file.exists() else None
+    except UnicodeDecodeError as error:
+        raise NotConvertible(f"{file} is not UTF-8 text: {error}") from error
+    template = more["tokenizer_config.json"].get("chat_template") if template is None else template
     if isinstance(template, list):  # several by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
@@ -165,7 +173,12 @@ def load_directory(
     _check_names(Path(directory), tensors, config, family, _more_layers(c), quantized)
 
     def unpacked(name: str) -> Any:
-        return packed.read(how, quantized[name], read) if how and name in quantized else read(name)
+        if not how or name not in quantized:
+            return read(name)
+        try:
+            return packed.read(how, quantized[name], read)
+        except NotConvertible as error:
+            raise NotConvertible(f"{directory}: {error}") from error
 
     whole = {name for name, module in quantized.items() if not module.float8}
     return assemble(config, unpacked, place, family, whole), config
@@ -562,8 +575,8 @@ def _open(directory: Path) -> dict[str, Any]:
         raise NotConvertible(
             f"{directory} has {', '.join(files)} and neither model.safetensors nor {INDEX}: which are the model's?"
         )
-    if missing := [name for name in files if not (directory / name).exists()]:
-        raise FileNotFoundError(f"{directory / INDEX} names {', '.join(missing)}: not there")
+    if missing := [name for name in files if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory / INDEX} names {', '.join(map(repr, missing))}: no such file")
     handles = {}
     for name in files:
         try:
