@@ -62,9 +62,14 @@ test-gpu:
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmarks/run.py --all
 
-# Commands and code blocks of README and docs, run shortened; the tutorials, and the site where `make docs` was run.
+# Commands and code blocks of README and docs, run shortened; the tutorials, and the site where `make docs` was run; then each
+# with its seconds of processor time. Whether the times that the README states for whole commands are true takes eight
+# minutes more: test_times_beside_commands_are_true.
+test-docs: export TESSERA_TIMES = $(abspath $(VENV))/docs-times
 test-docs: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py tests/test_site.py tests/lottery/test_docs.py
+	@rm -f $(TESSERA_TIMES)
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/test_documents.py tests/test_site.py tests/lottery/test_docs.py; \
+	    status=$$?; sort -rn $(TESSERA_TIMES); exit $$status
 
 # The documentation site in runs/site, built strictly and without a network: open runs/site/index.html.
 $(VENV)/docs: | $(VENV)/installed

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -128,11 +129,21 @@ COMPARED = [word.replace("--config.", "--config.run.") for word in ADAPTED] + ["
 
 
 def run(directory, *words, **options):
+    before = processor_seconds()
     done = subprocess.run(
         [sys.executable, *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **options
     )
+    if "TESSERA_TIMES" in os.environ:  # where `make test-docs` has them from
+        with Path(os.environ["TESSERA_TIMES"]).open("a") as file:
+            file.write(f"{processor_seconds() - before:7.1f} s  {shlex.join(words).replace(str(ROOT), '.')[:160]}\n")
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def processor_seconds():
+    """Of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def script(name):
@@ -219,6 +230,34 @@ def test_fit_on_a_table_of_runs(directory, shared_data):
         "--workdir=runs/fit",
     )
     assert "477.8" in out
+
+
+# Commands of the README with at most three minutes beside them, as they stand but for their data and directory.
+STATED = {
+    "study_transfer.py --config.data.dir=DATA --workdir=runs/transfer  # 2 min": ("study", ["study_transfer"], 120),
+    "lm.py:tiny: 90 s": ("train", ["lm:tiny"], 90),
+    "RUNS.csv --workdir=runs/fit  # 10 s": (
+        "fit_scaling",
+        ["fit", "--config.runs={data}/scaling/chinchilla_figure4.csv"],
+        10,
+    ),
+    "isoflop.py:tiny --workdir=runs/isoflop-tiny  # 2 min": ("sweep", ["isoflop:tiny"], 120),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("said", STATED)
+def test_times_beside_commands_are_true(said, tmp_path, shared_data):
+    """Within a factor of two, in processor time, so that a busy machine counts no more than a quiet one."""
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("\n"))
+    name, (config, *more), seconds = STATED[said]
+    data = shared_data("scaling/chinchilla_figure4.csv").parents[1]
+    flags = [flag.format(data=data) for flag in more]
+    if name == "study":
+        flags.append(f"--config.data.dir={data}")
+    before = processor_seconds()
+    run(tmp_path, script(name), f"--config={config}", *flags, "--workdir=run")
+    assert seconds / 2 <= processor_seconds() - before <= seconds * 2
 
 
 # What shortens the commands of docs/data.md.

@@ -31,9 +31,10 @@ def main(invocation: Invocation) -> int:
     c, values = invocation.config, invocation.flags
     run = run_config(c, c.data.vocab_size)
     device = checked("--hardware", hardware.find_hardware, values["compile"] or values["hardware"])
-    count = values["devices"]
+    count, slice_devices = values["devices"], []
     if values["compile"]:
         count = checked("--compile", hardware.chips, values["compile"])
+        slice_devices = hardware.topology_devices(values["compile"])  # which may lack libtpu: before the search
     count = count or max(1, run.plan.devices)
     ranking = search(run, device, count) if values["search"] else None
     if not c.plan:
@@ -42,7 +43,7 @@ def main(invocation: Invocation) -> int:
         run = dataclasses.replace(run, plan=ranking.fits[0].plan)
     run = dataclasses.replace(run, plan=checked("config.plan", run.plan.fill, count))
     explained = checked("config.plan", explain, run, device)
-    compiled = compile_step(run, hardware.topology_devices(values["compile"])) if values["compile"] else None
+    compiled = compile_step(run, slice_devices) if values["compile"] else None
     Console().print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"
     print_report(write_page, workdir, invocation.name, explained, compiled, ranking)

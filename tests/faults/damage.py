@@ -61,7 +61,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def formats(lab: faults.Lab) -> dict[str, Format]:
-    """Every format, with files that the undisturbed commands wrote or that are written here."""
+    """Every format, with files that the undisturbed commands wrote, that are written here, or of `test_readers`."""
     import gzip
 
     import jax
@@ -69,13 +69,12 @@ def formats(lab: faults.Lab) -> dict[str, Format]:
 
     from lottery import export
     from scaling import tables
-    from tessera.data.images import _read_cifar_archive, read_idx
+    from tessera.data.images import read_idx
     from tessera.data.text import BPETokenizer
     from tessera.infra import logger, workdir
     from tessera.infra.artifacts import load_extra, open_item, read_meta, read_state
     from tessera.infra.checkpoint import CheckpointReader, Checkpoints
     from tessera.infra.memo import Memo
-    from tessera.serving.gguf import load_gguf
     from tessera.serving.huggingface import load_directory
     from tessera.serving.load import SourceConfig, load
 
@@ -135,7 +134,7 @@ def formats(lab: faults.Lab) -> dict[str, Format]:
             runs["train, dense"], "**/*", lambda path: sums(load(SourceConfig(str(path))).params)
         ),
     }
-    del _read_cifar_archive, load_gguf  # no file of theirs at hand here; tests/tessera/test_readers.py has them
+    found |= {f"{name} alone": one for name, one in of_readers(made).items()}
     if "search" in runs:
         found["search level"] = Format(runs["search"] / "levels" / "01", "**/*", artifact)
         found["search rows"] = Format(runs["search"] / "levels" / "02", "**/*", load_extra)
@@ -159,6 +158,25 @@ def formats(lab: faults.Lab) -> dict[str, Format]:
             exported / "tokenizer.json", "", lambda path: BPETokenizer.load(path).encode("the tile").tolist(), False
         )
     return found
+
+
+def of_readers(made: Path) -> dict[str, Format]:
+    """The formats of tests/tessera/test_readers.py whose errors have a path."""
+    from test_readers import READERS, beside
+
+    found = {}
+    for name, reader in READERS.items():
+        path = made / faults.slug(name) / name.split()[0]
+        path.parent.mkdir(exist_ok=True)
+        beside(path, reader)
+        path.write_bytes(reader.sound if isinstance(reader.sound, bytes) else json.dumps(reader.sound).encode())
+        if reader.whole_path and name != "cifar.tar.gz":  # which no one has sound here
+            found[name] = Format(path.parent, path.name, partial(_read_inside, reader.read, path.name), False)
+    return found
+
+
+def _read_inside(read: Callable[[Path], Any], name: str, directory: Path) -> Any:
+    return read(directory / name)
 
 
 def files(lab: faults.Lab, most: int) -> None:

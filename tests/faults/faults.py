@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-for path in (ROOT, ROOT / "tests" / "tessera" / "serving"):
+for path in (ROOT, ROOT / "tests" / "tessera", ROOT / "tests" / "tessera" / "serving"):
     sys.path.insert(0, str(path))
 os.environ |= {
     "JAX_PLATFORMS": "cpu",

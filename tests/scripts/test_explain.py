@@ -66,3 +66,19 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
     status, output = explain(tmp_path, *flags)
     assert status == 0, output
     assert "the compiler's" in output and "estimate against it" in output
+
+
+def test_a_missing_libtpu_is_said_before_anything_is_worked_out(tmp_path, monkeypatch):
+    from tessera.cli import explain as command
+    from tessera.cli import main as cli
+
+    def missing(name):
+        raise ImportError(f"compiling for {name} needs libtpu")
+
+    monkeypatch.setattr(command.hardware, "topology_devices", missing)
+    monkeypatch.setattr(command, "search", lambda *_: pytest.fail("it searched first"))
+    flags = vars(cli.parse_flags(cli.COMMANDS["explain"], ["--compile=v5p:2x2x1"])[0])
+    config, name = cli._load(cli.COMMANDS["explain"], flags)
+    invocation = cli.invoke(command.SCHEMA, config, [], name, flags | {"workdir": str(tmp_path / "run")})
+    with pytest.raises(ImportError, match="v5p:2x2x1 needs libtpu"):
+        command.main(invocation)

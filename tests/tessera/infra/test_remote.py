@@ -225,33 +225,46 @@ def s3_server():
         server.wait()
 
 
+def text_of(words=4000):
+    """Text without a data set: words drawn from a sentence, in lines of nine."""
+    found = random.Random(0).choices("the tile token ticket routes experts in parallel and scales".split(), k=words)
+    return "\n".join(" ".join(found[i : i + 9]) for i in range(0, len(found), 9)).encode()
+
+
+def starter(tmp_path, environment):
+    """Starts a command on a machine, whose name is that of its cache directory."""
+
+    def start(command, machine, *flags):
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}-scripts")}
+        own = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / machine)} | environment | cache
+        return subprocess.Popen(
+            [sys.executable, "-c", "from tessera.cli.main import main; main()", command, *flags],
+            cwd=ROOT,
+            env=os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def rows_at(fs, url):
+    """Number of lines of an object; 0 where it is not."""
+    fs.invalidate_cache()
+    with contextlib.suppress(FileNotFoundError):
+        return fs.cat_file(url).count(b"\n")
+    return 0
+
+
 @pytest.mark.slow
 def test_a_run_at_a_url_that_is_killed_goes_on_elsewhere(tmp_path, monkeypatch):
     """Killed twice; each time another machine, without the local copy, goes on; text and model are at URLs too."""
-    words = random.Random(0).choices("the tile token ticket routes experts in parallel and scales".split(), k=4000)
-    text = "\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)).encode()
+    text = text_of()
     with s3_server() as (bucket, environment, fs):
         fs.pipe_file(f"{bucket}/books/text.txt", text)
         (tmp_path / "text.txt").write_bytes(text)
-
-        def start(script, machine, *flags):
-            cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}-scripts")}
-            own = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / machine)} | environment | cache
-            return subprocess.Popen(
-                [sys.executable, "-m", f"scripts.{script}", *flags],
-                cwd=ROOT,
-                env=os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-
-        def rows():
-            fs.invalidate_cache()
-            with contextlib.suppress(FileNotFoundError):
-                return fs.cat_file(f"{bucket}/runs/lm/metrics.jsonl").count(b"\n")
-            return 0
-
+        start = starter(tmp_path, environment)
         whole = start(
             "train", "whole", *SMALL, f"--config.data.name={tmp_path}/text.txt", f"--workdir={tmp_path}/whole"
         )
@@ -260,7 +273,7 @@ def test_a_run_at_a_url_that_is_killed_goes_on_elsewhere(tmp_path, monkeypatch):
         flags = [*SMALL, f"--config.data.name={bucket}/books/*.txt", f"--workdir={bucket}/runs/lm"]
         for machine, least in (("a", 4), ("b", 12)):
             process = start("train", machine, *flags)
-            while rows() < least and process.poll() is None:
+            while rows_at(fs, f"{bucket}/runs/lm/metrics.jsonl") < least and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             output, _ = process.communicate()
@@ -284,3 +297,93 @@ def test_a_run_at_a_url_that_is_killed_goes_on_elsewhere(tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         held = json.loads(fs.cat_file(f"{bucket}/runs/lm/.mirror.json"))["files"]
         assert not any("orbax-checkpoint-tmp" in name or "/." in name for name in held)
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_processes_without_a_shared_disk_train_at_a_url(tmp_path):
+    """Two processes, each with a cache directory of its own; one is killed, and two others go on, then one alone."""
+    with s3_server() as (bucket, environment, fs):
+        fs.pipe_file(f"{bucket}/books/text.txt", text_of())
+        start = starter(tmp_path, environment | {"JAX_NUM_CPU_DEVICES": "1"})
+
+        def two(machine, workdir, *more):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                address = f"localhost:{free.getsockname()[1]}"
+            flags = [*SMALL, f"--config.data.name={bucket}/books/*.txt", "--config.plan=fsdp=2", f"--workdir={workdir}"]
+            flags += [f"--coordinator={address}", "--processes=2", "--silence_seconds=20", *more]
+            return [start("train", f"{machine}{index}", *flags, f"--process={index}") for index in range(2)]
+
+        def finish(processes):
+            return [(process.communicate(timeout=300)[0], process.returncode) for process in processes]
+
+        results = finish(two("whole", tmp_path / "whole"))
+        assert [status for _, status in results] == [0, 0], results
+        wanted = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+        url = f"{bucket}/runs/two"
+        for victim, machine, least in ((0, "a", 4), (1, "b", 12)):
+            running = two(machine, url)
+            while rows_at(fs, f"{url}/metrics.jsonl") < least and all(one.poll() is None for one in running):
+                time.sleep(0.01)
+            running[victim].send_signal(signal.SIGKILL)
+            results = finish(running)
+            assert results[victim][1] == -signal.SIGKILL and all(status for _, status in results), results
+        results = finish(two("c", url))
+        assert [status for _, status in results] == [0, 0] and f"uploaded to {url}" in results[0][0], results
+        assert fs.cat_file(f"{url}/metrics.jsonl") == wanted
+        assert not (tmp_path / "c1/tessera/mirrors/0").exists()
+        results = finish(two("d", url))
+        assert all(f"already finished: {url}" in said and status == 0 for said, status in results), results
+
+        # A checkpoint that two processes saved serves one.
+        process = start(
+            "generate", "e", f"--config.model.dir={url}", "--config.prompt=the ", "--config.sampling.seed=1"
+        )
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and said, said
+
+
+SEARCH = ["--config=lottery_digits", "--config.train.steps=20it", "--config.search.levels=2", "--config.seeds=(0, 1)"]
+STUDY = ["--config=study_instability:tiny", "--config.train.steps=20it", "--config.study.steps=0,"]
+SWEEP = ["--config=isoflop:tiny", "--config.plan.widths=(8, 12)", "--config.plan.budgets=(2e8, 4e8)"]
+SWEEP += ["--config.plan.least_steps=10", "--config.plan.tokens_per_parameter=(0.1, 1e4)", "--config.plan.warmup=4"]
+SWEEP += ["--config.train.eval_tokens=4096", "--config.train.noise_batches=2", "--config.report.resamples=20"]
+SWEEP += ["--config.data.max_bytes=200000"]
+# Command -> its flags, and files that are the same whether the directory is local or at a URL.
+EVERYWHERE = {
+    "find-ticket": (SEARCH, ("tickets.csv",)),
+    "study": (STUDY, ()),
+    "sweep": (SWEEP, ("runs.csv",)),
+}
+
+
+@pytest.mark.slow
+def test_every_command_takes_urls(tmp_path):
+    with s3_server() as (bucket, environment, fs):
+        start = starter(tmp_path, environment)
+
+        def done(command, *flags, status=0):
+            process = start(command, "machine", *flags)
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == status and "Traceback" not in said, said
+            return said
+
+        for command, (flags, same) in EVERYWHERE.items():
+            done(command, *flags, f"--workdir={tmp_path}/{command}")
+            done(command, *flags, f"--workdir={bucket}/{command}")
+            assert "already finished" in done(command, *flags, f"--workdir={bucket}/{command}")
+            for name in same:
+                assert fs.cat_file(f"{bucket}/{command}/{name}") == (tmp_path / command / name).read_bytes()
+            assert b"<svg" in fs.cat_file(f"{bucket}/{command}/report.html")
+        fit = [f"--config.runs={bucket}/sweep/runs.csv", "--config.resamples=20", f"--workdir={bucket}/fit"]
+        done("fit", *fit)
+        assert b"<svg" in fs.cat_file(f"{bucket}/fit/report.html")
+        (tmp_path / "text.txt").write_bytes(text_of())
+        done("train", *SMALL, f"--config.data.name={tmp_path}/text.txt", f"--workdir={bucket}/lm")
+        done("export-hf", f"{bucket}/lm", f"{bucket}/model")
+        assert "exists" in done("export-hf", f"{bucket}/lm", f"{bucket}/model", status=1)
+        greedy = ["--config.prompt=the ", "--config.sampling.max_tokens=8"]
+        first, second = (done("generate", f"--config.model.dir={bucket}/{name}", *greedy) for name in ("lm", "model"))
+        assert first == second and first
+        assert f"nothing is at {bucket}/none" in done("generate", f"--config.model.dir={bucket}/none", status=2)
