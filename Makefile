@@ -72,6 +72,7 @@ test-docs: $(VENV)/installed
 	    status=$$?; sort -rn $(TESSERA_TIMES); exit $$status
 
 # The documentation site in runs/site, built strictly and without a network: open runs/site/index.html.
+# Its search needs a server: python -m http.server -d runs/site.
 $(VENV)/docs: | $(VENV)/installed
 	$(PIP) $(LOCK:%=--constraint %) -e '.[docs,reports]'
 	@touch $@

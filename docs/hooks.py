@@ -165,7 +165,7 @@ def examples_page():
     for path in sorted((ROOT / "examples").glob("*.py")):
         _, docstring, body = path.read_text(encoding="utf-8").split('"""', 2)
         title, rest = docstring.split("\n", 1)
-        text += f"## {path.stem.replace('_', ' ').capitalize()}\n\n**{title}**\n{rest}\n"
+        text += f"## {path.stem.replace('_', ' ').capitalize().replace('csv', 'CSV')}\n\n**{title}**\n{rest}\n"
         text += f"```python\n{body.strip()}\n```\n\n"
     text += "## Notebooks\n\nOne a package, with figures: `jupyter lab notebooks/` in a checkout.\n\n"
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -180,7 +180,10 @@ def guide_pages():
     pages = {}
     for name, title in GUIDES.items():
         article = "an" if title[0] in "aeiou" else "a"
-        pages[f"howto/{name}.md"] = f"# Add {article} {title}\n\n{section('CONTRIBUTING.md', f'How to add a {name}')}"
+        text = section("CONTRIBUTING.md", f"How to add a {name}")
+        # Code between two numbers begins a new list, whose first number is 1 again.
+        text = re.sub(r"^(\d)\. (.*(?:\n   \S.*)*)", r"**\1.** \2", text, flags=re.M)
+        pages[f"howto/{name}.md"] = f"# Add {article} {title}\n\n{text}"
     listed = "\n".join(f"- [Add a {title}]({name}.md)" for name, title in GUIDES.items())
     pages["howto/index.md"] = f"""# How to
 

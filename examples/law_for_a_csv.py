@@ -3,7 +3,7 @@
 Your table needs three columns: parameters, tokens, and the final loss of each run. The one made here is simulated from
 constants that were fitted to Chinchilla's own runs (Besiroglu et al. 2024), so that the right answer is known.
 
-Run: python examples/law_for_a_csv.py (five seconds on one core)
+Run: python examples/law_for_a_csv.py (about 3 seconds of processor time)
 """
 
 import csv

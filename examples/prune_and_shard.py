@@ -4,7 +4,7 @@ The tree is named as Hugging Face's Llama is, [outputs, inputs] and called `weig
 layer is pruned by what its inputs look like: weights on inputs that are always small can go, and the ones that stay
 can make up for them.
 
-Run: python examples/prune_and_shard.py (five seconds on one core)
+Run: python examples/prune_and_shard.py (about 10 seconds of processor time, most of it compiling)
 """
 
 import jax
