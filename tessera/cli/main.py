@@ -214,7 +214,12 @@ def main(argv: Sequence[str] | None = None) -> typing.NoReturn:
         raise SystemExit(0 if argv else 2)
     name, *rest = argv
     if name in PLAIN:
-        raise SystemExit(importlib.import_module(PLAIN[name][0]).main(rest))
+        try:
+            raise SystemExit(importlib.import_module(PLAIN[name][0]).main(rest))
+        except (KeyboardInterrupt, ImportError) as error:
+            if not _by_ctrl_c(error):
+                raise
+            _interrupted("run the same command again")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, [*COMMANDS, *PLAIN], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -272,6 +277,8 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         print(f"already finished: {path}/report.html (remove that file to have it made again)")
         raise SystemExit(0) from None
     except Exception as error:
+        if _by_ctrl_c(error):
+            _interrupted("the same command goes on from what is saved")
         # What failed may have left threads behind that wait for each other, such as a save's.
         last_resort = threading.Timer(LINGER, os._exit, [1])
         last_resort.daemon = True
@@ -289,8 +296,19 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
             _fail(f"--workdir={values['workdir']}: {error.strerror} ({error.filename})", 1)
         raise
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        _interrupted("the same command goes on from what is saved")
+
+
+def _by_ctrl_c(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, also in the middle of an extension's import, which makes it an ImportError."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, ImportError) and isinstance(error.__cause__ or error.__context__, KeyboardInterrupt)
+    )
+
+
+def _interrupted(then: str) -> typing.NoReturn:
+    print(f"interrupted; {then}", file=sys.stderr, flush=True)
+    raise SystemExit(130) from None
 
 
 def _carry_out(module: Any, invocation: Invocation) -> int:

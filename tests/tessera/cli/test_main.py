@@ -233,6 +233,26 @@ def test_a_failure_ends_the_program_with_one_line(body, message):
     assert found.returncode == 1 and found.stderr.startswith(message) and len(found.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError from KeyboardInterrupt"])
+@pytest.mark.parametrize("name", [*cli.PLAIN, "generate"])
+def test_ctrl_c_is_one_line_of_every_command(name, error, monkeypatch, capsys):
+    """Also where an extension of JAX is being imported, which makes an ImportError of it."""
+
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            if error.startswith("ImportError"):
+                raise ImportError("an error while initializing the extension") from stop
+            raise
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name])
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and said.startswith("interrupted; ") and said.count("\n") == 1
+
+
 FINISHING = """
 import dataclasses, pathlib, sys, types
 from tessera.cli import main as cli
