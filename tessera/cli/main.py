@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 import threading
 import typing
@@ -215,10 +216,8 @@ def main(argv: Sequence[str] | None = None) -> typing.NoReturn:
     name, *rest = argv
     if name in PLAIN:
         try:
-            raise SystemExit(importlib.import_module(PLAIN[name][0]).main(rest))
-        except (KeyboardInterrupt, ImportError) as error:
-            if not _by_ctrl_c(error):
-                raise
+            raise SystemExit(_import(PLAIN[name][0]).main(rest))
+        except KeyboardInterrupt:
             _interrupted("run the same command again")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, [*COMMANDS, *PLAIN], n=1, cutoff=0.5)
@@ -259,7 +258,7 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
     values = vars(options)
     try:
         config, config_name = _load(command, values)
-        module = importlib.import_module(command.module)
+        module = _import(command.module)
         errors = module.ERRORS
         if values.pop("fields") is not None:
             print(fields_table(module.SCHEMA, config, overrides))
@@ -277,8 +276,6 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         print(f"already finished: {path}/report.html (remove that file to have it made again)")
         raise SystemExit(0) from None
     except Exception as error:
-        if _by_ctrl_c(error):
-            _interrupted("the same command goes on from what is saved")
         # What failed may have left threads behind that wait for each other, such as a save's.
         last_resort = threading.Timer(LINGER, os._exit, [1])
         last_resort.daemon = True
@@ -299,11 +296,18 @@ def run(name: str | Command, argv: Sequence[str] | None = None) -> typing.NoRetu
         _interrupted("the same command goes on from what is saved")
 
 
-def _by_ctrl_c(error: BaseException) -> bool:
-    """Whether an error is Ctrl-C, also in the middle of an extension's import, which makes it an ImportError."""
-    return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, ImportError) and isinstance(error.__cause__ or error.__context__, KeyboardInterrupt)
-    )
+def _import(module: str) -> Any:
+    """Import a module; Ctrl-C acts when it is done, since extensions make tracebacks and ImportErrors of it."""
+    asked: list[int] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda signum, _: asked.append(signum)) if main_thread else None
+    try:
+        return importlib.import_module(module)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+        if asked:
+            raise KeyboardInterrupt
 
 
 def _interrupted(then: str) -> typing.NoReturn:
