@@ -245,6 +245,7 @@ def test_ctrl_c_is_one_line_of_every_command(name, monkeypatch, capsys):
         seen.append(module)
 
     monkeypatch.setattr(cli.importlib, "import_module", slow_import)
+    monkeypatch.setattr(cli, "_load", lambda command, values: ({}, "config"))
     with pytest.raises(SystemExit) as stop:
         cli.main([name])
     said = capsys.readouterr().err
