@@ -181,8 +181,17 @@ def _open(file: Path | str) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no GGUF file {file}")
     package = _gguf()
+
+    class Bounded(package.GGUFReader):
+        """The package's reader gives less than was asked for past the end, and so reads arrays of any stated length."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *rest: Any, **more: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends in the middle of a value")
+            return super()._get(offset, dtype, count, *rest, **more)
+
     with _sound(file):
-        return package.GGUFReader(file)
+        return Bounded(file)
 
 
 def _fields(file: Path | str, reader: Any) -> dict[str, Any]:

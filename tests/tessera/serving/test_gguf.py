@@ -1,6 +1,7 @@
 """GGUF files: weights against the Hugging Face directory they come from, tokens against the `tokenizers` package."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +269,17 @@ def _flat(tree, prefix=""):
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {path: leaf for name, branch in tree.items() for path, leaf in _flat(branch, f"{prefix}/{name}").items()}
+
+
+def test_an_array_longer_than_its_file_is_refused_and_not_listed(tmp_path):
+    """The length of an array of 32-bit numbers says 2^60, in a file of some kilobytes."""
+    file = write(tmp_path / "text.gguf", "llama")
+    data, key = bytearray(file.read_bytes()), b"tokenizer.ggml.token_type"
+    at = data.index(key) + len(key) + 8  # the types of the value and of its elements
+    assert int.from_bytes(data[at : at + 8], "little") == 64
+    data[at : at + 8] = (2**60).to_bytes(8, "little")
+    file.write_bytes(data)
+    begun = time.process_time()
+    with pytest.raises(NotConvertible, match=r"text\.gguf is no GGUF file, or damaged .*ends in the middle"):
+        load_gguf(file)
+    assert time.process_time() - begun < 5
