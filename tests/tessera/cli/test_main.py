@@ -102,6 +102,8 @@ def test_flags_and_names(tmp_path, monkeypatch):
     assert (said.config.lr, said.config.model.width, said.workdir, said.name) == (3.0, 9, "here", "lm-small")
     assert read("train", "--config.log.tensorboard").config.log.tensorboard is True
     assert read("train", "--noconfig.model.tied").config.model.tied is False
+    twice = read("find-ticket", "--config.model.hidden=(20, 10)", "--config.model.hidden=(5,)")
+    assert tuple(twice.config.model.hidden) == (5,)  # the last one counts
     assert said.defaults["model.norm_eps"] == said.config.model.norm_eps and said.hosts["process"] == -1
     # From anywhere, by name, and by a path relative to the checkout.
     monkeypatch.chdir(tmp_path)
