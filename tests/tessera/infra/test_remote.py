@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -162,6 +163,32 @@ def test_of_two_that_find_a_lock_silent_one_gets_it(store, monkeypatch):
     with pytest.raises(WorkdirInUse, match="in use since this moment"):
         remote.Lease(store, "/b/run", "memory://b/run")
     other[1].check()
+
+
+def test_further_processes_have_a_directory_of_their_own_and_upload_nothing(store):
+    with remote.mirrored("memory://b/run") as first:
+        (Path(first) / "config.json").write_bytes(b"{}")
+    asked = []
+    with remote.mirrored("memory://b/run", process=1, agreed=lambda value: asked.append(value) or 1) as second:
+        assert second != first and remote.is_mirror(second) and files(second) == {"config.json": b"{}"}
+        assert len(asked) == 2  # the first has the URL; all have what was there
+        (Path(second) / "mine").write_bytes(b"x")
+    assert len(asked) == 3  # the first has uploaded
+    assert files(remote.local("memory://b/run")) == {"config.json": b"{}"}
+    with pytest.raises(RemoteError, match="the first process says why"):
+        with remote.mirrored("memory://b/run", process=1, agreed=lambda value: 0):
+            pass
+
+
+def test_two_that_bring_the_same_leave_each_others_files(store, monkeypatch):
+    store.pipe({"/b/books/x.txt": b"1", "/b/books/y.txt": b"2"})
+    get = type(store).get_file
+    monkeypatch.setattr(type(store), "get_file", lambda self, *a, **k: (get(self, *a, **k), time.sleep(0.1)))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(remote.local, "memory://b/books")
+        time.sleep(0.05)  # while the first one has a file half-way
+        second = pool.submit(remote.local, "memory://b/books")
+        assert files(first.result()) == files(second.result()) == {"x.txt": b"1", "y.txt": b"2"}
 
 
 def test_an_export_appears_with_its_config_last(store, tmp_path, monkeypatch):
