@@ -1,8 +1,10 @@
 """Continuous batching: requests share the slots of compiled programs and come and go between steps.
 
 A step reads at most one chunk of waiting prompts and then draws the next tokens of all requests that have been read, so
-a long prompt never stops the others. Slots are given in the order of arrival. What goes wrong on the host with one
-request ends that request alone. One thread calls `step`; `submit` and `cancel` may be called from any.
+a long prompt never stops the others. Slots are given in the order of arrival. With a paged KV cache a text also waits
+for pages, and the one that came last goes back into the queue where there are too few for those that run (preemption):
+its tokens are read again later. What goes wrong on the host with one request ends that request alone. One thread calls
+`step`; `submit` and `cancel` may be called from any.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from sharding.inference.sample import Settings, greedy
+from tessera.serving.pages import NOTHING, Pool, common
 from tessera.serving.programs import Programs, Rows
 from tessera.serving.requests import (
     Constraint,
@@ -41,8 +44,8 @@ class Engine:
       params: from `programs.place`.
       queue: requests that may wait for a slot.
       ends: tokens that end every text, the model's end of text; they are not part of it.
-      prefix_cache: a prompt that begins like the text in any slot, a finished one's too, takes the tokens they share
-        from there, if they are so many (prefix caching); 0 reads every prompt whole.
+      prefix_cache: a prompt that begins like a text that runs, or has ended and is still in the cache, takes the tokens
+        they share from there, if they are so many (prefix caching); 0 reads every prompt whole.
     """
 
     def __init__(
@@ -58,14 +61,31 @@ class Engine:
         slots = programs.config.slots
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * slots
-        self._held: list[tuple[int, ...]] = [()] * slots  # tokens in the cache of a slot that is free
         self._free: dict[int, None] = dict.fromkeys(range(slots))  # the one that ended longest ago first
+        self._local = slots // programs.parts
+        self._empty()
         self.counts: Counter[str] = Counter()
         self._state: Any = programs.start()
         self._last = np.zeros(slots, np.int32)
         self._settings = Settings(*(np.array(leaf) for leaf in greedy(slots)))
         self._lock = threading.Lock()
         self._cancelled: set[Request] = set()
+
+    def _empty(self) -> None:
+        """Forget what is in the cache."""
+        config, parts = self.programs.config, self.programs.parts
+        pages, size = (config.pages, config.page_size) if config.pages else (config.slots, config.length)
+        self._pools = [Pool(pages // parts, size) for _ in range(parts)]
+        self._table = np.full((config.slots, self._pools[0].pages(config.length)), pages, np.int32)
+        self._moved = bool(config.pages)  # whether the devices do not have the table yet
+
+    @property
+    def usage(self) -> float:
+        """Share of the KV cache that running texts fill; of its pages, those that they have."""
+        config = self.programs.config
+        if config.pages:
+            return 1 - sum(pool.obtainable for pool in self._pools) / config.pages
+        return sum(request.read for request in self.slots if request is not None) / (config.slots * config.length)
 
     @property
     def busy(self) -> bool:
@@ -81,17 +101,18 @@ class Engine:
         """Compile the programs of all shapes, by running them without a text; before the first step."""
         sizes = self.programs.config
         rows, longest = sizes.rows * self.programs.parts, min(sizes.chunk, sizes.length - 1)
+        self._point()
         widths = [size for size in sizes.buckets() if size // 2 < longest]
         for width in widths:
             for fresh in (True, False) if sizes.length - 1 > sizes.chunk else (True,):
-                chunk = Rows(np.zeros((rows, width), np.int32), *np.zeros((3, rows), np.int32))
+                chunk = self._rows(rows, width)
                 settings = Settings(*(array[[0] * rows] for array in self._settings))
                 self._state, _ = self.programs.extend(self.params, self._state, chunk, settings, fresh=fresh)
         settings = Settings(*(array.copy() for array in self._settings))
         budget = np.zeros(len(self.slots), np.int32)
         self._state, _ = self.programs.generate(self.params, self._state, self._last, budget, settings)
         if self.prefix_cache:
-            self._state = self.programs.reuse(self._state, 0, 0, [0])
+            self._state = self.programs.reuse(self._state, 0, [0], 0, 0, 1)
         jax.block_until_ready(self._state)
 
     def submit(
@@ -174,7 +195,7 @@ class Engine:
             self.waiting.clear()
         for request in requests:
             self._end(request, reason)
-        self._held = [()] * len(self.slots)
+        self._empty()
 
     @contextlib.contextmanager
     def _alone(self, request: Request) -> Iterator[None]:
@@ -198,42 +219,107 @@ class Engine:
                 if not self.waiting:
                     return
                 request = self.waiting.popleft()
-            slot, source, shared = self._choose(request)
-            del self._free[slot]
-            self.slots[slot], request.slot = request, slot
             with self._alone(request):
-                self._set(request)
-                if shared:
-                    self._state = self.programs.reuse(self._state, source, slot, request.prompt[:shared])
-                    request.read = shared
-                    self.counts["prefix_tokens"] += shared
+                if not self._begin(request):
+                    self._wait(request)
+                    return
 
-    def _choose(self, request: Request) -> tuple[int, int, int]:
-        """A free slot, and the slot that has most tokens of the prompt's beginning, with their number."""
-        slot = next(iter(self._free))
-        if not self.prefix_cache or request.sampling.prompt_logprobs:
-            return slot, slot, 0
-        self.counts["prefix_queries"] += len(request.prompt)
-        prompt = np.asarray(request.prompt[:-1], np.int32)  # the last one is read for the logits of the next
-        best = (slot, slot, 0)
-        local = len(self.slots) // self.programs.parts
-        for source, holder in enumerate(self.slots):
-            held = self._held[source] if holder is None else self._in_cache(holder)
-            start = np.asarray(held[: len(prompt)], np.int32)
-            differs = np.flatnonzero(start != prompt[: len(start)])
-            shared = int(differs[0]) if len(differs) else len(start)
-            free = [i for i in self._free if i // local == source // local]
-            if holder is None and shared >= len(held) - 1:
-                target: int | None = source  # what it continues; else what it holds beyond is left to others
-            else:
-                target = next((i for i in free if i != source), source if holder is None else None)
-            if shared > best[2] and target is not None:
-                best = (target, source, shared)
-        return best if best[2] >= self.prefix_cache else (slot, slot, 0)
+    def _wait(self, request: Request) -> None:
+        with self._lock:
+            self.waiting = deque(sorted((request, *self.waiting), key=lambda one: one.number))
 
-    def _in_cache(self, request: Request) -> tuple[int, ...]:
-        """Tokens of a running request that its slot holds for sure: the last one drawn is read with the next step."""
-        return (*request.prompt[: request.read], *request.tokens[:-1])
+    def _begin(self, request: Request) -> bool:
+        """Give a request a slot and pages, and what the cache has of its text.
+
+        False if there are too few pages, or if so far others are reading what they have in common: with pages, many
+        texts of one prompt that come at once read it once.
+        """
+        paged, least = self.programs.config.pages > 0, 0 if request.sampling.prompt_logprobs else self.prefix_cache
+        text = np.asarray(request.text[:-1], np.int32)  # the last one is read for the logits of the next
+        found = dict.fromkeys((slot // self._local for slot in self._free), NOTHING)
+        for part in found if least else ():
+            others = self._of(part)
+            prefix = self._pools[part].find(text, [(one, self._in_cache(one)) for one in others])
+            ahead = [common(text, np.asarray(one.text, np.int32)) for one in others if paged and one.reading]
+            if max(ahead, default=0) >= prefix.shared + least:
+                return False
+            found[part] = prefix if prefix.shared >= least else NOTHING
+        for part, prefix in sorted(found.items(), key=lambda one: -one[1].shared):
+            pool = self._pools[part]
+            if (begun := pool.begin(request, prefix, self._room(request))) is not None:
+                break
+        else:
+            return False
+        pages = pool.running[request]
+        free = next(slot for slot in self._free if slot // self._local == part)
+        slot = free if paged else part * self._local + pages[0]
+        del self._free[slot]
+        self.slots[slot], request.slot = request, slot
+        self._write(slot, pages)
+        self._set(request)
+        self.counts["prefix_queries"] += len(request.text) if least else 0
+        if begun.shared:
+            self._point()
+            known = request.text[: begun.shared]
+            self._state = self.programs.reuse(self._state, slot, known, begun.source, begun.target, len(request.prompt))
+            request.read = begun.shared
+            self.counts["prefix_tokens"] += begun.shared
+        return True
+
+    def _of(self, part: int) -> list[Request]:
+        """Running requests of a data-parallel part."""
+        slots = self.slots[part * self._local : (part + 1) * self._local]
+        return [request for request in slots if request is not None]
+
+    def _in_cache(self, request: Request) -> np.ndarray:
+        """Tokens of a running request that are in the cache for sure: the last one drawn is read with the next step."""
+        return np.asarray(request.text[: request.read], np.int32)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that a request has in the cache after it is read and a call has drawn the next ones."""
+        return len(request.text) + min(self.programs.reach, self._left(request))
+
+    def _grow(self, request: Request) -> bool:
+        """Give a running request pages for the next call; False if it goes back into the queue for want of them."""
+        part = request.slot // self._local
+        pool = self._pools[part]
+        before = len(pool.running[request])
+        while not pool.grow(request, self._room(request)):
+            youngest = max(self._of(part), key=lambda one: one.number)
+            self._leave(youngest)
+            youngest.read = 0
+            self.counts["preemptions"] += 1
+            self._wait(youngest)
+            if youngest is request:
+                return False
+        if len(pool.running[request]) > before:
+            self._write(request.slot, pool.running[request])
+        return True
+
+    def _leave(self, request: Request) -> None:
+        """Free a request's slot, and its pages but those that a later text may begin with."""
+        pool = self._pools[request.slot // self._local]
+        pool.end(request, self._in_cache(request)[: None if self.prefix_cache else 0])
+        self._write(request.slot, [])
+        self.slots[request.slot], self._free[request.slot] = None, None
+        request.slot = -1
+
+    def _write(self, slot: int, pages: Sequence[int]) -> None:
+        """Note the pages of a slot in the page table."""
+        if self.programs.config.pages:
+            self._table[slot] = self.programs.config.pages
+            self._table[slot, : len(pages)] = pages
+            self._moved = True
+
+    def _point(self) -> None:
+        """Tell the devices the page table, before they run a program."""
+        if self._moved:
+            self._state, self._moved = self.programs.point(self._state, self._table), False
+
+    def _rows(self, count: int, width: int) -> Rows:
+        """Rows without tokens."""
+        chunk = Rows(np.zeros((count, width), np.int32), *np.zeros((3, count), np.int32))
+        return chunk._replace(prompts=np.zeros(count, np.int32)) if self.programs.config.pages else chunk
 
     def _set(self, request: Request) -> None:
         """Write how a request is sampled into the row of its slot."""
@@ -247,11 +333,12 @@ class Engine:
             values.presence_penalty,
             values.frequency_penalty,
             values.seed,
-            0,
+            len(request.tokens),
             values.top_logprobs,
         )
         for array, value in zip(self._settings, row, strict=True):
             array[request.slot] = value
+        self._last[request.slot] = request.tokens[-1] if request.tokens else 0
 
     def _read(self) -> None:
         found = [self._next(request) for request in self.slots if request is not None and request.reading]
@@ -259,7 +346,7 @@ class Engine:
         if not reading:
             return
         width, fresh = reading[0][1]
-        rows, local = self.programs.config.rows, len(self.slots) // self.programs.parts
+        rows, local = self.programs.config.rows, self._local
         chosen: dict[int, tuple[Request, np.ndarray]] = {}  # place in the call; those of equal shape are read together
         for request, shape, part in reading:
             first = request.slot // local * rows
@@ -267,11 +354,13 @@ class Engine:
             if shape == (width, fresh) and place is not None:
                 chosen[place] = request, part
         count = rows * self.programs.parts
-        chunk = Rows(*(np.zeros((count, width) if i == 0 else count, np.int32) for i in range(4)))
+        chunk = self._rows(count, width)
         for place, (request, part) in chosen.items():
             chunk.tokens[place, : len(part)] = part
             chunk.slots[place], chunk.starts[place] = request.slot % local, request.read
             chunk.counts[place] = len(part)
+            if chunk.prompts is not None:
+                chunk.prompts[place] = len(request.prompt)
         where = [chosen[i][0].slot if i in chosen else 0 for i in range(count)]
         settings = Settings(*(array[where] for array in self._settings))
         bias = self._bias({place: request for place, (request, _) in chosen.items()}, count)
@@ -283,6 +372,7 @@ class Engine:
                 after = request.prompt[request.read + 1 : request.read + len(part) + 1]
                 targets[place, : len(after)] = after
         options: dict[str, Any] = {"fresh": fresh, "bias": bias, "targets": targets}
+        self._point()
         self._state, drawn = self.programs.extend(self.params, self._state, chunk, settings, **options)
         tokens, logprobs, top, read = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top, drawn.read))
         for place, (request, part) in chosen.items():
@@ -291,7 +381,7 @@ class Engine:
                     self._add_read(request, len(part), read[0][place], [x[place] for x in read[1]])
                 request.read += len(part)
                 self.counts["prompt_tokens"] += len(part)
-                if not request.reading:
+                if not (request.reading or request.tokens):
                     self._add(request, int(tokens[place]), float(logprobs[place]), [x[place] for x in top])
 
     def _bias(self, rows: dict[int, Request], count: int) -> np.ndarray | None:
@@ -310,30 +400,31 @@ class Engine:
 
     def _add_read(self, request: Request, count: int, logprobs: np.ndarray, top: list[np.ndarray]) -> None:
         """Add the log-probabilities of a chunk of the prompt, each of the token after one of the chunk's."""
-        count = min(count, len(request.prompt) - 1 - request.read)
+        new = slice(len(request.prompt_logprobs) - request.read, max(0, len(request.prompt) - 1 - request.read))
         most = request.sampling.top_logprobs
-        request.prompt_logprobs += logprobs[:count].tolist()
-        ids, values = (x[:count, :most].tolist() for x in top)
+        request.prompt_logprobs += logprobs[:count][new].tolist()
+        ids, values = (x[:count][new, :most].tolist() for x in top)
         request.prompt_top += [tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
 
     def _next(self, request: Request) -> tuple[Request, tuple[int, bool], np.ndarray] | None:
-        """A request with the shape and the tokens of the next chunk of its prompt; None if it failed."""
+        """A request with the shape and the tokens of the next chunk of its text; None if it failed."""
         with self._alone(request):
             shape = self._chunk(request)
-            return request, shape, np.asarray(request.prompt[request.read : request.read + shape[0]], np.int32)
+            return request, shape, np.asarray(request.text[request.read : request.read + shape[0]], np.int32)
         return None
 
     def _chunk(self, request: Request) -> tuple[int, bool]:
-        """Width of the next chunk of a request's prompt, and whether it is the first."""
-        left = min(len(request.prompt) - request.read, self.programs.config.chunk)
+        """Width of the next chunk of a request's text, and whether it is the first."""
+        left = min(len(request.text) - request.read, self.programs.config.chunk)
         return next(size for size in self.programs.config.buckets() if size >= left), request.read == 0
 
     def _draw(self) -> None:
         budget = np.zeros(len(self.slots), np.int32)
         running: list[Request] = []
-        for request in self.slots:
-            if request is not None and not request.reading:
-                with self._alone(request):
+        drawing = [request for request in self.slots if request is not None and not request.reading]
+        for request in sorted(drawing, key=lambda one: one.number):  # those that came last make room for the others
+            with self._alone(request):
+                if request.slot >= 0 and self._grow(request):
                     budget[request.slot] = self._left(request)
                     running.append(request)
         options: dict[str, Any] = {}
@@ -345,6 +436,7 @@ class Engine:
         if not running:
             return
         settings = Settings(*(array.copy() for array in self._settings))
+        self._point()
         self._state, drawn = self.programs.generate(self.params, self._state, self._last, budget, settings, **options)
         tokens, logprobs, top = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top))
         self.counts["decode_steps"] += len(tokens)
@@ -383,6 +475,7 @@ class Engine:
             self._end(request, "stop")
             return
         request.tokens.append(token)
+        request.read = len(request.prompt) + len(request.tokens) - 1
         request.top.append(alternatives)
         request.logprobs.append(logprob)
         self.counts["tokens"] += 1
@@ -398,9 +491,8 @@ class Engine:
 
     def _end(self, request: Request, reason: str) -> None:
         if request.slot >= 0:
-            self.slots[request.slot], self._held[request.slot] = None, self._in_cache(request)
-            self._free[request.slot] = None
-        request.slot, request.finish = -1, reason
+            self._leave(request)
+        request.finish = reason
         self.counts[f"finished_{reason}"] += 1
         try:
             request.notify(request)

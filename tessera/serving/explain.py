@@ -146,7 +146,7 @@ def token_cost(
     return TokenCost(
         plan,
         held,
-        round(_cache_bytes(programs, sizes.length) * rows),
+        round(programs.cache_config.bytes / (programs.parts * _cache_ways(programs))),
         flops,
         traffic,
         count,
@@ -196,9 +196,14 @@ def _touched(decoder: ShardedDecoder, tokens: float | int) -> float:
 
 def _cache_bytes(programs: Programs, tokens: int) -> float:
     """Bytes of one slot's KV cache with so many tokens, on one device."""
-    plan, sizes = programs.decoder.plan, programs.cache_config
-    one: CacheConfig = replace(sizes, slots=1, length=tokens)
-    return one.bytes / (plan.size("pp") * plan.size("tp") * plan.size("cp"))
+    one: CacheConfig = replace(programs.cache_config, slots=1, length=tokens, pages=0)
+    return one.bytes / _cache_ways(programs)
+
+
+def _cache_ways(programs: Programs) -> int:
+    """Devices that the cache of one slot is split over."""
+    plan = programs.decoder.plan
+    return plan.size("pp") * plan.size("tp") * plan.size("cp")
 
 
 def filled(
@@ -215,7 +220,8 @@ def filled(
     room = HEADROOM * hardware.memory - cost.weights
     local = min(int(room * (sizes.slots // parts) / cost.cache), 1024 // parts)
     local = max(local // stages * stages, stages)  # whole groups
-    more = replace(sizes, slots=local * parts, groups=0)
+    pages = sizes.pages // parts * local // (sizes.slots // parts) * parts
+    more = replace(sizes, slots=local * parts, groups=0, pages=pages)
     return token_cost(config, cost.plan, more, hardware, **options)
 
 

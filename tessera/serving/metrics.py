@@ -10,10 +10,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 COUNTERS = {  # of the engine's counts: name and meaning
     "requests": ("tessera_requests", "Texts accepted."),
-    "prompt_tokens": ("vllm:prompt_tokens", "Tokens of prompts that were read, without those of the prefix cache."),
+    "prompt_tokens": (
+        "vllm:prompt_tokens",
+        "Tokens that were read: of prompts, without those of the prefix cache, and of preempted texts again.",
+    ),
     "tokens": ("vllm:generation_tokens", "Tokens drawn."),
     "prefix_queries": ("vllm:prefix_cache_queries", "Tokens of prompts that were looked for in the prefix cache."),
     "prefix_tokens": ("vllm:prefix_cache_hits", "Of those, the ones that it had."),
+    "preemptions": ("vllm:num_preemptions", "Texts that waited again, as there were too few pages."),
     "drafted": ("vllm:spec_decode_num_draft_tokens", "Tokens the draft model guessed."),
     "accepted": ("vllm:spec_decode_num_accepted_tokens", "Of those, the ones that stayed."),
 }
@@ -69,14 +73,12 @@ class _Now:
         for reason in ("stop", "length", "cancelled", "error"):
             ended.add_metric([self.model, reason], engine.counts[f"finished_{reason}"])
         yield ended
-        running = [one for one in engine.slots if one is not None]
-        tokens = sum(one.read + len(one.tokens) for one in running)
         gauges = {
-            "vllm:num_requests_running": ("Texts that have a slot.", len(running)),
-            "vllm:num_requests_waiting": ("Texts waiting for a slot.", len(engine.waiting)),
+            "vllm:num_requests_running": ("Texts that have a slot.", engine.running),
+            "vllm:num_requests_waiting": ("Texts waiting for a slot, or for pages.", len(engine.waiting)),
             "vllm:kv_cache_usage_perc": (
-                "Share of the KV cache that running texts fill; 1 is all of it.",
-                tokens / (len(engine.slots) * engine.programs.config.length),
+                "Share of the KV cache, or of its pages, that running texts fill; 1 is all of it.",
+                engine.usage,
             ),
             "tessera_slots": ("Slots there are.", len(engine.slots)),
             "tessera_alive": ("1 while the engine runs.", int(service.alive and not service.dead)),

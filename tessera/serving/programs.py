@@ -40,6 +40,9 @@ class ServeConfig:
       chunk: chunked prefill: most tokens of a prompt read in one call.
       rows: chunks of prompts read in one call by each data-parallel part.
       candidates: see `sharding.inference.sample.CANDIDATES`.
+      pages: pages of the KV cache that all slots share (PagedAttention), so that many short texts fit in little memory
+        and a common beginning is there once; 0 gives every slot room for `length` tokens, which a step reads faster.
+      page_size: tokens of a page.
     """
 
     slots: int = 8
@@ -50,11 +53,15 @@ class ServeConfig:
     chunk: int = 128
     rows: int = 1
     candidates: int = CANDIDATES
+    pages: int = 0
+    page_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("slots", "length", "steps", "chunk", "rows", "candidates"):
+        for name in ("slots", "length", "steps", "chunk", "rows", "candidates", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.pages < 0:
+            raise ValueError(f"pages={self.pages} must be at least 1, or 0 for contiguous slots")
 
     def buckets(self) -> tuple[int, ...]:
         """Lengths that chunks of prompts are padded to: powers of two from 16 below the chunk, and the chunk."""
@@ -89,6 +96,11 @@ class Programs:
         """Data-parallel parts the slots are split into."""
         return self.decoder.plan.data
 
+    @property
+    def reach(self) -> int:
+        """Most tokens that a call of `generate` puts into a slot's cache."""
+        return self.config.steps
+
     @functools.cached_property
     def cache_config(self) -> CacheConfig:
         """Sizes of the KV cache; its dtype is the model's unless the config says another."""
@@ -101,6 +113,8 @@ class Programs:
             self.decoder.cache_size,
             self.config.cache_dtype or model.dtype,
             shared=latent,
+            pages=self.config.pages,
+            page_size=self.config.page_size,
         )
 
     @functools.cached_property
@@ -136,8 +150,19 @@ class Programs:
             self._made["start"] = jax.jit(self.empty, out_shardings=shardings(self.device_mesh, self.state_specs))
         return self._made["start"]()
 
+    def point(self, state: State, table: Any) -> State:
+        """Give the slots of a paged cache their pages.
+
+        Args:
+          state: given away.
+          table: int [B, M], see `Cache.table`.
+        """
+        where = shardings(self.device_mesh, self.state_specs).cache.table
+        # A copy: the devices of a CPU may read the host's array later.
+        return state._replace(cache=state.cache._replace(table=jax.device_put(np.array(table, np.int32), where)))
+
     def prefill(self, params: PyTree, tokens: Any, lengths: Any) -> tuple[State, jax.Array]:
-        """A new cache with one prompt per slot.
+        """A new cache with one prompt per slot; contiguous slots only.
 
         Args:
           params: from `place`.
@@ -146,7 +171,12 @@ class Programs:
 
         Returns:
           The state, and float32 logits [B, V] of each row's last token.
+
+        Raises:
+          PlanError: a paged cache, whose pages an `Engine` gives out.
         """
+        if self.config.pages:
+            raise PlanError(f"pages={self.config.pages}: prefill has no page table; use an Engine, or pages=0")
         tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
         slots = np.tile(np.arange(self.config.slots // self.parts, dtype=np.int32), self.parts)
         state, logits = self.start(), None
@@ -209,33 +239,34 @@ class Programs:
             raise PlanError(f"{count} rows do not divide over the {self.parts} data-parallel parts")
         settings = greedy(count) if settings is None else settings
         options = {"logits": logits, "every": every, "fresh": fresh}
-        options |= {"biased": bias is not None, "scored": targets is not None}
+        options |= {"biased": bias is not None, "scored": targets is not None, "drawn": rows.prompts is not None}
         key = ("extend", count, rows.tokens.shape[1], *options.values())
         if key not in self._made:
             self._made[key] = extend_program(self, **options)
-        rows = Rows(*(np.asarray(x, np.int32) for x in rows))
+        rows = Rows(*(None if x is None else np.asarray(x, np.int32) for x in rows))
         return self._made[key](params, state, rows, settings, bias, targets)
 
-    def reuse(self, state: State, source: int, target: int, tokens: Any) -> State:
-        """Let a slot begin with tokens that another slot, or it itself, already has at the start (prefix caching).
+    def reuse(self, state: State, slot: int, tokens: Any, source: int, target: int, prompt: int) -> State:
+        """Let a slot begin with tokens that are in the cache already (prefix caching); what it held is forgotten.
 
         Args:
           state: donated.
-          source: slot that begins with the tokens.
-          target: slot of the same data-parallel part; what it held is forgotten.
+          slot: the slot.
           tokens: int [n], at least one.
+          source: slot of the same data-parallel part, counted in it, that begins with the tokens; of a paged cache the
+            page with the last ones, if it has others too. See `copy_prefix`.
+          target: the slot, counted so, or the page, to copy to; the source's number copies nothing.
+          prompt: how many of the tokens are of the prompt, and not drawn.
         """
-        local = self.config.slots // self.parts
-        if source // local != target // local:
-            raise ValueError(f"slots {source} and {target} are on different devices")
-        sources, targets, counts = np.zeros((3, self.parts), np.int32)
+        part, place = divmod(slot, self.config.slots // self.parts)
+        one = np.zeros((5, self.parts), np.int32)
+        one[:, part] = place, len(tokens), prompt, source, target
         padded = np.zeros((self.parts, self.config.length), np.int32)
-        part = target // local
-        sources[part], targets[part], counts[part] = source % local, target % local, len(tokens)
         padded[part, : len(tokens)] = tokens
         if "reuse" not in self._made:
             self._made["reuse"] = reuse_program(self)
-        return self._made["reuse"](state, Rows(padded, targets, np.zeros_like(counts), counts), sources)
+        slots, counts, prompts, sources, targets = one
+        return self._made["reuse"](state, Rows(padded, slots, counts * 0, counts, prompts), sources, targets)
 
     def generate(
         self,

@@ -165,8 +165,8 @@ class Request:
       top: (token, log-probability) of the most probable tokens at each of them, the most probable first.
       finish: "" while it runs, then "stop" (a stop token, or the model's end of text), "length" (max_tokens, or the
         end of the context), "cancelled" or "error" (its own, or of a step that all requests share).
-      read: tokens of the prompt in the cache.
-      slot: where it is decoded; -1 while it waits and when it is done.
+      read: tokens of `text` in the cache.
+      slot: where it is decoded; -1 while it waits, at first or for pages, and when it is done.
       number: order of arrival at its engine.
       constraint: what the text may be; None is anything.
       prompt_logprobs: of the prompt's tokens but the first, if asked for; complete before the first token is drawn.
@@ -196,6 +196,11 @@ class Request:
         return self.tokens[start:count], self.logprobs[start:count], self.top[start:count], finish
 
     @property
+    def text(self) -> tuple[int, ...]:
+        """What has to be in the cache before the next token is drawn: all but the last one that was drawn."""
+        return (*self.prompt, *self.tokens[:-1])
+
+    @property
     def reading(self) -> bool:
-        """Whether part of the prompt is still to be read."""
-        return self.read < len(self.prompt)
+        """Whether part of the prompt, or of a text that lost its pages, is still to be read."""
+        return self.read < len(self.prompt) + len(self.tokens[:-1])

@@ -51,8 +51,9 @@ class ServeSettings:
     Attributes:
       plan: how the work is split over devices, like "tp=4, dp=2"; "" is one device. The other devices stay idle.
       queue: requests that may wait for a slot.
-      prefix_cache: a prompt that begins like the text in any slot, a finished one's too, takes the tokens they share
-        from its KV cache, if they are so many; 0 reads every prompt whole ("Batch invariance" in docs/inference.md).
+      prefix_cache: a prompt that begins like a text that runs, or has ended and is still in the KV cache, takes the
+        tokens they share from there, if they are so many; 0 reads every prompt whole ("Batch invariance" in
+        docs/inference.md).
       prompt: text to continue, for `tessera generate`.
       host: address to listen on; the default is reachable from this machine only.
       port: to listen on; 0 takes a free one.

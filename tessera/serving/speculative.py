@@ -54,6 +54,8 @@ class Speculating:
             ("slots", large.config.slots, small.config.slots),
             ("length", large.config.length, small.config.length),
             ("chunk", large.config.chunk, small.config.chunk),
+            ("pages", large.config.pages, small.config.pages),
+            ("page_size", large.config.page_size, small.config.page_size),
             ("vocabulary", large.decoder.config.vocab_size, small.decoder.config.vocab_size),
             ("data-parallel parts", large.parts, small.parts),
         )
@@ -84,11 +86,18 @@ class Speculating:
         """Empty states."""
         return Both(self.target.start(), self.draft.start())
 
-    def reuse(self, state: Both, source: int, target: int, tokens: Any) -> Both:
-        """Both models' slots begin with tokens that another slot has, see `Programs.reuse`."""
-        return Both(
-            *(one.reuse(its, source, target, tokens) for one, its in zip((self.target, self.draft), state, strict=True))
-        )
+    @property
+    def reach(self) -> int:
+        """Most tokens that a round puts into a slot's caches."""
+        return self.drafted + 1
+
+    def point(self, state: Both, table: Any) -> Both:
+        """Both models' caches have the same page table, see `Programs.point`."""
+        return Both(self.target.point(state.target, table), self.draft.point(state.draft, table))
+
+    def reuse(self, state: Both, *args: Any) -> Both:
+        """Both models' slots begin with tokens that are in their caches already, see `Programs.reuse`."""
+        return Both(self.target.reuse(state.target, *args), self.draft.reuse(state.draft, *args))
 
     def extend(
         self,

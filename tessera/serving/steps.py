@@ -52,12 +52,16 @@ class Drawn(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Chunks of prompts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N]."""
+    """Chunks of texts: tokens [N, T], slot [N] within the row's data-parallel part, first position [N], count [N].
+
+    Tokens from position `prompts` [N] on were drawn, as the penalties count them; None is none.
+    """
 
     tokens: Any
     slots: Any
     starts: Any
     counts: Any
+    prompts: Any = None
 
 
 def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
@@ -74,7 +78,9 @@ def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tupl
     return call
 
 
-def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool, biased: bool, scored: bool) -> Callable:
+def extend_program(
+    programs: Any, *, logits: bool, every: bool, fresh: bool, biased: bool, scored: bool, drawn: bool
+) -> Callable:
     """`Programs.extend` of these options, compiled once per shape; `programs` is a `Programs`."""
     decoder, config, data = programs.decoder, programs.config, programs.data
 
@@ -102,20 +108,20 @@ def extend_program(programs: Any, *, logits: bool, every: bool, fresh: bool, bia
     read = (row, (row, row)) if scored else None
     out = (programs.state_specs, Drawn(row, row, shown if logits else None, (row, row), read))
     bias = PartitionSpec(data, decoder.tp) if biased else None
-    given = (Rows(row, row, row, row), _settings_specs(row), bias, row if scored else None)
+    given = (_rows_specs(row, drawn), _settings_specs(row), bias, row if scored else None)
     return _compile(programs, local, given, out)
 
 
 def reuse_program(programs: Any) -> Callable:
-    """`Programs.reuse`, compiled: (state, rows, sources [N]), rows with the tokens that slots are to begin with."""
+    """`Programs.reuse`, compiled: (state, rows, sources [N], targets [N]), rows of tokens that slots are to have."""
     tp, row = programs.decoder.tp, PartitionSpec(programs.data)
 
-    def local(state: State, rows: Rows, sources: Any) -> State:
-        cache = copy_prefix(state.cache, sources, rows.slots, rows.counts)
+    def local(state: State, rows: Rows, sources: Any, targets: Any) -> State:
+        cache = copy_prefix(state.cache, sources, targets, rows.counts, rows.slots)
         return State(cache, _see(state.seen, rows, tp))
 
     specs = programs.state_specs
-    given = (specs, Rows(row, row, row, row), row)
+    given = (specs, _rows_specs(row, True), row, row)
     mapped = jax.shard_map(local, mesh=programs.mesh, in_specs=given, out_specs=specs, check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
 
@@ -126,6 +132,10 @@ def _score(logits_NTV: jax.Array, targets_NT: jax.Array, settings: Settings, tp:
     logits_MV = logits_NTV.reshape(n * t, columns)
     top = top_logprobs(logits_MV, settings, tp)
     return logprob(logits_MV, targets_NT.reshape(-1), tp).reshape(n, t), tuple(x.reshape(n, t, -1) for x in top)
+
+
+def _rows_specs(row: PartitionSpec, drawn: bool) -> Rows:
+    return Rows(row, row, row, row, row if drawn else None)
 
 
 def _settings_specs(row: PartitionSpec) -> Settings:
@@ -161,7 +171,11 @@ def _see(seen_BV: jax.Array, rows: Rows, tp: str | None) -> jax.Array:
     begins_N = (rows.counts > 0) & (rows.starts == 0)
     seen_BV = seen_BV.at[jnp.where(begins_N, rows.slots, seen_BV.shape[0])].set(0, mode="drop")
     ok_NT = jnp.arange(rows.tokens.shape[1])[None] < rows.counts[:, None]
-    return mark_seen(seen_BV, rows.slots, rows.tokens, ok_NT, tp, READ)
+    if rows.prompts is None:
+        return mark_seen(seen_BV, rows.slots, rows.tokens, ok_NT, tp, READ)
+    drawn_NT = rows.starts[:, None] + jnp.arange(rows.tokens.shape[1])[None] >= rows.prompts[:, None]
+    seen_BV = mark_seen(seen_BV, rows.slots, rows.tokens, ok_NT & ~drawn_NT, tp, READ)
+    return mark_seen(seen_BV, rows.slots, rows.tokens, ok_NT & drawn_NT, tp, DRAWN)
 
 
 def generate_program(programs: Any, ring: Ring, *, logits: bool, biased: bool) -> Callable:

@@ -154,8 +154,40 @@ def test_groups():
         CacheConfig(1, 1, 1, 1, 2, "int4")
 
 
+@pytest.mark.parametrize("dtype, ways, shared", [("float32", 1, True), ("int8", 2, False)])
+def test_pages_in_any_order_read_as_contiguous_slots(dtype, ways, shared):
+    """Two chunks, the second from within a page; one slot has fewer pages, and what is past them is not written."""
+    table = np.array([[9, 9, 9, 9], [4, 0, 7, 2], [9, 9, 9, 9], [5, 1, 9, 9]])  # page 9 is none; 3, 6 and 8 are free
+    plain = CacheConfig(L, B, K, S, h, dtype, shared)
+    paged = CacheConfig(L, B, K, S, h, dtype, shared, pages=9, page_size=4)
+    plan, slots = Plan(f"cp={ways}" if ways > 1 else ""), jnp.array([3, 1])
+    mesh, cp = make_mesh(plan, jax.devices()[:ways]), "cp" if ways > 1 else None
+    found = []
+    for config in (plain, paged):
+        specs = cache_specs(config, plan)
+        tell = partial(jax.shard_map, mesh=mesh, check_vma=False)
+        put = jax.jit(tell(partial(append, cp=cp), in_specs=(specs, P(), P(), P(), P(), P()), out_specs=specs))
+        cache = make_cache(config)
+        cache = cache._replace(table=jnp.asarray(table, jnp.int32)) if config.pages else cache
+        for seed, starts, counts in ((0, [0, 0], [6, 5]), (1, [6, 5], [5, 7])):
+            k, v = (keys(L, 2, K, 7, h, seed=2 * seed + i) for i in range(2))
+            cache = put(cache, k, v, slots, jnp.array(starts), jnp.array(counts))
+        assert cache.lengths.tolist() == [0, 12, 0, 11]
+        reads = [lambda cache: read_slots(slots)(cache, 1), lambda cache: read_range(1, 1)(cache, 0)]
+        rows = P(None, None, cp)
+        out = Past(rows, None if shared else rows, *[rows if dtype == "int8" else None] * 2)
+        found.append([jax.jit(tell(read, in_specs=(specs,), out_specs=out))(cache) for read in reads])
+    at = np.arange(S).reshape(S // ways, ways).T.reshape(-1)  # position of every row of the devices' parts
+    for one, other in zip(*(jax.tree.leaves(each) for each in found), strict=True):
+        for number, length in enumerate((8, 12) if len(one) == 2 else (12,)):  # slot 3 has 2 pages of 4
+            np.testing.assert_array_equal(one[number][:, at < length], other[number][:, at < length])
+        assert np.abs(np.asarray(one[-1][:, at < 12], np.float32)).min(-1).max() > 0
+    assert not np.any(cache.k[:, [3, 6, 8]]) and np.any(cache.k[:, 1, :, -1])
+
+
+@pytest.mark.parametrize("pages", [0, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_bytes_are_those_of_the_arrays(dtype):
-    config = CacheConfig(L, B, K, S, h, dtype)
-    arrays = jax.eval_shape(lambda: make_cache(config))._replace(lengths=None)
+def test_bytes_are_those_of_the_arrays(dtype, pages):
+    config = CacheConfig(L, B, K, S, h, dtype, pages=pages, page_size=4)
+    arrays = jax.eval_shape(lambda: make_cache(config))._replace(lengths=None, table=None)
     assert config.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))

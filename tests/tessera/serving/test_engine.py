@@ -175,6 +175,7 @@ def test_a_prefix_is_copied_from_a_text_that_still_runs():
     for _ in range(4):
         engine.step()
     assert running.slot >= 0
+    assert engine.usage == (30 + len(running.tokens) - 1) / (4 * 64) and len(running.tokens) > 1
     other = engine.submit([*PROMPTS[6][:25], 7], long)
     engine.run()
     assert engine.counts["prefix_tokens"] == 25
@@ -269,9 +270,10 @@ def test_a_text_ends_at_a_stop_token_at_its_limit_or_where_there_is_no_room():
     assert full.finish == "length" and len(full.tokens) == tiny.SIZES.length - 60
 
 
-def test_after_the_warm_up_nothing_is_compiled(caplog):
-    """Prompts of all lengths, chunked and not; and the warm-up changes no text."""
-    made = make_programs(tiny.programs()[0].decoder, tiny.SIZES)
+@pytest.mark.parametrize("pages", [0, pytest.param(12, marks=pytest.mark.slow)])
+def test_after_the_warm_up_nothing_is_compiled(caplog, pages):
+    """Prompts of all lengths, chunked and not, and texts that lose their pages; and the warm-up changes no text."""
+    made = make_programs(tiny.programs()[0].decoder, replace(tiny.SIZES, pages=pages, page_size=8))
     engine, expected = Engine(made, tiny.programs()[1], queue=100), generate_all(tiny.engine(), PROMPTS, SAMPLINGS)
     engine.warm_up()
     with jax.log_compiles():
