@@ -111,7 +111,7 @@ def test_pages_are_owned_once_or_only_read_and_none_is_lost(data, sizes, keep):
 
 # Engines.
 
-PAGED = replace(tiny.SIZES, pages=11, page_size=8)  # a text may have 8 pages, and there are 4 slots
+PAGED = replace(tiny.SIZES, steps=2, pages=11, page_size=8)  # a text may have 8 pages, and there are 4 slots
 BEGINS = [np.random.default_rng(5).integers(0, 256, n).tolist() for n in (35, 20, 0)]
 
 
