@@ -14,7 +14,7 @@ MESH_AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 DATA_AXES = ("dp", "fsdp", "ep")
 """Axes that split the batch. Experts live on part of the data copies (Lepikhin et al. 2021, section 3.3)."""
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1", "dualpipev")
 CONTEXT = ("ring", "all_to_all")
 
 
@@ -27,9 +27,10 @@ class Plan:
         expert, cp context, tp tensor parallelism. Absent axes have size 1; "" is one device. `dcn.` marks the part of
         an axis that crosses slices (or hosts) over the data-center network (DCN); the size of the axis is the product
         of both parts. One axis may be -1: the remaining devices (see `fill`).
-      schedule: pipeline schedule, one of `SCHEDULES` (GPipe, 1F1B, interleaved 1F1B); only with pp > 1.
+      schedule: pipeline schedule, one of `SCHEDULES` (GPipe, 1F1B, interleaved 1F1B, ZB-H1, DualPipeV);
+        only with pp > 1.
       microbatches: of the pipeline; 0 is the number of stages.
-      virtual: chunks of layers per stage of the interleaved schedule (virtual pipeline stages).
+      virtual: chunks of layers per stage of the interleaved schedule (virtual pipeline stages); DualPipeV has 2.
       sequence: sequence parallelism, the residual stream split over tp along time (Korthikanti et al. 2022, 4.2.2).
       zero: ZeRO stage, what fsdp splits: 1 the optimizer state alone, 3 also parameters and gradients (Rajbhandari et
         al. 2020).
@@ -67,11 +68,15 @@ class Plan:
                 f"microbatches={self.microbatches} are fewer than the {stages} stages of pp={stages}, which would "
                 f"idle; nearest valid: microbatches={stages}"
             )
-        if self.virtual < 1 or (self.virtual > 1 and self.schedule != "interleaved"):
+        if self.virtual < 1 or (self.virtual > 1 and self.schedule != "interleaved" and not self.folded):
             raise PlanError(
                 f"virtual={self.virtual} with schedule={self.schedule!r}: the interleaved schedule takes virtual >= 1, "
                 "the others virtual=1"
             )
+        if self.folded:
+            if self.virtual > 2:
+                raise PlanError(f"virtual={self.virtual} with schedule='dualpipev', which has 2 chunks; leave it at 1")
+            object.__setattr__(self, "virtual", 2)
 
     @cached_property
     def parts(self) -> Mapping[tuple[str, str], int]:
@@ -106,6 +111,11 @@ class Plan:
     def data(self) -> int:
         """Number of shards of the batch."""
         return math.prod(self.sizes[axis] for axis in DATA_AXES)
+
+    @property
+    def folded(self) -> bool:
+        """Whether a stage's second chunk of layers goes from the last stage back to the first (DualPipeV)."""
+        return self.schedule == "dualpipev"
 
     @property
     def microbatch_count(self) -> int:

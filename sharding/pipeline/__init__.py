@@ -1,4 +1,4 @@
-"""Pipeline parallelism: schedules (GPipe, 1F1B, interleaved 1F1B, zero bubble) and their SPMD program.
+"""Pipeline parallelism: schedules (GPipe, 1F1B, interleaved 1F1B, zero bubble, DualPipeV) and their SPMD program.
 
 Names are imported on first use.
 """
@@ -8,10 +8,11 @@ from sharding._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "schedules": ("Schedule", "Work", "bubble", "bubble_formula", "draw", "peak_live"),
+        "schedules": ("Schedule", "Work", "bubble", "bubble_formula", "draw", "peak_live", "place"),
         "timelines": ("timeline", "zero_bubble"),
         "lockstep": ("lockstep_schedule",),
-        "stages": ("StageLayout", "split_layers", "stack_stages", "unstack_stages"),
+        "stages": ("StageLayout", "split_layers", "stack_stages", "store_across", "unstack_stages"),
+        "split": ("SplitLayer", "split_layer"),
         "ticks": ("StageFns",),
         "run": ("PipelineConfig", "make_loss", "make_value_and_grad"),
     },

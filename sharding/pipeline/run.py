@@ -1,10 +1,11 @@
-"""Pipeline parallelism (GPipe, 1F1B, interleaved 1F1B): the loss and its gradient as one SPMD program.
+"""Pipeline parallelism (GPipe, 1F1B, interleaved 1F1B, ZB-H1, DualPipeV): loss and gradient as one SPMD program.
 
 The program is a lockstep table (`sharding.pipeline.lockstep`) run inside shard_map: each of its phases is one
-`lax.scan` over ticks, and a tick is F of one microbatch, B of another, or both, on every stage
-(`sharding.pipeline.ticks`). F saves only the stage's input; B recomputes the stage and back-propagates with `jax.vjp`.
-The activation memory of a stage follows from the table: the inputs of 2 p - 1 microbatches for 1F1B whatever m is
-(Narayanan et al. 2021), of m for GPipe (Huang et al. 2019).
+`lax.scan` over ticks, and a tick is F of one microbatch, B of another and W of a third, or some of them, on every stage
+(`sharding.pipeline.ticks`). F saves only the stage's input, and B recomputes the stage and back-propagates with
+`jax.vjp`; or F saves the layers' residuals (`PipelineConfig.keep`). The activation memory of a stage follows from the
+table: what 2 p - 1 microbatches save for 1F1B whatever m is (Narayanan et al. 2021), what m save for GPipe (Huang et
+al. 2019). ZB-H1 (Qi et al. 2023) and DualPipeV (DeepSeek-AI 2024) split the backward pass (`sharding.pipeline.split`).
 
 The embedding is computed on the first stage alone and the loss on the last alone; idle stages compute nothing.
 Gradients are summed over microbatches in float32, and over devices once, after the last tick.
@@ -14,7 +15,7 @@ Axes: p stages, m microbatches, v chunks, n layers of a chunk, L layers of the m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError
-from sharding.pipeline.lockstep import Phase, lockstep_schedule, phases, slots
-from sharding.pipeline.schedules import Schedule
+from sharding.pipeline.lockstep import SPLIT, Lockstep, Phase, lockstep_schedule, phases, slots
+from sharding.pipeline.split import split_layer
 from sharding.pipeline.stages import StageLayout, stack_stages, unstack_stages
 from sharding.pipeline.ticks import Carry, Messages, Stage, StageFns, vary, zeros_like
 from sharding.zero import ShardedParams, broadcast_specs, is_spec
@@ -41,7 +42,8 @@ class PipelineConfig:
     """Configuration of a pipeline.
 
     Attributes:
-      schedule: "gpipe", "1f1b", or "interleaved" (1F1B over `layout.chunks` chunks per stage).
+      schedule: "gpipe", "1f1b", "interleaved" (1F1B over `layout.chunks` chunks per stage), "zb_h1" or "dualpipev" (two
+        chunks, of a layout that is folded).
       microbatches: m.
       layout: layers of each stage.
       stage_axis: mesh axis of the stages; its size must be `layout.stages`.
@@ -52,6 +54,8 @@ class PipelineConfig:
         (`lax.psum` over "tp"). Axes named nowhere are left to the compiler.
       gather_axes: along which of the stage, batch and sum axes the pipeline all-gathers sharded parameters, once per
         step; along the others the functions do, layer by layer (ZeRO-3). None is all of them.
+      keep: F saves the residuals of the layers and B computes nothing again; else F saves the stage's input alone and B
+        computes the stage again.
       arranged: layers come arranged by stage (`sharding.pipeline.stages.stack_stages`), and so do their gradients.
         Otherwise they come in the model's order; unless the layout is `in_place`, each step then moves them to their
         stages and back.
@@ -75,6 +79,7 @@ class PipelineConfig:
     sum_axes: tuple[str, ...] = ()
     other_axes: tuple[str, ...] = ()
     gather_axes: tuple[str, ...] | None = None
+    keep: bool = False
     arranged: bool = False
     skip_idle: bool = True
 
@@ -88,9 +93,15 @@ class PipelineConfig:
         """All mesh axes of the config."""
         return (*self.varying_axes, *self.other_axes)
 
-    def table(self) -> Schedule:
-        """Make the schedule as a table; raises PlanError for impossible sizes."""
-        return lockstep_schedule(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
+    def table(self) -> Lockstep:
+        """Make the schedule as a table; raises PlanError for impossible sizes, or a layout that it does not fit."""
+        table = lockstep_schedule(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
+        if (table.chunks, table.folded) != (self.layout.chunks, self.layout.folded):
+            raise PlanError(
+                f"schedule {self.schedule!r} needs a layout with chunks={table.chunks}, folded={table.folded}, not "
+                f"chunks={self.layout.chunks}, folded={self.layout.folded}"
+            )
+        return table
 
 
 def make_value_and_grad(
@@ -135,7 +146,8 @@ def make_value_and_grad(
       (6, 5, 5)
     """
     table = config.table()
-    return _over_devices(fns, mesh, config, phases(table), slots(table)[0], (shared_specs, layer_specs))
+    rest = slots(table, "B", "W")[0] if "W" in table.kinds else 0
+    return _over_devices(fns, mesh, config, phases(table), (slots(table)[0], rest), (shared_specs, layer_specs))
 
 
 def make_loss(
@@ -163,9 +175,8 @@ def make_loss(
       >>> jax.eval_shape(loss, shared, {"w": jnp.zeros((6, 5, 5))}, {"x": jnp.zeros((8, 3))})[0].shape
       ()
     """
-    rows = [phase.forward for phase in phases(config.table()) if "F" in phase.kinds]
-    forward = Phase("F", np.concatenate(rows), np.zeros((0, config.layout.stages, 4), np.int32))
-    run = _over_devices(fns, mesh, config, [forward], 0, (shared_specs, layer_specs))
+    rows = [phase.rows[:, :, :1] for phase in phases(config.table()) if "F" in phase.kinds]
+    run = _over_devices(fns, mesh, config, [Phase("F", np.concatenate(rows))], None, (shared_specs, layer_specs))
     return lambda shared, layers, batch: run(shared, layers, batch)[0]
 
 
@@ -174,17 +185,20 @@ def _over_devices(
     mesh: Mesh | AbstractMesh,
     config: PipelineConfig,
     plan: list[Phase],
-    slots_count: int,
+    numbers: tuple[int, int] | None,
     specs: tuple[PyTree, PyTree],
 ) -> Callable[[PyTree, PyTree, PyTree], Any]:
-    """Make the shard_map of `_one_device`, with the table's rows of every stage on that stage."""
+    """Make the shard_map of `_one_device`, with the table's rows of every stage on that stage.
+
+    `numbers` are the slots from F to B and from B to W; None runs forward passes alone.
+    """
     require_mesh(mesh, config)
     layout, axis = config.layout, config.stage_axis
-    train = slots_count > 0
+    train = numbers is not None
     ends = np.zeros((layout.stages, 2), bool)
     ends[0, 0] = ends[-1, 1] = True
     constants = {
-        "rows": [(np.moveaxis(phase.forward, 1, 0), np.moveaxis(phase.backward, 1, 0)) for phase in plan],
+        "rows": [np.moveaxis(phase.rows, 1, 0) for phase in plan],
         "present": None if layout.even else (layout.index >= 0).reshape(layout.stages, -1),
         "ends": ends,
     }
@@ -205,7 +219,7 @@ def _over_devices(
                 # A stage's layers are its own.
                 ShardedParams(layers, layer_specs, axes[1:], tuple(name for name in gather if name != axis)),
             )
-            return _one_device(fns, config, own, batch, kinds, constants, slots_count)
+            return _one_device(fns, config, own, batch, kinds, constants, numbers)
 
         gradients = (shared_specs, layer_specs) if train else None
         run = jax.shard_map(
@@ -230,7 +244,7 @@ def _one_device(
     batch: PyTree,
     kinds: list[str],
     constants: Any,
-    slots_count: int,
+    numbers: tuple[int, int] | None,
 ) -> Any:
     """Run the step on one device: all-gather parameters, run the phases, sum over devices."""
     axes = config.varying_axes
@@ -249,29 +263,55 @@ def _one_device(
         stage_axis=config.stage_axis,
         axes=axes,
         skip_idle=config.skip_idle,
+        folded=config.layout.folded,
+        keep=config.keep,
+        apart=config.schedule in SPLIT,
     )
     micro = stage.micro(jnp.int32(0))
     x = jax.eval_shape(lambda: vary(fns.embed(shared, micro), axes))
     sums = jax.eval_shape(lambda: vary(fns.head_loss(shared, zeros_like(x, axes), micro), axes))
+    train = numbers is not None
+    saved = rest = None
+    if numbers is not None:
+        saved = x
+        if stage.keep or stage.apart:
+            stage, saved, rest = _residuals(stage, zeros_like(x, axes), micro)
+        # What is a sum over an axis, as a loss of balance, must not vary over it when it is read again.
+        saved = zeros_like(saved, axes[:1], lead=numbers[:1])
+        rest = zeros_like(rest, axes[:1], lead=numbers[1:]) if stage.apart else None
+    inbox = (zeros_like(x, axes),) * (3 if stage.folded else 1)
     carry = Carry(
-        inbox=Messages(zeros_like(x, axes), zeros_like(x, axes) if slots_count else None),
-        saved=zeros_like(x, axes, lead=(slots_count,)) if slots_count else None,
-        shared=zeros_like(shared, axes, jnp.float32) if slots_count else None,
-        layers=zeros_like(layers, axes, jnp.float32) if slots_count else None,
+        inbox=Messages(inbox, inbox if train else ()),
+        saved=saved,
+        rest=rest,
+        shared=zeros_like(shared, axes, jnp.float32) if train else None,
+        layers=zeros_like(layers, axes, jnp.float32) if train else None,
         sums=zeros_like(sums, axes),
     )
     for kind, rows in zip(kinds, constants["rows"], strict=True):
-        carry = stage.scan(carry, kind, rows, save=slots_count > 0)
+        carry = stage.scan(carry, kind, rows, save=train)
     total, weight, metrics = lax.psum(carry.sums, axes)
     # A mean over nothing is zero.
     scale = 1 / jnp.where(weight == 0, 1.0, weight)
     value = total * scale, {name: each * scale for name, each in metrics.items()} | {"weight": weight}
-    if not slots_count:
+    if not train:
         return value, None
     grads = (
         store.reduce_scatter(total, scale) for store, total in zip(stores, (carry.shared, carry.layers), strict=True)
     )
     return value, tuple(grads)
+
+
+def _residuals(stage: Stage, x: PyTree, micro: PyTree) -> tuple[Stage, PyTree, PyTree]:
+    """Split the stage's layer into F, B and W; also what F and what B save of a microbatch (shapes alone)."""
+    layers, present = stage.chunk((stage.layers, stage.present), jnp.int32(0))
+    one = jax.tree.map(lambda leaf: leaf[0], layers)
+    layer = lambda params, x, micro: vary(stage.fns.layer(params, x, micro), stage.axes)  # noqa: E731
+    stage = replace(stage, split=split_layer(layer, one, x, micro))
+    saved = jax.eval_shape(lambda: stage.forward_layers(layers, present, x, micro))
+    residuals = zeros_like(saved[1], ())
+    rest = jax.eval_shape(lambda: stage.backward_layers(layers, present, residuals, x, micro)[1])
+    return stage, saved if stage.keep else jax.eval_shape(lambda: x), rest
 
 
 def require_mesh(mesh: Mesh | AbstractMesh, config: PipelineConfig) -> None:

@@ -1,10 +1,11 @@
 """Pipeline schedules as tables of ticks x stages: validity, bubble, peak of live activations, drawing.
 
 A model is split into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage k % stages, so
-that chunks > 1 goes round the stages several times. A batch is split into microbatches. The work of one stage on one
-chunk of one microbatch is a forward pass F, a backward pass B and, in schedules that split it (zero bubble), the
-gradient of the weights W (B is then the gradient of the input alone). `sharding.pipeline.timelines` makes the tables of
-the published schedules and `sharding.pipeline.lockstep` the ones for one SPMD program.
+that chunks > 1 goes round the stages several times, or to and fro where the pipeline is folded (`place`). A batch is
+split into microbatches. The work of one stage on one chunk of one microbatch is a forward pass F, a backward pass B
+and, in schedules that split it (zero bubble), the gradient of the weights W (B is then the gradient of the input
+alone). `sharding.pipeline.timelines` makes the tables of the published schedules and `sharding.pipeline.lockstep` the
+ones for one SPMD program.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,7 @@ class Schedule:
       chunks: v, parts of the model on one stage.
       rows: one tuple per tick with a cell per stage; None is an idle stage. Work of several ticks fills several
         consecutive cells.
+      folded: odd chunks go back from the last stage to the first (a V for two), see `place`.
 
     Example:
       >>> from sharding.pipeline import timeline
@@ -64,6 +66,7 @@ class Schedule:
     microbatches: int
     chunks: int
     rows: tuple[Row, ...]
+    folded: bool = False
 
     @property
     def ticks(self) -> int:
@@ -96,22 +99,35 @@ class Schedule:
         return found
 
 
-def needs(work: Work, stage: int, stages: int, chunks: int) -> Iterator[tuple[int, Work]]:
+def place(part: int, stages: int, folded: bool = False) -> tuple[int, int]:
+    """Find the (stage, chunk) of a part of the model; of a folded pipeline the odd chunks run from last to first stage.
+
+    Example:
+      >>> from sharding.pipeline import place
+      >>> [place(part, stages=2, folded=True) for part in range(4)]
+      [(0, 0), (1, 0), (1, 1), (0, 1)]
+    """
+    chunk, at = divmod(part, stages)
+    return (stages - 1 - at if folded and chunk % 2 else at), chunk
+
+
+def part_of(stage: int, chunk: int, stages: int, folded: bool = False) -> int:
+    """Undo `place`: the part of the model that is a chunk of a stage."""
+    return chunk * stages + (stages - 1 - stage if folded and chunk % 2 else stage)
+
+
+def needs(work: Work, stage: int, stages: int, chunks: int, folded: bool = False) -> Iterator[tuple[int, Work]]:
     """Yield the (stage, work) pairs that must have ended before `work` may start on `stage`."""
     kind, i, c = work
-    if kind == "F":
-        if stage > 0:
-            yield stage - 1, Work("F", i, c)
-        elif c > 0:
-            yield stages - 1, Work("F", i, c - 1)
-    elif kind == "B":
-        yield stage, Work("F", i, c)
-        if stage < stages - 1:
-            yield stage + 1, Work("B", i, c)
-        elif c < chunks - 1:
-            yield 0, Work("B", i, c + 1)
-    else:
+    if kind == "W":
         yield stage, Work("B", i, c)
+        return
+    if kind == "B":
+        yield stage, Work("F", i, c)
+    part = part_of(stage, c, stages, folded) + (-1 if kind == "F" else 1)
+    if 0 <= part < stages * chunks:
+        other, chunk = place(part, stages, folded)
+        yield other, Work(kind, i, chunk)
 
 
 def check(schedule: Schedule) -> None:
@@ -142,7 +158,7 @@ def check(schedule: Schedule) -> None:
                 f"and {schedule.chunks} chunks"
             )
         for work, span in found.items():
-            for other, needed in needs(work, stage, schedule.stages, schedule.chunks):
+            for other, needed in needs(work, stage, schedule.stages, schedule.chunks, schedule.folded):
                 if (end := spans[other][needed].end) > span.start:
                     raise ValueError(
                         f"{schedule.name}: stage {stage} starts {work} in tick {span.start}, but {needed} on stage "
@@ -172,8 +188,10 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
     """Compute the bubble by the papers' formulas, as a fraction of the step, for F, B and W of equal time.
 
     (p-1)/(m+p-1) for "gpipe" (Huang et al. 2019, section 2.3) and "1f1b"; (p-1)/(v m+p-1) for "interleaved" (Narayanan
-    et al. 2021, section 2.2, who divide by the work alone: (p-1)/(v m)); (p-1)/(3 m+p-1) for "zb-h1" and 0 for
-    "zb-h2" from m = 2 p - 1 on (Qi et al. 2023, table 2).
+    et al. 2021, section 2.2, who divide by the work alone: (p-1)/(v m)); (p-1)/(3 m+p-1) for "zb_h1", which idles for
+    (p-1)(F+B-W), and 0 for "zb_h2" from m = 2 p - 1 on (Qi et al. 2023, table 2). "dualpipev" idles for (p-1)(F&B+B-3W)
+    in times of a chunk, half a stage (DeepSeek-AI's DualPipe repository, whose PP is 2 p and whose B includes W): with
+    F&B = F+B, no time won by overlap, (p-1)/(3 m+p-1).
 
     Raises:
       ValueError: no formula for `name`, or too few microbatches for it.
@@ -184,13 +202,13 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
       True
     """
     p, m = stages, microbatches
-    formulas = {"gpipe": m, "1f1b": m, "interleaved": chunks * m, "zb-h1": 3 * m}
-    if name == "zb-h2":
+    formulas = {"gpipe": m, "1f1b": m, "interleaved": chunks * m, "zb_h1": 3 * m, "dualpipev": 3 * m}
+    if name == "zb_h2":
         if m < 2 * p - 1:
-            raise ValueError(f"zb-h2 has no bubble from 2 p - 1 = {2 * p - 1} microbatches on; {m} are fewer")
+            raise ValueError(f"zb_h2 has no bubble from 2 p - 1 = {2 * p - 1} microbatches on; {m} are fewer")
         return 0.0
     if name not in formulas:
-        raise ValueError(f"no bubble formula for {name!r}; there are {', '.join((*formulas, 'zb-h2'))}")
+        raise ValueError(f"no bubble formula for {name!r}; there are {', '.join((*formulas, 'zb_h2'))}")
     return (p - 1) / (formulas[name] + p - 1)
 
 
@@ -277,7 +295,7 @@ def require_sizes(name: str, stages: int, microbatches: int, chunks: int = 1) ->
             f"{name}: {microbatches} microbatches cannot fill {stages} stages; take at least {stages} microbatches, "
             f"or at most {microbatches} stages"
         )
-    if chunks > 1 and microbatches % stages:
+    if chunks > 1 and name == "interleaved" and microbatches % stages:
         low = microbatches - microbatches % stages
         raise PlanError(
             f"{name}: with {chunks} chunks per stage the microbatches go round in groups of {stages} (the stages), "

@@ -1,9 +1,12 @@
 """Layouts of layers on pipeline stages, and parameters arranged by stage.
 
-The model's layers are cut into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage
-k % stages. Parts may differ in size: each is padded to the largest, and the padding is never computed.
+The model's layers are cut into `stages * chunks` parts of consecutive layers; part k is chunk k // stages of stage k %
+stages, or the pipeline is folded (`sharding.pipeline.schedules.place`). Parts may differ in size: each is padded to the
+largest, and the padding is never computed.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from sharding.errors import PlanError
+from sharding.pipeline.schedules import place
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class StageLayout:
     Attributes:
       counts: layers of parts 0, 1, ...; each at least 1, there are stages * chunks of them.
       stages: p.
-      chunks: v, parts on one stage (1 unless the schedule is interleaved).
+      chunks: v, parts on one stage (1 unless the schedule is interleaved or folded).
+      folded: odd chunks go from the last stage back to the first, as DualPipeV wants it.
 
     Example:
       >>> from sharding.pipeline import StageLayout
@@ -34,6 +40,7 @@ class StageLayout:
     counts: tuple[int, ...]
     stages: int
     chunks: int = 1
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.chunks < 1:
@@ -72,12 +79,16 @@ class StageLayout:
         starts = np.cumsum((0, *self.counts))
         index = np.full((self.stages, self.chunks, self.slots), -1, np.int32)
         for part, count in enumerate(self.counts):
-            index[part % self.stages, part // self.stages, :count] = starts[part] + np.arange(count)
+            index[*place(part, self.stages, self.folded), :count] = starts[part] + np.arange(count)
         return index.reshape(-1)
 
 
-def split_layers(layers: int, stages: int, chunks: int = 1) -> StageLayout:
+def split_layers(layers: int, stages: int, chunks: int = 1, folded: bool = False) -> StageLayout:
     """Split layers into parts as equal as possible; where they differ, the last parts (before the head) are smaller.
+
+    Args:
+      layers, stages, chunks: numbers of them.
+      folded: see `StageLayout`.
 
     Raises:
       PlanError: fewer layers than parts.
@@ -93,7 +104,8 @@ def split_layers(layers: int, stages: int, chunks: int = 1) -> StageLayout:
             f"{layers} layers cannot be cut into {stages} stages x {chunks} chunks = {parts} parts; take at most "
             f"{max(1, layers // max(1, chunks))} stages"
         )
-    return StageLayout(tuple(layers // parts + (part < layers % parts) for part in range(parts)), stages, chunks)
+    counts = tuple(layers // parts + (part < layers % parts) for part in range(parts))
+    return StageLayout(counts, stages, chunks, folded)
 
 
 def stack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
@@ -138,3 +150,33 @@ def unstack_stages(layers: PyTree, layout: StageLayout) -> PyTree:
         return layers
     places = np.argsort(np.where(layout.index < 0, layout.layers, layout.index), kind="stable")[: layout.layers]
     return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0), layers)
+
+
+def store_across(shape: tuple[int, ...], spec: PartitionSpec, axis: str, sizes: Mapping[str, int]) -> PartitionSpec:
+    """Split stacked layers for storage over the stage axis where their number does not divide by the stages.
+
+    The layers cannot be split then, so another dimension is (ZeRO over the stages): the one with the most elements on a
+    device among those that divide, or none. A step moves the layers to their stages and their gradients back
+    (all-to-all); state, optimizer and checkpoints have the model's order and no padding.
+
+    Args:
+      shape: of the parameter, layers first.
+      spec: how the other mesh axes split it.
+      axis: the stage axis.
+      sizes: mesh axis -> size.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec
+      >>> from sharding.pipeline import store_across
+      >>> tuple(store_across((7, 12, 24), PartitionSpec(None, "fsdp"), "pp", {"pp": 3, "fsdp": 2}))
+      (None, 'fsdp', 'pp')
+    """
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
+    ways = [math.prod(sizes.get(name, 1) for name in group) for group in names]
+    fits = [i for i in range(1, len(shape)) if shape[i] % (ways[i] * sizes[axis]) == 0]
+    if not fits:
+        return spec
+    chosen = max(fits, key=lambda i: shape[i] // ways[i])
+    entries[chosen] = (*names[chosen], axis) if names[chosen] else axis
+    return PartitionSpec(*entries)

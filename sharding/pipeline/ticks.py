@@ -1,7 +1,7 @@
 """One pipeline stage's part of a step: forward and backward work of a tick, and the scans over ticks.
 
 Runs inside shard_map, where every array is this device's part. The rows of a lockstep table
-(`sharding.pipeline.lockstep.Phase`) give a stage's work: (active, microbatch, chunk, slot).
+(`sharding.pipeline.lockstep.Phase`) give a stage's work: (active, microbatch, chunk, slot of F, slot of B).
 
 Axes: p stages, m microbatches, v chunks, n layers of a chunk, b rows of a microbatch on a device.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
+from sharding.pipeline.split import SplitLayer
 from sharding.tensor_parallel import vary, varying
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
@@ -50,10 +51,14 @@ class StageFns(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """Messages between stages: activations to the next one, their gradients to the previous one."""
+    """Messages between stages: activations to the next part of the model, their gradients to the one before.
 
-    forward: PyTree
-    backward: PyTree
+    Each is a tuple: what the stage before sent; of a folded pipeline also what the stage after sent, and what this
+    stage made itself, for its own other chunk.
+    """
+
+    forward: tuple[PyTree, ...]
+    backward: tuple[PyTree, ...]
 
 
 class Carry(NamedTuple):
@@ -61,7 +66,9 @@ class Carry(NamedTuple):
 
     Attributes:
       inbox: received in the previous tick.
-      saved: inputs of this stage that wait for their backward pass, leaves [slots, b, ...].
+      saved: from F to B, leaves [slots, ...]: the input of this stage, or with `Stage.keep` its output and the layers'
+        residuals [slots, n, ...].
+      rest: residuals from B to W, leaves [slots, n, ...].
       shared: sum of the gradients of the shared parameters so far, float32.
       layers: sum of the gradients of this stage's layers so far, leaves [v * n, ...] float32.
       sums: sum of losses, weights and metrics so far.
@@ -69,6 +76,7 @@ class Carry(NamedTuple):
 
     inbox: Messages
     saved: PyTree
+    rest: PyTree
     shared: PyTree
     layers: PyTree
     sums: Sums
@@ -99,6 +107,10 @@ class Stage:
       stages: p.
       axes: mesh axes that activations vary over: the stages' and the batch's.
       skip_idle: idle ticks skip the layers (a branch), else run them and drop the result (a select).
+      folded: see `sharding.pipeline.schedules.Schedule`.
+      split: a layer's F, B and W; None where B is the whole backward pass of layers that are computed again.
+      keep: F saves the layers' residuals, so that B computes nothing again; else B starts from the stage's input.
+      apart: W is work of its own; else B runs it at once.
     """
 
     fns: StageFns
@@ -112,6 +124,10 @@ class Stage:
     stages: int
     axes: tuple[str, ...]
     skip_idle: bool = True
+    folded: bool = False
+    split: SplitLayer | None = None
+    keep: bool = False
+    apart: bool = False
 
     def micro(self, i: Int[Array, ""]) -> PyTree:
         """Select microbatch i, leaves [b, ...]."""
@@ -119,7 +135,7 @@ class Stage:
 
     def chunk(self, tree: PyTree, chunk: Int[Array, ""]) -> PyTree:
         """Select one chunk, leaves [n, ...] of [v * n, ...]."""
-        if self.chunks == 1:
+        if self.chunks == 1 or tree is None:
             return tree
 
         def pick(x: jax.Array) -> jax.Array:
@@ -157,58 +173,133 @@ class Stage:
             return lax.cond(needed, run, lambda: otherwise)
         return jax.tree.map(lambda new, old: jnp.where(needed, new, old), run(), otherwise)
 
+    def forward_layers(self, layers: PyTree, present: Any, x: PyTree, micro: PyTree) -> tuple[PyTree, list]:
+        """Run F of one chunk's layers; also their residuals [n, ...]."""
+        split = self.split
+        assert split is not None
+
+        def body(x: PyTree, layer: Any) -> tuple[PyTree, list]:
+            params, is_layer = layer
+            run = lambda: split.forward(params, micro, x)  # noqa: E731
+            return run() if present is None else self.when(is_layer, run, (x, self.nothing(run)[1]))
+
+        return lax.scan(body, x, (layers, present))
+
+    def backward_layers(
+        self, layers: PyTree, present: Any, saved: list, d_y: PyTree, micro: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Run B of one chunk's layers, the last first; also the residuals for W [n, ...], or what W makes of them."""
+        split = self.split
+        assert split is not None
+
+        def body(d_y: PyTree, layer: Any) -> tuple[PyTree, PyTree]:
+            params, is_layer, saved = layer
+
+            def run() -> tuple[PyTree, PyTree]:
+                d_x, rest = split.backward(params, micro, saved, d_y)
+                return d_x, rest if self.apart else split.weights(params, micro, rest)
+
+            return run() if present is None else self.when(is_layer, run, (d_y, self.nothing(run)[1]))
+
+        return lax.scan(body, d_y, (layers, present, saved), reverse=True)
+
+    def weight_layers(self, layers: PyTree, present: Any, rest: list, micro: PyTree) -> PyTree:
+        """Run W of one chunk's layers: gradients of their parameters [n, ...]."""
+        split = self.split
+        assert split is not None
+
+        def body(nothing: None, layer: Any) -> tuple[None, PyTree]:
+            params, is_layer, rest = layer
+            run = lambda: split.weights(params, micro, rest)  # noqa: E731
+            return None, run() if present is None else self.when(is_layer, run, self.nothing(run))
+
+        return lax.scan(body, None, (layers, present, rest))[1]
+
+    def nothing(self, run: Callable[[], PyTree]) -> PyTree:
+        """Zeros like the result of `run`, which is not computed."""
+        return zeros_like(jax.eval_shape(run), ())
+
     def first_last(self, chunk: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
         """Whether this chunk is the first part of the model, and whether it is the last."""
-        return self.ends[0] & (chunk == 0), self.ends[1] & (chunk == self.chunks - 1)
+        last = self.ends[0 if self.folded and self.chunks % 2 == 0 else 1]
+        return self.ends[0] & (chunk == 0), last & (chunk == self.chunks - 1)
 
-    def forward(self, carry: Carry, row: Int[Array, "4"], save: bool) -> tuple[Carry, PyTree]:
-        """Run F of a tick; return the carry and the message to the next stage.
+    def received(self, messages: tuple[PyTree, ...], chunk: Int[Array, ""], kind: str) -> PyTree:
+        """Select the message for a chunk: of a folded pipeline its chunks go down and up in turn."""
+        if not self.folded:
+            return messages[0]
+        down = (chunk % 2 == 0) == (kind == "F")
 
-        With `save` the input is saved for B, which computes the last part of the model by itself; without, the last
-        part computes the loss here.
+        def pick(before: jax.Array, after: jax.Array, own: jax.Array) -> jax.Array:
+            turned = jnp.where(down, self.ends[0], self.ends[1])
+            return jnp.where(turned, own, jnp.where(down, before, after))
+
+        return jax.tree.map(pick, *messages)
+
+    def load(self, slots: PyTree, slot: Int[Array, ""]) -> PyTree:
+        """Read one slot."""
+        return jax.tree.map(lambda saved: lax.dynamic_index_in_dim(saved, slot, keepdims=False), slots)
+
+    def store(self, slots: PyTree, new: PyTree, slot: Int[Array, ""], active: jax.Array) -> PyTree:
+        """Write one slot, where the stage is active."""
+
+        def write(slots: jax.Array, new: jax.Array) -> jax.Array:
+            old = lax.dynamic_index_in_dim(slots, slot, keepdims=False)
+            return lax.dynamic_update_index_in_dim(slots, jnp.where(active, new, old), slot, 0)
+
+        return jax.tree.map(write, slots, new)
+
+    def forward(self, carry: Carry, row: Int[Array, "5"], save: bool) -> tuple[Carry, PyTree]:
+        """Run F of a tick; return the carry and the message to the next part of the model.
+
+        With `save` what B needs is saved, and B computes the loss; without, the last part computes the loss here.
         """
-        active, i, chunk, slot = row
+        active, i, chunk, slot, _ = row
         active = active > 0
         first, last = self.first_last(chunk)
         micro = self.micro(i)
+        layers, present = self.chunk((self.layers, self.present), chunk)
 
         def embed() -> PyTree:
             return vary(self.fns.embed(self.shared, micro), self.axes)
-
-        def run() -> PyTree:
-            present = None if self.present is None else self.chunk(self.present, chunk)
-            return self.run_layers(self.chunk(self.layers, chunk), present, x, micro)
 
         def add_loss() -> Sums:
             loss = vary(self.fns.head_loss(self.shared, y, micro), self.axes)
             return jax.tree.map(jnp.add, carry.sums, loss)
 
-        x = lax.cond(active & first, embed, lambda: carry.inbox.forward)
-        y = self.when(active & ~last if save else active, run, x)
+        inbox = self.received(carry.inbox.forward, chunk, "F")
+        x = lax.cond(active & first, embed, lambda: inbox)
+        if save and self.keep:
+            run = lambda: self.forward_layers(layers, present, x, micro)  # noqa: E731
+            y, residuals = self.when(active, run, (x, self.nothing(run)[1]))
+            return carry._replace(saved=self.store(carry.saved, (y, residuals), slot, active)), y
+        # Where the layers are computed again, B does all of the last part.
+        y = self.when(active & ~last if save else active, lambda: self.run_layers(layers, present, x, micro), x)
         if not save:
             return carry._replace(sums=lax.cond(active & last, add_loss, lambda: carry.sums)), y
+        return carry._replace(saved=self.store(carry.saved, x, slot, active)), y
 
-        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
-            old = lax.dynamic_index_in_dim(slots, slot, keepdims=False)
-            return lax.dynamic_update_index_in_dim(slots, jnp.where(active, new, old), slot, 0)
+    def backward(self, carry: Carry, row: Int[Array, "5"]) -> tuple[Carry, PyTree]:
+        """Run B of a tick, from what F saved; return the carry and the message to the part of the model before.
 
-        return carry._replace(saved=jax.tree.map(store, carry.saved, x)), y
-
-    def backward(self, carry: Carry, row: Int[Array, "4"]) -> tuple[Carry, PyTree]:
-        """Run B of a tick: recompute the part from its saved input (rematerialization) and back-propagate.
-
-        Returns the carry and the message to the previous stage.
+        Without `keep` the part is computed again from its input (rematerialization).
         """
-        active, i, chunk, slot = row
+        active, i, chunk, slot, rest_slot = row
         active = active > 0
         first, last = self.first_last(chunk)
         micro = self.micro(i)
+        inbox = self.received(carry.inbox.backward, chunk, "B")
 
-        def run() -> tuple[PyTree, PyTree, PyTree, Sums]:
-            x = jax.tree.map(lambda saved: lax.dynamic_index_in_dim(saved, slot, keepdims=False), carry.saved)
-            present = None if self.present is None else self.chunk(self.present, chunk)
-            layers = self.chunk(self.layers, chunk)
-            y, pull = jax.vjp(lambda layers, x: self.run_layers(layers, present, x, micro), layers, x)
+        def run() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree]:
+            saved = self.load(carry.saved, slot)
+            layers, present = self.chunk((self.layers, self.present), chunk)
+            pull: Any = None
+            if self.keep:
+                y, residuals = saved
+            elif self.split is not None:
+                y, residuals = self.forward_layers(layers, present, saved, micro)
+            else:
+                y, pull = jax.vjp(lambda layers, x: self.run_layers(layers, present, x, micro), layers, saved)
 
             def head() -> tuple[PyTree, PyTree, Sums]:
                 def loss(shared: PyTree, y: PyTree) -> tuple[jax.Array, Any]:
@@ -220,46 +311,78 @@ class Stage:
                 sums = jax.tree.map(jnp.add, carry.sums, (total, *rest))
                 return d_y, jax.tree.map(jnp.add, carry.shared, d_shared), sums
 
-            received = (carry.inbox.backward, carry.shared, carry.sums)
-            d_y, shared, sums = lax.cond(active & last, head, lambda: received)
+            d_y, shared, sums = lax.cond(active & last, head, lambda: (inbox, carry.shared, carry.sums))
             if not self.skip_idle:  # the result of an idle stage must be zero
                 d_y = jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros((), x.dtype)), d_y)
-            d_layers, d_x = pull(d_y)
+            made: PyTree
+            if pull is not None:
+                made, d_x = pull(d_y)
+            else:
+                d_x, made = self.backward_layers(layers, present, residuals, d_y, micro)
 
             def embed() -> PyTree:
                 pull_embed = jax.vjp(lambda shared: vary(self.fns.embed(shared, micro), self.axes), self.shared)[1]
                 return jax.tree.map(jnp.add, shared, pull_embed(d_x)[0])
 
             shared = lax.cond(active & first, embed, lambda: shared)
-            return d_x, shared, self.add(carry.layers, d_layers, chunk), sums
+            if self.apart:
+                return d_x, shared, carry.layers, sums, self.store(carry.rest, made, rest_slot, active)
+            return d_x, shared, self.add(carry.layers, made, chunk), sums, carry.rest
 
-        def idle() -> tuple[PyTree, PyTree, PyTree, Sums]:
-            return carry.inbox.backward, carry.shared, carry.layers, carry.sums
+        def idle() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree]:
+            return inbox, carry.shared, carry.layers, carry.sums, carry.rest
 
-        d_x, shared, layers, sums = lax.cond(active, run, idle) if self.skip_idle else run()
-        return carry._replace(shared=shared, layers=layers, sums=sums), d_x
+        d_x, shared, layers, sums, rest = lax.cond(active, run, idle) if self.skip_idle else run()
+        return carry._replace(shared=shared, layers=layers, sums=sums, rest=rest), d_x
 
-    def send(self, tree: PyTree, step: int) -> PyTree:
-        """Send arrays to the next stage (step 1) or the previous one (-1); several chunks make the stages a ring."""
+    def weights(self, carry: Carry, row: Int[Array, "5"]) -> Carry:
+        """Run W of a tick: the gradients of a chunk's weights, from what its B saved."""
+        active, i, chunk, _, slot = row
+        layers, present = self.chunk((self.layers, self.present), chunk)
+
+        def run() -> PyTree:
+            made = self.weight_layers(layers, present, self.load(carry.rest, slot), self.micro(i))
+            if not self.skip_idle:
+                made = jax.tree.map(lambda x: jnp.where(active > 0, x, jnp.zeros((), x.dtype)), made)
+            return self.add(carry.layers, made, chunk)
+
+        total = lax.cond(active > 0, run, lambda: carry.layers) if self.skip_idle else run()
+        return carry._replace(layers=total)
+
+    def send(self, tree: PyTree, step: int) -> tuple[PyTree, ...]:
+        """Send arrays to the next stage (step 1) or the previous one (-1); several chunks make the stages a ring.
+
+        Of a folded pipeline they are sent both ways, as chunks go both ways, and kept for this stage's other chunk.
+        """
         if self.stages == 1:
-            return tree
-        pairs = [(s, (s + step) % self.stages) for s in range(self.stages)]
-        pairs = [pair for pair in pairs if self.chunks > 1 or pair[1] - pair[0] == step]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.stage_axis, pairs), tree)
+            return (tree,) * (3 if self.folded else 1)
 
-    def scan(self, carry: Carry, kinds: str, rows: tuple[jax.Array, jax.Array], save: bool = True) -> Carry:
-        """Run the ticks of one phase; `rows` are int32 [ticks, 4] of F and of B, empty where there are none."""
+        def shift(step: int) -> PyTree:
+            pairs = [(s, (s + step) % self.stages) for s in range(self.stages)]
+            ring = self.chunks > 1 and not self.folded
+            pairs = [pair for pair in pairs if ring or pair[1] - pair[0] == step]
+            return jax.tree.map(lambda x: lax.ppermute(x, self.stage_axis, pairs), tree)
 
-        def tick(carry: Carry, row: Any) -> tuple[Carry, None]:
-            inbox = carry.inbox
-            if "F" in kinds:
-                carry, y = self.forward(carry, row[0], save)
-                inbox = inbox._replace(forward=self.send(y, 1))
-            if "B" in kinds:
-                carry, d_x = self.backward(carry, row[1])
-                inbox = inbox._replace(backward=self.send(d_x, -1))
-            return carry._replace(inbox=inbox), None
+        return (shift(1), shift(-1), tree) if self.folded else (shift(step),)
 
-        forward, backward = rows
-        xs = (forward if "F" in kinds else None, backward if "B" in kinds else None)
-        return lax.scan(tick, carry, xs)[0]
+    def scan(self, carry: Carry, kinds: str, rows: Int[Array, "ticks kinds 5"], save: bool = True) -> Carry:
+        """Run the ticks of one phase: F, B and W of each, then its messages.
+
+        F and B of a tick depend on each other on the last part of the model alone, and W on B alone where they are of
+        the same microbatch.
+        """
+
+        def tick(carry: Carry, row: Int[Array, "kinds 5"]) -> tuple[Carry, None]:
+            forward, backward = carry.inbox
+            for k, kind in enumerate(kinds):
+                if kind == "F":
+                    carry, y = self.forward(carry, row[k], save)
+                    forward = self.send(y, 1)
+                elif kind == "B":
+                    carry, d_x = self.backward(carry, row[k])
+                    backward = self.send(d_x, -1)
+                else:
+                    carry = self.weights(carry, row[k])
+            return carry._replace(inbox=Messages(forward, backward)), None
+
+        return lax.scan(tick, carry, rows)[0]

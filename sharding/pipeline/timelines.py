@@ -7,6 +7,7 @@ stages are asynchronous; `sharding.pipeline.lockstep` has the schedules that run
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sharding.errors import PlanError
 from sharding.pipeline.schedules import Row, Schedule, Work, needs, require_sizes
 
 
@@ -23,13 +24,16 @@ class Ticks:
             raise ValueError(f"F={self.F}, B={self.B}, W={self.W} ticks: each must be at least 1")
 
 
-def simulate(chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks()) -> tuple[Row, ...]:
+def simulate(
+    chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks(), folded: bool = False
+) -> tuple[Row, ...]:
     """Simulate stages that run lists of works in order, waiting where the next one is not ready; return the table.
 
     Args:
       chunks: v.
       orders: the works of every stage, in the order it runs them.
       ticks: of each kind of work.
+      folded: see `sharding.pipeline.schedules.Schedule`.
 
     Raises:
       ValueError: all stages wait and none runs anything: the orders deadlock.
@@ -49,7 +53,7 @@ def simulate(chunks: int, orders: Sequence[Sequence[Work]], ticks: Ticks = Ticks
             if free[stage] > now or len(ended[stage]) == len(order):
                 continue
             work = order[len(ended[stage])]
-            wanted = needs(work, stage, len(orders), chunks)
+            wanted = needs(work, stage, len(orders), chunks, folded)
             if all(ended[other].get(needed, now + 1) <= now for other, needed in wanted):
                 free[stage] = ended[stage][work] = now + getattr(ticks, work.kind)
                 for tick in range(now, free[stage]):
@@ -105,7 +109,7 @@ def interleaved(stages: int, microbatches: int, chunks: int = 2, ticks: Ticks = 
     return Schedule("interleaved", p, microbatches, v, rows)
 
 
-def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Ticks = Ticks()) -> Schedule:
+def zero_bubble(stages: int, microbatches: int, kind: str = "zb_h1", ticks: Ticks = Ticks()) -> Schedule:
     """Make a zero-bubble schedule: backward passes split, weight gradients in the bubbles (Qi et al. 2023, 2.1, 2.2).
 
     After its first forward passes a stage repeats B, W, F; later stages, which begin later, delay more of their W, so
@@ -113,8 +117,8 @@ def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Tick
 
     Args:
       stages: p.
-      microbatches: m; "zb-h2" reaches no bubble from m = 2 p - 1 on.
-      kind: "zb-h1" holds at most p live microbatches, the peak of 1F1B; "zb-h2" 2 p - 1.
+      microbatches: m; "zb_h2" reaches no bubble from m = 2 p - 1 on.
+      kind: "zb_h1" holds at most p live microbatches, the peak of 1F1B; "zb_h2" 2 p - 1.
       ticks: of each kind of work.
 
     Raises:
@@ -122,15 +126,15 @@ def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Tick
 
     Example:
       >>> from sharding.pipeline import bubble, zero_bubble
-      >>> round(bubble(zero_bubble(4, 8, "zb-h1")), 3), bubble(zero_bubble(4, 8, "zb-h2"))
+      >>> round(bubble(zero_bubble(4, 8, "zb_h1")), 3), bubble(zero_bubble(4, 8, "zb_h2"))
       (0.111, 0.0)
     """
-    if kind not in ("zb-h1", "zb-h2"):
-        raise ValueError(f"kind={kind!r}: choose zb-h1 or zb-h2")
+    if kind not in ("zb_h1", "zb_h2"):
+        raise ValueError(f"kind={kind!r}: choose zb_h1 or zb_h2")
     require_sizes(kind, stages, microbatches)
     orders = []
     for stage in range(stages):
-        warmup, delay = (stages - stage, stage) if kind == "zb-h1" else (2 * (stages - stage) - 1, 2 * stage)
+        warmup, delay = (stages - stage, stage) if kind == "zb_h1" else (2 * (stages - stage) - 1, 2 * stage)
         warmup = min(warmup, microbatches)
         order = [Work("F", i) for i in range(warmup)]
         for i in range(microbatches):
@@ -139,6 +143,61 @@ def zero_bubble(stages: int, microbatches: int, kind: str = "zb-h1", ticks: Tick
             order += [Work("F", i + warmup)] if i + warmup < microbatches else []
         orders.append(order + [Work("W", i) for i in range(max(0, microbatches - delay), microbatches)])
     return Schedule(kind, stages, microbatches, 1, simulate(1, orders, ticks))
+
+
+def dualpipev(stages: int, microbatches: int, ticks: Ticks = Ticks()) -> Schedule:
+    """Make DualPipeV: two chunks a stage in a V, forward and backward passes of different microbatches in pairs.
+
+    Sea AI Lab cut DualPipe (DeepSeek-AI 2024, section 3.2.1) in half: one copy of the parameters, embedding and head on
+    stage 0. The order of works is that of `dualpipev.py` in DeepSeek-AI's DualPipe repository; F&B is F, then B and W.
+
+    Args:
+      stages: p, devices.
+      microbatches: m, at least 2 p.
+      ticks: of each kind of work of a chunk.
+
+    Raises:
+      PlanError: too few microbatches.
+    """
+    require_sizes("dualpipev", stages, microbatches, 2)
+    if microbatches < 2 * stages:
+        raise PlanError(f"dualpipev: {microbatches} microbatches are fewer than twice the {stages} stages")
+    orders = []
+    for stage in range(stages):
+        order: list[Work] = []
+        later: list[Work] = []  # weight gradients that wait
+        count: dict[tuple[str, int], int] = {}
+
+        def add(kind: str, chunk: int, order: list = order, later: list = later, count: dict = count) -> None:
+            """Append F, B with its W ("BW"), or B whose W waits ("B")."""
+            work = Work(kind[0], count.get((kind[0], chunk), 0), chunk)
+            count[kind[0], chunk] = work.microbatch + 1
+            order.append(work)
+            if kind == "BW":
+                order.append(work._replace(kind="W"))
+            elif kind == "B":
+                later.append(work._replace(kind="W"))
+
+        rest = stages - stage - 1
+        for kinds, times in (
+            ([("F", 0)], 2 * rest),
+            ([("F", 0), ("F", 1)], stage + 1),
+            ([("B", 1), ("W", 0), ("F", 1)], rest),
+            ([("F", 0), ("BW", 1), ("F", 1), ("BW", 0)], microbatches - 2 * stages + stage + 1),
+            ([("BW", 1), ("F", 1), ("BW", 0)], rest),
+        ):
+            for kind, chunk in kinds * times:
+                if kind == "W":
+                    order.append(later.pop(0))
+                else:
+                    add(kind, chunk)
+        for k in range(2 * (stage + 1)):  # the second half of these leave their W for the end
+            add("B" if k > stage else "BW", 1 - k % 2)
+        for _ in range(rest):
+            order.append(later.pop(0))
+            add("B", 0)
+        orders.append(order + later)
+    return Schedule("dualpipev", stages, microbatches, 2, simulate(2, orders, ticks, folded=True), folded=True)
 
 
 def timeline(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
@@ -158,7 +217,7 @@ def timeline(name: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
         raise ValueError(f"no schedule {name!r}; choose one of {', '.join(known)}")
     if name == "interleaved":
         return interleaved(stages, microbatches, chunks)
-    if chunks != 1:
+    if chunks != 1 and not (name == "dualpipev" and chunks == 2):
         raise ValueError(f"{name} has one chunk per stage, not {chunks}; the schedule with several is 'interleaved'")
     return PLAIN[name](stages, microbatches)
 
@@ -166,6 +225,7 @@ def timeline(name: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 PLAIN: dict[str, Callable[[int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
-    "zb-h1": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb-h1"),
-    "zb-h2": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb-h2"),
+    "dualpipev": dualpipev,
+    "zb_h1": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb_h1"),
+    "zb_h2": lambda stages, microbatches: zero_bubble(stages, microbatches, "zb_h2"),
 }

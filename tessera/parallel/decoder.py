@@ -28,7 +28,7 @@ from sharding.errors import PlanError, nearest_divisor
 from sharding.inference.attention import cached_attention
 from sharding.inference.kv_cache import Cache, Read
 from sharding.inference.quantize import dequantize, is_quantized
-from sharding.pipeline.stages import split_layers
+from sharding.pipeline.stages import split_layers, store_across
 from sharding.plan import DATA_AXES, Plan
 from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
@@ -163,8 +163,26 @@ class ShardedDecoder:
 
     @cached_property
     def specs(self) -> PyTree:
-        """Partition of every parameter; PlanError where one does not divide."""
-        return param_specs(param_shapes(self.config), self.plan.sizes, self.plan.rules, zero=self.plan.zero)
+        """Partition of every parameter as it is stored; PlanError where one does not divide."""
+        return self.stored(self.plan.zero)
+
+    def stored(self, zero: int) -> PyTree:
+        """Partition of every parameter at a ZeRO stage.
+
+        Blocks that do not divide by the pipeline's stages are split over them along another dimension, see
+        `sharding.pipeline.stages.store_across`.
+        """
+        shapes, sizes = param_shapes(self.config), self.plan.sizes
+        if self.even_stages:
+            return param_specs(shapes, sizes, self.plan.rules, zero=zero)
+        specs = param_specs(shapes, {**sizes, "pp": 1}, self.plan.rules, zero=zero)
+        across = lambda leaf, spec: store_across(leaf.shape, spec, "pp", sizes)  # noqa: E731
+        return {**specs, "blocks": jax.tree.map(across, shapes["blocks"], specs["blocks"])}
+
+    @property
+    def even_stages(self) -> bool:
+        """Whether every pipeline stage has as many layers as the others."""
+        return not self.config.scan or self.units % self.plan.size("pp") == 0
 
     def layer_specs(self, stack: Stack) -> PyTree:
         """Partition of the parameters of one step of a stack, without the layer axis."""
@@ -563,8 +581,7 @@ def state_shardings(decoder: ShardedDecoder, mesh: Mesh, state: PyTree) -> PyTre
       mesh: from `sharding.mesh.make_mesh`.
       state: `tessera.step.TrainState` of arrays or shapes.
     """
-    plan, shapes = decoder.plan, param_shapes(decoder.config)
-    specs = mirrored_specs(state, shapes, param_specs(shapes, plan.sizes, plan.rules))
+    specs = mirrored_specs(state, param_shapes(decoder.config), decoder.stored(3))
     if state.frozen is not None:  # adapters are replicated, the model that they belong to is not
         return shardings(mesh, specs.replace(frozen={name: decoder.specs for name in state.frozen}))
     return shardings(mesh, specs.replace(params=decoder.specs))

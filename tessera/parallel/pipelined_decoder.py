@@ -1,8 +1,8 @@
 """The loss of a `ShardedDecoder` under any plan, with pipeline stages through `sharding.pipeline.run`.
 
-Parameters are the decoder's own tree. In the model's order (blocks [L, ...]) a plan whose layers divide evenly needs no
-rearranging. Where they do not, or where the schedule is interleaved, `arrange` puts them by stage once, so that no step
-has to move them; `restore` undoes it for checkpoints and other plans.
+Parameters are the decoder's own tree, in the model's order (blocks [L, ...]), and so are gradients, optimizer states
+and checkpoints: a run may go on under another plan. Where the layers do not divide by the stages, or a stage has
+several chunks of them, a step moves the layers to their stages and the gradients back, once each (all-to-all over pp).
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from sharding.errors import PlanError
 from sharding.pipeline.run import PipelineConfig, make_value_and_grad
 from sharding.pipeline.run import make_loss as make_forward
-from sharding.pipeline.stages import StageLayout, split_layers, stack_stages, unstack_stages
+from sharding.pipeline.stages import StageLayout, split_layers
 from sharding.pipeline.ticks import StageFns
 from tessera.losses import padding_share
 from tessera.parallel import decoder as unpipelined
@@ -31,29 +31,16 @@ def stage_layout(decoder: ShardedDecoder) -> StageLayout:
     With `moe.every` n > 1 what is laid out are units of n blocks, of which the last is routed. The first dense layers
     of a routed model (`moe.first_k_dense_replace`) are not: the first stage has them besides.
     """
-    return split_layers(decoder.units, decoder.plan.size("pp"), decoder.plan.virtual)
-
-
-def arrange(params: PyTree, layout: StageLayout) -> PyTree:
-    """The decoder's parameters with blocks arranged by stage: [p * v * n, ...], zeros for padding."""
-    return {**params, "blocks": stack_stages(params["blocks"], layout)}
-
-
-def restore(params: PyTree, layout: StageLayout) -> PyTree:
-    """Undo `arrange`: blocks [L, ...] in the model's order."""
-    return {**params, "blocks": unstack_stages(params["blocks"], layout)}
+    return split_layers(decoder.units, decoder.plan.size("pp"), decoder.plan.virtual, decoder.plan.folded)
 
 
 def arranged_decoder(decoder: ShardedDecoder, layout: StageLayout) -> ShardedDecoder:
-    """The same decoder for arranged parameters: its `specs` and `tessera.parallel.decoder.state_shardings` are those of
-    blocks [p * v * n, ...], whose first axis always divides by the stages."""
+    """The same decoder with blocks [p * v * n, ...] arranged by stage, which always divide by the stages."""
     c = decoder.config
     return replace(decoder, config=replace(c, layers=c.first_dense + len(layout.index) * len(c.pattern)))
 
 
-def make_loss(
-    decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageLayout | None = None, *, arranged: bool = False
-) -> LossFn:
+def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageLayout | None = None) -> LossFn:
     """`loss(params, batch, key)` as `tessera.models.lm_loss.lm_loss` gives it, under any plan.
 
     With pipeline stages, differentiating it runs the plan's schedule, which computes the gradient along with the loss;
@@ -63,7 +50,6 @@ def make_loss(
       decoder: model and plan; any of the plan's axes may be larger than 1.
       mesh: from `sharding.mesh`.
       layout: which layer lives on which stage, default `stage_layout(decoder)`.
-      arranged: parameters come from `arrange`, and so do gradients.
 
     Raises:
       PlanError: blocks that are not stacked (`scan` is off), a layout of another number of layers or stages, sizes the
@@ -87,16 +73,15 @@ def make_loss(
         other_axes=decoder.plan.present("tp"),
         # The decoder's functions gather over fsdp themselves, layer by layer.
         gather_axes=("pp",),
-        arranged=arranged,
+        # What is computed again within a stage is what the layers' remat says; F saves all of them if it says none.
+        keep=decoder.config.remat_groups[0].base == "none",
         skip_idle=not (decoder.plan.present("cp") and decoder.plan.context == "ring"),
     )
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
     form_specs = jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1)), forms)
     specs = shared_specs, (decoder.layer_specs(decoder.config.stacks[-1]), form_specs)
-    # The forms of attention go with the parameters of their layers.
-    forms = stack_stages(forms, layout) if arranged else forms
 
-    def split(params: PyTree) -> tuple[PyTree, PyTree]:
+    def split(params: PyTree) -> tuple[PyTree, PyTree]:  # the forms of attention go with their layers' parameters
         return {name: leaf for name, leaf in params.items() if name != "blocks"}, (params["blocks"], forms)
 
     def make(dropping: bool) -> Any:

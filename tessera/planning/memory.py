@@ -19,7 +19,7 @@ from sharding.analysis.roofline import Placed, placements
 from sharding.attention import AttentionForm
 from sharding.pipeline.lockstep import lockstep_schedule, slots
 from sharding.plan import Plan
-from sharding.rules import mirrored_specs, param_specs
+from sharding.rules import mirrored_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.remat import Remat
 from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
@@ -170,7 +170,7 @@ def estimate_memory(
 def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
     """Where everything of a train state (or of its shapes) lies under a plan."""
     sizes, shapes = decoder.plan.sizes, state.params
-    full_specs = param_specs(shapes, sizes, decoder.plan.rules)
+    full_specs = decoder.stored(3)
     found = {"params": placements(shapes, decoder.specs, sizes)}
     for name, tree in (("optimizer", state.opt_state), ("ema", state.ema)):
         found[name] = placements(tree, mirrored_specs(tree, shapes, full_specs), sizes)

@@ -68,6 +68,9 @@ def serve(
         return leaf if unchanged else jnp.asarray(leaf, DTYPES[config.dtype])
 
     decoder = ShardedDecoder(config, replace(plan, sequence=False))
+    if not decoder.even_stages:
+        near = nearest_divisor(decoder.units, plan.size("pp"))
+        raise PlanError(f"plan {plan.axes!r}: {decoder.units} layers do not divide by pp; nearest valid: pp={near}")
     _ = decoder.specs
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantized), decoder
 

@@ -47,7 +47,7 @@ def test_a_page_is_written(tmp_path, flags, words):
         (["--config.plan=tp=2", "--hardware=v7"], "One of v5e, v5p"),
         (["--config.plan=tp=2", "--compile=v5p"], "v5p:8x8x8"),
         (["--config.plan=tp=2", "--devices=8"], "nearest valid: tp=8"),
-        (["--config.plan=pp=4, dp=2"], "nearest valid size: 2"),
+        (["--config.plan=pp=4, dp=2"], "take at most 2 stages"),
     ],
     ids=["heads", "hardware", "topology", "devices", "stages"],
 )

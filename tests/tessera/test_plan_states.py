@@ -13,6 +13,7 @@ from moe.layer import MoEConfig
 from sharding.plan import Plan
 from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
 from tessera.lm.run import RunConfig, under_plan
+from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig
 from tessera.step import StepConfig, init_state, make_train_step
@@ -33,9 +34,10 @@ def ticket(params):
     return prune.remove(criteria.magnitude(params), masks_lib.ones(params), which, removals)
 
 
-def planned(config, axes, init):
+def planned(config, axes, init, devices=8):
     """Loss and placement of a run under a plan."""
-    return under_plan(RunConfig(config, Plan(axes), OptimizerConfig(), StepConfig(), batch_size=8, length=8), init)
+    run = RunConfig(config, Plan(axes), OptimizerConfig(), StepConfig(), batch_size=24, length=8)
+    return under_plan(run, init, jax.devices()[:devices])
 
 
 def train(config, axes, params, tx, steps=2):
@@ -101,3 +103,34 @@ def test_a_shard_is_written_once(tmp_path, axes):
     written = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "1").rglob("d/*") if path.is_file())
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert 0.5 * held < written < 1.2 * held
+
+
+def test_a_run_on_uneven_stages_goes_on_under_another_plan(tmp_path):
+    """Seven layers on three stages, saved, then on two stages with ZeRO-3: the steps and the state of one device."""
+    config = TransformerConfig(**SIZES | {"layers": 7, "width": 24, "vocab_size": 48, "ff": 36})
+    batch = {"tokens": np.concatenate([BATCH["tokens"], BATCH["tokens"][:4, ::-1]])}
+    params, tx = first_params(config), optax.adamw(1e-2, eps=1e-3)
+    state = init_state(params, tx)
+    plans = ("pp=3", 3), ("pp=2, fsdp=2", 4)
+    before, there = (planned(config, axes, lambda: state, devices) for axes, devices in plans)
+    kernel = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"]  # noqa: E731
+    for (loss, placement), stages in ((before, 3), (there, 4)):
+        state = jax.device_put(state, placement.state)
+        # A third (a quarter) of the layers' bytes on a device, of parameters and of moments.
+        for tree in (state.params, state.opt_state[0].mu):
+            assert kernel(tree).addressable_shards[0].data.size * stages == kernel(tree).size == 7 * 24 * 36
+        step = jax.jit(make_train_step(loss, tx), out_shardings=(placement.state, None))
+        state, _ = step(state, placement.place(batch), jax.random.key(0))
+        with Checkpoints(tmp_path / str(stages), CheckpointConfig()) as checkpoints:
+            checkpoints.save(1, state, data={})
+            checkpoints.wait()
+            like = jax.eval_shape(lambda state=state: state)
+            where = there[1].state
+            like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, where)
+            state = checkpoints.restore(1, like).state
+    expected = init_state(params, tx)
+    one_device = jax.jit(make_train_step(lm_loss(Decoder(config)), tx))
+    for _ in range(2):
+        expected, _ = one_device(expected, batch, jax.random.key(0))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, jax.device_get(state.params), jax.device_get(expected.params))

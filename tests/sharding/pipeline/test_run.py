@@ -83,13 +83,29 @@ def mesh_of(**sizes):
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
-# name: schedule, stages, dp, microbatches, layers, chunks, tied, skip_idle
+# name: schedule, stages, dp, microbatches, layers, chunks, tied, skip_idle, keep
 CASES = {
+    "zb_h1 uneven": ("zb_h1", 2, 2, 4, 5, 1, False, True),
+    "dualpipev uneven, keep": ("dualpipev", 2, 1, 4, 5, 2, True, True, True),
     "1f1b uneven untied": ("1f1b", 2, 2, 4, 5, 1, False, True),
     "interleaved uneven": ("interleaved", 2, 2, 4, 9, 2, True, True),
     "1f1b uneven without branches": ("1f1b", 2, 1, 3, 3, 1, True, False),
 }
 MORE = {
+    "1f1b keep": ("1f1b", 4, 2, 6, 4, 1, True, True, True),
+    "gpipe uneven, keep": ("gpipe", 2, 1, 3, 3, 1, True, True, True),
+    "interleaved keep": ("interleaved", 2, 1, 4, 9, 2, True, True, True),
+    "zb_h1": ("zb_h1", 4, 2, 8, 4, 1, True, True),
+    "zb_h1 keep": ("zb_h1", 4, 1, 9, 8, 1, False, True, True),
+    "zb_h1 few microbatches, uneven, keep": ("zb_h1", 4, 1, 4, 7, 1, True, True, True),
+    "zb_h1 one stage": ("zb_h1", 1, 2, 3, 3, 1, True, True),
+    "zb_h1 eight stages": ("zb_h1", 8, 1, 10, 11, 1, True, True),
+    "zb_h1 without branches": ("zb_h1", 2, 1, 4, 3, 1, True, False),
+    "dualpipev": ("dualpipev", 4, 2, 8, 8, 2, True, True),
+    "dualpipev uneven": ("dualpipev", 3, 1, 7, 11, 2, False, True),
+    "dualpipev one stage": ("dualpipev", 1, 2, 3, 3, 2, False, True),
+    "dualpipev few microbatches, keep": ("dualpipev", 4, 1, 4, 9, 2, True, True, True),
+    "dualpipev without branches": ("dualpipev", 2, 1, 4, 5, 2, True, False, True),
     "1f1b": ("1f1b", 4, 2, 6, 4, 1, True, True),
     "gpipe uneven": ("gpipe", 4, 1, 5, 6, 1, True, True),
     "one stage": ("1f1b", 1, 2, 3, 3, 1, True, True),
@@ -100,9 +116,10 @@ MORE = {
 }
 
 
-def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle):
+def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle, keep=False):
     mesh = mesh_of(pp=stages, dp=dp)
-    config = PipelineConfig(name, m, split_layers(layers, stages, chunks), skip_idle=skip_idle)
+    layout = split_layers(layers, stages, chunks, folded=name == "dualpipev")
+    config = PipelineConfig(name, m, layout, skip_idle=skip_idle, keep=keep)
     params, batch = model(layers, tied), data(2 * dp * m)
     wanted = one_device(*params, batch)
     assert_close(jax.jit(make_value_and_grad(FNS, mesh, config))(*params, batch), wanted)

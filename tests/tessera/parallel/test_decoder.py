@@ -36,7 +36,7 @@ CONFIG = TransformerConfig(vocab_size=32, layers=2, width=16, heads=8, kv_heads=
         ("cp=8", {"context": "all_to_all"}, 8, 16, ["4 key/value heads", "cp=8", "nearest valid: cp=4", "'ring'"]),
         ("tp=8", {}, 8, 16, ["blocks/attention/key/kernel", "kv_heads", "nearest valid size: 4"]),
         ("tp=4", {}, 8, 16, ["tp=4 makes 4 devices and there are 8", "nearest valid: tp=8"]),
-        ("pp=4, dp=2", {}, 8, 16, ["dimension 0 (layers) of 2 does not divide by pp=4", "nearest valid size: 2"]),
+        ("pp=4, dp=2", {}, 8, 16, ["2 layers cannot be cut into 4 stages", "take at most 2 stages"]),
         ("pp=2, dp=4", {"microbatches": 3}, 16, 16, ["4 rows", "microbatches=3", "nearest valid: microbatches=2"]),
         ("pp=2, dp=4", {}, 4, 16, ["1 rows", "microbatches=2 of 2 stages", "nearest valid: batch_size=8"]),
     ],
