@@ -62,6 +62,8 @@ class PipelineConfig:
       skip_idle: idle stages and padding branch round the layers. Must be off where a layer uses `lax.ppermute` (ring
         attention): all devices of the mesh participate in it at once, and XLA would wait for the ones that branched
         off. They then compute and drop the result, which costs no time, as the other stages are busy, but energy.
+      paired: F and B of a tick, which in DualPipeV are of different microbatches, go through their layers in one loop:
+        what one sends (an expert exchange) can be on its way while the other computes. No idle stage is skipped then.
 
     Example:
       >>> from sharding.pipeline import PipelineConfig, draw, split_layers
@@ -82,6 +84,7 @@ class PipelineConfig:
     keep: bool = False
     arranged: bool = False
     skip_idle: bool = True
+    paired: bool = False
 
     @property
     def varying_axes(self) -> tuple[str, ...]:
@@ -96,6 +99,10 @@ class PipelineConfig:
     def table(self) -> Lockstep:
         """Make the schedule as a table; raises PlanError for impossible sizes, or a layout that it does not fit."""
         table = lockstep_schedule(self.schedule, self.layout.stages, self.microbatches, self.layout.chunks)
+        if self.paired and not table.folded:
+            raise PlanError(
+                f"paired=True with schedule={self.schedule!r}: only dualpipev has F and B that may be paired"
+            )
         if (table.chunks, table.folded) != (self.layout.chunks, self.layout.folded):
             raise PlanError(
                 f"schedule {self.schedule!r} needs a layout with chunks={table.chunks}, folded={table.folded}, not "
@@ -262,10 +269,11 @@ def _one_device(
         stages=config.layout.stages,
         stage_axis=config.stage_axis,
         axes=axes,
-        skip_idle=config.skip_idle,
+        skip_idle=config.skip_idle and not config.paired,
         folded=config.layout.folded,
         keep=config.keep,
         apart=config.schedule in SPLIT,
+        paired=config.paired,
     )
     micro = stage.micro(jnp.int32(0))
     x = jax.eval_shape(lambda: vary(fns.embed(shared, micro), axes))
@@ -307,6 +315,7 @@ def _residuals(stage: Stage, x: PyTree, micro: PyTree) -> tuple[Stage, PyTree, P
     layers, present = stage.chunk((stage.layers, stage.present), jnp.int32(0))
     one = jax.tree.map(lambda leaf: leaf[0], layers)
     layer = lambda params, x, micro: vary(stage.fns.layer(params, x, micro), stage.axes)  # noqa: E731
+    micro = vary(micro, stage.axes[:1])  # in a tick every stage has another microbatch
     stage = replace(stage, split=split_layer(layer, one, x, micro))
     saved = jax.eval_shape(lambda: stage.forward_layers(layers, present, x, micro))
     residuals = zeros_like(saved[1], ())

@@ -63,7 +63,7 @@ def split_layer(
         d_params, d_x = pull(d_y)
         return y, d_x, d_params
 
-    arguments = (params, micro, x, layer(params, x, micro))
+    arguments = (params, micro, x, jax.eval_shape(layer, params, x, micro))
     flat, tree = jax.tree.flatten(arguments)
 
     def inlined(*flat: jax.Array) -> Any:

@@ -8,6 +8,7 @@ Axes: p stages, m microbatches, v chunks, n layers of a chunk, b rows of a micro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +112,8 @@ class Stage:
       split: a layer's F, B and W; None where B is the whole backward pass of layers that are computed again.
       keep: F saves the layers' residuals, so that B computes nothing again; else B starts from the stage's input.
       apart: W is work of its own; else B runs it at once.
+      paired: F and B of a tick go through their layers side by side, in one loop, so that what one sends can be on its
+        way while the other computes. They must not be of the same microbatch and chunk; `skip_idle` is off.
     """
 
     fns: StageFns
@@ -128,6 +131,7 @@ class Stage:
     split: SplitLayer | None = None
     keep: bool = False
     apart: bool = False
+    paired: bool = False
 
     def micro(self, i: Int[Array, ""]) -> PyTree:
         """Select microbatch i, leaves [b, ...]."""
@@ -175,33 +179,43 @@ class Stage:
 
     def forward_layers(self, layers: PyTree, present: Any, x: PyTree, micro: PyTree) -> tuple[PyTree, list]:
         """Run F of one chunk's layers; also their residuals [n, ...]."""
-        split = self.split
-        assert split is not None
+        return lax.scan(lambda x, layer: self.forward_layer(layer, x, micro), x, (layers, present))
 
-        def body(x: PyTree, layer: Any) -> tuple[PyTree, list]:
-            params, is_layer = layer
-            run = lambda: split.forward(params, micro, x)  # noqa: E731
-            return run() if present is None else self.when(is_layer, run, (x, self.nothing(run)[1]))
-
-        return lax.scan(body, x, (layers, present))
+    def forward_layer(self, layer: Any, x: PyTree, micro: PyTree) -> tuple[PyTree, list]:
+        """Run F of one layer, (parameters, whether it is none of padding or None): its output and residuals."""
+        params, is_layer = layer
+        assert self.split is not None
+        run = partial(self.split.forward, params, micro, x)
+        return run() if is_layer is None else self.when(is_layer, run, (x, self.nothing(run)[1]))
 
     def backward_layers(
-        self, layers: PyTree, present: Any, saved: list, d_y: PyTree, micro: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """Run B of one chunk's layers, the last first; also the residuals for W [n, ...], or what W makes of them."""
-        split = self.split
+        self, layers: PyTree, present: Any, saved: list, d_y: PyTree, micro: PyTree, beside: Any = None
+    ) -> tuple[PyTree, PyTree, Any]:
+        """Run B of one chunk's layers, the last first; also the residuals for W [n, ...], or what W makes of them.
+
+        Beside them, in the same loop, F of another chunk's: `beside` is (layers, present, x, micro), and the last
+        result what `forward_layers` gives of it.
+        """
+        split, size = self.split, jax.tree.leaves(layers)[0].shape[0]
         assert split is not None
 
-        def body(d_y: PyTree, layer: Any) -> tuple[PyTree, PyTree]:
-            params, is_layer, saved = layer
+        def body(carry: tuple[PyTree, PyTree], layer: Any) -> tuple[tuple[PyTree, PyTree], Any]:
+            (d_y, x), (params, is_layer, saved, k) = carry, layer
 
             def run() -> tuple[PyTree, PyTree]:
                 d_x, rest = split.backward(params, micro, saved, d_y)
                 return d_x, rest if self.apart else split.weights(params, micro, rest)
 
-            return run() if present is None else self.when(is_layer, run, (d_y, self.nothing(run)[1]))
+            kept = None
+            if beside is not None:
+                x, kept = self.forward_layer(self.load(beside[:2], size - 1 - k), x, beside[3])
+            d_y, made = run() if present is None else self.when(is_layer, run, (d_y, self.nothing(run)[1]))
+            return (d_y, x), (made, kept)
 
-        return lax.scan(body, d_y, (layers, present, saved), reverse=True)
+        start = d_y, None if beside is None else beside[2]
+        over = (layers, present, saved, jnp.arange(size))
+        (d_x, y), (made, kept) = lax.scan(body, start, over, reverse=True)
+        return d_x, made, (y, jax.tree.map(lambda leaf: leaf[::-1], kept))
 
     def weight_layers(self, layers: PyTree, present: Any, rest: list, micro: PyTree) -> PyTree:
         """Run W of one chunk's layers: gradients of their parameters [n, ...]."""
@@ -249,6 +263,13 @@ class Stage:
 
         return jax.tree.map(write, slots, new)
 
+    def begin(self, carry: Carry, row: Int[Array, "5"]) -> PyTree:
+        """Make the input of F: the embedding on the first part of the model, else what was received."""
+        active, i, chunk, _, _ = row
+        embed = lambda: vary(self.fns.embed(self.shared, self.micro(i)), self.axes)  # noqa: E731
+        inbox = self.received(carry.inbox.forward, chunk, "F")
+        return lax.cond((active > 0) & self.first_last(chunk)[0], embed, lambda: inbox)
+
     def forward(self, carry: Carry, row: Int[Array, "5"], save: bool) -> tuple[Carry, PyTree]:
         """Run F of a tick; return the carry and the message to the next part of the model.
 
@@ -256,19 +277,14 @@ class Stage:
         """
         active, i, chunk, slot, _ = row
         active = active > 0
-        first, last = self.first_last(chunk)
-        micro = self.micro(i)
+        last = self.first_last(chunk)[1]
+        micro, x = self.micro(i), self.begin(carry, row)
         layers, present = self.chunk((self.layers, self.present), chunk)
-
-        def embed() -> PyTree:
-            return vary(self.fns.embed(self.shared, micro), self.axes)
 
         def add_loss() -> Sums:
             loss = vary(self.fns.head_loss(self.shared, y, micro), self.axes)
             return jax.tree.map(jnp.add, carry.sums, loss)
 
-        inbox = self.received(carry.inbox.forward, chunk, "F")
-        x = lax.cond(active & first, embed, lambda: inbox)
         if save and self.keep:
             run = lambda: self.forward_layers(layers, present, x, micro)  # noqa: E731
             y, residuals = self.when(active, run, (x, self.nothing(run)[1]))
@@ -279,10 +295,11 @@ class Stage:
             return carry._replace(sums=lax.cond(active & last, add_loss, lambda: carry.sums)), y
         return carry._replace(saved=self.store(carry.saved, x, slot, active)), y
 
-    def backward(self, carry: Carry, row: Int[Array, "5"]) -> tuple[Carry, PyTree]:
+    def backward(self, carry: Carry, row: Int[Array, "5"], beside: Any = None) -> tuple[Carry, PyTree, Any]:
         """Run B of a tick, from what F saved; return the carry and the message to the part of the model before.
 
-        Without `keep` the part is computed again from its input (rematerialization).
+        Without `keep` the part is computed again from its input (rematerialization). `beside` and the last result are
+        those of `backward_layers`.
         """
         active, i, chunk, slot, rest_slot = row
         active = active > 0
@@ -290,7 +307,7 @@ class Stage:
         micro = self.micro(i)
         inbox = self.received(carry.inbox.backward, chunk, "B")
 
-        def run() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree]:
+        def run() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree, Any]:
             saved = self.load(carry.saved, slot)
             layers, present = self.chunk((self.layers, self.present), chunk)
             pull: Any = None
@@ -316,9 +333,9 @@ class Stage:
                 d_y = jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros((), x.dtype)), d_y)
             made: PyTree
             if pull is not None:
-                made, d_x = pull(d_y)
+                (made, d_x), other = pull(d_y), None
             else:
-                d_x, made = self.backward_layers(layers, present, residuals, d_y, micro)
+                d_x, made, other = self.backward_layers(layers, present, residuals, d_y, micro, beside)
 
             def embed() -> PyTree:
                 pull_embed = jax.vjp(lambda shared: vary(self.fns.embed(shared, micro), self.axes), self.shared)[1]
@@ -326,14 +343,24 @@ class Stage:
 
             shared = lax.cond(active & first, embed, lambda: shared)
             if self.apart:
-                return d_x, shared, carry.layers, sums, self.store(carry.rest, made, rest_slot, active)
-            return d_x, shared, self.add(carry.layers, made, chunk), sums, carry.rest
+                return d_x, shared, carry.layers, sums, self.store(carry.rest, made, rest_slot, active), other
+            return d_x, shared, self.add(carry.layers, made, chunk), sums, carry.rest, other
 
-        def idle() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree]:
+        def skip() -> tuple[PyTree, PyTree, PyTree, Sums, PyTree]:
             return inbox, carry.shared, carry.layers, carry.sums, carry.rest
 
-        d_x, shared, layers, sums, rest = lax.cond(active, run, idle) if self.skip_idle else run()
-        return carry._replace(shared=shared, layers=layers, sums=sums, rest=rest), d_x
+        found = (*lax.cond(active, lambda: run()[:5], skip), None) if self.skip_idle else run()
+        d_x, shared, layers, sums, rest, other = found
+        return carry._replace(shared=shared, layers=layers, sums=sums, rest=rest), d_x, other
+
+    def pair(self, carry: Carry, forward: Int[Array, "5"], backward: Int[Array, "5"]) -> tuple[Carry, PyTree, PyTree]:
+        """Run F and B of a tick side by side; return the carry and both messages."""
+        active, i, chunk, slot, _ = forward
+        x = self.begin(carry, forward)
+        beside = (*self.chunk((self.layers, self.present), chunk), x, self.micro(i))
+        done, d_x, (y, kept) = self.backward(carry, backward, beside)
+        saved = self.store(carry.saved, (y, kept) if self.keep else x, slot, active > 0)
+        return done._replace(saved=saved), y, d_x
 
     def weights(self, carry: Carry, row: Int[Array, "5"]) -> Carry:
         """Run W of a tick: the gradients of a chunk's weights, from what its B saved."""
@@ -375,11 +402,15 @@ class Stage:
         def tick(carry: Carry, row: Int[Array, "kinds 5"]) -> tuple[Carry, None]:
             forward, backward = carry.inbox
             for k, kind in enumerate(kinds):
-                if kind == "F":
+                if self.paired and kinds.startswith("FB") and k < 2:
+                    if k == 0:
+                        carry, y, d_x = self.pair(carry, row[0], row[1])
+                        forward, backward = self.send(y, 1), self.send(d_x, -1)
+                elif kind == "F":
                     carry, y = self.forward(carry, row[k], save)
                     forward = self.send(y, 1)
                 elif kind == "B":
-                    carry, d_x = self.backward(carry, row[k])
+                    carry, d_x, _ = self.backward(carry, row[k])
                     backward = self.send(d_x, -1)
                 else:
                     carry = self.weights(carry, row[k])

@@ -76,6 +76,8 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageL
         # What is computed again within a stage is what the layers' remat says; F saves all of them if it says none.
         keep=decoder.config.remat_groups[0].base == "none",
         skip_idle=not (decoder.plan.present("cp") and decoder.plan.context == "ring"),
+        # The exchange of experts of one microbatch beside the products of another.
+        paired=decoder.plan.folded and decoder.routed and bool(decoder.plan.present("ep")),
     )
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
     form_specs = jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1)), forms)

@@ -48,7 +48,7 @@ def estimate_costs(
     z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     stages = plan.size("pp")
     rounds = grad_accum_steps * (plan.microbatch_count if stages > 1 else 1)
-    passes = _mean(config, PASSES) + (stages > 1)  # a stage computes its layers again
+    passes = _mean(config, PASSES) + stage_again(config, plan)
     forward = _layer_flops(config, z, length)
     head = 2.0 * z.b * z.t * z.D * z.V
     flops = rounds * (passes * sum(forward) + 3 * head)
@@ -75,7 +75,12 @@ def _mean(config: TransformerConfig, by_base: dict[str, float]) -> float:
 
 def forward_passes(config: TransformerConfig, plan: Plan) -> float:
     """How often a layer runs forward in a step: once, again if it is recomputed, and again in a pipeline's stage."""
-    return 1 + _mean(config, AGAIN) + (plan.size("pp") > 1)
+    return 1 + _mean(config, AGAIN) + stage_again(config, plan)
+
+
+def stage_again(config: TransformerConfig, plan: Plan) -> bool:
+    """Whether a pipeline's stage computes its layers again from its input: unless `remat` says "none"."""
+    return plan.size("pp") > 1 and config.remat_groups[0].base != "none"
 
 
 def _layer_flops(config: TransformerConfig, z: Sizes, length: int) -> tuple[float, float, float]:

@@ -12,8 +12,8 @@ from sharding.analysis.hardware import Hardware
 from sharding.analysis.roofline import Moved, Placed, Roofline, cause, step_roofline, summarize
 from sharding.analysis.search import Judged, Ranking, plans, rank
 from sharding.mesh import abstract_mesh
-from sharding.pipeline.lockstep import lockstep_schedule
-from sharding.pipeline.schedules import Schedule, bubble
+from sharding.pipeline.lockstep import Lockstep, lockstep_schedule
+from sharding.pipeline.schedules import bubble
 from sharding.plan import Plan
 from tessera.lm.run import RunConfig, accumulated_batch, first_state
 from tessera.optim.optimizer import make_optimizer
@@ -51,7 +51,7 @@ class Explained:
     flops: float
     traffic: float
     time: Roofline
-    schedule: Schedule | None
+    schedule: Lockstep | None
 
     @property
     def intensity(self) -> float:
@@ -93,7 +93,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     if plan.size("pp") > 1:
         schedule = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
     # The program says what a stage does in a tick if it is not idle.
-    busy = 1 - bubble(schedule) if schedule else 1.0
+    busy = schedule.busy() if schedule else 1.0
     found = [_while_busy(one, busy) for one in count_collectives(step, *arguments)]
     sums = count_products(step, *arguments)
     placed = state_placements(decoder, state)

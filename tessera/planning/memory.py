@@ -188,12 +188,19 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
     """Activations that all layers of a device keep for the backward pass: on the device and on the host."""
     dense = replace_routed(config)
     if plan.size("pp") > 1:
-        # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again.
+        # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again. Without remat
+        # these are kept instead, and a schedule that splits the backward pass keeps what W needs.
         (way,) = config.remat_groups
         one = saved_per_row(dense, plan, length, way)
         table = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
-        return float(slots(table)[0] * inputs + one.device * layers), float(one.host * layers)
+        number = slots(table)[0]
+        rest = 0
+        if "W" in table.kinds:
+            # Operands of the weights' products: residuals that products keep, and as many gradients beside them.
+            rest = 2 * slots(table, "B", "W")[0] * saved_per_row(dense, plan, length, replace(way, base="dots")).device
+        device = one.device * (number if way.base == "none" else 1) + rest
+        return float(number * inputs + device * layers), float(one.host * layers)
     device = host = 0.0
     for stack in config.stacks:
         for way in config.groups(stack):

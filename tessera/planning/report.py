@@ -17,6 +17,7 @@ from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.compile import Compiled
+from tessera.planning.costs import forward_passes
 from tessera.planning.explain import HEADROOM, Explained, crosses
 from tessera.reports.html import Section, Table, paragraphs, terminal_table, write_report
 from tessera.reports.sharding import placement_figure, schedule_figure
@@ -83,16 +84,31 @@ def time_rows(explained: Explained) -> Rows:
     """Lower bounds of a step's time by the roofline, and which one binds."""
     at, hardware = explained.time, explained.hardware
     ridge = f"FLOP per byte; {hardware.name} is bound by arithmetic from {hardware.ridge:.0f} on"
-    bubble = [("pipeline bubble", f"{100 * at.bubble:.1f}%", "of the step idle")]
+    again = forward_passes(explained.run.model, explained.run.plan) - 1
+    stages = [
+        ("pipeline bubble", f"{100 * at.bubble:.1f}%", "of the step idle"),
+        ("stages compute again", f"{again:g} forward passes", stage_remat(explained.run.model)),
+    ]
     return [
         ("computing", time(at.compute), f"{explained.flops:.3g} FLOP at {hardware.flops / 1e12:.4g} TFLOP/s"),
         ("memory", time(at.memory), f"{size(explained.traffic)} at {size(hardware.bandwidth)}/s"),
         ("communication", time(at.communication), f"{size(sum(one.moved for one in explained.moved))} sent"),
-        *(bubble if explained.schedule else []),
+        *(stages if explained.schedule else []),
         ("step, all at once", time(at.overlapped), f"{explained.tokens_per_second:,.0f} tokens per second"),
         ("step, one after the other", time(at.serial), f"bound by {at.bound}"),
         ("arithmetic intensity", f"{explained.intensity:.0f}", ridge),
     ]
+
+
+def stage_remat(config: TransformerConfig) -> str:
+    """What a pipeline's stage computes again in its backward pass, by the model's `remat`."""
+    layers = {
+        "none": "nothing: a layer's residuals are saved from the forward pass on",
+        "full": "the stage from its input, and each layer again from its own",
+        "dots": "the stage from its input, and of each layer what is no product",
+        "names": "the stage from its input, and of each layer what is not saved",
+    }
+    return f"{layers[config.remat_groups[0].base]} (remat={config.remat})"
 
 
 def describe_search(ranking: Ranking, explained: Explained) -> str:

@@ -86,7 +86,7 @@ assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e
 # name: schedule, stages, dp, microbatches, layers, chunks, tied, skip_idle, keep
 CASES = {
     "zb_h1 uneven": ("zb_h1", 2, 2, 4, 5, 1, False, True),
-    "dualpipev uneven, keep": ("dualpipev", 2, 1, 4, 5, 2, True, True, True),
+    "dualpipev uneven, keep, paired": ("dualpipev", 2, 1, 4, 5, 2, True, False, True, True),
     "1f1b uneven untied": ("1f1b", 2, 2, 4, 5, 1, False, True),
     "interleaved uneven": ("interleaved", 2, 2, 4, 9, 2, True, True),
     "1f1b uneven without branches": ("1f1b", 2, 1, 3, 3, 1, True, False),
@@ -103,6 +103,8 @@ MORE = {
     "zb_h1 without branches": ("zb_h1", 2, 1, 4, 3, 1, True, False),
     "dualpipev": ("dualpipev", 4, 2, 8, 8, 2, True, True),
     "dualpipev uneven": ("dualpipev", 3, 1, 7, 11, 2, False, True),
+    "dualpipev uneven, keep": ("dualpipev", 2, 2, 4, 7, 2, True, True, True),
+    "dualpipev paired": ("dualpipev", 4, 2, 8, 8, 2, False, False, False, True),
     "dualpipev one stage": ("dualpipev", 1, 2, 3, 3, 2, False, True),
     "dualpipev few microbatches, keep": ("dualpipev", 4, 1, 4, 9, 2, True, True, True),
     "dualpipev without branches": ("dualpipev", 2, 1, 4, 5, 2, True, False, True),
@@ -116,10 +118,10 @@ MORE = {
 }
 
 
-def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle, keep=False):
+def assert_one_devices(name, stages, dp, m, layers, chunks, tied, skip_idle, keep=False, paired=False):
     mesh = mesh_of(pp=stages, dp=dp)
     layout = split_layers(layers, stages, chunks, folded=name == "dualpipev")
-    config = PipelineConfig(name, m, layout, skip_idle=skip_idle, keep=keep)
+    config = PipelineConfig(name, m, layout, skip_idle=skip_idle, keep=keep, paired=paired)
     params, batch = model(layers, tied), data(2 * dp * m)
     wanted = one_device(*params, batch)
     assert_close(jax.jit(make_value_and_grad(FNS, mesh, config))(*params, batch), wanted)
