@@ -48,6 +48,17 @@ class Lockstep(Schedule):
         blocks = [self.rows[start:end] for start, end in zip(self.starts, ends, strict=True)]
         return [[[row[s] for row in block if row[s]] for s in range(self.stages)] for block in blocks]  # type: ignore[misc]
 
+    def bubble(self, again: float = 0.0) -> float:
+        """Compute the idle fraction of a step whose ticks last as long as their slowest stage.
+
+        Args:
+          again: forward passes that B computes again. F and W take as long as each other, B as W besides, and where the
+            backward pass is not split B takes the time of both.
+        """
+        costs = {"F": 1.0, "B": (1.0 if "W" in self.kinds else 2.0) + again, "W": 1.0}
+        spent = [[sum(costs[work.kind] for work in works) for works in tick] for tick in self.works()]
+        return 1 - sum(map(sum, spent)) / (self.stages * sum(map(max, spent)))
+
     def busy(self) -> float:
         """Fraction of the program's works that are no idle ones: of 1F1B 1 - bubble."""
         count = sum(len({work.kind for works in tick for work in works}) for tick in self.works())
@@ -178,7 +189,7 @@ def require_lockstep(schedule: Lockstep) -> None:
     """
     check(schedule)
     p, v, folded = schedule.stages, schedule.chunks, schedule.folded
-    at = {}
+    at: dict[tuple[int, Work], int] = {}
     for tick, stages in enumerate(schedule.works()):
         for stage, works in enumerate(stages):
             kinds = [KINDS.index(work.kind) for work in works]

@@ -184,7 +184,7 @@ def bubble(schedule: Schedule) -> float:
     return 1 - busy / (schedule.stages * time)
 
 
-def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -> float:
+def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1, again: float = 0.0) -> float:
     """Compute the bubble by the papers' formulas, as a fraction of the step, for F, B and W of equal time.
 
     (p-1)/(m+p-1) for "gpipe" (Huang et al. 2019, section 2.3) and "1f1b"; (p-1)/(v m+p-1) for "interleaved" (Narayanan
@@ -192,6 +192,9 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
     (p-1)(F+B-W), and 0 for "zb_h2" from m = 2 p - 1 on (Qi et al. 2023, table 2). "dualpipev" idles for (p-1)(F&B+B-3W)
     in times of a chunk, half a stage (DeepSeek-AI's DualPipe repository, whose PP is 2 p and whose B includes W): with
     F&B = F+B, no time won by overlap, (p-1)/(3 m+p-1).
+
+    With `again` B takes so many times F longer, as where it computes activations again: what is idle of "zb_h1" and
+    "dualpipev" is then (p-1)(1+again) of m (3+again) + (p-1)(1+again); the others idle for the same fraction.
 
     Raises:
       ValueError: no formula for `name`, or too few microbatches for it.
@@ -202,7 +205,13 @@ def bubble_formula(name: str, stages: int, microbatches: int, chunks: int = 1) -
       True
     """
     p, m = stages, microbatches
-    formulas = {"gpipe": m, "1f1b": m, "interleaved": chunks * m, "zb_h1": 3 * m, "dualpipev": 3 * m}
+    formulas: dict[str, float] = {
+        "gpipe": m,
+        "1f1b": m,
+        "interleaved": chunks * m,
+        "zb_h1": m * (3 + again) / (1 + again),
+    }
+    formulas["dualpipev"] = formulas["zb_h1"]
     if name == "zb_h2":
         if m < 2 * p - 1:
             raise ValueError(f"zb_h2 has no bubble from 2 p - 1 = {2 * p - 1} microbatches on; {m} are fewer")

@@ -116,7 +116,9 @@ def _partition(closed: Any, counts: Sequence[int], trees: Sequence[Any], large: 
 
     def needed(which: int, outputs: Sequence[Any]) -> tuple[list[int], list[Any]]:
         """The equations of a part in order, with the free ones it needs, and its inputs from earlier parts."""
-        found, inputs, seen = set(), {}, set()
+        found: set[int] = set()
+        seen: set[Any] = set()
+        inputs: dict[Any, None] = {}
         waiting = [var for n, at in part.items() if at == which for var in jaxpr.eqns[n].outvars[:1]] + list(outputs)
         while waiting:
             var = waiting.pop()

@@ -58,7 +58,8 @@ def estimate_costs(
     # Read and write weights and two moments, write and read gradients; weights in the compute dtype in every pass.
     traffic = 8 * local + rounds * passes * local * plan.size("fsdp") * z.item / F32
     traffic += rounds * passes * _layer_traffic(z) + rounds * 3 * z.b * z.t * z.V * F32
-    bubble = bubble_formula(plan.schedule, stages, plan.microbatch_count, plan.virtual) if stages > 1 else 0.0
+    sizes = stages, plan.microbatch_count, plan.virtual, forward_passes(config, plan) - 1
+    bubble = bubble_formula(plan.schedule, *sizes) if stages > 1 else 0.0
     return Costs(flops, traffic, tuple(_moved(decoder, z, bytes_of, rounds)), bubble)
 
 

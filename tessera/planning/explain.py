@@ -13,7 +13,6 @@ from sharding.analysis.roofline import Moved, Placed, Roofline, cause, step_roof
 from sharding.analysis.search import Judged, Ranking, plans, rank
 from sharding.mesh import abstract_mesh
 from sharding.pipeline.lockstep import Lockstep, lockstep_schedule
-from sharding.pipeline.schedules import bubble
 from sharding.plan import Plan
 from tessera.lm.run import RunConfig, accumulated_batch, first_state
 from tessera.optim.optimizer import make_optimizer
@@ -112,7 +111,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
             flops=flops,
             traffic=traffic,
             moved=[(one.group, crosses(one, plan), one.moved) for one in found],
-            bubble=bubble(schedule) if schedule else 0.0,
+            bubble=schedule.bubble(forward_passes(run.model, plan) - 1) if schedule else 0.0,
         ),
         schedule,
     )

@@ -63,6 +63,8 @@ def test_lockstep_tables_have_the_same_bubble_and_every_message_is_used_at_once(
     idle = 1 - len(schedule.kinds) * m * v / schedule.ticks
     assert idle == pytest.approx(bubble_formula(name, p, m, v), abs=1e-12)
     assert idle - (p - 1) / schedule.ticks <= bubble(schedule) + 1e-12 <= idle + 2e-12
+    for again in (0.0, 1.0, 2.5):  # ticks last as long as their slowest stage, B longer where it computes again
+        assert schedule.bubble(again) == pytest.approx(bubble_formula(name, p, m, v, again), abs=1e-12)
     saved = [("F", "B"), ("B", "W")] if split else [("F", "B")]
     for stage, spans in enumerate(schedule.spans()):  # no two things in one slot at a time
         for first, last in saved:
