@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from optax import contrib
 
 from sharding.rules import path_name
 from tessera.optim.param_axes import clip_units, matrix_axes
+from tessera.optim.rounding import bfloat16_state
+
+# Optimizers whose state has copies of weights, which eight bits are too few for.
+KEEP_WEIGHTS = ("cocob", "dog", "dowg", "madgrad", "prodigy", "schedule_free", "schedule_free_sgd")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class OptimizerConfig:
       agc: adaptive clipping of each unit's gradient to this fraction of its weights' norm (Brock et al. 2021, eq. 3);
         the last layer is left out (section 4.1); 0 is off.
       ema: decay of the exponential moving average of parameters that the training step keeps; 0 keeps none.
+      state_dtype: "float32", or "bfloat16" for moments of half the size, rounded stochastically
+        (`tessera.optim.rounding`); the parameters and their moving average stay float32.
       options: further keyword arguments of the optax function, as (name, value) pairs. For sam also "base" (the
         optimizer, default momentum), "rho" (radius, default 0.05) and "sync_period" (2); the rest goes to the base.
     """
@@ -54,11 +60,19 @@ class OptimizerConfig:
     clip_norm: float = 0.0
     agc: float = 0.0
     ema: float = 0.0
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
         if self.decay_mask not in ("matrices", "all"):
             raise ValueError(f"decay_mask={self.decay_mask!r}: choose 'matrices' or 'all'")
+        if self.state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"state_dtype={self.state_dtype!r}: choose 'float32' or 'bfloat16'")
+        if self.state_dtype == "bfloat16" and self.name in KEEP_WEIGHTS:
+            raise ValueError(
+                f"state_dtype='bfloat16': the state of {self.name!r} has copies of the weights, not moments alone; "
+                "choose 'float32'"
+            )
         for name in ("lr", "weight_decay", "clip_norm", "agc"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -250,7 +264,7 @@ def _chain(config: OptimizerConfig) -> optax.GradientTransformation:
         raise ValueError(f"optimizer {config.name!r} takes a constant learning rate without warmup")
     rate = learning_rate(config) if entry.scheduled else config.lr
     parts.append(entry.make(rate, **(arguments | options)))
-    return optax.chain(*parts)
+    return bfloat16_state(optax.chain(*parts)) if config.state_dtype == "bfloat16" else optax.chain(*parts)
 
 
 def _sam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optax import contrib
 
+from tessera.infra.checkpoint import CheckpointConfig, Checkpoints, abstract
 from tessera.optim.optimizer import (
+    KEEP_WEIGHTS,
     OPTIMIZERS,
     SCHEDULES,
     OptimizerConfig,
@@ -318,3 +320,41 @@ def test_parse_steps_refuses(text):
 def test_epochs_of_nothing_are_refused():
     with pytest.raises(ValueError, match="an epoch has 0 steps"):
         parse_steps("3ep", steps_per_epoch=0)
+
+
+# Moments in bfloat16, see `tessera.optim.rounding`.
+MOMENTS = ["adamw", "muon", "sam"]
+MOMENTS += [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "adafactor", "momentum", "sophia", "amsgrad")
+]
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_an_optimizer_trains_as_in_float32(name):
+    config = {"name": name, "lr": RATES.get(name, 0.02)}
+    _, state, losses = train(make_optimizer(OptimizerConfig(**config, state_dtype="bfloat16")))
+    params, wide, expected = train(make_optimizer(OptimizerConfig(**config)))
+    assert losses[-20:].mean() < max(1.25 * expected[-20:].mean(), 0.02 * losses[0])
+    shapes = {leaf.shape for leaf in jax.tree.leaves(PARAMS)}
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape in shapes]
+    same = [leaf for leaf in jax.tree.leaves(wide) if leaf.shape in shapes]
+    assert len(moments) == len(same) and (name == "sam" or {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")})
+    assert loss_fn(params) < losses[0]
+
+
+@pytest.mark.parametrize("name", KEEP_WEIGHTS)
+def test_copies_of_weights_stay_float32(name):
+    assert name in OPTIMIZERS
+    with pytest.raises(ValueError, match="has copies of the weights"):
+        OptimizerConfig(name, state_dtype="bfloat16")
+
+
+def test_a_checkpoint_has_the_moments_as_they_are(tmp_path):
+    tx = make_optimizer(OptimizerConfig("adamw", state_dtype="bfloat16"))
+    _, state, _ = train(tx, steps=3)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(3, state, data={})
+        checkpoints.wait()
+        restored = checkpoints.restore_latest(abstract(state)).state
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(lambda leaf: leaf.dtype, state)
