@@ -8,14 +8,15 @@ between calls, in `run_blocks`, the host checks that losses are finite, reports 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Int32, Key, PyTree
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from moe.metrics import of_load
 from tessera.infra.config import check_seed
@@ -43,22 +44,54 @@ class TrainState:
     frozen: PyTree = None
 
 
+class SpikeState(NamedTuple):
+    """Loss and gradient norm of the last steps, by step modulo their number W, and how many were skipped so far."""
+
+    losses: Float32[Array, " W"]
+    grad_norms: Float32[Array, " W"]
+    skipped: Int32[Array, ""]
+
+
+class WatchedState(NamedTuple):
+    """The optimizer's state where spikes are skipped: its own, and what is known of the last steps.
+
+    Not a field of `TrainState`, so that checkpoints of runs without it stay what they were.
+    """
+
+    inner: PyTree
+    spikes: SpikeState
+
+
 @dataclass(frozen=True)
 class StepConfig:
-    """Gradient accumulation, moving average and noise scale of the training step.
+    """Gradient accumulation, moving average, noise scale and skipped spikes of the training step.
 
     Attributes:
       grad_accum_steps: gradient accumulation: parts a batch is cut into, one after the other, whose gradients are
         averaged (activation memory of one part).
       ema: decay of the exponential moving average of the parameters; 0 for none.
       noise_scale: report the gradient noise scale from the parts (McCandlish et al. 2018); needs at least 2.
+      skip_step_on_spikes: leave parameters, optimizer and moving average as they are in a step whose loss or gradient
+        norm (before clipping) is above its mean over the last steps by skip_step_scaling_factor standard deviations
+        (OLMo 2, arXiv:2501.00656).
+      skip_step_interval: steps that mean and deviation are over, skipped ones too; until half of them are there, none
+        is skipped.
+      skip_step_scaling_factor: see skip_step_on_spikes.
     """
 
     grad_accum_steps: int = 1
     ema: float = 0.0
     noise_scale: bool = False
+    skip_step_on_spikes: bool = False
+    skip_step_interval: int = 128
+    skip_step_scaling_factor: float = 6.0
 
     def __post_init__(self) -> None:
+        if self.skip_step_interval < 4 or self.skip_step_scaling_factor <= 0:
+            raise ValueError(
+                f"skip_step_interval={self.skip_step_interval} and skip_step_scaling_factor="
+                f"{self.skip_step_scaling_factor}: at least 4 steps and a positive factor are needed"
+            )
         if self.grad_accum_steps < 1:
             raise ValueError(f"grad_accum_steps={self.grad_accum_steps} must be at least 1")
         if not 0 <= self.ema < 1:
@@ -71,7 +104,11 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, config: StepCon
     """Make the state before the first step; `ema` starts at the parameters."""
     # A copy: the state is donated to the step, and one buffer cannot be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    opt_state = tx.init(params)
+    if config.skip_step_on_spikes:
+        spikes = SpikeState(*jnp.zeros((2, config.skip_step_interval)), jnp.zeros((), jnp.int32))
+        opt_state = WatchedState(opt_state, spikes)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 
 def make_train_step(
@@ -96,7 +133,8 @@ def make_train_step(
 
     Metrics: those of `loss_fn` (means over the parts of a batch, but for what follows from the routers' load), loss,
     grad_norm, update_norm (float32 scalars) and finite (bool: loss and gradient norm are); with `noise_scale` also
-    noise_signal and noise_trace, the two estimates to average over steps and divide.
+    noise_signal and noise_trace, the two estimates to average over steps and divide; with `skip_step_on_spikes` also
+    skipped (1.0 where this step was) and skipped_steps (how many were so far).
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -107,8 +145,9 @@ def make_train_step(
         loss_of = loss_fn if join is None else lambda params, *rest: loss_fn(join(params, state.frozen), *rest)
         gradient = _make_gradient(loss_of, batch, key, config.grad_accum_steps)
         loss, metrics, grads, parts_squared = gradient(state.params)
+        old_state = state.opt_state.inner if config.skip_step_on_spikes else state.opt_state
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]
+            grads, old_state, state.params, value=loss, grad_fn=lambda params, _: gradient(params)[2]
         )
         params = optax.apply_updates(state.params, updates)
         if adjust is not None:
@@ -117,6 +156,16 @@ def make_train_step(
         if config.ema:
             ema = optax.incremental_update(params, state.ema, 1.0 - config.ema)
         grad_norm = optax.global_norm(grads)
+        update_norm = optax.global_norm(updates)
+        if config.skip_step_on_spikes:
+            past = state.opt_state.spikes
+            skip = is_spike(past, state.step, loss, grad_norm, config.skip_step_scaling_factor)
+            before, after = (state.params, old_state, state.ema), (params, opt_state, ema)
+            params, opt_state, ema = jax.tree.map(partial(jnp.where, skip), before, after)
+            spikes = noted(past, state.step, loss, grad_norm, skip)
+            opt_state, update_norm = WatchedState(opt_state, spikes), jnp.where(skip, 0.0, update_norm)
+            metrics = metrics | {"skipped": skip.astype(jnp.float32)}
+            metrics |= {"skipped_steps": spikes.skipped.astype(jnp.float32)}
         if config.noise_scale:
             size = jax.tree.leaves(batch)[0].shape[0]
             estimate = noise_scale(parts_squared, grad_norm**2, size // config.grad_accum_steps, size)
@@ -124,12 +173,46 @@ def make_train_step(
         metrics = metrics | {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": update_norm,
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     return step
+
+
+def is_spike(
+    past: SpikeState,
+    step: Int32[Array, ""],
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    factor: float,
+) -> Bool[Array, ""]:
+    """Whether a loss or a gradient norm is above the mean of the last ones by `factor` standard deviations (n - 1).
+
+    Args:
+      past: of the steps before.
+      step: their number.
+      loss, grad_norm: of this step.
+      factor: see `StepConfig`.
+    """
+    size = past.losses.shape[0]
+    known = jnp.minimum(step, size)
+    there = jnp.arange(size) < known
+
+    def above(values: jax.Array, value: jax.Array) -> jax.Array:
+        mean = jnp.where(there, values, 0.0).sum() / jnp.maximum(known, 1)
+        squares = jnp.where(there, (values - mean) ** 2, 0.0).sum()
+        return value - mean > factor * jnp.sqrt(squares / jnp.maximum(known - 1, 1))
+
+    return (known >= size // 2) & (above(past.losses, loss) | above(past.grad_norms, grad_norm))
+
+
+def noted(past: SpikeState, step: Array, loss: Array, grad_norm: Array, skip: Array) -> SpikeState:
+    """The state after a step, whose numbers take the place of the oldest."""
+    at = step % past.losses.shape[0]
+    losses, norms = past.losses.at[at].set(loss), past.grad_norms.at[at].set(grad_norm)
+    return SpikeState(losses, norms, past.skipped + skip)
 
 
 def router_metrics(metrics: Metrics) -> Metrics:

@@ -1,5 +1,7 @@
 """What a plan does to a run's state: tickets stay tickets, masters stay float32, a shard is written once."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from tessera.infra.checkpoint import CheckpointConfig, Checkpoints
 from tessera.lm.run import RunConfig, under_plan
 from tessera.models.lm_loss import lm_loss
 from tessera.models.transformer import Decoder, TransformerConfig
-from tessera.optim.optimizer import OptimizerConfig
+from tessera.optim.optimizer import OptimizerConfig, make_optimizer
 from tessera.step import StepConfig, init_state, make_train_step
 
 SIZES = {"vocab_size": 32, "layers": 2, "width": 16, "heads": 4, "ff": 32}
@@ -88,6 +90,34 @@ def test_products_in_bfloat16_leave_masters_and_moments_float32():
     rounded = jnp.asarray(params["blocks"]["mlp"]["up"]["kernel"], jnp.bfloat16)
     again = jnp.asarray(state.params["blocks"]["mlp"]["up"]["kernel"], jnp.bfloat16)
     assert float(jnp.mean(rounded == again)) > 0.5
+
+
+@pytest.mark.parametrize("axes", ["fsdp=2, tp=2, dp=2", pytest.param("pp=2, fsdp=4", marks=pytest.mark.slow)])
+def test_moments_in_bfloat16_and_skipped_spikes_are_those_of_one_device(axes):
+    """The noise of rounding depends on no sharding; a state with calm steps behind it skips the next one."""
+    config, batch = TransformerConfig(**SIZES), BATCH
+    params, stepping = first_params(config), StepConfig(skip_step_on_spikes=True, skip_step_interval=4)
+    tx = make_optimizer(OptimizerConfig("adamw", lr=1e-2, state_dtype="bfloat16", options=(("eps", 1e-3),)))
+    found = {}
+    for plan in (axes, ""):
+        loss, placement = planned(config, plan, lambda: init_state(params, tx, stepping))
+        state = jax.device_put(init_state(params, tx, stepping), placement.state)
+        step = jax.jit(make_train_step(loss, tx, stepping), out_shardings=(placement.state, None))
+        for _ in range(2):
+            state, _ = step(state, placement.place(batch), jax.random.key(0))
+        calm = state.opt_state.spikes._replace(losses=jnp.ones(4), grad_norms=jnp.full(4, 1e-3))
+        watched = replace(state, step=jnp.int32(9), opt_state=state.opt_state._replace(spikes=calm))
+        same, metrics = step(watched, placement.place(batch), jax.random.key(0))
+        assert metrics["skipped"] == 1.0
+        now, before = (same.params, same.opt_state.inner), (state.params, state.opt_state.inner)
+        jax.tree.map(np.testing.assert_array_equal, now, before)
+        (adam, *_), *_ = state.opt_state.inner.inner
+        mu = adam.mu["blocks"]["mlp"]["up"]["kernel"]
+        assert mu.dtype == jnp.bfloat16 and mu.sharding.is_fully_replicated == (not plan)
+        found[plan] = jax.device_get(state)
+    close = lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=2e-4)  # noqa: E731
+    jax.tree.map(close, found[axes].params, found[""].params)
+    jax.tree.map(close, found[axes].opt_state, found[""].opt_state)
 
 
 @pytest.mark.parametrize("axes", ["fsdp=8", pytest.param("dp=8", marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """One step against optax by hand; gradient accumulation; the order of batches in memory; blocks of steps."""
 
 import functools
+from dataclasses import fields, replace
 
 import chex
 import jax
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.step import StepConfig, index_block, init_state, make_train_step, run_blocks, scan_steps
+from tessera.step import StepConfig, TrainState, index_block, init_state, make_train_step, run_blocks, scan_steps
 
 
 def loss_fn(params, batch, key):
@@ -65,6 +66,71 @@ def test_gradient_accumulation_gives_the_update_of_the_whole_batch(parts, tx):
     )
     assert_close(whole.params, parted.params)
     assert_close(one["loss"], two["loss"])
+
+
+def spiky(params, batch, key):
+    """A loss and a gradient norm that the batch says."""
+    return batch["level"].mean() + (params["w"] * batch["slope"].mean()).sum(), {}
+
+
+def spikes_by_hand(losses, norms, interval, factor):
+    """Which steps are above mean + factor * std (n - 1) of the last `interval` steps before, in float64."""
+    found = []
+    for i in range(len(losses)):
+        past = slice(max(0, i - interval), i)
+        over = [
+            i >= interval // 2 and each[i] - np.mean(each[past]) > factor * np.std(each[past], ddof=1)
+            for each in (np.asarray(losses, np.float64), np.asarray(norms, np.float64))
+        ]
+        found.append(any(over))
+    return found
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_spikes_are_skipped_by_the_rule_and_change_nothing(parts):
+    random = np.random.default_rng(3)
+    config = StepConfig(
+        grad_accum_steps=parts, ema=0.5, skip_step_on_spikes=True, skip_step_interval=8, skip_step_scaling_factor=3.0
+    )
+    tx = optax.adam(1e-3)
+    step = jax.jit(make_train_step(spiky, tx, config))
+    state = init_state({"w": jnp.zeros(4)}, tx, config)
+    levels, slopes = 2 + 0.1 * random.normal(size=(2, 40))
+    levels[[2, 20, 21]] += 5  # too early; a spike; and one beside it, which widens the deviation
+    slopes[30] += 5  # of the gradient alone
+    found: dict[str, list] = {"loss": [], "grad_norm": [], "skipped": []}
+    for level, slope in zip(levels, slopes, strict=True):
+        before = state
+        state, metrics = step(state, {"level": jnp.full(2, level), "slope": jnp.full(2, slope)}, KEY)
+        for name, values in found.items():
+            values.append(float(metrics[name]))
+        parts = [jax.tree.leaves((each.params, each.opt_state.inner, each.ema)) for each in (state, before)]
+        changed = [not np.array_equal(a, b) for a, b in zip(*parts, strict=True)]
+        assert any(changed) != bool(metrics["skipped"]) and (metrics["update_norm"] > 0) != bool(metrics["skipped"])
+    expected = spikes_by_hand(found["loss"], found["grad_norm"], 8, 3)
+    assert found["skipped"] == expected and expected[20] and expected[30] and not expected[2]
+    assert float(metrics["skipped_steps"]) == sum(expected) and int(state.step) == 40
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "sam", "sophia", "schedule_free", "adafactor"])
+def test_every_optimizer_stays_where_it_was_in_a_skipped_step(name):
+    config, tx = StepConfig(skip_step_on_spikes=True, skip_step_interval=4), make_optimizer(OptimizerConfig(name))
+    params, batch = {"a": {"kernel": jnp.ones((5, 3))}}, {"x": jnp.ones((2, 5))}
+    loss = lambda params, batch, key: (jnp.square(batch["x"] @ params["a"]["kernel"]).mean(), {})  # noqa: E731
+    step = jax.jit(make_train_step(loss, tx, config))
+    state = init_state(params, tx, config)
+    state, _ = step(state, batch, KEY)
+    calm = state.opt_state.spikes._replace(losses=jnp.full(4, 1e-3), grad_norms=jnp.full(4, 1e-3))
+    watched = state.opt_state._replace(spikes=calm)
+    skipped, metrics = step(replace(state, step=jnp.int32(9), opt_state=watched), batch, KEY)
+    assert metrics["skipped"] == 1 and int(skipped.step) == 10
+    chex.assert_trees_all_equal((skipped.params, skipped.opt_state.inner), (state.params, state.opt_state.inner))
+
+
+def test_a_state_without_the_new_options_is_what_it_was():
+    """Checkpoints are read back by this structure: another field of the state would make old ones unreadable."""
+    assert [field.name for field in fields(TrainState)] == ["step", "params", "opt_state", "ema", "frozen"]
+    assert isinstance(init_state({"w": jnp.ones(2)}, optax.sgd(0.1)).opt_state, tuple)
 
 
 def test_parts_of_a_batch_draw_noise_of_their_own():
