@@ -36,7 +36,7 @@ __getattr__, __dir__, __all__ = attach(
         "mesh": ("abstract_mesh", "make_mesh"),
         "rules": ("Rules", "mirrored_specs", "param_specs", "resolve", "shardings"),
         "tensor_parallel": ("all_gather_sequence", "gather_params", "reduce_scatter_sequence", "vary"),
-        "vocab_parallel": ("lookup", "token_losses"),
+        "vocab_parallel": ("chunked_sum", "linear_cross_entropy", "lookup", "token_losses"),
         "attention": ("AttentionForm", "packed_window", "visible"),
         "context_parallel": ("contiguous_positions", "ring_attention", "ulysses_attention", "zigzag_positions"),
         "zero": ("ShardedParams",),

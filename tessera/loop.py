@@ -1,11 +1,13 @@
 """The training loop: restore, step, log, evaluate, save; and stop well, whatever stops it."""
 
 import collections
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,17 +47,64 @@ class LoopConfig:
       steps: in all.
       log_every: steps between two rows of the log.
       eval_every: steps between two evaluations; 0 evaluates after the last step only.
-      tokens: per step over all processes (or whatever the data count in), for the throughput; 0 reports none.
+      tokens: of one row of a batch (or whatever the data count in), for the throughput; 0 reports none.
+      devices: of the run, for the throughput of one.
+      flops: that training on one row takes, see `tessera.models.lm_loss.training_flops`; 0 reports no utilization.
+      peak: FLOPs per second of all devices together, of which MFU is a share; 0 reports no utilization.
     """
 
     steps: int
     log_every: int = 10
     eval_every: int = 0
     tokens: int = 0
+    devices: int = 1
+    flops: float = 0.0
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.log_every < 1 or self.eval_every < 0:
             raise ValueError(f"steps >= 0, log_every >= 1, eval_every >= 0 expected, got {self}")
+
+    def speed(self, steps: int, rows: int, seconds: float) -> dict[str, float]:
+        """Throughput and model FLOPs utilization (MFU) of some steps, with their rows in all: values of the log."""
+        found = {"steps_per_second": steps / seconds}
+        if self.tokens:
+            found["tokens_per_second"] = rows * self.tokens / seconds
+            found["tokens_per_second_per_device"] = found["tokens_per_second"] / self.devices
+        if self.flops and self.peak:
+            found["mfu"] = rows * self.flops / seconds / self.peak
+        return found
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Steps to trace, first and last, and the directory that TensorBoard's profile plugin or xprof opens.
+
+    Raises:
+      ValueError: no such steps.
+    """
+
+    first: int
+    last: int
+    directory: Path
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.last:
+            raise ValueError(f"steps {self.first}:{self.last}: the first is at least 1, the last not before it")
+
+    @classmethod
+    def parse(cls, text: str, directory: Path) -> "Profile | None":
+        """Read "10:12" (steps 10 to 12) or "10"; None for "".
+
+        Raises:
+          ValueError: another text.
+        """
+        if not text:
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        if match is None:
+            raise ValueError(f"{text!r}: write the first and the last step to trace, such as 10:12")
+        return cls(int(match[1]), int(match[2] or match[1]), directory)
 
 
 @dataclass(frozen=True)
@@ -79,6 +128,7 @@ def train(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     schedule: Callable[[int], Any] | None = None,
     place: Callable[[Any], Any] = jax.device_put,
+    profile: Profile | None = None,
 ) -> Result:
     """Train to `config.steps`, from the newest sound checkpoint if there is one.
 
@@ -100,6 +150,7 @@ def train(
       evaluate: state -> validation metrics; "loss" ranks checkpoints.
       schedule: step -> learning rate, for the log.
       place: host batch -> device batch.
+      profile: steps to trace (`jax.profiler`), those of them that this process trains.
 
     Raises:
       NonFiniteLoss: found without waiting for each step's result, so a few steps later, but naming the right step; or,
@@ -111,12 +162,16 @@ def train(
     step_jit = jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
     guard = NanGuard(checkpoints, logger)
     bar = Progress(config.steps, "train", start=start, active=logger.active, begins="compiling")
-    with Signals() as signals, bar as progress:
-        clock, timed = time.perf_counter(), start
+    with Signals() as signals, bar as progress, Tracer(profile) as tracer:
+        clock, timed, rows = time.perf_counter(), start, 0
         for step in range(start + 1, config.steps + 1):
             batch = dict(next(batches))
             ids = batch.pop("ids", None)
-            state, metrics = step_jit(state, place(batch), key)
+            placed = place(batch)
+            with tracer.step(step):
+                state, metrics = step_jit(state, placed, key)
+            tracer.after(step, state)
+            rows += jax.tree.leaves(placed)[0].shape[0]
             guard.add(step, ids, metrics)
             progress.advance()
 
@@ -126,13 +181,14 @@ def train(
             if step % config.log_every == 0 or last:
                 guard.drain()
                 row = metrics_row(metrics)
-                row |= {"lr": float(schedule(step - 1))} if schedule else {}
+                if schedule:  # steps that were skipped before this one have not moved it
+                    skipped = row.get("skipped_steps", 0.0) - row.get("skipped", 0.0)
+                    row["lr"] = float(schedule(step - 1 - int(skipped)))
                 logger.write(step, row)
-                seconds = (time.perf_counter() - clock) / (step - timed)
-                speed = {"steps_per_second": 1 / seconds}
-                speed |= {"tokens_per_second": config.tokens / seconds} if config.tokens else {}
+                speed = config.speed(step - timed, rows, time.perf_counter() - clock)
                 logger.write(step, speed, kind="time")
-                progress.advance(0, loss=row["loss"])
+                shown = {"MFU": f"{speed['mfu']:.1%}"} if "mfu" in speed else {}
+                progress.advance(0, loss=row["loss"], **shown)
             if evaluate and not last and config.eval_every and step % config.eval_every == 0:
                 guard.drain()
                 validation = evaluation = evaluate(state)
@@ -145,7 +201,7 @@ def train(
                 extra = {"evaluation": evaluation}
                 checkpoints.save(step, without_frozen(state), data=batches.get_state(), extra=extra, metrics=validation)
             if save or step % config.log_every == 0 or validation is not None:
-                clock, timed = time.perf_counter(), step  # evaluation and saving are not part of a step's time
+                clock, timed, rows = time.perf_counter(), step, 0  # evaluation and saving are not part of a step's time
             if stop and not last:
                 checkpoints.wait()
                 raise Interrupted(step, signals.signum)
@@ -254,7 +310,10 @@ def metrics_row(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 class NanGuard:
-    """Raises `NonFiniteLoss` from the `finite` flags of past steps as they become ready; no step waits for another."""
+    """Raises `NonFiniteLoss` from the `finite` flags of past steps as they become ready; no step waits for another.
+
+    Of steps that were skipped it writes a row of kind "skipped".
+    """
 
     def __init__(self, checkpoints: Checkpoints, logger: Logger):
         self._checkpoints, self._logger = checkpoints, logger
@@ -279,6 +338,11 @@ class NanGuard:
 
     def _check(self, step: int, ids: Any, metrics: dict[str, jax.Array]) -> None:
         if bool(metrics["finite"]):
+            if bool(metrics.get("skipped", False)):
+                row = {name: float(metrics[name]) for name in ("grad_norm", "loss", "skipped_steps")}
+                self._logger.write(step, row, "skipped")
+                said = "step %d was skipped: loss %.4g or gradient norm %.4g is a spike (%d skipped so far)"
+                logging.warning(said, step, row["loss"], row["grad_norm"], row["skipped_steps"])
             return
         self._logger.write(
             step, {name: float(value) for name, value in sorted(metrics.items()) if name != "finite"}, "failed"
@@ -292,6 +356,40 @@ def _finite(tree: PyTree) -> jax.Array:
     """Whether all floating-point numbers of a tree are finite, bool []."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all() if floats else jnp.array(True)
+
+
+class Tracer:
+    """Traces the steps of a `Profile`, each under the name "train" with its number; ends the trace on the way out."""
+
+    def __init__(self, profile: Profile | None):
+        self._profile, self._active = profile, False
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def step(self, step: int) -> Any:
+        """Begin the trace if it is time, and name what is done in this step."""
+        profile = self._profile
+        if profile and not self._active and profile.first <= step <= profile.last:
+            jax.profiler.start_trace(str(profile.directory))
+            self._active = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, state: PyTree) -> None:
+        """End the trace after the last step, when the devices have done it."""
+        if self._active and self._profile and step == self._profile.last:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._active, self._profile, done = False, None, self._profile
+        jax.profiler.stop_trace()
+        if done:
+            logging.info("the trace of steps %d to %d is in %s", done.first, done.last, done.directory)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._active:
+            self._stop()
 
 
 class Signals:

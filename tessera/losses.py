@@ -92,28 +92,6 @@ def distillation(
     return (each if mean_weights is None else each * mean_weights).mean() * temperature**2
 
 
-def next_token_loss(
-    logits_BTV: Float[Array, "B T V"],
-    tokens_BT: Int[Array, "B U"],
-    z: float = 0.0,
-    mean_weights_BT: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Next-token cross-entropy of a language model (nats per token; its exponential is the perplexity).
-
-    Args:
-      logits_BTV: logits of the tokens but the last of every row; row t predicts token t + 1.
-      tokens_BT: tokens [B, T + 1].
-      z: coefficient of the z-loss, see `cross_entropy`.
-      mean_weights_BT: weights of the targets, of mean one in the batch that these rows are a part of; see
-        `with_mean_weights`.
-
-    Returns:
-      The loss, and the metrics cross_entropy (nats per token, without the z-loss) and accuracy.
-    """
-    loss, metrics = cross_entropy(logits_BTV, tokens_BT[:, 1:], mean_weights_BT, z, tokens_BT[:, 1:].size)
-    return loss, {name: metrics[name] for name in ("cross_entropy", "accuracy")}
-
-
 def with_mean_weights(batch: Any) -> Any:
     """Scale the weights of a whole batch of targets to mean one, so that plain means over its parts are weighted means.
 

@@ -57,7 +57,17 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("tessera.cli.train", "train", "Train a language model.", "lm", also=("explain",), hosts=True),
+    "train": Command(
+        "tessera.cli.train",
+        "train",
+        "Train a language model.",
+        "lm",
+        also=("explain",),
+        flags=(
+            Flag("profile", "", "Steps to trace for xprof or TensorBoard, such as 10:12; they go to WORKDIR/profile."),
+        ),
+        hosts=True,
+    ),
     "train-images": Command(
         "tessera.cli.train_images",
         "train_images",

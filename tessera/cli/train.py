@@ -1,6 +1,7 @@
 """Train a language model: `tessera train --config=lm:tiny --workdir=runs/lm`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from tessera.data.text import BPETokenizer, ByteTokenizer, Tokenizer
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointDamaged, CheckpointMismatch, Checkpoints
 from tessera.infra.config import ConfigError, build, checked
 from tessera.infra.logger import Logger
+from tessera.infra.peak import peak_flops
 from tessera.infra.remote import local
 from tessera.infra.workdir import WorkdirMismatch, hold
 from tessera.lm import schema as lm_schema
 from tessera.lm.lora import LoRAConfig
 from tessera.lm.run import Run, build_run, results_table, whole_model
 from tessera.lm.warm_start import Pretrained, StartConfig, masked_params, with_pretrained
-from tessera.loop import Interrupted, NonFiniteLoss, train
+from tessera.loop import Interrupted, NonFiniteLoss, Profile, train
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.planning.report import run_sections
 from tessera.reports.html import print_report
@@ -49,8 +51,13 @@ def main(invocation: Invocation) -> int:
     c, first_process = invocation.config, jax.process_index() == 0
     saving = build(CheckpointConfig, c.checkpoint, "config.checkpoint")
     c, run = prepare_run(c)
+    text = invocation.flags.get("profile", "")
+    profile = checked("--profile", Profile.parse, text, Path())
+    if profile and profile.first > c.steps:
+        raise ConfigError(f"--profile={text}: the run has {c.steps} steps")
+    peak, said = peak_flops(c.log.hardware, c.model.dtype, run.loop.devices)
     workdir = invocation.prepare(run.settings, whole=True)
-    for line in run.notes if first_process else ():
+    for line in (*run.notes, said) if first_process else ():
         print(line, file=sys.stderr, flush=True)
     logger = Logger(workdir, tensorboard=c.log.tensorboard, wandb=c.log.wandb, active=first_process)
     with hold(workdir), logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
@@ -61,13 +68,14 @@ def main(invocation: Invocation) -> int:
                 run.step_fn,
                 lambda: run.init_fn(bool(checkpoints.steps())),
                 run.loader("train"),
-                run.loop,
+                replace(run.loop, peak=peak),
                 key=run.key,
                 logger=logger,
                 checkpoints=checkpoints,
                 evaluate=lambda state: run.eval_fn(state, "validation"),
                 schedule=run.schedule,
                 place=run.placement.place,
+                profile=profile and replace(profile, directory=workdir / "profile"),
             )
         except Interrupted as stop:
             Console(stderr=True).print(f"{stop} ({workdir})", soft_wrap=True)

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from tessera.losses import distillation, next_token_loss, padding_share, with_mean_weights
+from sharding.vocab_parallel import Sums, chunked_sum, linear_cross_entropy
+from tessera.losses import distillation, padding_share, with_mean_weights
+from tessera.models.lm_loss import mean_over_tokens, targets
 from tessera.models.transformer import Decoder, Norm
 from tessera.step import Metrics
 
@@ -43,7 +47,12 @@ class DistillConfig:
 
 
 def distill_loss(
-    model: Decoder, config: DistillConfig, z_loss: float = 0.0, teacher: Decoder | None = None
+    model: Decoder,
+    config: DistillConfig,
+    z_loss: float = 0.0,
+    teacher: Decoder | None = None,
+    loss_chunk_size: int = 0,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[Array, Metrics]]:
     """Make `loss((params, teacher), batch, key)` of a dense decoder; batches are those of `tessera.models.lm_loss`.
 
@@ -56,6 +65,7 @@ def distill_loss(
       config: what counts how much.
       z_loss: see `tessera.losses.cross_entropy`.
       teacher: its model; None for one like the student.
+      loss_chunk_size, mesh: see `tessera.models.lm_loss.lm_loss`; the teacher's logits too exist for a chunk only.
 
     Raises:
       ValueError: a student with routed experts, a teacher of another vocabulary, or with `hidden` of another depth or
@@ -71,26 +81,33 @@ def distill_loss(
         raise ValueError("distillation of routed experts is not supported: choose mlp='swiglu'")
 
     def run(model: Decoder, params: PyTree, batch: Mapping[str, Any]) -> tuple[Any, list[Array]]:
-        inputs = batch["tokens"][:, :-1], batch.get("positions")
+        inputs = batch["tokens"][:, :-1], batch.get("positions"), False
         if not config.hidden:
             return model.apply({"params": params}, *inputs), []
         is_read = lambda module, _: isinstance(module, Norm) and module.name in ("attention_norm", "final_norm")  # noqa: E731
-        logits, state = model.apply(
-            {"params": params}, *inputs, capture_intermediates=is_read, mutable=["intermediates"]
-        )
-        return logits, jax.tree.leaves(state["intermediates"])
+        head, state = model.apply({"params": params}, *inputs, capture_intermediates=is_read, mutable=["intermediates"])
+        return head, jax.tree.leaves(state["intermediates"])
+
+    def total(head_DV: Array, x_CD: Array, rest: tuple[Array, ...], head_EV: Array) -> Sums:
+        """Sums of a chunk's tokens; E is the teacher's width."""
+        y_CE, labels_C, weights_C = rest
+        how: Any = {"z": z_loss, "softcap": model.config.logit_softcap}
+        loss, metrics = linear_cross_entropy(x_CD, head_DV, labels_C, weights_C, **how)
+        logits_CV, teacher_CV = model.config.logits(x_CD, head_DV), teacher_model.config.logits(y_CE, head_EV)
+        soft = distillation(logits_CV, teacher_CV, config.temperature, weights_C) * weights_C.size
+        return (1 - config.weight) * loss + config.weight * soft, metrics | {"distillation": soft}
+
+    mean = mean_over_tokens(partial(chunked_sum, total, chunk=loss_chunk_size), mesh)
 
     def loss_fn(pair: tuple[PyTree, PyTree], batch: Mapping[str, Any], key: Any = None) -> tuple[Array, Metrics]:
         del key
         params, teacher = pair
         batch = with_mean_weights(batch)
         weights = batch.get("mean_weights")
-        logits_BTV, states = run(model, params, batch)
-        soft_BTV, theirs = run(teacher_model, jax.lax.stop_gradient(teacher), batch)
-        loss, metrics = next_token_loss(logits_BTV, batch["tokens"], z_loss, weights)
-        soft = distillation(logits_BTV, soft_BTV, config.temperature, weights)
-        loss = (1 - config.weight) * loss + config.weight * soft
-        metrics |= {"distillation": soft} | padding_share(batch)
+        (x_BTD, head_DV), states = run(model, params, batch)
+        (y_BTE, head_EV), theirs = run(teacher_model, jax.lax.stop_gradient(teacher), batch)
+        loss, metrics = mean(head_DV, x_BTD, (y_BTE, *targets(batch)), head_EV)
+        metrics |= padding_share(batch)
         if config.hidden:
             distance = sum(_distance(a, b, weights) for a, b in zip(states, theirs, strict=True)) / len(states)
             loss, metrics = loss + config.hidden * distance, metrics | {"hidden_distance": jnp.asarray(distance)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from sharding.mesh import make_mesh
 from sharding.plan import Plan
 from tessera.data.loader import held_out_batches, token_batches, window_count
 from tessera.data.packing import Packed
+from tessera.data.rampup import RampedBatches, RampUp, stages
 from tessera.data.text import (
     ByteTokenizer,
     TextConfig,
@@ -45,13 +45,14 @@ from tessera.lm import lora
 from tessera.lm.distill import DistillConfig, distill_loss
 from tessera.lm.lora import LoRAConfig
 from tessera.lm.warm_start import Pretrained, StartConfig, starting_params
-from tessera.loop import LoopConfig, evaluate
-from tessera.models.lm_loss import lm_loss, make_adjust, make_eval
+from tessera.loop import Batches, LoopConfig, evaluate
+from tessera.models.attention_forms import resolved
+from tessera.models.lm_loss import lm_loss, make_adjust, make_eval, training_flops
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.optim.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding, state_shardings
 from tessera.parallel.pipelined_decoder import make_loss
-from tessera.step import LossFn, StepConfig, TrainState, init_state, make_train_step
+from tessera.step import LossFn, Metrics, StepConfig, TrainState, init_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class RunConfig:
     Attributes:
       model, plan, optimizer, step: the parts.
       batch_size: sequences per step over all devices.
+      ramp: of the batch size; None without.
       length: tokens per sequence.
       z_loss: see `tessera.losses.cross_entropy`.
+      loss_chunk_size: tokens of a device whose logits exist at once, see `sharding.linear_cross_entropy`; 0 is all.
       lora: adapters that are trained in place of the model; of rank 0 there are none.
       distill: a teacher's part in the loss.
       keep_zeros: weights of kernels that are zero stay zero.
@@ -75,15 +78,30 @@ class RunConfig:
     batch_size: int
     length: int
     z_loss: float = 0.0
+    loss_chunk_size: int = 0
     lora: LoRAConfig | None = None
     distill: DistillConfig | None = None
     keep_zeros: bool = False
+    ramp: RampUp | None = None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """All batch sizes of the run, ascending."""
+        return self.ramp.sizes if self.ramp else (self.batch_size,)
+
+    def parts(self, batch_size: int) -> int:
+        """Parts of gradient accumulation for a batch of the ramp: their rows stay the same, their number grows."""
+        return batch_size // accumulated_batch(self) if self.step.grad_accum_steps > 1 else 1
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer of what is trained."""
         tx = make_optimizer(self.optimizer)
         return keep_zeros(tx) if self.keep_zeros and self.lora is None else tx
+
+    def decoder(self, plan: Plan, platform: str = "") -> ShardedDecoder:
+        """The model under a plan, for a platform."""
+        return ShardedDecoder(self.model, plan, self.z_loss, platform, loss_chunk_size=self.loss_chunk_size)
 
     def whole(self, params: PyTree, frozen: PyTree) -> PyTree:
         """The model's parameters, from those that are trained and those of `TrainState.frozen`."""
@@ -158,7 +176,7 @@ class Run(NamedTuple):
     key: Key[Array, ""]
     step_fn: Callable[..., Any]
     init_fn: Callable[[bool], TrainState]
-    loader: Callable[[str], grain.DatasetIterator]
+    loader: Callable[[str], Batches]
     held_out: Callable[[str], Iterator[dict[str, np.ndarray]]]
     eval_fn: Callable[[TrainState, str], dict[str, float]]
     schedule: optax.Schedule
@@ -188,7 +206,7 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     ):
         if value < least:
             raise ConfigError(f"config.{name}={value}: at least {least} is needed")
-    loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.batch_size * c.length)
+    loop = checked("config", LoopConfig, c.steps, c.log.every, c.eval.every, tokens=c.length)
     start = build(StartConfig, c.start, "config.start")
     text = build(TextConfig, c.data, "config.data")
     least = words_at_start(start, pretrained)
@@ -202,12 +220,27 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     check_adaptation(c, config, splits.vocab_size, least)
     loss_fn, placement = checked("config.plan", under_plan, config)
     index, count = checked("config.plan", placement.share)
-    if c.batch_size % count:
-        raise ConfigError(f"config.batch_size={c.batch_size}: {count} processes share a batch; a multiple is needed")
+    flops = training_flops(config.model, config.length) if config.lora is None and config.distill is None else 0.0
+    loop = replace(loop, devices=placement.batch.mesh.size, flops=flops)
+    for size in config.batch_sizes:
+        if size % count:
+            raise ConfigError(f"config.batch_size={size}: {count} processes share a batch; a multiple is needed")
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
     eval_step, adjust = make_eval(loss_fn), make_adjust(config.model) if config.lora is None else None
-    trained_loss = loss_fn if config.distill is None else checked("config.distill", with_teacher, config, pretrained)
-    step_fn = make_train_step(trained_loss, config.tx, config.step, adjust=adjust, join=config.join)
+    trained_loss = (
+        loss_fn
+        if config.distill is None
+        else checked("config.distill", with_teacher, config, pretrained, placement.batch.mesh)
+    )
+    steps_by_parts = {
+        parts: make_train_step(
+            trained_loss, config.tx, replace(config.step, grad_accum_steps=parts), adjust=adjust, join=config.join
+        )
+        for parts in {config.parts(size) for size in config.batch_sizes}
+    }
+
+    def step_fn(state: TrainState, batch: PyTree, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        return steps_by_parts[config.parts(batch["tokens"].shape[0])](state, batch, key)
 
     def init_fn(resumed: bool) -> TrainState:
         params = teacher = None
@@ -218,10 +251,12 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
         first = jax.jit(lambda *given: first_state(config, given[0], init_key, given[1]), out_shardings=placement.state)
         return checked("config.lora", first, params, teacher)
 
-    def loader(split: str, **options: Any) -> grain.DatasetIterator:
-        sizes: dict[str, Any] = {"batch_size": config.batch_size, "length": config.length, "seed": c.seed}
-        sizes |= {"parts": rows.parts if split == "train" else ()}
-        return token_batches(getattr(rows, split), **sizes, process_index=index, process_count=count, **options)
+    def loader(split: str, **options: Any) -> Batches:
+        ramp = config.ramp if split == "train" else None
+        sizes: dict[str, Any] = {"batch_size": ramp.unit if ramp else config.batch_size, "length": config.length}
+        sizes |= {"seed": c.seed, "parts": rows.parts if split == "train" else ()}
+        found = token_batches(getattr(rows, split), **sizes, process_index=index, process_count=count, **options)
+        return RampedBatches(found, ramp) if ramp else found
 
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
         return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
@@ -251,6 +286,10 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     if text.tokenizer != "bpe" and config.model.vocab_size != text.vocab_size:
         settings |= {"vocab_size": config.model.vocab_size}  # that of a file, or of the model at the start
     schedule, said = learning_rate(config.optimizer), (overlap_line(text, splits), packing_line(text, rows))
+    devices = placement.batch.mesh.devices
+    how: Any = {"devices": devices.size, "packed": bool(text.packing)}
+    attention = checked("config.model", config.model.check_attention, devices.flat[0].platform, config.length, **how)
+    said = (attention, *said, ramp_line(config.ramp, c.steps))
     functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
     return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, tuple(filter(None, said)))
 
@@ -288,6 +327,12 @@ def packing_line(text: TextConfig, splits: TextSplits) -> str:
     )
 
 
+def ramp_line(ramp: RampUp | None, steps: int) -> str:
+    """The batch sizes of a run by its steps, as a line; "" without a ramp."""
+    found = [f"{one.size} in steps {one.first:,} to {one.last:,}" for one in stages(ramp, steps)] if ramp else []
+    return f"batch sizes: {', '.join(found)}" if found else ""
+
+
 def overlap_line(text: TextConfig, splits: TextSplits) -> str:
     """How much of validation and test is in the training text too, as a line; "" for `overlap=0`."""
     n = text.overlap if text.overlap >= 0 else 50 if isinstance(splits.tokenizer, ByteTokenizer) else 13
@@ -316,10 +361,27 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
         checked("config.model.moe.router", model.moe.router.check_training)
         if step.grad_accum_steps > 1:
             checked("config.model.moe", model.moe.check_parts, f"grad_accum_steps={step.grad_accum_steps}")
+    ramp = None
+    if c.rampup_batch_size:
+        where = "config.rampup_batch_size"
+        if len(c.rampup_batch_size) != 3:
+            raise ConfigError(f"{where}={c.rampup_batch_size}: three numbers (start, increment, samples) are needed")
+        ramp = checked(where, RampUp, *c.rampup_batch_size, c.batch_size)
+        part = c.batch_size // step.grad_accum_steps if step.grad_accum_steps > 1 else 1
+        if ramp.unit % part:
+            raise ConfigError(
+                f"{where}={c.rampup_batch_size}: start and increment must be multiples of the {part} sequences of a "
+                f"part of gradient accumulation (batch_size={c.batch_size}, grad_accum_steps={step.grad_accum_steps})"
+            )
+        if step.noise_scale and ramp.start < 2 * part:
+            raise ConfigError(f"{where}={c.rampup_batch_size}: noise_scale needs two parts, a start of {2 * part}")
     adapters = build(LoRAConfig, c.lora, "config.lora") if c.lora.rank else None
     teacher = build(DistillConfig, c.distill, "config.distill") if c.distill.weight or c.distill.hidden else None
+    if c.loss_chunk_size < 0:
+        raise ConfigError(f"config.loss_chunk_size={c.loss_chunk_size}: tokens at a time, or 0 for all at once")
+    sizes = c.batch_size, c.length, c.z_loss, c.loss_chunk_size
     keep_zeros = c.start.keep_zeros or bool(c.start.mask)
-    return RunConfig(model, plan, optimizer, step, c.batch_size, c.length, c.z_loss, adapters, teacher, keep_zeros)
+    return RunConfig(model, plan, optimizer, step, *sizes, adapters, teacher, keep_zeros, ramp)
 
 
 def words_at_start(start: StartConfig, pretrained: Pretrained | None) -> int:
@@ -331,10 +393,11 @@ def words_at_start(start: StartConfig, pretrained: Pretrained | None) -> int:
     return 0
 
 
-def with_teacher(config: RunConfig, pretrained: Pretrained | None) -> LossFn:
+def with_teacher(config: RunConfig, pretrained: Pretrained | None, mesh: Mesh | None = None) -> LossFn:
     """The loss of a run that is distilled; see `tessera.lm.distill.distill_loss`."""
     other = None if pretrained is None or pretrained.teacher_model is None else Decoder(pretrained.teacher_model)
-    return distill_loss(Decoder(config.model), config.distill or DistillConfig(), config.z_loss, other)
+    how: Any = {"loss_chunk_size": config.loss_chunk_size, "mesh": mesh}
+    return distill_loss(Decoder(config.model), config.distill or DistillConfig(), config.z_loss, other, **how)
 
 
 def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -> None:
@@ -425,18 +488,29 @@ def under_plan(
       ValueError: several processes and a batch that does not divide by their devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    ring = config.plan.context == "ring" and config.plan.axes and config.plan.fill(len(devices)).size("cp") > 1
+    if ring and resolved(config.model.attention_implementation) != "xla":
+        raise PlanError(
+            f"attention_implementation={config.model.attention_implementation!r} with plan {config.plan.axes!r}: ring "
+            "attention is XLA's; choose 'xla', or context='all_to_all'"
+        )
+    config.model.check_attention(devices[0].platform, config.length, len(devices) if config.plan.axes else 1)
     if not config.plan.axes:
-        mine = dividing(devices, accumulated_batch(config) if "routed" in config.model.pattern else config.batch_size)
+        apart = "routed" in config.model.pattern and config.step.grad_accum_steps > 1
+        mine = dividing(devices, accumulated_batch(config) if apart else math.gcd(*config.batch_sizes))
+        placement = data_parallel(mine)
+        loss_fn = lm_loss(Decoder(config.model), config.z_loss, config.loss_chunk_size, placement.batch.mesh)
         if "routed" not in config.model.pattern or len(mine) == 1:
-            return lm_loss(Decoder(config.model), config.z_loss), data_parallel(mine)
+            return loss_fn, placement
         try:
             return under_plan(replace(config, plan=replace(config.plan, axes=f"dp={len(mine)}")), init, mine)
         except PlanError as error:
             logging.warning("without a plan every device computes all experts, since %s", error)
-            return lm_loss(Decoder(config.model), config.z_loss), data_parallel(mine)
+            return loss_fn, placement
     plan = config.plan.fill(len(devices))
-    decoder = ShardedDecoder(config.model, plan, config.z_loss, devices[0].platform)
-    decoder.check(accumulated_batch(config), config.length)
+    decoder = config.decoder(plan, devices[0].platform)
+    for rows in config.batch_sizes if config.step.grad_accum_steps == 1 else (accumulated_batch(config),):
+        decoder.check(rows, config.length)
     mesh = make_mesh(plan, devices)
     state = state_shardings(decoder, mesh, jax.eval_shape(init or partial(first_state, config)))
     return make_loss(decoder, mesh), Placement(state, batch_sharding(decoder, mesh))

@@ -23,8 +23,12 @@ class LMSettings:
       steps: training steps, one batch each.
       batch_size: sequences per step over all devices.
       length: tokens per sequence.
+      rampup_batch_size: batch-size ramp, (start, increment, samples) as Megatron-LM has it: batches begin with `start`
+        sequences and grow by `increment`, to batch_size after so many sequences; () has none.
       lr: peak learning rate.
       z_loss: weight of the squared log-partition function (z-loss, PaLM, Chowdhery et al. 2022); 0 is off.
+      loss_chunk_size: tokens of a device whose logits exist at once (chunked linear cross-entropy, as in Liger Kernel),
+        so that memory does not grow with tokens x vocabulary; 0 computes all of them at once.
       plan: how the work is split over devices, like "fsdp=4, tp=2"; "" is data parallelism over the devices there are.
     """
 
@@ -32,8 +36,10 @@ class LMSettings:
     steps: int = 400
     batch_size: int = 16
     length: int = 128
+    rampup_batch_size: tuple[int, ...] = ()
     lr: float = 1e-3
     z_loss: float = 1e-4
+    loss_chunk_size: int = 1024
     plan: str = ""
 
 
@@ -45,11 +51,14 @@ class LogConfig:
       every: steps between two rows.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
       wandb: also log to Weights & Biases (extra `wandb`).
+      hardware: accelerator whose peak MFU is a share of, such as "v5p" or "H100"; "auto" goes by the devices there are,
+        which on CPUs are timed once, "none" logs no MFU.
     """
 
     every: int = 10
     tensorboard: bool = False
     wandb: bool = False
+    hardware: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sharding.attention import AttentionForm
+from sharding.attention import PLAIN, AttentionForm, visible
 
 
 class LayerForm(NamedTuple):
@@ -159,6 +159,156 @@ class LatentConfig:
             return shapes | {"query": (width, *query)}, {"latent_norm": self.kv_rank}
         shapes |= {"query_down": (width, self.q_rank), "query_up": (self.q_rank, *query)}
         return shapes, {"latent_norm": self.kv_rank, "query_down_norm": self.q_rank}
+
+
+def attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKv: Float[Array, "B S K v"],
+    form: AttentionForm = PLAIN,
+    *,
+    causal: bool = True,
+    mask: Bool[Array, "#B #H #T S"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T H v"]:
+    """Softmax of q·k / sqrt(h) applied to v: Vaswani et al. (2017), eq. 1, with grouped keys (Ainslie et al. 2023).
+
+    Query head i reads key/value head i // (H / K). The softmax is float32. A sliding window hides scores; that all are
+    computed is what XLA does with the causal mask too.
+
+    Args:
+      q_BTHh: queries.
+      k_BSKh: keys; K must divide H.
+      v_BSKv: values.
+      form: sliding window, sinks, scale and soft-cap.
+      causal: query t sees keys 0..t only, those in the window.
+      mask: True where a query may look; combined with `causal`.
+      implementation: a key of `IMPLEMENTATIONS`, which the form suits (`check_implementation`).
+
+    Raises:
+      ValueError: K does not divide H.
+    """
+    (_, T, H, h), (_, S, K, v) = q_BTHh.shape, v_BSKv.shape
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} key/value heads evenly")
+    implementation = resolved(implementation)
+    if implementation == "splash" and causal and mask is None:
+        return splash_attention(q_BTHh, k_BSKh, v_BSKv, form)
+    library = form.sinks_H is None and not form.softcap and v == h
+    if implementation == "cudnn" and library and isinstance(form.window, int) and causal and mask is None:
+        how: Any = {"is_causal": True, "local_window_size": (form.window - 1, 0) if form.window else None}
+        how |= {"scale": form.scale or None, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKv, **how)
+    if causal and (form.window is not None or not library):
+        seen_TS = visible(jnp.arange(T), jnp.arange(S), form.window)
+        seen_BHTS = jnp.expand_dims(seen_TS, (0, 1) if seen_TS.ndim == 2 else 1)
+        mask, causal = seen_BHTS if mask is None else mask & seen_BHTS, False
+    if library:
+        return jax.nn.dot_product_attention(
+            q_BTHh,
+            k_BSKh,
+            v_BSKv,
+            mask=mask,
+            is_causal=causal,
+            scale=form.scale or None,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
+        )
+    return scored_attention(q_BTHh, k_BSKh, v_BSKv, form, mask)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute attention: what it is, the platforms that it runs on, and whether it was timed there."""
+
+    meaning: str
+    platforms: tuple[str, ...]
+    experimental: bool = False
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation("products and a softmax, fused by XLA", ("cpu", "gpu", "tpu")),
+    "cudnn": Implementation("cuDNN's flash attention", ("gpu",), experimental=True),
+    "splash": Implementation("JAX's Pallas splash attention", ("tpu",), experimental=True),
+}
+
+
+def resolved(name: str) -> str:
+    """The implementation behind "auto": XLA's on every platform until another one was measured there."""
+    return "xla" if name == "auto" else name
+
+
+def check_implementation(name: str, platform: str, unsuited: Mapping[str, tuple[str, ...]]) -> str:
+    """Check that an implementation of attention can run, and say which one does.
+
+    Args:
+      name: a key of `IMPLEMENTATIONS`, or "auto".
+      platform: "cpu", "gpu" or "tpu".
+      unsuited: implementation -> what of the model or the run it cannot compute.
+
+    Returns:
+      A line for the log.
+
+    Raises:
+      ValueError: it does not run there, or not for this model.
+    """
+    chosen = resolved(name)
+    here = [each for each, how in IMPLEMENTATIONS.items() if platform in how.platforms]
+    if chosen not in here:
+        where = " and ".join(IMPLEMENTATIONS[chosen].platforms)
+        raise ValueError(
+            f"attention_implementation={name!r} runs on {where}, and this is {platform}: choose {' or '.join(here)}"
+        )
+    if wrong := unsuited.get(chosen, ()):
+        raise ValueError(f"attention_implementation={name!r} cannot compute {', '.join(wrong)}: choose 'xla'")
+    line = f"attention: {chosen} ({IMPLEMENTATIONS[chosen].meaning})"
+    if IMPLEMENTATIONS[chosen].experimental:
+        return f"{line}, experimental: not timed"
+    others = [f"{each} (experimental, not timed)" for each in here if each != chosen and not unsuited.get(each)]
+    return f"{line}; config.model.attention_implementation may also be {', '.join(others)}" if others else line
+
+
+def splash_attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BTKh: Float[Array, "B T K h"],
+    v_BTKv: Float[Array, "B T K v"],
+    form: AttentionForm,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T H v"]:
+    """Causal attention by JAX's splash kernel for TPUs (flash attention: Dao et al. 2022), soft-caps included.
+
+    Args:
+      q_BTHh: queries; T is a multiple of 128.
+      k_BTKh: keys; K divides H.
+      v_BTKv: values.
+      form: without sinks. Its window is a number, or [B, T] that of packed documents in a global layer.
+      interpret: run the kernel in Pallas's interpreter.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, T, H, h = q_BTHh.shape
+    packed = form.window is not None and jnp.ndim(form.window) == 2
+    window = 0 if packed else int(form.window or 0)
+    seen = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    size = next(size for size in (512, 256, 128) if T % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute")
+    names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    attend = splash.make_splash_mha(
+        mask=masks.MultiHeadMask([seen] * H),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=form.softcap or None,
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, size)),
+        interpret=interpret,
+    )
+    q_BHTh, k_BKTh, v_BKTv = (x.transpose(0, 2, 1, 3) for x in (q_BTHh * (form.scale or h**-0.5), k_BTKh, v_BTKv))
+    segments = None
+    if packed:  # a document is known by its first position in the row
+        start_BT = (jnp.arange(T)[None] - form.window + 1).astype(jnp.int32)
+        segments = splash.SegmentIds(start_BT, start_BT)
+    y_BHTv = jax.vmap(attend, in_axes=(0, 0, 0, None if segments is None else 0))(q_BHTh, k_BKTh, v_BKTv, segments)
+    return y_BHTv.transpose(0, 2, 1, 3).astype(q_BTHh.dtype)
 
 
 def scored_attention(

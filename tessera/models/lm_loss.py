@@ -1,16 +1,21 @@
-"""The loss of a decoder: next-token cross-entropy, auxiliary losses and metrics of routers, and their bias updates."""
+"""What training a decoder takes: next-token and auxiliary losses, metrics of routers, bias updates, model FLOPs."""
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Int, PyTree
 
 from moe.route import update_bias, update_penalty
 from moe.specialization import joint_counts
-from tessera.losses import next_token_loss, padding_share, with_mean_weights
-from tessera.models.transformer import Decoder, TransformerConfig
+from sharding.rules import path_name
+from sharding.vocab_parallel import Sums, linear_cross_entropy
+from tessera.losses import padding_share, with_mean_weights
+from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 from tessera.step import LossFn, Metrics
 
 
@@ -35,7 +40,7 @@ def per_layer(sown: Mapping[str, Any], name: str, config: TransformerConfig) -> 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
-def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
+def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh: Mesh | None = None) -> LossFn:
     """Make `loss(params, batch, key)`, the next-token loss of a decoder, for batches {"tokens": int32 [B, T + 1]}.
 
     With documents packed into rows a batch also has "positions" int32 [B, T], which restart in every document and are
@@ -49,33 +54,97 @@ def lm_loss(model: Decoder, z_loss: float = 0.0) -> LossFn:
     Args:
       model: the decoder.
       z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
+      loss_chunk_size: tokens of a device whose logits are computed at a time, see `sharding.linear_cross_entropy`; 0
+        takes all at once.
+      mesh: of one axis, over which the rows of a batch are split; see `mean_over_tokens`.
     """
     config = model.config
-    if not router_paths(config):
+    routed = bool(router_paths(config))
 
-        def dense_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
-            del key
-            batch = with_mean_weights(batch)
-            logits_BTV: Any = model.apply({"params": params}, batch["tokens"][:, :-1], batch.get("positions"))
-            loss, metrics = next_token_loss(logits_BTV, batch["tokens"], z_loss, batch.get("mean_weights"))
-            return loss, metrics | padding_share(batch)
+    def sums(head_DV: jax.Array, x_ND: jax.Array, rest: tuple[jax.Array, jax.Array], _: None) -> Sums:
+        how: Any = {"z": z_loss, "softcap": config.logit_softcap, "chunk": loss_chunk_size}
+        return linear_cross_entropy(x_ND, head_DV, *rest, **how)
 
-        return dense_loss
+    mean = mean_over_tokens(sums, mesh)
 
-    def routed_loss(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
         batch = with_mean_weights(batch)
-        tokens_BT = batch["tokens"]
-        how: Any = {"rngs": {} if key is None else {"router": key}, "mutable": ["intermediates"]}
-        logits_BTV, state = model.apply({"params": params}, tokens_BT[:, :-1], batch.get("positions"), **how)
-        loss, metrics = next_token_loss(logits_BTV, tokens_BT, z_loss, batch.get("mean_weights"))
+        how: Any = {"rngs": {"router": key}} if routed and key is not None else {}
+        collections = ["intermediates"] if routed else []
+        inputs = batch["tokens"][:, :-1], batch.get("positions"), False
+        (x_BTD, head_DV), state = model.apply({"params": params}, *inputs, mutable=collections, **how)
+        loss, metrics = mean(head_DV, x_BTD, targets(batch))
+        metrics |= padding_share(batch)
+        if not routed:
+            return loss, metrics
         auxiliary = per_layer(state["intermediates"], "aux_loss", config).sum()
         routing = per_layer(state["intermediates"], "routing", config)
         # Of a part of a batch: its share of the tokens that are not padding.
         share = batch["mean_live"].mean() if "mean_live" in batch else 1.0
         metrics |= {f"router/{name}": value * share for name, value in routing.items()}
-        return loss + auxiliary, metrics | padding_share(batch) | {"aux_loss": auxiliary}
+        return loss + auxiliary, metrics | {"aux_loss": auxiliary}
 
-    return routed_loss
+    return loss_fn
+
+
+def targets(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Float32[Array, "B T"]]:
+    """The labels of a batch and their weights, of mean one in the batch that its rows are a part of."""
+    labels_BT = batch["tokens"][:, 1:]
+    return labels_BT, batch.get("mean_weights", jnp.ones(labels_BT.shape, jnp.float32))
+
+
+def mean_over_tokens(sums: Callable[..., Sums], mesh: Mesh | None = None) -> Callable[..., Sums]:
+    """Make `mean(shared, x, rest, constants)` of arrays [B, T, ...] from sums over tokens of arrays [N, ...].
+
+    Args:
+      sums: as `fn` of `sharding.chunked_sum`.
+      mesh: of one axis, over which the rows B are split: every device then sums over its own, and the gradient of
+        `shared` is added up once, where the compiler would do so for every chunk. Rows that do not divide, or None,
+        are left to the compiler.
+    """
+
+    def summed(axes: tuple[str, ...], shared: PyTree, x: PyTree, rest: PyTree, constants: PyTree) -> Sums:
+        flat_x, flat_rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (x, rest))
+        if not axes:
+            return sums(shared, flat_x, flat_rest, constants)
+        shared, constants = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), (shared, constants))
+        return jax.lax.psum(sums(shared, flat_x, flat_rest, constants), axes)
+
+    def mean(shared: PyTree, x: PyTree, rest: PyTree, constants: PyTree = None) -> Sums:
+        rows, length = jax.tree.leaves(x)[0].shape[:2]
+        total = partial(summed, ())
+        if mesh is not None and mesh.size > 1 and rows % mesh.size == 0:
+            split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+            specs: Any = {"in_specs": (whole, split, split, whole), "out_specs": whole}
+            total = jax.shard_map(partial(summed, mesh.axis_names), mesh=mesh, **specs)
+        return jax.tree.map(lambda found: found / (rows * length), total(shared, x, rest, constants))
+
+    return mean
+
+
+def training_flops(config: TransformerConfig, length: int) -> float:
+    """FLOPs that training on one sequence takes by the model's definition: PaLM (Chowdhery et al. 2022), appendix B.
+
+    6 N T + 12 L H h T^2: forward and backward products of all N weights that a token meets (of routed experts the k
+    that are chosen; the embedding table as output layer only) and of attention, whose scores of local layers are those
+    of the window. What a policy of remat computes again is not counted, nor is it saved what a causal mask hides.
+
+    Args:
+      config: the model.
+      length: T, tokens of a sequence.
+    """
+    weights = 0.0
+    for path, leaf in jax.tree.leaves_with_path(param_shapes(config)):
+        name = path_name(path)
+        if re.search(r"/experts/.*kernel$", name):
+            weights += leaf.size * config.moe.router.k / config.moe.stack
+        elif name.endswith("/kernel") and leaf.ndim >= 2:
+            weights += leaf.size
+        elif name == "embed/table" and config.tied:
+            weights += leaf.size
+    keys = sum(min(config.window, length) if kind == "L" else length for kind in config.attention_kinds)
+    scores = keys * config.heads * (config.head_size + config.value_size)
+    return 6.0 * length * (weights + scores)
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[PyTree, Mapping[str, Any]], dict[str, jax.Array]]:

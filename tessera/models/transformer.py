@@ -33,12 +33,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
-from sharding.attention import PLAIN, AttentionForm, packed_window, visible
+from sharding.attention import AttentionForm, packed_window
 from sharding.tensor_parallel import INSIDE, RESIDUAL
-from tessera.models.attention_forms import LatentConfig, LayerForm, RopeScaling, scaled_frequencies, scored_attention
+from tessera.models.attention_forms import (
+    IMPLEMENTATIONS,
+    LatentConfig,
+    LayerForm,
+    RopeScaling,
+    attention,
+    check_implementation,
+    scaled_frequencies,
+)
 from tessera.models.remat import Remat, layers_of, parse_remat
 
 
@@ -83,6 +91,8 @@ class TransformerConfig:
       sinks: attention sinks, see `sharding.attention.AttentionForm` (gpt-oss).
       query_pre_attn_scalar: scores of attention are divided by its square root (Gemma); 0 takes h.
       attention_softcap: soft-cap of the scores, see `sharding.attention.AttentionForm`; 0 has none (Gemma 2).
+      attention_implementation: "auto", "xla", "cudnn" (GPUs) or "splash" (TPUs), wherever there is no KV
+        cache; see `tessera.models.attention_forms.IMPLEMENTATIONS`. "auto" is "xla": the others are experimental.
       latent: multi-head latent attention in place of grouped queries; `kv_heads` and `head_dim` are then 0.
       qk_norm: RMSNorm of the queries and keys before their rotation.
       qk_norm_scope: what its mean square is over: each "head" by itself, one gain [h] for all heads (Qwen3), or the
@@ -125,6 +135,7 @@ class TransformerConfig:
     sinks: bool = False
     query_pre_attn_scalar: int = 0
     attention_softcap: float = 0.0
+    attention_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     latent: LatentConfig = LatentConfig()
     qk_norm: bool = False
     qk_norm_scope: Literal["head", "projection"] = "head"
@@ -175,7 +186,8 @@ class TransformerConfig:
                 f"window={self.window} with attention_pattern={self.attention_pattern!r}: a window is that of local "
                 "layers ('L'), which need one"
             )
-        choices_of = {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post", "both")}
+        choices_of: dict[str, Any] = {"attention_implementation": ("auto", *IMPLEMENTATIONS)}
+        choices_of |= {"qk_norm_scope": ("head", "projection"), "norm_position": ("pre", "post", "both")}
         for name, choices in ({"dtype": DTYPES, "mlp": MLPS} | choices_of).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -247,6 +259,32 @@ class TransformerConfig:
         return LayerForm(*(leaf.reshape(*shape, *leaf.shape[1:]) for leaf in stacked))
 
     @property
+    def attend(self) -> "Attend":
+        """Attention as `attention_implementation` says."""
+        return functools.partial(attention, implementation=self.attention_implementation)
+
+    def check_attention(self, platform: str, length: int, devices: int = 1, packed: bool = False) -> str:
+        """Check that `attention_implementation` can run on devices of a platform, for sequences of a length.
+
+        Returns:
+          A line for the log: which one runs, and which others could.
+
+        Raises:
+          ValueError: it cannot, and why.
+        """
+        size = self.head_size
+        both = {"sinks": self.sinks, "latent attention": bool(self.latent.kv_rank)}
+        cudnn = {f"dtype={self.dtype!r} (bfloat16 is needed)": self.dtype != "bfloat16"}
+        cudnn |= {"attention_softcap": bool(self.attention_softcap)}
+        cudnn |= {f"heads of {size} channels (8 to 128 in steps of 8)": size % 8 > 0 or size > 128}
+        splash = {f"length={length} (a multiple of 128 is needed)": length % 128 > 0, "several devices": devices > 1}
+        splash |= {f"layers of several kinds ({self.attention_pattern!r})": len(set(self.attention_kinds)) > 1}
+        splash |= {"packed documents in a window": packed and self.window > 0}
+        wrong = {"cudnn": both | cudnn, "splash": both | splash}
+        unsuited = {name: tuple(what for what, is_so in all_of.items() if is_so) for name, all_of in wrong.items()}
+        return check_implementation(self.attention_implementation, platform, unsuited)
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         """The blocks by part of the parameter tree, in order of depth."""
         if not self.scan:
@@ -304,6 +342,10 @@ class TransformerConfig:
     def cap(self, logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
         """Logits with the model's soft-cap."""
         return self.logit_softcap * jnp.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
+
+    def logits(self, x: Float[Array, "*N D"], head_DV: Float[Array, "D V"]) -> Float[Array, "*N V"]:
+        """float32 logits: products in the dtype of `x`, sums in float32, as they feed a softmax over the vocabulary."""
+        return self.cap(jnp.einsum("...d,dv->...v", x, head_DV.astype(x.dtype), preferred_element_type=jnp.float32))
 
     @property
     def ff_size(self) -> int:
@@ -466,54 +508,6 @@ def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"
     return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
 
 
-def attention(
-    q_BTHh: Float[Array, "B T H h"],
-    k_BSKh: Float[Array, "B S K h"],
-    v_BSKv: Float[Array, "B S K v"],
-    form: AttentionForm = PLAIN,
-    *,
-    causal: bool = True,
-    mask: Bool[Array, "#B #H #T S"] | None = None,
-    implementation: Literal["xla", "cudnn"] | None = None,
-) -> Float[Array, "B T H v"]:
-    """Softmax of q·k / sqrt(h) applied to v: Vaswani et al. (2017), eq. 1, with grouped keys (Ainslie et al. 2023).
-
-    Query head i reads key/value head i // (H / K). The softmax is float32. A sliding window hides scores; that all are
-    computed is what XLA does with the causal mask too.
-
-    Args:
-      q_BTHh: queries.
-      k_BSKh: keys; K must divide H.
-      v_BSKv: values.
-      form: sliding window, sinks, scale and soft-cap.
-      causal: query t sees keys 0..t only, those in the window.
-      mask: True where a query may look; combined with `causal`.
-      implementation: passed to `jax.nn.dot_product_attention` where that can compute the form; None lets JAX choose.
-
-    Raises:
-      ValueError: K does not divide H.
-    """
-    (_, T, H, h), (_, S, K, v) = q_BTHh.shape, v_BSKv.shape
-    if H % K:
-        raise ValueError(f"{H} query heads cannot share {K} key/value heads evenly")
-    library = form.sinks_H is None and not form.softcap and v == h
-    if causal and (form.window is not None or not library):
-        seen_TS = visible(jnp.arange(T), jnp.arange(S), form.window)
-        seen_BHTS = jnp.expand_dims(seen_TS, (0, 1) if seen_TS.ndim == 2 else 1)
-        mask, causal = seen_BHTS if mask is None else mask & seen_BHTS, False
-    if library:
-        return jax.nn.dot_product_attention(
-            q_BTHh,
-            k_BSKh,
-            v_BSKv,
-            mask=mask,
-            is_causal=causal,
-            scale=form.scale or None,
-            implementation=implementation,
-        )
-    return scored_attention(q_BTHh, k_BSKh, v_BSKv, form, mask)
-
-
 def swiglu(
     x: Float[Array, "*N D"],
     gate: Float[Array, "D F"],
@@ -619,7 +613,7 @@ class Attention(nn.Module):
     """
 
     config: TransformerConfig
-    attend: Attend = attention
+    attend: Attend | None = None
     axis: str | None = None
     packed: bool = False
 
@@ -637,7 +631,7 @@ class Attention(nn.Module):
         sinks_H = Vector(c.heads, "logit", 0.0, name="sinks")()["logit"] if c.sinks else None
         window = packed_window(positions_BT, form.window) if self.packed else form.window
         how = AttentionForm(window, sinks_H, c.score_scale, c.attention_softcap)
-        y_BTHv = checkpoint_name(self.attend(q_BTHh, k_BTKh, v_BTKv, how), "attended")
+        y_BTHv = checkpoint_name((self.attend or c.attend)(q_BTHh, k_BTKh, v_BTKv, how), "attended")
         if c.latent.absorbed:
             y_BTHv = jnp.einsum("bthr,rhv->bthv", y_BTHv, params["value_up"]["kernel"].astype(y_BTHv.dtype))
         y_BTD = from_heads(y_BTHv, output_HvD)
@@ -714,7 +708,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
-    attend: Attend = attention
+    attend: Attend | None = None
     mlp: str = ""
     expert_axes: ExpertAxes = ONE_DEVICE
     packed: bool = False
@@ -764,7 +758,7 @@ class Unit(nn.Module):
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
-    attend: Attend = attention
+    attend: Attend | None = None
     mlps: tuple[str, ...] = ()
     packed: bool = False
 
@@ -799,21 +793,23 @@ class Decoder(nn.Module):
 
     config: TransformerConfig
     constrain: Constrain = unconstrained
-    attend: Attend = attention
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T V"]:
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"] | None = None, logits: bool = True
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
         """Compute the logits.
 
         Args:
           tokens_BT: token ids in 0..V-1; another id gives NaN from its position on.
           positions_BT: default 0..T-1 in every row. Where documents are packed into rows, they restart at 0 in every
             document, at whose boundaries attention stops, and are -1 for padding.
+          logits: False stops before them, for a loss that computes them in chunks (`sharding.linear_cross_entropy`).
 
         Returns:
-          float32 logits; row t predicts token t + 1 and depends on tokens 0..t only.
+          float32 logits; row t predicts token t + 1 and depends on tokens 0..t only. Without `logits` the normalized
+          inputs of the output layer and its kernel.
         """
         c, packed = self.config, positions_BT is not None
         if positions_BT is None:
@@ -828,16 +824,16 @@ class Decoder(nn.Module):
             head_DV = table_VD.T
         else:
             head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
-        # Products in the compute dtype, sums in float32: the logits feed a softmax over the vocabulary.
-        logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-        return self.constrain(c.cap(logits_BTV), ("batch", "time", "vocab"))
+        if not logits:
+            return x_BTD, head_DV
+        return self.constrain(c.logits(x_BTD, head_DV), ("batch", "time", "vocab"))
 
 
 @functools.lru_cache(maxsize=16)  # a plan is checked many times, its shapes made once
 def param_shapes(config: TransformerConfig) -> PyTree:
     """Shapes of a decoder's parameters; nothing is allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    model, tokens = Decoder(config, attend=attention), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def run_blocks(

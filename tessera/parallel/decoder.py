@@ -31,8 +31,8 @@ from sharding.inference.quantize import dequantize, is_quantized
 from sharding.pipeline.stages import split_layers, store_across
 from sharding.plan import DATA_AXES, Plan
 from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
-from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary
-from sharding.vocab_parallel import lookup, token_losses
+from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary, varying
+from sharding.vocab_parallel import linear_cross_entropy, lookup
 from tessera.losses import padding_share, with_mean_weights
 from tessera.models.remat import Remat
 from tessera.models.transformer import (
@@ -98,6 +98,8 @@ class ShardedDecoder:
       config: the model.
       plan: how it is split.
       z_loss: coefficient of the z-loss, see `tessera.losses.cross_entropy`.
+      loss_chunk_size: tokens of a device whose logits the loss computes at a time, see `sharding.linear_cross_entropy`;
+        0 takes all at once.
       platform: what is compiled for, "tpu" for example; "" is the default backend's.
       dropping: under pipeline stages, where no key goes from layer to layer: whether a capacity and `mixture.slack`
         hold, as in training.
@@ -108,6 +110,7 @@ class ShardedDecoder:
     z_loss: float = 0.0
     platform: str = ""
     dropping: bool = False
+    loss_chunk_size: int = 0
 
     def axis(self, name: str) -> str | None:
         """The mesh axis of that name, None if the plan does not split along it."""
@@ -264,14 +267,17 @@ class ShardedDecoder:
             sown = state["intermediates"]["mlp"] if sow and mlp == "routed" else sown
         return x_BSD, sown
 
-    def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
-        """float32 logits of this device's part of the vocabulary; reads final_norm and head (embed where tied)."""
+    def head(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """Inputs of the output layer and this device's columns of it; reads final_norm and head (embed where tied)."""
         name = "embed" if self.config.tied else "head"
         gain = self.gather(params["final_norm"], self.specs["final_norm"])["gain"]
         x_BTD = explicit(self.tp, self.plan.sequence)(self.config.norm(x_BSD, gain), INSIDE)
         head = self.gather(params[name], self.specs[name])
-        head_DV = head["table"].T if self.config.tied else head["kernel"]
-        return self.config.cap(jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=jnp.float32))
+        return x_BTD, head["table"].T if self.config.tied else head["kernel"]
+
+    def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
+        """float32 logits of this device's part of the vocabulary."""
+        return self.config.logits(*self.head(params, x_BSD))
 
     # Training.
 
@@ -339,15 +345,15 @@ class ShardedDecoder:
         The sums are equal on all devices of tp. Weights of the targets have a mean of one over the whole batch.
         """
         labels_BT = self.own(micro["tokens"][:, 1:])
-        with jax.named_scope("head"):
-            nll_BT, lse_BT, right_BT = token_losses(self.logits(shared, stream.x), labels_BT, self.tp)
-        square_BT = jnp.square(lse_BT)
-        if "mean_weights" in micro:
-            weight_BT = self.own(micro["mean_weights"])
-            nll_BT, square_BT, right_BT = nll_BT * weight_BT, square_BT * weight_BT, right_BT * weight_BT
+        weights_BT = self.own(micro["mean_weights"]) if "mean_weights" in micro else jnp.ones(labels_BT.shape)
         weight = jnp.float32(labels_BT.size)
-        metrics = {"cross_entropy": nll_BT.sum(), "accuracy": right_BT.sum()}
-        loss = metrics["cross_entropy"] + self.z_loss * square_BT.sum()
+        with jax.named_scope("head"):
+            x_BTD, head_DV = self.head(shared, stream.x)
+            # Marked before the chunks, so that its gradient is summed over devices after them.
+            head_DV = vary(head_DV, varying(x_BTD))
+            x_ND, labels_N, weights_N = (x.reshape(-1, *x.shape[2:]) for x in (x_BTD, labels_BT, weights_BT))
+            how: Any = {"z": self.z_loss, "softcap": self.config.logit_softcap, "chunk": self.loss_chunk_size}
+            loss, metrics = linear_cross_entropy(x_ND, head_DV, labels_N, weights_N, self.tp, **how)
         if self.routed:
             metrics["aux_loss"] = stream.aux_loss * weight
             loss += metrics["aux_loss"]
@@ -389,10 +395,10 @@ class ShardedDecoder:
 
     def _attend(self) -> Attend:
         if not self.cp:
-            return attention
+            return self.config.attend
         if self.plan.context == "ring":
             return partial(ring_attention, axis="cp")
-        return partial(ulysses_attention, axis="cp", attend=attention)
+        return partial(ulysses_attention, axis="cp", attend=self.config.attend)
 
     # Serving: prefill and decode with a KV cache.
 

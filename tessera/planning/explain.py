@@ -16,7 +16,6 @@ from sharding.pipeline.lockstep import Lockstep, lockstep_schedule
 from sharding.plan import Plan
 from tessera.lm.run import RunConfig, accumulated_batch, first_state
 from tessera.optim.optimizer import make_optimizer
-from tessera.parallel.decoder import ShardedDecoder
 from tessera.parallel.pipelined_decoder import make_loss
 from tessera.planning.costs import Costs, estimate_costs, forward_passes
 from tessera.planning.memory import Memory, estimate_memory, local_sizes, state_placements
@@ -78,7 +77,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     Raises:
       PlanError: the plan does not fit the model or the batch.
     """
-    plan, decoder = run.plan, ShardedDecoder(run.model, run.plan, run.z_loss, hardware.platform)
+    plan, decoder = run.plan, run.decoder(run.plan, hardware.platform)
     grad_accum_steps = run.step.grad_accum_steps
     decoder.check(accumulated_batch(run), run.length)
     state = jax.eval_shape(lambda: first_state(run))
@@ -145,7 +144,7 @@ def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> 
     Raises:
       PlanError: it does not divide the model or the batch.
     """
-    decoder = ShardedDecoder(run.model, plan, run.z_loss, hardware.platform)
+    decoder = run.decoder(plan, hardware.platform)
     grad_accum_steps = run.step.grad_accum_steps
     decoder.check(accumulated_batch(run), run.length)
     placed = state_placements(decoder, state)

@@ -153,7 +153,11 @@ def estimate_memory(
     gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
     layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
-    logits = z.b * z.t * z.V * F32
+    tokens = z.b * z.t
+    if chunk := min(decoder.loss_chunk_size, tokens):
+        tokens = -(-tokens // -(-tokens // chunk))  # of chunks of one size
+    logits = tokens * z.V * F32
+    head = z.D * z.V * (z.item + (F32 if chunk else 0))  # with chunks its gradient is added up in float32
     return Memory(
         params=float(params + sum(one.bytes for one in placed["ema"])),
         optimizer=float(sum(one.bytes for one in placed["optimizer"])),
@@ -162,7 +166,7 @@ def estimate_memory(
         attention=_attention(plan, z),
         feed_forward=_feed_forward(z),
         gathered=2.0 * layer,
-        logits=LOGITS * logits + z.D * z.V * z.item,
+        logits=LOGITS * logits + head,
         host=host,
     )
 

@@ -211,7 +211,7 @@ def write_page(
     found = tables(explained, compiled, ranking)
     sections = [
         Section("", paragraphs(verdict(explained, compiled))),
-        *picture_sections(ShardedDecoder(run.model, run.plan, run.z_loss)),
+        *picture_sections(run.decoder(run.plan)),
         *(Section(title, Table(TABLES[title], rows), captions.get(title, "")) for title, rows in found.items()),
         hardware_section(),
     ]

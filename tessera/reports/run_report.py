@@ -69,7 +69,7 @@ def lm_findings(
     sizes = {"layers": "layers", "width": "wide", "heads": "heads"}
     shape = ", ".join(f"{model[key]} {word}" for key, word in sizes.items() if key in model)
     run = [f"A decoder-only transformer{f' ({shape})' if shape else ''} was trained for {steps:,} steps"]
-    if batch and length:
+    if batch and length and not config.get("rampup_batch_size"):
         run[0] += f" of {batch} x {length} tokens, {steps * batch * length:,} tokens in all"
     if optimizer.get("name"):
         run.append(f"with {optimizer['name']} at a peak learning rate of {config.get('lr', '?')}")

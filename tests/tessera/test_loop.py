@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from tessera.infra.checkpoint import CheckpointConfig, CheckpointReader, Checkpoints
 from tessera.infra.logger import METRICS, TIMING, Logger, read_rows
-from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, Signals, evaluate, train
+from tessera.loop import Interrupted, LoopConfig, NonFiniteLoss, Profile, Signals, evaluate, train
 from tessera.step import StepConfig, init_state, make_train_step
 
 ROWS = 6
@@ -51,17 +52,30 @@ def loss_fn(params, batch, key):
 
 
 TX = optax.adamw(0.1)
-STEP = make_train_step(loss_fn, TX, StepConfig(ema=0.5))
+STEP_CONFIG = StepConfig(ema=0.5)
+STEP = make_train_step(loss_fn, TX, STEP_CONFIG)
 
 
-def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, step_fn=STEP, **options):
+def run(
+    workdir,
+    stream=None,
+    *,
+    steps=20,
+    every=5,
+    keep=3,
+    best=1,
+    step_fn=STEP,
+    step_config=STEP_CONFIG,
+    profile=None,
+    **options,
+):
     stream = stream or Stream()
     eval_fn = jax.jit(lambda params, batch: {"loss": jnp.mean((batch @ params["w"]) ** 2)})
     held_out = np.random.default_rng(99).normal(size=(2, 8, 4)).astype(np.float32)
     with Logger(workdir) as logger, Checkpoints(workdir / "checkpoints", CheckpointConfig(every, keep, best)) as saved:
         result = train(
             step_fn,
-            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            lambda: init_state({"w": jnp.ones(4)}, TX, step_config),
             stream,
             LoopConfig(steps, log_every=2, eval_every=4, **options),
             key=jax.random.key(3),
@@ -69,6 +83,7 @@ def run(workdir, stream=None, *, steps=20, every=5, keep=3, best=1, step_fn=STEP
             checkpoints=saved,
             evaluate=lambda state: evaluate(eval_fn, state.ema, [(batch, 1.0) for batch in held_out]),
             schedule=lambda step: 0.1 / (1 + step),
+            profile=profile,
         )
         return result, saved.steps()
 
@@ -81,7 +96,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    return *run(workdir, tokens=12), workdir
+    return *run(workdir, tokens=2, devices=4, flops=3.0, peak=36.0), workdir
 
 
 def test_rows_and_checkpoints_of_a_whole_run(whole):
@@ -95,6 +110,8 @@ def test_rows_and_checkpoints_of_a_whole_run(whole):
     assert steps == [10, 15, 20]  # the newest three; the best is the last
     timing = read_rows(workdir / TIMING)
     assert len(timing) == 10 and timing[0]["tokens_per_second"] == pytest.approx(12 * timing[0]["steps_per_second"])
+    assert timing[0]["tokens_per_second_per_device"] == pytest.approx(timing[0]["tokens_per_second"] / 4)
+    assert timing[0]["mfu"] == pytest.approx(6 * 3.0 * timing[0]["steps_per_second"] / 36.0)  # six rows a step
 
 
 def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
@@ -104,6 +121,51 @@ def test_speed_is_of_steps_alone(tmp_path, monkeypatch):
     tick = lambda: now.__setitem__(0, now[0] + 2.0)  # noqa: E731
     run(tmp_path, Stream(at=dict.fromkeys(range(1, 13), tick)), steps=12, every=5)
     assert [row["steps_per_second"] for row in read_rows(tmp_path / TIMING)] == [0.5] * 6
+
+
+@dataclass
+class Spikes(Stream):
+    """A stream with a batch of large numbers at some positions."""
+
+    spikes: tuple = (11, 15)
+
+    def __next__(self):
+        found = super().__next__()
+        return found | {"x": found["x"] * (1000.0 if self.position in self.spikes else 1.0)}
+
+
+def test_skipped_spikes_are_logged_and_a_resumed_run_skips_the_same(tmp_path, caplog):
+    config = StepConfig(ema=0.5, skip_step_on_spikes=True, skip_step_interval=8, skip_step_scaling_factor=5.0)
+    how = {"step_fn": make_train_step(loss_fn, TX, config), "step_config": config}
+    whole, _ = run(tmp_path / "whole", Spikes(), **how)
+    rows = read_rows(tmp_path / "whole" / METRICS)
+    assert [(row["step"], row["skipped_steps"]) for row in rows if row["kind"] == "skipped"] == [(11, 1)]
+    spike = next(row for row in rows if row["kind"] == "skipped")
+    assert spike["loss"] > 1e4 and spike["grad_norm"] > 1e4
+    lr = {row["step"]: row["lr"] for row in rows if row["kind"] == "train"}
+    assert lr[10] == 0.1 / 10 and lr[12] == 0.1 / 11  # the optimizer did not count the step
+    for moment in (10, 13, 17):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", Spikes(at={moment: kill}), **how)
+    again, _ = run(tmp_path / "killed", Spikes(), **how)
+    same(again, whole)
+    assert (tmp_path / "killed" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+
+
+def test_a_trace_of_some_steps_opens_and_has_them(tmp_path):
+    profile = Profile.parse("3:4", tmp_path / "profile")
+    run(tmp_path, steps=6, profile=profile)
+    (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert sorted(dict(event.stats)["step_num"] for event in events) == [3, 4]
+    assert all(event.duration_ns > 0 for event in events)
+
+
+@pytest.mark.parametrize("text", ["4:3", "0:2", "3-4", "a"])
+def test_steps_to_trace_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="steps|write the first and the last step"):
+        Profile.parse(text, Path())
 
 
 class Killed(BaseException):
@@ -220,7 +282,7 @@ def test_no_evaluation_no_schedule_no_ids(tmp_path):
     with Logger(tmp_path) as logger, Checkpoints(tmp_path / "c") as saved:
         result = train(
             STEP,
-            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            lambda: init_state({"w": jnp.ones(4)}, TX, STEP_CONFIG),
             Bare(),
             LoopConfig(3),
             key=jax.random.key(0),
@@ -259,7 +321,7 @@ def with_evaluation(workdir, evaluation, stream=None, *, keep=2, best=1):
     with Logger(workdir) as logger, Checkpoints(workdir / "checkpoints", config) as saved:
         return train(
             STEP,
-            lambda: init_state({"w": jnp.ones(4)}, TX, StepConfig(ema=0.5)),
+            lambda: init_state({"w": jnp.ones(4)}, TX, STEP_CONFIG),
             stream or Stream(),
             LoopConfig(20, log_every=2, eval_every=6),
             key=jax.random.key(3),

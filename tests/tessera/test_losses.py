@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.losses import accuracy, cross_entropy, next_token_loss, weighted_mean
+from tessera.losses import accuracy, cross_entropy, weighted_mean
 
 
 def problem(*shape, vocab=7, seed=0, scale=3.0):
@@ -84,17 +84,3 @@ def test_accuracy_and_weighted_mean():
     assert accuracy(logits, labels) == pytest.approx(2 / 3)
     assert accuracy(logits, labels, jnp.array([1.0, 3.0, 0.0])) == pytest.approx(0.25)
     assert weighted_mean(jnp.array([1.0, 2.0]), jnp.zeros(2)) == 0
-
-
-def test_next_token_loss_shifts_by_one_and_matches_numpy():
-    tokens = np.random.default_rng(0).integers(0, 5, (3, 7), np.int32)
-    table = jax.random.normal(jax.random.key(0), (5, 5))
-    loss, metrics = next_token_loss(table[tokens[:, :-1]], jnp.asarray(tokens), 0.01)
-
-    logits = np.asarray(table, np.float64)[tokens[:, :-1]]
-    lse = np.log(np.exp(logits).sum(-1))
-    nats = (lse - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]).mean()
-    np.testing.assert_allclose(loss, nats + 0.01 * (lse**2).mean(), rtol=1e-6)
-    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == tokens[:, 1:]).mean(), rtol=1e-6)
-    np.testing.assert_allclose(metrics["cross_entropy"], nats, rtol=1e-6)
-    assert set(metrics) == {"cross_entropy", "accuracy"}

@@ -181,7 +181,7 @@ def test_the_loss_with_a_teacher_is_that_of_numpy(pretrained, weight, temperatur
     student, teacher = pretrained.params, jax.tree.map(lambda x: 1.1 * x, pretrained.params)
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 60)
     config = DistillConfig(weight, temperature, hidden)
-    loss, metrics = jax.jit(distill_loss(model, config))((student, teacher), {"tokens": tokens})
+    loss, metrics = jax.jit(distill_loss(model, config, loss_chunk_size=3))((student, teacher), {"tokens": tokens})
     run = jax.jit(
         lambda p: model.apply({"params": p}, tokens[:, :-1], capture_intermediates=True, mutable=["intermediates"])
     )

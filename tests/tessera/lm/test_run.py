@@ -59,7 +59,7 @@ def settings(tmp_path, words=600, **changes):
 def test_texts_that_are_large_enough_are_taken(tmp_path):
     run = build_run(settings(tmp_path))
     assert sum(1 for _ in run.held_out("test")) > 0
-    assert run.loop.tokens == 4 * 16  # of a step, for the throughput
+    assert run.loop.tokens == 16  # of a row, for the throughput
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,43 @@ def test_texts_that_are_large_enough_are_taken(tmp_path):
         ({"seed": 2**40}, "config.seed=1099511627776: a seed is a whole number in 0"),
         ({"steps": 0}, "config.steps=0: at least 1 is needed"),
         ({"eval": {"batches": 0}}, "config.eval.batches=0: at least 1 is needed"),
+        ({"loss_chunk_size": -1}, "config.loss_chunk_size=-1: tokens at a time, or 0"),
+        ({"rampup_batch_size": (1, 1)}, "three numbers .start, increment, samples. are needed"),
+        ({"rampup_batch_size": (3, 2, 9)}, "increments of 2 do not lead from start=3 to batch_size=4"),
+        (
+            {"rampup_batch_size": (1, 1, 9), "step": {"grad_accum_steps": 2}},
+            "start and increment must be multiples of the 2 sequences of a part of gradient accumulation",
+        ),
+        ({"model": {"attention_implementation": "cudnn"}}, "config.model: .*'cudnn' runs on gpu, and this is cpu"),
     ],
 )
 def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         build_run(settings(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_ramp_compiles_each_size_once_and_trains_on_the_rows_in_order(tmp_path, parts):
+    """With gradient accumulation too, whose parts keep their rows: 4, so 1, 2 and then 3 of them."""
+    changes = {"batch_size": 12, "rampup_batch_size": (4, 4, 24), "step": {"grad_accum_steps": parts}}
+    run = build_run(settings(tmp_path, words=4000, **changes))
+    assert "batch sizes: 4 in steps 1 to 3, 8 in steps 4 to 5, 12 in steps 6 to 40" in run.notes
+    traced = []
+
+    def step_fn(state, batch, key):
+        traced.append(batch["tokens"].shape[0])
+        return run.step_fn(state, batch, key)
+
+    step, state, batches, ids, losses = jax.jit(step_fn), run.init_fn(False), run.loader("train"), [], []
+    for _ in range(8):
+        batch = dict(next(batches))
+        ids.append(batch.pop("ids"))
+        state, metrics = step(state, run.placement.place(batch), run.key)
+        losses.append(float(metrics["loss"]))
+    assert traced == [4, 8, 12] and [len(each) for each in ids] == [4, 4, 4, 8, 8, 12, 12, 12]
+    plain = build_run(settings(tmp_path, words=4000, batch_size=4)).loader("train")
+    np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([next(plain)["ids"] for _ in range(16)]))
+    assert losses[-1] < losses[0]
 
 
 def test_the_sizes_that_the_message_gives_do(tmp_path):

@@ -1,4 +1,4 @@
-"""The decoder with routed experts: tree, loss, biases moved outside the gradient, decoding, training, report."""
+"""The decoder with routed experts: tree, loss, biases moved outside the gradient, training, report; FLOPs by hand."""
 
 import json
 from dataclasses import replace
@@ -16,8 +16,18 @@ from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.infra.config import build
 from tessera.infra.logger import load_history
-from tessera.loop import metrics_row
-from tessera.models.lm_loss import at, expert_table, lm_loss, make_adjust, make_eval, per_layer, router_paths
+from tessera.loop import LoopConfig, metrics_row
+from tessera.models.attention_forms import LatentConfig
+from tessera.models.lm_loss import (
+    at,
+    expert_table,
+    lm_loss,
+    make_adjust,
+    make_eval,
+    per_layer,
+    router_paths,
+    training_flops,
+)
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialization
 from tessera.step import StepConfig, init_state, make_train_step
@@ -251,3 +261,43 @@ def test_per_layer_reads_one_path_for_a_scan_and_several_without():
     assert router_paths(replace(first, scan=False)) == [("blocks_3", "mlp")]
     sown = {"blocks_1": {"mlp": {"x": (jnp.ones(3),)}}, "blocks_3": {"mlp": {"x": (jnp.zeros(3),)}}}
     np.testing.assert_array_equal(per_layer(sown, "x", replace(CONFIG, scan=False)), [[1, 1, 1], [0, 0, 0]])
+
+
+DENSE = {"vocab_size": 50, "layers": 3, "width": 8, "heads": 4, "ff": 20}
+# Of a dense decoder: four projections, three matrices of F, the output layer.
+WEIGHTS = 3 * (2 * 8 * 8 + 2 * 8 * 8 + 3 * 8 * 20) + 50 * 8
+
+
+@pytest.mark.parametrize(
+    "changes, weights, scores",
+    [
+        ({}, WEIGHTS, 3 * 16),
+        ({"tied": False}, WEIGHTS, 3 * 16),
+        ({"kv_heads": 2, "qkv_bias": True}, WEIGHTS - 3 * 2 * 8 * 4, 3 * 16),
+        ({"window": 4, "attention_pattern": "LLG"}, WEIGHTS, 4 + 4 + 16),
+        (
+            {"mlp": "routed", "moe": MoEConfig(router=RouterConfig("top_k", 6, 2))},
+            WEIGHTS + 3 * (3 * 8 * 20 + 8 * 6),  # two experts of the width in place of one, and the router
+            3 * 16,
+        ),
+    ],
+)
+def test_training_flops_are_those_by_hand(changes, weights, scores):
+    config = TransformerConfig(**DENSE | changes)
+    # A multiply-add is two, forward, and twice that backward; scores and weighted values of every query and key.
+    assert training_flops(config, 16) == 6 * 16 * (weights + scores * 2 * 8)
+
+
+def test_latent_attention_has_its_projections():
+    latent = LatentConfig(kv_rank=6, q_rank=5, nope_dim=4, rope_dim=2, value_dim=3)
+    config = TransformerConfig(**DENSE, latent=latent)
+    layer = 8 * (6 + 2 + 5) + 5 * 4 * 6 + 6 * 4 * (4 + 3) + 4 * 3 * 8 + 3 * 8 * 20
+    assert training_flops(config, 16) == 6 * 16 * (3 * layer + 50 * 8 + 3 * 16 * 4 * (6 + 3))
+
+
+def test_mfu_is_the_share_of_the_peak_by_hand():
+    loop = LoopConfig(10, tokens=16, devices=4, flops=5e6, peak=1e9)
+    # Four steps of three rows in two seconds: 12 x 5 MFLOP / 2 s of 1 GFLOP/s, 96 tokens a second on 4 devices.
+    expected = {"steps_per_second": 2, "tokens_per_second": 96, "tokens_per_second_per_device": 24, "mfu": 0.03}
+    assert loop.speed(4, 12, 2.0) == pytest.approx(expected)
+    assert set(LoopConfig(10).speed(4, 12, 2.0)) == {"steps_per_second"}

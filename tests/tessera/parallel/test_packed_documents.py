@@ -1,4 +1,4 @@
-"""Documents packed into rows give the loss and the gradient of documents one by one, under every plan."""
+"""Documents packed into rows give the loss and the gradient of documents one by one, under every plan, in chunks."""
 
 from dataclasses import replace
 
@@ -116,7 +116,7 @@ MORE_CASES = [
 )
 def test_packed_documents_are_documents_one_by_one(axes, options, changes):
     config, rows = replace(CONFIG, **changes), documents(LENGTHS)
-    params, batch, loss_fn = initialized(config), packed(rows), lm_loss(Decoder(config))
+    params, batch, loss_fn = initialized(config), packed(rows), lm_loss(Decoder(config), loss_chunk_size=5)
     if axes:
         loss_fn, params, batch = under(axes, options, config, params, batch)
     (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
@@ -130,7 +130,7 @@ def test_packed_documents_are_documents_one_by_one(axes, options, changes):
 def under(axes, options, config, params, batch):
     """The loss under a plan, and parameters and batch on its devices."""
     plan = Plan(axes, **options)
-    decoder, mesh = ShardedDecoder(config, plan), make_mesh(plan, jax.devices()[: plan.devices])
+    decoder, mesh = ShardedDecoder(config, plan, loss_chunk_size=7), make_mesh(plan, jax.devices()[: plan.devices])
     decoder.check(ROWS, LENGTH)
     if not options.get("virtual"):
         params = jax.device_put(params, shardings(mesh, decoder.specs))

@@ -51,6 +51,16 @@ def test_state_bytes_are_those_of_the_arrays(ema):
     assert memory.gradients * (2 if ema else 1) == memory.params and memory.total > memory.state + memory.saved
 
 
+@pytest.mark.parametrize("chunk, tokens", [(0, 1024), (256, 256), (400, 342), (2000, 1024)])
+def test_chunked_logits_are_those_of_a_chunk(chunk, tokens):
+    """Eight rows of 128 tokens on a device, in chunks of one size: logits, exponentials and gradient in float32."""
+    run = replace(make_run("fsdp=8"), loss_chunk_size=chunk)
+    decoder = run.decoder(run.plan)
+    placed = state_placements(decoder, jax.eval_shape(lambda: first_state(run)))
+    head = 64 * 512 * (2 + 4 * (chunk > 0))
+    assert estimate_memory(decoder, placed, 64, 128).logits == 3 * 4 * tokens * 512 + head
+
+
 @pytest.mark.parametrize("remat, least, most", [("full", 1, 1), ("dots", 4, 30), ("none", 30, 1000)])
 def test_the_remat_policy_decides_what_is_kept(remat, least, most):
     stream = 128 * 64 * 2
