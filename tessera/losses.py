@@ -8,19 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def weighted_mean(
-    values: Float[Array, "*N"], weights: Float[Array, "*N"] | None = None, total: int = 0
-) -> Float[Array, ""]:
-    """sum(values * weights) / sum(weights) in float32; zero if all weights are zero, the plain mean for None.
-
-    A `total` above 0 is the divisor in place of sum(weights).
-    """
+def weighted_mean(values: Float[Array, "*N"], weights: Float[Array, "*N"] | None = None) -> Float[Array, ""]:
+    """sum(values * weights) / sum(weights) in float32; zero if all weights are zero, the plain mean for None."""
     values = values.astype(jnp.float32)
     if weights is None:
         return values.mean()
     weights = weights.astype(jnp.float32)
-    if total:
-        return (values * weights).sum() / total
     weight = weights.sum()
     return (values * weights).sum() / jnp.where(weight == 0, 1.0, weight)
 
@@ -30,7 +23,6 @@ def cross_entropy(
     labels: Int[Array, "*N"],
     weights: Float[Array, "*N"] | None = None,
     z: float = 0.0,
-    total: int = 0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean cross-entropy in nats with PaLM's z-loss.
 
@@ -42,7 +34,6 @@ def cross_entropy(
       labels: class of every position, 0..V-1.
       weights: weight of every position (0 leaves it out), default all ones.
       z: coefficient of the z-loss.
-      total: divisor of the weighted sums; 0 is the sum of the weights.
 
     Returns:
       The loss, and the metrics cross_entropy (without the z-loss), z_loss (the added term), accuracy (a fraction) and
@@ -54,11 +45,11 @@ def cross_entropy(
     # needs one small all-reduce where a gather would collect the logits.
     hot = labels[..., None] == jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     nll = lse - jnp.where(hot, logits, 0.0).sum(axis=-1)
-    nats, z_loss = weighted_mean(nll, weights, total), z * weighted_mean(jnp.square(lse), weights, total)
+    nats, z_loss = weighted_mean(nll, weights), z * weighted_mean(jnp.square(lse), weights)
     metrics = {
         "cross_entropy": nats,
         "z_loss": z_loss,
-        "accuracy": accuracy(logits, labels, weights, total),
+        "accuracy": accuracy(logits, labels, weights),
         "weight": jnp.float32(labels.size) if weights is None else weights.astype(jnp.float32).sum(),
     }
     return nats + z_loss, metrics
@@ -68,10 +59,9 @@ def accuracy(
     logits: Float[Array, "*N V"],
     labels: Int[Array, "*N"],
     weights: Float[Array, "*N"] | None = None,
-    total: int = 0,
 ) -> Float[Array, ""]:
     """Weighted fraction of positions whose largest logit is the label's (the first of equal ones); float32."""
-    return weighted_mean((logits.argmax(-1) == labels).astype(jnp.float32), weights, total)
+    return weighted_mean((logits.argmax(-1) == labels).astype(jnp.float32), weights)
 
 
 def distillation(

@@ -106,7 +106,8 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, config: StepCon
     ema = jax.tree.map(jnp.copy, params) if config.ema else None
     opt_state = tx.init(params)
     if config.skip_step_on_spikes:
-        spikes = SpikeState(*jnp.zeros((2, config.skip_step_interval)), jnp.zeros((), jnp.int32))
+        size = config.skip_step_interval
+        spikes = SpikeState(jnp.zeros(size), jnp.zeros(size), jnp.zeros((), jnp.int32))
         opt_state = WatchedState(opt_state, spikes)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 

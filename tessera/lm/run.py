@@ -166,7 +166,8 @@ class Run(NamedTuple):
         these are known. On "validation" also loss and bits per byte of every one of `config.eval.texts`, by name.
       schedule: step -> learning rate.
       tokenizer: of the text; None for token files without one.
-      notes: lines to print at the start: the overlap of training and held-out text, what packing leaves as padding.
+      notes: lines to print at the start: the overlap of training and held-out text, what packing leaves as padding, the
+        steps of a batch-size ramp, and what computes attention.
     """
 
     settings: dict[str, Any]
@@ -218,6 +219,8 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     if splits.vocab_size != text.vocab_size:  # a small text has fewer byte pairs than were asked for
         config = run_config(c, max(least, splits.vocab_size))
     check_adaptation(c, config, splits.vocab_size, least)
+    how: Any = {"packed": bool(text.packing)}
+    checked("config.model", config.model.check_attention, jax.default_backend(), config.length, **how)
     loss_fn, placement = checked("config.plan", under_plan, config)
     index, count = checked("config.plan", placement.share)
     flops = training_flops(config.model, config.length) if config.lora is None and config.distill is None else 0.0
@@ -259,7 +262,8 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
         return RampedBatches(found, ramp) if ramp else found
 
     def held_out(split: str) -> Iterator[dict[str, np.ndarray]]:
-        return itertools.islice(loader(split, shuffle=False, repeat=False), c.eval.batches)
+        batches: Any = loader(split, shuffle=False, repeat=False)
+        return itertools.islice(batches, c.eval.batches)
 
     named = {name: named_text(c, name, text, splits) for name in c.eval.texts}
 
@@ -285,11 +289,11 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
         settings |= {"start_sha256": tree_hash((pretrained.params, pretrained.teacher))}
     if text.tokenizer != "bpe" and config.model.vocab_size != text.vocab_size:
         settings |= {"vocab_size": config.model.vocab_size}  # that of a file, or of the model at the start
-    schedule, said = learning_rate(config.optimizer), (overlap_line(text, splits), packing_line(text, rows))
+    schedule = learning_rate(config.optimizer)
     devices = placement.batch.mesh.devices
-    how: Any = {"devices": devices.size, "packed": bool(text.packing)}
+    how |= {"devices": devices.size}
     attention = checked("config.model", config.model.check_attention, devices.flat[0].platform, config.length, **how)
-    said = (attention, *said, ramp_line(config.ramp, c.steps))
+    said = (overlap_line(text, splits), packing_line(text, rows), ramp_line(config.ramp, c.steps), attention)
     functions = (step_fn, init_fn, loader, held_out, eval_fn, schedule)
     return Run(settings, config, loop, placement, step_key, *functions, splits.tokenizer, tuple(filter(None, said)))
 
@@ -499,7 +503,8 @@ def under_plan(
         apart = "routed" in config.model.pattern and config.step.grad_accum_steps > 1
         mine = dividing(devices, accumulated_batch(config) if apart else math.gcd(*config.batch_sizes))
         placement = data_parallel(mine)
-        loss_fn = lm_loss(Decoder(config.model), config.z_loss, config.loss_chunk_size, placement.batch.mesh)
+        mesh: Any = placement.batch.mesh
+        loss_fn = lm_loss(Decoder(config.model), config.z_loss, config.loss_chunk_size, mesh)
         if "routed" not in config.model.pattern or len(mine) == 1:
             return loss_fn, placement
         try:

@@ -292,14 +292,14 @@ def splash_attention(
     window = 0 if packed else int(form.window or 0)
     seen = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     size = next(size for size in (512, 256, 128) if T % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute")
-    names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    forward, backward = "q kv kv_compute", "q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
+    blocks: Any = {f"block_{name}": size for name in f"{forward} {backward}".split()}
     attend = splash.make_splash_mha(
         mask=masks.MultiHeadMask([seen] * H),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=form.softcap or None,
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, size)),
+        block_sizes=splash.BlockSizes(**blocks),
         interpret=interpret,
     )
     q_BHTh, k_BKTh, v_BKTv = (x.transpose(0, 2, 1, 3) for x in (q_BTHh * (form.scale or h**-0.5), k_BTKh, v_BTKv))

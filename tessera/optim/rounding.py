@@ -13,7 +13,7 @@ from lottery.transform import map_moments
 class RoundedState(NamedTuple):
     """Number of updates made, of which the noise of rounding is a function, and the optimizer's own state."""
 
-    count: Int32[Array, ""]
+    step: Int32[Array, ""]
     inner: PyTree
 
 
@@ -36,9 +36,9 @@ def bfloat16_state(tx: optax.GradientTransformation) -> optax.GradientTransforma
         updates: PyTree, state: RoundedState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, RoundedState]:
         new, inner = tx.update(updates, _mapped(_widened, updates, state.inner), params, **extra)
-        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(jax.tree.leaves(inner))))
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), state.step), len(jax.tree.leaves(inner))))
         inner = _mapped(lambda leaf: stochastic_round(leaf, key=next(keys)), updates, inner)
-        return new, RoundedState(state.count + 1, inner)
+        return new, RoundedState(state.step + 1, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -253,7 +253,7 @@ def test_rows_with_a_tokenizer_of_a_file_are_trained_on_and_their_leak_is_said(t
     data = {"name": str(tmp_path / "a.jsonl"), "tokenizer": str(golden), "validation": 0.2, "test": 0.2}
     run = build_run(settings(tmp_path, data=data))
     assert run.config.model.vocab_size == run.settings["vocab_size"] == 400
-    (line,) = run.notes
+    line, attention = run.notes
     found = [float(share) for share in re.findall(r"([\d.]+)% of (?:validation|test)", line)]
     assert line.startswith("overlap: ") and "by 13-grams of tokens" in line
     assert len(found) == 2 and min(found) > 80
@@ -264,7 +264,7 @@ def test_rows_with_a_tokenizer_of_a_file_are_trained_on_and_their_leak_is_said(t
         result["loss"] / np.log(2) * len(splits.validation) / size, rel=1e-6
     )
     clean = build_run(settings(tmp_path, data=data | {"overlap": 0}))
-    assert clean.notes == ()
+    assert clean.notes == (attention,) and attention.startswith("attention: xla")
 
 
 def bytes_of(tokens, file):
