@@ -3,7 +3,7 @@
 Every device has two of sixteen experts and an eighth of the tokens. Tokens travel to their experts by an all-to-all and
 come back by another. Outputs and gradients are those of one device, to rounding; the last lines check it.
 
-Run: python examples/experts_on_8_devices.py (about 10 seconds of processor time; the devices are eight parts of your CPU)
+Run: python examples/experts_on_8_devices.py (10 seconds of processor time; the devices are eight parts of your CPU)
 """
 
 import os

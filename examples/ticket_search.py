@@ -71,7 +71,7 @@ def train_fn(starts, *, level):
 config = imp.SearchConfig(
     seeds=(0, 1, 2, 3),
     levels=3,
-    rate=0.6,  # of the surviving weights, before each level
+    rate=0.7,  # of the surviving weights, before each level
     output="output",  # the output layer loses half as many
     arms=("ticket", "reinit"),
 )
