@@ -3,6 +3,7 @@
 What: loads a run of `scripts/train.py` (`--config.model.dir=runs/lm`), a ticket of it (`--config.model.ticket=FILE`)
 or a Hugging Face directory, places it under `--config.plan` (any, whatever plan it was trained under)
 and continues text: `scripts/generate.py` prints it as it comes, `scripts/serve.py` speaks OpenAI's protocol.
+`--config.sizes.pages=N` has a KV cache of N pages in place of slots of full length (docs/inference.md, "Pages").
 Cost: loading and compiling, some ten seconds for a small model on a CPU; not measured for large ones.
 Expected: text in the manner of what the model was trained on.
 Command: python scripts/generate.py --config=configs/serve.py --config.model.dir=runs/lm --config.prompt='def '
