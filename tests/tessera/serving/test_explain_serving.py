@@ -47,6 +47,15 @@ def test_one_device_reads_its_weights_and_the_texts_and_sends_nothing():
     assert untied.traffic == one.traffic, "of which a step reads a few rows only"
 
 
+def test_pages_take_the_memory_that_they_have_and_more_texts_have_more_of_them():
+    sizes = replace(SIZES, pages=10, page_size=8)
+    page = 8 * 2 * CONFIG.layers * CONFIG.width // CONFIG.heads * CONFIG.kv_heads * 4  # bytes
+    one = cost("dp=2", sizes=sizes)
+    assert one.cache == 5 * page
+    more = filled(one, CONFIG, sizes, V5E)  # 1,024 texts at most, 128 times as many
+    assert (more.slots, more.cache) == (1024, 128 * 5 * page)
+
+
 @pytest.mark.parametrize(
     "axes, collectives, moved",
     [
