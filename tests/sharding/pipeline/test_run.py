@@ -169,7 +169,7 @@ def test_temporary_memory_grows_with_microbatches_by_stage_inputs_for_gpipe_and_
         run = make_value_and_grad(FNS, mesh, PipelineConfig(schedule, m, split_layers(2, stages)))
         memory.append(jax.jit(run).lower(shared, layers, batch).compile().memory_analysis().temp_size_in_bytes)
     one_input = 4 * rows * time * D
-    # All keep a row of the table per tick (20 bytes of F, B or W); 1F1B's inputs are 2 p - 1 whatever m is, and ZB-H1 has
+    # All have a row of the table per tick (20 bytes of F, B or W); 1F1B's inputs are 2 p - 1 whatever m is; ZB-H1 has
     # residuals for 2 (p - 1) W besides.
     tables = (many - few) * 64
     assert memory[1] - memory[0] <= (many - few) * one_input * growth + tables, memory
