@@ -203,8 +203,8 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         if "W" in table.kinds:
             # Operands of the weights' products: residuals that products keep, and as many gradients beside them.
             rest = 2 * slots(table, "B", "W")[0] * saved_per_row(dense, plan, length, replace(way, base="dots")).device
-        device = one.device * (number if way.base == "none" else 1) + rest
-        return float(number * inputs + device * layers), float(one.host * layers)
+        own = one.device * (number if way.base == "none" else 1) + rest
+        return float(number * inputs + own * layers), float(one.host * layers)
     device = host = 0.0
     for stack in config.stacks:
         for way in config.groups(stack):
