@@ -56,6 +56,15 @@ def split_layer(
 
     Gradients of matrices and stacks of them (two dimensions or more) are W's; those of vectors (gains, biases), which
     need no product, are B's and only pass through W.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sharding.pipeline import split_layer
+      >>> layer = lambda params, x, micro: x @ params["w"]
+      >>> split = split_layer(layer, {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)), {})
+      >>> y, saved = split.forward({"w": jnp.ones((3, 2))}, {}, jnp.ones((4, 3)))
+      >>> y.shape, [leaf.shape for leaf in saved]  # W needs the input
+      ((4, 2), [(4, 3)])
     """
 
     def joint(params: PyTree, micro: PyTree, x: PyTree, d_y: PyTree) -> Any:
