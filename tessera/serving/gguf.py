@@ -180,9 +180,9 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
 def _open(file: Path | str) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no GGUF file {file}")
-    package = _gguf()
+    reader: Any = _gguf().GGUFReader
 
-    class Bounded(package.GGUFReader):
+    class Bounded(reader):
         """The package's reader gives less than was asked for past the end, and so reads arrays of any stated length."""
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *rest: Any, **more: Any) -> Any:

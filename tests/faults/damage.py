@@ -205,7 +205,7 @@ def _files(lab: faults.Lab, most: int) -> list[tuple[str, str, str, str]]:
         copy.parent.mkdir()
         (shutil.copytree if one.source.is_dir() else shutil.copy)(one.source, copy)
         candidates = sorted(p for p in copy.glob(one.files) if p.is_file()) if one.files else [copy]
-        candidates = [p for p in candidates if p.suffix not in (".html", ".png")]
+        candidates = [p for p in candidates if p.suffix not in (".html", ".png") or p.name == one.files]
         path = rng.choice(candidates)
         what = f"{name}: {path.relative_to(copy.parent)}, {damage(path, rng)}"
         done.append((name, what, *judge(one, copy, sound[name])))
