@@ -404,9 +404,7 @@ def test_every_command_takes_urls(tmp_path):
                 assert fs.cat_file(f"{bucket}/{command}/{name}") == (tmp_path / command / name).read_bytes()
             assert b"</html>" in fs.cat_file(f"{bucket}/{command}/report.html")
         rows = [(1e6 * 4**i, 1e8 * 4**j) for i in range(4) for j in range(4)]
-        table = [
-            f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n, d in rows
-        ]  # the form of Hoffmann et al. (2022)
+        table = [f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n, d in rows]
         fs.pipe_file(f"{bucket}/runs.csv", "\n".join(["params,tokens,loss", *table]).encode())
         fit = [f"--config.runs={bucket}/runs.csv", "--config.resamples=20", f"--workdir={bucket}/fit"]
         done("fit", *fit)

@@ -541,3 +541,12 @@ def test_laws_of_columns_that_the_runs_lack_are_not_compared(monkeypatch):
 def test_standard_errors_are_of_the_finite_draws():
     draws = np.array([1.0, np.nan, 4.0, np.inf, 7.0])
     assert spread_of(draws) == pytest.approx(3.0) and np.isnan(spread_of(draws[:2]))
+
+
+def test_rows_without_noise_have_a_report(tmp_path):
+    """All resamples agree on N* to the last bits, which leaves a histogram no width."""
+    sizes, tokens = (grid.ravel() for grid in np.meshgrid(1e6 * 4.0 ** np.arange(4), 1e8 * 4.0 ** np.arange(4)))
+    rows = {"params": sizes, "tokens": tokens, "loss": 1.7 + 400 / sizes**0.34 + 410 / tokens**0.28}
+    settings = {"runs": "exact.csv", "resamples": 8, "fit": {"starts": 20, "keep": 2}}
+    result, _ = write_fit(tmp_path, make_rows(rows), build(ScalingConfig, settings))
+    assert result["exponents"]["a"]["value"] == pytest.approx(0.28 / (0.28 + 0.34), rel=1e-3)
