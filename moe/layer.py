@@ -64,8 +64,9 @@ class MoEConfig:
       mixture: how the experts are computed. A capacity holds in training only: outside nothing is dropped, so that a
         token decoded alone comes out as in its full sequence.
       balance: coefficient of the load-balance loss.
-      balance_scope: tokens over which it is taken: "batch" (all of a step; refused where a batch goes through the model
-        in parts), "microbatch" (all that go through the model at once, over all devices) or "sequence".
+      balance_scope: the tokens that it is of: "batch" (all of a step: where a batch goes through the model in
+        parts, that takes a forward pass of all parts first), "microbatch" (all that go through the model at once, over
+        all devices; importance, load and the penalty of "relu" too) or "sequence".
       importance, load, z: coefficients of the importance, load and z losses.
       bias_rate: step of the loss-free balancing of the sigmoid router's bias; 0 leaves the bias alone.
       router_scale: factor on the standard deviation of the router's initial kernels (0.1: Fedus et al. 2021, 2.4).
@@ -129,24 +130,11 @@ class MoEConfig:
         """Whether the layer is SwiGLU experts alone, without biases and latents, as conversions need it."""
         return self.mixture.plain and not (self.shared or self.latent or self.biases or self.identity or self.null)
 
-    def check_parts(self, why: str) -> None:
-        """Refuse losses of the whole batch for a batch that goes through the model in parts.
-
-        Args:
-          why: what cuts it, for the message.
-
-        Raises:
-          ValueError: the mean over the parts would be another loss than the batch's.
-        """
-        penalty = self.router.name == "relu"
-        nonlinear = (self.importance or self.load or penalty) and self.balance_scope != "microbatch"
-        if nonlinear or (self.balance and self.balance_scope == "batch"):
-            names = [name for name in ("balance", "importance", "load") if getattr(self, name)]
-            losses = " and ".join(names + ["the router's penalty"] * penalty)
-            raise ValueError(
-                f"balance_scope={self.balance_scope!r} with {why}: the mean of {losses} over parts of a batch is "
-                "another loss than the batch's; choose 'microbatch' to mean the parts', or for balance 'sequence'"
-            )
+    @property
+    def whole_batch(self) -> bool:
+        """Whether some loss is one of all tokens of a step, and no mean of losses of its parts."""
+        nonlinear = self.importance or self.load or self.router.name == "relu"
+        return bool(self.balance and self.balance_scope == "batch" or nonlinear and self.balance_scope != "microbatch")
 
     def width_of(self, dense_ff: int) -> int:
         """Compute F from the width of the dense layer that the experts replace.
@@ -186,6 +174,7 @@ def auxiliary(
     sequences: int,
     axes: ExpertAxes = ONE_DEVICE,
     penalty: Float[Array, "1"] | None = None,
+    batch_SE: Float32[Array, "6 E"] | None = None,
 ) -> Float32[Array, ""]:
     """Sum the layer's auxiliary losses times their coefficients, over the tokens of all devices and equal on each.
 
@@ -195,6 +184,8 @@ def auxiliary(
       sequences: rows of equal length that make up the tokens.
       axes: mesh axes inside `jax.shard_map`.
       penalty: coefficient of the penalty of the router "relu", a parameter of it.
+      batch_SE: where these are the tokens of one part of a batch, the mean over all parts of the `losses.batch_sums` of
+        their tokens on all devices: the losses of `MoEConfig.whole_batch` are then the batch's.
     """
 
     tokens, choices = axes.tokens or None, ROUTERS[config.router.name].balance
@@ -206,23 +197,33 @@ def auxiliary(
         total, count = jax.lax.psum((value * of.sum(), of.sum().astype(jnp.float32)), tokens)
         return total / jnp.maximum(count, 1.0)
 
-    total = jnp.float32(0)
-    if config.balance and config.balance_scope != "sequence":
-        total += config.balance * losses.load_balance(routing, choices=choices, axis_name=tokens)
-    elif config.balance:
-        full = routing.mask_N.reshape(sequences, -1).any(axis=1)
-        total += config.balance * mean(losses.load_balance(routing, sequences, choices=choices), full)
-    if config.importance:
-        total += config.importance * losses.importance_loss(routing, tokens)
-    if config.load:
-        total += config.load * losses.load_loss(routing, tokens)
-    if config.z:
-        total += config.z * mean(losses.z_loss(routing), routing.mask_N)
+    coefficient = None
     if penalty is not None:
         coefficient = jax.lax.stop_gradient(penalty.sum())
         if tokens and varying(coefficient):  # equal on all devices, of which the mean tells JAX
             coefficient = jax.lax.pmean(coefficient, tuple(sorted(varying(coefficient))))
-        total += coefficient * losses.relu_penalty(routing, config.router.k, tokens)
+
+    def of_sums(sums_SE: Float32[Array, "6 E"]) -> Float32[Array, ""]:
+        total = jnp.float32(0)
+        if config.balance and config.balance_scope != "sequence":
+            total += config.balance * losses.balance_of(sums_SE)
+        if config.importance:
+            total += config.importance * metrics.squared_variation(sums_SE[2])
+        if config.load:
+            total += config.load * metrics.squared_variation(sums_SE[4])
+        if coefficient is not None:
+            total += coefficient * losses.penalty_of(sums_SE, config.router.k)
+        return total
+
+    if config.load and routing.load_NE is None:
+        losses.load_loss(routing)  # says why there is none
+    own_SE = losses.batch_sums(routing, choices, tokens)
+    total = of_sums(own_SE) if batch_SE is None else losses.linearized(of_sums, own_SE, batch_SE)
+    if config.balance and config.balance_scope == "sequence":
+        full = routing.mask_N.reshape(sequences, -1).any(axis=1)
+        total += config.balance * mean(losses.load_balance(routing, sequences, choices=choices), full)
+    if config.z:
+        total += config.z * mean(losses.z_loss(routing), routing.mask_N)
     # Tensor-parallel devices route the same tokens; the mean tells JAX that their results are equal.
     return jax.lax.pmean(total, axes.width) if axes.width is not None and axes.width in varying(total) else total
 
@@ -232,7 +233,9 @@ class MoE(nn.Module):
 
     An rng "router" means training: noise, capacity and expert dropout are on. Sown into "intermediates": "aux_loss",
     the weighted auxiliary losses (a scalar to be added to the loss), and "routing", what `metrics.summary` gives of
-    this device's tokens; into "routings": the `Routing`. With `causal`, a router that looks ahead is refused
+    this device's tokens; into "routings": the `Routing`; into "balance", if it is mutable: "sums", the
+    `losses.batch_sums` of these tokens. Given instead, "sums" are those of the whole batch that these tokens are a part
+    of (see `auxiliary`). With `causal`, a router that looks ahead is refused
     outside training, where tokens are decoded. With `axes` the parameters are one device's part: E / size experts and
     F / size channels.
 
@@ -348,7 +351,13 @@ class MoE(nn.Module):
                     shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)
                 y_ND += shared
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "aux_loss", auxiliary(routing, c, b, self.axes, router.get("penalty")))
+            whole_SE = None
+            if self.is_mutable_collection("balance"):
+                self.sow("balance", "sums", losses.batch_sums(routing, ROUTERS[c.router.name].balance))
+            elif self.has_variable("balance", "sums"):
+                whole_SE = self.get_variable("balance", "sums")
+            found = auxiliary(routing, c, b, self.axes, router.get("penalty"), whole_SE)
+            self.sow("intermediates", "aux_loss", found)
             self.sow("intermediates", "routing", metrics.summary(routing, placed_NK))
         self.sow("routings", "routing", routing)
         return mask_rows(y_ND, mask_N).reshape(b, t, d)

@@ -9,6 +9,7 @@ Example:
   1.0
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,12 +19,114 @@ from jaxtyping import Array, Float, Float32
 from moe.metrics import counts, importance, squared_variation
 from moe.routing import Routing
 
+Choices = Literal["all", "first", "scores"]
+
+
+def batch_sums(
+    routing: Routing, choices: Choices = "all", axis_name: str | tuple[str, ...] | None = None
+) -> Float32[Array, "6 E"]:
+    """Sum over the tokens what the losses of a whole batch are functions of.
+
+    Where a batch goes through a model in parts, the sums of all parts (or their mean: no loss depends on the scale)
+    give the loss of the batch, and with `linearized` its gradient by parts: the balance of Qiu et al. (2025), exact.
+
+    Args:
+      routing: any routing.
+      choices: see `load_balance`.
+      axis_name: mapped axes to sum over too.
+
+    Returns:
+      Rows: choices counted by the balance loss, probabilities, gate weights, all choices, smooth load (zeros without),
+      and in every column the number of tokens.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import losses, route
+      >>> sums = losses.batch_sums(route.uniform(jnp.zeros((8, 4)), k=2))
+      >>> sums[0].tolist(), sums[5].tolist()
+      ([4.0, 4.0, 4.0, 4.0], [8.0, 8.0, 8.0, 8.0])
+    """
+    e, weight_N1 = routing.num_experts, routing.mask_N[:, None].astype(jnp.float32)
+    rows = (
+        counts(_counted(routing, choices), e),
+        (routing.probs_NE * weight_N1).sum(axis=0),
+        importance(routing),
+        counts(routing.experts_NK, e),
+        jnp.zeros(e) if routing.load_NE is None else routing.load_NE.sum(axis=0),
+        jnp.broadcast_to(weight_N1.sum(), (e,)),
+    )
+    return _summed(jnp.stack([row.astype(jnp.float32) for row in rows]), axis_name)
+
+
+def balance_of(sums_SE: Float32[Array, "6 E"]) -> Float32[Array, ""]:
+    """Compute `load_balance` of a whole batch from its `batch_sums`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import losses, route
+      >>> float(losses.balance_of(losses.batch_sums(route.uniform(jnp.zeros((8, 4)), k=2))))
+      1.0
+    """
+    return _balance(sums_SE[:1], sums_SE[1:2], sums_SE[5:, :1])
+
+
+def penalty_of(sums_SE: Float32[Array, "6 E"], k: int) -> Float32[Array, ""]:
+    """Compute `relu_penalty` of a whole batch from its `batch_sums`."""
+    tokens = jnp.maximum(sums_SE[5, 0], 1.0)
+    f_E = jax.lax.stop_gradient(sums_SE[3]) * sums_SE.shape[1] / (k * tokens)
+    return (f_E * sums_SE[2]).sum() / tokens
+
+
+def linearized(
+    loss: Callable[[Float32[Array, "S E"]], Float32[Array, ""]],
+    own_SE: Float32[Array, "S E"],
+    batch_SE: Float32[Array, "S E"],
+) -> Float32[Array, ""]:
+    """Compute a loss of a whole batch with the gradient by one part of it.
+
+    The value is `loss(batch)`, whichever part it is; the mean over the parts of the gradients is that of the loss of
+    the mean of their sums, because each part's is the derivative by the sums times the derivative of its own.
+
+    Args:
+      loss: of sums.
+      own_SE: sums of this part.
+      batch_SE: mean of the parts' sums.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from moe import losses
+      >>> cube = lambda sums: (sums**3).sum()
+      >>> mean = jnp.array([[2.0]])  # of the parts 1 and 3
+      >>> jax.value_and_grad(lambda own: losses.linearized(cube, own, mean))(jnp.array([[3.0]]))[1].tolist()
+      [[12.0]]
+    """
+    value, slope_SE = jax.value_and_grad(loss)(jax.lax.stop_gradient(batch_SE))
+    return value + (jax.lax.stop_gradient(slope_SE) * (own_SE - jax.lax.stop_gradient(own_SE))).sum()
+
+
+def _counted(routing: Routing, choices: Choices) -> Array:
+    """The experts that the balance loss counts, the number of experts for none."""
+    if choices == "first":
+        return routing.experts_NK[:, :1]
+    if choices == "scores":
+        best_NK = jax.lax.top_k(jax.lax.stop_gradient(routing.probs_NE), routing.k)[1]
+        return jnp.where(routing.mask_N[:, None], best_NK, routing.num_experts)
+    return routing.experts_NK
+
+
+def _balance(
+    counts_GE: Float32[Array, "G E"], probs_GE: Float32[Array, "G E"], tokens_G1: Float32[Array, "G 1"]
+) -> Float32[Array, ""]:
+    f_GE = jax.lax.stop_gradient(counts_GE / jnp.maximum(counts_GE.sum(axis=-1, keepdims=True), 1.0))
+    p_GE = probs_GE / jnp.maximum(tokens_G1, 1.0)
+    return counts_GE.shape[-1] * (f_GE * p_GE).sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
+
 
 def load_balance(
     routing: Routing,
     groups: int = 1,
     *,
-    choices: Literal["all", "first", "scores"] = "all",
+    choices: Choices = "all",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float32[Array, ""]:
     """Compute the load-balancing loss E sum_i f_i P_i (Fedus et al. 2021, eq. 4-6): 1 balanced, E collapsed.
@@ -49,22 +152,13 @@ def load_balance(
         raise ValueError(f"{n} tokens do not divide into {groups} groups")
     if groups > 1 and axis_name is not None:
         raise ValueError(f"groups={groups} and axis_name={axis_name!r}: a balance is either per group or global")
-    experts_NK = routing.experts_NK
-    if choices == "first":
-        experts_NK = experts_NK[:, :1]
-    elif choices == "scores":
-        best_NK = jax.lax.top_k(jax.lax.stop_gradient(routing.probs_NE), routing.k)[1]
-        experts_NK = jnp.where(routing.mask_N[:, None], best_NK, e)
-    experts_GMK = experts_NK.reshape(groups, n // groups, -1)
+    if groups == 1:
+        return balance_of(batch_sums(routing, choices, axis_name))
+    experts_GMK = _counted(routing, choices).reshape(groups, n // groups, -1)
     counts_GE = jax.vmap(lambda experts: counts(experts, e))(experts_GMK)
     weight_GM1 = routing.mask_N.reshape(groups, -1, 1).astype(jnp.float32)
     sums_GE = (routing.probs_NE.reshape(groups, -1, e) * weight_GM1).sum(axis=1)
-    tokens_G1 = weight_GM1.sum(axis=1)
-    if axis_name is not None:
-        counts_GE, sums_GE, tokens_G1 = jax.lax.psum((counts_GE, sums_GE, tokens_G1), axis_name)
-    f_GE = jax.lax.stop_gradient(counts_GE / jnp.maximum(counts_GE.sum(axis=-1, keepdims=True), 1.0))
-    p_GE = sums_GE / jnp.maximum(tokens_G1, 1.0)
-    return e * (f_GE * p_GE).sum() / jnp.maximum((tokens_G1 > 0).sum(), 1)
+    return _balance(counts_GE, sums_GE, weight_GM1.sum(axis=1))
 
 
 def relu_penalty(routing: Routing, k: int, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:
@@ -79,12 +173,7 @@ def relu_penalty(routing: Routing, k: int, axis_name: str | tuple[str, ...] | No
       k: choices that a token should have.
       axis_name: mapped axes over which load and mean are taken too, for the loss of the global batch.
     """
-    e = routing.num_experts
-    tokens = routing.mask_N.sum().astype(jnp.float32)
-    totals = (counts(routing.experts_NK, e), importance(routing), tokens)
-    load_E, weights_E, tokens = totals if axis_name is None else jax.lax.psum(totals, axis_name)
-    f_E = jax.lax.stop_gradient(load_E) * e / (k * jnp.maximum(tokens, 1.0))
-    return (f_E * weights_E).sum() / jnp.maximum(tokens, 1.0)
+    return penalty_of(batch_sums(routing, axis_name=axis_name), k)
 
 
 def importance_loss(routing: Routing, axis_name: str | tuple[str, ...] | None = None) -> Float32[Array, ""]:

@@ -3,6 +3,7 @@
 All functions run inside shard_map, on one device's part of time.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,8 +115,8 @@ def ulysses_attention(
     """Compute DeepSpeed Ulysses attention: all-to-all from time to heads, attention, and back (Jacobs et al. 2023, 3).
 
     Args:
-      q_BTHh: queries; H and K must divide by the size of the axis. Time is laid out by `contiguous_positions`.
-      k_BTKh: keys.
+      q_BTHh: queries; H must divide by the size of the axis. Time is laid out by `contiguous_positions`.
+      k_BTKh: keys; where K does not divide by it, each goes to all devices whose queries look at it.
       v_BTKh: values.
       form: sliding window, sinks, scale and soft-cap, of all heads.
       axis: mesh axis that splits time.
@@ -134,6 +135,9 @@ def ulysses_attention(
       ['all-to-all', 'all-to-all', 'all-to-all', 'all-to-all']
     """
     exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    ways = jax.lax.axis_size(axis)
+    if times := ways // math.gcd(ways, k_BTKh.shape[2]) - 1:
+        k_BTKh, v_BTKh = (jnp.repeat(x, times + 1, axis=2) for x in (k_BTKh, v_BTKh))
     with jax.named_scope("exchange_heads"):
         sequences = [exchange(x, split_axis=2, concat_axis=1) for x in (q_BTHh, k_BTKh, v_BTKh)]
     if form.sinks_H is not None:

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from sharding.errors import PlanError, nearest_divisor
+from sharding.errors import PlanError, nearest_sizes
 
 MeshAxes = str | tuple[str, ...]
 Logical = tuple[str | None, ...]
@@ -149,18 +150,65 @@ def resolve(
         ways = math.prod(sizes[axis] for axis in present)
         if shape[dimension] % ways:
             product = " x ".join(f"{axis}={sizes[axis]}" for axis in present)
+            near = nearest_sizes(shape[dimension], {axis: sizes[axis] for axis in present})
             raise PlanError(
                 f"{path} {shape}: dimension {dimension} ({name}) of {shape[dimension]} does not divide by {product}; "
-                f"nearest valid size: {nearest_divisor(shape[dimension], ways)}"
+                f"nearest valid: {near}",
+                f"{name} of {shape[dimension]} by {' x '.join(present)}",
             )
         entries.append(present[0] if len(present) == 1 else present or None)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
+    return PartitionSpec(*_without_tail(tuple(entries)))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A dimension of a parameter that has to be enlarged before the axis of its rule divides it.
+
+    Attributes:
+      dimension: counted from the end, -1 is the last.
+      axis: the mesh axis.
+      repeat: how often every index is repeated (key/value heads); 0 pads with zeros to a multiple (the vocabulary).
+    """
+
+    dimension: int
+    axis: str
+    repeat: int
+
+    def enlarge(self, size: int, ways: int) -> int:
+        """Size of the dimension once the axis of `ways` devices divides it."""
+        return size * self.repeat if self.repeat else -(-size // ways) * ways
+
+
+def spread_of(axes: Logical, shape: tuple[int, ...], rules: Rules, sizes: Mapping[str, int]) -> Spread | None:
+    """Find the dimension of one parameter that its rule's mesh axis does not divide and that can be enlarged.
+
+    The vocabulary is padded to a multiple of tp, as Megatron-LM does; of K key/value heads each is repeated
+    tp / gcd(K, tp) times, so that every device of tp has the heads of its queries.
+    """
+    lookup = dict(rules.params)
+    for dimension, name in enumerate(axes):
+        axis = lookup.get(name) if name in ("vocab", "kv_heads") else None
+        if isinstance(axis, str) and shape[dimension] % (ways := sizes.get(axis, 1)):
+            repeat = ways // math.gcd(ways, shape[dimension]) if name == "kv_heads" else 0
+            return Spread(dimension - len(shape), axis, repeat)
+    return None
+
+
+def spreads(params: PyTree, sizes: Mapping[str, int], rules: Rules = Rules()) -> PyTree:
+    """Find the `Spread` of every parameter, None for most; see `param_specs`."""
+
+    def one(path: tuple, leaf: Any) -> Spread | None:
+        return spread_of(logical_axes(path_name(path), leaf.ndim, rules), leaf.shape, rules, sizes)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def param_specs(params: PyTree, sizes: Mapping[str, int], rules: Rules = Rules(), *, zero: int = 3) -> PyTree:
     """Make the PartitionSpec of every parameter.
+
+    A vocabulary or key/value heads that their axis does not divide are stored as they are, and the axis splits the
+    width besides what already does, or where that does not divide either nothing. `sharding.gather_params` then
+    gives every device its part: so no array that is stored, saved or exported has padding or copies.
 
     Args:
       params: tree of arrays or shapes.
@@ -181,16 +229,36 @@ def param_specs(params: PyTree, sizes: Mapping[str, int], rules: Rules = Rules()
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
         name = path_name(path)
-        return resolve(logical_axes(name, leaf.ndim, rules), leaf.shape, rules.params, sizes, name)
+        axes, table = logical_axes(name, leaf.ndim, rules), rules.params
+        if (spread := spread_of(axes, leaf.shape, rules, sizes)) is not None:
+            at = leaf.ndim + spread.dimension
+            axes = (*axes[:at], None, *axes[at + 1 :])
+            table = _with_axis(axes, leaf.shape, table, sizes, spread.axis)
+        return resolve(axes, leaf.shape, table, sizes, name)
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _with_axis(
+    axes: Logical, shape: tuple[int, ...], table: tuple[tuple[str, MeshAxes], ...], sizes: Mapping[str, int], axis: str
+) -> tuple[tuple[str, MeshAxes], ...]:
+    """The table with a mesh axis more that splits the width, innermost, if both divide it."""
+    if "width" not in axes:
+        return table
+    before = dict(table).get("width", ())
+    both = (*((before,) if isinstance(before, str) else before), axis)
+    if shape[axes.index("width")] % math.prod(sizes.get(one, 1) for one in both):
+        return table
+    return tuple((name, both if name == "width" else mesh) for name, mesh in table)
 
 
 def mirrored_specs(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     """Make the PartitionSpecs of a tree that contains copies of the parameter tree: optimizer states, averages, masks.
 
-    A leaf whose path ends in a parameter's path and that has its shape is sharded like it; any other (counters,
-    factored moments) is replicated.
+    A leaf whose path ends in a parameter's path and that has its shape is sharded like it. One with a dimension less,
+    a row or column statistic of a factored second moment (Adafactor: Shazeer & Stern 2018), is sharded like the rest
+    of the parameter; one of a single dimension, whose number ends the path (SM3: Anil et al. 2019), like that
+    dimension. Any other (counters) is replicated.
 
     Args:
       tree: arrays or shapes.
@@ -210,11 +278,32 @@ def mirrored_specs(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
         names = path_name(path).split("/")
-        tails = ("/".join(names[i:]) for i in range(len(names)))
-        name = next((tail for tail in tails if tail in known), None)
-        return known[name] if name is not None and leaf.shape == shapes[name] else PartitionSpec()
+        spans = ((i, j) for i in range(len(names)) for j in range(len(names), i, -1))
+        found = next((span for span in spans if "/".join(names[slice(*span)]) in known), None)
+        if found is None:
+            return PartitionSpec()
+        name, statistic = "/".join(names[slice(*found)]), names[found[0] - 1] if found[0] else ""
+        shape, spec = shapes[name], known[name]
+        entries = (*spec, *[None] * (len(shape) - len(spec)))
+        last = names[-1]
+        if leaf.shape == shape:
+            return spec
+        if found[1] < len(names) and last.isdigit() and leaf.shape == shape[int(last) : int(last) + 1]:
+            return PartitionSpec(*entries[int(last) : int(last) + 1])
+        gone = [i for i in range(len(shape)) if (*shape[:i], *shape[i + 1 :]) == leaf.shape]
+        if not gone:
+            return PartitionSpec()
+        by_size = np.argsort(shape).tolist()  # as optax orders equal sizes
+        wanted = by_size[-2 if statistic == "v_col" else -1]
+        at = wanted if wanted in gone else gone[0]
+        return PartitionSpec(*_without_tail((*entries[:at], *entries[at + 1 :])))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _without_tail(entries: tuple) -> tuple:
+    """The entries up to the last that is not None."""
+    return entries[: max((i + 1 for i, entry in enumerate(entries) if entry is not None), default=0)]
 
 
 def shardings(mesh: Mesh, specs: PyTree) -> PyTree:

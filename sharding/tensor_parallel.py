@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from sharding.rules import path_name
+from sharding.rules import Spread, path_name
 
 FULL_PRECISION = r"(^|/)router/|/gain$"  # routers choose in float32, gains are small
 TIME = 1  # dimension of [B, T, D] along which the residual stream is split
@@ -113,8 +114,39 @@ def explicit(tp: str | None, sequence: bool) -> Callable[[jax.Array, tuple[str |
     return constrain
 
 
+def spread_dimension(leaf: jax.Array, spread: Spread, spec: PartitionSpec) -> jax.Array:
+    """Give every device its part of a dimension that it had to be enlarged for: padded, or its indices repeated.
+
+    Where the axis splits another dimension in storage, the two are exchanged (an all-to-all, whose transpose is one
+    too); where it splits none, every device cuts its part out of its copy. Gradients of copies are added up.
+
+    Args:
+      leaf: one device's part as it is stored.
+      spread: the dimension.
+      spec: of the stored leaf.
+    """
+    ways, at = jax.lax.axis_size(spread.axis), leaf.ndim + spread.dimension
+    size = spread.enlarge(leaf.shape[at], ways)
+    with jax.named_scope("spread_dimension"):
+        if spread.repeat:
+            leaf = jnp.repeat(leaf, spread.repeat, axis=at)
+        else:
+            leaf = jnp.pad(leaf, [(0, size - leaf.shape[at] if i == at else 0) for i in range(leaf.ndim)])
+        stored = next((i for i, entry in enumerate(spec) if spread.axis in _axes(entry)), None)
+        if stored is not None:
+            return jax.lax.all_to_all(leaf, spread.axis, at, stored, tiled=True)
+        start = jax.lax.axis_index(spread.axis) * (size // ways)
+        return jax.lax.dynamic_slice_in_dim(vary(leaf, (spread.axis,)), start, size // ways, at)
+
+
 def gather_params(
-    params: PyTree, specs: PyTree, dtype: Any, *, fsdp: str | None, vary_over: Sequence[str] = ()
+    params: PyTree,
+    specs: PyTree,
+    dtype: Any,
+    *,
+    fsdp: str | None,
+    vary_over: Sequence[str] = (),
+    spreads: PyTree = None,
 ) -> PyTree:
     """All-gather one layer's parameters over fsdp (FSDP, ZeRO-3), in the compute dtype (mixed precision).
 
@@ -127,6 +159,7 @@ def gather_params(
       dtype: of kernels and tables; gains and routers stay in float32 and are replicated.
       fsdp: the mesh axis, None if the plan has none.
       vary_over: axes over which the values computed with these parameters vary and the parameters do not.
+      spreads: dimensions that are enlarged first, from `sharding.rules.spreads`, None where none is.
 
     Example:
       >>> import jax, jax.numpy as jnp, sharding
@@ -141,20 +174,23 @@ def gather_params(
       ('all-gather', 1024)
     """
 
-    def gather(path: tuple, leaf: Any, spec: PartitionSpec) -> Any:
+    def gather(path: tuple, leaf: Any, spec: PartitionSpec, spread: Spread | None = None) -> Any:
         if _is_quantized(leaf):
             return vary(leaf, vary_over)
         dimension = next((i for i, entry in enumerate(spec) if fsdp and fsdp in _axes(entry)), None)
-        leaf = vary(leaf, vary_over)
-        if leaf.ndim < 2 or re.search(FULL_PRECISION, path_name(path)):
+        exact = leaf.ndim < 2 or re.search(FULL_PRECISION, path_name(path)) is not None
+        leaf = vary(leaf, vary_over) if exact else vary(leaf, vary_over).astype(dtype)
+        if spread is not None:
+            leaf = spread_dimension(leaf, spread, spec)
+        if exact:
             return leaf
-        leaf = leaf.astype(dtype)
         if dimension is None:
             return leaf
         with jax.named_scope("gather_params"):
             return jax.lax.all_gather(leaf, fsdp, axis=dimension, tiled=True)
 
-    return jax.tree_util.tree_map_with_path(gather, params, specs, is_leaf=_is_quantized)
+    rest = (specs,) if spreads is None else (specs, spreads)
+    return jax.tree_util.tree_map_with_path(gather, params, *rest, is_leaf=_is_quantized)
 
 
 def _is_quantized(node: Any) -> bool:

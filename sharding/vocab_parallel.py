@@ -105,6 +105,7 @@ def linear_cross_entropy(
     z: float = 0.0,
     softcap: float = 0.0,
     chunk: int = 0,
+    vocabulary: int = 0,
 ) -> Sums:
     """Compute the output layer and its cross-entropy with z-loss in chunks of tokens (fused linear cross-entropy).
 
@@ -120,6 +121,7 @@ def linear_cross_entropy(
       z: coefficient of the z-loss.
       softcap: logits l become softcap tanh(l / softcap); 0 leaves them.
       chunk: tokens at a time; 0 takes all at once.
+      vocabulary: tokens in it, where the last devices' columns beyond are padding; 0 is every column.
 
     Returns:
       The sum, and those of cross_entropy (without the z-loss) and accuracy, which have no gradient; float32.
@@ -136,6 +138,10 @@ def linear_cross_entropy(
         labels_C, weights_C = rest
         logits_CV = jnp.einsum("cd,dv->cv", x_CD, head_DV.astype(x_CD.dtype), preferred_element_type=jnp.float32)
         logits_CV = softcap * jnp.tanh(logits_CV / softcap) if softcap else logits_CV
+        columns = logits_CV.shape[-1]
+        if vocabulary and columns * (1 if tp is None else jax.lax.axis_size(tp)) != vocabulary:
+            ids_V = jnp.arange(columns) + (0 if tp is None else jax.lax.axis_index(tp) * columns)
+            logits_CV = jnp.where(ids_V[None] < vocabulary, logits_CV, -jnp.inf)
         nll_1C, lse_1C, right_1C = token_losses(logits_CV[None], labels_C[None], tp)
         nats = (nll_1C[0] * weights_C).sum()
         metrics = {"cross_entropy": nats, "accuracy": (right_1C[0] * weights_C).sum()}

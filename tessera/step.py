@@ -6,7 +6,7 @@ between calls, in `run_blocks`, the host checks that losses are finite, reports 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -237,16 +237,34 @@ def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: i
         # Row i goes to part i % parts: every device keeps its own rows when the batch is sharded.
         return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])), 1, 0)
 
+    def whole_batch(params: PyTree, xs: Any) -> dict[str, jax.Array]:
+        """Of routers with losses of the whole batch, the mean of the parts' sums, by a forward pass of all parts."""
+        first = jax.tree.map(lambda x: x[0], xs[0])
+        if not isinstance(first, Mapping):
+            return {}
+        ask = lambda part, index: loss_fn(params, {**part, "router_sums": None}, jax.random.fold_in(key, index))[1]  # noqa: E731
+        shape = jax.eval_shape(ask, first, 0).get("router/sums")
+        if shape is None:
+            return {}
+
+        def add(total: jax.Array, part_and_index: Any) -> tuple[jax.Array, None]:
+            return total + ask(*part_and_index)["router/sums"] / parts, None
+
+        return {"router_sums": jax.lax.scan(add, jnp.zeros(shape.shape, shape.dtype), xs)[0]}
+
     def accumulated(params: PyTree) -> Any:
         def body(total: Any, part_and_index: Any) -> tuple[Any, None]:
             part, index = part_and_index
+            part = {**part, **whole} if whole else part
             (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
             one = (loss, metrics, grads, optax.global_norm(grads) ** 2)
             return jax.tree.map(lambda a, b: a + b / parts, total, one), None
 
         xs = (jax.tree.map(split, batch), jnp.arange(parts))
-        first = jax.tree.map(lambda x: x[0], xs)
-        (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first[0], key)
+        whole = jax.lax.stop_gradient(whole_batch(params, xs))
+        first, _ = jax.tree.map(lambda x: x[0], xs)
+        first = {**first, **whole} if whole else first
+        (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
         (loss, metrics, *rest), _ = jax.lax.scan(body, (*zeros, jnp.zeros(())), xs)
         return loss, router_metrics(metrics), *rest

@@ -82,6 +82,7 @@ class Moved(NamedTuple):
 # Named scopes of the libraries, most specific first; JAX marks derivatives, the backward pass.
 CAUSES = (
     "gather_params",
+    "spread_dimension",
     "ring",
     "exchange_heads",
     "exchange_time",

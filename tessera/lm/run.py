@@ -363,8 +363,6 @@ def run_config(c: ConfigDict, vocab_size: int) -> RunConfig:
     plan = build(Plan, c.sharding, "config.sharding", axes=c.plan)
     if "routed" in model.pattern:
         checked("config.model.moe.router", model.moe.router.check_training)
-        if step.grad_accum_steps > 1:
-            checked("config.model.moe", model.moe.check_parts, f"grad_accum_steps={step.grad_accum_steps}")
     ramp = None
     if c.rampup_batch_size:
         where = "config.rampup_batch_size"

@@ -40,6 +40,14 @@ def per_layer(sown: Mapping[str, Any], name: str, config: TransformerConfig) -> 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
+def at_routers(values_L: jax.Array, config: TransformerConfig) -> PyTree:
+    """One value for every routed layer, as the variables "sums" of the layers."""
+    tree: dict[str, Any] = {}
+    for i, path in enumerate(router_paths(config)):
+        tree = replaced(tree, (*path, "sums"), values_L if config.scan else values_L[i])
+    return tree
+
+
 def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh: Mesh | None = None) -> LossFn:
     """Make `loss(params, batch, key)`, the next-token loss of a decoder, for batches {"tokens": int32 [B, T + 1]}.
 
@@ -50,6 +58,10 @@ def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh:
     are added, a key (given in training) switches noise, capacity and expert dropout on, and the metrics have aux_loss
     and, for L routed layers, router/load [L, E] (shares of the choices), router/max_violation, router/entropy,
     router/load_entropy, router/confidence, router/choices and router/drop_fraction [L].
+
+    Of a part of a batch, losses of routers over the whole batch (`MoEConfig.whole_batch`) need what all parts add up
+    to: with "router_sums" None in the batch the metrics also have router/sums [L, 6, E], `moe.losses.batch_sums` of the
+    part; with the mean of the parts' in its place the losses are the batch's, see `moe.losses.linearized`.
 
     Args:
       model: the decoder.
@@ -69,10 +81,15 @@ def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh:
 
     def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, Metrics]:
         batch = with_mean_weights(batch)
+        whole = routed and config.moe.whole_batch and "router_sums" in batch
+        sums_LSE = batch["router_sums"] if whole else None
+        mutable = ["intermediates"] * routed + ["balance"] * (whole and sums_LSE is None)
         how: Any = {"rngs": {"router": key}} if routed and key is not None else {}
-        collections = ["intermediates"] if routed else []
+        variables = {"params": params}
+        if sums_LSE is not None:
+            variables["balance"] = at_routers(sums_LSE, config)
         inputs = batch["tokens"][:, :-1], batch.get("positions"), False
-        (x_BTD, head_DV), state = model.apply({"params": params}, *inputs, mutable=collections, **how)
+        (x_BTD, head_DV), state = model.apply(variables, *inputs, mutable=mutable, **how)
         loss, metrics = mean(head_DV, x_BTD, targets(batch))
         metrics |= padding_share(batch)
         if not routed:
@@ -82,6 +99,8 @@ def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh:
         # Of a part of a batch: its share of the tokens that are not padding.
         share = batch["mean_live"].mean() if "mean_live" in batch else 1.0
         metrics |= {f"router/{name}": value * share for name, value in routing.items()}
+        if "balance" in mutable:
+            metrics["router/sums"] = per_layer(state["balance"], "sums", config)
         return loss + auxiliary, metrics | {"aux_loss": auxiliary}
 
     return loss_fn
@@ -194,7 +213,7 @@ def replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     """The nested dict with another part at a path; the parts beside it are shared."""
     if not path:
         return value
-    return {**tree, path[0]: replaced(tree[path[0]], path[1:], value)}
+    return {**tree, path[0]: replaced(tree.get(path[0], {}), path[1:], value)}
 
 
 def expert_table(

@@ -859,7 +859,7 @@ def run_blocks(
         forms = form_of(c.forms(stack), (slice(start, end), 0) if single else slice(start, end))
         layers = nn.scan(
             checkpointed(unit, group, scanned=True),
-            variable_axes={"params": 0, "intermediates": 0, "routings": 0},
+            variable_axes={"params": 0, "intermediates": 0, "routings": 0, "balance": 0},
             split_rngs={"params": True, "router": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=end - start,

@@ -9,6 +9,7 @@ Axes: B rows (N of a serving call), T tokens of a row, S this device's tokens of
 vocabulary, L layers, K key/value heads, h head dimension, E experts; one device's sizes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,13 +25,14 @@ from moe.kernels import Quantized
 from moe.layer import ExpertAxes, MoEConfig
 from sharding.attention import AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
-from sharding.errors import PlanError, nearest_divisor
+from sharding.errors import PlanError, nearest_sizes
 from sharding.inference.attention import cached_attention
 from sharding.inference.kv_cache import Cache, Read
 from sharding.inference.quantize import dequantize, is_quantized
+from sharding.inference.sample import vocabulary_ids
 from sharding.pipeline.stages import split_layers, store_across
 from sharding.plan import DATA_AXES, Plan
-from sharding.rules import is_spec, mirrored_specs, param_specs, path_name, shardings
+from sharding.rules import Rules, is_spec, mirrored_specs, param_specs, path_name, shardings, spreads
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary, varying
 from sharding.vocab_parallel import linear_cross_entropy, lookup
 from tessera.losses import padding_share, with_mean_weights
@@ -67,7 +69,8 @@ class Stream(NamedTuple):
     Attributes:
       x: residual stream [B, S, D].
       aux_loss: sum of the auxiliary losses so far, float32 []; None without routed layers.
-      router: `ROUTER_MEANS` summed over this device's tokens, [L, E] or [L], those of the layers so far at the end.
+      router: `ROUTER_MEANS` summed over this device's tokens, [L, E] or [L], the layers so far at the end; with
+        "sums" [L, 6, E] where the batch asks for them, as in `tessera.models.lm_loss.lm_loss`.
       key: for the noise of this device's routers from here on, and a sign of training; None switches noise and capacity
         off, as in evaluation.
     """
@@ -78,8 +81,18 @@ class Stream(NamedTuple):
     key: Any = None
 
 
-Layer = tuple[PyTree, LayerForm | None]
-"""Parameters of one step of a stack, and `TransformerConfig.forms` of it."""
+class Layer(NamedTuple):
+    """One step of a stack, or stacked ones.
+
+    Attributes:
+      params: of its blocks.
+      forms: `TransformerConfig.forms` of it.
+      sums: of its router over the whole batch that the tokens are a part of, see `tessera.models.lm_loss.lm_loss`.
+    """
+
+    params: PyTree
+    forms: LayerForm | None = None
+    sums: Any = None
 
 
 class DecodeInputs(NamedTuple):
@@ -103,6 +116,8 @@ class ShardedDecoder:
       platform: what is compiled for, "tpu" for example; "" is the default backend's.
       dropping: under pipeline stages, where no key goes from layer to layer: whether a capacity and `mixture.slack`
         hold, as in training.
+      padded_from: tokens of the vocabulary where the table and the head of `config` have been padded to more rows, as
+        for serving; 0 is all of them.
     """
 
     config: TransformerConfig
@@ -111,6 +126,7 @@ class ShardedDecoder:
     platform: str = ""
     dropping: bool = False
     loss_chunk_size: int = 0
+    padded_from: int = 0
 
     def axis(self, name: str) -> str | None:
         """The mesh axis of that name, None if the plan does not split along it."""
@@ -130,6 +146,11 @@ class ShardedDecoder:
     def pp(self) -> str | None:
         """Axis of pipeline stages."""
         return self.axis("pp")
+
+    @property
+    def vocabulary(self) -> int:
+        """V, tokens of the vocabulary without padding."""
+        return self.padded_from or self.config.vocab_size
 
     @property
     def routed(self) -> bool:
@@ -175,17 +196,24 @@ class ShardedDecoder:
         Blocks that do not divide by the pipeline's stages are split over them along another dimension, see
         `sharding.pipeline.stages.store_across`.
         """
-        shapes, sizes = param_shapes(self.config), self.plan.sizes
+        sizes = dict(sizes_of_params(self.plan)) | ({} if self.even_stages else {"pp": 1})
+        found = _param_specs(self.config, tuple(sizes.items()), self.plan.rules, zero)
+        if isinstance(found, PlanError):
+            raise PlanError(str(found), found.reason)
         if self.even_stages:
-            return param_specs(shapes, sizes, self.plan.rules, zero=zero)
-        specs = param_specs(shapes, {**sizes, "pp": 1}, self.plan.rules, zero=zero)
-        across = lambda leaf, spec: store_across(leaf.shape, spec, "pp", sizes)  # noqa: E731
-        return {**specs, "blocks": jax.tree.map(across, shapes["blocks"], specs["blocks"])}
+            return found
+        across = lambda leaf, spec: store_across(leaf.shape, spec, "pp", self.plan.sizes)  # noqa: E731
+        return {**found, "blocks": jax.tree.map(across, param_shapes(self.config)["blocks"], found["blocks"])}
 
     @property
     def even_stages(self) -> bool:
         """Whether every pipeline stage has as many layers as the others."""
         return not self.config.scan or self.units % self.plan.size("pp") == 0
+
+    @cached_property
+    def spreads(self) -> PyTree:
+        """What of every parameter tp does not divide, see `sharding.rules.spreads`."""
+        return spreads(param_shapes(self.config), self.plan.sizes, self.plan.rules)
 
     def layer_specs(self, stack: Stack) -> PyTree:
         """Partition of the parameters of one step of a stack, without the layer axis."""
@@ -203,7 +231,8 @@ class ShardedDecoder:
             moe = replace(moe, ff=moe.width_of(c.ff_size))
             if self.platform == "tpu" and moe.mixture.backend == "auto":  # also compiled on a machine without a TPU
                 moe = replace(moe, mixture=replace(moe.mixture, backend="tpu"))
-        sizes: Any = {"heads": c.heads // tp, "kv_heads": c.kv_size // tp, "ff": c.ff_size // tp}
+        # Where tp does not divide the key/value heads, each is on all devices whose queries look at it.
+        sizes: Any = {"heads": c.heads // tp, "kv_heads": c.kv_size // math.gcd(c.kv_size, tp), "ff": c.ff_size // tp}
         return replace(c, **sizes, head_dim=0 if c.latent.kv_rank else c.head_size, moe=moe)
 
     @property
@@ -216,16 +245,24 @@ class ShardedDecoder:
         """Whether a quantized kernel is one of experts, of which the grouped matmul widens the live ones."""
         return self.config.moe.mixture.dispatch == "dropless" and not self.plan.present("fsdp") and "/experts/" in path
 
-    def gather(self, params: PyTree, specs: PyTree) -> PyTree:
-        """All-gather parameters over fsdp (ZeRO-3), in the compute dtype: `sharding.tensor_parallel.gather_params`."""
-        dtype = DTYPES[self.config.dtype]
-        return gather_params(params, specs, dtype, fsdp=self.axis("fsdp"), vary_over=self.residual_axes)
+    def gather(self, params: PyTree, name: str, specs: PyTree = None) -> PyTree:
+        """All-gather parameters over fsdp (ZeRO-3), in the compute dtype: `sharding.tensor_parallel.gather_params`.
+
+        Args:
+          params: the part `name` of the parameters, of a stack one step's.
+          name: of the part.
+          specs: its partition, default that of the whole part.
+        """
+        how: Any = {"fsdp": self.axis("fsdp"), "vary_over": self.residual_axes, "spreads": self.spreads[name]}
+        return gather_params(params, self.specs[name] if specs is None else specs, DTYPES[self.config.dtype], **how)
 
     # The model: embedding, blocks, head.
 
     def embed(self, params: PyTree, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B S D"]:
         """Look tokens up in the vocabulary-parallel embedding table, embed/table of `params`."""
-        table_VD = self.gather(params["embed"], self.specs["embed"])["table"]
+        table_VD = self.gather(params["embed"], "embed")["table"]
+        if self.vocabulary % self.plan.size("tp") or self.padded_from:  # ids of padding are as wrong as any other
+            tokens_BT = jnp.where(tokens_BT < self.vocabulary, tokens_BT, -1)
         with jax.named_scope("embed"):
             x_BSD = explicit(self.tp, self.plan.sequence)(lookup(tokens_BT, table_VD, self.tp), RESIDUAL)
             return self.config.embedded(x_BSD)
@@ -239,7 +276,7 @@ class ShardedDecoder:
         tokens_BT: Int[Array, "B T"] | None,
         attend: Callable[[int], Attend],
         *,
-        sow: bool,
+        sow: tuple[str, ...] = (),
         key: Key[Array, ""] | None = None,
         packed: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any]:
@@ -252,32 +289,41 @@ class ShardedDecoder:
           positions_BT: rotary positions.
           tokens_BT: token ids, for the hash router.
           attend: index of a block in the pattern -> its attention.
-          sow: also return what the routed block sowed into "intermediates" (None without one).
+          sow: collections of which to return what the routed block sowed (None without one).
           key: of routed experts in training; None is evaluation.
           packed: see `tessera.models.transformer.Block`.
         """
-        params, forms = self.gather(layer[0], self.layer_specs(stack)), jax.lax.stop_gradient(layer[1])
+        params = self.gather(layer.params, stack.name, self.layer_specs(stack))
+        forms, sums_SE = jax.lax.stop_gradient((layer.forms, layer.sums))
         sown = None
         for i, mlp in enumerate(stack.pattern):
             constrain = explicit(self.tp, self.plan.sequence)
             block = Block(self.local, constrain, attend(i), mlp, self.expert_axes, packed)
             one = params if len(stack.pattern) == 1 else params[f"layer_{i}"]
-            how: Any = {"mutable": ["intermediates"] if sow else [], "rngs": {} if key is None else {"router": key}}
-            (x_BSD, _), state = block.apply({"params": one}, x_BSD, positions_BT, tokens_BT, form_of(forms, i), **how)
-            sown = state["intermediates"]["mlp"] if sow and mlp == "routed" else sown
+            how: Any = {"mutable": list(sow), "rngs": {} if key is None else {"router": key}}
+            variables = {"params": one}
+            if sums_SE is not None and mlp == "routed":
+                variables["balance"] = {"mlp": {"sums": sums_SE}}
+            (x_BSD, _), state = block.apply(variables, x_BSD, positions_BT, tokens_BT, form_of(forms, i), **how)
+            if sow and mlp == "routed":
+                sown = {name: value for kind in sow for name, value in state[kind]["mlp"].items()}
         return x_BSD, sown
 
     def head(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
         """Inputs of the output layer and this device's columns of it; reads final_norm and head (embed where tied)."""
         name = "embed" if self.config.tied else "head"
-        gain = self.gather(params["final_norm"], self.specs["final_norm"])["gain"]
+        gain = self.gather(params["final_norm"], "final_norm")["gain"]
         x_BTD = explicit(self.tp, self.plan.sequence)(self.config.norm(x_BSD, gain), INSIDE)
-        head = self.gather(params[name], self.specs[name])
+        head = self.gather(params[name], name)
         return x_BTD, head["table"].T if self.config.tied else head["kernel"]
 
     def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
-        """float32 logits of this device's part of the vocabulary."""
-        return self.config.logits(*self.head(params, x_BSD))
+        """float32 logits of this device's part of the vocabulary; those of padding are -inf, so that none is drawn."""
+        logits_BTV = self.config.logits(*self.head(params, x_BSD))
+        columns = logits_BTV.shape[-1]
+        if columns * self.plan.size("tp") == self.vocabulary:
+            return logits_BTV
+        return jnp.where(vocabulary_ids(columns, self.tp)[None, None] < self.vocabulary, logits_BTV, -jnp.inf)
 
     # Training.
 
@@ -298,7 +344,10 @@ class ShardedDecoder:
         if not self.routed:
             return Stream(x_BSD)
         routed = self.config.mlps.count("routed")
-        shapes = dict.fromkeys(ROUTER_MEANS, (routed,)) | {"load": (routed, self.config.moe.router.experts)}
+        experts = self.config.moe.router.experts
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ROUTER_MEANS, (routed,)) | {"load": (routed, experts)}
+        if asks_for_sums(micro):
+            shapes["sums"] = (routed, 6, experts)
         axes = self.token_axes + self.plan.present("tp")
         if key is not None:
             for axis in self.token_axes:  # not tp, whose devices route the same tokens
@@ -327,7 +376,8 @@ class ShardedDecoder:
             mine = jax.random.key(0)  # a sign of training; nothing that draws noise runs under stages
         with jax.named_scope("layer"):
             attend = lambda _: self._attend()  # noqa: E731
-            how: Any = {"sow": True, "key": mine, "packed": packed}
+            collections = ("intermediates", "balance") if asks_for_sums(micro) else ("intermediates",)
+            how: Any = {"sow": collections, "key": mine, "packed": packed}
             x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, **how)
         if "routed" not in stack.pattern:
             return stream._replace(x=x_BSD)
@@ -335,7 +385,8 @@ class ShardedDecoder:
         # Layers come in order of depth, whichever stage runs them: what is new goes to the end.
         router, count = {}, self.own(micro["mean_live"]).sum() if "mean_live" in micro else positions_BT.size
         for name, sums in stream.router.items():
-            new = vary(found[name] * count, sorted(jax.typeof(sums).mat.varying))
+            mine = jax.lax.stop_gradient(sown["sums"][0]) if name == "sums" else found[name] * count
+            new = vary(mine, sorted(jax.typeof(sums).mat.varying))
             router[name] = jnp.concatenate([sums[1:], new[None]])
         return Stream(x_BSD, stream.aux_loss + sown["aux_loss"][0], router, key)
 
@@ -353,6 +404,7 @@ class ShardedDecoder:
             head_DV = vary(head_DV, varying(x_BTD))
             x_ND, labels_N, weights_N = (x.reshape(-1, *x.shape[2:]) for x in (x_BTD, labels_BT, weights_BT))
             how: Any = {"z": self.z_loss, "softcap": self.config.logit_softcap, "chunk": self.loss_chunk_size}
+            how["vocabulary"] = self.vocabulary
             loss, metrics = linear_cross_entropy(x_ND, head_DV, labels_N, weights_N, self.tp, **how)
         if self.routed:
             metrics["aux_loss"] = stream.aux_loss * weight
@@ -370,11 +422,14 @@ class ShardedDecoder:
     def stack_layers(self, stack: Stack, blocks: PyTree, stream: Stream, micro: Micro) -> Stream:
         """The blocks of one stack, see `layers`."""
         groups, start, forms = self.config.groups(stack), 0, self.config.forms(stack)
+        sums = micro.get("router_sums") if "routed" in stack.pattern else None
         if not self.config.scan:
-            return self.checkpointed(stack, groups[0])((blocks, form_of(forms, 0)), stream, micro)
+            number = self.config.mlps[: stack.start].count("routed")
+            sums = None if sums is None else sums[number]
+            return self.checkpointed(stack, groups[0])(Layer(blocks, form_of(forms, 0), sums), stream, micro)
         for group in groups:
             layer, end = self.checkpointed(stack, group), start + group.layers // len(stack.pattern)
-            mine = blocks, forms
+            mine = Layer(blocks, forms, sums)
             if len(groups) > 1:
                 mine = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], mine)
 
@@ -430,7 +485,7 @@ class ShardedDecoder:
                 return over_cache
 
             layer = dequantize_layer(layer, self.config.dtype, self._stays_quantized)
-            x_NTD, _ = self.unit(stack, (layer, forms), x_NTD, positions_NT, inputs.tokens, attend, sow=False)
+            x_NTD, _ = self.unit(stack, Layer(layer, forms), x_NTD, positions_NT, inputs.tokens, attend)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
         pairs = []
@@ -471,19 +526,25 @@ class ShardedDecoder:
         ways = math.lcm(chunks, cp * tp)
         if batch_size % plan.data:
             axes = " x ".join(f"{axis}={sizes[axis]}" for axis in self.batch_axes)
-            near = nearest_divisor(batch_size, plan.data)
-            raise PlanError(f"batch_size={batch_size} does not divide by {axes}; nearest valid size of both: {near}")
+            near = nearest_sizes(batch_size, {axis: sizes[axis] for axis in self.batch_axes})
+            more = -(-batch_size // plan.data) * plan.data
+            raise PlanError(
+                f"batch_size={batch_size} does not divide by {axes}; nearest valid: {near}, or batch_size={more}",
+                f"batch_size={batch_size} by {' x '.join(self.batch_axes)}",
+            )
         if plan.size("pp") > 1:
             self._check_stages(batch_size)
         if length % ways:
             near = max(1, round(length / ways)) * ways
             raise PlanError(
-                f"length={length} does not divide into {ways} parts for cp={cp}, tp={tp}; nearest valid: {near}"
+                f"length={length} does not divide into {ways} parts for cp={cp}, tp={tp}; nearest valid: length={near}",
+                f"length={length} by cp x tp",
             )
-        if plan.context == "all_to_all" and cp > 1 and self.local.kv_size % cp:
+        if plan.context == "all_to_all" and cp > 1 and self.local.heads % cp:
             raise PlanError(
-                f"context='all_to_all' splits the {self.local.kv_size} key/value heads of a tp device over cp={cp}; "
-                f"nearest valid: cp={nearest_divisor(self.local.kv_size, cp)}, or context='ring'"
+                f"context='all_to_all' splits the {self.local.heads} heads of a tp device over cp={cp}; "
+                f"nearest valid: {nearest_sizes(self.local.heads, {'cp': cp})}, or context='ring'",
+                f"{self.config.heads} heads by cp x tp",
             )
 
     def _check_stages(self, batch_size: int) -> None:
@@ -503,13 +564,29 @@ class ShardedDecoder:
             choose = f"batch_size={self.plan.data * parts}" if near is None else f"microbatches={near}"
             raise PlanError(
                 f"plan {self.plan.axes!r}: batch_size={batch_size} over {self.plan.data} data copies leaves {rows} "
-                f"rows, which do not divide into microbatches={parts} of {stages} stages; nearest valid: {choose}"
+                f"rows, which do not divide into microbatches={parts} of {stages} stages; nearest valid: {choose}",
+                "rows of a data copy by microbatches",
             )
 
 
 def _widen(x: jax.Array, size: int) -> jax.Array:
     """Zeros behind the last axis, up to a size."""
     return x if x.shape[-1] == size else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+
+def sizes_of_params(plan: Plan) -> tuple[tuple[str, int], ...]:
+    """The axes that split parameters, by which many plans are alike."""
+    named = {axis for _, axes in plan.rules.params for axis in ((axes,) if isinstance(axes, str) else axes)}
+    return tuple((axis, size) for axis, size in plan.sizes.items() if axis in named)
+
+
+@functools.lru_cache(maxsize=4096)  # a search looks at thousands of plans, and hundreds of ways to split parameters
+def _param_specs(config: TransformerConfig, sizes: tuple[tuple[str, int], ...], rules: Rules, zero: int) -> Any:
+    """`param_specs`, or the error that it raises."""
+    try:
+        return param_specs(param_shapes(config), dict(sizes), rules, zero=zero)
+    except PlanError as error:
+        return error
 
 
 def check_experts(config: MoEConfig, plan: Plan) -> None:
@@ -520,8 +597,8 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
     `mixture.groups`.
 
     Raises:
-      PlanError: a router that looks at other tokens, expert dropout, noise or losses of a whole batch under pipeline
-        stages, sequences split over cp.
+      PlanError: a router that looks at other tokens, expert dropout, noise under pipeline stages, sequences split over
+        cp.
     """
     router, pp = config.router, plan.size("pp") > 1
     split_time = plan.size("cp") > 1 and config.balance and config.balance_scope == "sequence"
@@ -535,11 +612,6 @@ def check_experts(config: MoEConfig, plan: Plan) -> None:
     for setting, refused in wrong.items():
         if refused:
             raise PlanError(f"plan {plan.axes!r} and moe.{setting}: not the same numbers as on one device")
-    if pp:
-        try:
-            config.check_parts("pp > 1, whose stages run microbatches")
-        except ValueError as error:
-            raise PlanError(f"plan {plan.axes!r} and moe.{error}") from None
 
 
 def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
@@ -556,22 +628,33 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
         loss, weight, metrics = decoder.head_loss(params, stream, batch)
         with jax.named_scope("loss"):
             loss, weight, metrics = jax.lax.psum(vary_all((loss, weight, metrics), axes), axes)
-        return jax.tree.map(lambda total: total / weight, (loss, metrics))
+        sums = {name: metrics.pop(name) for name in ("router/sums",) if name in metrics}
+        loss, metrics = jax.tree.map(lambda total: total / weight, (loss, metrics))
+        return loss, metrics | sums
 
-    specs = (decoder.specs, PartitionSpec(decoder.batch_axes or None), PartitionSpec())
-    sharded = jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    def specs(batch: Micro) -> Any:
+        rows, same = PartitionSpec(decoder.batch_axes or None), PartitionSpec()
+        return decoder.specs, {name: same if name == "router_sums" else rows for name in batch}, same
 
     def loss_fn(params: PyTree, batch: Micro, key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = sharded(params, micro_of(batch), key if decoder.routed else None)
+        micro = micro_of(batch, decoder)
+        sharded = jax.shard_map(local_loss, mesh=mesh, in_specs=specs(micro), out_specs=PartitionSpec())
+        loss, metrics = sharded(params, micro, key if decoder.routed else None)
         return loss, router_metrics(metrics) | padding_share(batch)
 
     return loss_fn
 
 
-def micro_of(batch: Micro) -> Micro:
+def micro_of(batch: Micro, decoder: ShardedDecoder) -> Micro:
     """What the decoder's functions look at in a batch, its weights scaled to mean one."""
     names = ("tokens", "positions", "mean_weights", "mean_live")
+    names += ("router_sums",) * (decoder.routed and decoder.config.moe.whole_batch)
     return {name: value for name, value in with_mean_weights(batch).items() if name in names}
+
+
+def asks_for_sums(micro: Micro) -> bool:
+    """Whether the sums of routers are asked for, see `tessera.models.lm_loss.lm_loss`."""
+    return "router_sums" in micro and micro["router_sums"] is None
 
 
 def vary_all(tree: PyTree, axes: tuple[str, ...]) -> PyTree:

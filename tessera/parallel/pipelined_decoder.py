@@ -21,7 +21,7 @@ from sharding.pipeline.stages import StageLayout, split_layers
 from sharding.pipeline.ticks import StageFns
 from tessera.losses import padding_share
 from tessera.parallel import decoder as unpipelined
-from tessera.parallel.decoder import ROUTER_MEANS, ShardedDecoder
+from tessera.parallel.decoder import ROUTER_MEANS, Layer, ShardedDecoder
 from tessera.step import LossFn, router_metrics
 
 
@@ -44,7 +44,8 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageL
     """`loss(params, batch, key)` as `tessera.models.lm_loss.lm_loss` gives it, under any plan.
 
     With pipeline stages, differentiating it runs the plan's schedule, which computes the gradient along with the loss;
-    calling it runs forward passes only. Metrics have no gradient.
+    calling it runs forward passes only. Metrics have no gradient. Where losses of routers are of the whole batch
+    (`MoEConfig.whole_batch`), a forward pass of all microbatches comes first.
 
     Args:
       decoder: model and plan; any of the plan's axes may be larger than 1.
@@ -81,40 +82,57 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh, layout: StageL
     )
     shared_specs = {name: spec for name, spec in decoder.specs.items() if name != "blocks"}
     form_specs = jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1)), forms)
-    specs = shared_specs, (decoder.layer_specs(decoder.config.stacks[-1]), form_specs)
+    whole, microbatches = decoder.routed and decoder.config.moe.whole_batch, decoder.plan.microbatch_count
 
-    def split(params: PyTree) -> tuple[PyTree, PyTree]:  # the forms of attention go with their layers' parameters
-        return {name: leaf for name, leaf in params.items() if name != "blocks"}, (params["blocks"], forms)
+    def specs(given: bool) -> tuple[PyTree, Layer]:
+        layer_specs = decoder.layer_specs(decoder.config.stacks[-1])
+        return shared_specs, Layer(layer_specs, form_specs, PartitionSpec() if given else None)
+
+    def split(params: PyTree, sums: Any) -> tuple[PyTree, Layer]:
+        # The forms of attention, and sums of routers, go with the parameters of their layers.
+        shared = {name: leaf for name, leaf in params.items() if name != "blocks"}
+        return shared, Layer(params["blocks"], forms, sums)
 
     def make(dropping: bool) -> Any:
         fns = stage_fns(replace(decoder, dropping=dropping))
-        gradient = make_value_and_grad(fns, mesh, config, *specs)
-        forward = make_forward(fns, mesh, config, *specs)
+        # Without sums of routers, and with them.
+        runs = {given: make_forward(fns, mesh, config, *specs(given)) for given in (False, True)}
+        gradients = {given: make_value_and_grad(fns, mesh, config, *specs(given)) for given in (False, True)}
 
-        @jax.custom_vjp
-        def loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return forward(*split(params), batch)
+        def forward(params: PyTree, batch: PyTree, sums: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return runs[sums is not None](*split(params, sums), batch)
 
-        def loss_and_gradient(params: PyTree, batch: PyTree) -> Any:
-            value, (shared, (blocks, _)) = gradient(*split(params), batch)
-            return value, {**shared, "blocks": blocks}
+        loss = jax.custom_vjp(forward)
 
-        def scale(grads: PyTree, cotangent: Any) -> tuple[PyTree, None]:
-            return jax.tree.map(lambda grad: grad * cotangent[0].astype(grad.dtype), grads), None
+        def loss_and_gradient(params: PyTree, batch: PyTree, sums: Any) -> Any:
+            value, (shared, layers) = gradients[sums is not None](*split(params, sums), batch)
+            return value, {**shared, "blocks": layers.params}
+
+        def scale(grads: PyTree, cotangent: Any) -> tuple[PyTree, None, None]:
+            return jax.tree.map(lambda grad: grad * cotangent[0].astype(grad.dtype), grads), None, None
 
         loss.defvjp(loss_and_gradient, scale)
-        return loss
+        return loss, forward
 
     # With a key, that is in training, a capacity and a bounded buffer of experts drop choices.
     losses = {dropping: make(dropping) for dropping in (False, True)}
 
     def loss_fn(params: PyTree, batch: Mapping[str, Any], key: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss = losses[decoder.routed and key is not None]
-        value, metrics = loss(params, unpipelined.micro_of(batch))
+        loss, forward = losses[decoder.routed and key is not None]
+        micro = dict(unpipelined.micro_of(batch, decoder))
+        asked, sums = unpipelined.asks_for_sums(micro), micro.pop("router_sums", None)
+        if whole and sums is None:
+            # What the losses of a microbatch need of the others is known after a forward pass of all.
+            given = jax.lax.stop_gradient(params), micro | {"router_sums": None}, None
+            value, metrics = jax.lax.stop_gradient(forward(*given))
+            sums = metrics.pop("router/sums")[-layout.layers :] * metrics["weight"]
+        if not asked:
+            value, metrics = loss(params, micro, None if sums is None else sums / microbatches)
         del metrics["weight"]
         for name in ROUTER_MEANS if decoder.routed else ():
             metrics[f"router/{name}"] = metrics[f"router/{name}"][-layout.layers :]  # zeros of padding come first
-        return value, router_metrics(metrics) | padding_share(batch)
+        found = router_metrics(metrics) | padding_share(batch)
+        return value, found | {"router/sums": sums} if asked else found
 
     return loss_fn
 

@@ -127,7 +127,7 @@ class Pages:
 
     def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig, text: TextFormat):
         self.service, self.tokenizer, self.config = service, tokenizer, config
-        self.reader = Reader(tokenizer, service.engine.programs.decoder.config.vocab_size, text)
+        self.reader = Reader(tokenizer, service.engine.programs.decoder.vocabulary, text)
 
     async def completions(self, request: Any) -> Any:
         """POST /v1/completions."""

@@ -137,7 +137,7 @@ class Engine:
         """
         if not isinstance(sampling, Sampling):
             raise OutOfRange("sampling", sampling, "a Sampling")
-        length, vocabulary = self.programs.config.length, self.programs.decoder.config.vocab_size
+        length, vocabulary = self.programs.config.length, self.programs.decoder.vocabulary
         if not 0 < len(prompt) < length:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; 1 to {length - 1} fit")
         if isinstance(self.programs, Speculating) and (sampling.logit_bias or constraint is not None):
@@ -389,7 +389,7 @@ class Engine:
         rows = {row: one for row, one in rows.items() if one.sampling.logit_bias or one.constraint is not None}
         if not rows:
             return None
-        bias = np.zeros((count, self.programs.decoder.config.vocab_size), np.float32)
+        bias = np.zeros((count, self.programs.decoder.vocabulary), np.float32)
         for row, request in rows.items():
             with self._alone(request):
                 for token, value in request.sampling.logit_bias:

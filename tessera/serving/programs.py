@@ -244,7 +244,18 @@ class Programs:
         if key not in self._made:
             self._made[key] = extend_program(self, **options)
         rows = Rows(*(None if x is None else np.asarray(x, np.int32) for x in rows))
-        return self._made[key](params, state, rows, settings, bias, targets)
+        return self._cut(*self._made[key](params, state, rows, settings, self._pad(bias), targets))
+
+    def _pad(self, bias: Any) -> Any:
+        """A bias for the columns of padding too, whose logits are -inf whatever is added."""
+        more = self.decoder.config.vocab_size - self.decoder.vocabulary
+        return bias if bias is None or not more else jnp.pad(jnp.asarray(bias), ((0, 0), (0, more)))
+
+    def _cut(self, state: State, drawn: Drawn) -> tuple[State, Drawn]:
+        """The same without logits of padding."""
+        if drawn.logits is None or not self.decoder.padded_from:
+            return state, drawn
+        return state, drawn._replace(logits=drawn.logits[..., : self.decoder.vocabulary])
 
     def reuse(self, state: State, slot: int, tokens: Any, source: int, target: int, prompt: int) -> State:
         """Let a slot begin with tokens that are in the cache already (prefix caching); what it held is forgotten.
@@ -297,7 +308,7 @@ class Programs:
         if key not in self._made:
             self._made[key] = generate_program(self, ring, logits=logits, biased=bias is not None)
         tokens, budget = (jnp.asarray(x, jnp.int32) for x in (tokens, budget))
-        return self._made[key](params, state, tokens, budget, settings, bias)
+        return self._cut(*self._made[key](params, state, tokens, budget, settings, self._pad(bias)))
 
 
 def make_programs(decoder: ShardedDecoder, config: ServeConfig, devices: Any = None) -> Programs:

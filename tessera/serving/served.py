@@ -1,5 +1,6 @@
 """A trained decoder made ready for inference: its parameters, and the `ShardedDecoder` that prefills and decodes."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from jaxtyping import PyTree
 
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig, serving
-from sharding.errors import PlanError, nearest_divisor
+from sharding.errors import PlanError, nearest_sizes
 from sharding.inference.quantize import is_quantized
 from sharding.plan import Plan
 from sharding.rules import path_name
@@ -27,8 +28,9 @@ def serve(
 ) -> tuple[PyTree, ShardedDecoder]:
     """Parameters and model as they are served under a plan.
 
-    Blocks are stacked, key/value heads repeated where there are fewer than tp, latent attention caches latents, what is
-    for training only (capacity, noise, auxiliary losses, recomputation) is off, and kernels have the compute dtype.
+    Blocks are stacked, key/value heads repeated and the vocabulary padded where tp does not divide them, latent
+    attention caches latents, what is for training only (capacity, noise, auxiliary losses, recomputation) is off, and
+    kernels have the compute dtype.
 
     Args:
       params: of a decoder of `config`, any float dtype, on any device.
@@ -37,7 +39,7 @@ def serve(
       dtype: "float32" or "bfloat16"; "" keeps the model's.
 
     Raises:
-      PlanError: heads, layers, experts or vocabulary that do not divide; first dense layers with pp.
+      PlanError: heads, layers or experts that do not divide; first dense layers with pp.
       ValueError: a router that looks ahead (refused by `TransformerConfig` already).
     """
     if config.first_dense and plan.size("pp") > 1:
@@ -52,22 +54,20 @@ def serve(
     config = replace(config, head_dim=0 if config.latent.kv_rank else config.head_size)
     config = replace(config, latent=replace(config.latent, absorbed=config.latent.kv_rank > 0))
     if config.heads % tp:
-        near = nearest_divisor(config.heads, tp)
-        raise PlanError(f"plan {plan.axes!r}: {config.heads} heads do not divide by tp={tp}; nearest valid: tp={near}")
-    if tp > config.kv_size:
-        if tp % config.kv_size:
-            near = nearest_divisor(config.heads, config.kv_size)
-            raise PlanError(
-                f"plan {plan.axes!r}: tp={tp} is no multiple of kv_heads={config.kv_size}; nearest valid: tp={near}"
-            )
-        params = repeat_heads(params, tp // config.kv_size)
-        config = replace(config, kv_heads=tp)
+        near = nearest_sizes(config.heads, {"tp": tp})
+        raise PlanError(f"plan {plan.axes!r}: {config.heads} heads do not divide by tp={tp}; nearest valid: {near}")
+    if config.kv_size % tp:
+        times = tp // math.gcd(tp, config.kv_size)
+        params, config = repeat_heads(params, times), replace(config, kv_heads=config.kv_size * times)
+    vocabulary = config.vocab_size
+    if more := -vocabulary % tp:
+        params, config = pad_vocabulary(params, more), replace(config, vocab_size=vocabulary + more)
 
     def cast(path: tuple, leaf: Any) -> Any:
         unchanged = is_quantized(leaf) or re.search(FLOAT32, path_name(path))
         return leaf if unchanged else jnp.asarray(leaf, DTYPES[config.dtype])
 
-    decoder = ShardedDecoder(config, replace(plan, sequence=False))
+    decoder = ShardedDecoder(config, replace(plan, sequence=False), padded_from=vocabulary if more else 0)
     if not decoder.even_stages:
         near = nearest_divisor(decoder.units, plan.size("pp"))
         raise PlanError(f"plan {plan.axes!r}: {decoder.units} layers do not divide by pp; nearest valid: pp={near}")
@@ -90,6 +90,16 @@ def repeat_heads(params: PyTree, times: int) -> PyTree:
         return leaf._replace(values=each(leaf.values), scales=each(leaf.scales), zeros=each(leaf.zeros))
 
     return jax.tree_util.tree_map_with_path(repeat, params, is_leaf=is_quantized)
+
+
+def pad_vocabulary(params: PyTree, more: int) -> PyTree:
+    """So many rows of zeros behind the embedding table, and columns behind the head if there is one."""
+
+    def pad(path: tuple, leaf: Any) -> Any:
+        at = {"embed/table": 0, "head/kernel": 1}.get(path_name(path))
+        return leaf if at is None else jnp.pad(leaf, [(0, more if i == at else 0) for i in range(leaf.ndim)])
+
+    return jax.tree_util.tree_map_with_path(pad, params, is_leaf=is_quantized)
 
 
 def tokenwise(moe: MoEConfig) -> MoEConfig:

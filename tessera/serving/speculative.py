@@ -56,7 +56,7 @@ class Speculating:
             ("chunk", large.config.chunk, small.config.chunk),
             ("pages", large.config.pages, small.config.pages),
             ("page_size", large.config.page_size, small.config.page_size),
-            ("vocabulary", large.decoder.config.vocab_size, small.decoder.config.vocab_size),
+            ("vocabulary", large.decoder.vocabulary, small.decoder.vocabulary),
             ("data-parallel parts", large.parts, small.parts),
         )
         for name, one, other in names:
@@ -139,6 +139,7 @@ class Speculating:
             params.target, state.target, tokens, guesses, logits, live, settings
         )
         specs = shardings(self.draft.device_mesh, self.draft.state_specs)
+        seen = columns(seen, self.draft.decoder.config.vocab_size, 0)
         cache = draft.cache._replace(lengths=jax.device_put(lengths, specs.cache.lengths))
         return Both(target, State(cache, jax.device_put(seen, specs.seen))), drawn
 
@@ -150,4 +151,12 @@ class Speculating:
         """The draft's tokens and logits on the large model's devices."""
         data, tp = self.target.data, self.target.decoder.tp
         where = shardings(self.target.device_mesh, (PartitionSpec(None, data), PartitionSpec(None, data, tp)))
-        return jax.device_put((made.tokens, made.logits), where)
+        logits = columns(made.logits, self.target.decoder.config.vocab_size, -jnp.inf)
+        return jax.device_put((made.tokens, logits), where)
+
+
+def columns(x: jax.Array, count: int, fill: float) -> jax.Array:
+    """So many columns of the vocabulary, which the two models' plans may have padded differently."""
+    if x.shape[-1] < count:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count - x.shape[-1])], constant_values=fill)
+    return x[..., :count] if x.shape[-1] > count else x

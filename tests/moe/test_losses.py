@@ -71,6 +71,52 @@ def test_global_balance_over_devices_is_that_of_the_whole_batch():
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["balance", "importance", "load"])
+def test_parts_of_a_batch_have_the_loss_and_the_gradient_of_the_whole(name):
+    """Three parts with padding, against the definitions in float64 on all tokens at once, by finite differences."""
+    config = MoEConfig(**{"router": RouterConfig("noisy", 4, 2), "balance": 0.0, name: 1.0})
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 6, 4)) + np.array([[[2.0, 0, 0, 0]], [[0, 0, 1.0, 0]], [[0, -1.0, 0, 0]]])
+    mask = np.array([[True] * 6, [True] * 5 + [False], [True] * 2 + [False] * 4])
+
+    def routed(x, mask):
+        return route.noisy_top_k(x, x / 3, 2, mask)
+
+    chosen = np.asarray(jax.vmap(lambda x, m: routed(x, m).experts_NK)(logits, mask)).reshape(-1, 2)
+
+    def whole(x):  # with the choices of the undisturbed logits
+        x, live = x.reshape(-1, 4), mask.reshape(-1)
+        p = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+        if name == "balance":
+            f = np.bincount(chosen[live].reshape(-1), minlength=4) / (2 * live.sum())
+            return 4 * (f * p[live].mean(0)).sum()
+        sums = np.zeros(4)
+        for row in np.flatnonzero(live):
+            weights = np.exp(x[row, chosen[row]])
+            sums[chosen[row]] += weights / weights.sum()
+        return sums.var() / sums.mean() ** 2
+
+    sums = jax.vmap(lambda x, m: losses.batch_sums(routed(x, m)))(jnp.asarray(logits), mask)
+    loss = lambda x, m, batch: auxiliary(routed(x, m), config, 1, batch_SE=batch)  # noqa: E731
+    parts = jax.vmap(jax.value_and_grad(loss), (0, 0, None))
+    values, grads = parts(jnp.asarray(logits), mask, sums.mean(0))
+    alone, _ = jax.vmap(jax.value_and_grad(lambda x, m: auxiliary(routed(x, m), config, 1)))(jnp.asarray(logits), mask)
+    if name == "load":  # its smooth load is a published formula of its own: against the plain loss of all tokens
+        every = jnp.asarray(logits.reshape(-1, 4)), jnp.asarray(mask.reshape(-1))
+        value, slope = jax.value_and_grad(lambda x: auxiliary(routed(x, every[1]), config, 1))(every[0])
+        slope = np.asarray(slope).reshape(logits.shape)
+    else:
+        value, step = whole(logits), 1e-6
+        slope = np.zeros_like(logits)
+        for at in np.ndindex(*logits.shape):
+            shift = np.zeros_like(logits)
+            shift[at] = step
+            slope[at] = (whole(logits + shift) - whole(logits - shift)) / (2 * step)
+    np.testing.assert_allclose(values, value, rtol=1e-5)
+    np.testing.assert_allclose(grads / 3, slope, rtol=1e-4, atol=1e-6)
+    assert abs(float(alone.mean()) - float(value)) > 1e-2  # the mean over the parts is another loss
+
+
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_the_auxiliary_losses_of_devices_are_those_of_all_their_tokens(scope):
     """Devices with different numbers of tokens that are not padding, and of sequences that have any."""

@@ -78,11 +78,11 @@ def test_fully_sharded_data_parallelism_is_two_lines():
 @pytest.mark.parametrize(
     "changes, axes, texts",
     [
-        ({}, "tp=8", ["blocks/attention/key/kernel", "(kv_heads) of 4", "tp=8", "nearest valid size: 4"]),
-        ({"heads": 6, "kv_heads": 6, "head_dim": 4}, "tp=4", ["heads) of 6", "tp=4", "nearest valid size: 3"]),
+        ({"ff": 28}, "tp=8", ["blocks/mlp/down/kernel", "(ff) of 28", "tp=8", "nearest valid: tp=7"]),
+        ({"ff": 7}, "tp=4", ["(ff) of 7", "tp=4", "nearest valid: tp=1"]),  # not tp=7, which are more devices
+        ({"heads": 6, "kv_heads": 6, "head_dim": 4}, "tp=4", ["(heads) of 6", "tp=4", "nearest valid: tp=3"]),
         ({"layers": 3}, "pp=2", ["blocks/", "dimension 0 (layers) of 3", "pp=2"]),
-        ({"vocab_size": 33}, "tp=2", ["(vocab) of 33"]),
-        ({"width": 24, "head_dim": 4}, "fsdp=16", ["(width) of 24", "fsdp=16", "nearest valid size: 12"]),
+        ({"width": 24, "head_dim": 4}, "fsdp=16", ["(width) of 24", "fsdp=16", "nearest valid: fsdp=12"]),
     ],
 )
 def test_an_indivisible_dimension_is_refused_by_path(changes, axes, texts):
@@ -120,10 +120,51 @@ def test_optimizer_state_lies_as_its_parameters_and_zero_1_splits_it_alone():
     } == {f"masks/{kernel}" for kernel in kernels}
 
 
-def test_a_factored_moment_of_another_shape_stays_whole():
-    params = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), jnp.float32)}}}}
-    state = {"v_row": {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((2, 8), jnp.float32)}}}}}
-    assert set(by_path(mirrored_specs(state, params, param_specs(params, {"fsdp": 2}))).values()) == {P()}
+@pytest.mark.parametrize(
+    "axes, table, key",
+    [
+        ("fsdp=2, tp=4", P(None, ("fsdp", "tp")), P(None, "fsdp", "tp")),
+        ("fsdp=2, tp=8", P(None, ("fsdp", "tp")), P(None, ("fsdp", "tp"))),
+        ("tp=6", P(), P()),  # the width of 16 does not divide either
+        ("tp=2", P(None, "tp"), P(None, None, "tp")),
+    ],
+)
+def test_what_tp_does_not_divide_is_stored_by_its_width(axes, table, key):
+    """A vocabulary of 37 and 4 key/value heads keep their shapes; no parameter has padding or copies."""
+    model = replace(CONFIG, vocab_size=37, heads=24, head_dim=4, ff=48)
+    specs = by_path(param_specs(shapes(model), Plan(axes).sizes))
+    assert specs["embed/table"] == table
+    assert specs["blocks/attention/key/kernel"] == key
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ((2, 256, 512), {"v_row": P(None, "fsdp"), "v_col": P(None, "tp")}),
+        ((2, 512, 256), {"v_row": P(None, "tp"), "v_col": P(None, "fsdp")}),
+        ((2, 256, 256), {"v_row": P(None, "fsdp"), "v_col": P(None, "tp")}),  # equal sizes: by optax's order
+        ((256, 256, 256), {"v_row": P("pp", "fsdp"), "v_col": P("pp", "tp")}),
+        ((2, 64, 64), {"v": P("pp", "fsdp", "tp")}),  # too small to be factored
+    ],
+)
+def test_factored_moments_lie_as_what_is_left_of_their_parameter(sizes, expected):
+    """The rows' statistic is the mean over the largest dimension, the columns' over the second largest."""
+    params = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct(sizes, jnp.float32)}}}}
+    mesh = {"pp": 2 if sizes[0] == 256 else 1, "fsdp": 4, "tp": 2} | ({"pp": 2} if "v" in expected else {})
+    state = jax.eval_shape(make_optimizer(OptimizerConfig("adafactor")).init, params)
+    specs = by_path(mirrored_specs(state, params, param_specs(params, mesh)))
+    for name, spec in expected.items():
+        assert specs[f"0/0/{name}/blocks/mlp/up/kernel"] == spec
+    rest = {"v_row", "v_col", "v"} - set(expected)
+    assert all(specs[f"0/0/{name}/blocks/mlp/up/kernel"] == P() for name in rest)
+
+
+def test_accumulators_of_single_dimensions_lie_as_these():
+    params = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((2, 8, 16), jnp.float32)}}}}
+    state = jax.eval_shape(make_optimizer(OptimizerConfig("sm3", decay_mask="all")).init, params)
+    specs = by_path(mirrored_specs(state, params, param_specs(params, {"fsdp": 4, "tp": 2})))
+    found = {path.rsplit("kernel", 1)[1]: spec for path, spec in specs.items() if "kernel/" in path}
+    assert found == {"/0": P(None), "/1": P("fsdp"), "/2": P("tp")}
 
 
 def test_a_parameter_is_cut_as_the_partition_says():

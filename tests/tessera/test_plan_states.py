@@ -79,6 +79,27 @@ def test_a_ticket_trains_as_on_one_device(axes, changes):
     assert any(leaf.sharding.num_devices == 8 for leaf in jax.tree.leaves(found.params))
 
 
+def test_adafactor_with_split_moments_trains_as_on_one_device():
+    """Rows and columns of what is split over fsdp and tp, against one device and against the paper in float64."""
+    config = TransformerConfig(**SIZES | {"vocab_size": 37, "layers": 1, "ff": 24})
+    params = first_params(config)
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=8)
+    found, expected = (train(config, axes, params, tx, steps=1) for axes in ("fsdp=2, tp=4", ""))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        jax.device_get((found.params, found.opt_state)),
+        jax.device_get((expected.params, expected.opt_state)),
+    )
+    loss, batch = lm_loss(Decoder(config)), jax.tree.map(jnp.asarray, BATCH)
+    grads = jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)["blocks"]["mlp"]["up"]["kernel"]
+    square = np.asarray(grads, np.float64) ** 2 + 1e-30
+    for name, axis, shape, part in (("v_row", 2, (1, 16), (1, 8)), ("v_col", 1, (1, 24), (1, 6))):
+        moment = getattr(found.opt_state[0], name)["blocks"]["mlp"]["up"]["kernel"]
+        assert (moment.shape, moment.sharding.shard_shape(shape)) == (shape, part)
+        # Shazeer & Stern 2018, algorithm 2, first step; optax has means for sums.
+        np.testing.assert_allclose(moment, square.mean(axis), rtol=1e-4)
+
+
 def test_products_in_bfloat16_leave_masters_and_moments_float32():
     config = TransformerConfig(**SIZES, dtype="bfloat16")
     params = first_params(config)

@@ -31,7 +31,9 @@ FAMILIES = {
     kind: config_json.read(config_json.settings(TINY | {"model_type": kind} | more, kind), kind)
     for kind, more in (("olmoe", {"num_key_value_heads": 8}), ("mixtral", {"sliding_window": 6}))
 }
-CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED} | FAMILIES
+ODD = replace(PLAIN, vocab_size=37, kv_heads=2, layers=2, tied=False)
+ODDER = replace(ODD, heads=6, tied=True, head_dim=4, ff=18)
+CONFIGS = {"dense": DENSE, "routed": ROUTED, "hashed": HASHED, "odd": ODD, "odder": ODDER} | FAMILIES
 SIZES = ServeConfig(slots=8, length=24, chunk=8)
 LENGTHS = np.array([12, 5, 8, 1, 9, 0, 3, 11], np.int32)
 STEPS = 4
@@ -39,8 +41,11 @@ STEPS = 4
 PLANS = [
     ("dense", "dp=2, cp=2, tp=2"),
     ("routed", "pp=2, ep=2, tp=2"),
+    ("odd", "tp=4, dp=2"),  # 37 tokens, 2 key/value heads
 ]
 SLOW_PLANS = [
+    ("odder", "tp=3"),  # 2 key/value heads of 6, neither a divisor of the other
+    ("odder", "pp=2, tp=3"),
     ("dense", ""),
     ("routed", ""),
     ("dense", "pp=4, dp=2"),
