@@ -88,12 +88,12 @@ class Plan:
         """Size of every mesh axis over ICI and DCN."""
         return {axis: self.ici[axis] * self.dcn[axis] for axis in MESH_AXES}
 
-    @property
+    @cached_property
     def ici(self) -> dict[str, int]:
         """Sizes within a slice, over ICI."""
         return {axis: self.parts.get(("ici", axis), 1) for axis in MESH_AXES}
 
-    @property
+    @cached_property
     def dcn(self) -> dict[str, int]:
         """Sizes across slices, over DCN."""
         return {axis: self.parts.get(("dcn", axis), 1) for axis in MESH_AXES}

@@ -1,6 +1,7 @@
 """Auto-parallel search: all factorings of the devices over the mesh axes, ranked by a cost function."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from sharding.plan import MESH_AXES, Plan, factorings
 class Judged(NamedTuple):
     """A plan with its cost: bytes of memory per device, and lower bounds on the seconds of a step.
 
-    `seconds` is with overlap of compute and communication, `serial` without.
+    `seconds` is with overlap of compute and communication, `serial` without. The batch is cut into `grad_accum_steps`
+    parts of gradient accumulation.
 
     Example:
       >>> import sharding
@@ -23,6 +25,7 @@ class Judged(NamedTuple):
     memory: float
     seconds: float
     serial: float
+    grad_accum_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Ranking:
       tried: number of plans.
       refused: plans that do not divide the model or the batch.
       too_large: plans beyond the memory.
+      reasons: of the refused plans, (what does not divide by what, number of plans), the most frequent first.
 
     Example:
       >>> from sharding.analysis import Ranking
@@ -47,14 +51,11 @@ class Ranking:
     tried: int
     refused: int
     too_large: int
+    reasons: tuple[tuple[str, int], ...] = ()
 
 
 def plans(
-    devices: int,
-    base: Plan,
-    *,
-    allowed: Mapping[str, Collection[int]] | None = None,
-    rounds: Sequence[int] = (1, 2, 4, 8),
+    devices: int, base: Plan, *, axes: Sequence[str] = MESH_AXES, rounds: Sequence[int] = (1, 2, 4, 8, 16, 32)
 ) -> Iterator[Plan]:
     """Enumerate all factorings of the devices over the mesh axes, with the other options of `base`.
 
@@ -64,19 +65,16 @@ def plans(
     Args:
       devices: their number.
       base: schedule, rules and other options; its sizes are ignored.
-      allowed: mesh axis -> allowed sizes; any size for an absent axis.
+      axes: mesh axes that may be larger than 1.
       rounds: microbatches per stage to try.
 
     Example:
       >>> import sharding
-      >>> small = {axis: (1,) for axis in ("pp", "ep", "cp", "dp")}
-      >>> [plan.axes for plan in sharding.analysis.plans(4, sharding.Plan(), allowed=small)]
+      >>> [plan.axes for plan in sharding.analysis.plans(4, sharding.Plan(), axes=("fsdp", "tp"))]
       ['tp=4', 'fsdp=2, tp=2', 'fsdp=4']
     """
-    for sizes in factorings(devices, len(MESH_AXES)):
-        chosen = dict(zip(MESH_AXES, sizes, strict=True))
-        if allowed and any(chosen[axis] not in sizes for axis, sizes in allowed.items()):
-            continue
+    for sizes in factorings(devices, len(axes)):
+        chosen = dict.fromkeys(MESH_AXES, 1) | dict(zip(axes, sizes, strict=True))
         text = ", ".join(f"{axis}={size}" for axis, size in chosen.items() if size > 1)
         stages = chosen["pp"]
         interleaved = base.schedule == "interleaved" and stages > 1
@@ -95,7 +93,7 @@ def rank(candidates: Iterable[Plan], judge: Callable[[Plan], Judged], memory: fl
 
     Args:
       candidates: plans.
-      judge: cost of a plan; raises PlanError for an invalid one.
+      judge: cost of a plan; raises PlanError for an invalid one, with its `reason`.
       memory: bytes of one device.
 
     Example:
@@ -107,13 +105,14 @@ def rank(candidates: Iterable[Plan], judge: Callable[[Plan], Judged], memory: fl
     """
     fits: list[Judged] = []
     smallest: Judged | None = None
-    tried = refused = too_large = 0
+    tried = too_large = 0
+    reasons: Counter[str] = Counter()
     for plan in candidates:
         tried += 1
         try:
             judged = judge(plan)
-        except PlanError:
-            refused += 1
+        except PlanError as error:
+            reasons[error.reason or str(error)] += 1
             continue
         if smallest is None or judged.memory < smallest.memory:
             smallest = judged
@@ -123,4 +122,4 @@ def rank(candidates: Iterable[Plan], judge: Callable[[Plan], Judged], memory: fl
             too_large += 1
     # Times equal to two digits: then least dependence on overlap, then fewer axes.
     fits.sort(key=lambda one: (float(f"{one.seconds:.1e}"), one.serial, len(one.plan.present(*MESH_AXES))))
-    return Ranking(tuple(fits), smallest, tried, refused, too_large)
+    return Ranking(tuple(fits), smallest, tried, reasons.total(), too_large, tuple(reasons.most_common()))

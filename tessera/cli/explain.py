@@ -18,7 +18,7 @@ from tessera.lm import schema as lm_schema
 from tessera.lm.run import run_config
 from tessera.planning.compile import compile_step
 from tessera.planning.explain import explain, search
-from tessera.planning.report import terminal, write_page
+from tessera.planning.report import search_outcome, terminal, write_page
 from tessera.reports.html import print_report
 
 SCHEMA = lm_schema.SCHEMA
@@ -38,9 +38,13 @@ def main(invocation: Invocation) -> int:
     count = count or max(1, run.plan.devices)
     ranking = search(run, device, count) if values["search"] else None
     if not c.plan:
-        if ranking is None or not ranking.fits:
-            raise ConfigError(f"config.plan: none is given, and no plan for {count} devices fits (--search, --devices)")
-        run = dataclasses.replace(run, plan=ranking.fits[0].plan)
+        if ranking is None:
+            raise ConfigError("config.plan: none is given, and none is searched for (--search, --devices)")
+        if not ranking.fits:
+            raise ConfigError(f"config.plan: none is given, and none fits. {search_outcome(ranking, count, device)}")
+        best = ranking.fits[0]
+        step = dataclasses.replace(run.step, grad_accum_steps=best.grad_accum_steps)
+        run = dataclasses.replace(run, plan=best.plan, step=step)
     run = dataclasses.replace(run, plan=checked("config.plan", run.plan.fill, count))
     explained = checked("config.plan", explain, run, device)
     compiled = compile_step(run, slice_devices) if values["compile"] else None

@@ -4,9 +4,13 @@ The plan that is explained is counted from its program (`sharding.analysis.colle
 tests hold the formulas against those counts.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from moe.activations import GATED
+from sharding.analysis.collectives import Product, count_products
 from sharding.pipeline.schedules import bubble_formula
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig
@@ -48,7 +52,7 @@ def estimate_costs(
     z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     stages = plan.size("pp")
     rounds = grad_accum_steps * (plan.microbatch_count if stages > 1 else 1)
-    passes = _mean(config, PASSES) + stage_again(config, plan)
+    passes = _mean(config, PASSES) + stage_again(config, plan) + first_passes(config, plan, grad_accum_steps)
     forward = _layer_flops(config, z, length)
     head = 2.0 * z.b * z.t * z.D * z.V
     flops = rounds * (passes * sum(forward) + 3 * head)
@@ -74,14 +78,44 @@ def _mean(config: TransformerConfig, by_base: dict[str, float]) -> float:
     return sum(by_base[way.base] * way.layers for way in config.remat_groups) / config.layers
 
 
-def forward_passes(config: TransformerConfig, plan: Plan) -> float:
-    """How often a layer runs forward in a step: once, again if it is recomputed, and again in a pipeline's stage."""
-    return 1 + _mean(config, AGAIN) + stage_again(config, plan)
+def forward_passes(config: TransformerConfig, plan: Plan, grad_accum_steps: int = 1) -> float:
+    """How often a layer runs forward in a step: once, again if it is recomputed, and again in a pipeline's stage.
+
+    Once more where losses of routers are of a whole batch that goes through the model in parts.
+    """
+    return 1 + _mean(config, AGAIN) + stage_again(config, plan) + first_passes(config, plan, grad_accum_steps)
 
 
 def stage_again(config: TransformerConfig, plan: Plan) -> bool:
     """Whether a pipeline's stage computes its layers again from its input: unless `remat` says "none"."""
     return plan.size("pp") > 1 and config.remat_groups[0].base != "none"
+
+
+def first_passes(config: TransformerConfig, plan: Plan, grad_accum_steps: int) -> int:
+    """Forward passes of all parts of a batch before the first has its gradient, see `MoEConfig.whole_batch`."""
+    parts = grad_accum_steps > 1 or plan.size("pp") > 1
+    return int("routed" in config.pattern and config.moe.whole_batch and parts)
+
+
+def count_plain_products(config: TransformerConfig, function: Callable[..., Any], *args: Any) -> list[Product]:
+    """`count_products` without those of dropless experts, whose loops' trips depend on the data: see `expert_flops`."""
+    found = count_products(function, *args)
+    if "routed" not in config.pattern or config.moe.mixture.dispatch != "dropless":
+        return found
+    return [one for one in found if not re.search(r"\bexperts\b", one.scope)]
+
+
+def expert_flops(config: TransformerConfig, tokens: float | int, tp: int) -> float:
+    """FLOPs of one forward pass of `tokens` through the dropless experts of one layer, on one device of tp.
+
+    0 without routed layers and for another dispatch, whose products `count_products` finds.
+    """
+    moe = config.moe
+    if "routed" not in config.pattern or moe.mixture.dispatch != "dropless":
+        return 0.0
+    width, inputs = moe.width_of(config.ff_size) / tp, moe.latent or config.width
+    products = 3.0 if moe.mixture.activation in GATED else 2.0
+    return 2.0 * tokens * (products * moe.router.k * inputs * width + moe.latent * config.width)
 
 
 def _layer_flops(config: TransformerConfig, z: Sizes, length: int) -> tuple[float, float, float]:
@@ -114,7 +148,7 @@ def _layer_traffic(z: Sizes) -> float:
 def _moved(decoder: ShardedDecoder, z: Sizes, bytes_of: dict[str, float], rounds: int) -> list[Axis]:
     """Bytes one device sends over every axis of the plan, by the ring algorithms."""
     plan = decoder.plan
-    again = forward_passes(decoder.config, plan)
+    again = forward_passes(decoder.config, plan, rounds)
     stream, found = float(z.b * z.t * z.D * z.item), []
     experts = sum(size for path, size in bytes_of.items() if "/experts/" in path)
     others = sum(bytes_of.values()) - experts

@@ -1,25 +1,26 @@
 """A training step explained before it runs: placement, memory, collectives, arithmetic, time at best, better plans."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from sharding.analysis.collectives import Collective, count_collectives, count_products
+from sharding.analysis.collectives import Collective, count_collectives
 from sharding.analysis.hardware import Hardware
 from sharding.analysis.roofline import Moved, Placed, Roofline, cause, step_roofline, summarize
 from sharding.analysis.search import Judged, Ranking, plans, rank
 from sharding.mesh import abstract_mesh
 from sharding.pipeline.lockstep import Lockstep, lockstep_schedule
-from sharding.plan import Plan
+from sharding.plan import MESH_AXES, Plan
 from tessera.lm.run import RunConfig, accumulated_batch, first_state
 from tessera.optim.optimizer import make_optimizer
+from tessera.parallel.decoder import ShardedDecoder, sizes_of_params
 from tessera.parallel.pipelined_decoder import make_loss
-from tessera.planning.costs import Costs, estimate_costs, forward_passes
-from tessera.planning.memory import Memory, estimate_memory, local_sizes, state_placements
-from tessera.step import TrainState, make_train_step
+from tessera.planning.costs import Costs, count_plain_products, estimate_costs, expert_flops, forward_passes
+from tessera.planning.memory import Memory, StateParts, estimate_memory, local_sizes, state_placements
+from tessera.step import make_train_step
 
 HEADROOM = 0.92
 """Share of a device's memory that a plan may fill by the estimate, see docs/results/pods.md."""
@@ -93,7 +94,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     # The program says what a stage does in a tick if it is not idle.
     busy = schedule.busy() if schedule else 1.0
     found = [_while_busy(one, busy) for one in count_collectives(step, *arguments)]
-    sums = count_products(step, *arguments)
+    sums = count_plain_products(run.model, step, *arguments)
     placed = state_placements(decoder, state)
     flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
     traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
@@ -129,28 +130,41 @@ def crosses(one: Collective | Moved, plan: Plan) -> bool:
 
 def _expert_flops(run: RunConfig) -> float:
     """FLOPs of routed experts on one device, which run in kernels and loops whose trips depend on the data."""
-    if "routed" not in run.model.pattern:
-        return 0.0
-    moe, grad_accum_steps = run.model.moe, run.step.grad_accum_steps
+    grad_accum_steps = run.step.grad_accum_steps
     z = local_sizes(run.model, run.plan, run.batch_size, run.length, grad_accum_steps)
     rounds = grad_accum_steps * (run.plan.microbatch_count if run.plan.size("pp") > 1 else 1)
-    passes = 2.0 + forward_passes(run.model, run.plan)
-    return rounds * passes * z.routed * 6.0 * z.b * z.t * moe.router.k * z.Z * z.W
+    passes = 2.0 + forward_passes(run.model, run.plan, grad_accum_steps)
+    return rounds * passes * z.routed * expert_flops(run.model, z.b * z.t, run.plan.size("tp"))
 
 
-def judge(run: RunConfig, hardware: Hardware, state: TrainState, plan: Plan) -> Judged:
+Lying = Callable[[ShardedDecoder], StateParts]
+"""Where a train state lies under a decoder's plan."""
+
+
+def judge(run: RunConfig, hardware: Hardware, lying: Lying, plan: Plan) -> Judged:
     """What a plan would need, by formulas, for `sharding.analysis.search.rank`.
+
+    Where the batch does not fit at once, with the fewest parts of gradient accumulation, from the run's own number on,
+    with which it does; where none is enough, with those of least memory.
 
     Raises:
       PlanError: it does not divide the model or the batch.
     """
     decoder = run.decoder(plan, hardware.platform)
-    grad_accum_steps = run.step.grad_accum_steps
+    least = run.step.grad_accum_steps
     decoder.check(accumulated_batch(run), run.length)
-    placed = state_placements(decoder, state)
-    memory = estimate_memory(decoder, placed, run.batch_size, run.length, grad_accum_steps).total
-    time = bound(estimate_costs(decoder, placed, run.batch_size, run.length, grad_accum_steps), hardware)
-    return Judged(plan, memory, time.overlapped, time.serial)
+    placed = lying(decoder)
+    rows = run.batch_size // least // plan.data // (plan.microbatch_count if plan.size("pp") > 1 else 1)
+    sizes = [run.batch_size, run.length, least]
+    found = []
+    for more in (n for n in range(1, rows + 1) if rows % n == 0):
+        sizes[2] = least * more
+        found.append((estimate_memory(decoder, placed, *sizes).total, sizes[2]))
+        if found[-1][0] <= HEADROOM * hardware.memory:
+            break
+    memory, sizes[2] = found[-1] if found[-1][0] <= HEADROOM * hardware.memory else min(found)
+    time = bound(estimate_costs(decoder, placed, *sizes), hardware)
+    return Judged(plan, memory, time.overlapped, time.serial, sizes[2])
 
 
 def bound(costs: Costs, hardware: Hardware) -> Roofline:
@@ -162,28 +176,24 @@ def bound(costs: Costs, hardware: Hardware) -> Roofline:
 def search(run: RunConfig, hardware: Hardware, devices: int) -> Ranking:
     """The best plans for so many devices, by the formulas of `tessera.planning.memory` and `tessera.planning.costs`.
 
+    Plans with stages are tried with several numbers of microbatches, others with as many parts of gradient accumulation
+    as the memory asks for.
+
     Args:
       run: its plan's schedule, rules and choices hold; its sizes are not looked at.
       hardware: the device.
       devices: their number.
     """
-    base = replace(run.plan, axes="", microbatches=0)
-    return rank(
-        plans(devices, base, allowed=_allowed(run, devices)),
-        partial(judge, run, hardware, jax.eval_shape(lambda: first_state(run))),
-        HEADROOM * hardware.memory,
-    )
+    state = jax.eval_shape(lambda: first_state(run))
+    known: dict[tuple, StateParts] = {}
 
+    def lying(decoder: ShardedDecoder) -> StateParts:
+        sizes = sizes_of_params(decoder.plan)
+        if sizes not in known:
+            known[sizes] = state_placements(decoder, state)
+        return known[sizes]
 
-def _allowed(run: RunConfig, devices: int) -> dict[str, list[int]]:
-    """Sizes an axis may have for the model alone; what the other axes decide is left to `judge`."""
-    model, sizes = run.model, [n for n in range(1, devices + 1) if devices % n == 0]
-    split = math.gcd(model.kv_size, model.heads, model.ff_size, model.vocab_size)
-    experts = model.moe.router.experts if "routed" in model.pattern else 1
-    return {
-        "tp": [n for n in sizes if split % n == 0],
-        "pp": [n for n in sizes if n <= model.layers and (model.scan or n == 1)],
-        "ep": [n for n in sizes if experts % n == 0],
-        "cp": [n for n in sizes if run.length % (2 * n) == 0],
-        "fsdp": [n for n in sizes if model.width % n == 0],
-    }
+    # Without experts ep would be dp by another name.
+    axes = [axis for axis in MESH_AXES if axis != "ep" or "routed" in run.model.pattern]
+    candidates = plans(devices, replace(run.plan, axes="", microbatches=0), axes=axes)
+    return rank(candidates, partial(judge, run, hardware, lying), HEADROOM * hardware.memory)

@@ -120,10 +120,10 @@ def local_sizes(
         S=t if plan.context == "ring" else length,
         D=config.width,
         H=config.heads // tp,
-        K=max(1, config.kv_size // tp),
+        K=config.kv_size // math.gcd(config.kv_size, tp),
         h=config.head_size,
         F=config.ff_size // tp,
-        V=config.vocab_size // tp,
+        V=-(-config.vocab_size // tp),
         # Where nothing may be dropped every device has buffers for the rows of all devices (`moe.parallel.all_to_all`).
         M=math.ceil(rows * t * moe.router.k * min(ep, moe.mixture.slack or ep)) if routed else 0,
         Z=(moe.latent or config.width) if routed else 0,
@@ -149,6 +149,7 @@ def estimate_memory(
     """
     config, plan = decoder.config, decoder.plan
     z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
+    live = LIVE["cpu" if (decoder.platform or jax.default_backend()) == "cpu" else "accelerator"]
     params = sum(one.bytes for one in placed["params"])
     gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
@@ -163,8 +164,8 @@ def estimate_memory(
         optimizer=float(sum(one.bytes for one in placed["optimizer"])),
         gradients=float(gradients),
         saved=saved,
-        attention=_attention(plan, z),
-        feed_forward=_feed_forward(z),
+        attention=_attention(plan, z, live),
+        feed_forward=_feed_forward(plan, z, live),
         gathered=2.0 * layer,
         logits=LOGITS * logits + head,
         host=host,
@@ -183,9 +184,32 @@ def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
 
 # Copies of the logits in float32 that live at once: logits, their exponentials, and the gradient.
 LOGITS = 3.0
-# Bytes per score of plain attention that live at once in its backward pass, besides those in the compute dtype: float32
-# probabilities and their gradient.
-SCORES = 2.0 * F32
+
+
+class Live(NamedTuple):
+    """Copies that live at once in a layer's backward pass, read off compiled programs.
+
+    See docs/results/pods.md for TPUs, docs/results/plans.md for CPUs.
+
+    Attributes:
+      scores: float32 arrays of the scores of plain attention, besides one in the compute dtype.
+      ring: the same of ring attention, by the scores of one device's queries with as many keys.
+      streams: arrays of the residual stream, of all tokens inside a layer.
+      residuals: the same where the stream may be split along time.
+      rows: arrays of the rows that go into routed experts.
+      hidden: arrays of their hidden activations.
+    """
+
+    scores: float
+    ring: float
+    streams: float
+    residuals: float
+    rows: float
+    hidden: float
+
+
+# XLA's CPU compiler copies more: transposed scores, and buffers around the loops over tiles of experts.
+LIVE = {"accelerator": Live(2.0, 1.0, 4.0, 0.0, 4.0, 5.0), "cpu": Live(3.0, 5.0, 4.0, 4.0, 11.0, 5.5)}
 
 
 def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tuple[float, float]:
@@ -196,15 +220,14 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         # these are kept instead, and a schedule that splits the backward pass keeps what W needs.
         (way,) = config.remat_groups
         one = saved_per_row(dense, plan, length, way)
-        table = lockstep_schedule(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
+        waiting = _waiting(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
-        number = slots(table)[0]
         rest = 0
-        if "W" in table.kinds:
+        if waiting.weights:
             # Operands of the weights' products: residuals that products keep, and as many gradients beside them.
-            rest = 2 * slots(table, "B", "W")[0] * saved_per_row(dense, plan, length, replace(way, base="dots")).device
-        own = one.device * (number if way.base == "none" else 1) + rest
-        return float(number * inputs + own * layers), float(one.host * layers)
+            rest = 2 * waiting.weights * saved_per_row(dense, plan, length, replace(way, base="dots")).device
+        own = one.device * (waiting.inputs if way.base == "none" else 1) + rest
+        return float(waiting.inputs * inputs + own * layers), float(one.host * layers)
     device = host = 0.0
     for stack in config.stacks:
         for way in config.groups(stack):
@@ -216,24 +239,36 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
     return device, host
 
 
-def _attention(plan: Plan, z: Sizes) -> float:
-    """Plain attention's backward pass: the scores of all pairs, hidden ones too, and the block's streams."""
-    scores = z.b * z.H * z.t * z.S
-    if plan.size("cp") > 1 and plan.context == "ring":
-        scores //= 2  # halves of the queries meet halves of the keys
-    return scores * (SCORES + z.item) + _streams(z)
+class Waiting(NamedTuple):
+    """Microbatches whose inputs a stage saves at once, and of which it saves what W needs (0: no split backward)."""
+
+    inputs: int
+    weights: int
 
 
-def _feed_forward(z: Sizes) -> float:
+@functools.lru_cache(maxsize=1024)
+def _waiting(schedule: str, stages: int, microbatches: int, virtual: int) -> Waiting:
+    table = lockstep_schedule(schedule, stages, microbatches, virtual)
+    return Waiting(slots(table)[0], slots(table, "B", "W")[0] if "W" in table.kinds else 0)
+
+
+def _attention(plan: Plan, z: Sizes, live: Live) -> float:
+    """Attention's backward pass: the scores of all pairs, hidden ones too, and the block's streams."""
+    ring = plan.size("cp") > 1 and plan.context == "ring"
+    scores = z.b * z.H * z.t * z.S * ((live.ring if ring else live.scores) * F32 + (z.item / 2 if ring else z.item))
+    return scores + _streams(z, live)
+
+
+def _feed_forward(plan: Plan, z: Sizes, live: Live) -> float:
     """The backward pass of the feed-forward layer: gate, up, their product, and the gradients of two of them."""
     dense = 5 * z.b * z.t * z.F * z.item if z.routed < z.layers else 0
-    experts = z.M * (4 * z.Z + 5 * z.W) * z.item
-    return float(_streams(z) + max(dense, experts))
+    experts = z.M * (live.rows * z.Z + live.hidden * z.W) * z.item
+    return float(_streams(z, live) + max(dense, experts))
 
 
-def _streams(z: Sizes) -> float:
-    """What the two layers of a block read and add to the residual stream, all of time."""
-    return 4.0 * z.b * z.t * z.D * z.item
+def _streams(z: Sizes, live: Live) -> float:
+    """What the two layers of a block read and add to the residual stream."""
+    return (live.streams * z.t + live.residuals * z.s) * z.b * z.D * z.item
 
 
 def _layer_bytes(decoder: ShardedDecoder, params: list[Placed]) -> float:
@@ -280,7 +315,7 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
     local = replace(
         config,
         heads=config.heads // tp,
-        kv_heads=config.kv_size // tp,
+        kv_heads=config.kv_size // math.gcd(config.kv_size, tp),
         head_dim=0 if config.latent.kv_rank else config.head_size,
         ff=config.ff_size // tp,
         mlp="swiglu",

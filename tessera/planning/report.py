@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from rich.console import Group
 
-from sharding.analysis.hardware import HARDWARE
+from sharding.analysis.hardware import HARDWARE, Hardware
 from sharding.analysis.roofline import placements
-from sharding.analysis.search import Ranking
+from sharding.analysis.search import Judged, Ranking
 from sharding.mesh import axis_names
 from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import summary
@@ -23,6 +23,7 @@ from tessera.reports.html import Section, Table, paragraphs, terminal_table, wri
 from tessera.reports.sharding import placement_figure, schedule_figure
 
 PAGE = "explain"
+SHOWN = 4  # reasons for refusing plans
 DRAWN = 12  # microbatches per stage up to which all of a schedule is drawn
 
 Rows = list[tuple[str, ...]]
@@ -113,15 +114,38 @@ def stage_remat(config: TransformerConfig) -> str:
 
 def describe_search(ranking: Ranking, explained: Explained) -> str:
     """The plans of the search by outcome, in a sentence or two."""
-    hardware = explained.hardware
-    text = (
-        f"{ranking.tried:,} plans for {explained.run.plan.devices} devices were looked at: {ranking.refused:,} do not "
-        f"divide the model or the batch, {ranking.too_large:,} need more than {100 * HEADROOM:.0f}% of the "
-        f"{size(hardware.memory)} of a {hardware.name}, {len(ranking.fits):,} fit."
+    return (
+        search_outcome(ranking, explained.run.plan.devices, explained.hardware)
+        + " Times are at best, with everything overlapped, by formulas."
+    )
+
+
+def search_outcome(ranking: Ranking, devices: int, hardware: Hardware) -> str:
+    """How many plans were refused and for which reasons, how many are too large, and how many fit."""
+    text = f"{ranking.tried:,} plans for {devices} devices were looked at: "
+    if ranking.refused == ranking.tried:
+        text += "every one was refused, because sizes do not divide"
+    else:
+        text += f"{ranking.refused:,} do not divide the model or the batch"
+    if ranking.reasons:
+        shown = "; ".join(f"{reason}: {count:,}" for reason, count in ranking.reasons[:SHOWN])
+        others = sum(count for _, count in ranking.reasons[SHOWN:])
+        text += f" ({shown}{f'; others: {others:,}' if others else ''})"
+    if ranking.refused == ranking.tried:
+        return text + "."
+    text += (
+        f", {ranking.too_large:,} need more than {100 * HEADROOM:.0f}% of the {size(hardware.memory)} of a "
+        f"{hardware.name}, {len(ranking.fits):,} fit."
     )
     if not ranking.fits and ranking.smallest:
-        text += f" The smallest is {describe_plan(ranking.smallest.plan)}: {size(ranking.smallest.memory)}."
-    return text + " Times are at best, with everything overlapped, by formulas."
+        text += f" The smallest is {describe_judged(ranking.smallest)}: {size(ranking.smallest.memory)}."
+    return text
+
+
+def describe_judged(one: Judged) -> str:
+    """A plan of the search in a line, with its gradient accumulation."""
+    parts = f"; {one.grad_accum_steps} accumulated parts" if one.grad_accum_steps > 1 else ""
+    return describe_plan(one.plan) + parts
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -143,7 +167,7 @@ def tables(explained: Explained, compiled: Compiled | None, ranking: Ranking | N
     }
     if ranking:
         fits = ranking.fits[:best]
-        found["Best plans"] = [(describe_plan(one.plan), size(one.memory), time(one.seconds)) for one in fits]
+        found["Best plans"] = [(describe_judged(one), size(one.memory), time(one.seconds)) for one in fits]
     return found
 
 
@@ -159,10 +183,11 @@ def verdict(explained: Explained, compiled: Compiled | None) -> str:
     run, hardware = explained.run, explained.hardware
     needed, source = (compiled or explained.memory).total, "by the compiler" if compiled else "by the estimate"
     fits = needed <= hardware.memory if compiled else explained.fits
+    parts = f" in {run.step.grad_accum_steps} accumulated parts" * (run.step.grad_accum_steps > 1)
     text = (
         f"On {run.plan.devices} x {hardware.name} under {describe_plan(run.plan)}, a step of {run.batch_size} x "
-        f"{run.length} tokens {'fits' if fits else 'does not fit'}: {size(needed)} of {size(hardware.memory)} per "
-        f"device {source}. It takes at least {time(explained.time.overlapped)}, bound by {explained.time.bound}."
+        f"{run.length} tokens{parts} {'fits' if fits else 'does not fit'}: {size(needed)} of {size(hardware.memory)} "
+        f"per device {source}. It takes at least {time(explained.time.overlapped)}, bound by {explained.time.bound}."
     )
     if compiled:
         text += f" Compiling took {time(compiled.compile_seconds)} after {time(compiled.lower_seconds)} of tracing."

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.analysis.collectives import Collective, count_collectives, count_products
+from sharding.analysis.collectives import Collective, count_collectives
 from sharding.analysis.hardware import Hardware
 from sharding.analysis.roofline import placements, step_roofline
 from sharding.errors import PlanError
@@ -24,6 +24,7 @@ from sharding.mesh import abstract_mesh
 from sharding.plan import MESH_AXES, Plan, factorings
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.parallel.decoder import ShardedDecoder
+from tessera.planning.costs import count_plain_products, expert_flops
 from tessera.serving.programs import Programs, Rows, ServeConfig
 from tessera.serving.quantized import quantized_shapes, quantized_specs
 from tessera.serving.served import serve
@@ -121,7 +122,7 @@ def token_cost(
         return call
 
     # The second step's share: filling and draining a pipeline is left out.
-    moved, flops = _difference(*(_counted(drawn(steps), params, state) for steps in (1, 2)))
+    moved, flops = _difference(*(_counted(config, drawn(steps), params, state) for steps in (1, 2)))
     rows = sizes.slots // programs.parts
     ticks = max(programs.groups, plan.size("pp"))  # of which each reads the stage's weights for one group's slots
     tokens = rows / programs.groups
@@ -138,7 +139,7 @@ def token_cost(
         chunk = Rows(np.zeros((n, sizes.chunk), np.int32), none, none, none + 1)
         return programs.extend(params, state, chunk)
 
-    found, work = _counted(read, params, state)
+    found, work = _counted(config, read, params, state)
     work += plan.size("pp") * _expert_flops(decoder, sizes.rows * sizes.chunk)
     exchanged = [(one.group, False, one.moved) for one in found]
     prompt = step_roofline(hardware, flops=work, traffic=float(plan.size("pp") * held), moved=exchanged)
@@ -157,10 +158,9 @@ def token_cost(
     )
 
 
-def _counted(function: Any, *args: Any) -> tuple[list[Collective], float]:
-    return count_collectives(function, *args), float(
-        sum(one.flops * one.runs for one in count_products(function, *args))
-    )
+def _counted(config: TransformerConfig, function: Any, *args: Any) -> tuple[list[Collective], float]:
+    products = count_plain_products(config, function, *args)
+    return count_collectives(function, *args), float(sum(one.flops * one.runs for one in products))
 
 
 def _difference(
@@ -178,12 +178,8 @@ def _difference(
 def _expert_flops(decoder: ShardedDecoder, tokens: float | int) -> float:
     """FLOPs of one device's routed experts for its tokens, in kernels whose trips depend on the data."""
     config, plan = decoder.config, decoder.plan
-    if "routed" not in config.pattern:
-        return 0.0
-    moe = config.moe
-    layers = config.layers * config.pattern.count("routed") / len(config.pattern) / plan.size("pp")
-    width = moe.width_of(config.ff_size) / plan.size("tp")
-    return layers * 6.0 * tokens * moe.router.k * (moe.latent or config.width) * width
+    layers = config.mlps.count("routed") / plan.size("pp")
+    return layers * expert_flops(config, tokens, plan.size("tp"))
 
 
 def _touched(decoder: ShardedDecoder, tokens: float | int) -> float:

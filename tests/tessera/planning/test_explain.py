@@ -24,7 +24,7 @@ from tessera.planning.compile import Compiled, compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
 from tessera.planning.memory import Memory, estimate_memory, local_sizes, saved_per_row, state_placements
-from tessera.planning.report import memory_rows, picture_sections, tables, terminal, verdict, write_page
+from tessera.planning.report import memory_rows, picture_sections, search_outcome, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
 MODEL = TransformerConfig(vocab_size=512, layers=4, width=64, heads=8, ff=128, dtype="bfloat16", remat="full")
@@ -120,6 +120,49 @@ def test_flops_of_routed_experts_by_hand(latent, first):
     staged = local_sizes(replace(config, layers=4 + first), Plan("pp=2"), batch_size=4, length=8)
     assert (staged.layers, staged.routed) == (2 + first, 2)  # of the first stage
     assert sizes.M == 4 * 8 * 3 and sizes.Z == (latent or 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flops_of_a_routed_step_are_those_by_hand(dtype):
+    """In loops whose trips depend on the data no product is counted, by the formula all of them once."""
+    model = replace(ROUTED, dtype=dtype)
+    n, length, width, heads, size, hidden, experts, k = 8 * 128, 128, 64, 8, 8, 128, 8, 2  # of one device of eight
+    layer = 2 * n * width * size * 4 * heads  # queries, keys, values, output
+    layer += 2 * 2 * n * length * heads * size  # scores, and what they weigh
+    layer += 2 * n * width * experts  # router
+    layer += 3 * 2 * n * k * width * hidden  # gate, up and down of two experts
+    # A layer forward, again for its backward pass, and twice in it; the head is not computed again.
+    by_hand = 4 * 4 * layer + 3 * 2 * n * width * 512
+    assert explain(make_run("dp=8", model), H100).flops == pytest.approx(by_hand, rel=0.01)
+
+
+def test_the_search_cuts_the_batch_until_it_fits():
+    """What eight devices hold only in parts: the fewest parts of gradient accumulation, or so many microbatches."""
+    run = make_run("", MODEL, batch_size=512, length=256)
+    decoder = ShardedDecoder(run.model, Plan("fsdp=8"), run.z_loss, H100.platform)
+    placed = state_placements(decoder, jax.eval_shape(lambda: first_state(run)))
+    needed = {parts: estimate_memory(decoder, placed, 512, 256, parts).total for parts in (1, 2, 4, 8)}
+    small = replace(H100, memory=(needed[4] + 1) / 0.92)
+    assert needed[2] > needed[4] > needed[8]
+    ranking = search(run, small, 8)
+    parts = {one.plan.axes: one.grad_accum_steps for one in ranking.fits}
+    assert parts["fsdp=8"] == 4
+    best = ranking.fits[0]
+    chosen = replace(run, plan=best.plan.fill(8), step=StepConfig(grad_accum_steps=best.grad_accum_steps))
+    assert explain(chosen, small).fits
+    assert any(one.plan.size("pp") > 1 and one.plan.microbatches > one.plan.size("pp") for one in ranking.fits)
+
+
+def test_a_search_that_finds_nothing_says_why():
+    run = make_run("", replace(MODEL, layers=5, ff=124), batch_size=64)
+    ranking = search(run, H100, 7)
+    assert ranking.tried == ranking.refused == 10  # seven stages with six numbers of microbatches
+    assert search_outcome(ranking, 7, H100).startswith("10 plans for 7 devices were looked at: every one was refused")
+    wanted = ("batch_size=64 by dp", "width of 64 by fsdp", "heads of 8 by tp", "length=128 by cp x tp")
+    assert [dict(ranking.reasons)[reason] for reason in wanted] == [1] * 4
+    small = replace(H100, memory=1e5)
+    assert "every one" not in search_outcome(search(run, small, 2), 2, small)
+    assert "The smallest is" in search_outcome(search(run, small, 2), 2, small)
 
 
 @pytest.mark.parametrize("q_rank", [0, 12])
@@ -224,6 +267,42 @@ def test_the_estimate_is_told_against_the_compilers_figure():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(PlanError, match="batch_size=64 does not divide into grad_accum_steps=3"):
         explain(RunConfig(MODEL, Plan("dp=8"), OptimizerConfig(), StepConfig(grad_accum_steps=3), 64, 128), H100)
+
+
+PLAIN = replace(MODEL, dtype="float32")
+CHOOSING = replace(ROUTED, dtype="float32")
+# Plan, model, options, tokens of a sequence, parts. What needs most memory: scores, rows of experts, or the weights.
+COMPILED = [
+    ("fsdp=8", PLAIN, {}, 128, 1),
+    ("fsdp=4, tp=2", PLAIN, {"sequence": True}, 128, 1),
+    ("dp=2, tp=4", PLAIN, {}, 128, 1),
+    ("dp=4, cp=2", PLAIN, {}, 128, 1),
+    ("dp=4, cp=2", PLAIN, {}, 256, 1),
+    ("dp=4, cp=2", PLAIN, {"context": "all_to_all"}, 128, 1),
+    ("pp=2, dp=4", PLAIN, {"microbatches": 4}, 128, 1),
+    ("fsdp=8", CHOOSING, {}, 128, 1),
+    ("fsdp=8", CHOOSING, {}, 128, 2),
+    ("dp=8", replace(CHOOSING, ff=512, layers=2), {}, 32, 1),
+    ("ep=4, dp=2", CHOOSING, {}, 128, 1),
+    ("ep=4, dp=2", replace(CHOOSING, ff=512, layers=2), {}, 32, 1),
+    ("ep=2, tp=2, dp=2", CHOOSING, {}, 128, 1),
+]
+
+
+@pytest.mark.slow
+def test_memory_estimates_are_within_a_tenth_of_the_compilers():
+    """float32 on CPUs with full recomputation; docs/results/plans.md has the table."""
+    found = {}
+    for plan, model, options, length, parts in COMPILED:
+        run = replace(make_run(plan, model, length=length, **options), step=StepConfig(grad_accum_steps=parts))
+        decoder = ShardedDecoder(run.model, run.plan, run.z_loss, "cpu")
+        placed = state_placements(decoder, jax.eval_shape(lambda run=run: first_state(run)))
+        compiled = compile_step(run, jax.devices()).total
+        case = f"{plan} {model.mlp} ff={model.ff} length={length} parts={parts} {options}"
+        found[case] = estimate_memory(decoder, placed, run.batch_size, length, parts).total / compiled
+    worst = max(found, key=lambda case: abs(found[case] - 1))
+    print(f"worst: {worst}, {found[worst]:.3f} of the compiler's")
+    assert all(0.9 < ratio < 1.1 for ratio in found.values()), found
 
 
 @pytest.mark.slow
