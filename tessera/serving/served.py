@@ -69,8 +69,8 @@ def serve(
 
     decoder = ShardedDecoder(config, replace(plan, sequence=False), padded_from=vocabulary if more else 0)
     if not decoder.even_stages:
-        near = nearest_divisor(decoder.units, plan.size("pp"))
-        raise PlanError(f"plan {plan.axes!r}: {decoder.units} layers do not divide by pp; nearest valid: pp={near}")
+        near = nearest_sizes(decoder.units, {"pp": plan.size("pp")})
+        raise PlanError(f"plan {plan.axes!r}: {decoder.units} layers do not divide by pp; nearest valid: {near}")
     _ = decoder.specs
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantized), decoder
 
