@@ -62,7 +62,8 @@ def load_gguf(
     with _sound(file):
         config = _config(file, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = {theirs: _name(theirs) for theirs in tensor_names(config)}
+    with _sound(file):
+        names = {theirs: _name(theirs) for theirs in tensor_names(config)}
     if missing := sorted(set(names.values()) - tensors.keys()):
         raise NotConvertible(f"{file} has no tensor {some(missing)}")
     if rest := sorted(tensors.keys() - set(names.values())):
@@ -137,6 +138,8 @@ def _config(file: Path | str, reader: Any) -> TransformerConfig:
     if kind != "llama":
         raise NotConvertible(f"{file}: architecture {kind!r} has no counterpart here; 'llama' loads")
     c = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    if large := [f"{name}={value}" for name, value in c.items() if isinstance(value, int) and value >= 2**31]:
+        raise NotConvertible(f"{file}: {', '.join(large)}: no model has such sizes")
     if c["block_count"] > len(reader.tensors):
         raise NotConvertible(f"{file} has {len(reader.tensors)} tensors: too few for {c['block_count']} blocks")
     heads, width = c["attention.head_count"], c["embedding_length"]
