@@ -99,7 +99,7 @@ MORE_UNEVEN = [
     ("pp=2", {}, WHOLE | {"layers": 3, "moe": replace(PARTS, first_k_dense_replace=1)}),
     ("", {}, WHOLE | {"moe": PARTS}, 2),
     ("", {}, WHOLE | {"scan": False, "layers": 4, "moe": replace(PARTS, every=2)}, 3),
-    ("dp=2", {}, WHOLE | {"moe": replace(PARTS, router=RouterConfig("relu", 4, 2))}, 2),
+    ("dp=2", {}, WHOLE | {"moe": PARTS}, 2),
     ("fsdp=2, cp=2", {}, WHOLE | {"moe": replace(PARTS, router=RouterConfig("sigmoid", 4, 2, bias=True))}, 2),
     ("ep=2, dp=2", {}, WHOLE | {"scan": False, "moe": replace(PARTS, every=2)}, 2),
     ("pp=2, dp=2", {}, WHOLE | {"moe": replace(PARTS, balance_scope="sequence")}, 2),
