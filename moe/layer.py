@@ -351,7 +351,7 @@ class MoE(nn.Module):
                     shared *= jax.nn.sigmoid((x_ND @ gate_D1.astype(x_ND.dtype)).astype(jnp.float32)).astype(x_ND.dtype)
                 y_ND += shared
         if self.is_mutable_collection("intermediates"):
-            whole_SE = None
+            whole_SE: Any = None
             if self.is_mutable_collection("balance"):
                 self.sow("balance", "sums", losses.batch_sums(routing, ROUTERS[c.router.name].balance))
             elif self.has_variable("balance", "sums"):

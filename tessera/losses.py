@@ -1,8 +1,5 @@
 """Losses, accuracies and distillation as weighted means, computed in float32 whatever the dtype of the logits."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -74,39 +71,9 @@ def distillation(
 
     Hinton, Vinyals & Dean 2015 (arXiv:1503.02531), section 2: both logits are divided by the temperature; the factor
     T^2 keeps the gradient as large as that of the labels. No gradient reaches the teacher. Weights of the positions are
-    of mean one, see `with_mean_weights`.
+    of mean one, see `tessera.step.with_mean_weights`.
     """
     soft = jax.nn.softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     each = -(soft * log_p).sum(-1)
     return (each if mean_weights is None else each * mean_weights).mean() * temperature**2
-
-
-def with_mean_weights(batch: Any) -> Any:
-    """Scale the weights of a whole batch of targets to mean one, so that plain means over its parts are weighted means.
-
-    sum(w nll) / sum(w) over a batch is then the mean of w nll over its targets, and so the mean over equal parts,
-    whether microbatches, steps of gradient accumulation or devices. Weights that are all zero stay zero.
-
-    Args:
-      batch: with "weights" float32 [B, T] of the targets and, where documents are packed, "positions" int32 [B, T] (-1
-        for padding). Another batch, also one that was scaled before, is returned as it is.
-
-    Returns:
-      The batch with "mean_weights" in place of "weights", and with "mean_live", 1 for tokens and 0 for padding, scaled
-      likewise, for means over tokens.
-    """
-    if not (isinstance(batch, Mapping) and "weights" in batch):
-        return batch
-    found = {name: value for name, value in batch.items() if name != "weights"}
-    live_BT = jnp.ones(batch["weights"].shape) if "positions" not in batch else (batch["positions"] >= 0).astype(float)
-    for name, weights_BT in (("mean_weights", batch["weights"]), ("mean_live", live_BT)):
-        weights_BT = weights_BT.astype(jnp.float32)
-        total = weights_BT.sum()
-        found[name] = weights_BT * (weights_BT.size / jnp.where(total == 0, 1.0, total))
-    return found
-
-
-def padding_share(batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
-    """The metric "padding" of packed documents, the share of padding among a batch's inputs; none for another batch."""
-    return {"padding": (batch["positions"] < 0).mean(dtype=jnp.float32)} if "positions" in batch else {}

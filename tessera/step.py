@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from moe.metrics import of_load
 from tessera.infra.config import check_seed
-from tessera.losses import with_mean_weights
 from tessera.optim.noise_scale import noise_scale
 
 Row = dict[str, Any]
@@ -123,7 +122,7 @@ def make_train_step(
     """Make `step(state, batch, key) -> (state, metrics)`, pure and not jitted.
 
     Each step draws its own key by folding in `state.step`, so a resumed run draws what an uninterrupted one would. The
-    weights of a batch, if it has some, are those of `tessera.losses.with_mean_weights`. The
+    weights of a batch, if it has some, are those of `tessera.step.with_mean_weights`. The
     optimizer is always given `value=` and `grad_fn=` (the gradient of this batch at other parameters, for SAM).
 
     `adjust(params, metrics)`, if given, changes parameters after the optimizer from the metrics of `loss_fn`: what
@@ -384,3 +383,33 @@ def _check_finite(row: Row, names: Sequence[str]) -> None:
                 raise FloatingPointError(
                     f"{key} is {value} at step {row['step']}{who}: a lower learning rate usually helps"
                 )
+
+
+def with_mean_weights(batch: Any) -> Any:
+    """Scale the weights of a whole batch of targets to mean one, so that plain means over its parts are weighted means.
+
+    sum(w nll) / sum(w) over a batch is then the mean of w nll over its targets, and so the mean over equal parts,
+    whether microbatches, steps of gradient accumulation or devices. Weights that are all zero stay zero.
+
+    Args:
+      batch: with "weights" float32 [B, T] of the targets and, where documents are packed, "positions" int32 [B, T] (-1
+        for padding). Another batch, also one that was scaled before, is returned as it is.
+
+    Returns:
+      The batch with "mean_weights" in place of "weights", and with "mean_live", 1 for tokens and 0 for padding, scaled
+      likewise, for means over tokens.
+    """
+    if not (isinstance(batch, Mapping) and "weights" in batch):
+        return batch
+    found = {name: value for name, value in batch.items() if name != "weights"}
+    live_BT = jnp.ones(batch["weights"].shape) if "positions" not in batch else (batch["positions"] >= 0).astype(float)
+    for name, weights_BT in (("mean_weights", batch["weights"]), ("mean_live", live_BT)):
+        weights_BT = weights_BT.astype(jnp.float32)
+        total = weights_BT.sum()
+        found[name] = weights_BT * (weights_BT.size / jnp.where(total == 0, 1.0, total))
+    return found
+
+
+def padding_share(batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+    """The metric "padding" of packed documents, the share of padding among a batch's inputs; none for another batch."""
+    return {"padding": (batch["positions"] < 0).mean(dtype=jnp.float32)} if "positions" in batch else {}

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from sharding.vocab_parallel import Sums, chunked_sum, linear_cross_entropy
-from tessera.losses import distillation, padding_share, with_mean_weights
+from tessera.losses import distillation
 from tessera.models.lm_loss import mean_over_tokens, targets
 from tessera.models.transformer import Decoder, Norm
-from tessera.step import Metrics
+from tessera.step import Metrics, padding_share, with_mean_weights
 
 
 @dataclass(frozen=True)

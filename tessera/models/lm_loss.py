@@ -14,9 +14,8 @@ from moe.route import update_bias, update_penalty
 from moe.specialization import joint_counts
 from sharding.rules import path_name
 from sharding.vocab_parallel import Sums, linear_cross_entropy
-from tessera.losses import padding_share, with_mean_weights
 from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
-from tessera.step import LossFn, Metrics
+from tessera.step import LossFn, Metrics, padding_share, with_mean_weights
 
 
 def router_paths(config: TransformerConfig) -> list[tuple[str, ...]]:

@@ -35,7 +35,6 @@ from sharding.plan import DATA_AXES, Plan
 from sharding.rules import Rules, is_spec, mirrored_specs, param_specs, path_name, shardings, spreads
 from sharding.tensor_parallel import INSIDE, RESIDUAL, explicit, gather_params, keep_gathers_out, vary, varying
 from sharding.vocab_parallel import linear_cross_entropy, lookup
-from tessera.losses import padding_share, with_mean_weights
 from tessera.models.remat import Remat
 from tessera.models.transformer import (
     DTYPES,
@@ -48,7 +47,7 @@ from tessera.models.transformer import (
     form_of,
     param_shapes,
 )
-from tessera.step import LossFn, router_metrics
+from tessera.step import LossFn, padding_share, router_metrics, with_mean_weights
 
 Micro = Mapping[str, Any]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
@@ -535,9 +534,9 @@ class ShardedDecoder:
         if plan.size("pp") > 1:
             self._check_stages(batch_size)
         if length % ways:
-            near = max(1, round(length / ways)) * ways
+            best = max(1, round(length / ways)) * ways
             raise PlanError(
-                f"length={length} does not divide into {ways} parts for cp={cp}, tp={tp}; nearest valid: length={near}",
+                f"length={length} does not divide into {ways} parts for cp={cp}, tp={tp}; nearest valid: length={best}",
                 f"length={length} by cp x tp",
             )
         if plan.context == "all_to_all" and cp > 1 and self.local.heads % cp:
@@ -647,8 +646,8 @@ def make_loss(decoder: ShardedDecoder, mesh: Mesh | AbstractMesh) -> LossFn:
 
 def micro_of(batch: Micro, decoder: ShardedDecoder) -> Micro:
     """What the decoder's functions look at in a batch, its weights scaled to mean one."""
-    names = ("tokens", "positions", "mean_weights", "mean_live")
-    names += ("router_sums",) * (decoder.routed and decoder.config.moe.whole_batch)
+    sums = ("router_sums",) if decoder.routed and decoder.config.moe.whole_batch else ()
+    names = ("tokens", "positions", "mean_weights", "mean_live", *sums)
     return {name: value for name, value in with_mean_weights(batch).items() if name in names}
 
 

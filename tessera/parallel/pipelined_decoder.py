@@ -19,10 +19,9 @@ from sharding.pipeline.run import PipelineConfig, make_value_and_grad
 from sharding.pipeline.run import make_loss as make_forward
 from sharding.pipeline.stages import StageLayout, split_layers
 from sharding.pipeline.ticks import StageFns
-from tessera.losses import padding_share
 from tessera.parallel import decoder as unpipelined
 from tessera.parallel.decoder import ROUTER_MEANS, Layer, ShardedDecoder
-from tessera.step import LossFn, router_metrics
+from tessera.step import LossFn, padding_share, router_metrics
 
 
 def stage_layout(decoder: ShardedDecoder) -> StageLayout:
