@@ -52,7 +52,7 @@ def get_config(variant: str = "recover") -> ConfigDict:
     fresh = {"random_weights": True}
     config.arms = ConfigDict(
         {
-            "ticket": {},
+            "ticket": {"start": {"shuffle_mask": False}},
             "random_mask": {"start": {"shuffle_mask": True}},
             "dense": {"start": {"mask": ""}},
             "ticket_random_weights": {"lr": 1e-3, "start": fresh},

@@ -224,9 +224,12 @@ def _saved(store: ArtifactStore | None, i: int, block: PyTree, digest: str) -> t
 def _fisher(params: PyTree, config: TransformerConfig, tokens_NT: Any) -> list[PyTree]:
     """Scores of every block's weights by the diagonal Fisher information, one sequence a batch."""
     loss = lm_loss(Decoder(config))
-    scores = jax.jit(lambda p, batches: criteria.fisher(lambda q, one: loss(q, one)[1]["cross_entropy"], p, batches))(
-        params, {"tokens": jnp.asarray(tokens_NT)[:, None]}
-    )
+
+    def nats(params: PyTree, batch: Any) -> jax.Array:
+        value, metrics = loss(params, batch)  # metrics have no gradient, but for the losses of routers
+        return value - metrics.get("aux_loss", 0.0)
+
+    scores = jax.jit(partial(criteria.fisher, nats))(params, {"tokens": jnp.asarray(tokens_NT)[:, None]})
     return split_blocks(jax.tree.map(np.asarray, scores), config)
 
 

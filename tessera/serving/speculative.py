@@ -155,7 +155,7 @@ class Speculating:
         return jax.device_put((made.tokens, logits), where)
 
 
-def columns(x: jax.Array, count: int, fill: float) -> jax.Array:
+def columns(x: jax.Array, count: int, fill: int | float) -> jax.Array:
     """So many columns of the vocabulary, which the two models' plans may have padded differently."""
     if x.shape[-1] < count:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count - x.shape[-1])], constant_values=fill)

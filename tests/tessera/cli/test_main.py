@@ -238,9 +238,12 @@ def test_a_failure_ends_the_program_with_one_line(body, message):
 
 
 @pytest.mark.parametrize("name", [*cli.PLAIN, "generate"])
-def test_ctrl_c_is_one_line_of_every_command(name, monkeypatch, capsys):
+def test_ctrl_c_is_one_line_of_every_command(name, monkeypatch, capsys, request):
     """It comes while the command is imported, which extensions of JAX and NumPy must not see."""
     seen = []
+    # A test run in the background of a shell is started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def slow_import(module):
         os.kill(os.getpid(), signal.SIGINT)
