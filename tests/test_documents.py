@@ -42,13 +42,19 @@ def blocks(language):
     ]
 
 
-def commands():
-    """Every command of a console block, and every inline one, continued lines joined."""
+def console_commands():
+    """Every command of a console block, continued lines joined."""
     found = []
     for document, _, text in blocks("console"):
         for line in text.replace("\\\n", " ").splitlines():
             if line.startswith("$ "):
                 found.append((document, line[2:].split("  #")[0].strip()))
+    return found
+
+
+def inline_commands():
+    """Every command in the text, which names what it is about and need not run as it stands."""
+    found = []
     for document in DOCUMENTS:
         plain = FENCE.sub("", document.read_text(encoding="utf-8"))
         for text in re.findall(r"`([^`]+)`", plain):
@@ -58,7 +64,8 @@ def commands():
     return found
 
 
-COMMANDS = commands()
+CONSOLE = console_commands()
+COMMANDS = CONSOLE + inline_commands()
 SCRIPTS = {command.script: name for name, command in cli.COMMANDS.items()}
 
 
@@ -278,7 +285,7 @@ SHORTER = {
 @pytest.mark.docs
 def test_the_commands_on_data_of_ones_own(directory):
     """As they stand, on the files that the document's first block makes."""
-    found = [shlex.split(command) for document, command in COMMANDS if document.name == "data.md"]
+    found = [shlex.split(command) for document, command in CONSOLE if document.name == "data.md"]
     console, said = ("-c", "from tessera.cli.main import main; main()"), {}
     for words in found:
         if words[0] == "tessera":
@@ -302,7 +309,7 @@ def exported(directory):
 def test_a_model_is_adapted(directory, exported):
     """Those of adapting.md, a few steps each, from the directory that `export-hf` made of a tiny run."""
     console, made = ("-c", "from tessera.cli.main import main; main()"), directory / "models"
-    for document, command in COMMANDS:
+    for document, command in CONSOLE:
         if document.name == "adapting.md" and command.startswith("tessera "):
             _, *words = shlex.split(command)
             short = {"train": ADAPTED, "compare": COMPARED}.get(words[0], [])
@@ -335,7 +342,7 @@ def test_the_commands_on_pruning(directory):
     """As they stand, on the small run."""
     (directory / "notes.txt").write_text("Text that is no program, to judge on.\n" * 20)
     console = ("-c", "from tessera.cli.main import main; main()")
-    found = [shlex.split(command) for document, command in COMMANDS if document.name == "pruning.md"]
+    found = [shlex.split(command) for document, command in CONSOLE if document.name == "pruning.md"]
     said = {words[-1]: run(directory, *console, *words[1:], *PRUNING[words[1]]) for words in found}
     assert len(said) == 6 and "notes.txt: sparsegpt is" in said.pop("--workdir=runs/compared")
     assert all("| notes.txt |" in text for text in said.values())
@@ -350,7 +357,7 @@ def test_the_tutorial_on_pruning(directory, exported):
     shutil.copytree(directory / "models" / "lm", directory / ".cache" / "smollm2")
     (directory / "notes.txt").write_text("Text that is no program, to judge on.\n" * 20)
     console, ran = ("-c", "from tessera.cli.main import main; main()"), []
-    for document, command in COMMANDS:
+    for document, command in CONSOLE:
         if document.stem == "prune_and_serve" and command.startswith("tessera ") and " serve " not in command:
             _, *words = shlex.split(command)
             ran.append(words[0])
@@ -364,7 +371,7 @@ def test_the_tutorial_on_pruning(directory, exported):
 def test_a_run_becomes_a_hugging_face_directory(directory, exported):
     console = ("-c", "from tessera.cli.main import main; main()")
     assert "vocabulary 256" in exported and (directory / "models" / "lm" / "tokenizer.json").exists()
-    for document, command in COMMANDS:
+    for document, command in CONSOLE:
         if document.name == "inference.md" and command.startswith("tessera merge"):
             out = run(directory, *console, *shlex.split(command)[1:])
             assert "models merged by" in out and (directory / "models" / "merged" / "tokenizer.json").exists()
