@@ -19,17 +19,21 @@ from jaxtyping import Int, PyTree
 from lottery import calibrated, coupled, criteria, masks, prune, structures
 from lottery.allocation import spread_densities
 from lottery.compact import compact_decoder
+from moe import ream
 from sharding.inference.quantize import Calibration
-from tessera.compress.statistics import Saliency, check_gathers, gather, kernels, run, statistics_of
+from tessera.compress.statistics import Saliency, check_gathers, gather, gather_activity, kernels, run, statistics_of
 from tessera.infra.artifacts import ArtifactStore, load_extra, load_tree
 from tessera.infra.checkpoint import CheckpointDamaged, CheckpointMismatch
-from tessera.lm.expert_pruning import drop_experts, prune_experts
+from tessera.lm.expert_pruning import drop_experts, expert_groups, prune_experts, take_columns, with_experts
 from tessera.lm.warm_start import join_blocks, split_blocks
 from tessera.models.lm_loss import at, lm_loss, replaced
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, LayerForm, TransformerConfig
 
 WEIGHTS = ("magnitude", "fisher", "wanda", "sparsegpt")
-METHODS = {"expert": ("reap", "load"), "layer": ("influence",)}  # of the structures that have methods of their own
+METHODS = {
+    "expert": ("reap", "load", "ream"),
+    "layer": ("influence",),
+}  # of the structures that have methods of their own
 UNITS = {"neuron": ("mlp", "down"), "head": ("attention", "output")}  # structure -> part of a block, outgoing kernel
 
 
@@ -39,8 +43,9 @@ class PruneConfig:
 
     Attributes:
       method: "magnitude"; "fisher", the diagonal Fisher information, which needs the gradient of the whole model;
-        "wanda"; "sparsegpt", which updates the weights that stay. Of experts "reap" or "load", of layers "influence"
-        (1 - cosine of what a block reads and writes: ShortGPT, Men et al. 2024).
+        "wanda"; "sparsegpt", which updates the weights that stay. Of experts "reap" or "load", or "ream", which
+        merges those that go into those that stay (`moe.ream`); of layers "influence" (1 - cosine of what a block reads
+        and writes: ShortGPT, Men et al. 2024).
       structure: "unstructured", n:m ("2:4") or blocks ("16x16") of every kernel, whose weights become zeros; or cut
         out, for a smaller model: "neuron" (of feed-forward layers), "head" (a key/value head with its query heads),
         "expert", "layer" (whole blocks).
@@ -51,11 +56,12 @@ class PruneConfig:
       outlier: of "owl": scores above so many times their mean are outliers.
       block: of "sparsegpt": inputs of a kernel whose mask is chosen together.
       damping: of "sparsegpt": times the mean of the Hessian's diagonal, is added to it.
+      group: of "ream": experts that are merged into one, at most.
       bits: of "sparsegpt": 2 to 8 also round the weights that stay, one scale per output; 0 does not.
       dense: regular expressions over names such as blocks_0/attention/query/kernel: kernels that stay as they are.
     """
 
-    method: Literal["magnitude", "fisher", "wanda", "sparsegpt", "reap", "load", "influence"] = "sparsegpt"
+    method: Literal["magnitude", "fisher", "wanda", "sparsegpt", "reap", "load", "ream", "influence"] = "sparsegpt"
     structure: str = "unstructured"
     density: float = 0.5
     allocation: Literal["uniform", "owl", "sensitivity"] = "uniform"
@@ -63,6 +69,7 @@ class PruneConfig:
     outlier: float = 5.0
     block: int = 128
     damping: float = 0.01
+    group: int = 16
     bits: int = 0
     dense: tuple[str, ...] = ()
 
@@ -95,6 +102,8 @@ class PruneConfig:
             raise ValueError(f"allocation={self.allocation!r}: blocks pruned to {self.structure} have one density")
         if self.bits and (self.method != "sparsegpt" or self.structure in UNITS or not 2 <= self.bits <= 8):
             raise ValueError(f"bits={self.bits}: 2 to 8, for method='sparsegpt' with weights or blocks, or 0")
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: experts that are merged into one at most, 1 or more")
         if self.block < 1 or self.damping <= 0 or self.width < 0 or self.outlier <= 0:
             raise ValueError(
                 f"block={self.block} must be at least 1, damping={self.damping} and outlier={self.outlier} "
@@ -127,6 +136,12 @@ def check_fits(how: PruneConfig, params: Mapping[str, Any], config: TransformerC
             raise ValueError(
                 f"density={how.density} leaves {keep} of {router.experts} experts; every token chooses {router.k}"
             )
+        if how.method == "ream" and keep * how.group < router.experts:
+            raise ValueError(
+                f"group={how.group} with density={how.density}: {keep} groups of so many hold fewer than the "
+                f"{router.experts} experts; at least {-(-router.experts // keep)} is needed"
+            )
+        expert_groups(config), with_experts(config, keep)  # raise for routers that cannot be cut so
     if how.structure == "layer" and (not plain or len(set(config.attention_kinds)) > 1):
         raise ValueError("structure='layer': a scanned decoder whose layers are all of one kind is needed")
     if how.structure in UNITS and (not plain or config.mlp == "routed" or config.sinks or config.qkv_bias):
@@ -179,20 +194,29 @@ def prune_decoder(
     check_fits(how, params, config)
     plain, blocks = replace(config, dtype="float32", remat="none"), split_blocks(params, config)
     x_NTD = np.asarray(plain.embedded(jnp.asarray(params["embed"]["table"])[jnp.asarray(tokens_NT)]))
-    if how.structure in METHODS:
+    if how.structure in METHODS and how.method != "ream":
         return _cut_whole(params, blocks, plain, config, how, x_NTD, tokens_NT, done)
     fisher = _fisher(params, plain, tokens_NT) if how.method == "fisher" else [None] * len(blocks)
     densities = _allocate(blocks, plain, how, fisher, x_NTD, tokens_NT)
+    if how.method == "ream":
+        config = with_experts(config, round(how.density * config.moe.router.experts))
+    after = replace(config, dtype="float32", remat="none")
     digest = hashlib.sha256(np.ascontiguousarray(tokens_NT).tobytes()).hexdigest()
     made: list[PyTree] = []
     rows: list[dict[str, Any]] = []
     for i, block in enumerate(blocks):
-        saved = _saved(store, i, block, digest)
+        mlp, form = plain.mlps[i], plain.form(i)
+        merged = how.method == "ream" and mlp == "routed"
+        saved = _saved(store, i, _first_experts(block, after.moe.router.experts) if merged else block, digest)
         if saved is None:
-            mlp, form = plain.mlps[i], plain.form(i)
             try:
-                seen = gather(block, x_NTD, tokens_NT, plain, mlp, form)
-                saved = prune_block(block, seen, how, plain, densities[i], i, fisher[i])
+                if merged:
+                    saved = _merge_experts(block, x_NTD, tokens_NT, how, plain, form, i)
+                elif how.method == "ream":
+                    saved = block, []
+                else:
+                    seen = gather(block, x_NTD, tokens_NT, plain, mlp, form)
+                    saved = prune_block(block, seen, how, plain, densities[i], i, fisher[i])
             except ValueError as error:
                 raise ValueError(f"blocks_{i}: {error}") from error
             if store is not None:
@@ -200,7 +224,7 @@ def prune_decoder(
         made.append(saved[0])
         rows += saved[1]
         if i + 1 < len(blocks):
-            x_NTD = run(saved[0], x_NTD, tokens_NT, plain, plain.mlps[i], plain.form(i))
+            x_NTD = run(saved[0], x_NTD, tokens_NT, after, mlp, form)
         done(1)
     result = join_blocks(params, made, config)
     if how.structure in UNITS:
@@ -470,6 +494,37 @@ def _cut_whole(
         rows.append({"layer": f"blocks_{i}/mlp/experts", "block": i, "density": density} | chosen)
     result, config = drop_experts(params, mask, config)
     return PrunedDecoder(result, config, rows)
+
+
+def _first_experts(block: Mapping[str, Any], keep: int) -> PyTree:
+    """A routed block with its first `keep` experts: of the shapes of one with as many."""
+    mlp, index = block["mlp"], np.arange(keep)
+    experts = jax.tree.map(lambda leaf: leaf[:keep], mlp["experts"])
+    return {**block, "mlp": {**mlp, "experts": experts, "router": take_columns(mlp["router"], index)}}
+
+
+def _merge_experts(
+    block: Mapping[str, Any],
+    x_NTD: np.ndarray,
+    tokens_NT: Any,
+    how: PruneConfig,
+    config: TransformerConfig,
+    form: LayerForm,
+    number: int,
+) -> tuple[PyTree, list[dict[str, Any]]]:
+    """A routed block whose experts are merged into fewer, and its row."""
+    experts, mlp = config.moe.router.experts, block["mlp"]
+    seen = gather_activity(block, x_NTD, tokens_NT, config, form)
+    similarity_EE = ream.expert_similarity(seen.outputs_ED, seen.gram_EE)
+    first_E = ream.group_experts(seen.saliency.reap, similarity_EE, round(how.density * experts), how.group)
+    made = ream.merge_experts(mlp["experts"], first_E, seen.saliency.reap, seen.rows_MD)
+    stays = np.unique(first_E)
+    groups = [" ".join(map(str, [one, *(set(np.flatnonzero(first_E == one)) - {one})])) for one in stays.tolist()]
+    row = {"layer": f"blocks_{number}/mlp/experts", "block": number, "density": len(stays) / experts}
+    load = seen.saliency.load
+    row |= {"experts": ", ".join(groups), "load": float(load[stays].sum() / load.sum())}
+    router = jax.tree.map(np.asarray, take_columns(mlp["router"], stays))
+    return {**block, "mlp": {**mlp, "experts": made, "router": router}}, [row]
 
 
 def _influence(x_NTD: np.ndarray, y_NTD: np.ndarray) -> float:

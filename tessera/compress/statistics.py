@@ -36,6 +36,22 @@ class Saliency(NamedTuple):
         return self.norm / np.maximum(self.load, 1)
 
 
+class ExpertActivity(NamedTuple):
+    """What `moe.ream` takes of the experts of a layer.
+
+    Attributes:
+      saliency: see there.
+      outputs_ED: sum over tokens of router probability times output, of every expert on every token.
+      gram_EE: the router's logits times themselves, summed over tokens.
+      rows_MD: the first tokens as the layer reads them.
+    """
+
+    saliency: Saliency
+    outputs_ED: np.ndarray
+    gram_EE: np.ndarray
+    rows_MD: np.ndarray
+
+
 def check_gathers(config: TransformerConfig) -> None:
     """Raise ValueError for a decoder whose blocks `gather` has no statistics of."""
     if config.latent.kv_rank:
@@ -141,6 +157,54 @@ def gather(
     return seen
 
 
+def gather_activity(
+    block: Mapping[str, Any],
+    x_NTD: Any,
+    tokens_NT: Any,
+    config: TransformerConfig,
+    form: LayerForm,
+    rows: int = TOKENS,
+) -> ExpertActivity:
+    """Run every expert of a routed block on every token; arguments as of `gather`, and tokens of `rows_MD`.
+
+    Raises:
+      ValueError: what comes out is not finite.
+    """
+    check_gathers(config)
+    sums: Any = None
+    kept: list[np.ndarray] = []
+    for x, tokens in _rows(x_NTD, tokens_NT):
+        read = _inputs(config, "routed", block, x, tokens, form)
+        found = (
+            _observe_experts(block["mlp"], read["mlp"], read["experts"], read["weights"])["saliency"],
+            *(np.asarray(one, np.float64) for one in _answers(block["mlp"]["experts"], *(read[n] for n in _READ))),
+        )
+        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+        kept.append(np.asarray(read["mlp"])[: max(0, rows - sum(map(len, kept)))])
+    saliency, outputs_ED, gram_EE = sums
+    activity = ExpertActivity(saliency, outputs_ED, gram_EE, np.concatenate(kept))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(activity)):
+        raise ValueError("experts: what they compute on the calibration text is not finite")
+    return activity
+
+
+_READ = ("mlp", "logits", "probs")
+
+
+@jax.jit
+def _answers(
+    experts: PyTree, y_MD: Float[Array, "M D"], logits_ME: Float[Array, "M E"], probs_ME: Float[Array, "M E"]
+) -> tuple[Array, Array]:
+    """Sums over tokens of probability times output [E, D], one expert after the other, and of logits squared [E, E]."""
+
+    def one(parts: tuple[PyTree, Array]) -> Array:
+        expert, probs_M = parts
+        hidden_MF = jax.nn.silu(y_MD @ expert["gate"]["kernel"]) * (y_MD @ expert["up"]["kernel"])
+        return (probs_M @ hidden_MF) @ expert["down"]["kernel"]
+
+    return jax.lax.map(one, (experts, probs_ME.T)), jnp.matmul(logits_ME.T, logits_ME, precision="highest")
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _inputs(
     config: TransformerConfig, mlp: str, block: PyTree, x_NTD: Array, tokens_NT: Array, form: LayerForm
@@ -175,6 +239,7 @@ def _inputs(
         y_MD = found["mlp"].reshape(-1, c.width)
         routing = gate(block["mlp"].get("router", {}), y_MD, c.moe.router, tokens_N=tokens_NT.reshape(-1))
         found |= {"experts": routing.experts_NK, "weights": routing.weights_NK}
+        found |= {"logits": routing.logits_NE, "probs": routing.probs_NE}
     return {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
 
 

@@ -121,16 +121,25 @@ def drop_experts(
             raise ValueError(f"layers keep different numbers of experts {sorted(left)}: prune as many in each")
         index = np.nonzero(alive)[-1].reshape(*alive.shape[:-1], -1)
         experts = jax.tree.map(lambda leaf, i=index: _take(leaf, i, i.ndim - 1), mlp["experts"])
-        router = {
-            name: _take(leaf, index, leaf.ndim + ROUTER_AXES[name]) if name in ROUTER_AXES else leaf
-            for name, leaf in mlp["router"].items()
-        }
-        result = replaced(result, path, {**mlp, "experts": experts, "router": router})
+        result = replaced(result, path, {**mlp, "experts": experts, "router": take_columns(mlp["router"], index)})
     (count,) = left
-    return result, replace(config, moe=replace(config.moe, router=replace(config.moe.router, experts=count)))
+    return result, with_experts(config, count)
 
 
-def _take(leaf: Array, index: np.ndarray, axis: int) -> Array:
+def with_experts(config: TransformerConfig, experts: int) -> TransformerConfig:
+    """The model with another number of routed experts."""
+    return replace(config, moe=replace(config.moe, router=replace(config.moe.router, experts=experts)))
+
+
+def take_columns(router: Mapping[str, Any], index: np.ndarray) -> dict[str, Any]:
+    """Take the experts `index` [*L, K] of a router's parameters [*L, ..., E]."""
+    return {
+        name: _take(leaf, index, leaf.ndim + ROUTER_AXES[name]) if name in ROUTER_AXES else leaf
+        for name, leaf in router.items()
+    }
+
+
+def _take(leaf: Any, index: np.ndarray, axis: int) -> Array:
     shape = [1] * leaf.ndim
     shape[: index.ndim - 1], shape[axis] = index.shape[:-1], index.shape[-1]
     return jnp.take_along_axis(jnp.asarray(leaf), jnp.asarray(index.reshape(shape)), axis)

@@ -1,8 +1,8 @@
 """Make the golden values: what PyTorch, transformers, peft and others compute on fixed inputs. Command: `make golden`.
 
-Needs requirements/golden*.txt, for `pruning.npz` clones, and nothing of this project. Every `NAME.npz` holds inputs and
-outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` and `lora/` hold whole directories; `sources.json`
-says which version made what. Tests read them through the fixture `golden`.
+Needs requirements/golden*.txt, for `pruning.npz` and `ream.npz` clones, and nothing of this project. Every `NAME.npz`
+holds inputs and outputs as arrays named by paths (`rms_norm/3x5/x`); `huggingface/` and `lora/` hold whole directories;
+`sources.json` says which version made what. Tests read them through the fixture `golden`.
 """
 
 import importlib.metadata
@@ -1403,7 +1403,8 @@ FILES = {
     "lora": (make_lora, PEFT),
     "merging": (make_merging, f"{PEFT}, {version('mergekit')}"),
     "optimizers": (make_optimizers, TORCH),
-    "pruning": (pruning.make_pruning, pruning.SOURCE),
+    "pruning": (pruning.make_pruning, ", ".join(one for name, one in pruning.SOURCES.items() if name != "ream")),
+    "ream": (pruning.make_ream, pruning.SOURCES["ream"]),
     "quantized": (make_quantized, ", ".join(map(version, ("auto_gptq", "autoawq", "compressed_tensors")))),
     "smollm2": (make_smollm2, TRANSFORMERS),
     "tokenizers": (make_tokenizers, TRANSFORMERS),
@@ -1417,8 +1418,8 @@ def main():
         if name == "smollm2" and not SMOLLM2.exists():
             print(f"smollm2.npz stays as it is: no {SMOLLM2} (make smollm2)")
             continue
-        if name == "pruning" and not pruning.AUTHORS.exists():
-            print(f"pruning.npz stays as it is: no {pruning.AUTHORS}, see tests/golden/pruning.py")
+        if name in ("pruning", "ream") and not pruning.AUTHORS.exists():
+            print(f"{name}.npz stays as it is: no {pruning.AUTHORS}, see tests/golden/pruning.py")
             continue
         np.savez_compressed(HERE / f"{name}.npz", **flat(make()))
     sources = {f"{name}.npz": {"source": source, "command": COMMAND} for name, (_, source) in FILES.items()}

@@ -1,4 +1,4 @@
-"""What the authors' own code prunes: Wanda, SparseGPT, OWL and REAP on random layers; part of `make golden`.
+"""What the authors' own code prunes: Wanda, SparseGPT, OWL, REAP and REAM on random layers; part of `make golden`.
 
 Their repositories are no packages: clone them at the commits of `COMMITS` into `.cache/authors/NAME` first.
 """
@@ -8,6 +8,7 @@ import importlib
 import io
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,8 +22,9 @@ COMMITS = {
     "sparsegpt": ("IST-DASLab/sparsegpt", "147d215"),
     "OWL": ("luuyin/OWL", "dddb7a4"),
     "reap": ("CerebrasResearch/reap", "1970473"),
+    "ream": ("SamsungSAILMontreal/ream", "84a3030"),
 }
-SOURCE = ", ".join(f"{name} {commit}" for name, commit in COMMITS.values())
+SOURCES = {name: f"{repository} {commit}" for name, (repository, commit) in COMMITS.items()}
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ def code_of(folder):
     finally:
         sys.path.pop(0)
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("lib", "quant", "sparsegpt", "reap", "datasets"):
+            if name.split(".")[0] in ("lib", "quant", "sparsegpt", "reap", "ream", "data", "datasets"):
                 del sys.modules[name]
 
 
@@ -148,4 +150,56 @@ def make_pruning():
         "saliency": state["reap"].mean,
         "load": state["expert_frequency"],
     }
+    return found
+
+
+class Expert(torch.nn.Module):
+    """Qwen's SwiGLU expert, from kernels [D, F], [D, F], [F, D]."""
+
+    def __init__(self, gate, up, down):
+        super().__init__()
+        for name, kernel in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            layer = torch.nn.Linear(*kernel.shape, bias=False)
+            layer.weight.data = torch.tensor(kernel.T.copy())
+            setattr(self, name, layer)
+
+
+def make_ream():
+    """Groups of experts and merged experts: saliency, mean outputs, router logits, kernels, tokens the layer reads.
+
+    The authors' code reduces the weights by a randomized PCA before it compares them; here they are compared whole.
+    """
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    experts, tokens, width, ff, keep = 7, 40, 6, 5, 3
+    outputs, logits, x = draw(experts, width), draw(tokens, experts) + 0.5, draw(tokens, width)
+    saliency = np.array([0.3, 0.9, 0.1, 0.8, 0.0, 0.7, 0.2], np.float32)
+    kernels = {"gate": draw(experts, width, ff), "up": draw(experts, width, ff), "down": draw(experts, ff, width)}
+    for name, axis in (("gate", 1), ("up", 1), ("down", 0)):  # one is another in another order, and noise
+        kernels[name][4] = kernels[name][1].take([3, 0, 4, 1, 2], axis=axis) + 0.01 * draw(*kernels[name][4].shape)
+    found = {"outputs": outputs, "logits": logits, "x": x, "saliency": saliency} | kernels
+    with code_of("ream"), torch.no_grad():
+        package = importlib.import_module("ream.merger")
+        weights = importlib.import_module("ream.weight_utils")
+        group = importlib.import_module("ream.ream").pseudo_group
+        for size in (3, 5):
+            labels, first = group(saliency, torch.tensor(outputs)[:, None], keep, torch.tensor(logits), size)
+            found[f"groups/{size}"] = np.asarray(first)[labels.astype(int)]
+        modules = torch.nn.ModuleList(Expert(*(kernels[name][e] for name in kernels)) for e in range(experts))
+        hidden = [
+            torch.nn.functional.silu(one.gate_proj(torch.tensor(x))) * one.up_proj(torch.tensor(x)) for one in modules
+        ]
+        matrices = torch.stack([weights.ffn_weight_matrix(one) for one in modules])
+        saliency = torch.tensor(np.where(saliency == 0, saliency[saliency > 0].min(), saliency))
+        owner = SimpleNamespace(merging="logits+weights", device="cpu")
+        for size in (3, 5):
+            firsts = found[f"groups/{size}"]
+            made = []
+            for one in np.unique(firsts):
+                members = [one, *np.flatnonzero((firsts == one) & (np.arange(experts) != one))]
+                merge = package.Merger._merge
+                made.append(merge(owner, deepcopy(modules), np.array(members), saliency, matrices, torch.stack(hidden)))
+            for name in kernels:
+                stack = [getattr(one, f"{name}_proj").weight.numpy().T for one in made]
+                found[f"merged/{size}/{name}"] = np.stack(stack)
     return found

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from lottery import calibrated
+from moe import ream
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
 from tessera.compress.pruning import PruneConfig, prune_decoder
-from tessera.compress.statistics import TOKENS, gather, kernels, run
+from tessera.compress.statistics import TOKENS, gather, gather_activity, kernels, run
 from tessera.compress.text import CalibrationConfig, draw_windows, refuse_shared
 from tessera.data.text import ByteTokenizer
 from tessera.infra.artifacts import ArtifactStore
@@ -211,6 +213,38 @@ def test_experts_and_layers_that_do_least_are_cut():
     np.testing.assert_allclose(logits(made.params, made.config), logits(params, deep), atol=1e-5)
 
 
+def test_similar_experts_are_merged_block_after_block(tmp_path):
+    params, how, store = weights(ROUTED), PruneConfig("ream", "expert", group=3), ArtifactStore(tmp_path)
+    made = prune_decoder(params, ROUTED, how, TEXT, store=store)
+    assert logits(made.params, made.config).shape == (*TEXT.shape, 32) and made.config.moe.router.experts == 2
+    x_NTD, form = embedded(params), ROUTED.form(0)
+    for i, block in enumerate(split_blocks(params, ROUTED)):
+        seen = gather_activity(block, x_NTD, TEXT, ROUTED, form, rows=50)
+        experts = {name: np.asarray(leaf["kernel"], np.float64) for name, leaf in block["mlp"]["experts"].items()}
+        y_MD = gather_activity(block, x_NTD, TEXT, ROUTED, form).rows_MD.astype(np.float64)
+        logits_ME = y_MD @ block["mlp"]["router"]["kernel"]
+        probs_ME = scipy.special.softmax(logits_ME, axis=1)
+        for e in range(4):
+            gated = y_MD @ experts["gate"][e]
+            out_MD = (gated * scipy.special.expit(gated) * (y_MD @ experts["up"][e])) @ experts["down"][e]
+            np.testing.assert_allclose(seen.outputs_ED[e], probs_ME[:, e] @ out_MD, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(seen.gram_EE, logits_ME.T @ logits_ME, rtol=1e-3)
+        assert len(seen.rows_MD) == 50 and len(y_MD) == TEXT.size
+        similar = ream.expert_similarity(seen.outputs_ED, seen.gram_EE)
+        first_E = ream.group_experts(seen.saliency.reap, similar, 2, 3)
+        merged = ream.merge_experts(block["mlp"]["experts"], first_E, seen.saliency.reap, y_MD)
+        got = jax.tree.map(lambda leaf: leaf[i], made.params["blocks"]["mlp"])  # noqa: B023
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got["experts"], merged)
+        stays = np.unique(first_E)
+        np.testing.assert_array_equal(got["router"]["kernel"], block["mlp"]["router"]["kernel"][:, stays])
+        assert [int(one.split()[0]) for one in made.rows[i]["experts"].split(", ")] == stays.tolist()
+        # The next block reads what the merged one writes.
+        x_NTD = run(split_blocks(made.params, made.config)[i], x_NTD, TEXT, made.config, "routed", form)
+    again = prune_decoder(params, ROUTED, how, TEXT, store=store)
+    assert again.rows == made.rows
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+
+
 @pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
 def test_blocks_that_need_more_weights_get_more_and_the_mean_is_what_was_asked(allocation):
     params = weights(DENSE)
@@ -258,7 +292,12 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude():
     [
         (lambda: PruneConfig("wanda", "2:4", density=0.4), "every group of 4 keeps 2, so density=0.5 is the only one"),
         (lambda: PruneConfig("wanda", density=0.0), "density=0.0: a share above 0"),
-        (lambda: PruneConfig("wanda", "expert"), "one of reap, load"),
+        (lambda: PruneConfig("wanda", "expert"), "one of reap, load, ream"),
+        (lambda: PruneConfig("ream", "expert", group=0), "group=0: experts that are merged into one"),
+        (
+            lambda: prune_decoder(weights(ROUTED), ROUTED, PruneConfig("ream", "expert", group=1), TEXT),
+            "group=1 with density=0.5: 2 groups of so many hold fewer than the 4 experts; at least 2",
+        ),
         (lambda: PruneConfig("wanda", "channel"), "unstructured, n:m"),
         (lambda: PruneConfig("wanda", "3:2"), "3:2 sparsity is impossible"),
         (lambda: PruneConfig("wanda", bits=4), "for method='sparsegpt'"),
