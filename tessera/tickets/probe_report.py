@@ -75,7 +75,7 @@ def _second_runs(search: Finished, params: PyTree, masks: PyTree, seeds: list[in
     # Level 0 too starts at the step the survivors go back to: two runs from the same point.
     orders, names = [OTHER_ORDER + seed for seed in seeds], ["again"] * len(seeds)
     starts = starts_of(masks_lib.apply(start, masks), masks, orders, names, setup.search.rewind)
-    return path_rows(setup, params, setup.train(starts).params, config)
+    return path_rows(setup, params, setup.train(starts).params, config, masks=masks)
 
 
 def analysis_report(workdir: Path | str, search: Finished, found: dict[str, Rows], config: AnalysisConfig) -> Path:
@@ -133,19 +133,30 @@ def _connectivity(rows: Rows, config: AnalysisConfig) -> Section:
         for ax, name, scale in zip(axes, ("error", "loss"), (100, 1), strict=True):
             mean = scale * np.mean(_column(mine, name), axis=0)
             line_with_band(ax, mine[0]["alpha"], mean, color=color, linewidth=1.5, label=label)
-        rises = [with_interval(_column(mine, name)) for name in ("instability", "barrier")]
+            if config.curve_steps:
+                curve = scale * np.mean(_column(mine, f"curve_{name}"), axis=0)
+                line_with_band(ax, mine[0]["alpha"], curve, color=color, linewidth=1.5, linestyle="dashed")
+        measured = ("instability", "barrier", *(("curve_barrier",) if config.curve_steps else ()))
+        rises = [with_interval(_column(mine, name)) for name in measured]
         stable = f"{sum(_column(mine, 'stable'))} of {len(mine)}"
         body.append([label, level, *rises, with_interval(_column(mine, "loss_barrier"), 1, 4), stable])
-    titles(axes[0], "Test error", x="place on the line between two runs", y="%")
-    titles(axes[1], "Test loss", x="place on the line between two runs", y="nats")
+    titles(axes[0], "Test error", x="interpolation coefficient", y="%")
+    titles(axes[1], "Test loss", x="interpolation coefficient", y="nats")
     label_lines(axes[1])
     head = ["weights", "level", "error rise (points)", "error barrier (points)", "loss barrier (nats)", "stable"]
+    if config.curve_steps:
+        head.insert(4, "on the curve (points)")
     caption = (
         "Each network was trained twice from the same starting point in different orders of the data; mean over seeds "
         f"at {config.points} places on the straight line between the ends. Rise: highest error minus the ends' mean "
         "(Frankle et al. 2020); barrier: highest rise over the straight line between the ends. A network with batch "
         "normalization gets new statistics at every place."
     )
+    if config.curve_steps:
+        caption += (
+            " Dashed: on a quadratic Bezier curve between the same ends, whose control point was trained on "
+            f"{config.curve_steps} batches, each at a random point of the curve (Garipov et al. 2018)."
+        )
     return Section("Connectivity", [figure, Table(head, body)], caption)
 
 

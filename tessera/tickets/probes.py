@@ -1,4 +1,4 @@
-"""Probes of trained tickets: linear mode connectivity, sharpness (top Hessian eigenvalue, SAM), overlap of masks."""
+"""Probes of trained tickets: linear and nonlinear mode connectivity, sharpness (Hessian, SAM), overlap of masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, PyTree
 
 from lottery import connectivity, controls, sharpness
@@ -22,12 +23,17 @@ class AnalysisConfig:
 
     Attributes:
       points: interpolation coefficients on every path between two networks (linear mode connectivity).
+      curve_steps: batches on which the control point of a Bezier curve between the two networks is trained (nonlinear
+        mode connectivity, Garipov et al. 2018); the curve is drawn beside the line. 0 leaves it out.
+      curve_learning_rate: of its Adam.
       examples: training examples for curvature and for batch statistics.
       lanczos: Hessian products for the top eigenvalue.
       rho: radius of sharpness as in SAM.
     """
 
     points: int = 11
+    curve_steps: int = 0
+    curve_learning_rate: float = 1e-3
     examples: int = 1000
     lanczos: int = 20
     rho: float = 0.05
@@ -35,17 +41,22 @@ class AnalysisConfig:
     def __post_init__(self):
         if self.points < 2 or self.examples < 1 or self.lanczos < 1 or self.rho <= 0:
             raise ValueError(f"{self}: points >= 2, examples >= 1, lanczos >= 1 and rho > 0 are needed")
+        if self.curve_steps < 0 or self.curve_learning_rate <= 0:
+            raise ValueError(f"{self}: curve_steps >= 0 and curve_learning_rate > 0 are needed")
 
 
-def path_rows(setup: Setup, a: PyTree, b: PyTree, config: AnalysisConfig, part: str = "test") -> list[dict[str, Any]]:
-    """Measure linear mode connectivity: loss and error on the lines between two stacks [S, ...], one row per pair.
+def path_rows(
+    setup: Setup, a: PyTree, b: PyTree, config: AnalysisConfig, part: str = "test", masks: PyTree | None = None
+) -> list[dict[str, Any]]:
+    """Measure mode connectivity: loss and error on the lines between two stacks [S, ...], one row per pair.
 
-    Batch statistics are estimated again on training examples at every point (REPAIR's reset, Jordan et al. 2023,
+    With `config.curve_steps` also on a Bezier curve whose control point is trained, in `masks` if there are any. Batch
+    statistics are estimated again on training examples at every point (REPAIR's reset, Jordan et al. 2023,
     arXiv:2211.08403, section 3.1), since the mean of two networks' statistics fits neither.
 
     Returns:
       Rows {alpha, loss, error (lists over the path), instability and barrier of the error, loss_barrier, ends, stable
-      (instability below 2%)}.
+      (instability below 2%)}; of the curve {curve_loss, curve_error, curve_instability, ...}.
     """
     data = batched(getattr(setup.splits, part))
     examples = _examples(setup, config.examples)
@@ -55,21 +66,54 @@ def path_rows(setup: Setup, a: PyTree, b: PyTree, config: AnalysisConfig, part: 
         return loss, 1 - accuracy
 
     @jax.jit
-    def paths(a: PyTree, b: PyTree, data: Any, examples: Any) -> tuple[Array, tuple[Array, Array]]:
-        def one(pair: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
-            return connectivity.along(lambda p: metrics(p, data, examples), pair[0], pair[1], config.points)
+    def paths(a: PyTree, b: PyTree, bend: PyTree | None, data: Any, examples: Any) -> tuple[Array, tuple[Array, Array]]:
+        def one(ends: tuple[PyTree, PyTree, PyTree | None]) -> tuple[Array, PyTree]:
+            first, last, control = ends
+            return connectivity.along(lambda p: metrics(p, data, examples), first, last, config.points, bend=control)
 
-        return jax.lax.map(one, (a, b))
+        return jax.lax.map(one, (a, b, bend))
 
-    alphas, (loss, error) = jax.device_get(paths(a, b, data, examples))
+    alphas, (loss, error) = jax.device_get(paths(a, b, None, data, examples))
     rows = []
     for alpha, losses, errors in zip(alphas, loss, error, strict=True):
-        rise = float(connectivity.instability(jnp.asarray(errors)))
-        row: dict[str, Any] = {"alpha": alpha.tolist(), "loss": losses.tolist(), "error": errors.tolist()}
-        row |= {"instability": rise, "barrier": float(connectivity.barrier(jnp.asarray(alpha), jnp.asarray(errors)))}
-        row |= {"loss_barrier": float(connectivity.barrier(jnp.asarray(alpha), jnp.asarray(losses)))}
-        rows.append(row | {"ends": float(errors[0] + errors[-1]) / 2, "stable": rise < connectivity.STABLE})
+        row = {"alpha": alpha.tolist()} | _heights(alpha, losses, errors)
+        rows.append(
+            row | {"ends": float(errors[0] + errors[-1]) / 2, "stable": row["instability"] < connectivity.STABLE}
+        )
+    if config.curve_steps:
+        _, (loss, error) = jax.device_get(paths(a, b, _bends(setup, a, b, masks, config), data, examples))
+        for row, losses, errors in zip(rows, loss, error, strict=True):
+            found = _heights(np.asarray(row["alpha"]), losses, errors)
+            row |= {f"curve_{name}": value for name, value in found.items()}
     return rows
+
+
+def _heights(alpha: np.ndarray, losses: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
+    at, loss, error = (jnp.asarray(x) for x in (alpha, losses, errors))
+    found: dict[str, Any] = {"loss": losses.tolist(), "error": errors.tolist()}
+    found |= {"instability": float(connectivity.instability(error)), "barrier": float(connectivity.barrier(at, error))}
+    return found | {"loss_barrier": float(connectivity.barrier(at, loss))}
+
+
+def _bends(setup: Setup, a: PyTree, b: PyTree, masks: PyTree | None, config: AnalysisConfig) -> PyTree:
+    """Control points [S, ...] of the curves from a to b, each trained on the same batches."""
+    data = setup.splits.train
+    size = min(setup.ticket.batch_size, len(data.labels))
+    order = np.random.default_rng(2)
+    index = np.stack([order.choice(len(data.labels), size, replace=False) for _ in range(config.curve_steps)])
+    adam = optax.adam(config.curve_learning_rate)
+
+    @jax.jit
+    def fit(a: PyTree, b: PyTree, masks: PyTree | None, index: Array, x: Array, y: Array) -> PyTree:
+        def one(ends: tuple[PyTree, PyTree, PyTree | None, Array]) -> PyTree:
+            first, last, mask, key = ends
+            loss = lambda params, rows: setup.loss(params, (x[rows], y[rows]))  # noqa: E731
+            return connectivity.fit_bend(loss, first, last, index, adam, key=key, masks=mask)[0]
+
+        keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(a)[0]))
+        return jax.lax.map(one, (a, b, masks, keys))
+
+    return fit(a, b, masks, jnp.asarray(index), jnp.asarray(data.images), jnp.asarray(data.labels))
 
 
 def refreshed(network: Network, params: PyTree, examples: tuple[Array, Array]) -> PyTree:

@@ -58,6 +58,19 @@ def test_paths_are_those_of_a_plain_loop(setup):
     assert rows[1]["instability"] == pytest.approx(max(errors) - (errors[0] + errors[2]) / 2, abs=1e-6)
 
 
+def test_a_trained_curve_lies_lower_than_the_line_and_an_untrained_one_on_it(setup):
+    a, b = (jax.vmap(setup.network.init)(jax.random.split(jax.random.key(i), 2)) for i in (0, 1))
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), a)
+    still = probes.AnalysisConfig(points=5, examples=20, curve_steps=1, curve_learning_rate=1e-12)
+    for row in probes.path_rows(setup, a, b, still):
+        np.testing.assert_allclose(row["curve_loss"], row["loss"], rtol=1e-5)
+        assert row["curve_barrier"] == pytest.approx(row["barrier"], abs=1e-6)
+    moved = probes.AnalysisConfig(points=5, examples=20, curve_steps=150, curve_learning_rate=0.03)
+    for row in probes.path_rows(setup, a, b, moved, part="train", masks=ones):
+        assert row["curve_loss"][2] < row["loss"][2] - 0.1
+        assert (row["curve_loss"][0], row["curve_loss"][4]) == pytest.approx((row["loss"][0], row["loss"][4]))
+
+
 def test_sharpness_is_that_of_the_dense_hessian(setup):
     params = jax.vmap(setup.network.init)(jax.random.split(jax.random.key(2), 1))
     mask = jax.tree.map(lambda p: jax.random.uniform(jax.random.key(p.size), p.shape) < 0.5, params)

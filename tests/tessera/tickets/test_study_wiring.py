@@ -108,7 +108,7 @@ def test_branches_begin_at_one_state_in_orders_of_their_own(monkeypatch):
 
 def test_second_runs_differ_in_the_order_of_the_data_alone(monkeypatch):
     setup = recorder()
-    monkeypatch.setattr(probe_report, "path_rows", lambda *_: [])
+    monkeypatch.setattr(probe_report, "path_rows", lambda *_, **__: [])
     level0 = {"reset": INITIAL}, [{"arm": "dense", "seed": seed} for seed in SEEDS]
     search = Finished(setup, ConfigDict(), Levels(level0))
     probe_report._second_runs(search, INITIAL, MASKS, list(SEEDS), AnalysisConfig())
