@@ -17,13 +17,15 @@ def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="tessera export-hf", description=PLAIN["export-hf"][1])
     parser.add_argument("source", help="run of the training script, Hugging Face directory, or GGUF file (.gguf)")
     parser.add_argument("directory", help="new directory to write")
+    parser.add_argument("--step", type=int, default=0, help="checkpoint of a run; the default is the newest")
     parser.add_argument("--ticket", default="", help="file of lottery.export.save whose weights replace the run's")
     parser.add_argument("--adapter", default="", help="LoRA adapter of peft (a directory) to merge into the weights")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json; the default is the model's own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     options = parser.parse_args(list(argv))
     try:
-        loaded = load(SourceConfig(options.source, options.ticket, options.adapter, options.tokenizer))
+        source = SourceConfig(options.source, options.ticket, options.adapter, options.tokenizer, step=options.step)
+        loaded = load(source)
         made = export_directory(loaded, options.directory, options.dtype)
     except (*ERRORS, CheckpointDamaged, DiskFull, WorkdirInUse) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -169,6 +169,20 @@ class CheckpointReader:
             "read it when it has ended, or train with a larger checkpoint.keep or checkpoint.every"
         )
 
+    def restore_at(self, step: int = 0) -> Restored:
+        """Read the checkpoint of a step as `restore_whole` does, for 0 the newest.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint of this step; those that are there are named.
+          CheckpointDamaged: it cannot be read.
+        """
+        if not step:
+            return self.restore_newest()
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there: {there}")
+        return self.restore_whole(step)
+
 
 class Checkpoints(CheckpointReader):
     """The checkpoints of the run that this process trains, by step; to look at another run use `CheckpointReader`.

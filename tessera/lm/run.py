@@ -417,6 +417,8 @@ def check_adaptation(c: ConfigDict, config: RunConfig, words: int, least: int) -
         raise ConfigError(
             f"config.start.dir={c.start.dir!r} and .workdir={c.start.workdir!r}: a run starts from one of the two"
         )
+    if c.start.step and not c.start.workdir:
+        raise ConfigError(f"config.start.step={c.start.step}: a checkpoint of a run, which start.workdir names")
     for name, needs in (("mask", "dir"), ("random_weights", "dir"), ("shuffle_mask", "mask")):
         if c.start[name] and not c.start[needs]:
             raise ConfigError(f"config.start.{name}={c.start[name]!r} needs a Hugging Face directory, start.{needs}")

@@ -37,8 +37,9 @@ class StartConfig:
     """Which weights a run starts from; the optimizer starts afresh.
 
     Attributes:
-      workdir: a run of `scripts/train.py`, whose newest checkpoint is read; "" starts from random weights. Of a
-        run with more experts than this one the busiest of every layer stay.
+      workdir: a run of `scripts/train.py`; "" starts from random weights. Of a run with more experts than this one the
+        busiest of every layer stay.
+      step: of `workdir`: which checkpoint is read; 0 is the newest.
       dir: a Hugging Face directory to go on from in place of a run: the model is the directory's, whatever else
         `config.model` says, and the tokenizer too where `config.data.tokenizer` is "bytes".
       keep_zeros: kernels' weights that are zero at the start, as in a pruned model, stay zero.
@@ -55,6 +56,7 @@ class StartConfig:
     """
 
     workdir: str = ""
+    step: int = 0
     dir: str = ""
     keep_zeros: bool = False
     mask: str = ""
@@ -134,7 +136,7 @@ def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[A
       FileNotFoundError: no run, or no checkpoint, is there.
       CheckpointDamaged: the newest checkpoint cannot be read.
     """
-    params, source = read_model(start.workdir)
+    params, source = read_model(start.workdir, start.step)
     if "routed" in source.pattern and "routed" in config.pattern:
         keep = config.moe.router.experts
         if keep < source.moe.router.experts:
@@ -149,8 +151,8 @@ def starting_params(start: StartConfig, config: TransformerConfig, *, key: Key[A
     return convert(params, source, config, start, base=base, key=key)
 
 
-def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
-    """Parameters (numpy) and model of a run of `scripts/train.py`, from its newest checkpoint; it may be training.
+def read_model(workdir: Path | str, step: int = 0) -> tuple[PyTree, TransformerConfig]:
+    """Parameters (numpy) and model of a run of `scripts/train.py`, of one step or the newest (0); it may be training.
 
     Raises:
       FileNotFoundError: no run, or no checkpoint, is there.
@@ -163,7 +165,7 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
         raise ValueError(
             f"{path} is a run of adapters, not of a whole model: write it by `tessera export-hf {path} DIR`, name DIR"
         )
-    state = CheckpointReader(path / "checkpoints").restore_newest().state
+    state = CheckpointReader(path / "checkpoints").restore_at(step).state
     try:
         params = jax.tree.map(np.asarray, state["params"])
         vocabulary, model = params["embed"]["table"].shape[0], settings["model"]
@@ -172,12 +174,13 @@ def read_model(workdir: Path | str) -> tuple[PyTree, TransformerConfig]:
     return params, build(TransformerConfig, model, f"{path}/config.json: model", vocab_size=vocabulary)
 
 
-def read_adapted(workdir: Path | str, base: PyTree = None) -> tuple[PyTree, TransformerConfig]:
+def read_adapted(workdir: Path | str, base: PyTree = None, step: int = 0) -> tuple[PyTree, TransformerConfig]:
     """Parameters (numpy) and model of a run, adapters merged into the model that it started from.
 
     Args:
       workdir: a run of `scripts/train.py`.
       base: parameters of the directory that it started from (`settings["start"]["dir"]`), where it did.
+      step: of the checkpoint; 0 is the newest.
 
     Raises:
       As `read_model`, and for adapters what `starting_params` raises.
@@ -185,17 +188,17 @@ def read_adapted(workdir: Path | str, base: PyTree = None) -> tuple[PyTree, Tran
     path = local(workdir)
     settings = read_settings(path)
     if not settings.get("lora", {}).get("rank"):
-        return read_model(path)
+        return read_model(path, step)
     where, start = f"{path}/config.json", build(StartConfig, settings["start"], f"{path}/config.json: start")
     if base is None:
-        _, source = read_adapted(start.workdir)
+        _, source = read_adapted(start.workdir, step=start.step)
         model = build(TransformerConfig, settings["model"], f"{where}: model", vocab_size=source.vocab_size)
         base = starting_params(start, model, key=jax.random.split(jax.random.key(settings["seed"]))[0])
     else:
         size = base["embed"]["table"].shape[0]
         model = build(TransformerConfig, settings["model"], f"{where}: model", vocab_size=size)
     config = build(lora.LoRAConfig, settings["lora"], f"{where}: lora")
-    state = CheckpointReader(path / "checkpoints").restore_newest().state
+    state = CheckpointReader(path / "checkpoints").restore_at(step).state
     adapters = jax.tree.map(jnp.asarray, state["params"])
     params = lora.apply(base, adapters, config, support(base) if start.keep_zeros else None)
     return jax.tree.map(np.asarray, params), model

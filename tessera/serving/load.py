@@ -37,8 +37,8 @@ class SourceConfig:
     """Where a model comes from.
 
     Attributes:
-      dir: a run of `scripts/train.py`, whose newest checkpoint is read, a Hugging Face directory, or a GGUF file; as
-        the files below, a path or a URL (s3://, gs://).
+      dir: a run of `scripts/train.py`, a Hugging Face directory, or a GGUF file; as the files below, a path or a URL
+        (s3://, gs://).
       ticket: a file of `lottery.export.save`, whose weights (zeros outside its mask) replace the run's; "" for none.
       adapter: a directory of a LoRA adapter of `peft`, merged into the weights, inside the ticket's mask; "" for none.
       tokenizer: a file in the JSON format of the `tokenizers` package; "" takes the model's own.
@@ -47,6 +47,7 @@ class SourceConfig:
       group: inputs that share a scale; 0 is all.
       method: "rtn" (to nearest), "awq" or "gptq"; see `sharding.inference.quantize`.
       calibration: a file of text such as the model reads, for AWQ and GPTQ.
+      step: of a run: which checkpoint is read; 0 is the newest.
     """
 
     dir: str = ""
@@ -58,6 +59,7 @@ class SourceConfig:
     group: int = 0
     method: str = "rtn"
     calibration: str = ""
+    step: int = 0
 
     def __post_init__(self) -> None:
         if self.bits and self.method != "rtn" and not self.calibration:
@@ -109,12 +111,14 @@ def load(source: SourceConfig) -> Loaded:
     """
     path = local(source.dir)
     text = TextFormat()
+    if source.step and (gguf.is_gguf(path) or huggingface.is_directory(path)):
+        raise ValueError(f"step={source.step}: {source.dir} is one model; only a run has checkpoints to choose from")
     if gguf.is_gguf(path):
         (params, config), text = gguf.load_gguf(path), gguf.read_format(path)
     elif huggingface.is_directory(path):
         (params, config), text = huggingface.load_directory(path), huggingface.read_format(path)
     else:
-        params, config = _read_run(path)
+        params, config = _read_run(path, source.step)
     if source.ticket:
         params = read_ticket(local(source.ticket), config)
     if source.adapter:
@@ -134,7 +138,7 @@ def read_architecture(source: SourceConfig) -> TransformerConfig:
     path = local(source.dir)
     if gguf.is_gguf(path):
         return gguf.load_gguf(path)[1]
-    return huggingface.read_config(path) if huggingface.is_directory(path) else _read_run(path)[1]
+    return huggingface.read_config(path) if huggingface.is_directory(path) else _read_run(path, source.step)[1]
 
 
 def export_directory(loaded: Loaded, directory: Path | str, dtype: str = "float32") -> Path | str:
@@ -306,8 +310,8 @@ def _flat(tree: PyTree, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read_run(path: Path) -> tuple[PyTree, TransformerConfig]:
+def _read_run(path: Path, step: int) -> tuple[PyTree, TransformerConfig]:
     """Parameters and model of a run; adapters are merged into the Hugging Face directory that they started from."""
     settings = read_settings(path)
     base = settings.get("start", {}).get("dir", "") if settings.get("lora", {}).get("rank") else ""
-    return read_adapted(path, load(SourceConfig(base)).params if base else None)
+    return read_adapted(path, load(SourceConfig(base)).params if base else None, step)

@@ -235,7 +235,7 @@ def carried_out(workdir, home, pretrained, **changes):
 def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home, pretrained, tmp_path):
     whole = lambda workdir, steps: carried_out(workdir, home, pretrained, steps=steps, **LORA)  # noqa: E731
     _, at_once = whole(tmp_path / "once", 4)
-    whole(tmp_path / "twice", 2)
+    _, early = whole(tmp_path / "twice", 2)
     run, resumed = whole(tmp_path / "twice", 4)
     jax.tree.map(np.testing.assert_array_equal, resumed.params, at_once.params)
     jax.tree.map(np.testing.assert_array_equal, resumed.frozen["base"], pretrained.params)
@@ -246,6 +246,13 @@ def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found.params, wanted)
     assert found.config == run.config.model and found.tokenizer.vocab_size == 60
     assert read_architecture(SourceConfig(str(tmp_path / "once"))) == run.config.model
+    rewound = load(SourceConfig(str(tmp_path / "once"), step=2)).params  # an earlier checkpoint of the same run
+    wanted = whole_model(run.config, early)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), rewound, wanted)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3 in .*; there: 2, 4"):
+        load(SourceConfig(str(tmp_path / "once"), step=3))
+    with pytest.raises(ValueError, match="step=2: .*llama is one model"):
+        load(SourceConfig(str(home / "llama"), step=2))
     with pytest.raises(ValueError, match="is a run of adapters, not of a whole model: write"):
         read_model(tmp_path / "once")
     doubled = pretrained._replace(params=jax.tree.map(lambda x: 2 * x, pretrained.params))
@@ -274,6 +281,7 @@ def test_adapters_of_a_run_are_merged_into_its_weights(home, pretrained, tmp_pat
         ({"distill.weight": 1.5}, "weight=1.5 must be a share"),
         ({"lora.rank": 200}, "rank=200 of blocks/attention/key/kernel"),
         ({"start.workdir": "runs/x"}, "a run starts from one of the two"),
+        ({"start.step": 2}, "config.start.step=2: a checkpoint of a run, which start.workdir names"),
         ({"start.dir": "", "start.mask": "x"}, "config.start.mask='x' needs a Hugging Face directory, start.dir"),
         ({"start.shuffle_mask": True}, "config.start.shuffle_mask=True needs .* start.mask"),
     ],
