@@ -179,7 +179,8 @@ def train_block(
     train_step = make_train_step(loss_fn, tx, adjust=with_statistics)
 
     def step(state: Any, index_B: Array) -> tuple[Any, Array]:
-        state, metrics = train_step(state, (x_NX[index_B], y_N[index_B]), jax.random.key(0))
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        state, metrics = train_step(state, (x_NX[index_B], y_N[index_B]), key)
         return state, metrics["loss"]
 
     # What the steps do not change stays out of the loop.
@@ -206,6 +207,7 @@ def make_programs(
     config: TicketConfig,
     *,
     teacher: Network | None = None,
+    loss: LossFn | None = None,
 ) -> Programs:
     """Programs over a stack, each compiled once.
 
@@ -215,6 +217,7 @@ def make_programs(
       optimizer: optax transformation, without masks of its own.
       config: schedule; `distill` and `temperature` of the loss where there are teachers.
       teacher: architecture of the teachers, where it is another one than `network`.
+      loss: in place of `make_loss`; its key differs by step and is that of all tickets of a stack.
 
     Returns:
       `init(params, masks, opt_state or None, steps [S], start) -> TicketState` at step `start`, with the counters of
@@ -239,13 +242,13 @@ def make_programs(
     def advance_one(args, data, validation):
         state, masks, index_TB, weights = args
         target_fn = None if weights is None else partial(teacher_apply, weights)
-        loss_fn = make_loss(network, target_fn, config.distill, config.temperature)
+        loss_fn = loss or make_loss(network, target_fn, config.distill, config.temperature)
         state, train_loss = train_block(state, masks, index_TB, *data, loss_fn=loss_fn, optimizer=optimizer)
-        loss, accuracy = evaluate(state.params, validation, network.apply)
-        better = loss < state.best.loss
-        now = Best(loss, state.step, state.params)
+        held_out, accuracy = evaluate(state.params, validation, network.apply)
+        better = held_out < state.best.loss
+        now = Best(held_out, state.step, state.params)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, state.best)
-        row = {"train_loss": train_loss, "validation_loss": loss, "validation_accuracy": accuracy}
+        row = {"train_loss": train_loss, "validation_loss": held_out, "validation_accuracy": accuracy}
         return replace(state, best=best), row
 
     def test_one(state, test):

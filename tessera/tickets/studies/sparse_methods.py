@@ -1,4 +1,4 @@
-"""Sparse networks without a search: sparse training, gradual pruning, early-bird tickets, supermasks."""
+"""Sparse networks without a search: sparse training, gradual pruning, early birds, supermasks, penalties."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, PyTree
 
-from lottery import criteria, dynamic, prune, supermask
+from lottery import criteria, dynamic, gates, proximal, prune, supermask
 from lottery import masks as masks_lib
 from lottery.imp import initial_weights, level_counts, search_keys
 from tessera.infra.config import ConfigError, build
 from tessera.models.registry import Network
-from tessera.optim.optimizer import OptimizerConfig, make_optimizer
+from tessera.optim.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from tessera.tickets.setup import Setup
-from tessera.tickets.train import Programs, measure, stops, train_blocks
+from tessera.tickets.train import Programs, make_loss, measure, stops, train_blocks
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class SparseConfig:
       window: masks that the early-bird detector compares, see `lottery.dynamic.early_bird`.
       threshold: distance of masks below which it has found its ticket.
       popup_lr: peak learning rate of the supermask's scores.
+      l1: strength of the penalty of "l1", proximal gradient steps on the sum of absolute weights; after `pruned` the
+        largest weights are trained on.
+      gate_lr: learning rate of the gates of "l0" and of its Lagrange multipliers (`lottery.gates`); after `pruned` the
+        weights behind the gates that are open most are trained on.
     """
 
     methods: tuple[str, ...] = ("set", "rigl", "straight_through", "gradual", "early_bird", "popup")
@@ -46,13 +51,18 @@ class SparseConfig:
     window: int = 5
     threshold: float = 0.1
     popup_lr: float = 1e-2
+    l1: float = 1e-4
+    gate_lr: float = 0.1
 
     def __post_init__(self):
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods={self.methods}: choose from {', '.join(METHODS)}")
-        if self.moves < 1 or self.every < 1 or self.popup_lr <= 0:
-            raise ValueError(f"moves={self.moves}, every={self.every} and popup_lr={self.popup_lr} must be positive")
+        for name in ("moves", "every", "popup_lr", "gate_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.l1 < 0:
+            raise ValueError(f"l1={self.l1} must not be negative")
         if not (0 < self.until <= 1 and 0 < self.pruned <= 1):
             raise ValueError(f"until={self.until} and pruned={self.pruned} must lie in (0, 1]")
 
@@ -304,13 +314,7 @@ def popup(inputs: MethodInputs) -> Result:
     def effective(tree: PyTree) -> PyTree:
         return supermask.popup(tree["weights"], tree["scores"], which, inputs.counts)
 
-    settings = build(
-        OptimizerConfig,
-        inputs.config.optimizer,
-        "config.optimizer",
-        lr=inputs.study.popup_lr,
-        steps=inputs.setup.ticket.steps,
-    )
+    settings = _settings(inputs, inputs.study.popup_lr)
     if settings.weight_decay:
         raise ConfigError("config.optimizer.weight_decay: the weights of a supermask are not to change; 0 is needed")
     programs = inputs.setup.programs_for(make_optimizer(settings), lifted(network, effective))
@@ -327,6 +331,68 @@ def popup(inputs: MethodInputs) -> Result:
     return Result(rows, masks, [sparse_share(np.array([inputs.density]), 1.0)] * len(rows), [1.0] * len(rows))
 
 
+def _settings(inputs: MethodInputs, lr: float) -> OptimizerConfig:
+    given = inputs.config.optimizer
+    return build(OptimizerConfig, given, "config.optimizer", lr=lr, steps=inputs.setup.ticket.steps)
+
+
+def _penalized(inputs: MethodInputs, programs: Programs, tree: PyTree, prune_fn: Callable[[PyTree], Any]) -> Result:
+    """Train a tree densely for the part `pruned`, then the weights and masks that `prune_fn` makes of it to the end."""
+    end, steps = inputs.part(inputs.study.pruned), inputs.setup.ticket.steps
+    done = lambda step, state: step >= end  # noqa: E731
+    step, state = advance(inputs, programs, tree, masks_lib.ones(tree), None, inputs.seeds, done, end)
+    params, masks = jax.jit(jax.vmap(prune_fn))(state.params)
+    after = inputs.setup.programs_for(inputs.setup.optimizer)
+    params = masks_lib.apply(params, masks)
+    state = after.init(params, masks, None, step, step)
+    if step < steps:
+        _, state = advance(inputs, after, params, masks, None, inputs.seeds, start=step)
+    rows, share = rows_of(after, state, inputs.seeds), step / steps
+    return Result(rows, masks, [share + (1 - share) * inputs.density] * len(rows), [share] * len(rows))
+
+
+def l1(inputs: MethodInputs) -> Result:
+    """Proximal gradient: soft thresholding after every step, then the largest weights trained on without penalty."""
+    rate = learning_rate(_settings(inputs, inputs.config.lr))
+    operator = proximal.l1(inputs.study.l1, inputs.which)
+    programs = inputs.setup.programs_for(proximal.proximal(inputs.setup.optimizer, operator, rate))
+    return _penalized(inputs, programs, inputs.initial, lambda params: (params, inputs.largest(params)))
+
+
+def l0(inputs: MethodInputs) -> Result:
+    """Hard concrete gates whose expected density Lagrange multipliers bring to the target, then a mask of the best."""
+    network, which, rate = inputs.setup.network, inputs.which, inputs.study.gate_lr
+    start = jax.vmap(lambda params: gates.initialize(params, which=which))(inputs.initial)
+    zero = jnp.zeros(len(inputs.seeds))
+    tree = {"weights": inputs.initial, "gates": start, "multipliers": {"linear": zero, "quadratic": zero}}
+
+    def opened(tree: PyTree, key: Array | None = None) -> PyTree:
+        return gates.apply(tree["weights"], tree["gates"], key=key, which=which)
+
+    def loss(tree: PyTree, batch: Any, key: Array) -> tuple[Array, dict[str, Any]]:
+        nats, _ = make_loss(network)(opened(tree, key), batch)
+        expected = gates.density(tree["gates"], tree["weights"])
+        return nats + gates.penalty(expected, gates.Multipliers(**tree["multipliers"]), inputs.density), {}
+
+    optimizer = optax.multi_transform(
+        {
+            "weights": inputs.setup.optimizer,
+            "gates": optax.adam(rate),
+            "multipliers": optax.chain(optax.scale(-1.0), optax.adam(rate)),  # they ascend
+        },
+        {name: name for name in tree},
+    )
+
+    def prune_fn(tree: PyTree) -> tuple[PyTree, PyTree]:
+        weights = opened(tree)
+        chances = masks_lib.flatten(jax.tree.map(jnp.zeros_like, weights)) | tree["gates"]
+        scores = jax.tree.unflatten(jax.tree.structure(weights), list(chances.values()))
+        return weights, prune.keep(scores, masks_lib.ones(weights), which, inputs.counts)
+
+    programs = inputs.setup.programs_for(optimizer, lifted(network, opened), loss=loss)
+    return _penalized(inputs, programs, tree, prune_fn)
+
+
 class Method(NamedTuple):
     """What a method is called, and how it trains."""
 
@@ -341,4 +407,6 @@ METHODS: dict[str, Method] = {
     "gradual": Method("cubic schedule", gradual),
     "early_bird": Method("early bird", early_bird),
     "popup": Method("edge-popup (weights untrained)", popup),
+    "l1": Method("proximal L1", l1),
+    "l0": Method("L0 gates", l0),
 }

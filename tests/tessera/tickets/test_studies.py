@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tessera.infra.config import ConfigError
+from configs import study_sparse_training
+from lottery import masks as masks_lib
+from tessera.infra.config import ConfigError, build
+from tessera.infra.schema import completed
 from tessera.models.registry import Network
+from tessera.tickets.setup import make_setup
 from tessera.tickets.studies import instability, sparse_training
 from tessera.tickets.studies.ablations import AblationConfig, Start, frozen_network
 from tessera.tickets.studies.compared_masks import compare
+from tessera.tickets.studies.schema import STUDY_SCHEMA
 from tessera.tickets.studies.sources import changed
-from tessera.tickets.studies.sparse_methods import SparseConfig, sparse_share
+from tessera.tickets.studies.sparse_methods import METHODS, SparseConfig, make_inputs, sparse_share
 from tessera.tickets.studies.study import Comparison, magnitude_masks, markdown
 
 CONFIG = ConfigDict(
@@ -118,14 +123,32 @@ def test_ablations_that_could_not_be_run(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ("rigl", "magic")}, "choose from set, rigl, straight_through, gradual, early_bird, popup"),
+        ({"methods": ("rigl", "magic")}, "choose from set, rigl, straight_through, gradual, early_bird, popup, l1, l0"),
         ({"moves": 0}, "moves=0"),
         ({"until": 0.0}, "until=0.0"),
+        ({"l1": -1.0}, "l1=-1.0"),
+        ({"gate_lr": 0.0}, "gate_lr=0.0"),
     ],
 )
 def test_settings_of_sparse_training_that_could_not_be_run(settings, message):
     with pytest.raises(ValueError, match=message):
         SparseConfig(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l1", "l0"])
+def test_penalties_end_in_masks_of_the_density_and_networks_that_have_learned(name):
+    config = study_sparse_training.get_config("tiny")
+    config.train.steps = "300it"
+    config = completed(STUDY_SCHEMA, config)
+    setup, study = make_setup(config), build(SparseConfig, config.study, "config.study")
+    inputs, _ = make_inputs(setup, study, config)
+    found = METHODS[name].train(inputs)
+    for i in range(2):
+        alive = masks_lib.count(jax.tree.map(lambda leaf: leaf[i], found.masks), inputs.which)  # noqa: B023
+        assert {path: int(count) for path, count in alive.items()} == inputs.counts
+    assert all(row["final_test_accuracy"] > 0.4 for row in found.rows)
+    assert found.found == [0.75, 0.75] and found.sparse[0] == pytest.approx(0.75 + 0.25 * inputs.density)
 
 
 def test_the_sparse_count_is_the_published_one():
