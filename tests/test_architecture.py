@@ -22,6 +22,7 @@ ALLOWED = {
 # Inside tessera a line imports from lines below it, and from its own.
 LINES = (
     ("cli",),
+    ("pages",),
     ("serving",),
     ("planning",),
     ("tickets",),

@@ -368,6 +368,23 @@ def test_the_tutorial_on_pruning(directory, exported):
 
 
 @pytest.mark.docs
+def test_the_commands_on_pages(directory):
+    """Those of reports.md on runs that they name."""
+    run(directory, script("train"), *TINY_LM, "--config.model.ff=24", "--workdir=runs/wide")
+    run(directory, script("train"), *TINY_LM, "--config.model.mlp=routed", "--workdir=runs/moe")
+    if not (directory / "runs" / "ticket").exists():
+        run(directory, script("find_ticket"), *SHORT["find_ticket"])
+    console = ("-c", "from tessera.cli.main import main; main()")
+    for document, command in CONSOLE:
+        if document.name == "reports.md" and command.startswith("tessera report"):
+            run(directory, *console, *shlex.split(command)[1:])
+    pages = {name: (directory / "runs" / f"{name}.html").read_text() for name in ("report", "compared", "moe")}
+    assert ">model.ff<" in pages["compared"] and "Searches" in pages["compared"]
+    assert "Searches" not in pages["report"]
+    assert pages["moe"].count("text colored by expert") == 2  # a text per routed layer
+
+
+@pytest.mark.docs
 def test_a_run_becomes_a_hugging_face_directory(directory, exported):
     console = ("-c", "from tessera.cli.main import main; main()")
     assert "vocabulary 256" in exported and (directory / "models" / "lm" / "tokenizer.json").exists()
