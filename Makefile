@@ -17,9 +17,9 @@ $(VENV)/installed: setup.py $(LOCK)
 	$(PIP) $(LOCK:%=--constraint %) -e '.[dev]'
 	@touch $@
 
+# Five ideas on real data, ending in runs/demo/report.html; killed, it goes on with what is not done.
 demo: $(VENV)/installed
-	$(BIN)/python scripts/find_ticket.py --config=configs/lottery_digits.py --workdir=runs/demo-ticket
-	$(BIN)/python scripts/train.py --config=configs/lm.py:tiny --workdir=runs/demo-lm
+	$(BIN)/tessera demo --workdir=runs/demo
 
 demo-isoflop: $(VENV)/installed
 	$(BIN)/python scripts/sweep.py --config=configs/isoflop.py:tiny --workdir=runs/demo-isoflop

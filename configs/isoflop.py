@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 VARIANTS = {
     "full": "ten widths and five budgets: 10 minutes on two cores",
     "tiny": "seven widths and four small budgets: a minute",
+    "demo": "six widths and three small budgets: a part of `tessera demo`",
     "transfer": "a grid of learning rates over three widths",
     "batch": "a grid of learning rates and batch sizes over two widths",
 }
@@ -36,6 +37,15 @@ PLANS: dict[str, dict] = {
         "least_steps": 60,
         "eval_tokens": 65536,
         "noise_batches": 16,
+    },
+    "demo": {
+        "widths": (8, 12, 16, 20, 26, 34),
+        "budgets": (8e9, 1.6e10, 3.2e10),
+        "batch": 8.0,
+        "warmup": 15,
+        "least_steps": 60,
+        "eval_tokens": 65536,
+        "noise_batches": 0,
     },
     "transfer": {
         "widths": (12, 24, 48),

@@ -25,6 +25,7 @@ VARIANTS = {
     "switch": "Switch Transformer: one expert a token, capacity",
     "dense_tiny": "the dense decoder beside `tiny`",
     "dense_small": "the dense decoder beside `small`",
+    "demo": "the routed model of `tessera demo`: 16 narrow experts",
 }
 MODELS: dict[str, tuple[str, dict]] = {
     "tiny": ("tiny", {"granularity": 2}),
@@ -54,6 +55,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
     "dense_tiny": ("tiny", {}),
     "dense_small": ("small", {}),
+    "demo": ("tiny", {"ff": 96, "router": {"name": "top_k", "experts": 16, "k": 2}}),
 }
 
 
@@ -64,4 +66,9 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     config.model.mlp = "swiglu" if variant.startswith("dense") else "routed"
     config.model.moe = ConfigDict({"router": {"name": "top_k", "experts": 8, "k": 2}})
     config.model.moe.update(changes)
+    if variant == "demo":
+        config.steps, config.length = 300, 64
+        config.model.update({"width": 64, "heads": 2, "kv_heads": 2})
+        config.eval.every, config.eval.batches, config.checkpoint.every = 75, 16, 150
+        config.data = ConfigDict({"overlap": 0})  # counting it takes longer than a hundred steps
     return config

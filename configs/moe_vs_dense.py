@@ -14,11 +14,22 @@ from ml_collections import ConfigDict
 
 from . import moe_lm
 
-VARIANTS = {"short": "five seeds of 1,000 steps", "tiny": "two seeds of 40 steps, to try it"}
+VARIANTS = {
+    "short": "five seeds of 1,000 steps",
+    "demo": "dense and balanced experts of `moe_lm:demo`, two seeds: a part of `tessera demo`",
+    "tiny": "two seeds of 40 steps, to try it",
+}
 
 
 def get_config(variant: str = "short") -> ConfigDict:
     """The comparison."""
+    if variant == "demo":
+        arms = ConfigDict(
+            {"dense": {"model": {"mlp": "swiglu", "ff": 198}}, "moe": {"model": {"moe": {"balance": 1e-2}}}}
+        )
+        title = "Routed experts beside a dense decoder"
+        run = moe_lm.get_config("demo")
+        return ConfigDict({"title": title, "seeds": (0, 1), "run": run, "arms": arms, "against": "dense"})
     run = moe_lm.get_config("tiny")
     run.steps = 1000 if variant == "short" else 40
     run.batch_size = 16 if variant == "short" else 4

@@ -369,7 +369,7 @@ def test_the_tutorial_on_pruning(directory, exported):
 
 @pytest.mark.docs
 def test_the_commands_on_pages(directory):
-    """Those of reports.md on runs that they name."""
+    """Those of reports.md on runs that they name; the tour is run, shortened, by `test_pages.py`."""
     run(directory, script("train"), *TINY_LM, "--config.model.ff=24", "--workdir=runs/wide")
     run(directory, script("train"), *TINY_LM, "--config.model.mlp=routed", "--workdir=runs/moe")
     if not (directory / "runs" / "ticket").exists():

@@ -135,6 +135,7 @@ COMMANDS: dict[str, Command] = {
 }
 # Commands without a config.
 PLAIN = {
+    "demo": ("tessera.cli.demo", "The tour: five ideas on real data in a few minutes, and one page of them."),
     "report": ("tessera.cli.report", "One page from any runs: what differs, curves, tables."),
     "export-hf": ("tessera.cli.export_hf", "Write a run, a ticket of one or a GGUF file as a Hugging Face directory."),
     "merge": ("tessera.cli.merge", "Merge trained models of one shape: soup, task vectors, SLERP, TIES, DARE."),

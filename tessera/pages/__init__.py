@@ -1,1 +1,1 @@
-"""Pages that join runs of several commands: any runs side by side, tokens by their experts."""
+"""Pages that join runs of several commands: any runs side by side, the tour, tokens by their experts."""
