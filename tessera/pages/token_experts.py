@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,7 +53,7 @@ def route_text(loaded: Loaded, tokens_T: np.ndarray) -> TokenExperts:
         raise ValueError("no layer of this model is routed (model.mlp=routed has experts)")
     if loaded.config.moe.router.name == "soft":
         raise ValueError("router.name='soft' mixes all tokens into every expert: no token takes one")
-    variables = {"params": loaded.params}
+    variables = {"params": jax.tree.map(jnp.asarray, loaded.params)}
     _, state = Decoder(loaded.config).apply(variables, jnp.asarray(tokens_T)[None], mutable=["routings"])
     routing = per_layer(state["routings"], "routing", loaded.config)
     experts, weights = np.asarray(routing.experts_NK), np.asarray(routing.weights_NK)
