@@ -197,7 +197,7 @@ def plan_part(root: Path) -> Part:
         "on one device."
     )
     caption = (
-        "The routed model of the second part goes on training: data, tensor and pipeline parallelism over eight "
+        "The dense model of the second part goes on training: data, tensor and pipeline parallelism over eight "
         "devices that one CPU is split into, and one device beside it. Right: the difference of the two losses."
     )
     said = _code(texts["split"].rstrip())
