@@ -127,7 +127,9 @@ def _differences_section(runs: Sequence[RunFiles], title: str) -> Section:
         for key, values in settings_that_differ(runs).items()
     ]
     if not body:
-        return Section(title, paragraphs("None: all settings are equal."))
+        return Section(
+            title, paragraphs("None of those in config.json, which a plan is not part of: see the commands.")
+        )
     return Section(title, Table(("setting", *(run.name for run in runs)), body), "A dash: the run has no such setting.")
 
 
