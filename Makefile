@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants clean
+.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants evidence clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -123,6 +123,12 @@ ONLY ?=
 SAMPLE ?=
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py --jobs $(WORKERS) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
+
+# The commands of a page of docs/results again, and what lies outside the page's intervals; without PAGE all pages of at
+# most ten minutes. Data sets are those of TESSERA_DATA, or are downloaded.
+PAGE ?=
+evidence: $(VENV)/installed
+	$(BIN)/python scripts/evidence.py $(PAGE)
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=xml

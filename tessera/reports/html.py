@@ -197,6 +197,12 @@ def table_html(table: Table) -> str:
     return f'<div class="scroll">{begin}{head}\n<tbody>{body}</tbody></table></div>'
 
 
+def table_markdown(table: Table) -> str:
+    """The table as Markdown."""
+    line = lambda cells: f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"  # noqa: E731
+    return line(table.columns) + "|" + "---|" * len(table.columns) + "\n" + "".join(map(line, table.texts))
+
+
 def css_name(color: str) -> str:
     """The CSS variable that stands for one of the figures' colors."""
     return f"--{NAMES.get(color, 'c' + color[1:])}"
@@ -279,7 +285,9 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 def write_report(
     workdir: Path | str, title: str, sections: Sequence[Section], *, subtitle: str | None = None, name: str = "report"
 ) -> Path:
-    """Write `<name>.html` and `figures/*.png` in `workdir`, each file in one step; returns the page's path.
+    """Write `<name>.html`, its tables as `tables.md`, and `figures/*.png` in `workdir`, each file in one step.
+
+    Returns the page's path.
 
     The subtitle is the name of `workdir` where none is given.
 
@@ -295,6 +303,8 @@ def write_report(
             _write_png(workdir / "figures" / f"{stem}.png", figure)
     path = workdir / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
+    tables = [(one.title, table_markdown(part)) for one in sections for part in one.parts() if isinstance(part, Table)]
+    write_text(workdir / "tables.md", "\n".join(f"**{title}**\n\n{text}" for title, text in tables))
     write_text(path, page(title, sections, subtitle=workdir.resolve().name if subtitle is None else subtitle))
     return path
 

@@ -12,7 +12,7 @@ from lottery import criteria, imp, prune, summary
 from lottery import masks as masks_lib
 from tessera.infra.logger import write_text
 from tessera.infra.memo import Memo
-from tessera.reports.html import Section, Table, config_section, paragraphs, write_number, write_report
+from tessera.reports.html import Section, Table, config_section, paragraphs, table_markdown, write_report
 from tessera.reports.style import INK, MARKERS, PALETTE, Axes, Figure, canvas, deferred, plus_minus, seed_marks, titles
 from tessera.tickets.setup import Finished, LevelStore, Setup, search_tickets
 
@@ -59,8 +59,7 @@ def markdown(study: Study) -> str:
     lines = [f"- {text}" for text in study.findings]
     for heading, table in study.tables.items():
         lines += ["", f"**{heading}**"] if len(study.tables) > 1 else []
-        lines += ["", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-        lines += ["| " + " | ".join(write_number(cell) for cell in row) + " |" for row in table.rows]
+        lines += ["", table_markdown(table).rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

@@ -67,7 +67,9 @@ def test_a_page_is_well_formed_self_contained_and_escaped(tmp_path):
         assert words in found.text
     assert found.tables == [[["name", "x"], ["<script>", "1.000"], ["b", "–"]]]
     images = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert images == ["curves-such-1.png", "curves-such-2.png", "report.html"]
+    assert images == ["curves-such-1.png", "curves-such-2.png", "report.html", "tables.md"]
+    written = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert written == "**A table**\n\n| name | x |\n|---|---|\n| <script> | 1.000 |\n| b | – |\n"
     assert (tmp_path / "figures" / "curves-such-1.png").read_bytes().startswith(b"\x89PNG")
 
 
