@@ -1,5 +1,6 @@
 """The fit doctor: diagnostics of approaches 1, 2 and 3, each a verdict with a sentence and the numbers behind it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +35,11 @@ class Finding(NamedTuple):
     verdict: Verdict
     text: str
     numbers: dict[str, float]
+
+
+def _short(value: float) -> str:
+    """A number with three digits, its exponent without sign and zeros: 1e25."""
+    return re.sub(r"e\+0*", "e", f"{value:.3g}")
 
 
 def convergence(fitted: Fit) -> Finding:
@@ -207,7 +213,7 @@ def outliers(fitted: Fit, boot: Bootstrap | None, budget: float, threshold: floa
     if not np.isfinite(shift):
         text = f"{are_far} from the law."
         return Finding("outliers", "note", text, {"rows": len(far)})
-    text = f"{are_far} from the law; without {'it' if len(far) == 1 else 'them'} N* at {budget:.3g} FLOPs is "
+    text = f"{are_far} from the law; without {'it' if len(far) == 1 else 'them'} N* at {_short(budget)} FLOPs is "
     text += f"{np.exp(shift):.3f} times this fit's"
     verdict: Verdict = "note"
     if boot is not None:
@@ -228,8 +234,8 @@ def rounding(fitted: Fit, budget: float, at: At = None) -> Finding:
     if not np.isfinite(shift):
         return Finding("rounded parameters", "fine", "The law has no inner optimum over sizes to be moved.", {})
     text = (
-        f"With the exponents rounded to two decimals, N* at {budget:.3g} FLOPs would be {np.exp(shift):.3f} times as "
-        "large"
+        f"With the exponents rounded to two decimals, N* at {_short(budget)} FLOPs would be "
+        f"{np.exp(shift):.3f} times as large"
     )
     if abs(shift) > 0.05:
         return Finding("rounded parameters", "note", text + ": quote more digits.", {"log_shift": shift})
@@ -243,7 +249,7 @@ def dropped(fitted: Fit, all_rows: Rows, budget: float, at: At = None) -> Findin
     refitted = polish(fitted.basins_PK[:, :1], weights_of(all_rows, fitted.config), all_rows, fitted.law, fitted.config)
     moved = _log_optimum(fitted, np.concatenate([fitted.theta[:, None], refitted.theta], 1), budget, at)
     shift = float(moved[1] - moved[0])
-    effect = f"N* at {budget:.3g} FLOPs at {np.exp(shift):.3f} times this fit's" if np.isfinite(shift) else ""
+    effect = f"N* at {_short(budget)} FLOPs at {np.exp(shift):.3f} times this fit's" if np.isfinite(shift) else ""
     return left_out(fitted.rows, all_rows, effect, **({"log_shift": shift} if np.isfinite(shift) else {}))
 
 
@@ -452,7 +458,7 @@ def extrapolation(fitted: Fit, budget: float, limit: float = 10.0) -> Finding:
 
 def _beyond(budget: float, largest: float, what: str, assumption: str, limit: float) -> Finding:
     factor = float(budget / largest)
-    text = f"The budget of {budget:.3g} FLOPs is {factor:.3g} times the largest {what}"
+    text = f"The budget of {_short(budget)} FLOPs is {factor:.3g} times the largest {what}"
     if factor > limit:
         return Finding("extrapolation", "warning", f"{text}: intervals assume {assumption}.", {"factor": factor})
     return Finding("extrapolation", "fine", text + ".", {"factor": factor})
@@ -538,7 +544,7 @@ def edge_minima(minima: Sequence[Minimum]) -> Finding:
     numbers: dict[str, float] = {"budgets": len(minima), "refused": len(refused)}
     if not refused:
         return Finding("edge minima", "fine", f"All {len(minima)} budgets have their minimum inside.", numbers)
-    reasons = "; ".join(f"{m.budget:.3g} FLOPs: {m.refused}" for m in refused)
+    reasons = "; ".join(f"{_short(m.budget)} FLOPs: {m.refused}" for m in refused)
     text = f"{len(refused)} of {len(minima)} budgets are refused and not used ({reasons})."
     return Finding("edge minima", "warning", text, numbers)
 

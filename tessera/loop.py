@@ -188,7 +188,8 @@ def train(
                 speed = config.speed(step - timed, rows, time.perf_counter() - clock)
                 logger.write(step, speed, kind="time")
                 shown = {"MFU": f"{speed['mfu']:.1%}"} if "mfu" in speed else {}
-                progress.advance(0, loss=row["loss"], **shown)
+                name = "cross_entropy" if "cross_entropy" in row else "loss"  # the total has further terms
+                progress.advance(0, **{name: row[name]}, **shown)
             if evaluate and not last and config.eval_every and step % config.eval_every == 0:
                 guard.drain()
                 validation = evaluation = evaluate(state)

@@ -69,12 +69,14 @@ def main(invocation: Invocation) -> int:
         "Validation loss, nats per token": comparison.loss_rows(runs),
         f"Validation loss, paired with {config.against} seed by seed": comparison.difference_rows(runs, config.against),
         "Load of the experts over the last tenth of the run": comparison.balance_rows(runs),
-        "Do seeds agree on who serves which byte?": comparison.stability_rows(runs),
+        "Do seeds agree on which expert a byte goes to?": comparison.stability_rows(runs),
     }
     for title, rows in tables.items():
         show(title, rows)
     write_csv([comparison.summary(one) for one in runs], root / "runs.csv")
-    sections = [*comparison.sections(runs, tables), config_section(root)]
+    for text in comparison.findings(runs, config.against):
+        Console().print(text, soft_wrap=True, highlight=False)
+    sections = [*comparison.sections(runs, tables, config.against), config_section(root)]
     print_report(write_report, root, config.title, sections)
     return 0
 
@@ -105,5 +107,8 @@ def show(title: str, rows: list[dict]) -> None:
         return
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+        cells = (
+            "–" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()
+        )
+        table.add_row(*cells)
     Console().print(table)

@@ -50,5 +50,5 @@ def main(invocation: Invocation) -> int:
     compiled = compile_step(run, slice_devices) if values["compile"] else None
     Console().print(terminal(explained, compiled, ranking))
     workdir = invocation.workdir or f"runs/explain-{invocation.name}"
-    print_report(write_page, workdir, invocation.name, explained, compiled, ranking)
+    print_report(write_page, workdir, invocation.name, explained, compiled, ranking, c.to_dict())
     return 0 if (compiled is None and explained.fits) or (compiled and compiled.total <= device.memory) else 3

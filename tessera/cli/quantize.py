@@ -70,6 +70,7 @@ def main(invocation: Invocation) -> int:
     loss_fn = jax.jit(lm_loss(Decoder(loaded.config)))
 
     exact = mean_loss(loss_fn, loaded.params, held_out)
+    console.print(f"validation text, {c.validation} sequences of {c.length} tokens; cross-entropy in nats per token\n")
     console.print(
         "| bits | method | group | kernels, MB | cross-entropy | above unrounded |\n|---|---|---|---|---|---|"
     )

@@ -90,7 +90,8 @@ def main(invocation: Invocation) -> int:
         if run.tokenizer is not None:
             write_specialization(workdir, model, whole_model(run.config, result.state), batches, tokenizer)
     if first_process:
-        Console().print(results_table(f"{workdir.name}: {c.steps} steps", results))
+        title = f"{workdir.name}: {c.steps} steps, cross-entropy on at most {c.eval.batches} batches of"
+        Console().print(results_table(title, results))
         print_report(lm_report, workdir, results["test"], *run_sections(run.config.model, run.config.plan, workdir))
     return 0
 

@@ -264,12 +264,22 @@ def revision() -> dict[str, Any]:
 def _surroundings() -> dict[str, Any]:
     devices = jax.devices()
     return {
+        "began": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "processor": _processor(),
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "processes": jax.process_count(),
         "compiler_flags": {name: os.environ[name] for name in VARIABLES.values() if name in os.environ},
     }
+
+
+def _processor() -> str:
+    """Kind and number of the machine's processors."""
+    with contextlib.suppress(OSError):
+        if named := re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M):
+            return f"{named[1]}, {os.cpu_count()} processors"
+    return f"{platform.machine()}, {os.cpu_count()} processors"
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,12 @@
 """The report of a plan: figures and tables of `tessera.planning.explain`, for the terminal and for pages."""
 
-from collections.abc import Sequence
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Group
@@ -14,6 +18,7 @@ from sharding.mesh import axis_names
 from sharding.pipeline.lockstep import lockstep_schedule
 from sharding.pipeline.schedules import summary
 from sharding.plan import Plan
+from tessera.infra.workdir import flatten, revision
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.planning.compile import Compiled
@@ -21,10 +26,23 @@ from tessera.planning.costs import forward_passes
 from tessera.planning.explain import HEADROOM, Explained, crosses
 from tessera.reports.html import Section, Table, paragraphs, terminal_table, write_report
 from tessera.reports.sharding import placement_figure, schedule_figure
+from tessera.reports.style import short
 
 PAGE = "explain"
 SHOWN = 4  # reasons for refusing plans
 DRAWN = 12  # microbatches per stage up to which all of a schedule is drawn
+
+# What the parts of `Memory` are called on a page.
+PARTS = {
+    "params": "parameters",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "saved": "activations saved for the backward pass",
+    "attention": "activations of one layer's attention",
+    "feed_forward": "activations of one layer's feed-forward part",
+    "gathered": "all-gathered parameters of one layer",
+    "logits": "logits and their gradient",
+}
 
 Rows = list[tuple[str, ...]]
 
@@ -61,7 +79,7 @@ def _sizes(shape: Sequence[int]) -> str:
 def memory_rows(explained: Explained, compiled: Compiled | None) -> Rows:
     """The estimate by what it is for, and beside its sum the compiler's figure."""
     memory, limit = explained.memory, explained.hardware.memory
-    amounts = [*memory.rows(), ("most at once", memory.total)]
+    amounts = [*((PARTS[name], amount) for name, amount in memory.rows()), ("peak", memory.total)]
     rows: Rows = [(name, size(amount), f"{100 * amount / limit:.2f}%") for name, amount in amounts]
     rows += [("offloaded to the host", size(memory.host), "none of it")] * bool(memory.host)
     if compiled:
@@ -91,12 +109,16 @@ def time_rows(explained: Explained) -> Rows:
         ("stages compute again", f"{again:g} forward passes", stage_remat(explained.run.model)),
     ]
     return [
-        ("computing", time(at.compute), f"{explained.flops:.3g} FLOP at {hardware.flops / 1e12:.4g} TFLOP/s"),
+        ("computing", time(at.compute), f"{short(explained.flops)} FLOP at {hardware.flops / 1e12:.4g} TFLOP/s"),
         ("memory", time(at.memory), f"{size(explained.traffic)} at {size(hardware.bandwidth)}/s"),
         ("communication", time(at.communication), f"{size(sum(one.moved for one in explained.moved))} sent"),
         *(stages if explained.schedule else []),
-        ("step, all at once", time(at.overlapped), f"{explained.tokens_per_second:,.0f} tokens per second"),
-        ("step, one after the other", time(at.serial), f"bound by {at.bound}"),
+        (
+            "step, communication overlapped",
+            time(at.overlapped),
+            f"{explained.tokens_per_second:,.0f} tokens per second",
+        ),
+        ("step, serialized", time(at.serial), f"bound by {at.bound}"),
         ("arithmetic intensity", f"{explained.intensity:.0f}", ridge),
     ]
 
@@ -216,29 +238,54 @@ def picture_sections(decoder: ShardedDecoder) -> list[Section]:
     return sections
 
 
+def model_line(explained: Explained) -> str:
+    """The model by its shape and number of parameters, in a sentence."""
+    model = explained.run.model
+    count = sum(math.prod(one.shape) for one in explained.params)
+    text = f"The model: {count:,} parameters, {model.layers} layers, {model.width} wide, {model.heads} heads"
+    if model.mlp == "routed":
+        text += f", {model.moe.router.experts} experts a routed layer, {model.moe.router.k} a token"
+    return f"{text}, vocabulary {model.vocab_size:,}."
+
+
+def settings_section(settings: Mapping[str, Any]) -> Section:
+    """The command, the revision of the code and every setting, folded away."""
+    made = {"command": shlex.join([Path(sys.executable).name, *sys.argv]), **revision()}
+    tables = [Table(columns, [(key, str(value)) for key, value in sorted(flatten(found).items())])
+              for columns, found in ((("run", ""), made), (("setting", "value"), settings)) if found]  # fmt: skip
+    return Section("Settings", tables, fold="The command, the revision of the code and every setting")
+
+
 def write_page(
-    workdir: Path | str, name: str, explained: Explained, compiled: Compiled | None, ranking: Ranking | None
+    workdir: Path | str,
+    name: str,
+    explained: Explained,
+    compiled: Compiled | None,
+    ranking: Ranking | None,
+    settings: Mapping[str, Any] = {},
 ) -> Path:
-    """Write `explain.html` in `workdir`; returns its path.
+    """Write `explain.html` in `workdir`; returns its path. `settings` are those of the run, to be told.
 
     Raises:
       MissingMatplotlib: matplotlib is not installed.
     """
     run, hardware = explained.run, explained.hardware
     captions = {
-        "Memory of one device": "Estimated from sizes. The most at once is the state, what is saved, and the larger of "
-        "the head and a layer's backward pass with the gradients.",
+        "Memory of one device": "Estimated from sizes. The peak is parameters, optimizer state, saved activations, and "
+        "the larger of the logits and a layer's backward pass with the gradients.",
         "Collectives of a step": "Counted in the program, trips of loops included. What one device sends is by the "
         "ring algorithms: (n - 1) / n of an array, twice that for an all-reduce.",
-        "Time at best": f"No program reaches a datasheet's peaks. {hardware.name}: {'; '.join(hardware.sources)}.",
+        "Time at best": f"Overlapped: all communication is hidden behind arithmetic; serialized: none of it is. No "
+        f"program reaches a datasheet's peaks. {hardware.name}: {'; '.join(hardware.sources)}.",
         "Best plans": describe_search(ranking, explained) if ranking else "",
     }
     found = tables(explained, compiled, ranking)
     sections = [
-        Section("", paragraphs(verdict(explained, compiled))),
+        Section("", paragraphs(verdict(explained, compiled), model_line(explained))),
         *picture_sections(run.decoder(run.plan)),
         *(Section(title, Table(TABLES[title], rows), captions.get(title, "")) for title, rows in found.items()),
         hardware_section(),
+        settings_section(settings),
     ]
     return write_report(workdir, f"Plan of {name}", sections, subtitle=describe_plan(run.plan), name=PAGE)
 

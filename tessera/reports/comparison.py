@@ -21,10 +21,11 @@ from scaling.flops import Shape, exact_matmuls, parameters
 from tessera.infra.logger import METRICS, TIMING, Rows, load_history, read_rows
 from tessera.reports import style
 from tessera.reports.curves import column
-from tessera.reports.html import Section, paragraphs, table_of
+from tessera.reports.html import Section, bullets, paragraphs, table_of
 from tessera.reports.router import SPECIALIZATION, load_maps
 from tessera.reports.style import Axes, Figure, titles
 
+FEW = 3  # seeds, with fewer of which Student's interval spans anything
 # Bytes seen less often than this say little about which expert they are routed to.
 LEAST_SEEN = 200
 
@@ -147,9 +148,10 @@ def loss_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for arm, members in arms(runs).items():
         one, losses = summary(members[0]), [run.loss for run in members]
         mean, half, n = interval(losses)
-        cost = {"weights": one["parameters"], "kFLOPs per token": one["flops_per_token"] / 1e3}
-        spread = {"mean": mean, "± (95%)": half, "lowest": min(losses), "highest": max(losses), "seeds": n}
-        table.append({"arm": arm} | cost | spread)
+        cost = {"weights": f"{one['parameters']:,}", "kFLOPs per token": one["flops_per_token"] / 1e3}
+        spread = {"mean": mean, "± (95%)": half if n >= FEW else None}
+        ends = {"lowest": min(losses), "highest": max(losses), "seeds": n}
+        table.append({"arm": arm} | cost | spread | ends)
     return table
 
 
@@ -161,8 +163,29 @@ def difference_rows(runs: Sequence[Run], against: str) -> list[dict[str, Any]]:
         pairs = [run.loss - reference[run.seed] for run in members if run.seed in reference]
         if arm != against and pairs:
             mean, half, n = interval(pairs)
-            table.append({"arm": arm, "difference": mean, "± (95%)": half, "least": max(pairs), "seeds": n})
+            known, ends = half if n >= FEW else None, {"lowest": min(pairs), "highest": max(pairs)}
+            table.append({"arm": arm, "difference": mean, "± (95%)": known} | ends | {"seeds": n})
     return table
+
+
+def findings(runs: Sequence[Run], against: str) -> list[str]:
+    """Which arm ends lower than `against`, by how much and how surely, a sentence an arm."""
+    texts = []
+    for row in difference_rows(runs, against):
+        arm, difference, half, n = row["arm"], row["difference"], row["± (95%)"], row["seeds"]
+        word = "lower" if difference < 0 else "higher"
+        by = f"{abs(difference):.4f}" + (f" ± {half:.4f}" if half is not None else "") + " nats per token"
+        if half is None:
+            seeds = "The one seed has" if n == 1 else f"{n} seeds have"
+            how = f"{seeds} no interval; the differences lie between {row['lowest']:+.4f} and {row['highest']:+.4f}"
+            texts.append(f"{arm}: the validation loss ends {word} than {against}'s by {by}. {how}.")
+        elif abs(difference) > half:
+            texts.append(f"{arm}: the validation loss ends {word} than {against}'s by {by} (95% interval, {n} seeds).")
+        else:
+            texts.append(
+                f"{arm} and {against} are not told apart: {arm}'s validation loss ends {word} by {by}, {n} seeds."
+            )
+    return texts
 
 
 def late_load(run: Run) -> np.ndarray:
@@ -270,8 +293,16 @@ def load_figure(by_arm: ByArm) -> Figure:
     return load_maps(steps, loads, 0.6 + 1.7 * len(loads), quantile=0.995)
 
 
-def sections(runs: Sequence[Run], tables: Mapping[str, Rows]) -> list[Section]:
-    """The report: losses, load, specialization, and the tables by their titles."""
+NUMBERS = (
+    "Losses after the last step, on held-out text; with fewer than three seeds there is no interval. Weights are those "
+    "of all experts. Loads are over the load at perfect balance, experts in use exp(entropy of the load). Information: "
+    "the share of the choice of an expert that the byte read explains. Agreement: correlation of two seeds in what "
+    "their experts are given, the experts matched as well as possible; chance is that of shuffled bytes."
+)
+
+
+def sections(runs: Sequence[Run], tables: Mapping[str, Rows], against: str) -> list[Section]:
+    """The report: the answer, losses, load, and the tables under their titles."""
     by_arm, with_experts = arms(runs), routed_arms(runs)
     first = runs[0].config
     tokens = first["steps"] * first["batch_size"] * first["length"]
@@ -292,8 +323,10 @@ def sections(runs: Sequence[Run], tables: Mapping[str, Rows]) -> list[Section]:
         "Share of the choices each expert got over the share at perfect balance, the first seed, the layer that ends "
         "furthest from balance. Experts upwards, in order of their load at the end."
     )
-    parts = [Section("", paragraphs(lead)), Section("Validation loss", partial(loss_figure, by_arm), losses)]
+    answer = bullets(*findings(runs, against))
+    parts = [Section("", paragraphs(lead) + answer), Section("Validation loss", partial(loss_figure, by_arm), losses)]
     if with_experts:
         parts.append(Section("Balance", partial(balance_figure, with_experts, list(by_arm)), balance))
         parts.append(Section("Load maps", partial(load_figure, with_experts), maps))
-    return parts + [Section(title, table_of(rows)) for title, rows in tables.items() if rows]
+    numbers = [part for title, rows in tables.items() if rows for part in (f"<h3>{title}</h3>", table_of(rows))]
+    return parts + [Section("Numbers", numbers, NUMBERS)] * bool(numbers)

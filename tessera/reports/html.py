@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table as RichTable
 
 from tessera.infra.logger import Rows, write_text
 from tessera.infra.workdir import flatten
-from tessera.reports.style import CARD, DARK, GRID, INK, MARK, MUTED, PALETTE, PAPER, Figure, MissingMatplotlib
+from tessera.reports.style import CARD, DARK, GRID, INK, MARK, MUTED, PALETTE, PAPER, Figure, MissingMatplotlib, short
 
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", CARD: "card", MARK: "mark", PALETTE[0]: "accent"}
 
@@ -45,8 +46,12 @@ a { color: var(--accent) }
 .caption { font-size: .9rem }
 nav { font-size: .9rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem }
 figure { margin: 1.1rem 0; overflow-x: auto }
-figure svg { display: block; width: 100%; height: auto }
-@media (max-width: 45rem) { figure svg { width: 44rem; max-width: none !important } }
+figure svg { display: block; width: 100%; height: auto; max-width: calc(100% * var(--share)) }
+@media (max-width: 45rem) {
+  figure svg { width: calc(44rem * var(--share)); max-width: none }
+  figure.wide::before { content: "Scroll sideways: the lines' names are at the right."; position: sticky; left: 0;
+    color: var(--muted); font-size: .85rem }
+}
 svg text { fill: var(--ink);
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important }
 .scroll { overflow-x: auto; margin: 1rem 0 }
@@ -54,7 +59,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap }
 th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--grid); vertical-align: bottom }
 th.text, td.text { text-align: left }
-td.wrap { white-space: normal; overflow-wrap: anywhere }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 11rem }
+li { margin: .35rem 0 }
 @media (max-width: 45rem) {
   .prose thead { display: none }
   .prose tr, .prose td { display: block; text-align: left; white-space: normal; padding: .1rem 0; border: 0 }
@@ -69,8 +75,19 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 """
 
 LONG_TEXT = 60  # letters of a cell that is a sentence
+WRAPPED = 28  # letters from which on a cell's words may stand under each other
 FULL = 9.6  # inches that fill the width of a page
 
+# What `run.json` has, as a page calls it.
+RUN_NAMES = {
+    "began": "began (UTC)",
+    "changed": "code changed since that revision",
+    "device_kind": "device",
+    "format": "format of the files",
+    "name": "name of the config",
+    "processes": "processes of the run",
+    "revision": "git revision of the code",
+}
 Cell = str | int | float | None
 
 
@@ -134,6 +151,11 @@ def paragraphs(*texts: str) -> str:
     return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
+def bullets(*texts: str) -> str:
+    """Plain text as an HTML list, special characters escaped."""
+    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>" if texts else ""
+
+
 def write_number(value: Cell) -> str:
     """A table cell as text: floats with four significant digits, None and NaN as a dash, the rest as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -141,7 +163,7 @@ def write_number(value: Cell) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     # "g" alone would drop trailing zeros and leave a column ragged; exponents only where digits would be lost.
-    return f"{value:#.4g}".rstrip(".") if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:#.4g}".rstrip(".") if value == 0 or 1e-3 <= abs(value) < 1e6 else short(value)
 
 
 def table_of(rows: Rows, columns: Mapping[str, str | Callable[[Mapping[str, Any]], Any]] | None = None) -> Table:
@@ -166,7 +188,7 @@ def terminal_table(table: Table, title: str = "", **options: Any) -> RichTable:
     """The table for a terminal, highlighted cells in bold; `options` as for `rich.table.Table`."""
     found, text_columns = RichTable(title=title, title_justify="left", **options), table.text_columns
     for i, name in enumerate(table.columns):
-        found.add_column(escape(name), justify="left" if i in text_columns else "right")
+        found.add_column(escape(name), justify="left" if i in text_columns else "right", overflow="fold")
     for i, row in enumerate(table.texts):
         found.add_row(*(f"[bold]{escape(t)}[/]" if (i, j) in table.marked else escape(t) for j, t in enumerate(row)))
     return found
@@ -182,7 +204,7 @@ def table_html(table: Table) -> str:
         for j, text in enumerate(texts):
             names = (
                 ["text"] * (j in text_columns)
-                + ["wrap"] * (len(text) > LONG_TEXT)
+                + ["wrap"] * (len(text) > WRAPPED and " " in text or len(text) > LONG_TEXT)
                 + ["mark"] * ((i, j) in table.marked)
             )
             attribute = f' class="{" ".join(names)}"' if names else ""
@@ -229,8 +251,23 @@ def figure_svg(figure: Figure, prefix: str, label: str) -> str:
     for color in DARK:
         svg = svg.replace(color, f"var({css_name(color)})")
     # One font size on the page: a narrow figure stays narrow.
-    share = f"max-width: {100 * min(1.0, figure.get_figwidth() / FULL):.0f}%"
+    share = f"--share: {share_of(figure):.2f}"
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" style="{share}" ', 1)
+
+
+def joined(title: str, sections: Sequence[Section]) -> Section:
+    """Several sections as one, each under a smaller heading with its caption: one entry in the page's menu."""
+    parts: list[Any] = []
+    for section in sections:
+        caption = f'<p class="caption">{html.escape(section.caption)}</p>' if section.caption else ""
+        content = section.content if isinstance(section.content, list) else [section.content]
+        parts += [f"<h3>{html.escape(section.title)}</h3>", *content, *([caption] if caption else [])]
+    return Section(title, parts)
+
+
+def share_of(figure: Figure) -> float:
+    """The part of a page's width that a figure takes."""
+    return float(min(1.0, figure.get_figwidth() / FULL))
 
 
 def section_html(section: Section) -> str:
@@ -240,7 +277,8 @@ def section_html(section: Section) -> str:
         if isinstance(part, Table):
             part = table_html(part)
         elif not isinstance(part, str):
-            part = f"<figure>{figure_svg(part, f'{section.slug}-{index}', section.title)}</figure>"
+            wide = ' class="wide"' * (share_of(part) > 0.5)  # too wide for a phone
+            part = f"<figure{wide}>{figure_svg(part, f'{section.slug}-{index}', section.title)}</figure>"
         parts.append(part)
     parts += [f'<p class="caption">{html.escape(section.caption)}</p>'] * bool(section.caption)
     body = "\n".join(parts)
@@ -304,7 +342,8 @@ def write_report(
     path = workdir / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     tables = [(one.title, table_markdown(part)) for one in sections for part in one.parts() if isinstance(part, Table)]
-    write_text(workdir / "tables.md", "\n".join(f"**{title}**\n\n{text}" for title, text in tables))
+    beside = "tables.md" if name == "report" else f"{name}_tables.md"
+    write_text(workdir / beside, "\n".join(f"**{title}**\n\n{text}" for title, text in tables))
     write_text(path, page(title, sections, subtitle=workdir.resolve().name if subtitle is None else subtitle))
     return path
 
@@ -337,6 +376,9 @@ def config_section(workdir: Path | str, title: str = "Settings") -> Section:
     tables = []
     for name, columns in files.items():
         found = sorted(flatten(read_json(workdir / name)).items())
+        if name == "run.json" and found:
+            found = [(RUN_NAMES.get(key, key), value) for key, value in found if value is not None and value != {}]
+            found += [("this page was written (UTC)", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))]
         plain = [(key, value if isinstance(value, str) and value else json.dumps(value)) for key, value in found]
         tables += [Table(columns, plain)] * bool(plain)
     if not tables:

@@ -6,6 +6,7 @@ Student-t intervals of the mean over seeds; with one seed there is none. A first
 N inputs (the pixels of an image [H, W] or [H, W, C] in row-major order), M units.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from lottery.imp import ARMS
 from lottery.summary import DENSE, differences, summarize
 from tessera.infra.logger import Rows
 from tessera.reports import style
-from tessera.reports.style import INK, Axes, Figure, canvas, line_with_band, pick, titles, weights_axis
+from tessera.reports.style import EVERYTHING, INK, Axes, Figure, canvas, line_with_band, pick, titles, weights_axis
 
 # The look of an arm is the same in every figure. Arms not named here have the colors again, with other markers.
 ARM_ORDER = ("ticket", "reinit", "random_mask", "oneshot", "continue", "oneshot_reinit", "random_reinit")
@@ -42,23 +43,27 @@ TEXT: dict[str, Any] = {"fontsize": 9.5, "color": INK}
 
 
 class Point(NamedTuple):
-    """The mean of a value over seeds at one level; `half` is the half-width of its 95% interval, NaN with one seed."""
+    """The mean of a value over seeds at one level.
+
+    `half` is the half-width of its 95% interval, NaN with one seed; `within` holds the values that are possible.
+    """
 
     level: int
     density: float
     mean: float
     half: float
     seeds: int
+    within: tuple[float, float] = EVERYTHING
 
     @property
     def low(self) -> float:
         """Lower end of the interval; the mean with one seed."""
-        return self.mean - float(np.nan_to_num(self.half))
+        return max(self.mean - float(np.nan_to_num(self.half)), self.within[0])
 
     @property
     def high(self) -> float:
         """Upper end of the interval; the mean with one seed."""
-        return self.mean + float(np.nan_to_num(self.half))
+        return min(self.mean + float(np.nan_to_num(self.half)), self.within[1])
 
 
 def arms(rows: Rows) -> list[str]:
@@ -85,8 +90,15 @@ def arm_look(arm: str) -> dict[str, Any]:
     return style.look(others.index(arm) if arm in others else -1, shift=3)
 
 
-def _points(cells: Sequence[Mapping[str, Any]]) -> list[Point]:
-    found = [Point(c["level"], c["density"], c["mean"], c["half_width"], c["n"]) for c in cells]
+def possible(value: str, rows: Rows = ()) -> tuple[float, float]:
+    """The values that a measurement can have: accuracies in [0, 1], steps up to the last evaluation, losses from 0."""
+    last = max((float(row["curve"]["step"][-1]) for row in rows if row.get("curve")), default=math.inf)
+    known = {"early_stop_step": (0.0, last), "best_validation_loss": (0.0, math.inf)}
+    return (0.0, 1.0) if value.endswith("accuracy") else known.get(value, EVERYTHING)
+
+
+def _points(cells: Sequence[Mapping[str, Any]], within: tuple[float, float] = EVERYTHING) -> list[Point]:
+    found = [Point(c["level"], c["density"], c["mean"], c["half_width"], c["n"], within) for c in cells]
     return sorted((point for point in found if np.isfinite(point.mean)), key=lambda point: -point.density)
 
 
@@ -102,9 +114,10 @@ def series(rows: Rows, value: str) -> dict[str, list[Point]]:
     """
     cells = summarize(_floats(rows, value), value)
     dense = [cell for cell in cells if cell["arm"] == DENSE]
-    found = {arm: _points(dense + [cell for cell in cells if cell["arm"] == arm]) for arm in arms(rows)}
+    within = possible(value, rows)
+    found = {arm: _points(dense + [cell for cell in cells if cell["arm"] == arm], within) for arm in arms(rows)}
     own = {cell["arm"] for cell in cells if np.isfinite(cell["mean"])}
-    return {arm: points for arm, points in (found | {DENSE: _points(dense)}).items() if arm in own}
+    return {arm: points for arm, points in (found | {DENSE: _points(dense, within)}).items() if arm in own}
 
 
 def paired_points(rows: Rows, value: str, arm: str, other: str) -> list[Point]:
@@ -117,7 +130,8 @@ def paired_points(rows: Rows, value: str, arm: str, other: str) -> list[Point]:
 def draw_points(ax: Axes, points: Sequence[Point], scale: int, **how: Any) -> None:
     """Draw a line with its interval band against weights remaining, values times `scale`."""
     x, mean, half = (np.array([getattr(p, name) for p in points]) for name in ("density", "mean", "half"))
-    line_with_band(ax, 100 * x, scale * mean, scale * half, **how)
+    within = (scale * points[0].within[0], scale * points[0].within[1]) if points else EVERYTHING
+    line_with_band(ax, 100 * x, scale * mean, scale * half, within=within, **how)
 
 
 def draw_arms(ax: Axes, lines: Mapping[str, Sequence[Point]], scale: int = 1) -> None:
@@ -142,7 +156,7 @@ def accuracy_figure(rows: Rows, value: str = "early_stop_test_accuracy") -> Figu
     when = {"early_stop_test_accuracy": " at early stopping", "final_test_accuracy": " at the end of training"}
     for ax, low, title in zip(axes, (close, bottom), ("Close to the dense network", "Whole range"), strict=True):
         margin = 0.04 * (top - low) + 1e-4
-        ax.set_ylim(100 * (low - margin), 100 * (top + margin))
+        ax.set_ylim(100 * (low - margin), min(100 * (top + margin), 100.3))
         ax.yaxis.set_major_formatter("{x:.4g}%")
         titles(ax, title, y=f"test accuracy{when.get(value, '')}")
         draw_arms(ax, lines, 100)
@@ -294,7 +308,7 @@ def pixels_figure(
     # Above the 99.5th percentile a few pixels would take the whole scale.
     top = max(1.5, float(np.quantile(np.stack(list(uses.values())), 0.995)))
     for ax, (level, use) in zip(axes[extra:], uses.items(), strict=True):
-        shown = show_image(ax, use, f"{100 * densities[level]:.3g}%", cmap="cividis", vmin=0, vmax=top)
+        shown = show_image(ax, use, f"{100 * densities[level]:.3g}%", cmap=style.HEAT, vmin=0, vmax=top)
     style.color_bar(
         figure, shown, axes[extra:], "weights of a pixel\n(average pixel = 1)", shrink=0.85, aspect=14, pad=0.015
     )

@@ -108,7 +108,7 @@ def specialization_figure(counts_LCE: np.ndarray, classes: Sequence[str] = BYTE_
         found = mutual_information(counts_LCE[layer])
         name = f"layer {layer + 1}: mutual information {found.corrected:.3f} nats"
         images[f"{name} ({found.normalized:.0%} of the most possible)"] = share
-    how: Any = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers, "cmap": "magma"}
+    how: Any = {"label": "share of the class's choices", "height": 0.8 + 1.9 * layers}
     figure, axes = style.heat_maps(images, top=max(share_LCE.max(), 1e-9), **how)
     for ax in axes:
         ax.set_yticks(range(len(classes)), classes, fontsize=8)

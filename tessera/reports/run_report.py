@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from scaling.flops import parameters
 from tessera.infra.logger import METRICS, TIMING, Rows, read_rows
+from tessera.reports.comparison import flops_per_token, shape
 from tessera.reports.curves import column, loss_figure, run_figure, training_loss, window_of
 from tessera.reports.html import Section, config_section, paragraphs, read_json, table_of, write_report
 from tessera.reports.router import router_sections
-from tessera.reports.style import pick
+from tessera.reports.style import pick, short
 
 
 def curves_section(rows: Rows, title: str = "Learning curves") -> Section:
@@ -91,14 +93,39 @@ def lm_findings(
         if size:
             found.append(f"A uniform guess over {size} symbols costs {math.log(size):.4f}.")
     for at, value in zip(*(values[-1:] for values in training_loss(rows)), strict=True):
-        found.append(f"The last logged training loss is {value:.4f} (step {at:,.0f}, one batch).")
-    texts = [", ".join(run) + ".", " ".join(found)]
+        found.append(f"The last logged training loss (cross-entropy) is {value:.4f} (step {at:,.0f}, one batch).")
+    texts = [", ".join(run) + ".", *size_findings(config, steps * (batch or 0) * (length or 0)), " ".join(found)]
     if test and "loss" in test:
         said = _describe_loss(test["loss"], config, test.get("bits_per_byte"))
         texts.append(f"On the test split the final weights reach {said}.")
     for row in [row for row in rows if row.get("kind") == "failed"][-1:]:
         texts.append(f"The run stopped at step {row['step']:,}: the loss or its gradient was not finite.")
     return [*texts, "One run, one seed: there is no interval, and small differences from another run mean nothing."]
+
+
+def size_findings(config: Mapping[str, Any], tokens: int) -> list[str]:
+    """Parameters, FLOPs, experts and text of the run; nothing where the config is not whole."""
+    texts = []
+    try:
+        sizes = shape(config)
+    except (KeyError, ValueError):  # rows of another program, or a model whose weights are not counted
+        sizes = None
+    if sizes:
+        total, used = (parameters(sizes, active=active).total for active in (False, True))
+        text = f"It has {total:,} parameters in matrices"
+        if sizes.experts > 1:
+            router = config["model"]["moe"]["router"]
+            routed = sizes.layers - sizes.dense_layers
+            text += (
+                f", {used:,} of them used by a token: {sizes.experts} experts in {routed} of {sizes.layers} layers, "
+                f"{sizes.active_experts} of them for each token, chosen by the router {router['name']!r}"
+            )
+        if tokens and not config.get("rampup_batch_size"):
+            text += f"; training took {short(flops_per_token(config) * tokens)} FLOPs (of matrix products)"
+        texts.append(text + ".")
+    if config.get("data", {}).get("name") == "stdlib":
+        texts.append("The text, stdlib, is the source code of this Python's standard library.")
+    return texts
 
 
 def _describe_loss(loss: float, config: Mapping[str, Any], per_byte: float | None) -> str:

@@ -17,6 +17,7 @@ else:
     Axes = Figure = Any
 
 P = ParamSpec("P")
+EVERYTHING = (-math.inf, math.inf)  # the values of a quantity without limits
 
 INK = "#1f2933"  # text and the dense reference
 MUTED = "#66737f"  # axis titles and notes
@@ -30,6 +31,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5)), (0, (8, 2)), (0, (1, 3)))
 # For things with an order (levels): dark to light through hues that also differ in lightness.
 RAMP = ("#46327e", "#365c8d", "#277f8e", "#1fa187", "#4d9c33", "#968800")
+
+HEAT = "cividis"  # of every heat map
 
 # The same colors on a dark page.
 DARK = {
@@ -113,10 +116,24 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(power)}" if power else mantissa
 
 
-def plus_minus(mean: float, half: float, scale: float | int = 1, digits: int = 2) -> str:
-    """A mean and the half-width of its interval in text, the mean alone where there is none."""
+def plus_minus(
+    mean: float,
+    half: float,
+    scale: float | int = 1,
+    digits: int = 2,
+    within: tuple[float, float] = EVERYTHING,
+) -> str:
+    """A mean and the half-width of its interval in text, the mean alone where there is none.
+
+    An interval that passes what is possible, `within` (unscaled), is written by its ends: 98.67 (97.24 to 100.00).
+    """
     text = f"{scale * mean:.{digits}f}"
-    return f"{text} ± {scale * half:.{digits}f}" if math.isfinite(half) else text
+    if not math.isfinite(half):
+        return text
+    low, high = max(mean - half, within[0]), min(mean + half, within[1])
+    if (low, high) != (mean - half, mean + half):
+        return f"{text} ({scale * low:.{digits}f} to {scale * high:.{digits}f})"
+    return f"{text} ± {scale * half:.{digits}f}"
 
 
 def log_values(ax: Axes, axis: str = "y", limits: Sequence[float] = (), values: Any = ()) -> None:
@@ -133,7 +150,10 @@ def log_values(ax: Axes, axis: str = "y", limits: Sequence[float] = (), values: 
     if len(ticks) > 9:
         powers_of_ten = [10.0**e for e in powers if low <= 10.0**e <= high]
         ticks = powers_of_ten[:: 1 + len(powers_of_ten) // 9]
-    ticks = ticks or [low, high]
+    if len(ticks) < 3:  # a narrow range, in which 1, 2 and 5 hardly occur
+        from matplotlib.ticker import MaxNLocator
+
+        ticks = [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     ax.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": [short(tick) for tick in ticks]})
     ax.minorticks_off()
 
@@ -172,12 +192,25 @@ def look(index: int, shift: int = 0) -> dict[str, Any]:
     }
 
 
-def line_with_band(ax: Axes, x: Any, y: Any, half: Any = None, *, label: str = "", **style: Any) -> None:
-    """Draw a line, y ± half around it where a half-width is given, and leave its name to `label_lines`."""
+def line_with_band(
+    ax: Axes,
+    x: Any,
+    y: Any,
+    half: Any = None,
+    *,
+    label: str = "",
+    within: tuple[float, float] = EVERYTHING,
+    **style: Any,
+) -> None:
+    """Draw a line, y ± half around it where a half-width is given, and leave its name to `label_lines`.
+
+    The band ends where values are not possible any more: `within`.
+    """
     style = {"linewidth": 1.8, "markersize": 4, "markeredgewidth": 0} | style
     ax.plot(x, y, label=label or None, **style)
     if half is not None:
-        ax.fill_between(x, np.subtract(y, half), np.add(y, half), color=style["color"], alpha=0.17, linewidth=0)
+        low, high = (np.clip(edge, *within) for edge in (np.subtract(y, half), np.add(y, half)))
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.17, linewidth=0)
 
 
 def dots(
@@ -234,8 +267,9 @@ def heat_maps(
     `label` names the scale, `show` are further arguments of `Axes.imshow`.
     """
     figure, axes = canvas(1, len(images), height=height, sharex=True)
+    how: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "cmap": HEAT, "vmin": 0, "vmax": top} | show
     for ax, (title, image) in zip(axes, images.items(), strict=True):
-        shown = ax.imshow(image, aspect="auto", interpolation="nearest", vmin=0, vmax=top, **show)
+        shown = ax.imshow(image, **how)
         ax.grid(False)
         titles(ax, title)
     color_bar(figure, shown, axes, label)

@@ -214,9 +214,11 @@ def run_parametric(rows: Rows, config: ScalingConfig, whole: Rows, bar: Progress
             curves = partial(figures.isoflop_figure, rows, groups, budgets, fitted=fitted, at=at)
             own.append(Section("IsoFLOP curves", curves, caption + rows_outside(groups)))
         if not reason:
-            caption = "Lines and frontier are of the law alone, which is rejected." if result["rejected"] else ""
+            caption = "Contours of equal loss by the fitted law, the runs, and the sizes that are best at each budget."
+            caption += " Contours and frontier are of the law alone, which is rejected." if result["rejected"] else ""
             own.append(Section("Loss surface", partial(figures.surface_figure, fitted, config.budgets, at=at), caption))
-    own.append(Section("Residuals", partial(figures.residual_figure, fitted)))
+    caption = "How far each run's loss lies from the fitted law; without a pattern the law misses nothing."
+    own.append(Section("Residuals", partial(figures.residual_figure, fitted), caption))
     bar.advance(1, now="backtests and other laws")
     if not reason:
         own += misfit_sections(rows, law, config, result)
@@ -351,7 +353,7 @@ def run_isoflop(rows: Rows, config: ScalingConfig, whole: Rows) -> FitPage:
     pictures = [partial(figures.powers_figure, law, found)]
     own = [
         Section("IsoFLOP curves", partial(figures.isoflop_figure, rows, groups, budgets, minima=found), caption),
-        Section("Minima", [*pictures, table]),
+        Section("Minima", [*pictures, table], "The minima (diamonds) by budget and the power law through them (line)."),
     ]
     return FitPage(result, [lead], own)
 

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from scaling.rows import Rows
 from scaling.sweeps import adaptive
 from scaling.tables import read_csv
 from tessera.reports import scaling as figures
-from tessera.reports.html import Cell, Section, Table, config_section, paragraphs, table_of, write_report
+from tessera.reports.html import Cell, Section, Table, config_section, joined, paragraphs, table_of, write_report
 from tessera.reports.style import short
 from tessera.sweeps.fit_page import FitPage, number_sections, span
 from tessera.sweeps.fit_report import ScalingConfig, groups_of, run_isoflop, run_parametric, write_numbers
@@ -125,14 +125,14 @@ def surface_part(rows: Rows) -> tuple[list[dict[str, Any]], Section]:
             rule = fit_rule(sizes["params"] if name == "lr" else None, values, sizes["tokens"])
         except ValueError:
             rule = fit_rule(sizes["params"], values)
-        text = f" (parameters / {rule.at:.3g})^{rule.exponent:.2f}" * bool(rule.exponent)
-        text += f" (tokens / {rule.tokens_at:.3g})^{rule.tokens_exponent:.2f}" * bool(rule.tokens_exponent)
+        text = f" (parameters / {short(rule.at)})^{rule.exponent:.2f}" * bool(rule.exponent)
+        text += f" (tokens / {short(rule.tokens_at)})^{rule.tokens_exponent:.2f}" * bool(rule.tokens_exponent)
         texts.append(f"Best {name}: {rule.value:.3g}{text}.")
     caption = (
         "A quadratic in the logarithms of learning rate and batch (sequences), fitted by least squares to the runs "
         f"within {NEAR} nats of the best."
     )
-    columns: dict[str, Any] = {"parameters": lambda row: f"{row['params']:g}", "tokens": "tokens", "runs": "runs"}
+    columns: dict[str, Any] = {"parameters": lambda row: f"{row['params']:,.0f}", "tokens": "tokens", "runs": "runs"}
     columns |= {"best learning rate": "lr", "best batch": "batch", "loss": "loss", "lr ~ batch^": "ridge"}
     pictures = [partial(figures.batch_figure, shown)] * bool(shown)
     table = table_of(body, columns | {"verdict": "verdict"})
@@ -201,7 +201,8 @@ def isoflop_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
         found = isoflop.minima(rows, groups)
         body = [(short(m.budget), m.runs, m.refused or "has a minimum") for m in found]
         curves = partial(figures.isoflop_figure, rows, groups, budgets, minima=found)
-        section = Section("IsoFLOP curves", [curves, Table(("budget (FLOPs)", "runs", "verdict"), body)])
+        caption = "Runs (dots), their parabolas (lines, dotted where refused) and minima (diamonds)."
+        section = Section("IsoFLOP curves", [curves, Table(("budget (FLOPs)", "runs", "verdict"), body)], caption)
         return FitPage({"refused": str(error)}, [f"No power law: {error}."], [section])
     refused = [m for m in result["minima"] if m["refused"]]
     a = result["exponents"]["a"]
@@ -230,8 +231,7 @@ def parametric_part(rows: Rows, config: ReportConfig, path: Path) -> FitPage:
         text += "whole runs resampled)."
     else:
         text += f"; its optimum is undetermined: {result['undetermined'] or 'no size is best'}."
-    sections = [replace(s, title=f"Parametric fit: {s.title.lower()}") for s in [*number_sections(result), *own]]
-    return FitPage(result, [text], sections)
+    return FitPage(result, [text], [joined("Parametric fit", [*number_sections(result), *own])])
 
 
 def fit_sweep(workdir: Path, config: ReportConfig, *, length: int) -> FitPage:

@@ -1,6 +1,7 @@
 """Pages about a finished search: connectivity of its tickets, overlap of their masks, sharpness of their minima."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from lottery import summary, transfer
 from lottery.connectivity import STABLE
 from tessera.infra.memo import Memo
 from tessera.reports import style
-from tessera.reports.html import Section, Table, config_section, paragraphs, write_report
+from tessera.reports.html import Section, Table, bullets, config_section, write_report
 from tessera.reports.lottery import arm_name
 from tessera.reports.style import MUTED, Axes, canvas, label_lines, line_with_band, titles
 from tessera.tickets.probes import AnalysisConfig, overlap_rows, path_rows, sharpness_rows
 from tessera.tickets.setup import Finished, starts_of
-from tessera.tickets.studies.study import with_interval
+from tessera.tickets.studies.study import FEW, with_interval
 
 Rows = list[dict[str, Any]]
 # The runs that are compared along a line train in orders of their own.
@@ -88,7 +89,7 @@ def analysis_report(workdir: Path | str, search: Finished, found: dict[str, Rows
     shown = [name for name in parts if found[name]]
     for name in shown:
         summary.write_csv(found[name], workdir / f"{name}.csv")
-    sections = [Section("", paragraphs(*_findings(found))), *(parts[name](found[name], config) for name in shown)]
+    sections = [Section("", bullets(*_findings(found))), *(parts[name](found[name], config) for name in shown)]
     title = f"Connectivity, overlap and sharpness of the tickets of {search.store.directory.parent.name}"
     return write_report(workdir, title, [*sections, config_section(workdir)])
 
@@ -111,10 +112,10 @@ def _findings(found: dict[str, Rows]) -> list[str]:
         stable = "stable" if np.mean(rises) < STABLE else "not stable"
         name = "The dense networks" if arm == "dense" else f"At {rows[0]['density']:.1%} the tickets"
         texts.append(
-            f"{name} (level {level}) are {stable} against the order of the data: the error rises by "
-            f"{with_interval(rises)} points on the line between two runs (below 2 counts as stable)."
+            f"{name} (level {level}) are {stable} against the order of the data (linear mode connectivity): the error "
+            f"rises by {with_interval(rises)} points on the line between two runs; below 2 counts as stable."
         )
-    whole = _by([row for row in found["overlap"] if row["path"] == "*"], "arm", "level")
+    whole = _by([row for row in _distinct(found["overlap"])[0] if row["path"] == "*"], "arm", "level")
     deepest = {arm: max(n for a, n in whole if a == arm) for arm, _ in whole}
     for arm, level in deepest.items():
         texts.append(
@@ -122,6 +123,12 @@ def _findings(found: dict[str, Rows]) -> list[str]:
             f"{with_interval(_column(whole[arm, level], 'ratio'), 1)} times as many weights as random masks of the "
             "same counts would."
         )
+    sharp = _by(found["sharpness"], "arm", "level")
+    last = {arm: max(n for a, n in sharp if a == arm) for arm, _ in sharp}
+    shown = [
+        f"{arm_name(a)} {with_interval(_column(sharp[a, n], 'eigenvalue'), 1)} (level {n})" for a, n in last.items()
+    ]
+    texts += [f"Top Hessian eigenvalue of the training loss: {', '.join(shown)}."] * bool(shown)
     return texts or ["Nothing could be compared: the search has one seed and no pruned level."]
 
 
@@ -131,8 +138,9 @@ def _connectivity(rows: Rows, config: AnalysisConfig) -> Section:
     for ((level, arm), mine), color in zip(cells.items(), style.ramp(len(cells)), strict=True):
         label = "dense" if arm == "dense" else f"{mine[0]['density']:.1%}"
         for ax, name, scale in zip(axes, ("error", "loss"), (100, 1), strict=True):
-            mean = scale * np.mean(_column(mine, name), axis=0)
-            line_with_band(ax, mine[0]["alpha"], mean, color=color, linewidth=1.5, label=label)
+            mean, half = _mean_and_half(np.asarray(_column(mine, name)).T, scale)
+            within = (0.0, 100.0 if name == "error" else math.inf)
+            line_with_band(ax, mine[0]["alpha"], mean, half, within=within, color=color, linewidth=1.5, label=label)
             if config.curve_steps:
                 curve = scale * np.mean(_column(mine, f"curve_{name}"), axis=0)
                 line_with_band(ax, mine[0]["alpha"], curve, color=color, linewidth=1.5, linestyle="dashed")
@@ -148,28 +156,50 @@ def _connectivity(rows: Rows, config: AnalysisConfig) -> Section:
         head.insert(4, "on the curve (points)")
     caption = (
         "Each network was trained twice from the same starting point in different orders of the data; mean over seeds "
-        f"at {config.points} places on the straight line between the ends. Rise: highest error minus the ends' mean "
+        f"and 95% intervals at {config.points} interpolation coefficients on the straight line "
+        "between the ends (0 and 1). Rise: highest error minus the ends' mean "
         "(Frankle et al. 2020); barrier: highest rise over the straight line between the ends. A network with batch "
-        "normalization gets new statistics at every place."
+        "normalization gets new statistics at every point."
     )
     if config.curve_steps:
         caption += (
             " Dashed: on a quadratic Bezier curve between the same ends, whose control point was trained on "
             f"{config.curve_steps} batches, each at a random point of the curve (Garipov et al. 2018)."
         )
-    return Section("Connectivity", [figure, Table(head, body)], caption)
+    return Section(
+        "Mode connectivity" if config.curve_steps else "Linear mode connectivity", [figure, Table(head, body)], caption
+    )
+
+
+def _mean_and_half(values: Iterable[Any], scale: float | int = 1) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean and half-width of the interval of every point of a curve; no half-widths where there are too few seeds."""
+    found = [summary.interval(point) for point in values]
+    mean, half = (scale * np.array([one[i] for one in found]) for i in (0, 1))
+    return mean, half if min(n for *_, n in found) >= FEW else None
 
 
 def _draw_arms(ax: Axes, rows: Rows, name: str) -> None:
     """Draw the mean of a value against weights remaining, a line per arm that begins at the dense network."""
     for i, arm in enumerate(arm for arm in dict.fromkeys(_column(rows, "arm")) if arm != "dense"):
         cells = _by([row for row in rows if row["arm"] in ("dense", arm)], "density")
-        mean = [np.mean(_column(part, name)) for part in cells.values()]
-        line_with_band(ax, [100 * density for (density,) in cells], mean, label=arm_name(arm), **style.look(i))
+        mean, half = _mean_and_half(_column(part, name) for part in cells.values())
+        place = [100 * density for (density,) in cells]
+        line_with_band(ax, place, mean, half, within=(0.0, math.inf), label=arm_name(arm), **style.look(i))
     style.weights_axis(ax, _column(rows, "density"))
 
 
+def _distinct(rows: Rows) -> tuple[Rows, dict[str, str]]:
+    """The rows without arms that have the masks of one before, and which arm's those are."""
+    by_arm = {
+        arm: [{k: v for k, v in row.items() if k != "arm"} for row in mine] for (arm,), mine in _by(rows, "arm").items()
+    }
+    names = list(by_arm)
+    equal = {b: a for i, b in enumerate(names) for a in names[:i][::-1] if by_arm[a] == by_arm[b]}
+    return [row for row in rows if row["arm"] not in equal], equal
+
+
 def _overlap(rows: Rows, config: AnalysisConfig) -> Section:
+    rows, equal = _distinct(rows)
     figure, (ax,) = canvas(width=6.6, height=3.6)
     _draw_arms(ax, [row for row in rows if row["path"] == "*"], "ratio")
     style.reference(ax, 1, color=MUTED)
@@ -178,13 +208,15 @@ def _overlap(rows: Rows, config: AnalysisConfig) -> Section:
     body = []
     for (arm, level, path), part in _by(rows, "arm", "level", "path").items():
         shared = [with_interval(_column(part, "ratio"), 1), with_interval(_column(part, "z"), 1, 1)]
-        body.append([arm_name(arm), level, path, part[0]["distance"], *shared])
+        distance = part[0]["distance"] if path == "*" else None
+        body.append([arm_name(arm), level, "all" if path == "*" else path, distance, *shared])
     head = ["arm", "level", "layer", "distance", "shared / chance", "standard deviations"]
     caption = (
         "Over all pairs of seeds; the pairs share seeds, so intervals are a little too narrow. Chance: independent "
-        "random masks with the same count in every layer (* is the whole network, layers independent). Distance: "
-        "fraction of prunable weights on which two masks differ (first pair)."
+        "random masks with the same count in every layer (all: the whole network, layers independent). Distance: "
+        "fraction of prunable weights on which two masks differ (first pair, whole network)."
     )
+    caption += "".join(f" {arm_name(arm)}: the same masks as {arm_name(other)}." for arm, other in equal.items())
     return Section("Overlap over seeds", [figure, Table(head, body)], caption)
 
 
@@ -192,6 +224,7 @@ def _sharpness(rows: Rows, config: AnalysisConfig) -> Section:
     figure, axes = canvas(2, height=3.6)
     for ax, name in zip(axes, ("eigenvalue", "sharpness"), strict=True):
         _draw_arms(ax, rows, name)
+        ax.set_ylim(bottom=0)
     titles(axes[0], "Top Hessian eigenvalue", y="of the training loss")
     titles(axes[1], "SAM sharpness", y=f"rise in nats at radius {config.rho}")
     label_lines(axes[1])
@@ -201,7 +234,8 @@ def _sharpness(rows: Rows, config: AnalysisConfig) -> Section:
         body.append([arm_name(arm), level, *values, max(_column(part, "residual"))])
     head = ["arm", "level", "training loss", "top eigenvalue", "sharpness", "largest residual"]
     caption = (
-        f"At the end of training, over {config.examples} training examples, in the space of the weights alive. "
+        "Means over seeds with 95% intervals at the end of training, "
+        f"over {config.examples} training examples, in the space of the weights alive. "
         f"Eigenvalues by {config.lanczos} Lanczos steps; an eigenvalue lies within its residual of the value given."
     )
     return Section("Sharpness", [figure, Table(head, body)], caption)

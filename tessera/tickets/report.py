@@ -15,7 +15,16 @@ from lottery.masks import flatten
 from lottery.summary import DENSE
 from tessera.infra.logger import Rows
 from tessera.reports import lottery as figures
-from tessera.reports.html import Section, Table, config_section, paragraphs, read_json, terminal_table, write_report
+from tessera.reports.html import (
+    Section,
+    Table,
+    bullets,
+    config_section,
+    paragraphs,
+    read_json,
+    terminal_table,
+    write_report,
+)
 from tessera.reports.lottery import Point, arm_name, arms, main_arm, paired_points, series
 from tessera.reports.style import plus_minus
 
@@ -89,7 +98,7 @@ def lottery_report(
         raise ValueError(f"a report needs value=, an accuracy in the rows ({value!r} is none of theirs): {keys}")
     Path(workdir).mkdir(parents=True, exist_ok=True)
     config = read_json(Path(workdir) / "config.json")
-    lead = paragraphs(describe(rows, config), findings(rows, value), caveats(rows, value))
+    lead = paragraphs(describe(rows, config)) + bullets(*finding_list(rows, value), *caveats(rows, value))
     sections = [Section("", lead), *figure_sections(rows, value)]
     if arms(rows) and masks and mean_image is not None:
         sections.append(first_layer_section(rows, masks, np.asarray(mean_image)))
@@ -203,7 +212,7 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
         for place, arm in enumerate(columns):
             point = next((p for p in lines.get(arm, []) if p.level == level), None)
             other = f" (n={point.seeds})" if point and point.seeds != most else ""
-            cells.append(plus_minus(point.mean, point.half, scale, digits) + other if point else None)
+            cells.append(_with_interval(point, scale, digits) + other if point else None)
             if point and level and dense and value != STOP and point.mean >= dense[0].mean - ROUNDING:
                 marked.add((index, 3 + place))
         alive = first[level]
@@ -211,6 +220,13 @@ def level_table(rows: Rows, value: str, scale: int = 100) -> Table:
         body.append([name, f"{100 * alive['density']:#.3g}".rstrip("."), f"{alive['alive']:,}", *cells])
     head = ["level", "weights (%)", "weights", *(arm_name(arm) for arm in columns)]
     return Table(head, body, frozenset(marked))
+
+
+def _with_interval(point: Point, scale: float | int, digits: int) -> str:
+    """A mean with its interval; of seeds that are all equal Student's t makes one of width 0, which says nothing."""
+    if point.half == 0:
+        return f"{scale * point.mean:.{digits}f} (all {point.seeds} equal)"
+    return plus_minus(point.mean, point.half, scale, digits, point.within)
 
 
 def several_seeds(rows: Rows) -> bool:
@@ -280,22 +296,27 @@ def matching(rows: Rows, value: str = EARLY) -> Point | None:
 
 
 def findings(rows: Rows, value: str = EARLY) -> str:
-    """Where the ticket matches the dense network, its lead over the controls, and its speed, in a few sentences."""
+    """The sentences of `finding_list`."""
+    return " ".join(finding_list(rows, value))
+
+
+def finding_list(rows: Rows, value: str = EARLY) -> list[str]:
+    """Where the ticket matches the dense network, its lead over each control, and its speed, a sentence each."""
     arm, lines, when = main_arm(rows), series(rows, value), WHEN.get(value, "")
     if DENSE not in lines:
-        return "The dense network has no test accuracy, so nothing can be compared with it."
+        return ["The dense network has no test accuracy, so nothing can be compared with it."]
     dense, name = lines[DENSE][0], arm_name(arm)
     base = accuracy(dense)
     differences = paired_points(rows, value, arm, DENSE)
     if not differences:
-        return f"The dense network reaches a test accuracy of {base}{when}."
+        return [f"The dense network reaches a test accuracy of {base}{when}."]
     point = matching(rows, value)
     if point is None:
         near = max(differences, key=lambda p: p.mean)
-        return (
+        return [
             f"At no level is the {name} on average as accurate as the dense network ({base}{when}); it "
             f"comes nearest at {percent(near.density)} of the weights, {points(near)}."
-        )
+        ]
 
     def there(name: str, other: str) -> list[Point]:
         return [p for p in paired_points(rows, name, arm, other) if p.level == point.level]
@@ -314,16 +335,18 @@ def findings(rows: Rows, value: str = EARLY) -> str:
         where = ", ".join(f"{percent(p.density)} ({signed(100 * p.mean)} points)" for p in short)
         texts.append(f"It falls short on the way at {where}.")
     leads = [f"{points(p)} over {arm_name(other)}" for other in arms(rows) for p in there(value, other)]
-    if leads:
-        texts.append(f"The difference there: {', '.join(leads)}.")
+    texts += [f"The difference there: {lead}." for lead in leads]
     for p in there(STOP, DENSE) if _have(rows, STOP) else ():
-        when = "earlier than" if p.mean < 0 else "later than" if p.mean > 0 else "apart from"
+        if p.mean == 0:
+            texts.append("Its validation loss is lowest at the same step as the dense network's, on average.")
+            continue
+        when = "earlier than" if p.mean < 0 else "later than"
         known = f" (95% interval of the change {signed(p.low, 0)} to {signed(p.high, 0)})" * bool(np.isfinite(p.half))
         texts.append(f"Its validation loss is lowest {abs(p.mean):,.0f} steps {when} the dense network's{known}.")
-    return " ".join(texts)
+    return texts
 
 
-def caveats(rows: Rows, value: str = EARLY) -> str:
+def caveats(rows: Rows, value: str = EARLY) -> list[str]:
     """How far the findings can be trusted: the intervals over all levels, and how they were made."""
     dense = series(rows, value).get(DENSE, [])
     texts = []
@@ -344,7 +367,7 @@ def caveats(rows: Rows, value: str = EARLY) -> str:
             f"Intervals are 95% Student-t over {dense[0].seeds} seeds, differences are paired by seed; the level named "
             "above was picked after seeing all of them, so judge it together with its neighbors."
         )
-    return " ".join(texts)
+    return texts
 
 
 def percent(fraction: float) -> str:
@@ -354,7 +377,9 @@ def percent(fraction: float) -> str:
 
 
 def accuracy(point: Point) -> str:
-    """An accuracy as a percentage, with the half-width of its interval in points."""
+    """An accuracy as a percentage, with the half-width of its interval in points, or its ends where one is 100%."""
+    if np.isfinite(point.half) and point.mean + point.half > point.within[1]:
+        return f"{percent(point.mean)} ({percent(point.low)} to {percent(point.high)})"
     return percent(point.mean) + (f" ± {100 * point.half:.1f}" if np.isfinite(point.half) else "")
 
 

@@ -24,7 +24,7 @@ from tessera.infra.config import ConfigError, build
 from tessera.infra.memo import Memo
 from tessera.models.registry import STATISTICS
 from tessera.reports.html import Table
-from tessera.reports.style import Figure, canvas, deferred, label_lines, line_with_band, log_values, look, titles
+from tessera.reports.style import HEAT, Figure, canvas, deferred, label_lines, line_with_band, log_values, look, titles
 from tessera.tickets.setup import Setup, make_setup
 from tessera.tickets.studies.study import DENSE, Study, column, run_search, verdict, with_interval
 from tessera.tickets.train import batched, evaluate, train_blocks
@@ -321,7 +321,7 @@ def _figure(
     if inputs:
         share = np.asarray([np.mean(row["ticket"]) for row in inputs])
         if len(share) == np.prod(shape):
-            axes[3].imshow(share.reshape(shape), cmap="viridis")
+            axes[3].imshow(share.reshape(shape), cmap=HEAT)
             axes[3].set_axis_off()
             titles(axes[3], "Ticket's connections by pixel")
         else:

@@ -12,12 +12,22 @@ from lottery import criteria, imp, prune, summary
 from lottery import masks as masks_lib
 from tessera.infra.logger import write_text
 from tessera.infra.memo import Memo
-from tessera.reports.html import Section, Table, config_section, paragraphs, table_markdown, write_report
+from tessera.reports.html import (
+    Section,
+    Table,
+    bullets,
+    config_section,
+    paragraphs,
+    read_json,
+    table_markdown,
+    write_report,
+)
 from tessera.reports.style import INK, MARKERS, PALETTE, Axes, Figure, canvas, deferred, plus_minus, seed_marks, titles
 from tessera.tickets.setup import Finished, LevelStore, Setup, search_tickets
 
 Rows = Sequence[Mapping[str, Any]]
 DENSE = summary.DENSE
+FEW = 3  # seeds, with fewer of which a range is given and no interval
 
 
 class Study(NamedTuple):
@@ -45,13 +55,29 @@ def write_study(workdir: Path | str, study: Study) -> Path:
     workdir = Path(workdir)
     summary.write_csv(study.rows, workdir / "rows.csv")
     write_text(workdir / "table.md", markdown(study))
+    setting = describe(read_json(workdir / "config.json"))
     sections = [
-        Section("", paragraphs(*study.findings)),
+        Section("", paragraphs(*filter(None, [setting])) + bullets(*study.findings)),
         Section("Picture", study.figure, study.caption),
         *(Section(heading, table) for heading, table in study.tables.items()),
         config_section(workdir),
     ]
     return write_report(workdir, study.title, sections)
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """The network, data, training and seeds of a study's settings in a sentence; "" where there are none."""
+    model, data, train = (config.get(name) or {} for name in ("model", "data", "train"))
+    if not (model.get("name") and data.get("name")):
+        return ""
+    hidden = "-".join(map(str, model.get("hidden", ())))
+    text = f"Network {model['name']}{f' ({hidden})' if hidden else ''} on {data['name']}"
+    if train.get("steps"):
+        steps = str(train["steps"]).removesuffix("it")
+        text += f", {f'{int(steps):,} steps' if steps.isdigit() else steps}"
+        text += f" of {train['batch_size']} examples" if train.get("batch_size") else ""
+    seeds = config.get("seeds", ())
+    return f"{text}, {len(seeds)} seed{'s' * (len(seeds) != 1)}." if seeds else f"{text}."
 
 
 def markdown(study: Study) -> str:
@@ -94,9 +120,15 @@ def same(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def with_interval(values: Iterable[float], scale: float = 100.0, digits: int = 2) -> str:
-    """ "mean ± half-width" of the 95% Student-t interval, in the table's units."""
-    mean, half, _ = summary.interval(values)
+def with_interval(values: Iterable[float], scale: float | int = 100.0, digits: int = 2) -> str:
+    """ "mean ± half-width" of the 95% Student-t interval, in the table's units.
+
+    Of two values "mean (lowest to highest)": their interval spans anything.
+    """
+    sample = [float(value) for value in values]
+    mean, half, n = summary.interval(sample)
+    if 1 < n < FEW:
+        return f"{scale * mean:.{digits}f} ({scale * min(sample):.{digits}f} to {scale * max(sample):.{digits}f})"
     return plus_minus(mean, half, scale, digits)
 
 
@@ -125,7 +157,7 @@ def verdict(
     word = direction(differences, more, less, "")
     if word:
         return f"{word} than {than} by {plus_minus(abs(mean), half, scale, digits)} {unit}"
-    return f"not told apart from {than} ({plus_minus(mean, half, scale, digits)} {unit}, + is {more})"
+    return f"not told apart from {than} ({with_interval(differences, scale, digits)} {unit}, + is {more})"
 
 
 class Comparison:

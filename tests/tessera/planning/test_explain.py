@@ -197,7 +197,7 @@ def test_an_explanation_on_paper(tmp_path):
     ranking = search(make_run(""), H100, 8)
     assert ranking.fits and ranking.tried > 50 and ranking.fits[0].seconds <= ranking.fits[-1].seconds
     rows = tables(found, None, ranking)
-    assert len(rows["Parameters"]) == 11 and rows["Memory of one device"][-1][0] == "most at once"
+    assert len(rows["Parameters"]) == 11 and rows["Memory of one device"][-1][0] == "peak"
     assert any("gather_params" in row[2] for row in rows["Collectives of a step"])
     assert "fits" in verdict(found, None) and terminal(found, None, ranking)
     page = write_page(tmp_path, "test", found, None, ranking).read_text()

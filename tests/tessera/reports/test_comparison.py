@@ -1,6 +1,7 @@
 """Tables and figures of arms over seeds, from rows made here."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -61,7 +62,18 @@ def test_losses_and_paired_differences():
     assert (rows["moe"]["lowest"], rows["moe"]["highest"]) == (1.40, 1.44)
     paired = {row["arm"]: row for row in comparison.difference_rows(RUNS, "dense")}
     assert set(paired) == {"moe", "unbalanced"}
-    assert paired["moe"]["difference"] == pytest.approx(-0.09) and paired["moe"]["least"] == pytest.approx(-0.08)
+    assert paired["moe"]["difference"] == pytest.approx(-0.09) and paired["moe"]["highest"] == pytest.approx(-0.08)
+
+
+def test_the_answer_says_who_ends_lower_by_how_much_and_whether_that_is_known():
+    moe, unbalanced = comparison.findings(RUNS, "dense")
+    assert re.search(r"lower than dense's by 0\.0900 ± 0\.0248 nats per token \(95% interval, 3 seeds\)", moe), moe
+    few = comparison.findings([run for run in RUNS if run.seed < 2], "dense")
+    assert "±" not in few[0] and "2 seeds have no interval" in few[0]
+    assert all(row["± (95%)"] is None for row in comparison.loss_rows([run for run in RUNS if run.seed < 2]))
+    equal = [replace(run, rows=[{**row, "loss": 1.5 + 0.01 * run.seed * (run.arm == "moe") * (-1) ** run.seed}
+             for row in run.rows]) for run in RUNS]  # fmt: skip
+    assert "not told apart" in comparison.findings(equal, "dense")[0]
 
 
 def test_the_arms_cost_the_same_and_the_dense_one_no_less():
@@ -107,12 +119,13 @@ def test_stability_tells_renamed_experts_from_random_ones():
 
 def test_the_report_has_every_table_and_figure():
     tables = {"Losses": comparison.loss_rows(RUNS), "None": []}
-    sections = comparison.sections(RUNS, tables)
-    assert [section.title for section in sections] == ["", "Validation loss", "Balance", "Load maps", "Losses"]
+    sections = comparison.sections(RUNS, tables, "dense")
+    assert [section.title for section in sections] == ["", "Validation loss", "Balance", "Load maps", "Numbers"]
+    assert sections[-1].parts()[0] == "<h3>Losses</h3>" and len(sections[-1].parts()) == 2
     assert all(isinstance(section, Section) for section in sections)
     assert all(isinstance(section.parts()[0], Figure) for section in sections[1:4])
     dense_only = [run for run in RUNS if run.arm == "dense"]
-    assert [section.title for section in comparison.sections(dense_only, {})] == ["", "Validation loss"]
+    assert [section.title for section in comparison.sections(dense_only, {}, "dense")] == ["", "Validation loss"]
 
 
 def test_a_runs_sizes_are_those_of_its_parameters():

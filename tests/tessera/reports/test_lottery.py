@@ -161,3 +161,21 @@ def test_mask_figures_draw_a_panel_per_level_and_unit(shape):
         assert (tile == masks[8][0, :, unit].reshape(*shape[:2], -1).any(-1)).all()
     for figure in (pixels, units):
         figure.canvas.draw()
+
+
+def test_no_interval_of_an_accuracy_passes_100_percent_nor_one_of_a_step_the_last():
+    rows = [
+        {"arm": arm, "seed": seed, "level": level, "density": 0.5**level, "alive": 4, "prunable": 8}
+        | {"early_stop_test_accuracy": 1.0 - 0.02 * (seed == 0) * (arm != "reinit"), "early_stop_step": 300 - 9 * seed}
+        | {"curve": {"step": [100, 300]}}
+        for arm, level in (("dense", 0), ("ticket", 1), ("reinit", 1))
+        for seed in range(3)
+    ]
+    (axes, _) = lottery.accuracy_figure(rows).axes
+    tops = [path.vertices[:, 1].max() for band in axes.collections for path in band.get_paths() if len(path.vertices)]
+    assert max(tops) == 100
+    (axes, _) = (lottery.speed_figure([row | {"best_validation_loss": 0.1} for row in rows])).axes
+    assert max(path.vertices[:, 1].max() for band in axes.collections for path in band.get_paths()) == 300
+    cells = report.level_table(rows, "early_stop_test_accuracy").rows[1]
+    assert cells[-2:] == ["99.33 (96.46 to 100.00)", "100.00 (all 3 equal)"]
+    assert "same step" in " ".join(report.finding_list(rows)) and "99.3% (96.5% to 100%)" in report.findings(rows)

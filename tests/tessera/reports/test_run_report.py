@@ -24,7 +24,7 @@ from tessera.reports.html import (
     write_number,
     write_report,
 )
-from tessera.reports.run_report import curves_section, lm_findings, lm_report
+from tessera.reports.run_report import curves_section, lm_findings, lm_report, size_findings
 from tessera.reports.style import canvas, titles
 
 
@@ -104,8 +104,8 @@ def test_figures_follow_the_readers_color_scheme():
         (0.5, "0.5000"),
         (97.4, "97.40"),
         (1234.0, "1234"),
-        (1e-5, "1e-05"),
-        (2.5e9, "2.5e+09"),
+        (1e-5, "1e-5"),
+        (2.5e9, "2.5e9"),
         (math.inf, "inf"),
     ],
 )
@@ -163,6 +163,22 @@ def test_language_model_report_says_what_the_rows_say(tmp_path):
         assert title in found.text
 
 
+def test_a_routed_run_says_its_experts_parameters_and_flops_and_what_its_text_is():
+    """The numbers by hand: 2 layers of width 8, 4 experts of ff 16, two a token, vocabulary 32, no grouped queries."""
+    router = {"name": "top_k", "experts": 4, "k": 2}
+    moe = {"router": router, "every": 1, "ff": 16, "granularity": 1, "shared": 0}
+    model = {"layers": 2, "width": 8, "heads": 2, "kv_heads": 2, "head_dim": 4, "ff": 0, "mlp": "routed", "tied": True}
+    config = {"model": model | {"moe": moe}, "length": 4, "vocab_size": 32, "data": {"name": "stdlib"}}
+    first, text = size_findings(config, tokens=1000)
+    total = 32 * 8 + 2 * (4 * 8 * 8 + 4 * 3 * 8 * 16 + 8 * 4)
+    used = total - 2 * 2 * 3 * 8 * 16
+    assert f"{total:,} parameters in matrices, {used:,} of them used by a token" in first
+    assert "4 experts in 2 of 2 layers, 2 of them for each token, chosen by the router 'top_k'" in first
+    per_token = 6 * used + 3 * 2 * 2 * 2 * 2.5 * 8  # and scores and weighted values, 2.5 tokens seen on average
+    assert f"{per_token * 1000:.3g}".replace("e+0", "e") in first and "source code" in text
+    assert size_findings({"model": {"layers": 2}}, 10) == []
+
+
 @pytest.mark.parametrize("kinds", [(), ("train",), ("eval",), ("time",), ("train", "eval")])
 def test_language_model_report_of_a_run_with_little_in_it(tmp_path, kinds):
     found = read(lm_report(lm_workdir(tmp_path, steps=50, kinds=kinds)))
@@ -176,7 +192,7 @@ def test_training_loss_leaves_the_z_term_out_and_the_test_loss_is_told(tmp_path)
         logger.write(1, {"loss": 3.25}, kind="eval")
     found = read(lm_report(tmp_path, {"loss": 2.75}))
     assert found.tables[0] == [["step", "training loss", "validation loss"], ["1", "3.000", "3.250"]]
-    assert "last logged training loss is 3.0000" in found.text
+    assert "last logged training loss (cross-entropy) is 3.0000" in found.text
     assert "On the test split the final weights reach 2.7500 nats per token" in found.text
 
 

@@ -31,6 +31,7 @@ from tessera.tickets.studies import (
     rewinding,
     sources,
     sparse_training,
+    study,
 )
 from tessera.tickets.studies.sparse_methods import MethodInputs, SparseConfig, _densities
 from tessera.tickets.train import Programs, TicketConfig
@@ -358,3 +359,37 @@ def test_initializations_differ_by_seed_and_salt_and_are_the_same_again():
     drawn = [init_stack(recorder(), SEEDS, salt)["dense0"]["kernel"] for salt in (0, 1, 0)]
     np.testing.assert_array_equal(drawn[0], drawn[2])
     assert len(np.unique(drawn[:2])) == 2 * drawn[0].size
+
+
+def test_the_analysis_names_what_it_found_once_and_draws_intervals():
+    """Arms with one mask are one line; the whole network's distance stands once; two seeds have a range."""
+    curve = {"alpha": [0.0, 0.5, 1.0], "error": [0.02, 0.03, 0.02], "loss": [0.1, 0.2, 0.1]}
+    rises = {"instability": 0.01, "barrier": 0.01, "loss_barrier": 0.1, "stable": True}
+    found = {"connectivity": [], "overlap": [], "sharpness": []}
+    for arm, level in (("dense", 0), ("ticket", 2), ("reinit", 2)):
+        for seed in range(3):
+            about = {"level": level, "arm": arm, "seed": seed, "density": 0.5**level}
+            found["connectivity"] += [about | curve | rises] if arm != "reinit" else []
+            sharp = {"eigenvalue": 4.74 - level + 0.1 * seed, "sharpness": 0.1, "train_loss": 0.1, "residual": 1e-6}
+            found["sharpness"].append(about | sharp)
+            for path in ("*", "dense0/kernel") if level else ():
+                overlap = {"seed": 0, "path": path, "ratio": 1.2, "z": 3.0, "distance": 0.25}
+                found["overlap"].append(about | overlap)
+    texts = probe_report._findings(found)
+    (eigenvalues,) = (text for text in texts if "Hessian" in text)
+    assert "dense network 4.84 ± 0.25 (level 0), winning ticket 2.84 ± 0.25 (level 2)" in eigenvalues
+    assert "linear mode connectivity" in texts[0] and sum("share" in text for text in texts) == 1
+    section = probe_report._overlap(found["overlap"], AnalysisConfig())
+    table = section.parts()[1]
+    assert [row[2:4] for row in table.rows] == [["all", 0.25], ["dense0/kernel", None]]
+    assert "reinitialized: the same masks as winning ticket" in section.caption
+    figure = probe_report._connectivity(found["connectivity"], AnalysisConfig()).parts()[0]
+    assert figure.axes[0].get_xlabel() == "interpolation coefficient" and len(figure.axes[0].collections) == 2
+
+
+def test_two_seeds_have_a_range_and_no_interval():
+    assert study.with_interval([0.4, 0.5]) == "45.00 (40.00 to 50.00)" and study.with_interval([0.5]) == "50.00"
+    assert study.with_interval([0.4, 0.5, 0.6]) == "50.00 ± 24.84"
+    config = {"model": {"name": "lenet", "hidden": [300, 100]}, "data": {"name": "mnist"}, "seeds": [0, 1]}
+    said = study.describe(config | {"train": {"steps": "1200it", "batch_size": 60}})
+    assert said == "Network lenet (300-100) on mnist, 1,200 steps of 60 examples, 2 seeds." and study.describe({}) == ""
