@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants evidence clean
+.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants evidence race records clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -129,6 +129,17 @@ mutants: $(VENV)/installed
 PAGE ?=
 evidence: $(VENV)/installed
 	$(BIN)/python scripts/evidence.py $(PAGE)
+
+# A config scored on a fixed budget by five seeds (docs/leaderboard.md): TRACK is 2e12, 2e13 or digits; its record's config
+# without CONFIG. RACE takes settings: make race RACE=--config.lr=1e-3; records writes docs/leaderboard.jsonl into the page.
+TRACK ?= 2e12
+CONFIG ?=
+RACE ?=
+race: $(VENV)/installed
+	$(BIN)/python scripts/race/run.py --track=$(TRACK) $(if $(CONFIG),--config=$(CONFIG)) $(RACE)
+
+records: $(VENV)/installed
+	$(BIN)/python scripts/race/run.py --records
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=xml
