@@ -32,6 +32,11 @@ class MarkdownTable(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def names(self) -> list[str]:
+        """The headings as they are compared, without signs and spaces."""
+        return [re.sub(r"\W+", "", name.lower()) for name in self.columns]
+
 
 class Range(NamedTuple):
     """A number of a cell and its interval; a number without one is known to half a unit of its last digit."""
@@ -93,7 +98,7 @@ def read_cell(text: str) -> list[Range]:
 
 def partner(table: MarkdownTable, others: Sequence[MarkdownTable]) -> MarkdownTable | None:
     """The table that shares most headings, two at least, with this one and has as many rows."""
-    shared = lambda other: len(set(table.columns) & set(other.columns))  # noqa: E731
+    shared = lambda other: len(set(table.names) & set(other.names))  # noqa: E731
     found = [other for other in others if len(other.rows) == len(table.rows) and shared(other) >= 2]
     return max(found, key=shared, default=None)
 
@@ -111,10 +116,12 @@ def compare(page: Sequence[MarkdownTable], run: Sequence[MarkdownTable]) -> Comp
         if other is None:
             continue
         free.remove(other)
-        columns = [name for name in table.columns if name in other.columns and name]
+        places = [(i, other.names.index(name)) for i, name in enumerate(table.names) if name and name in other.names]
         for mine, theirs in zip(table.rows, other.rows, strict=True):
-            for name in columns:
-                said, found = mine[table.columns.index(name)], theirs[other.columns.index(name)]
+            for i, j in places:
+                name, said, found = table.columns[i], mine[i], theirs[j]
+                if said in ("", "–"):  # left out of the page
+                    continue
                 ours, values = read_cell(said), read_cell(found)
                 compared += len(ours)
                 inside = bool(ours) and len(ours) == len(values) and all(map(Range.holds, ours, values))

@@ -52,6 +52,14 @@ def console_commands():
     return found
 
 
+def with_environment(command):
+    """Variables that stand before a command, by name, and its words."""
+    words, variables = shlex.split(command), {}
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, variables[name] = words.pop(0).partition("=")
+    return variables, words
+
+
 def inline_commands():
     """Every command in the text, which names what it is about and need not run as it stands."""
     found = []
@@ -76,7 +84,7 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=lambda x: x if isinstance(x, str) else name_of(x))
 def test_every_command_can_be_parsed(document, command):
     """Scripts and their flags, configs and settings, make targets and files exist."""
-    words = shlex.split(command)
+    _, words = with_environment(command)
     program = words[0]
     assert program in PROGRAMS, f"{name_of(document)}: what is {command!r}?"
     if program == "make":
@@ -114,7 +122,7 @@ def parse(name, argv):
 
 
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{jax.__version__}"),
@@ -138,11 +146,16 @@ ADAPTED = [word for word in TINY_LM[1:] if "model" not in word]
 COMPARED = [word.replace("--config.", "--config.run.") for word in ADAPTED] + ["--config.seeds=0"]
 
 
-def run(directory, *words, **options):
+def run(directory, *words, variables=None, **options):
     before = processor_seconds()
-    done = subprocess.run(
-        [sys.executable, *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **options
-    )
+    options |= {
+        "cwd": directory,
+        "env": ENVIRONMENT | (variables or {}),
+        "capture_output": True,
+        "text": True,
+        "timeout": 900,
+    }
+    done = subprocess.run([sys.executable, *words], **options)
     if "TESSERA_TIMES" in os.environ:  # where `make test-docs` has them from
         with Path(os.environ["TESSERA_TIMES"]).open("a") as file:
             file.write(f"{processor_seconds() - before:7.1f} s  {shlex.join(words).replace(str(ROOT), '.')[:160]}\n")
@@ -226,6 +239,22 @@ def test_commands_run_short(name, directory):
     if name == "analyze_ticket" and not (directory / "runs" / "ticket").exists():
         run(directory, script("find_ticket"), *SHORT["find_ticket"])
     run(directory, script(name), *SHORT[name])
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [("tensorboardX", "tensorboard/events.out.tfevents.*"), ("wandb", "wandb/offline-run-*/run-*.wandb")],
+)
+def test_rows_go_to_tensorboard_and_to_wandb(package, files, directory):
+    """The commands of howto/logging.md, where the package is installed: what they write has the losses by name."""
+    pytest.importorskip(package)
+    setting = {"tensorboardX": "tensorboard"}.get(package, package)
+    (command,) = (command for _, command in CONSOLE if f"--config.log.{setting}=True" in command)
+    variables, (_, *words) = with_environment(command)
+    run(directory, "-c", "from tessera.cli.main import main; main()", *words, *TINY_LM[1:], variables=variables)
+    (file,) = (directory / words[-1].partition("=")[2]).glob(files)
+    assert b"loss" in file.read_bytes()
 
 
 @pytest.mark.docs

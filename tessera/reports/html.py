@@ -57,7 +57,8 @@ svg text { fill: var(--ink);
 .scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap }
-th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--grid); vertical-align: bottom }
+th { color: var(--muted); font-weight: 600; white-space: normal; border-bottom: 2px solid var(--grid);
+  vertical-align: bottom }
 th.text, td.text { text-align: left }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 11rem }
 li { margin: .35rem 0 }
