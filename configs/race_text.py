@@ -1,8 +1,8 @@
 """The language models of the race: bits per byte of the standard library's sources for 2e12 or 2e13 training FLOP.
 
 What: as lm.py, with as many steps as the budget allows, counted as 6 N D (docs/leaderboard.md).
-Cost: `2e12` about 90 seconds of processor time a seed; `2e13` about 15 minutes.
-Expected: the records of docs/leaderboard.md.
+Cost: `2e12` about three minutes of processor time a seed, on a core shared with much else; `2e13` not measured.
+Expected: not measured; where five seeds have run, docs/leaderboard.md has the record.
 Command: python scripts/train.py --config=configs/race_text.py:2e12 --workdir=runs/race_text
 """
 
