@@ -73,6 +73,41 @@ def of_load(share_E: Float[Array, "*L E"]) -> dict[str, Array]:
     return {"max_violation": max_violation(share_E), "load_entropy": entropy(share_E)}
 
 
+def token_means(found: dict[str, Array]) -> dict[str, Array]:
+    """Make means over tokens of the metrics of `summary`, so that parts of a batch can be averaged by their tokens.
+
+    The shares of the choices, load and drop_fraction, become choices per token: where tokens have different numbers of
+    choices (`route.relu`), the mean of the parts' shares is not the share of the batch.
+
+    Args:
+      found: metrics of one layer, or with leading layer axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from moe import metrics, route
+      >>> one, two = (route.relu(jnp.array(x)) for x in ([[1.0, 1.0]], [[1.0, -1.0]]))
+      >>> means = [metrics.token_means(metrics.summary(routing)) for routing in (one, two)]
+      >>> mean = {name: (means[0][name] + means[1][name]) / 2 for name in means[0]}
+      >>> [round(x, 3) for x in metrics.of_token_means(mean)["load"].tolist()]  # two and one of three choices
+      [0.667, 0.333]
+    """
+    choices = found["choices"]
+    return {
+        "load": found["load"] * choices[..., None],
+        "entropy": found["entropy"],
+        "confidence": found["confidence"],
+        "choices": choices,
+        "drop_fraction": found["drop_fraction"] * choices,
+    }
+
+
+def of_token_means(means: dict[str, Array]) -> dict[str, Array]:
+    """Compute the metrics of `summary` from `token_means` of all tokens."""
+    choices = jnp.maximum(means["choices"], 1e-20)
+    share_E = means["load"] / choices[..., None]
+    return means | {"load": share_E, **of_load(share_E), "drop_fraction": means["drop_fraction"] / choices}
+
+
 def summary(routing: Routing, placed_NK: Bool[Array, "N K"] | None = None) -> dict[str, Array]:
     """Compute the router metrics of one layer for a log.
 

@@ -18,12 +18,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PyTree
 
-from moe.metrics import of_load
+from moe.metrics import of_token_means, token_means
 from tessera.infra.config import check_seed
 from tessera.optim.noise_scale import noise_scale
 
 Row = dict[str, Any]
 Metrics = dict[str, PyTree]  # mostly scalars
+ROUTER_MEANS = ("load", "entropy", "confidence", "choices", "drop_fraction")
+"""Metrics of `moe.metrics.token_means`."""
+
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (mean loss [] float32, metrics: dict of scalars)."""
 
@@ -216,10 +219,18 @@ def noted(past: SpikeState, step: Array, loss: Array, grad_norm: Array, skip: Ar
 
 
 def router_metrics(metrics: Metrics) -> Metrics:
-    """The metrics with those of routers that follow from the load of all tokens, where there is a load."""
-    if "router/load" not in metrics:
-        return metrics
-    return metrics | {f"router/{name}": value for name, value in of_load(metrics["router/load"]).items()}
+    """The metrics with those of routers made from their means over all tokens, see `moe.metrics.token_means`."""
+    return _of_routers(metrics, of_token_means)
+
+
+def router_means(metrics: Metrics) -> Metrics:
+    """The inverse of `router_metrics`: what is averaged over parts of a batch."""
+    return _of_routers(metrics, token_means)
+
+
+def _of_routers(metrics: Metrics, convert: Callable[[dict[str, Array]], dict[str, Array]]) -> Metrics:
+    found = {name: metrics[f"router/{name}"] for name in ROUTER_MEANS if f"router/{name}" in metrics}
+    return metrics | {f"router/{name}": value for name, value in convert(found).items()} if found else metrics
 
 
 def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: int) -> Callable[[PyTree], Any]:
@@ -256,7 +267,7 @@ def _make_gradient(loss_fn: LossFn, batch: PyTree, key: Key[Array, ""], parts: i
             part, index = part_and_index
             part = {**part, **whole} if whole else part
             (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
-            one = (loss, metrics, grads, optax.global_norm(grads) ** 2)
+            one = (loss, router_means(metrics), grads, optax.global_norm(grads) ** 2)
             return jax.tree.map(lambda a, b: a + b / parts, total, one), None
 
         xs = (jax.tree.map(split, batch), jnp.arange(parts))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Int, PyTree
 
+from moe.metrics import of_token_means, token_means
 from moe.route import update_bias, update_penalty
 from moe.specialization import joint_counts
 from sharding.rules import path_name
@@ -95,9 +96,10 @@ def lm_loss(model: Decoder, z_loss: float = 0.0, loss_chunk_size: int = 0, mesh:
             return loss, metrics
         auxiliary = per_layer(state["intermediates"], "aux_loss", config).sum()
         routing = per_layer(state["intermediates"], "routing", config)
-        # Of a part of a batch: its share of the tokens that are not padding.
-        share = batch["mean_live"].mean() if "mean_live" in batch else 1.0
-        metrics |= {f"router/{name}": value * share for name, value in routing.items()}
+        if "mean_live" in batch:  # of a part of a batch: its share of the tokens that are not padding
+            share = batch["mean_live"].mean()
+            routing = of_token_means({name: value * share for name, value in token_means(routing).items()})
+        metrics |= {f"router/{name}": value for name, value in routing.items()}
         if "balance" in mutable:
             metrics["router/sums"] = per_layer(state["balance"], "sums", config)
         return loss + auxiliary, metrics | {"aux_loss": auxiliary}

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from moe.kernels import Quantized
 from moe.layer import ExpertAxes, MoEConfig
+from moe.metrics import token_means
 from sharding.attention import AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_sizes
@@ -47,7 +48,7 @@ from tessera.models.transformer import (
     form_of,
     param_shapes,
 )
-from tessera.step import LossFn, padding_share, router_metrics, with_mean_weights
+from tessera.step import ROUTER_MEANS, LossFn, padding_share, router_metrics, with_mean_weights
 
 Micro = Mapping[str, Any]
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
@@ -57,9 +58,6 @@ NOISY = ("gshard", "noisy", "hierarchical", "sparsemixer")
 
 ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", "relu", *NOISY)
 """Routers that choose for every token by itself, so that splitting the batch changes nothing but their noise."""
-
-ROUTER_MEANS = ("load", "entropy", "confidence", "choices", "drop_fraction")
-"""Metrics of `moe.metrics.summary` that are means over tokens."""
 
 
 class Stream(NamedTuple):
@@ -380,7 +378,7 @@ class ShardedDecoder:
             x_BSD, sown = self.unit(stack, layer, stream.x, positions_BT, ids_BT, attend, **how)
         if "routed" not in stack.pattern:
             return stream._replace(x=x_BSD)
-        found = jax.lax.stop_gradient(sown["routing"][0])
+        found = token_means(jax.lax.stop_gradient(sown["routing"][0]))
         # Layers come in order of depth, whichever stage runs them: what is new goes to the end.
         router, count = {}, self.own(micro["mean_live"]).sum() if "mean_live" in micro else positions_BT.size
         for name, sums in stream.router.items():

@@ -20,8 +20,8 @@ from sharding.pipeline.run import make_loss as make_forward
 from sharding.pipeline.stages import StageLayout, split_layers
 from sharding.pipeline.ticks import StageFns
 from tessera.parallel import decoder as unpipelined
-from tessera.parallel.decoder import ROUTER_MEANS, Layer, ShardedDecoder
-from tessera.step import LossFn, padding_share, router_metrics
+from tessera.parallel.decoder import Layer, ShardedDecoder
+from tessera.step import ROUTER_MEANS, LossFn, padding_share, router_metrics
 
 
 def stage_layout(decoder: ShardedDecoder) -> StageLayout:

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.optim.optimizer import OptimizerConfig, make_optimizer
-from tessera.step import StepConfig, TrainState, index_block, init_state, make_train_step, run_blocks, scan_steps
+from tessera.step import (
+    ROUTER_MEANS,
+    StepConfig,
+    TrainState,
+    index_block,
+    init_state,
+    make_train_step,
+    run_blocks,
+    scan_steps,
+)
 
 
 def loss_fn(params, batch, key):
@@ -148,7 +157,8 @@ def test_what_follows_from_the_routers_load_is_of_the_whole_batch():
 
     def routed(params, batch, key):
         load = batch["load"].mean(0)[None]
-        return params["w"].sum(), {"router/load": load, "router/max_violation": 2 * load.max(-1) - 1}
+        others = {f"router/{name}": jnp.ones(1) for name in ROUTER_MEANS if name != "load"}
+        return params["w"].sum(), others | {"router/load": load, "router/max_violation": 2 * load.max(-1) - 1}
 
     step = make_train_step(routed, optax.sgd(0.1), StepConfig(grad_accum_steps=2))
     _, metrics = jax.jit(step)(init_state({"w": jnp.ones(1)}, optax.sgd(0.1)), batch, KEY)

@@ -14,6 +14,7 @@ from configs import moe_lm
 from moe.experts import MixtureConfig
 from moe.gate import RouterConfig
 from moe.layer import MoEConfig
+from moe.metrics import of_token_means, token_means
 from tessera.infra.config import build
 from tessera.infra.logger import load_history
 from tessera.loop import LoopConfig, metrics_row
@@ -210,13 +211,65 @@ def test_byte_classes():
     assert names == ["lower case", "upper case", "digit", "space", "line end", "punctuation", "other", "other"]
 
 
-@pytest.mark.slow
-def test_microbatches_average_the_routers_metrics():
-    model, params = make()
-    tx = optax.sgd(0.0)
-    step = make_train_step(lm_loss(model), tx, StepConfig(grad_accum_steps=2), adjust=make_adjust(model.config))
-    _, metrics = jax.jit(step)(init_state(params, tx), {"tokens": TOKENS}, KEY)
-    np.testing.assert_allclose(np.asarray(metrics["router/load"]).sum(1), 1, rtol=1e-5)
+# Of every router that chooses for each token by itself; ReLU gives tokens different numbers of choices.
+ROUTED_BY = {
+    "relu": RouterConfig("relu", 4, 2),
+    **{name: RouterConfig(name, 4, 2) for name in ("top_k", "sigmoid", "hash", "noisy", "sparsemixer", "gshard")},
+    "switch": RouterConfig("switch", 4, 1),
+    "softmax_groups": RouterConfig("softmax_groups", 4, 1, groups=2, top_groups=1),
+    "hierarchical": RouterConfig("hierarchical", 4, 1, groups=2, top_groups=2),
+}
+ACCUMULATED = [
+    ("relu", {"tokens", "positions"}),
+    *(pytest.param(name, {"tokens"}, marks=pytest.mark.slow) for name in ROUTED_BY),
+    *(pytest.param(name, {"tokens", "positions"}, marks=pytest.mark.slow) for name in ROUTED_BY if name != "relu"),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), ACCUMULATED)
+def test_metrics_of_routers_from_parts_are_those_of_the_batchs_choices(name, given):
+    """From the choices of all tokens, in float64; with positions the parts have 14, 6 and 15 of 16 tokens."""
+    moe = MoEConfig(router=ROUTED_BY[name], mixture=MixtureConfig(dispatch="dense"), balance=0.0)
+    config = replace(CONFIG, layers=2, ff=8, moe=moe)
+    tokens = jax.random.randint(jax.random.key(3), (6, 9), 0, 11, jnp.int32)
+    lengths = np.array([[8], [3], [8], [6], [3], [7]])
+    batch = {"tokens": tokens, "weights": jnp.ones((6, 8)), "positions": jnp.arange(8)[None] * jnp.ones((6, 1), int)}
+    if "positions" in given:
+        batch["positions"] = jnp.where(batch["positions"] < lengths, batch["positions"], -1)
+        batch["weights"] = (batch["positions"] >= 0).astype(jnp.float32)
+    model = Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])["params"]
+    loss_fn, tx = lm_loss(model), optax.sgd(0.0)
+    step = make_train_step(lambda params, batch, key: loss_fn(params, batch), tx, StepConfig(grad_accum_steps=3))
+    _, found = jax.jit(step)(init_state(params, tx), batch, KEY)
+    apply = jax.jit(lambda *given: model.apply({"params": params}, *given, mutable=["routings"])[1]["routings"])
+    routings = per_layer(apply(tokens[:, :-1], batch["positions"]), "routing", config)
+    live = np.asarray(batch["positions"]).ravel() >= 0
+    for layer in range(2):
+        experts, probs = (np.asarray(x[layer])[live] for x in (routings.experts_NK, routings.probs_NE))
+        load, probs = (experts[..., None] == np.arange(4)).sum((0, 1)).astype(float), probs.astype(float)
+        share = load / load.sum()
+        expected = {
+            "load": share,
+            "choices": load.sum() / live.sum(),
+            "max_violation": share.max() * 4 - 1,
+            "load_entropy": -(share * np.log(np.maximum(share, 1e-30))).sum(),
+            "entropy": -(probs * np.log(np.maximum(probs, 1e-30))).sum(-1).mean(),
+            "confidence": probs.max(-1).mean(),
+            "drop_fraction": 0.0,
+        }
+        assert {name for name in found if name.startswith("router/")} == {f"router/{one}" for one in expected}
+        for one, value in expected.items():
+            np.testing.assert_allclose(found[f"router/{one}"][layer], value, rtol=1e-5, atol=1e-6, err_msg=one)
+
+
+def test_dropped_choices_of_parts_are_those_of_the_batch():
+    """Two parts drop 3 of 4 and none of 12 choices: 3 of 16, where the mean of the shares is 3 of 8."""
+    share = {"load": jnp.array([[1.0, 0.0], [0.25, 0.75]]), "choices": jnp.array([1.0, 3.0])}
+    share |= {"drop_fraction": jnp.array([0.75, 0.0]), "entropy": jnp.zeros(2), "confidence": jnp.ones(2)}
+    found = of_token_means({name: value.mean(0) for name, value in token_means(share).items()})
+    assert (float(found["drop_fraction"]), float(found["choices"])) == (3 / 16, 2.0)
+    assert found["load"].tolist() == [7 / 16, 9 / 16] and float(found["max_violation"]) == pytest.approx(1 / 8)
 
 
 def sizes(arg):
