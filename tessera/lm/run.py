@@ -48,7 +48,7 @@ from tessera.lm.warm_start import Pretrained, StartConfig, starting_params
 from tessera.loop import Batches, LoopConfig, evaluate
 from tessera.models.attention_forms import resolved
 from tessera.models.lm_loss import lm_loss, make_adjust, make_eval, training_flops
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 from tessera.optim.optimizer import OptimizerConfig, eval_params, learning_rate, make_optimizer
 from tessera.parallel.decoder import ShardedDecoder, batch_sharding, state_shardings
 from tessera.parallel.pipelined_decoder import make_loss
@@ -223,8 +223,7 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
     checked("config.model", config.model.check_attention, jax.default_backend(), config.length, **how)
     loss_fn, placement = checked("config.plan", under_plan, config)
     index, count = checked("config.plan", placement.share)
-    flops = training_flops(config.model, config.length) if config.lora is None and config.distill is None else 0.0
-    loop = replace(loop, devices=placement.batch.mesh.size, flops=flops)
+    loop = replace(loop, devices=placement.batch.mesh.size, flops=checked("config.lora", run_flops, config, pretrained))
     for size in config.batch_sizes:
         if size % count:
             raise ConfigError(f"config.batch_size={size}: {count} processes share a batch; a multiple is needed")
@@ -393,6 +392,22 @@ def words_at_start(start: StartConfig, pretrained: Pretrained | None) -> int:
     if start.workdir:
         return checked("config.start", read_settings, local(start.workdir)).get("vocab_size", 0)
     return 0
+
+
+def run_flops(config: RunConfig, pretrained: Pretrained | None = None) -> float:
+    """FLOPs of training on one sequence, see `tessera.models.lm_loss.training_flops`.
+
+    Raises:
+      ValueError: adapters that do not fit the model.
+    """
+    adapters = teacher = None
+    if config.lora is not None:
+        make = partial(lora.initialize, param_shapes(config.model), config.lora)
+        adapters = jax.eval_shape(lambda: make(key=jax.random.key(0)))
+    if config.distill is not None:
+        other = None if pretrained is None else pretrained.teacher_model
+        teacher = config.model if other is None else other
+    return training_flops(config.model, config.length, adapters, teacher)
 
 
 def with_teacher(config: RunConfig, pretrained: Pretrained | None, mesh: Mesh | None = None) -> LossFn:

@@ -142,29 +142,54 @@ def mean_over_tokens(sums: Callable[..., Sums], mesh: Mesh | None = None) -> Cal
     return mean
 
 
-def training_flops(config: TransformerConfig, length: int) -> float:
+def training_flops(
+    config: TransformerConfig, length: int, adapters: PyTree = None, teacher: TransformerConfig | None = None
+) -> float:
     """FLOPs that training on one sequence takes by the model's definition: PaLM (Chowdhery et al. 2022), appendix B.
 
     6 N T + 12 L H h T^2: forward and backward products of all N weights that a token meets (of routed experts the k
     that are chosen; the embedding table as output layer only) and of attention, whose scores of local layers are those
     of the window. What a policy of remat computes again is not counted, nor is it saved what a causal mask hides.
 
+    Of adapters a token meets a and b, 6 FLOPs a weight, and weights that are not trained take 4: their products
+    forward, and those of the gradient of their inputs. A teacher takes the forward products, a third of its training.
+
     Args:
       config: the model.
       length: T, tokens of a sequence.
+      adapters: shapes of what is trained in place of the model, see `tessera.lm.lora`.
+      teacher: a model that runs on the same tokens.
+    """
+    weights, scores = met_weights(param_shapes(config), config), _scores(config, length)
+    flops = 6.0 * weights if adapters is None else 4.0 * weights + 6.0 * met_weights(adapters, config)
+    if teacher is not None:
+        flops += 2.0 * (met_weights(param_shapes(teacher), teacher) + _scores(teacher, length))
+    return length * (flops + 6.0 * scores)
+
+
+def met_weights(params: PyTree, config: TransformerConfig) -> float:
+    """Weights of matrix products that a token meets: all kernels, of k routed experts, and the output layer.
+
+    Args:
+      params: of the model, or adapters of it; shapes are enough.
+      config: the model.
     """
     weights = 0.0
-    for path, leaf in jax.tree.leaves_with_path(param_shapes(config)):
+    for path, leaf in jax.tree.leaves_with_path(params):
         name = path_name(path)
-        if re.search(r"/experts/.*kernel$", name):
+        if re.search(r"/experts/.*kernel(/[ab])?$", name):
             weights += leaf.size * config.moe.router.k / config.moe.stack
-        elif name.endswith("/kernel") and leaf.ndim >= 2:
+        elif re.search(r"/kernel(/[ab])?$", name) and leaf.ndim >= 2:
             weights += leaf.size
         elif name == "embed/table" and config.tied:
             weights += leaf.size
+    return weights
+
+
+def _scores(config: TransformerConfig, length: int) -> float:
+    """Multiply-adds of attention a token: scores of all keys, or of the window, and their sum of values."""
     keys = sum(min(config.window, length) if kind == "L" else length for kind in config.attention_kinds)
-    scores = keys * config.heads * (config.head_size + config.value_size)
-    return 6.0 * length * (weights + scores)
+    return float(keys * config.heads * (config.head_size + config.value_size))
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[PyTree, Mapping[str, Any]], dict[str, jax.Array]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,11 +19,11 @@ from tessera.infra.schema import completed
 from tessera.infra.workdir import FORMAT
 from tessera.lm import lora
 from tessera.lm.distill import DistillConfig, distill_loss
-from tessera.lm.run import build_run, whole_model
+from tessera.lm.run import build_run, run_flops, whole_model
 from tessera.lm.schema import SCHEMA
 from tessera.lm.warm_start import Pretrained, StartConfig, masked_params, read_model, with_pretrained
 from tessera.loop import train
-from tessera.models.lm_loss import lm_loss
+from tessera.models.lm_loss import lm_loss, training_flops
 from tessera.models.transformer import Decoder
 from tessera.serving.huggingface import load_directory
 from tessera.serving.load import SourceConfig, load, read_architecture
@@ -84,6 +85,7 @@ def test_adapters_are_trained_and_the_model_stays(home, pretrained):
     run = build_run(settings(home, pretrained, **LORA), pretrained)
     states, losses = advance(run, 2)
     assert run.config.model.vocab_size == 64 and run.tokenizer.vocab_size == 60
+    assert run.loop.flops == training_flops(run.config.model, 8, states[0].params)
     jax.tree.map(np.testing.assert_array_equal, states[0].frozen["base"], pretrained.params)
     jax.tree.map(np.testing.assert_array_equal, states[2].frozen["base"], pretrained.params)
     jax.tree.map(np.testing.assert_array_equal, whole_model(run.config, states[0]), pretrained.params)
@@ -206,8 +208,15 @@ def test_distillation_from_the_start_moves_nothing_and_from_a_teacher_towards_it
     run = build_run(settings(home, pretrained, **{"distill.weight": 1.0}), pretrained)
     states, metrics = advance(run, 1)
     assert float(metrics[0]["grad_norm"]) < 1e-5 and set(states[0].frozen) == {"teacher"}
+    alone = training_flops(run.config.model, 8)
+    assert run.loop.flops == pytest.approx(alone * 4 / 3)  # the teacher is as large, and runs forward alone
     other = jax.tree.map(lambda x: x * 1.3, pretrained.params)
     given = pretrained._replace(teacher=other, teacher_model=pretrained.model)
+    wide = run_flops(
+        run.config, given._replace(teacher_model=replace(pretrained.model, ff=2 * pretrained.model.ff_size))
+    )
+    ffs = 2 * 3 * pretrained.model.layers * pretrained.model.width * pretrained.model.ff_size
+    assert wide == pytest.approx(alone * 4 / 3 + 8 * ffs)
     changes = {"distill.weight": 1.0, "distill.dir": "elsewhere", "distill.temperature": 2.0}
     run = build_run(settings(home, given, **changes), given)
     _, metrics = advance(run, 4)
@@ -229,7 +238,7 @@ def carried_out(workdir, home, pretrained, **changes):
     with logger, Checkpoints(workdir / "checkpoints", saving) as checkpoints:
         options = {"key": run.key, "logger": logger, "checkpoints": checkpoints, "place": run.placement.place}
         init = lambda: run.init_fn(bool(checkpoints.steps()))  # noqa: E731
-        return run, train(run.step_fn, init, run.loader("train"), run.loop, **options).state
+        return run, train(run.step_fn, init, run.loader("train"), replace(run.loop, peak=1e9), **options).state
 
 
 def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home, pretrained, tmp_path):
@@ -239,6 +248,11 @@ def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home,
     run, resumed = whole(tmp_path / "twice", 4)
     jax.tree.map(np.testing.assert_array_equal, resumed.params, at_once.params)
     jax.tree.map(np.testing.assert_array_equal, resumed.frozen["base"], pretrained.params)
+    timing = [json.loads(line) for line in (tmp_path / "once" / "timing.jsonl").read_text().splitlines()]
+    timing = [row for row in timing if "mfu" in row]
+    assert timing and all(
+        row["mfu"] == pytest.approx(row["tokens_per_second"] / 8 * run.loop.flops / 1e9) for row in timing
+    )
     size = sum(file.stat().st_size for file in (tmp_path / "once" / "checkpoints").rglob("*") if file.is_file())
     assert size < 4 * sum(leaf.size for leaf in jax.tree.leaves(pretrained.params))
     found = load(SourceConfig(str(tmp_path / "once")))  # the model to serve: the adapters in the directory's weights

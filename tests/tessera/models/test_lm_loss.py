@@ -17,6 +17,7 @@ from moe.layer import MoEConfig
 from moe.metrics import of_token_means, token_means
 from tessera.infra.config import build
 from tessera.infra.logger import load_history
+from tessera.lm import lora
 from tessera.loop import LoopConfig, metrics_row
 from tessera.models.attention_forms import LatentConfig
 from tessera.models.lm_loss import (
@@ -29,7 +30,7 @@ from tessera.models.lm_loss import (
     router_paths,
     training_flops,
 )
-from tessera.models.transformer import Decoder, TransformerConfig
+from tessera.models.transformer import Decoder, TransformerConfig, param_shapes
 from tessera.reports.router import BYTE_CLASSES, byte_classes, router_sections, write_specialization
 from tessera.step import StepConfig, init_state, make_train_step
 
@@ -339,6 +340,21 @@ def test_training_flops_are_those_by_hand(changes, weights, scores):
     config = TransformerConfig(**DENSE | changes)
     # A multiply-add is two, forward, and twice that backward; scores and weighted values of every query and key.
     assert training_flops(config, 16) == 6 * 16 * (weights + scores * 2 * 8)
+
+
+def test_flops_of_adapters_and_a_teacher_by_hand():
+    """Rank 2 on queries and experts' down kernels, three layers; a teacher of one layer."""
+    router = RouterConfig("top_k", 6, 2)
+    config = TransformerConfig(**DENSE, mlp="routed", moe=MoEConfig(router=router))
+    adapters = lora.initialize(param_shapes(config), lora.LoRAConfig(2, targets="(query|down)/kernel$"), key=KEY)
+    # a: 8 x 2, b: 2 x 4 heads of 2; of two of six experts a: 20 x 2, b: 2 x 8.
+    added = 3 * ((8 + 8) * 2 + 2 * (20 + 8) * 2)
+    weights, scores = WEIGHTS + 3 * (3 * 8 * 20 + 8 * 6), 3 * 16 * 2 * 8
+    assert training_flops(config, 16, adapters) == 16 * (4 * weights + 6 * added + 6 * scores)
+    teacher = TransformerConfig(**DENSE | {"layers": 1, "ff": 32})
+    of_teacher = 16 * 2 * (2 * 8 * 8 + 2 * 8 * 8 + 3 * 8 * 32 + 50 * 8 + 16 * 2 * 8)
+    assert training_flops(config, 16, None, teacher) == 16 * 6 * (weights + scores) + of_teacher
+    assert training_flops(config, 16, adapters, teacher) == training_flops(config, 16, adapters) + of_teacher
 
 
 def test_latent_attention_has_its_projections():
