@@ -156,6 +156,48 @@ def test_a_shard_is_written_once(tmp_path, axes):
     assert 0.5 * held < written < 1.2 * held
 
 
+def saved_and_restored(directory, state, placement):
+    """A checkpoint of a state, read back where another plan wants it."""
+    with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state, data={})
+        checkpoints.wait()
+        shapes = jax.eval_shape(lambda: state)
+        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, placement.state)
+        return checkpoints.restore(1, like).state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_of_an_odd_vocabulary_goes_on_with_other_padding(tmp_path, tied):
+    """53 tokens are 56 on four devices, 54 on three and on two: the checkpoint has 53, losses are one device's."""
+    config = TransformerConfig(
+        **SIZES | {"vocab_size": 53, "heads": 12, "kv_heads": 2, "width": 24, "ff": 24}, tied=tied
+    )
+    batch = {"tokens": np.array(jax.random.randint(jax.random.key(1), (8, 9), 0, 53, jnp.int32))}
+    batch["tokens"][0, :4] = 52  # the last token is in the part that has padding
+    params, tx = first_params(config), optax.adamw(1e-2, eps=1e-3)
+    plans = [("fsdp=2, tp=4", 8), ("dp=2, tp=3", 6), ("pp=2, tp=2", 4)]
+    under = [planned(config, axes, lambda: init_state(params, tx), devices) for axes, devices in plans]
+    state, losses = jax.device_put(init_state(params, tx), under[0][1].state), []
+    for i, (loss, placement) in enumerate(under):
+        if i:
+            before, state = state, saved_and_restored(tmp_path / str(i), state, placement)
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(before))
+        assert state.params["embed"]["table"].shape == state.opt_state[0].mu["embed"]["table"].shape == (53, 24)
+        step = jax.jit(make_train_step(loss, tx), out_shardings=(placement.state, None))
+        for _ in range(2):
+            state, metrics = step(state, placement.place(batch), jax.random.key(0))
+            losses.append(float(metrics["loss"]))
+    expected, wanted = init_state(params, tx), []
+    one_device = jax.jit(make_train_step(lm_loss(Decoder(config)), tx))
+    for _ in losses:
+        expected, metrics = one_device(expected, batch, jax.random.key(0))
+        wanted.append(float(metrics["loss"]))
+    assert losses == pytest.approx(wanted, abs=1e-5) and wanted[-1] < wanted[0] - 0.1
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, jax.device_get(state.params), jax.device_get(expected.params))
+
+
 def test_a_run_on_uneven_stages_goes_on_under_another_plan(tmp_path):
     """Seven layers on three stages, saved, then on two stages with ZeRO-3: the steps and the state of one device."""
     config = TransformerConfig(**SIZES | {"layers": 7, "width": 24, "vocab_size": 48, "ff": 36})
@@ -172,13 +214,7 @@ def test_a_run_on_uneven_stages_goes_on_under_another_plan(tmp_path):
             assert kernel(tree).addressable_shards[0].data.size * stages == kernel(tree).size == 7 * 24 * 36
         step = jax.jit(make_train_step(loss, tx), out_shardings=(placement.state, None))
         state, _ = step(state, placement.place(batch), jax.random.key(0))
-        with Checkpoints(tmp_path / str(stages), CheckpointConfig()) as checkpoints:
-            checkpoints.save(1, state, data={})
-            checkpoints.wait()
-            like = jax.eval_shape(lambda state=state: state)
-            where = there[1].state
-            like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, where)
-            state = checkpoints.restore(1, like).state
+        state = saved_and_restored(tmp_path / str(stages), state, there[1])
     expected = init_state(params, tx)
     one_device = jax.jit(make_train_step(lm_loss(Decoder(config)), tx))
     for _ in range(2):
