@@ -200,8 +200,9 @@ def auxiliary(
     coefficient = None
     if penalty is not None:
         coefficient = jax.lax.stop_gradient(penalty.sum())
-        if tokens and varying(coefficient):  # equal on all devices, of which the mean tells JAX
-            coefficient = jax.lax.pmean(coefficient, tuple(sorted(varying(coefficient))))
+        # Equal on all devices that hold the layer, of which the mean tells JAX; stages of a pipeline hold others.
+        if holders := varying(coefficient) & {*axes.tokens, axes.width}:
+            coefficient = jax.lax.pmean(coefficient, tuple(sorted(holders)))
 
     def of_sums(sums_SE: Float32[Array, "6 E"]) -> Float32[Array, ""]:
         total = jnp.float32(0)

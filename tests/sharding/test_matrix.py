@@ -77,6 +77,8 @@ ODD = {"vocab_size": 37, "heads": 6, "kv_heads": 2, "ff": 18}
 DENSELY = MixtureConfig(dispatch="dense")  # compiles in a fraction of the time
 WHOLE = {"mlp": "routed", "moe": MoEConfig(balance=0.3, router=RouterConfig("top_k", 4, 2), mixture=DENSELY), "ff": 12}
 PARTS = replace(WHOLE["moe"], importance=0.2, z=0.1)
+# Tokens with different numbers of choices, so that devices and parts have different numbers of them.
+RELU = WHOLE | {"moe": replace(PARTS, router=RouterConfig("relu", 4, 2, penalty=0.1))}
 UNEVEN = [
     ("fsdp=2, tp=4", {"sequence": True}, {"vocab_size": 37, "kv_heads": 2, "tied": False, "layers": 1}),
     ("pp=2, tp=2", {}, WHOLE | {"vocab_size": 37, "kv_heads": 1}),
@@ -103,6 +105,10 @@ MORE_UNEVEN = [
     ("fsdp=2, cp=2", {}, WHOLE | {"moe": replace(PARTS, router=RouterConfig("sigmoid", 4, 2, bias=True))}, 2),
     ("ep=2, dp=2", {}, WHOLE | {"scan": False, "moe": replace(PARTS, every=2)}, 2),
     ("pp=2, dp=2", {}, WHOLE | {"moe": replace(PARTS, balance_scope="sequence")}, 2),
+    ("", {}, RELU, 2),
+    ("ep=2, cp=2, tp=2", {}, RELU),
+    ("pp=2, dp=2", {"microbatches": 4}, RELU),
+    ("dp=2, tp=2", {}, RELU, 2),
 ]
 TWELVE = [
     ("fsdp=2, tp=6", {}, ODD | {"heads": 12, "kv_heads": 4, "tied": False}),
@@ -141,7 +147,8 @@ def references():
 
 def name(case):
     text, options, changes, *_ = case
-    changed = {key: getattr(value, "every", value) for key, value in {**options, **changes}.items()}
+    say = lambda value: f"{value.router.name}/{value.every}" if isinstance(value, MoEConfig) else value  # noqa: E731
+    changed = {key: say(value) for key, value in {**options, **changes}.items()}
     return "-".join([text.replace(" ", ""), *(f"{key}={value}" for key, value in changed.items())])
 
 
