@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
 
 from sharding.analysis.roofline import Placed, placements
 from sharding.attention import AttentionForm
@@ -154,6 +155,7 @@ def estimate_memory(
     gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
     saved, host = _saved(config, plan, z, length)
     layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
+    again = any(way.base != "none" for way in config.remat_groups)
     tokens = z.b * z.t
     if chunk := min(decoder.loss_chunk_size, tokens):
         tokens = -(-tokens // -(-tokens // chunk))  # of chunks of one size
@@ -164,8 +166,8 @@ def estimate_memory(
         optimizer=float(sum(one.bytes for one in placed["optimizer"])),
         gradients=float(gradients),
         saved=saved,
-        attention=_attention(plan, z, live),
-        feed_forward=_feed_forward(plan, z, live),
+        attention=_attention(plan, z, live, again),
+        feed_forward=_feed_forward(plan, z, live, again),
         gathered=2.0 * layer,
         logits=LOGITS * logits + head,
         host=host,
@@ -226,17 +228,38 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
         if waiting.weights:
             # Operands of the weights' products: residuals that products keep, and as many gradients beside them.
             rest = 2 * waiting.weights * saved_per_row(dense, plan, length, replace(way, base="dots")).device
-        own = one.device * (waiting.inputs if way.base == "none" else 1) + rest
+        # Residuals that F has made and B reads are outside the slots, as results and operands of their branches.
+        own = one.device * (waiting.inputs + 2 if way.base == "none" else 1) + rest
         return float(waiting.inputs * inputs + own * layers), float(one.host * layers)
     device = host = 0.0
     for stack in config.stacks:
         for way in config.groups(stack):
             one = saved_per_row(dense, plan, length, way)
-            device, host = device + one.device * z.b * way.layers, host + one.host * z.b * way.layers
+            device += (one.device * way.layers + one.fixed) * z.b
+            host += one.host * z.b * way.layers
             if "routed" in stack.pattern and way.base in ("none", "dots"):
-                extra = z.M * (2 * z.Z + 3 * z.W) * z.item - 3 * z.b * z.t * z.F * z.item
+                extra = _expert_saved(plan, z, way) - _DENSE_SAVED[way.base] * z.b * z.t * z.F * z.item
                 device += extra * way.layers // len(stack.pattern)
     return device, host
+
+
+# Arrays of F channels that a dense feed-forward layer keeps: gate, up, three of the activation, their product; or the
+# products alone.
+_DENSE_SAVED = {"none": 6, "dots": 2}
+
+
+def _expert_saved(plan: Plan, z: Sizes, way: Remat) -> float:
+    """Activations that a layer's experts keep under remat "none"; nothing in their loops and kernels is a dot.
+
+    Gate and up where tokens stay on their device, whose rows are found again from the layer's input. Where they are
+    sent, the six arrays of a dense layer, the rows received, which of them are live, and the rows that come back.
+    """
+    if way.base == "dots":
+        return 0.0
+    ep = plan.size("ep")
+    if ep == 1:
+        return 2.0 * z.M * z.W * z.item
+    return z.M * ((6 * z.W + z.Z + z.Z / ep) * z.item + z.Z)
 
 
 class Waiting(NamedTuple):
@@ -252,17 +275,26 @@ def _waiting(schedule: str, stages: int, microbatches: int, virtual: int) -> Wai
     return Waiting(slots(table)[0], slots(table, "B", "W")[0] if "W" in table.kinds else 0)
 
 
-def _attention(plan: Plan, z: Sizes, live: Live) -> float:
-    """Attention's backward pass: the scores of all pairs, hidden ones too, and the block's streams."""
+def _attention(plan: Plan, z: Sizes, live: Live, again: bool) -> float:
+    """Attention's backward pass: the scores of all pairs, hidden ones too, and the block's streams.
+
+    Ring attention computes them again whatever the policy. Where they are saved (`again` is False), what lives are the
+    gradients of probabilities and scores.
+    """
     ring = plan.size("cp") > 1 and plan.context == "ring"
-    scores = z.b * z.H * z.t * z.S * ((live.ring if ring else live.scores) * F32 + (z.item / 2 if ring else z.item))
-    return scores + _streams(z, live)
+    each = live.ring * F32 + z.item / 2 if ring else live.scores * F32 + z.item if again else 2.0 * F32
+    return z.b * z.H * z.t * z.S * each + _streams(z, live)
 
 
-def _feed_forward(plan: Plan, z: Sizes, live: Live) -> float:
-    """The backward pass of the feed-forward layer: gate, up, their product, and the gradients of two of them."""
-    dense = 5 * z.b * z.t * z.F * z.item if z.routed < z.layers else 0
-    experts = z.M * (live.rows * z.Z + live.hidden * z.W) * z.item
+def _feed_forward(plan: Plan, z: Sizes, live: Live, again: bool) -> float:
+    """The backward pass of the feed-forward layer: gate, up, their product, and the gradients of two of them.
+
+    The first three are not computed again where they are saved, which experts on their own device do not.
+    """
+    saved = 0 if again else 3
+    dense = (5 - saved) * z.b * z.t * z.F * z.item if z.routed < z.layers else 0
+    hidden = live.hidden - (saved if plan.size("ep") > 1 else 0)
+    experts = z.M * (live.rows * z.Z + hidden * z.W) * z.item
     return float(_streams(z, live) + max(dense, experts))
 
 
@@ -288,10 +320,15 @@ def replace_routed(config: TransformerConfig) -> TransformerConfig:
 
 
 class Saved(NamedTuple):
-    """Bytes of saved activations in the device's memory and (offloaded) in the host's."""
+    """Bytes of saved activations in the device's memory and (offloaded) in the host's.
+
+    `fixed` are those on the device that depend on no parameter and no activation (masks, rotary factors), which all
+    layers of a stack share.
+    """
 
     device: int
     host: int
+    fixed: int = 0
 
 
 def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Remat) -> Saved:
@@ -330,7 +367,7 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
 @functools.lru_cache(maxsize=512)
 def _saved_per_row(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat) -> Saved:
     one, two = (_residuals(config, split, t, context, cp, group, rows) for rows in (1, 2))
-    return Saved(two.device - one.device, two.host - one.host)
+    return Saved(*(b - a for a, b in zip(one, two, strict=True)))
 
 
 def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat, rows: int) -> Saved:
@@ -357,7 +394,22 @@ def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: 
 
     saved = run if group.base == "none" else jax.checkpoint(run, policy=group.policy)
     pull = jax.make_jaxpr(lambda params, x: jax.tree.leaves(jax.vjp(saved, params, x)[1]))(params, x)
-    total = {False: 0, True: 0}
-    for aval in pull.out_avals:
-        total[aval.memory_space == jax.memory.Space.Host] += aval.size * aval.dtype.itemsize
-    return Saved(total[False], total[True])
+    found, moving = dict.fromkeys(Saved._fields, 0), _depend(pull.jaxpr, [True] * len(pull.jaxpr.invars))
+    for aval, moves in zip(pull.out_avals, moving, strict=True):
+        where = "host" if aval.memory_space == jax.memory.Space.Host else "device" if moves else "fixed"
+        found[where] += aval.size * aval.dtype.itemsize
+    return Saved(**found)
+
+
+def _depend(jaxpr: Jaxpr, given: list[bool]) -> list[bool]:
+    """Which results of a jaxpr depend on its arguments that are `given`."""
+    known = {var for var, is_given in zip(jaxpr.invars, given, strict=True) if is_given}
+    depends = lambda var: not isinstance(var, Literal) and var in known  # noqa: E731
+    for eqn in jaxpr.eqns:
+        flags = list(map(depends, eqn.invars))
+        if eqn.primitive.name in ("jit", "pjit"):
+            results = _depend(eqn.params["jaxpr"].jaxpr, flags)
+        else:
+            results = [any(flags)] * len(eqn.outvars)
+        known.update(var for var, result in zip(eqn.outvars, results, strict=True) if result)
+    return list(map(depends, jaxpr.outvars))
