@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
+from jaxtyping import PyTree
 
 from sharding.analysis.roofline import Placed, placements
 from sharding.attention import AttentionForm
 from sharding.pipeline.lockstep import lockstep_schedule, slots
+from sharding.pipeline.split import split_layer
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
@@ -219,17 +221,20 @@ def _saved(config: TransformerConfig, plan: Plan, z: Sizes, length: int) -> tupl
     dense = replace_routed(config)
     if plan.size("pp") > 1:
         # A stage keeps its inputs; the layers' own wait for one microbatch, while it is computed again. Without remat
-        # these are kept instead, and a schedule that splits the backward pass keeps what W needs.
+        # these are kept instead, and a schedule that splits the backward pass keeps what W needs. What one work has
+        # made and what another reads are outside the slots, as results and operands of their branches; how many of
+        # them live at once was read off compiled programs (docs/results/plans.md).
         (way,) = config.remat_groups
         one = saved_per_row(dense, plan, length, way)
         waiting = _waiting(plan.schedule, plan.size("pp"), plan.microbatch_count, plan.virtual)
         inputs, layers = z.b * z.s * z.D * z.item, z.b * (z.layers // plan.virtual)
-        rest = 0
-        if waiting.weights:
-            # Operands of the weights' products: residuals that products keep, and as many gradients beside them.
-            rest = 2 * waiting.weights * saved_per_row(dense, plan, length, replace(way, base="dots")).device
-        # Residuals that F has made and B reads are outside the slots, as results and operands of their branches.
-        own = one.device * (waiting.inputs + 2 if way.base == "none" else 1) + rest
+        own = one.device
+        if way.base == "none" or waiting.weights:
+            apart = split_per_row(dense, plan, length, way)
+            if way.base == "none":
+                own = apart.forward * (waiting.inputs + (1 if waiting.weights else 2))
+            if waiting.weights:
+                own += apart.backward * (waiting.weights + 2)
         return float(waiting.inputs * inputs + own * layers), float(one.host * layers)
     device = host = 0.0
     for stack in config.stacks:
@@ -345,10 +350,30 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
       length: tokens of a sequence.
       group: its remat policy; the block's input is counted under every one.
     """
-    tp, cp = plan.size("tp"), plan.size("cp")
     if group.base == "full":  # the input alone
-        tokens = length // cp // (tp if plan.sequence else 1)
+        tokens = length // plan.size("cp") // (plan.size("tp") if plan.sequence else 1)
         return Saved(tokens * config.width * DTYPES[config.dtype].dtype.itemsize, 0)
+    return _saved_per_row(*_local(config, plan, length), replace(group, layers=1))
+
+
+class Apart(NamedTuple):
+    """Bytes that F leaves for B, and B for W, where the backward pass of a block is split (`sharding.split_layer`)."""
+
+    forward: int
+    backward: int
+
+
+def split_per_row(config: TransformerConfig, plan: Plan, length: int, group: Remat) -> Apart:
+    """The residuals of a block in a pipeline, per row; arguments are those of `saved_per_row`."""
+    return _split_per_row(*_local(config, plan, length), replace(group, layers=1))
+
+
+Local = tuple[TransformerConfig, int, int, str, int]
+"""One device's block: the model with its sizes, parts of a residual stream, tokens of a row, context and cp."""
+
+
+def _local(config: TransformerConfig, plan: Plan, length: int) -> Local:
+    tp, cp = plan.size("tp"), plan.size("cp")
     local = replace(
         config,
         heads=config.heads // tp,
@@ -360,17 +385,29 @@ def saved_per_row(config: TransformerConfig, plan: Plan, length: int, group: Rem
         vocab_size=1,
         remat="none",
     )
-    context = plan.context if cp > 1 else "full"
-    return _saved_per_row(local, tp if plan.sequence else 1, length // cp, context, cp, replace(group, layers=1))
+    return local, tp if plan.sequence else 1, length // cp, plan.context if cp > 1 else "full", cp
 
 
 @functools.lru_cache(maxsize=512)
 def _saved_per_row(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat) -> Saved:
-    one, two = (_residuals(config, split, t, context, cp, group, rows) for rows in (1, 2))
+    one, two = (_residuals(*_block_of((config, split, t, context, cp), group, rows)) for rows in (1, 2))
     return Saved(*(b - a for a, b in zip(one, two, strict=True)))
 
 
-def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat, rows: int) -> Saved:
+@functools.lru_cache(maxsize=512)
+def _split_per_row(config: TransformerConfig, split: int, t: int, context: str, cp: int, group: Remat) -> Apart:
+    layer, params, x = _block_of((config, split, t, context, cp), group, rows=1)
+    parts = split_layer(layer, params, x, {})
+    saved = jax.eval_shape(parts.forward, params, {}, x)[1]
+    rest = jax.eval_shape(parts.backward, params, {}, saved, x)[1]
+    # No parameters are among them, nor what follows from these alone; gradients of gains are, and are small.
+    return Apart(*(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) for leaves in (saved, rest)))
+
+
+def _block_of(local: Local, group: Remat, rows: int) -> tuple[Any, PyTree, jax.ShapeDtypeStruct]:
+    """A block as a function of parameters and input, rematerialized, and shapes of both."""
+    config, split, t, context, cp = local
+
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         if split > 1 and axes == INSIDE:
             return jnp.concatenate([x] * split, axis=1)
@@ -389,10 +426,13 @@ def _residuals(config: TransformerConfig, split: int, t: int, context: str, cp: 
     positions = jnp.zeros((rows, t), jnp.int32)
     params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, positions), x)
 
-    def run(params: Any, x: jax.Array) -> jax.Array:
+    def run(params: Any, x: jax.Array, micro: Any = None) -> jax.Array:
         return block.apply(params, x, positions)[0]
 
-    saved = run if group.base == "none" else jax.checkpoint(run, policy=group.policy)
+    return run if group.base == "none" else jax.checkpoint(run, policy=group.policy), params, x
+
+
+def _residuals(saved: Any, params: PyTree, x: jax.ShapeDtypeStruct) -> Saved:
     pull = jax.make_jaxpr(lambda params, x: jax.tree.leaves(jax.vjp(saved, params, x)[1]))(params, x)
     found, moving = dict.fromkeys(Saved._fields, 0), _depend(pull.jaxpr, [True] * len(pull.jaxpr.invars))
     for aval, moves in zip(pull.out_avals, moving, strict=True):

@@ -23,7 +23,14 @@ from tessera.planning import costs
 from tessera.planning.compile import Compiled, compile_step
 from tessera.planning.costs import estimate_costs
 from tessera.planning.explain import explain, search
-from tessera.planning.memory import Memory, estimate_memory, local_sizes, saved_per_row, state_placements
+from tessera.planning.memory import (
+    Memory,
+    estimate_memory,
+    local_sizes,
+    saved_per_row,
+    split_per_row,
+    state_placements,
+)
 from tessera.planning.report import memory_rows, picture_sections, search_outcome, tables, terminal, verdict, write_page
 from tessera.step import StepConfig
 
@@ -74,6 +81,15 @@ def test_the_remat_policy_decides_what_is_kept(remat, least, most):
         assert saved_per_row(MODEL, Plan(""), 128, way).fixed == 128 * 128 * 8 * (1 + 4) + 4 * 128 * 4 * 4
     halved = saved_per_row(MODEL, Plan("tp=2", sequence=True), 128, way).device
     assert halved < kept
+
+
+def test_what_b_leaves_for_w_is_the_operands_of_its_products():
+    """Channels of a token in float32, width 64 and F 128; and the gradients of two gains, which are done."""
+    inputs = 64 + 64 + 64 + 128  # of queries, keys and values; of the output; of gate and up; of down
+    gradients = 3 * 64 + 64 + 2 * 128 + 64
+    (way,) = parse_remat("full", 4)
+    found = split_per_row(replace(MODEL, dtype="float32"), Plan(""), 128, way)
+    assert found == (4 * 128 * 64, 4 * 128 * (inputs + gradients) + 2 * 4 * 64)
 
 
 PLANS = {
@@ -281,7 +297,7 @@ COMPILED = [
     ("dp=4, cp=2", PLAIN, {}, 128, 1),
     ("dp=4, cp=2", PLAIN, {}, 256, 1),
     ("dp=4, cp=2", PLAIN, {"context": "all_to_all"}, 128, 1),
-    ("pp=2, dp=4", PLAIN, {"microbatches": 4}, 128, 1),
+    *(("pp=2, dp=4", PLAIN, {"microbatches": 4, "schedule": name}, 128, 1) for name in ("1f1b", "zb_h1", "dualpipev")),
     ("fsdp=8", CHOOSING, {}, 128, 1),
     ("fsdp=8", CHOOSING, {}, 128, 2),
     ("dp=8", replace(CHOOSING, ff=512, layers=2), {}, 32, 1),
