@@ -104,7 +104,8 @@ def penalize(logits_NV: Float[Array, "N V"], seen_NV: Int[Array, "N V"], setting
 
 def largest(logits_NV: Float[Array, "N V"], count: int, tp: str | None) -> Float[Array, "N C"]:
     """Find the `count` largest logits of the full vocabulary, descending, merged over devices."""
-    top_NC = jax.lax.top_k(logits_NV, min(count, logits_NV.shape[1]))[0]
+    # The barrier: XLA makes a full sort of a top-k that only parts are used of.
+    top_NC = jax.lax.optimization_barrier(jax.lax.top_k(logits_NV, min(count, logits_NV.shape[1]))[0])
     if tp is None:
         return top_NC
     every_NC = jax.lax.all_gather(top_NC, tp, axis=1, tiled=True)
@@ -162,14 +163,21 @@ def warp(
 
 
 def uniform(seed_N: Array, index_N: Int[Array, " N"], ids_V: Int[Array, " V"]) -> Float[Array, "N V"]:
-    """Draw uniform numbers in (0, 1), each a hash of (seed, index, id) alone."""
+    """Draw uniform numbers in (0, 1), each a hash of (seed, index, id) alone.
 
-    def one(seed: Array, index: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        bits_V2 = jax.vmap(lambda token: jax.random.key_data(jax.random.fold_in(key, token)))(ids_V)
-        return ((bits_V2[:, 0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    Threefry makes a key of every row; an id is mixed with its two words by MurmurHash3's finalizer, which costs a sixth
+    of a Threefry per id.
+    """
 
-    return jax.vmap(one)(seed_N, index_N)
+    def mix(x_NV: Array) -> Array:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x_NV = (x_NV ^ (x_NV >> shift)) * jnp.uint32(factor)
+        return x_NV ^ (x_NV >> 16)
+
+    keys_N = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seed_N, index_N)
+    words_N2 = jax.random.key_data(keys_N)
+    bits_NV = mix(mix(ids_V[None].astype(jnp.uint32) ^ words_N2[:, :1]) ^ words_N2[:, 1:])
+    return ((bits_NV >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def best(scores_NV: Float[Array, "N V"], tp: str | None) -> Int[Array, " N"]:
@@ -186,7 +194,8 @@ def best(scores_NV: Float[Array, "N V"], tp: str | None) -> Int[Array, " N"]:
 def draw(warped_NV: Float[Array, "N V"], settings: Settings, tp: str | None) -> Int[Array, " N"]:
     """Draw one token a row from softmax(warped) by the Gumbel-max trick (Maddison et al. 2014); argmax in greedy rows.
 
-    The noise is computed only if some row needs it.
+    With the settings' top-p the token is that of the nucleus, see `redraw`. The noise is computed only if some row
+    needs it.
     """
     cold_N = settings.temperature <= 0
 
@@ -195,7 +204,48 @@ def draw(warped_NV: Float[Array, "N V"], settings: Settings, tp: str | None) -> 
         return warped_NV + jnp.where(cold_N[:, None], 0.0, noise_NV)
 
     # No collectives inside the branches: devices of dp may have different ones.
-    return best(jax.lax.cond(cold_N.all(), lambda: warped_NV, noisy), tp)
+    scores_NV = jax.lax.cond(cold_N.all(), lambda: warped_NV, noisy)
+    tokens_N, top_p_N = best(scores_NV, tp), jnp.where(cold_N, 1.0, settings.top_p)
+    # The devices of tp have the same settings and the same branch.
+    again = lambda: redraw(tokens_N, scores_NV, warped_NV, top_p_N, tp)  # noqa: E731
+    return jax.lax.cond((top_p_N < 1).any(), again, lambda: tokens_N)
+
+
+def redraw(
+    tokens_N: Int[Array, " N"],
+    scores_NV: Float[Array, "N V"],
+    logits_NV: Float[Array, "N V"],
+    top_p_N: Float[Array, " N"],
+    tp: str | None,
+) -> Int[Array, " N"]:
+    """Find the token of the nucleus with the best score, from the one with the best of all, without a threshold.
+
+    A token is outside where the more probable ones alone have the mass p; the best of these is tried next. Every try is
+    a pass over the vocabulary, and about 1 + ln(1 / p) are expected.
+    """
+
+    def all_sum(x_NV: Array) -> Array:
+        return x_NV.sum(-1) if tp is None else jax.lax.psum(x_NV.sum(-1), tp)
+
+    top_N = logits_NV.max(-1) if tp is None else jax.lax.pmax(logits_NV.max(-1), tp)
+    share_NV = jax.lax.optimization_barrier(jnp.exp(logits_NV - top_N[:, None]))  # not once more in every pass
+    mass_N = top_p_N * all_sum(share_NV)
+
+    def outside(tokens_N: Array) -> tuple[Array, Array, Array]:
+        if tp is None:
+            logit_N = jnp.take_along_axis(logits_NV, tokens_N[:, None], axis=1)[:, 0]
+        else:
+            mine_NV = vocabulary_ids(logits_NV.shape[1], tp)[None] == tokens_N[:, None]
+            logit_N = jax.lax.pmax(jnp.where(mine_NV, logits_NV, -jnp.inf).max(-1), tp)
+        above_N = all_sum(jnp.where(logits_NV > logit_N[:, None], share_NV, 0.0))
+        return tokens_N, logit_N, (top_p_N < 1) & (above_N >= mass_N)
+
+    def again(carry: tuple) -> tuple:
+        _, logit_N, outside_N = carry
+        open_NV = ~outside_N[:, None] | (logits_NV > logit_N[:, None])
+        return outside(best(jnp.where(open_NV, scores_NV, -jnp.inf), tp))
+
+    return jax.lax.while_loop(lambda carry: carry[2].any(), again, outside(tokens_N))[0]
 
 
 def sample_tokens(
@@ -227,8 +277,11 @@ def sample_tokens(
     """
     with jax.named_scope("sample"):
         biased_NV = logits_NV if bias_NV is None else logits_NV + bias_NV
-        warped_NV = warp(penalize(biased_NV, seen_NV, settings), settings, tp, candidates)
-        tokens_N = draw(warped_NV, settings, tp)
+        # Top-p is left to `draw`, but for rows whose min-p cuts off some of the mass that it is relative to.
+        later_N = settings.min_p <= 0
+        now, later = (settings._replace(top_p=jnp.where(x, 1.0, settings.top_p)) for x in (later_N, ~later_N))
+        warped_NV = warp(penalize(biased_NV, seen_NV, settings), now, tp, candidates)
+        tokens_N = draw(warped_NV, later, tp)
         return tokens_N, logprob(logits_NV, tokens_N, tp)
 
 

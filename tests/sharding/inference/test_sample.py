@@ -82,6 +82,35 @@ def test_draws_have_the_distribution(how):
     np.testing.assert_allclose(logprobs, model[tokens], rtol=1e-5)
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("how", [{}, {"top_k": 20}, {"min_p": 0.3}, {"temperature": 0.5}], ids=str)
+def test_the_best_token_of_the_nucleus_is_drawn(how, spread):
+    """The nucleus by a full sort in float64, and the noise as it is: the very token, in every row."""
+    rows, rng = 60, np.random.default_rng(2)
+    logits = rng.normal(0, spread, (rows, V)).astype(np.float32)
+    top_p = rng.choice([0.01, 0.3, 0.6, 0.9, 0.97, 1.0], rows)
+    given = settings(rows, seed=np.arange(rows), index=5, **how)._replace(top_p=jnp.asarray(top_p, jnp.float32))
+    tokens, _ = SAMPLE(jnp.asarray(logits), jnp.zeros((rows, V), jnp.int32), given)
+    noise = -np.log(-np.log(np.asarray(uniform(given.seed, given.index, jnp.arange(V)), np.float64)))
+    for row, p, gumbel, token in zip(logits, top_p, noise, tokens.tolist(), strict=True):
+        allowed = sorted(allowed_tokens(row, top_p=p, **how))
+        scores = row.astype(np.float64) / how.get("temperature", 1.0) + gumbel
+        assert token == max(allowed, key=lambda i, scores=scores: scores[i])
+
+
+def test_the_noise_is_uniform_and_ids_seeds_and_numbers_are_independent():
+    """Kolmogorov-Smirnov over the ids of a row, and correlations of neighbors along each of the three."""
+    ids, n = jnp.arange(20_000), 12
+    drawn = [
+        uniform(jnp.arange(n).astype(jnp.uint32), jnp.full(n, 3), ids),
+        uniform(jnp.full(n, 9), jnp.arange(n), ids),
+    ]
+    for x in (np.asarray(x, np.float64) for x in drawn):
+        assert min(stats.kstest(row, "uniform").pvalue for row in x) > 1e-4
+        for one, other in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1])):
+            assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4.5 / np.sqrt(one.size)
+
+
 @pytest.mark.parametrize("candidates", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_split_vocabulary_gives_the_same_tokens(candidates):
     """Rows over dp too; in only one of the two parts is a nucleus larger than the candidates."""
