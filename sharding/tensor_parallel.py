@@ -43,7 +43,7 @@ def vary(tree: PyTree, axes: Sequence[str]) -> PyTree:
       ['all-reduce']
     """
 
-    def mark(x: Any) -> jax.Array:
+    def mark(x: Any) -> Any:
         missing = tuple(axis for axis in axes if axis not in varying(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 

@@ -4,12 +4,14 @@ The cache is only read while the layers run; the new tokens' keys are appended a
 Axes: see `sharding.inference`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sharding.attention import PLAIN, AttentionForm, finite, visible
-from sharding.inference.kv_cache import Past
+from sharding.inference.kv_cache import Blocks, Past
 
 Partial = tuple[Float[Array, "N T K G h"], Float[Array, "N T K G"]]
 """Attention over some of the keys, normalized over them, and the log of the normalizer (-inf for no key); float32."""
@@ -21,6 +23,8 @@ def over_past(
     starts_N: Int[Array, " N"],
     cp: str | None = None,
     form: AttentionForm = PLAIN,
+    first: Any = 0,
+    new: Any = 0,
 ) -> Partial:
     """Attend over the cached keys of a slot, positions 0..starts-1, or those of a sliding window.
 
@@ -30,10 +34,14 @@ def over_past(
       starts_N: tokens in the cache, over all devices of cp.
       cp: mesh axis that splits positions; the result is this device's part.
       form: window, scale and soft-cap; sinks are not added here.
+      first: position of the first key, where `past` is a block of the cache.
+      new: position from which on keys count.
     """
     ways, index = (1, 0) if cp is None else (jax.lax.axis_size(cp), jax.lax.axis_index(cp))
     position_S = jnp.arange(past.k.shape[2], dtype=jnp.int32) * ways + index
+    position_S += first
     seen_NS = position_S[None] < starts_N[:, None]
+    seen_NS &= (position_S >= new)[None]
     seen_NTS = seen_NS[:, None]
     if form.window is not None:
         position_NT = starts_N[:, None] + jnp.arange(q_NTKGh.shape[1], dtype=jnp.int32)[None]
@@ -54,6 +62,28 @@ def over_past(
     o_NKGTh /= jnp.maximum(sum_NKGT, 1e-30)[..., None]
     lse_NKGT = jnp.log(sum_NKGT) + top_NKGT
     return o_NKGTh.transpose(0, 3, 1, 2, 4), lse_NKGT.transpose(0, 3, 1, 2)
+
+
+def over_live(
+    q_NTKGh: Float[Array, "N T K G h"], blocks: Blocks, starts_N: Int[Array, " N"], form: AttentionForm = PLAIN
+) -> Partial:
+    """Attend like `over_past`, block by block, as far as the longest of the rows reaches (flash decoding).
+
+    The rest of the cache is not read. Blocks past the end of a row change its numbers in no bit.
+    """
+
+    def more(carry: tuple) -> Array:
+        return carry[0] * blocks.size < starts_N.max()
+
+    def step(carry: tuple) -> tuple:
+        number, part = carry
+        new = number * blocks.size
+        first = jnp.minimum(new, blocks.length - blocks.size)  # the last one may overlap the one before
+        block = over_past(q_NTKGh, blocks.read(first), starts_N, None, form, first, new)
+        return number + 1, merge(part, block)
+
+    empty = jnp.zeros(q_NTKGh.shape, jnp.float32), jnp.full(q_NTKGh.shape[:-1], -jnp.inf)
+    return jax.lax.while_loop(more, step, (jnp.int32(0), empty))[1]
 
 
 def over_chunk(
@@ -100,7 +130,7 @@ def cached_attention(
     q_NTHh: Float[Array, "N T H h"],
     k_NTKh: Float[Array, "N T K h"],
     v_NTKh: Float[Array, "N T K h"],
-    past: Past,
+    past: Past | Blocks,
     starts_N: Int[Array, " N"],
     cp: str | None = None,
     form: AttentionForm = PLAIN,
@@ -111,10 +141,11 @@ def cached_attention(
       q_NTHh: queries; head i uses key head i // G.
       k_NTKh: keys of the call's tokens.
       v_NTKh: values.
-      past: cached keys and values of the rows' slots, one layer.
+      past: cached keys and values of the rows' slots, one layer; as `Blocks` only those that a row needs are read,
+        which is for one device.
       starts_N: number of cached tokens.
       cp: mesh axis that splits positions (context parallelism).
-      form: sliding window, sinks, scale and soft-cap. Every row of the cache is read, also those outside of a window.
+      form: sliding window, sinks, scale and soft-cap. Keys outside of a window are read too.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,7 +159,10 @@ def cached_attention(
     N, T, H, h = q_NTHh.shape
     K = k_NTKh.shape[2]
     q_NTKGh = q_NTHh.reshape(N, T, K, H // K, h)
-    before = merge_over(over_past(q_NTKGh, past, starts_N, cp, form), cp)
+    if isinstance(past, Blocks):
+        before = over_live(q_NTKGh, past, starts_N, form)
+    else:
+        before = merge_over(over_past(q_NTKGh, past, starts_N, cp, form), cp)
     part = merge(before, over_chunk(q_NTKGh, k_NTKh, v_NTKh, form))
     if form.sinks_H is not None:
         sinks_NTKG = jnp.broadcast_to(form.sinks_H.reshape(1, 1, K, H // K).astype(jnp.float32), part[1].shape)

@@ -139,6 +139,14 @@ class Past(NamedTuple):
     v_scale: jax.Array | None
 
 
+class Blocks(NamedTuple):
+    """The same, `size` positions of `length` at a time: `read(first)` gives those from position `first` on."""
+
+    read: Callable[[Any], Past]
+    size: int
+    length: int
+
+
 def make_cache(config: CacheConfig) -> Cache:
     """Make an empty KV cache; under jit with `out_shardings` every device allocates only its shard.
 
@@ -286,8 +294,8 @@ def copy_prefix(
     return Cache(copy(cache.k), copy(cache.v), copy(cache.k_scale), copy(cache.v_scale), lengths, cache.table)
 
 
-Read = Callable[[Cache, Any], Past]
-"""(cache, layer) -> cached keys and values of the rows of a call."""
+Read = Callable[..., Past]
+"""(cache, layer) -> cached keys and values of the rows of a call; (cache, layer, first, size) -> so many positions."""
 
 
 def _read_pages(cache: Cache, layer: Any, table_NM: jax.Array) -> Past:
@@ -303,6 +311,13 @@ def _read_pages(cache: Cache, layer: Any, table_NM: jax.Array) -> Past:
     return Past(gather(cache.k), gather(cache.v), gather(cache.k_scale), gather(cache.v_scale))
 
 
+def _positions(array: jax.Array, layer: Any, slot: Any, count: int, first: Any, size: int) -> jax.Array:
+    """`size` positions (0: all) of `count` slots in one layer [count, K, size, ...]."""
+    rest = array.shape[4:]
+    start = (layer, slot, 0, first, *[0] * len(rest))
+    return jax.lax.dynamic_slice(array, start, (1, count, array.shape[2], size or array.shape[3], *rest))[0]
+
+
 def read_slots(slots_N: Int[Array, " N"]) -> Read:
     """Make a reader of any slots of this device, in any order (a gather).
 
@@ -314,12 +329,16 @@ def read_slots(slots_N: Int[Array, " N"]) -> Read:
       (2, 1, 8, 4)
     """
 
-    def read(cache: Cache, layer: Any) -> Past:
+    def read(cache: Cache, layer: Any, first: Any = 0, size: int = 0) -> Past:
         if cache.table is not None:
             return _read_pages(cache, layer, cache.table[slots_N])
 
         def take(array: jax.Array | None) -> Any:
-            return None if array is None else jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)[slots_N]
+            if array is None:
+                return None
+            if not size:
+                return jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)[slots_N]
+            return jax.vmap(lambda slot: _positions(array, layer, slot, 1, first, size)[0])(slots_N)
 
         return Past(take(cache.k), take(cache.v), take(cache.k_scale), take(cache.v_scale))
 
@@ -336,15 +355,12 @@ def read_range(first: Any, count: int) -> Read:
       (2, 1, 8, 4)
     """
 
-    def read(cache: Cache, layer: Any) -> Past:
+    def read(cache: Cache, layer: Any, position: Any = 0, size: int = 0) -> Past:
         if cache.table is not None:
             return _read_pages(cache, layer, jax.lax.dynamic_slice_in_dim(cache.table, first, count))
 
         def cut(array: jax.Array | None) -> Any:
-            if array is None:
-                return None
-            start = (layer, first, *[0] * (array.ndim - 2))
-            return jax.lax.dynamic_slice(array, start, (1, count, *array.shape[2:]))[0]
+            return None if array is None else _positions(array, layer, first, count, position, size)
 
         return Past(cut(cache.k), cut(cache.v), cut(cache.k_scale), cut(cache.v_scale))
 

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.attention import AttentionForm, packed_window
+from sharding.inference.few_rows import Kernel, RowProjection
 from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.attention_forms import (
     IMPLEMENTATIONS,
@@ -430,8 +431,10 @@ def rotate(
     return rotated.astype(x_BTHh.dtype)
 
 
-def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Float[Array, "D H h"]) -> Float[Array, "B T H h"]:
+def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Kernel) -> Float[Array, "B T H h"]:
     """Project activations to one vector per head; computes in x's dtype."""
+    if isinstance(kernel_DHh, RowProjection):
+        return kernel_DHh(x_BTD)
     return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHh.astype(x_BTD.dtype))
 
 
@@ -503,16 +506,18 @@ def project_latent(
     return q_BTHh, jnp.concatenate([k_BTHn, shared_BTHr], axis=-1), v_BTHv
 
 
-def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Float[Array, "H h D"]) -> Float[Array, "B T D"]:
+def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Kernel) -> Float[Array, "B T D"]:
     """Project the heads' outputs back to the residual stream; computes in x's dtype."""
+    if isinstance(kernel_HhD, RowProjection):
+        return kernel_HhD(x_BTHh)
     return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
 
 
 def swiglu(
     x: Float[Array, "*N D"],
-    gate: Float[Array, "D F"],
-    up: Float[Array, "D F"],
-    down: Float[Array, "F D"],
+    gate: Float[Array, "D F"] | RowProjection,
+    up: Float[Array, "D F"] | RowProjection,
+    down: Float[Array, "F D"] | RowProjection,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> Float[Array, "*N D"]:
     """Gated feed-forward layer (silu(x gate) * (x up)) down without biases, or of another activation than SiLU.
@@ -535,7 +540,7 @@ class Weight(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self) -> Float[Array, "..."]:
+    def __call__(self) -> Kernel:
         """Return the parameter."""
         return self.param("kernel", _kernel_init(self.shape, self.fan_in, self.scale), self.shape, jnp.float32)
 
@@ -556,7 +561,7 @@ class HeadProjection(nn.Module):
     gain: float | None = None
 
     @nn.compact
-    def __call__(self) -> dict[str, Float[Array, "..."]]:
+    def __call__(self) -> dict[str, Kernel]:
         """Return the parameters by name."""
         found = {"kernel": self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)}
         if self.bias:
@@ -742,8 +747,7 @@ class Block(nn.Module):
             return checkpoint_name(y_BSD, name)
 
         attend = Attention(c, self.attend, self.expert_axes.width, self.packed, name="attention")
-        how = c.form(0) if form is None else form
-        x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT, how))
+        x_BSD += added("attention", x_BSD, lambda y_BTD: attend(y_BTD, positions_BT, form or c.form(0)))
         feed: Callable[..., jax.Array]
         if mlp == "routed":
             mask_BT = positions_BT >= 0 if self.packed else None

@@ -28,7 +28,8 @@ from sharding.attention import AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_sizes
 from sharding.inference.attention import cached_attention
-from sharding.inference.kv_cache import Cache, Read
+from sharding.inference.few_rows import RowKernel, RowProjection
+from sharding.inference.kv_cache import Blocks, Cache, Past, Read
 from sharding.inference.quantize import dequantize, is_quantized
 from sharding.inference.sample import vocabulary_ids
 from sharding.pipeline.stages import split_layers, store_across
@@ -48,6 +49,7 @@ from tessera.models.transformer import (
     form_of,
     param_shapes,
 )
+from tessera.optim.param_axes import kernel_axes
 from tessera.step import ROUTER_MEANS, LossFn, padding_share, router_metrics, with_mean_weights
 
 Micro = Mapping[str, Any]
@@ -58,6 +60,10 @@ NOISY = ("gshard", "noisy", "hierarchical", "sparsemixer")
 
 ROUTERS = ("top_k", "switch", "sigmoid", "softmax_groups", "hash", "relu", *NOISY)
 """Routers that choose for every token by itself, so that splitting the batch changes nothing but their noise."""
+
+
+LIVE_BLOCK = 128
+"""Positions of the KV cache that attention reads at a time on one CPU."""
 
 
 class Stream(NamedTuple):
@@ -316,6 +322,10 @@ class ShardedDecoder:
 
     def logits(self, params: PyTree, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B T V"]:
         """float32 logits of this device's part of the vocabulary; those of padding are -inf, so that none is drawn."""
+        if "rows" in params:  # see `tessera.serving.layout`
+            x_BTD = self.config.norm(x_BSD, params["final_norm"]["gain"])
+            head = RowProjection(params["rows"], params["rows"].values.shape[::-1], 1)
+            return self.config.cap(head(x_BTD.astype(jnp.float32)))
         logits_BTV = self.config.logits(*self.head(params, x_BSD))
         columns = logits_BTV.shape[-1]
         if columns * self.plan.size("tp") == self.vocabulary:
@@ -475,7 +485,7 @@ class ShardedDecoder:
                     made.append((wide_k.transpose(0, 2, 1, 3), wide_v.transpose(0, 2, 1, 3)))
                     if inputs.read is None:
                         return attention(q_NTHh, k_NTKh, v_NTKv, form)
-                    past = inputs.read(cache, number + i)
+                    past = self._past(inputs.read, cache, number + i, isinstance(params[stack.name], tuple))
                     y_NTHh = cached_attention(wide_q, wide_k, wide_v, past, inputs.starts, self.cp, form)
                     return y_NTHh[..., : v_NTKv.shape[-1]]
 
@@ -488,13 +498,29 @@ class ShardedDecoder:
         pairs = []
         for stack in self.config.stacks:
             period, blocks = len(stack.pattern), params[stack.name]
-            units = jax.tree.leaves(blocks)[0].shape[0]
             with jax.named_scope("layers"):
-                numbers = stack.start + period * jnp.arange(units)
-                x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, (numbers, blocks, self._forms(stack, units)))
+                if isinstance(blocks, tuple):  # see `tessera.serving.layout`
+                    each, forms, shapes = [], self.config.forms(stack), param_shapes(self.config)[stack.name]
+                    for u, layer in enumerate(blocks):
+                        one = (stack.start + period * u, _projections(layer, shapes), form_of(forms, u))
+                        x_NTD, pair = step(stack, x_NTD, one)
+                        each.append(pair)
+                    pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+                else:
+                    units = jax.tree.leaves(blocks)[0].shape[0]
+                    numbers = stack.start + period * jnp.arange(units)
+                    layers = numbers, blocks, self._forms(stack, units)
+                    x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, layers)
             pairs.append([leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair])
         k, v = pairs[0] if len(pairs) == 1 else (jnp.concatenate(both) for both in zip(*pairs, strict=True))
         return x_NTD, k, v
+
+    def _past(self, read: Read, cache: Cache, layer: Any, live: bool) -> Past | Blocks:
+        """What a layer reads of the cache: on one CPU (`live`) block by block, as far as there are tokens."""
+        length = cache.k.shape[3]
+        if not live or cache.table is not None or length <= LIVE_BLOCK:
+            return read(cache, layer)
+        return Blocks(lambda first: read(cache, layer, first, LIVE_BLOCK), LIVE_BLOCK, length)
 
     def _forms(self, stack: Stack, units: int) -> LayerForm | None:
         """The forms of this stage's units of a stack."""
@@ -676,6 +702,20 @@ def state_shardings(decoder: ShardedDecoder, mesh: Mesh, state: PyTree) -> PyTre
 def batch_sharding(decoder: ShardedDecoder, mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data axes."""
     return NamedSharding(mesh, PartitionSpec(decoder.batch_axes or None))
+
+
+def _projections(layer: PyTree, stacked: PyTree) -> PyTree:
+    """A block's parameters with a `RowProjection` in place of every `RowKernel`; `stacked` are the stack's shapes."""
+
+    def one(path: tuple, node: Any, shape: Any) -> Any:
+        if not isinstance(node, RowKernel):
+            return node
+        axes = kernel_axes(path)
+        assert axes is not None
+        return RowProjection(node, shape.shape[1:], len(axes.inputs))
+
+    is_leaf = lambda node: isinstance(node, RowKernel) or is_quantized(node)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, layer, stacked, is_leaf=is_leaf)
 
 
 def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str], bool] = lambda path: False) -> PyTree:

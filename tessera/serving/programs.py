@@ -7,7 +7,7 @@ the call says (row r of N to part r // (N / parts)), and its slot is counted wit
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sharding.mesh import make_mesh
 from sharding.plan import DATA_AXES
 from sharding.rules import shardings
 from tessera.parallel.decoder import ShardedDecoder
+from tessera.serving.layout import lay_out
 from tessera.serving.quantized import quantized_specs
 from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program, reuse_program
 
@@ -43,6 +44,9 @@ class ServeConfig:
       pages: pages of the KV cache that all slots share (PagedAttention), so that many short texts fit in little memory
         and a common beginning is there once; 0 gives every slot room for `length` tokens, which a step reads faster.
       page_size: tokens of a page.
+      layout: of the weights: "stacked" as under every plan, or on one device "rows": unrolled layers with kernels
+        transposed for few rows, quantized ones multiplied in int8 (see `tessera.serving.layout`); "auto" is "rows" on
+        a CPU.
     """
 
     slots: int = 8
@@ -55,6 +59,7 @@ class ServeConfig:
     candidates: int = CANDIDATES
     pages: int = 0
     page_size: int = 64
+    layout: Literal["auto", "stacked", "rows"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("slots", "length", "steps", "chunk", "rows", "candidates", "page_size"):
@@ -135,8 +140,17 @@ class Programs:
         """Partition of the state."""
         return State(cache_specs(self.cache_config, self.decoder.plan), PartitionSpec(self.data, self.decoder.tp))
 
+    @property
+    def rows(self) -> bool:
+        """Whether the weights are laid out for one CPU, see `ServeConfig.layout`."""
+        on_cpu = self.decoder.plan.devices == 1 and self.device_mesh.devices.flat[0].platform == "cpu"
+        return on_cpu if self.config.layout == "auto" else self.config.layout == "rows"
+
     def place(self, params: PyTree) -> PyTree:
-        """Parameters from `serve` on their devices."""
+        """Parameters from `serve`, or placed ones, on their devices."""
+        if self.rows:
+            params = params if "rows" in params else lay_out(params, self.decoder.config)
+            return jax.device_put(params, shardings(self.device_mesh, PartitionSpec()))
         return jax.device_put(params, shardings(self.device_mesh, quantized_specs(params, self.decoder)))
 
     def empty(self) -> State:

@@ -70,7 +70,8 @@ def _compile(programs: Any, function: Callable, in_specs: tuple, out_specs: tupl
 
     def call(params: PyTree, state: State, *rest: Any) -> Any:
         if "program" not in made:
-            specs = (quantized_specs(params, programs.decoder), programs.state_specs, *in_specs)
+            of_params = PartitionSpec() if "rows" in params else quantized_specs(params, programs.decoder)
+            specs = (of_params, programs.state_specs, *in_specs)
             mapped = jax.shard_map(function, mesh=programs.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
             made["program"] = jax.jit(mapped, donate_argnums=1)
         return made["program"](params, state, *rest)
@@ -152,13 +153,18 @@ def _read(
     def tick(carry: tuple, number: jax.Array) -> tuple:
         x_NTD, cache = carry
         y_NTD, k, v = decoder.cached_layers(params, x_NTD, cache, inputs)
-        counts = jnp.where(number == stage, rows.counts, 0)  # a stage writes once, when its turn comes
+        counts = _after(jnp.where(number == stage, rows.counts, 0), y_NTD)  # a stage writes once, when its turn comes
         cache = append(cache, k, v, rows.slots, rows.starts, counts, decoder.cp)
         return (pass_on(y_NTD, decoder.pp), cache), None
 
     ticks = jnp.arange(decoder.plan.size("pp"))
     # After the last tick the result has come around to stage 0.
     return jax.lax.scan(tick, (decoder.embed(params, rows.tokens), cache), ticks)[0]
+
+
+def _after(counts_N: jax.Array, x_NTD: jax.Array) -> jax.Array:
+    """The counts, known only once the last layer has read the cache: else XLA:CPU copies it whole before the write."""
+    return counts_N + (x_NTD[:, 0, 0] > jnp.inf).astype(jnp.int32)  # zeros, which the compiler does not know
 
 
 def _from_first(x: jax.Array, pp: str | None) -> jax.Array:
@@ -209,7 +215,8 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool, biased: bool) -
             x_N1D = jnp.where(stage == 0, entering_N1D, x_N1D)
             inputs = DecodeInputs(tokens_N[:, None], starts_N, read_range(slots_N[0], count))
             y_N1D, k, v = decoder.cached_layers(params, x_N1D, state.cache, inputs)
-            cache = append(state.cache, k, v, slots_N, starts_N, live_N.astype(jnp.int32), decoder.cp)
+            counts_N = _after(live_N.astype(jnp.int32), y_N1D)
+            cache = append(state.cache, k, v, slots_N, starts_N, counts_N, decoder.cp)
             seen = mark_seen(state.seen, slots_N, tokens_N[:, None], live_N[:, None], decoder.tp, DRAWN)
             logits_NV = decoder.logits(params, y_N1D)[:, 0]
             settings_N = settings_N._replace(index=settings_N.index + item.step)

@@ -96,7 +96,7 @@ def test_quantised_kernels_are_served_as_they_are(axes):
     params = weights(DENSE)
     small = quantise_decoder(params, DENSE, QuantConfig(4, "awq", 4), TEXT)
     placed, served = serve(small, DENSE, Plan(axes))
-    programs = make_programs(served, ServeConfig(slots=8, length=24, chunk=16))
+    programs = make_programs(served, ServeConfig(slots=8, length=24, chunk=16, layout="stacked"))
     placed = programs.place(placed)
     assert placed["blocks"]["mlp"]["up"]["kernel"].values.dtype == jnp.int4
     _, found = programs.prefill(placed, TEXT, np.full(8, 16))
@@ -118,7 +118,7 @@ def test_quantized_experts_are_widened_by_their_products_alone(axes, how):
     params = weights(ROUTED)
     small = quantise_decoder(params, ROUTED, how, TEXT)
     placed, served = serve(small, ROUTED, Plan(axes))
-    programs = make_programs(served, ServeConfig(slots=8, length=24, chunk=16))
+    programs = make_programs(served, ServeConfig(slots=8, length=24, chunk=16, layout="stacked"))
     _, found = programs.prefill(programs.place(placed), TEXT, np.full(8, 16))
     np.testing.assert_allclose(found, logits(dequantize_layer(small, "float32"), ROUTED)[:, -1], atol=1e-4)
     layer = {"mlp": {"experts": jax.tree.map(lambda leaf: leaf[0], small["blocks"]["mlp"]["experts"])}}

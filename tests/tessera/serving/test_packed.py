@@ -73,7 +73,7 @@ def test_packed_weights_are_served_as_they_are(name, axes, golden):
     case, steps = golden("quantized"), 5
     params, config = load_directory(GOLDEN / name)
     params, served = serve(params, config, Plan(axes))
-    programs = make_programs(served, ServeConfig(slots=4, length=24, chunk=12, steps=steps))
+    programs = make_programs(served, ServeConfig(slots=4, length=24, chunk=12, steps=steps, layout="stacked"))
     params = programs.place(params)
     assert any(leaf.dtype in (jnp.int4, jnp.int8) for leaf in jax.tree.leaves(params))
     prompts = np.resize(case["tokens"], (4, 12)).astype(np.int32)
