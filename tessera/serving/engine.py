@@ -19,6 +19,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from sharding.inference.sample import Settings, greedy
+from tessera.serving.lookup import NGrams
 from tessera.serving.pages import NOTHING, Pool, common
 from tessera.serving.programs import Programs, Rows
 from tessera.serving.requests import (
@@ -46,6 +47,8 @@ class Engine:
       ends: tokens that end every text, the model's end of text; they are not part of it.
       prefix_cache: a prompt that begins like a text that runs, or has ended and is still in the cache, takes the tokens
         they share from there, if they are so many (prefix caching); 0 reads every prompt whole.
+      lookup: longest n-gram that greedy texts are drafted for by, see `tessera.serving.lookup`; 0 is off.
+      drafted: T, most tokens of such a draft.
     """
 
     def __init__(
@@ -55,7 +58,12 @@ class Engine:
         queue: int = 64,
         ends: Collection[int] = (),
         prefix_cache: int = 0,
+        lookup: int = 0,
+        drafted: int = 4,
     ):
+        if lookup and isinstance(programs, Speculating):
+            raise ValueError(f"lookup={lookup} beside a draft model: one of the two drafts")
+        self.lookup, self.drafted = lookup, drafted if lookup else 0
         self.programs, self.params, self.queue, self.ends = programs, params, queue, frozenset(ends)
         self.prefix_cache = prefix_cache
         slots = programs.config.slots
@@ -111,6 +119,9 @@ class Engine:
         settings = Settings(*(array.copy() for array in self._settings))
         budget = np.zeros(len(self.slots), np.int32)
         self._state, _ = self.programs.generate(self.params, self._state, self._last, budget, settings)
+        if self.lookup and isinstance(self.programs, Programs):
+            none = np.full((self.drafted, len(budget)), -1, np.int32)
+            self._state, _ = self.programs.verify(self.params, self._state, self._last, none, budget, settings)
         if self.prefix_cache:
             self._state = self.programs.reuse(self._state, 0, [0], 0, 0, 1)
         jax.block_until_ready(self._state)
@@ -277,7 +288,7 @@ class Engine:
 
     def _room(self, request: Request) -> int:
         """Tokens that a request has in the cache after it is read and a call has drawn the next ones."""
-        return len(request.text) + min(self.programs.reach, self._left(request))
+        return request.known + min(max(self.programs.reach, self.drafted + 1), self._left(request))
 
     def _grow(self, request: Request) -> bool:
         """Give a running request pages for the next call; False if it goes back into the queue for want of them."""
@@ -436,14 +447,36 @@ class Engine:
         if not running:
             return
         settings = Settings(*(array.copy() for array in self._settings))
+        guesses = self._look_up(running, budget) if self.lookup and bias is None else None
         self._point()
-        self._state, drawn = self.programs.generate(self.params, self._state, self._last, budget, settings, **options)
+        given = self.params, self._state, self._last
+        if guesses is not None and isinstance(self.programs, Programs):
+            self._state, drawn = self.programs.verify(*given, guesses, budget, settings)
+        else:
+            self._state, drawn = self.programs.generate(*given, budget, settings, **options)
         tokens, logprobs, top = jax.device_get((drawn.tokens, drawn.logprobs, drawn.top))
-        self.counts["decode_steps"] += len(tokens)
+        self.counts["decode_steps"] += len(tokens) if guesses is None else 1
+        if guesses is not None:
+            self.counts["accepted"] += int((tokens[1:] >= 0).sum())
         for request in running:
             with self._alone(request):
                 mine = (tokens[:, request.slot], logprobs[:, request.slot], [x[:, request.slot] for x in top])
                 self._advance(request, *mine, int(budget[request.slot]))
+
+    def _look_up(self, running: Sequence[Request], budget: np.ndarray) -> np.ndarray | None:
+        """Drafts [T, B] of greedy texts from themselves, -1 where there is none; None without any."""
+        guesses = np.full((self.drafted, len(self.slots)), -1, np.int32)
+        for request in running:
+            if request.sampling.plain:
+                if request.grams is None:
+                    request.grams = NGrams(self.lookup)
+                    request.grams.add(request.prompt)
+                grams = request.grams
+                grams.add(request.tokens[len(grams.text) - len(request.prompt) :])
+                found = grams.draft(min(self.drafted, int(budget[request.slot]) - 1))
+                guesses[: len(found), request.slot] = found
+                self.counts["drafted"] += len(found)
+        return guesses if (guesses >= 0).any() else None
 
     def _advance(
         self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, top: list[np.ndarray], budget: int

@@ -68,12 +68,17 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A second, small model that drafts for the first; see `tessera.serving.speculative`.
+    """Tokens drafted for the model to check several in a pass (speculative decoding).
+
+    By a second, small model, see `tessera.serving.speculative`, or looked up in the text (`tessera.serving.lookup`).
 
     Attributes:
-      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` nothing is drafted.
+      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` no model drafts.
       plan: how it is split; "same" as the large model. Slots must be split over as many devices.
       tokens: drafted per round.
+      lookup: prompt lookup decoding: longest n-gram at the end of a text that is looked up in it, to draft what
+        followed it before; 0 is off. Greedy requests without penalties, a logit bias or a grammar are drafted for,
+        others go on a token at a time.
     """
 
     dir: str = ""
@@ -83,6 +88,13 @@ class DraftConfig:
     group: int = 0
     plan: str = "same"
     tokens: int = 4
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lookup < 0 or self.tokens < 1:
+            raise ValueError(f"lookup={self.lookup} must be at least 0, tokens={self.tokens} at least 1")
+        if self.lookup and self.dir:
+            raise ValueError(f"lookup={self.lookup} and dir={self.dir!r}: one of the two drafts; leave the other out")
 
 
 class Loaded(NamedTuple):
@@ -272,7 +284,10 @@ def make_engine(
     programs, params = _programs(loaded, source, plan, sizes)
     ends = loaded.format.ends
     if not draft.dir:
-        return Engine(programs, programs.place(params), queue, ends, prefix_cache), loaded._replace(params=None)
+        options: Any = {"lookup": draft.lookup, "drafted": draft.tokens}
+        return Engine(programs, programs.place(params), queue, ends, prefix_cache, **options), loaded._replace(
+            params=None
+        )
     own = {name: getattr(draft, name) for name in ("dir", "ticket", "dtype", "bits", "group")}
     small = SourceConfig(tokenizer=source.tokenizer, **own)
     split = plan if draft.plan == "same" else Plan(draft.plan)

@@ -25,7 +25,7 @@ from sharding.rules import shardings
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.serving.layout import lay_out
 from tessera.serving.quantized import quantized_specs
-from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program, reuse_program
+from tessera.serving.steps import Drawn, Rows, State, extend_program, generate_program, lookup_program, reuse_program
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,27 @@ class Programs:
             self._made[key] = generate_program(self, ring, logits=logits, biased=bias is not None)
         tokens, budget = (jnp.asarray(x, jnp.int32) for x in (tokens, budget))
         return self._cut(*self._made[key](params, state, tokens, budget, settings, self._pad(bias)))
+
+    def verify(
+        self, params: PyTree, state: State, tokens: Any, drafted: Any, budget: Any, settings: Settings
+    ) -> tuple[State, Drawn]:
+        """Draw a token in every slot like `generate`, after the drafted ones that are what greedy decoding gives.
+
+        Args:
+          params: from `place`.
+          state: donated.
+          tokens: int [B], the last token of every slot, not in the cache yet.
+          drafted: int [T, B], what may follow, -1 behind it; none but in greedy rows without penalties.
+          budget: int [B], 0 for a slot not in use; more may be drawn than that, to be ignored.
+          settings: of every slot; `index` is that of the first token drawn.
+
+        Returns:
+          The state, and tokens [T + 1, B], -1 behind those that were drawn.
+        """
+        if "verify" not in self._made:
+            self._made["verify"] = lookup_program(self)
+        tokens, drafted, budget = (jnp.asarray(x, jnp.int32) for x in (tokens, drafted, budget))
+        return self._cut(*self._made["verify"](params, state, tokens, drafted, budget, settings))
 
 
 def make_programs(decoder: ShardedDecoder, config: ServeConfig, devices: Any = None) -> Programs:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from tessera.serving.lookup import NGrams
+
 ALTERNATIVES = 20  # most probable tokens at each token drawn, at most; as of `sharding.inference.sample`
 LARGEST = 2**31 - 1  # what the devices' int32 holds
 MAX_STOP_TOKENS = 1024
@@ -83,6 +85,12 @@ class Sampling:
             if not (is_number(bias) and abs(bias) <= MAX_BIAS):
                 raise OutOfRange("logit_bias", bias, f"a number in -{MAX_BIAS}..{MAX_BIAS} for every token")
         object.__setattr__(self, "stop_tokens", tuple(int(token) for token in self.stop_tokens))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is always the most probable one."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return self.temperature == 0 and penalties == (1, 0, 0) and not self.logit_bias
 
 
 SMALLEST = 1e-10  # a logit over a smaller temperature may not be a float32
@@ -171,6 +179,7 @@ class Request:
       constraint: what the text may be; None is anything.
       prompt_logprobs: of the prompt's tokens but the first, if asked for; complete before the first token is drawn.
       prompt_top: as `top`, in place of each of them.
+      grams: n-grams of the text that drafts are looked up in, if they are.
       end: log-probability of the token that ended the text, which is no part of it, and `top` in its place.
     """
 
@@ -187,6 +196,7 @@ class Request:
     constraint: Constraint | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    grams: NGrams | None = None
     end: tuple[float, tuple[tuple[int, float], ...]] | None = None
 
     def since(self, start: int) -> tuple[list[int], list[float], list[tuple[tuple[int, float], ...]], str]:
@@ -203,4 +213,9 @@ class Request:
     @property
     def reading(self) -> bool:
         """Whether part of the prompt, or of a text that lost its pages, is still to be read."""
-        return self.read < len(self.prompt) + len(self.tokens[:-1])
+        return self.read < self.known
+
+    @property
+    def known(self) -> int:
+        """Tokens of `text`."""
+        return len(self.prompt) + max(len(self.tokens) - 1, 0)

@@ -18,6 +18,7 @@ from sharding.inference.sample import (
     DRAWN,
     READ,
     Settings,
+    best,
     logprob,
     mark_seen,
     sample_tokens,
@@ -272,17 +273,11 @@ def verify_program(programs: Any) -> Callable:
         seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], decoder.tp, DRAWN)
         draft_BTV = logits[:-1].transpose(1, 0, 2)
         stayed_B, next_B = accept(logits_BUV, draft_BTV, drafted_BT, seen, settings, decoder.tp, config.candidates)
-        step_U, stayed_B1 = jnp.arange(u)[None], stayed_B[:, None]
-        drawn_BU = jnp.where(step_U < stayed_B1, drafted.T, jnp.where(step_U == stayed_B1, next_B[:, None], -1))
-        logits_NV = logits_BUV.reshape(b * u, -1)
-        logprob_N = logprob(logits_NV, drawn_BU.reshape(-1), decoder.tp)
-        top = jax.tree.map(lambda x: x.reshape(b, u, -1).swapaxes(0, 1), top_logprobs(logits_NV, settings, decoder.tp))
-        stays_BT = live_B[:, None] & (step_U[:, :-1] < stayed_B1)
-        seen = mark_seen(seen, slots_B, drafted_BT, stays_BT, decoder.tp, DRAWN)
-        # Nothing past a slot's length is ever looked at: this forgets what did not stay.
-        lengths = jnp.where(live_B, starts_B + 1 + stayed_B, starts_B)
-        drawn = Drawn(drawn_BU.T, logprob_N.reshape(b, u).T, None, top)
-        return State(cache._replace(lengths=lengths), seen), drawn, lengths, seen
+        drawn_BU = jnp.concatenate([drafted_BT, next_B[:, None]], 1)
+        drawn_BU = jnp.where(jnp.arange(u)[None] == stayed_B[:, None], next_B[:, None], drawn_BU)
+        state = State(cache, seen)
+        state, drawn = _keep(decoder, state, logits_BUV, drawn_BU, stayed_B, live_B, starts_B, settings)
+        return state, drawn, state.cache.lengths, state.seen
 
     row, drawn = PartitionSpec(data), PartitionSpec(None, data)
     state = programs.state_specs
@@ -290,6 +285,60 @@ def verify_program(programs: Any) -> Callable:
     return _compile(
         programs, local, given, (state, Drawn(drawn, drawn, None, (drawn, drawn)), state.cache.lengths, state.seen)
     )
+
+
+def lookup_program(programs: Any) -> Callable:
+    """`Programs.verify`, compiled: like `verify_program`, of tokens [T, B] that no model has drawn, -1 for none.
+
+    They stay where the model's best token is the same, so rows with drafts must be greedy without penalties.
+    """
+    decoder, config, data = programs.decoder, programs.config, programs.data
+
+    def local(
+        params: PyTree, state: State, tokens: Any, drafted: Any, budget: Any, settings: Settings
+    ) -> tuple[State, Drawn]:
+        drafted_BT = drafted.T
+        b, t = drafted_BT.shape
+        slots_B, live_B, starts_B = jnp.arange(b, dtype=jnp.int32), budget > 0, state.cache.lengths
+        counts_B = jnp.where(live_B, 1 + (drafted_BT >= 0).sum(1), 0)
+        read_BU = jnp.concatenate([tokens[:, None], jnp.maximum(drafted_BT, 0)], 1)
+        rows = Rows(read_BU, slots_B, starts_B, counts_B.astype(jnp.int32))
+        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b))
+        logits_BUV = decoder.logits(params, _from_first(x_BUD, decoder.pp))
+        seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], decoder.tp, DRAWN)
+        first_B, _ = sample_tokens(logits_BUV[:, 0], seen, settings, decoder.tp, config.candidates)
+        best_N = best(logits_BUV.reshape(b * (t + 1), -1), decoder.tp)
+        drawn_BU = best_N.reshape(b, t + 1).at[:, 0].set(first_B)
+        stayed_B = jnp.cumprod((drafted_BT == drawn_BU[:, :-1]).astype(jnp.int32), axis=1).sum(1)
+        return _keep(decoder, State(cache, seen), logits_BUV, drawn_BU, stayed_B, live_B, starts_B, settings)
+
+    row, drawn = PartitionSpec(data), PartitionSpec(None, data)
+    given = (row, drawn, row, _settings_specs(row))
+    return _compile(programs, local, given, (programs.state_specs, Drawn(drawn, drawn, None, (drawn, drawn))))
+
+
+def _keep(
+    decoder: ShardedDecoder,
+    state: State,
+    logits_BUV: jax.Array,
+    drawn_BU: jax.Array,
+    stayed_B: jax.Array,
+    live_B: jax.Array,
+    starts_B: jax.Array,
+    settings: Settings,
+) -> tuple[State, Drawn]:
+    """The state and what was drawn where the first `stayed` of the drafted tokens are right, and one follows them."""
+    b, u = drawn_BU.shape
+    step_U, stayed_B1 = jnp.arange(u)[None], stayed_B[:, None]
+    drawn_BU = jnp.where(step_U <= stayed_B1, drawn_BU, -1)
+    logits_NV = logits_BUV.reshape(b * u, -1)
+    logprob_N = logprob(logits_NV, drawn_BU.reshape(-1), decoder.tp)
+    top = jax.tree.map(lambda x: x.reshape(b, u, -1).swapaxes(0, 1), top_logprobs(logits_NV, settings, decoder.tp))
+    stays_BT = live_B[:, None] & (step_U < stayed_B1)[:, :-1]
+    seen = mark_seen(state.seen, jnp.arange(b, dtype=jnp.int32), drawn_BU[:, :-1], stays_BT, decoder.tp, DRAWN)
+    # Nothing past a slot's length is ever looked at: this forgets what did not stay.
+    lengths = jnp.where(live_B, starts_B + 1 + stayed_B, starts_B)
+    return State(state.cache._replace(lengths=lengths), seen), Drawn(drawn_BU.T, logprob_N.reshape(b, u).T, None, top)
 
 
 def _record(output: Drawn, new: Drawn, step: Any, slots_N: Any, live_N: Any) -> Drawn:

@@ -9,6 +9,8 @@ import tiny_model as tiny
 from sharding.errors import PlanError
 from sharding.plan import Plan
 from tessera.serving.engine import Engine, generate_all
+from tessera.serving.load import DraftConfig
+from tessera.serving.lookup import NGrams
 from tessera.serving.requests import Sampling
 from tessera.serving.speculative import Speculating
 
@@ -141,3 +143,37 @@ def test_models_that_do_not_go_together_are_refused():
         Speculating(target, replace(target, decoder=replace(target.decoder, plan=Plan("dp=2"))))
     with pytest.raises(ValueError, match="drafted=0"):
         Speculating(target, target, 0)
+
+
+@pytest.mark.parametrize("axes", ["", pytest.param("dp=2, tp=2", marks=pytest.mark.slow)])
+def test_texts_that_are_looked_up_in_themselves_are_the_same_texts(axes):
+    """Greedy ones take drafts; beside them, in the same steps, penalties and sampled texts go on without."""
+    prompts = [PROMPTS[0], LONG, *PROMPTS[2:], PROMPTS[3]]
+    asked = [*GREEDY, replace(SAMPLED[3], max_tokens=30)]
+    asked[0] = replace(asked[0], max_tokens=50, top_logprobs=2)
+    asked[5] = replace(asked[5], max_tokens=40)
+    plain = generate_all(tiny.engine(axes=axes), prompts, asked)
+    drafting = tiny.engine(axes=axes, lookup=3, drafted=3)
+    found = generate_all(drafting, prompts, asked)
+    for one, other in zip(found, plain, strict=True):
+        assert one.tokens == other.tokens and one.finish == other.finish
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert [top[0][0] for top in found[0].top] == found[0].tokens
+    assert 0 < drafting.counts["accepted"] < drafting.counts["drafted"]
+
+
+def test_an_n_gram_is_found_where_it_came_last():
+    """Against a search from the end, the longest n-gram first, in texts of three different tokens."""
+    rng, grams, text = np.random.default_rng(0), NGrams(most=4), []
+    for _ in range(200):
+        new = rng.integers(0, 3, rng.integers(1, 4)).tolist()
+        grams.add(new)
+        text += new
+        ends = (end for n in (4, 3, 2) for end in range(len(text) - 1, n - 1, -1) if text[end - n : end] == text[-n:])
+        end = next(ends, len(text))
+        assert grams.draft(5) == text[end : end + 5]
+
+
+def test_one_of_two_kinds_of_drafts():
+    with pytest.raises(ValueError, match="one of the two drafts"):
+        DraftConfig(dir="runs/small", lookup=3)
