@@ -37,12 +37,16 @@ class DecodeBenchmark:
       slots: texts decoded at once, a case each.
       tokens: decoded by every slot in a round.
       rounds: of each contestant.
+      texts: prompts of `prompt` tokens from Python's own library that this project goes on with for `text_tokens`
+        each, in the most slots, without and with drafts looked up in the text (`draft.lookup`); 0 leaves it out.
+      text_tokens: of each such text.
+      drafted: tokens of a draft.
     """
 
     suite: str = "decode"
     cores: int = 0
     model: str = ".cache/smollm2"
-    bits: tuple[int, ...] = (0, 8)
+    bits: tuple[int, ...] = (0, 8, 4)
     transformers: str = ""
     llama: str = ""
     gguf: tuple[str, ...] = ()
@@ -50,6 +54,9 @@ class DecodeBenchmark:
     slots: tuple[int, ...] = (1, 8)
     tokens: int = 16
     rounds: int = 5
+    texts: int = 0
+    text_tokens: int = 64
+    drafted: int = 4
 
 
 SCHEMA = Schema(DecodeBenchmark)
@@ -73,6 +80,15 @@ def rows(config: Any) -> Iterator[Row]:
                 for name, engine in engines.items():
                     answers[name].append(ask(engine, line))
             yield from compared(case, answers, work)
+        if config.texts:
+            case = f"{config.texts} texts of {config.text_tokens} tokens, {max(config.slots)} slots"
+            sizes = f"{max(config.slots)} {config.texts} {config.prompt} {config.text_tokens}"
+            for name, engine in engines.items():
+                if name.startswith("tessera"):
+                    lines = {name: f"texts {sizes} 0", f"{name}, lookup": f"texts {sizes} {config.drafted}"}
+                    found = [{one: ask(engine, line) for one, line in lines.items()} for _ in range(config.rounds)]
+                    answers = {one: [each[one] for each in found] for one in lines}
+                    yield from compared(case, answers, config.texts * config.text_tokens)
     finally:
         for engine in engines.values():
             engine.kill()
@@ -113,6 +129,8 @@ def compared(case: str, answers: dict[str, list[dict]], work: int) -> Iterator[R
         seconds = float(np.median(processor[name]))
         more = {
             "tokens/s of the clock": work / float(np.median([one["seconds"] for one in found])),
-            "same tokens": float(np.mean(np.equal(found[0]["tokens"], answers[base][0]["tokens"]))),
+            "same tokens": float(
+                np.mean([a == b for a, b in zip(found[0]["tokens"], answers[base][0]["tokens"], strict=True)])
+            ),
         }
         yield Row(case, name, seconds, work / seconds, ratio, base if ratio else "", more)

@@ -1,8 +1,9 @@
 """One engine that reads prompts and decodes, in a process that `scripts.benchmarks.decode` starts and asks.
 
-`python engines.py ENGINE MODEL BITS` loads the model and answers every line "prefill N" or "decode SLOTS TOKENS" on its
-standard input with a line of JSON: seconds of the clock and of the process, and the tokens drawn. Runs in any
-environment that has the engine: tessera (this project), transformers, or llama_cpp.
+`python engines.py ENGINE MODEL BITS` loads the model and answers every line "prefill N" or "decode SLOTS TOKENS" (this
+project also "texts SLOTS TEXTS PROMPT TOKENS DRAFTED") on its standard input with a line of JSON: seconds of the clock
+and of the process, and the tokens drawn. Runs in any environment that has the engine: tessera (this project),
+transformers, or llama_cpp.
 """
 
 import json
@@ -34,6 +35,7 @@ class Tessera:
         if bits:
             params = quantise_decoder(params, loaded.config, QuantConfig(bits, group=64 if bits == 4 else 0))
         self.params, self.served = serve(params, loaded.config, Plan(""), "float32")
+        self.tokenizer = loaded.tokenizer
         self.made: dict = {}
 
     def programs(self, slots: int):
@@ -42,7 +44,8 @@ class Tessera:
 
         if slots not in self.made:
             made = make_programs(self.served, ServeConfig(slots=slots, length=LENGTH, chunk=256))
-            self.made[slots] = made, made.place(self.params)
+            self.params = made.place(self.params)
+            self.made[slots] = made, self.params
         return self.made[slots]
 
     def prefill(self, count: int) -> Callable[[], list[int]]:
@@ -80,6 +83,31 @@ class Tessera:
                 last = np.asarray(drawn.tokens[0])
                 found.append(int(last[0]))
             return found
+
+        return run
+
+    def texts(self, slots: int, count: int, prompt: int, tokens: int, drafted: int) -> Callable[[], list[int]]:
+        """Greedy texts of an engine, each after the middle of a file of Python's library; all their tokens."""
+        import sysconfig
+        from pathlib import Path
+
+        from tessera.serving.engine import Engine, generate_all
+        from tessera.serving.requests import Sampling
+
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda file: file.name)
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        long = [text for text in texts if len(text) > 12 * prompt]
+        prompts = []
+        for i in range(count):  # from several places of a file where there are more prompts than files
+            text = long[i % len(long)]
+            place = len(text) * (1 + i // len(long)) // (2 + count // len(long))
+            prompts.append(self.tokenizer.encode(text[place : place + 8 * prompt]).tolist()[:prompt])
+        programs, params = self.programs(slots)
+
+        def run() -> list[int]:
+            engine = Engine(programs, params, lookup=3 if drafted else 0, drafted=max(drafted, 1))
+            found = generate_all(engine, prompts, [Sampling(temperature=0.0, max_tokens=tokens)] * count)
+            return [token for one in found for token in one.tokens]
 
         return run
 
