@@ -563,7 +563,8 @@ class HeadProjection(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Kernel]:
         """Return the parameters by name."""
-        found = {"kernel": self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)}
+        made: Kernel = self.param("kernel", _kernel_init(self.shape, 1, self.scale), self.shape, jnp.float32)
+        found = {"kernel": made}
         if self.bias:
             found["bias"] = self.param("bias", nn.initializers.zeros, self.shape[1:], jnp.float32)
         if self.gain is not None:
@@ -650,7 +651,7 @@ class Attention(nn.Module):
     def _grouped(self) -> PyTree:
         c, h = self.config, self.config.head_size
         whole, first = c.qk_norm and c.qk_norm_scope == "projection", 1.0 - c.gain_offset
-        params = {
+        params: PyTree = {
             name: HeadProjection(
                 (c.width, heads, h), c.init_scale, c.qkv_bias, first if whole and name != "value" else None, name=name
             )()
@@ -824,10 +825,7 @@ class Decoder(nn.Module):
         x_BTD = self.constrain(c.embedded(x_BTD.astype(DTYPES[c.dtype])), RESIDUAL)
         x_BTD = run_blocks(self, x_BTD, positions_BT, tokens_BT, packed)
         x_BTD = self.constrain(Norm(c, name="final_norm")(x_BTD), INSIDE)
-        if c.tied:
-            head_DV = table_VD.T
-        else:
-            head_DV = Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
+        head_DV: Any = table_VD.T if c.tied else Weight((c.width, c.vocab_size), scale=c.init_scale, name="head")()
         if not logits:
             return x_BTD, head_DV
         return self.constrain(c.logits(x_BTD, head_DV), ("batch", "time", "vocab"))
