@@ -26,7 +26,7 @@ def lenet():
 def same(config, params, small_config, small, x):
     want = LeNet(config).apply({"params": params}, x)
     got = LeNet(small_config).apply({"params": small}, x)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
 
 
 def test_coupled_neurons_of_lenet_are_cut_out():
@@ -85,7 +85,7 @@ def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     small_config = dataclasses.replace(config, **sizes)
     want = Decoder(config).apply({"params": ticket}, tokens)
     got = Decoder(small_config).apply({"params": small}, tokens)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
     assert not np.allclose(want, Decoder(config).apply({"params": params}, tokens), atol=1e-3)
 
 
@@ -172,7 +172,7 @@ def test_dead_experts_leave_and_the_layer_says_the_same(keep):
     fewer = dataclasses.replace(routing, experts_NK=ids, weights_NK=weights, **first)
     part = {name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}
     got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.expert_ffn(part, rows, sizes))
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
 
 
 def test_kernels_of_different_numbers_of_experts_are_refused():

@@ -109,6 +109,6 @@ def test_bytes_by_name():
         size *= name != "mlp"  # nothing in the backward pass of a sum needs its terms
         kept = saved_per_row(config, Plan(""), 128, Remat(1, "names", offloaded=(name,)))
         assert kept.host == size * stream, name
-        assert kept.device == positions + (0 if name == "residual" else stream), name  # the block's input
+        assert kept.fixed == positions and kept.device == (0 if name == "residual" else stream), name  # the input
         saved = saved_per_row(config, Plan(""), 128, Remat(1, "names", saved=(name,)))
-        assert saved.host == 0 and saved.device == kept.device + kept.host
+        assert (saved.host, saved.fixed, saved.device) == (0, positions, kept.device + kept.host)

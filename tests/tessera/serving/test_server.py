@@ -538,10 +538,11 @@ def test_usage_and_log_probabilities_end_where_the_text_ends(server, monkeypatch
     client = server.client()
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 40, "seed": 1, "logprobs": 0}
     whole = client.completions.create(**asked).choices[0]
-    place = next(i for i, letter in enumerate(whole.text) if i > 3 and letter.isascii())
-    asked |= {"stop": whole.text[place]}
+    # The first place of a letter that a token begins with.
+    text = whole.text
+    place = next(i for i in whole.logprobs.text_offset if i > 3 and text[i].isascii() and text.index(text[i]) == i)
+    asked |= {"stop": text[place]}
     one = client.completions.create(**asked)
-    place = whole.text.index(whole.text[place])
     assert one.choices[0].text == whole.text[:place]
     count = whole.logprobs.text_offset.index(place)
     assert one.choices[0].logprobs.tokens == whole.logprobs.tokens[:count]

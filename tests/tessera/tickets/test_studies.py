@@ -49,7 +49,7 @@ def test_a_network_is_stable_from_where_it_stays_so(stable, first):
 
 
 def test_masks_are_compared_seed_by_seed():
-    accuracy = {"own": (0.9, 0.8), "other": (0.7, 0.7), "random": (0.5, 0.4)}
+    accuracy = {"own": (0.9, 0.8, 0.85), "other": (0.7, 0.7, 0.7), "random": (0.5, 0.4, 0.45)}
     rows = [
         {"mask": name, "seed": seed, "level": 1, "final_test_accuracy": value, "density": 0.25, "overlap": 1.0}
         for name, values in accuracy.items()
@@ -60,9 +60,11 @@ def test_masks_are_compared_seed_by_seed():
     assert study.table.columns[-2:] == ["points over random", "points over mask as it is"]
     means = [[cell and float(cell.split()[0]) for cell in row[3:6]] for row in study.table.rows]
     assert means == [[85.0, 40.0, 15.0], [70.0, 25.0, None], [45.0, None, -25.0]]
-    # Two seeds: the half-width is the half difference times Student's t with one degree of freedom, 12.706.
-    assert float(study.table.rows[0][5].split()[-1]) == pytest.approx(5 * 12.706, abs=0.01)
-    assert study.findings == ["At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 63.53 points."]
+    # Three seeds 5 points apart: the half-width is 5 / sqrt(3) times Student's t with two degrees of freedom, 4.3027.
+    half = 5 / 3**0.5 * 4.3027
+    assert float(study.table.rows[0][5].split()[-1]) == pytest.approx(half, abs=0.01)
+    said = f"At 25.0% of the weights, mask own minus mask as it is: 15.00 \u00b1 {half:.2f} points."
+    assert study.findings == [said]
     (ax,) = study.figure().axes
     drawn = [line.get_xdata().mean() for line in ax.lines if line.get_marker() == "o"]
     assert np.allclose(drawn, [40, 40, 25, 25, 0, 0]), "seeds and mean of every mask over the random one"
@@ -85,7 +87,7 @@ def test_arms_are_paired_by_seed_whatever_their_order_and_less_may_be_better():
         *(["50.0%", arm, 2] for arm in "ab"),
         *(["25.0%", arm, 2] for arm in "ab"),
     ]
-    assert table.rows[2][-1] == "1.00 ± 0.00" and table.rows[1][-1] is None
+    assert table.rows[2][-1] == "1.00 (1.00 to 1.00)" and table.rows[1][-1] is None
     figure = arms.figure({"one": {"a": "A"}, "two": {"a": "A", "b": "B"}})()
     assert [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes] == [["A"], ["A", "B"]]
 
