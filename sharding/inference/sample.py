@@ -295,6 +295,8 @@ def top_logprobs(
     """
     columns = logits_NV.shape[1]
     ids_V = vocabulary_ids(columns, tp)
+    # Outside of the branch, where it is the one that `logprob` takes: equal tokens have equal numbers, bit for bit.
+    z_N = jax.lax.optimization_barrier(log_normalizer(logits_NV, tp))
 
     def found() -> tuple[Array, Array]:
         top_NK, place_NK = jax.lax.top_k(logits_NV, min(ALTERNATIVES, columns))
@@ -303,7 +305,7 @@ def top_logprobs(
             top_NK, ids_NK = (jax.lax.all_gather(x, tp, axis=1, tiled=True) for x in (top_NK, ids_NK))
             top_NK, place_NK = jax.lax.top_k(top_NK, min(ALTERNATIVES, top_NK.shape[1]))
             ids_NK = jnp.take_along_axis(ids_NK, place_NK, axis=1)
-        return ids_NK, top_NK - log_normalizer(logits_NV, tp)[:, None]
+        return ids_NK, top_NK - z_N[:, None]
 
     shape = jax.eval_shape(found)
     # The devices of tp have the same settings and the same branch.
@@ -317,4 +319,4 @@ def logprob(logits_NV: Float[Array, "N V"], tokens_N: Int[Array, " N"], tp: str 
     mine_NV = vocabulary_ids(logits_NV.shape[1], tp)[None] == tokens_N[:, None]
     logit_N = jnp.where(mine_NV, logits_NV, 0.0).sum(-1)
     logit_N = logit_N if tp is None else jax.lax.psum(logit_N, tp)
-    return logit_N - log_normalizer(logits_NV, tp)
+    return logit_N - jax.lax.optimization_barrier(log_normalizer(logits_NV, tp))

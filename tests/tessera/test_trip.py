@@ -12,7 +12,10 @@ from configs import lm, lottery_digits
 from tessera.infra.schema import completed
 
 ROOT = Path(__file__).parent.parent.parent
-REPORTS = ("tessera/reports/", "tessera/planning/report.py", "tessera/tickets/report.py", "lottery/summary.py")
+REPORTS = (
+    *("tessera/reports/", "tessera/planning/report.py", "tessera/tickets/report.py"),
+    *("lottery/summary.py", "scaling/flops.py"),  # what pages show
+)
 
 
 def files_entered(call: Callable[[], object]) -> list[str]:
