@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import platform
 import sys
 import warnings
 from importlib.util import find_spec
@@ -15,13 +16,15 @@ import pytest
 
 CPU = os.environ.get("TESSERA_TEST_PLATFORM", "cpu") == "cpu"
 # A test compiles a program to run it once on small arrays: without what LLVM and XLA do for speed the suite takes
-# half the time. With the fusion emitters, the only way to generate code that JAX 0.12 has left, level 0 gives NaN
-# gradients of max pooling. Child processes read the variable; TESSERA_TEST_OPTIMIZE=1 compiles as users do.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    if jax.__version_info__ < (0, 11)
-    else "--xla_backend_optimization_level=1"
-)
+# half the time. JAX 0.12 generates code with the fusion emitters alone; at level 0 they give NaN gradients of max
+# pooling with AVX2 and none with AVX. Child processes read the variable; TESSERA_TEST_OPTIMIZE=1 compiles as users do.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+elif platform.machine() in ("x86_64", "AMD64"):
+    FLAGS += " --xla_cpu_max_isa=AVX"
+else:
+    FLAGS = "--xla_backend_optimization_level=1"
 if CPU and not int(os.environ.get("TESSERA_TEST_OPTIMIZE", "0")):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # Before any other use of JAX: the device count is read once.
