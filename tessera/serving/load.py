@@ -20,7 +20,7 @@ from tessera.infra.logger import read_object, write_text
 from tessera.infra.remote import cache_dir, is_url, local, upload
 from tessera.infra.workdir import hold, read_settings
 from tessera.lm import lora
-from tessera.lm.warm_start import read_adapted
+from tessera.lm.warm_start import join_blocks, read_adapted, split_blocks
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import gguf, huggingface
 from tessera.serving.adapters import load_adapters
@@ -70,10 +70,14 @@ class SourceConfig:
 class DraftConfig:
     """Tokens drafted for the model to check several in a pass (speculative decoding).
 
-    By a second, small model, see `tessera.serving.speculative`, or looked up in the text (`tessera.serving.lookup`).
+    By a second, small model, see `tessera.serving.speculative`, by the model's own first layers or ticket
+    (self-speculation: Zhang et al. 2023, arXiv:2309.08168), or looked up in the text (`tessera.serving.lookup`).
 
     Attributes:
-      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` no model drafts.
+      dir, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` the model itself drafts, if
+        `layers` or `ticket` says with which part of it.
+      ticket: see `SourceConfig`; without a `dir` a ticket of the model.
+      layers: the draft's first layers, followed by its output layer; 0 is all.
       plan: how it is split; "same" as the large model. Slots must be split over as many devices.
       tokens: drafted per round.
       lookup: prompt lookup decoding: longest n-gram at the end of a text that is looked up in it, to draft what
@@ -83,6 +87,7 @@ class DraftConfig:
 
     dir: str = ""
     ticket: str = ""
+    layers: int = 0
     dtype: str = ""
     bits: int = 0
     group: int = 0
@@ -91,10 +96,20 @@ class DraftConfig:
     lookup: int = 0
 
     def __post_init__(self) -> None:
-        if self.lookup < 0 or self.tokens < 1:
-            raise ValueError(f"lookup={self.lookup} must be at least 0, tokens={self.tokens} at least 1")
-        if self.lookup and self.dir:
-            raise ValueError(f"lookup={self.lookup} and dir={self.dir!r}: one of the two drafts; leave the other out")
+        if self.lookup < 0 or self.layers < 0 or self.tokens < 1:
+            raise ValueError(
+                f"lookup={self.lookup} and layers={self.layers} must be at least 0, tokens={self.tokens} at least 1"
+            )
+        if self.lookup and self.model:
+            raise ValueError(
+                f"lookup={self.lookup} and dir={self.dir!r}, ticket={self.ticket!r}, layers={self.layers}: the text or "
+                "one of the two models drafts; leave the other out"
+            )
+
+    @property
+    def model(self) -> bool:
+        """Whether a model drafts, a second one or the model itself."""
+        return bool(self.dir or self.ticket or self.layers)
 
 
 class Loaded(NamedTuple):
@@ -283,19 +298,37 @@ def make_engine(
     _check_length(loaded, source, sizes)
     programs, params = _programs(loaded, source, plan, sizes)
     ends = loaded.format.ends
-    if not draft.dir:
+    if not draft.model:
         options: Any = {"lookup": draft.lookup, "drafted": draft.tokens}
         return Engine(programs, programs.place(params), queue, ends, prefix_cache, **options), loaded._replace(
             params=None
         )
-    own = {name: getattr(draft, name) for name in ("dir", "ticket", "dtype", "bits", "group")}
-    small = SourceConfig(tokenizer=source.tokenizer, **own)
+    own: Any = {name: getattr(draft, name) for name in ("dtype", "bits", "group")}
+    if draft.dir:
+        small = SourceConfig(tokenizer=source.tokenizer, dir=draft.dir, ticket=draft.ticket, **own)
+    else:
+        small = replace(source, method="rtn", ticket=draft.ticket or source.ticket, **own)
     split = plan if draft.plan == "same" else Plan(draft.plan)
-    drafted = load(small)
+    drafted = load(small) if draft.dir or draft.ticket else loaded
+    if draft.layers:
+        params, config = first_layers(drafted.params, drafted.config, draft.layers)
+        drafted = drafted._replace(params=params, config=config)
     _check_length(drafted, small, sizes)
     drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
     return Engine(both, both.place(params, draft_params), queue, ends, prefix_cache), loaded._replace(params=None)
+
+
+def first_layers(params: PyTree, config: TransformerConfig, layers: int) -> tuple[PyTree, TransformerConfig]:
+    """A decoder's first layers, followed by its last norm and its output layer.
+
+    Raises:
+      ValueError: as many layers as it has, or more; a number that its groups of layers do not divide.
+    """
+    if not 0 < layers < config.layers:
+        raise ValueError(f"layers={layers}: the model has {config.layers}; 1 to {config.layers - 1} of them can draft")
+    smaller = replace(config, layers=layers)
+    return join_blocks(params, split_blocks(params, config)[:layers], smaller), smaller
 
 
 def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> None:

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import tiny_model as tiny
 
+from lottery import export
 from sharding.errors import PlanError
 from sharding.plan import Plan
+from tessera.data.text import BPETokenizer
 from tessera.serving.engine import Engine, generate_all
-from tessera.serving.load import DraftConfig
+from tessera.serving.load import DraftConfig, Loaded, SourceConfig, export_directory, load, make_engine
 from tessera.serving.lookup import NGrams
 from tessera.serving.requests import Sampling
 from tessera.serving.speculative import Speculating
@@ -174,6 +177,45 @@ def test_an_n_gram_is_found_where_it_came_last():
         assert grams.draft(5) == text[end : end + 5]
 
 
-def test_one_of_two_kinds_of_drafts():
-    with pytest.raises(ValueError, match="one of the two drafts"):
-        DraftConfig(dir="runs/small", lookup=3)
+@pytest.mark.parametrize("given", [{"dir": "runs/small"}, {"layers": 1}, {"ticket": "own.safetensors"}])
+def test_the_text_or_a_model_drafts(given):
+    with pytest.raises(ValueError, match="leave the other out"):
+        DraftConfig(lookup=3, **given)
+
+
+@pytest.fixture(scope="module")
+def last_layers_add_nothing(tmp_path_factory):
+    """A decoder of three layers, of which the last two add zeros to what the first makes."""
+    config = replace(tiny.CONFIG, layers=3)
+    params = jax.tree.map(np.array, tiny.weights(config))
+    params["blocks"]["attention"]["output"]["kernel"][1:] = 0
+    params["blocks"]["mlp"]["down"]["kernel"][1:] = 0
+    directory = tmp_path_factory.mktemp("models") / "model"
+    export_directory(Loaded(params, config, BPETokenizer.of_bytes()), directory)
+    return SourceConfig(str(directory))
+
+
+def test_a_models_first_layers_draft_for_it(last_layers_add_nothing):
+    plain, _ = make_engine(last_layers_add_nothing, Plan(), tiny.SIZES)
+    both, _ = make_engine(last_layers_add_nothing, Plan(), tiny.SIZES, draft=DraftConfig(layers=1, tokens=3))
+    assert isinstance(both.programs, Speculating) and both.programs.draft.decoder.config.layers == 1
+    texts = [generate_all(one, PROMPTS[:1], GREEDY[:1])[0].tokens for one in (plain, both)]
+    assert texts[0] == texts[1]
+    # Both compute the same, so what is drafted stays: after the prompt's token 11 more, 3 and one in each of 3 rounds.
+    assert both.counts["accepted"] == both.counts["drafted"] == 9
+
+
+def test_a_models_ticket_drafts_for_it(last_layers_add_nothing, tmp_path):
+    params = load(last_layers_add_nothing).params
+    masks = jax.tree.map(lambda leaf: np.arange(leaf.size).reshape(leaf.shape) % 4 > 0, params)
+    export.save(tmp_path / "own.safetensors", params, masks)
+    sizes, draft = replace(tiny.SIZES, layout="stacked"), DraftConfig(ticket=str(tmp_path / "own.safetensors"))
+    both, _ = make_engine(last_layers_add_nothing, Plan(), sizes, draft=draft)
+    for large, small, mask in zip(*map(jax.tree.leaves, (*both.params, masks)), strict=True):
+        np.testing.assert_array_equal(np.asarray(small), np.where(mask, large, 0))
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_a_draft_has_fewer_layers_than_the_model(last_layers_add_nothing, layers):
+    with pytest.raises(ValueError, match=rf"layers={layers}: the model has 3; 1 to 2 of them can draft"):
+        make_engine(last_layers_add_nothing, Plan(), tiny.SIZES, draft=DraftConfig(layers=layers))
