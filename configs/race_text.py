@@ -24,4 +24,5 @@ def get_config(variant: str = "2e12") -> ConfigDict:
         {"schedule": "cosine", "warmup": 0.05, "final": 0.1, "weight_decay": 0.1, "clip_norm": 1.0}
     )
     config.eval = ConfigDict({"every": size["steps"] // 4, "batches": 16})
+    config.checkpoint = ConfigDict({"every": size["steps"] // 4})
     return config
