@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-WORKERS ?= 2
+# A core each, and three gigabytes of memory: as many as there are cores, from 2 to 4.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, max(2, os.cpu_count() or 2)))')
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
