@@ -1,5 +1,6 @@
 """Every way from tokens through experts and back against a plain loop in float64 numpy."""
 
+import functools
 import math
 from dataclasses import replace
 from functools import partial
@@ -64,17 +65,26 @@ def by_hand(params, x, routing, activation="swiglu"):
     return out
 
 
+@functools.cache
+def routed(name):
+    return jax.jit(ROUTINGS[name])(LOGITS)
+
+
+# One program for all routings of a shape.
+mixture = jax.jit(experts.mixture, static_argnums=3)
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("way", ["dropless", "dense", "gather", "einsum", "unfused"])
 def test_every_way_computes_what_the_plain_loop_does(name, way):
     activation = {"unfused": "gelu"}.get(way, "swiglu")
     params = PARAMS[activation] if way == "unfused" else without_biases(PARAMS[activation])
-    routing = jax.jit(ROUTINGS[name])(LOGITS)
+    routing = routed(name)
     if way in ("gather", "einsum"):  # as many places as tokens: nothing drops
         config = experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E), movement=way, groups=3)
     else:
         config = experts.MixtureConfig(activation, "dropless" if way == "unfused" else way)
-    out, placed = jax.jit(lambda p, x, r: experts.mixture(p, x, r, config))(params, X, routing)
+    out, placed = mixture(params, X, routing, config)
     np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
     if placed is not None:
         np.testing.assert_array_equal(placed, np.asarray(routing.experts_NK) < E)
@@ -86,11 +96,12 @@ def test_groups_have_places_of_their_own(drop):
     params = without_biases(PARAMS["swiglu"])
     config = experts.MixtureConfig(dispatch="capacity", capacity_factor=0.8, drop=drop, groups=3)
 
+    @partial(jax.jit, static_argnums=2)
     def run(x, logits, config):
-        return jax.jit(lambda x, r: experts.mixture(params, x, r, config))(x, route.top_k(logits, 2))
+        return experts.mixture(params, x, route.top_k(logits, 2), config)
 
     out, placed = run(X, LOGITS, config)
-    cut = [jnp.split(values, 3) for values in (X, LOGITS)]
+    cut = [np.split(np.asarray(values), 3) for values in (X, LOGITS)]
     alone = [run(x, logits, replace(config, groups=1)) for x, logits in zip(*cut, strict=True)]
     np.testing.assert_array_equal(placed, np.concatenate([one[1] for one in alone]))
     np.testing.assert_allclose(out, np.concatenate([one[0] for one in alone]), rtol=1e-5, atol=1e-6)
@@ -98,39 +109,60 @@ def test_groups_have_places_of_their_own(drop):
 
 
 @pytest.mark.parametrize("activation", experts.ACTIVATIONS)
-@pytest.mark.parametrize("way", experts.DISPATCHES)
-def test_activations_and_biases(activation, way):
+def test_activations_and_biases(activation):
     params = PARAMS[activation]
-    routing = route.uniform(LOGITS, 2)  # equal sizes, as "capacity" needs
-    run = partial(experts.expert_ffn, params, activation=activation, dispatch=way)
-    out = jax.jit(lambda x: dispatch.dropless(x, routing, run))(X)
-    np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
-    one = {name: leaf[1] for name, leaf in params.items()}
-    alone = route.replay(LOGITS, jnp.ones((N, 1), jnp.int32))
-    np.testing.assert_allclose(experts.dense(one, X, activation), by_hand(params, X, alone, activation), atol=1e-5)
+
+    @jax.jit
+    def run(params, x):
+        routing = route.uniform(LOGITS, 2)  # equal sizes, as "capacity" needs
+        ways = [partial(experts.expert_ffn, params, activation=activation, dispatch=way) for way in experts.DISPATCHES]
+        one = {name: leaf[1] for name, leaf in params.items()}
+        alone = route.replay(LOGITS, jnp.ones((N, 1), jnp.int32))
+        return routing, [dispatch.dropless(x, routing, way) for way in ways], alone, experts.dense(one, x, activation)
+
+    routing, outs, alone, dense = run(params, X)
+    for out in outs:
+        np.testing.assert_allclose(out, by_hand(params, X, routing, activation), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dense, by_hand(params, X, alone, activation), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["top_k", "padded", "expert_choice"])
-@pytest.mark.parametrize("way", ["dropless", "gather", "einsum", "unfused"])
-def test_gradients_are_those_of_dense_dispatch(name, way):
-    params, c = without_biases(PARAMS["swiglu"]), jnp.cos(jnp.arange(N * D).reshape(N, D))
+@functools.cache
+def gradients(name, config):
+    params, c = without_biases(PARAMS["swiglu"]), np.cos(np.arange(N * D).reshape(N, D))
 
-    def loss(args, config):
+    @jax.jit
+    @jax.grad
+    def run(args):
         params, x, logits = args
         routing = ROUTINGS[name](logits)
         if config == "unfused":
             return (dispatch.dropless(x, routing, partial(experts.expert_ffn, params)) * c).sum()
         return (experts.mixture(params, x, routing, config)[0] * c).sum()
 
+    return run((params, X, LOGITS))
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        *(("dropless", name) for name in ("top_k", "padded", "expert_choice")),
+        *(("gather", "padded"), ("einsum", "expert_choice"), ("unfused", "padded")),
+        *(pytest.param(way, "top_k", marks=pytest.mark.slow) for way in ("gather", "einsum", "unfused")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gather", "expert_choice"), ("einsum", "padded"), ("unfused", "expert_choice"))
+        ),
+    ],
+)
+def test_gradients_are_those_of_dense_dispatch(way, name):
     config = "unfused" if way == "unfused" else experts.MixtureConfig()
     if way in ("gather", "einsum"):
         config = experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E), movement=way)
-    ours = jax.jit(jax.grad(partial(loss, config=config)))((params, X, LOGITS))
-    dense = experts.MixtureConfig(dispatch="dense")
-    theirs = jax.jit(jax.grad(partial(loss, config=dense)))((params, X, LOGITS))
+    ours, theirs = gradients(name, config), gradients(name, experts.MixtureConfig(dispatch="dense"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def few_rows(e, k, n, ff=5, collapsed=False):
     """Parameters, tokens, cotangent and a routing with more experts than rows, or with one expert for all of them."""
     params = experts.initialize(D, ff, e, key=jax.random.key(0))
@@ -139,22 +171,18 @@ def few_rows(e, k, n, ff=5, collapsed=False):
     return params, x, c, route.top_k(logits, k)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["mixture", "expert_ffn"])
 @pytest.mark.parametrize(
     ("e", "k", "n", "collapsed"),
-    [(8, 2, 1, False), (64, 1, 16, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)]
-    + [(2, 2, 4, False)]  # with the rows below of MegaBlocks' tests
+    [(8, 2, 1, False), (256, 8, 8, False), (256, 1, 512, True), (16, 2, 3, True)]
     + [
         pytest.param(*case, False, marks=pytest.mark.slow)
-        for case in ((2, 1, 4), (8, 8, 64), (128, 4, 1024), (512, 1, 1024))
+        for case in ((64, 1, 16), (2, 2, 4), (2, 1, 4), (8, 8, 64), (128, 4, 1024), (512, 1, 1024))
     ],
 )
-def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapsed, fused):
-    params, x, c, routing = few_rows(e, k, n, collapsed=collapsed)
+def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapsed):
+    params, x, c, routing = few_rows(e, k, n, 5, collapsed)
 
-    @jax.jit
-    @jax.grad
-    def ours(args):
+    def ours(args, fused):
         params, x, weights = args
         r = replace(routing, weights_NK=weights)
         if fused:
@@ -163,8 +191,8 @@ def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapse
 
     args = (params, x, routing.weights_NK)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), args)
-        c64, ids_NK = jnp.asarray(np.asarray(c, np.float64)), np.asarray(routing.experts_NK)
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), args)
+        c64, ids_NK = np.asarray(c, np.float64), np.asarray(routing.experts_NK)
 
         def plain(args):
             """Each row times its own expert's weights, gathered."""
@@ -173,25 +201,32 @@ def test_gradients_with_more_experts_than_rows_against_float64(e, k, n, collapse
             hidden = jax.nn.silu(jnp.einsum("nd,nkdf->nkf", x, gate)) * jnp.einsum("nd,nkdf->nkf", x, up)
             return (jnp.einsum("nkf,nkfd,nk->nd", hidden, down, weights) * c64).sum()
 
-        theirs = jax.tree.map(np.asarray, jax.grad(plain)(wide))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours(args), theirs)
+        theirs = jax.tree.map(np.asarray, jax.jit(jax.grad(plain))(wide))
+    for found in jax.jit(lambda args: [jax.grad(ours)(args, fused) for fused in (True, False)])(args):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, theirs)
 
 
 @pytest.mark.parametrize(
     ("n", "width", "k"),
-    [(1, 100, 3), (256, 100, 3)]
+    [(256, 100, 3)]
     + [
         pytest.param(n, width, k, marks=pytest.mark.slow)
-        for n, width, k in ((1, 128, 4), (1, 600, 2), (512, 100, 4), (256, 128, 3), (512, 600, 3))
+        for n, width, k in ((1, 100, 3), (1, 128, 4), (1, 600, 2), (512, 100, 4), (256, 128, 3), (512, 600, 3))
     ],
 )
 def test_gelu_experts_with_biases_at_the_sizes_of_scattermoes_tests(n, width, k):
     """Eight experts 4 width / k wide, a single token, odd widths: outputs and gradients against float64."""
     ff = 4 * width // k
-    params = experts.initialize(width, ff, 8, "gelu", biases=True, key=jax.random.key(0))
-    params |= {name: leaf + 0.02 * jnp.sin(jnp.arange(leaf.size).reshape(leaf.shape)) for name, leaf in params.items()}
-    x, c = (jax.random.normal(jax.random.key(i), (n, width)) for i in (1, 2))
-    routing = route.top_k(jax.random.normal(jax.random.key(3), (n, 8)), k, softmax="before")
+
+    @jax.jit
+    def given():
+        params = experts.initialize(width, ff, 8, "gelu", biases=True, key=jax.random.key(0))
+        x, c = (jax.random.normal(jax.random.key(i), (n, width)) for i in (1, 2))
+        return params, x, c, route.top_k(jax.random.normal(jax.random.key(3), (n, 8)), k, softmax="before")
+
+    params, x, c, routing = given()
+    params = {name: leaf + 0.02 * np.sin(np.arange(leaf.size).reshape(leaf.shape)) for name, leaf in params.items()}
+    params = {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
 
     @jax.jit
     def ours(*args):
@@ -204,7 +239,7 @@ def test_gelu_experts_with_biases_at_the_sizes_of_scattermoes_tests(n, width, k)
 
     args = (params, x, routing.weights_NK)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), args)
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), args)
         ids_NK = np.asarray(routing.experts_NK)
         hot_NKE = np.eye(8)[ids_NK]
 
@@ -214,8 +249,12 @@ def test_gelu_experts_with_biases_at_the_sizes_of_scattermoes_tests(n, width, k)
             out = jnp.einsum("nef,efd->ned", jax.nn.gelu(hidden, approximate=False), params["down"])
             return jnp.einsum("ned,nke,nk->nd", out + params["down_bias"][None], hot_NKE, weights)
 
-        out, pull = jax.vjp(plain, *wide)
-        theirs = jax.tree.map(np.asarray, (out, pull(jnp.asarray(np.asarray(c, np.float64)))))
+        @jax.jit
+        def both(c, *args):
+            out, pull = jax.vjp(plain, *args)
+            return out, pull(c)
+
+        theirs = jax.tree.map(np.asarray, both(np.asarray(c, np.float64), *wide))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-5), ours(*args), theirs)
 
 
@@ -268,8 +307,8 @@ def test_places_serve_in_order_up_to_the_capacity(seed, shape, capacity, by_prob
 @pytest.mark.parametrize("drop", ["position", "probability"])
 def test_dropped_choices_add_nothing(movement, drop):
     config = experts.MixtureConfig(dispatch="capacity", capacity_factor=0.5, drop=drop, movement=movement)
-    routing, params = ROUTINGS["padded"](LOGITS), without_biases(PARAMS["swiglu"])
-    out, placed = jax.jit(lambda x: experts.mixture(params, x, routing, config))(X)
+    routing, params = routed("padded"), without_biases(PARAMS["swiglu"])
+    out, placed = mixture(params, X, routing, config)
     left = make_routing(
         routing.experts_NK, routing.weights_NK, routing.probs_NE, routing.logits_NE, routing.mask_N, placed
     )
@@ -298,28 +337,28 @@ def test_capacity_is_switchs_formula():
 
 
 def test_soft_moe_is_the_papers_formula():
-    routing = route.soft(jax.random.normal(jax.random.key(8), (N, E, 3)))
+    routing = jax.jit(route.soft)(jax.random.normal(jax.random.key(8), (N, E, 3)))
     params = without_biases(PARAMS["swiglu"])
-    out, _ = experts.mixture(params, X, routing)
-    slots = jnp.einsum("nep,nd->epd", routing.slots.dispatch_NEP, X)
-    y = jnp.stack([experts.dense({k: v[e] for k, v in params.items()}, slots[e]) for e in range(E)])
+    out, _ = mixture(params, X, routing, experts.MixtureConfig())
+    slots = np.einsum("nep,nd->epd", routing.slots.dispatch_NEP, X)
+    y = jax.jit(jax.vmap(experts.dense))(params, slots)
     np.testing.assert_allclose(out, np.einsum("nep,epd->nd", routing.slots.combine_NEP, y), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_stays_bfloat16_and_near():
-    params, routing = without_biases(PARAMS["swiglu"]), ROUTINGS["top_k"](LOGITS)
+    params, routing = without_biases(PARAMS["swiglu"]), routed("top_k")
     exact = by_hand(params, X, routing)
     for config in (experts.MixtureConfig(), experts.MixtureConfig(dispatch="capacity", capacity_factor=float(E))):
-        out, _ = experts.mixture(params, X.astype(jnp.bfloat16), routing, config)
+        out, _ = mixture(params, X.astype(jnp.bfloat16), routing, config)
         assert out.dtype == jnp.bfloat16
         assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03 * np.abs(exact).max()
 
 
 def test_expert_dropout_drops_hidden_units_and_keeps_the_mean():
-    params, routing = without_biases(PARAMS["swiglu"]), ROUTINGS["top_k"](LOGITS)
+    params, routing = without_biases(PARAMS["swiglu"]), routed("top_k")
     config = experts.MixtureConfig(dropout=0.5)
     run = jax.jit(lambda key: experts.mixture(params, X, routing, config, key=key)[0])
-    plain = experts.mixture(params, X, routing, config)[0]
+    plain = mixture(params, X, routing, config)[0]
     many = jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(0), 600))
     assert jnp.abs(many[0] - plain).max() > 0.1
     np.testing.assert_allclose(many.mean(0), plain, atol=5 * float(many.std(0).max()) / np.sqrt(600))

@@ -13,10 +13,13 @@ from moe.gate import RouterConfig
 from moe.layer import ExpertAxes, MoEConfig, auxiliary
 from moe.routing import make_routing
 
+top_k = jax.jit(route.top_k, static_argnames=("k", "softmax"))
+load_balance = jax.jit(losses.load_balance, static_argnames=("groups", "axis_name", "choices"))
+
 
 def with_probs(probs, k=1, mask=None):
     """Switch or top-k routing with these probabilities."""
-    return route.top_k(jnp.log(jnp.asarray(probs, jnp.float32)), k, mask, softmax="before")
+    return top_k(jnp.asarray(np.log(probs), jnp.float32), k, mask, softmax="before")
 
 
 # Four tokens, two experts. Tokens 0-2 go to expert 0: f = (3/4, 1/4), P = (0.6, 0.4).
@@ -25,14 +28,16 @@ PROBS = [[0.7, 0.3], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]
 
 def test_switch_load_balance_loss():
     # Eq. 4 without alpha: N sum f_i P_i = 2 (3/4 * 0.6 + 1/4 * 0.4) = 1.1.
-    assert losses.load_balance(with_probs(PROBS)) == pytest.approx(1.1, rel=1e-6)
+    assert load_balance(with_probs(PROBS)) == pytest.approx(1.1, rel=1e-6)
     # The gradient reaches P alone: d/dP_i = N f_i, spread over 4 tokens.
     routing = with_probs(PROBS)
 
-    def f(probs):
+    @jax.jit
+    @jax.grad
+    def gradient(probs):
         return losses.load_balance(make_routing(*prepared(routing, probs)))
 
-    np.testing.assert_allclose(jax.grad(f)(routing.probs_NE), [[2 * 3 / 4 / 4, 2 * 1 / 4 / 4]] * 4, rtol=1e-6)
+    np.testing.assert_allclose(gradient(routing.probs_NE), [[2 * 3 / 4 / 4, 2 * 1 / 4 / 4]] * 4, rtol=1e-6)
 
 
 def prepared(routing, probs):
@@ -40,8 +45,13 @@ def prepared(routing, probs):
 
 
 def test_load_balance_is_one_when_balanced_and_e_when_collapsed():
-    assert losses.load_balance(route.uniform(jnp.zeros((12, 4)), 2)) == pytest.approx(1)
-    assert losses.load_balance(route.switch(jnp.zeros((12, 4)).at[:, 1].set(50.0))) == pytest.approx(4)
+    collapsed = jnp.asarray(50 * (np.arange(4) == 1) + np.zeros((12, 1)), jnp.float32)
+
+    @jax.jit
+    def run(x):
+        return losses.load_balance(route.uniform(jnp.zeros((12, 4)), 2)), losses.load_balance(route.switch(x))
+
+    assert run(collapsed) == pytest.approx((1, 4))
 
 
 def test_gshard_auxiliary_loss():
@@ -54,20 +64,21 @@ def test_gshard_auxiliary_loss():
 
 def test_load_balance_per_group_and_per_sequence():
     # Two groups: f = (1, 0), P = (.75, .25) -> 1.5; f = (.5, .5), P = (.45, .55) -> 1. Their mean is 1.25.
-    assert losses.load_balance(with_probs(PROBS), groups=2) == pytest.approx(1.25, rel=1e-6)
+    assert load_balance(with_probs(PROBS), groups=2) == pytest.approx(1.25, rel=1e-6)
     # A padding token changes its group only: f = (1, 0), P = (.6, .4) -> 1.2 in the second.
     masked = with_probs(PROBS, mask=jnp.array([True, True, True, False]))
-    assert losses.load_balance(masked, groups=2) == pytest.approx((1.5 + 1.2) / 2, rel=1e-6)
+    assert load_balance(masked, groups=2) == pytest.approx((1.5 + 1.2) / 2, rel=1e-6)
     with pytest.raises(ValueError, match="4 tokens do not divide into 3 groups"):
-        losses.load_balance(masked, groups=3)
+        load_balance(masked, groups=3)
     with pytest.raises(ValueError, match="per group or global"):
-        losses.load_balance(masked, groups=2, axis_name="data")
+        load_balance(masked, groups=2, axis_name="data")
 
 
 def test_global_balance_over_devices_is_that_of_the_whole_batch():
     logits = jax.random.normal(jax.random.key(0), (2, 6, 4))
-    whole = losses.load_balance(route.top_k(logits.reshape(12, 4), 2))
-    parts = jax.vmap(lambda x: losses.load_balance(route.top_k(x, 2), axis_name="data"), axis_name="data")(logits)
+    whole = load_balance(top_k(logits.reshape(12, 4), 2))
+    balance = lambda x: losses.load_balance(route.top_k(x, 2), axis_name="data")  # noqa: E731
+    parts = jax.jit(jax.vmap(balance, axis_name="data"))(logits)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
@@ -82,7 +93,16 @@ def test_parts_of_a_batch_have_the_loss_and_the_gradient_of_the_whole(name):
     def routed(x, mask):
         return route.noisy_top_k(x, x / 3, 2, mask)
 
-    chosen = np.asarray(jax.vmap(lambda x, m: routed(x, m).experts_NK)(logits, mask)).reshape(-1, 2)
+    @jax.jit
+    def run(x, mask):
+        loss = lambda x, m, batch=None: auxiliary(routed(x, m), config, 1, batch_SE=batch)  # noqa: E731
+        sums = jax.vmap(lambda x, m: losses.batch_sums(routed(x, m)))(x, mask)
+        values, grads = jax.vmap(jax.value_and_grad(loss), (0, 0, None))(x, mask, sums.mean(0))
+        every = jax.value_and_grad(loss)(x.reshape(-1, 4), mask.reshape(-1))
+        return jax.vmap(lambda x, m: routed(x, m).experts_NK)(x, mask), values, grads, jax.vmap(loss)(x, mask), every
+
+    chosen, values, grads, alone, every = jax.tree.map(np.asarray, run(jnp.asarray(logits), mask))
+    chosen = chosen.reshape(-1, 2)
 
     def whole(x):  # with the choices of the undisturbed logits
         x, live = x.reshape(-1, 4), mask.reshape(-1)
@@ -96,15 +116,8 @@ def test_parts_of_a_batch_have_the_loss_and_the_gradient_of_the_whole(name):
             sums[chosen[row]] += weights / weights.sum()
         return sums.var() / sums.mean() ** 2
 
-    sums = jax.vmap(lambda x, m: losses.batch_sums(routed(x, m)))(jnp.asarray(logits), mask)
-    loss = lambda x, m, batch: auxiliary(routed(x, m), config, 1, batch_SE=batch)  # noqa: E731
-    parts = jax.vmap(jax.value_and_grad(loss), (0, 0, None))
-    values, grads = parts(jnp.asarray(logits), mask, sums.mean(0))
-    alone, _ = jax.vmap(jax.value_and_grad(lambda x, m: auxiliary(routed(x, m), config, 1)))(jnp.asarray(logits), mask)
     if name == "load":  # its smooth load is a published formula of its own: against the plain loss of all tokens
-        every = jnp.asarray(logits.reshape(-1, 4)), jnp.asarray(mask.reshape(-1))
-        value, slope = jax.value_and_grad(lambda x: auxiliary(routed(x, every[1]), config, 1))(every[0])
-        slope = np.asarray(slope).reshape(logits.shape)
+        value, slope = every[0], every[1].reshape(logits.shape)
     else:
         value, step = whole(logits), 1e-6
         slope = np.zeros_like(logits)
@@ -138,10 +151,16 @@ def test_the_auxiliary_losses_of_devices_are_those_of_all_their_tokens(scope):
 @pytest.mark.parametrize("name", ["balance", "importance", "load", "z"])
 def test_an_auxiliary_loss_is_added_times_its_coefficient(name, coefficient):
     config = MoEConfig(**{"router": RouterConfig("noisy", 4, 2), "balance": 0.0, name: coefficient})
-    routing = route.noisy_top_k(*jax.random.normal(jax.random.key(0), (2, 6, 4)), 2)
     alone = {"balance": losses.load_balance, "importance": losses.importance_loss}
     alone |= {"load": losses.load_loss, "z": losses.z_loss}
-    assert float(auxiliary(routing, config, 1)) == pytest.approx(coefficient * float(alone[name](routing)), rel=1e-6)
+
+    @jax.jit
+    def run(logits):
+        routing = route.noisy_top_k(*logits, 2)
+        return auxiliary(routing, config, 1), alone[name](routing)
+
+    added, once = run(jax.random.normal(jax.random.key(0), (2, 6, 4)))
+    assert float(added) == pytest.approx(coefficient * float(once), rel=1e-6)
 
 
 def test_st_moe_z_loss():
@@ -195,17 +214,23 @@ def test_noisy_top_k_load_predicts_how_often_an_expert_is_chosen():
 def test_hierarchical_importance_and_load_are_appendix_b():
     primary = jax.random.normal(jax.random.key(2), (7, 3))
     secondary = jax.random.normal(jax.random.key(3), (7, 3, 4))
-    routing = route.hierarchical(primary, secondary, 2, 1)
-    first = route.noisy_top_k(primary, jnp.zeros((7, 3)), 2)
-    for a in range(3):
-        inner = route.noisy_top_k(secondary[:, a], jnp.zeros((7, 4)), 1)
-        here = np.asarray((first.experts_NK == a).any(1))
-        gate = np.asarray(jnp.where(first.experts_NK == a, first.weights_NK, 0).sum(1))
+
+    @jax.jit
+    def run(primary, secondary):
+        routing = route.hierarchical(primary, secondary, 2, 1)
+        inner = [route.noisy_top_k(secondary[:, a], jnp.zeros((7, 4)), 1) for a in range(3)]
+        first = route.noisy_top_k(primary, jnp.zeros((7, 3)), 2)
+        return routing, metrics.importance(routing), first, inner
+
+    routing, importances, first, inners = jax.tree.map(np.asarray, run(primary, secondary))
+    for a, inner in enumerate(inners):
+        here = (first.experts_NK == a).any(1)
+        gate = np.where(first.experts_NK == a, first.weights_NK, 0).sum(1)
         for b in range(4):
             i = 4 * a + b
             chosen = np.asarray(inner.experts_NK[:, 0] == b)
             importance = (gate * chosen * np.asarray(inner.weights_NK[:, 0])).sum()  # eq. 13
-            assert metrics.importance(routing)[i] == pytest.approx(importance, rel=1e-5, abs=1e-6)
+            assert importances[i] == pytest.approx(importance, rel=1e-5, abs=1e-6)
             load = first.load_NE[:, a].sum() * inner.load_NE[here, b].sum() / max(here.sum(), 1)  # eq. 14
             assert routing.load_NE[:, i].sum() == pytest.approx(float(load), rel=1e-5, abs=1e-6)
 
@@ -248,13 +273,13 @@ def test_mixtrals_auxiliary_loss_in_transformers_is_k_times_ours_over_all_layers
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     chosen = np.eye(4)[np.argsort(-probs, axis=1)[:, :k]]  # [N, k, E]
     theirs = 4 * (chosen.mean(0) * probs.mean(0)).sum()
-    ours = losses.load_balance(route.top_k(jnp.asarray(logits, jnp.float32), k))
+    ours = load_balance(top_k(jnp.asarray(logits, jnp.float32), k))
     assert k * ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_groups_of_padding_alone_do_not_count():
     masked = with_probs(PROBS, mask=jnp.array([True, True, False, False]))
-    assert losses.load_balance(masked, groups=2) == pytest.approx(1.5, rel=1e-6)
+    assert load_balance(masked, groups=2) == pytest.approx(1.5, rel=1e-6)
 
 
 def test_sparsemixer_draws_from_the_band_with_heuns_weights():
@@ -289,13 +314,13 @@ def test_loss_free_balancing_moves_the_bias_by_sign_and_balances():
         load = metrics.load(route.sigmoid_top_k(logits, 2, bias_E=bias))
         return route.update_bias(bias, load, 0.01), metrics.max_violation(load)
 
-    _, violation = jax.lax.scan(step, jnp.zeros(8), length=200)
+    _, violation = jax.jit(lambda: jax.lax.scan(step, jnp.zeros(8), length=200))()
     assert violation[0] > 1.5 and violation[-20:].max() < 0.25
 
 
 def test_expert_choice_is_the_papers_top_k_over_tokens():
     logits = jax.random.normal(jax.random.key(5), (10, 3))
-    routing = route.expert_choice(logits, 4)
+    routing = jax.jit(route.expert_choice, static_argnums=1)(logits, 4)
     s = np.asarray(jax.nn.softmax(logits))
     for e in range(3):
         chosen = np.asarray(routing.experts_NK[:, e]) == e
@@ -323,19 +348,21 @@ def test_the_auction_finds_scipys_assignment(n, e, equal):
 
 
 def test_an_auction_cut_short_still_fills_every_place():
-    found = np.asarray(route.auction(jnp.zeros((12, 4)).at[:, 0].set(1.0), 3, rounds=1))
+    found = np.asarray(
+        jax.jit(functools.partial(route.auction, capacity=3, rounds=1))(jnp.zeros((12, 4)).at[:, 0].set(1.0))
+    )
     np.testing.assert_array_equal(np.bincount(found), [3, 3, 3, 3])
 
 
 def test_hash_depends_on_the_token_alone_and_spreads():
     tokens = jnp.arange(4000)
-    routing = jax.jit(lambda t: route.hash_tokens(t, 8, 2))(tokens)
-    again = route.hash_tokens(tokens[::-1], 8, 2)
+    hashed = jax.jit(lambda t, **more: route.hash_tokens(t, 8, 2, **more), static_argnames="seed")
+    routing, again = hashed(tokens), hashed(tokens[::-1])
     np.testing.assert_array_equal(routing.experts_NK, again.experts_NK[::-1])
     # 8000 choices over 8 experts: chi-square with 7 degrees of freedom, 99.99% quantile.
     load = np.asarray(metrics.load(routing))
     assert ((load - 1000) ** 2 / 1000).sum() < stats.chi2.ppf(0.9999, 7)
-    other = route.hash_tokens(tokens, 8, 2, seed=1)
+    other = hashed(tokens, seed=1)
     assert 0.1 < np.asarray(other.experts_NK[:, 0] == routing.experts_NK[:, 0]).mean() < 0.15
 
 
@@ -369,12 +396,19 @@ def test_the_penalty_of_relu_routing_is_that_of_its_authors_code(shift):
     logits = np.random.default_rng(1).normal(size=(layers, t, e)) + shift
     probs = np.maximum(logits, 0)
     theirs = ((probs.sum(1) * (probs > 0).sum(1)).sum(1) * e * 1e-3 / (t * t * k)).sum()
-    routings = [route.relu(jnp.asarray(one, jnp.float32)) for one in logits]
-    assert 1e-3 * sum(losses.relu_penalty(one, k) for one in routings) == pytest.approx(theirs, rel=1e-5)
+
+    @jax.jit
+    def run(x):
+        routings = [route.relu(one) for one in x]
+        choices = jnp.stack([metrics.summary(one)["choices"] for one in routings]).mean()
+        moved = route.update_penalty(jnp.float32(1e-3), choices, k, rate)
+        return sum(losses.relu_penalty(one, k) for one in routings), moved
+
+    penalty, updated = run(jnp.asarray(logits, jnp.float32))
+    assert 1e-3 * penalty == pytest.approx(theirs, rel=1e-5)
     sparsity = np.mean([1 - (one > 0).sum() / one.size for one in probs])
     moved = 1e-3 * rate if sparsity < 1 - k / e else 1e-3 / rate
-    choices = jnp.stack([metrics.summary(one)["choices"] for one in routings]).mean()
-    assert route.update_penalty(jnp.float32(1e-3), choices, k, rate) == pytest.approx(moved, rel=1e-6)
+    assert updated == pytest.approx(moved, rel=1e-6)
 
 
 def test_the_penalty_brings_relu_routing_to_k_choices():
@@ -388,5 +422,5 @@ def test_the_penalty_brings_relu_routing_to_k_choices():
         return (logits - 2.0 * grad, route.update_penalty(penalty, choices, 2, 1.05)), choices
 
     start = (jax.random.normal(jax.random.key(0), (64, 8)), jnp.float32(1e-3))
-    (_, penalty), choices = jax.lax.scan(step, start, None, length=600)
+    (_, penalty), choices = jax.jit(lambda start: jax.lax.scan(step, start, None, length=600))(start)
     assert choices[0] > 3.5 and choices[-100:].mean() == pytest.approx(2, abs=0.3) and penalty > 1e-3
