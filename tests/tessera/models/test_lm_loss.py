@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 
 from configs import moe_lm
 from moe.experts import MixtureConfig
@@ -55,8 +57,8 @@ def unstacked(params):
 
 
 def test_evaluation_leaves_the_z_loss_out():
-    model = Decoder(replace(CONFIG, mlp="swiglu"))
-    params = jax.jit(model.init)(jax.random.key(1), TOKENS)["params"]
+    model = Decoder(replace(CONFIG, mlp="swiglu", layers=2))
+    params = drawn(model, TOKENS)
     loss_fn = lm_loss(model, z_loss=0.01)
     loss, metrics = jax.jit(loss_fn)(params, {"tokens": TOKENS}, KEY)
     found = make_eval(loss_fn)(params, {"tokens": TOKENS})
@@ -132,26 +134,29 @@ def test_the_penalty_of_relu_routers_moves_with_the_choices_of_all_layers():
 def test_greedy_tokens_of_single_texts_are_the_teacher_forced_ones():
     """Decoded row by row, token by token, with a capacity in training that drops choices and none in decoding."""
     capacity = MixtureConfig(dispatch="capacity", capacity_factor=0.3)
-    model, params = make(moe=MoEConfig(router=RouterConfig("switch", 4, 1), mixture=capacity), layers=2)
-    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    model = Decoder(replace(CONFIG, moe=MoEConfig(router=RouterConfig("switch", 4, 1), mixture=capacity), layers=2))
+    params = drawn(model, TOKENS)
+    forward = partial(jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)), params)
     texts, logits = [], []
     for row in range(2):
-        tokens = TOKENS[row : row + 1].at[:, 3:].set(0)
+        tokens = np.array(TOKENS[row : row + 1])
+        tokens[:, 3:] = 0
         for t in range(3, 9):
-            one = forward(tokens)[:, t - 1]  # what follows is not seen yet
+            one = np.asarray(forward(tokens))[:, t - 1]  # what follows is not seen yet
             logits.append(one[0])
-            tokens = tokens.at[:, t].set(one.argmax(-1).astype(jnp.int32))
+            tokens[:, t] = one.argmax(-1)
         texts.append(tokens[0])
-    whole = forward(jnp.stack(texts))[:, 2:-1]
-    np.testing.assert_allclose(jnp.stack(logits).reshape(whole.shape), whole, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(whole.argmax(-1), jnp.stack(texts)[:, 3:])
+    whole = np.asarray(forward(np.stack(texts)))[:, 2:-1]
+    np.testing.assert_allclose(np.stack(logits).reshape(whole.shape), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole.argmax(-1), np.stack(texts)[:, 3:])
     metrics = jax.jit(lm_loss(model))(params, {"tokens": TOKENS}, KEY)[1]
     assert metrics["router/drop_fraction"].min() > 0.2
 
 
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_hash_router_of_a_decoder_reads_the_tokens_ids(scan):
-    model, params = make(moe=MoEConfig(every=2, router=RouterConfig("hash", 4, 1)), scan=scan)
+    model = Decoder(replace(CONFIG, moe=MoEConfig(every=2, router=RouterConfig("hash", 4, 1)), scan=scan))
+    params = drawn(model, TOKENS)
     table = jax.jit(lambda p: expert_table(model, p, TOKENS, TOKENS, 11))(params)
     # Every token has one expert wherever it stands, and not all have the same.
     assert ((np.asarray(table) > 0).sum(2) <= 1).all()
@@ -167,7 +172,7 @@ def test_routers_that_look_ahead_are_refused_in_a_decoder(router):
 @pytest.fixture(scope="module")
 def trained():
     """Rows of 40 steps with loss-free balancing and an otherwise unbalanced loss."""
-    model, params = make(moe=replace(MOE, balance=0.0, z=0.0))
+    model, params = make(moe=replace(MOE, every=1, balance=0.0, z=0.0), layers=2)
     tx = optax.adam(1e-2)
     step = jax.jit(make_train_step(lm_loss(model), tx, adjust=make_adjust(model.config)))
     state, rows = init_state(params, tx), []
@@ -180,7 +185,7 @@ def trained():
 def test_training_learns_and_moves_the_biases(trained):
     _, state, rows = trained
     assert rows[-1]["cross_entropy"] < 0.5 * rows[0]["cross_entropy"]
-    bias = np.asarray(state.params["blocks"]["layer_1"]["mlp"]["router"]["bias"])
+    bias = np.asarray(state.params["blocks"]["mlp"]["router"]["bias"])
     assert np.abs(bias).max() > 0.02
     # Whole steps: the optimizer added nothing.
     np.testing.assert_allclose(bias / 0.01, np.round(bias / 0.01), atol=1e-3)
@@ -232,19 +237,23 @@ def test_metrics_of_routers_from_parts_are_those_of_the_batchs_choices(name, giv
     """From the choices of all tokens, in float64; with positions the parts have 14, 6 and 15 of 16 tokens."""
     moe = MoEConfig(router=ROUTED_BY[name], mixture=MixtureConfig(dispatch="dense"), balance=0.0)
     config = replace(CONFIG, layers=2, ff=8, moe=moe)
-    tokens = jax.random.randint(jax.random.key(3), (6, 9), 0, 11, jnp.int32)
+    tokens = np.random.default_rng(3).integers(0, 11, (6, 9)).astype(np.int32)
     lengths = np.array([[8], [3], [8], [6], [3], [7]])
-    batch = {"tokens": tokens, "weights": jnp.ones((6, 8)), "positions": jnp.arange(8)[None] * jnp.ones((6, 1), int)}
+    batch = {
+        "tokens": tokens,
+        "weights": np.ones((6, 8), np.float32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (6, 1)),
+    }
     if "positions" in given:
-        batch["positions"] = jnp.where(batch["positions"] < lengths, batch["positions"], -1)
-        batch["weights"] = (batch["positions"] >= 0).astype(jnp.float32)
+        batch["positions"] = np.where(batch["positions"] < lengths, batch["positions"], -1).astype(np.int32)
+        batch["weights"] = (batch["positions"] >= 0).astype(np.float32)
     model = Decoder(config)
-    params = jax.jit(model.init)(jax.random.key(1), tokens[:, :-1])["params"]
+    params = drawn(model, tokens[:, :-1])
     loss_fn, tx = lm_loss(model), optax.sgd(0.0)
     step = make_train_step(lambda params, batch, key: loss_fn(params, batch), tx, StepConfig(grad_accum_steps=3))
     _, found = jax.jit(step)(init_state(params, tx), batch, KEY)
-    apply = jax.jit(lambda *given: model.apply({"params": params}, *given, mutable=["routings"])[1]["routings"])
-    routings = per_layer(apply(tokens[:, :-1], batch["positions"]), "routing", config)
+    apply = jax.jit(lambda params, *given: model.apply({"params": params}, *given, mutable=["routings"])[1]["routings"])
+    routings = per_layer(apply(params, tokens[:, :-1], batch["positions"]), "routing", config)
     live = np.asarray(batch["positions"]).ravel() >= 0
     for layer in range(2):
         experts, probs = (np.asarray(x[layer])[live] for x in (routings.experts_NK, routings.probs_NE))

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 from tessera.models import transformer
 from tessera.models.attention_forms import LatentConfig
@@ -22,6 +24,8 @@ from tessera.models.transformer import (
     to_heads,
 )
 
+jitted = jax.jit(attention, static_argnames="causal")
+
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -35,7 +39,8 @@ def assert_close(ours, theirs, tolerance=2e-6):
 def test_rms_norm_is_torchs(shape, golden):
     case = golden("layers")["rms_norm"]["x".join(map(str, shape))]
     assert case["x"].shape == shape
-    assert_close(rms_norm(jnp.asarray(case["x"]), jnp.asarray(case["gain"]), 1e-5), case["y"])
+    norm = jax.jit(rms_norm, static_argnums=2)
+    assert_close(norm(jnp.asarray(case["x"]), jnp.asarray(case["gain"]), 1e-5), case["y"])
 
 
 def test_rms_norm_of_bfloat16_takes_its_statistics_in_float32():
@@ -101,13 +106,13 @@ def test_rope_keeps_lengths_and_leaves_position_zero_alone():
 def test_attention_is_torchs(causal, kv_heads, golden):
     case = golden("layers")["attention"][f"{'causal' if causal else 'full'}-{kv_heads}"]
     assert case["k"].shape[2] == kv_heads
-    assert_close(attention(*(jnp.asarray(case[name]) for name in "qkv"), causal=causal), case["out"])
+    assert_close(jitted(*(jnp.asarray(case[name]) for name in "qkv"), causal=causal), case["out"])
 
 
 def test_attention_gradients_are_torchs(golden):
     case = golden("layers")["attention_gradients"]
     arrays = [jnp.asarray(case[name]) for name in "qkv"]
-    ours = jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum(), argnums=(0, 1, 2))(*arrays)
+    ours = jax.jit(jax.grad(lambda q, k, v: (attention(q, k, v) ** 2).sum(), argnums=(0, 1, 2)))(*arrays)
     for mine, name in zip(ours, "qkv", strict=True):
         assert_close(mine, case[f"d{name}"], 1e-5)
 
@@ -115,9 +120,9 @@ def test_attention_gradients_are_torchs(golden):
 def test_attention_mask_hides_keys():
     q, k, v = (jnp.asarray(normal(1, 4, 2, 4, seed=i)) for i in range(3))
     mask = jnp.array([True, True, False, True])[None, None, None]
-    hidden = attention(q, k, v, causal=False, mask=jnp.broadcast_to(mask, (1, 1, 4, 4)))
+    hidden = jitted(q, k, v, causal=False, mask=jnp.broadcast_to(mask, (1, 1, 4, 4)))
     kept = jnp.array([0, 1, 3])
-    assert_close(hidden, attention(q, k[:, kept], v[:, kept], causal=False))
+    assert_close(hidden, jitted(q, k[:, kept], v[:, kept], causal=False))
 
 
 def test_attention_refuses_uneven_groups():
@@ -151,11 +156,20 @@ TOKENS = jax.random.randint(jax.random.key(5), (2, 7), 0, 11, jnp.int32)
 @cache
 def make(**changes):
     model = Decoder(TransformerConfig(**SMALL | changes))
-    return model, jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    return model, drawn(model, TOKENS)
+
+
+def shapes(**changes):
+    return jax.eval_shape(Decoder(TransformerConfig(**SMALL | changes)).init, jax.random.key(0), TOKENS)["params"]
+
+
+@cache
+def forward(model):
+    return jax.jit(lambda *args: model.apply({"params": args[0]}, *args[1:]))
 
 
 def logits(model, params, tokens=TOKENS, positions=None):
-    return jax.jit(lambda p: model.apply({"params": p}, tokens, positions))(params)
+    return forward(model)(params, tokens, positions)
 
 
 def unstacked(params, layers=2):
@@ -173,15 +187,14 @@ DECODERS = {
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_torchs(name, golden):
     case = golden("decoders")
-    model, params = make(**DECODERS[name])
     theirs = jax.tree.map(jnp.asarray, case[name]["params"])
-    assert jax.tree.map(jnp.shape, theirs) == jax.tree.map(jnp.shape, params)
-    ours = logits(model, theirs, jnp.asarray(case["tokens"]))
+    assert jax.tree.map(jnp.shape, theirs) == jax.tree.map(jnp.shape, shapes(**DECODERS[name]))
+    ours = logits(Decoder(TransformerConfig(**SMALL | DECODERS[name])), theirs, jnp.asarray(case["tokens"]))
     np.testing.assert_allclose(ours, case[name]["logits"], rtol=1e-4, atol=2e-5)
 
 
 def test_parameters_are_plain_nested_dicts_of_the_documented_shapes():
-    _, params = make(tied=False)
+    params = shapes(tied=False)
     assert jax.tree.map(jnp.shape, params) == {
         "embed": {"table": (11, 16)},
         "blocks": {
@@ -220,11 +233,11 @@ def test_initial_scales():
 
 
 def test_the_first_loss_is_close_to_log_v():
-    model = Decoder(TransformerConfig(vocab_size=256, layers=2, width=128, heads=4))
+    model = Decoder(TransformerConfig(vocab_size=256, layers=1, width=64, heads=4))
     tokens = jax.random.randint(jax.random.key(0), (4, 32), 0, 256, jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    log_p = jax.nn.log_softmax(logits(model, params, tokens))[:, :-1]
-    loss = -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+    log_p = log_softmax(np.asarray(logits(model, params, tokens)), -1)[:, :-1]
+    loss = -np.take_along_axis(log_p, np.asarray(tokens)[:, 1:, None], -1).mean()
     assert loss == pytest.approx(np.log(256), abs=0.7)
 
 
@@ -239,24 +252,32 @@ def test_a_token_sees_no_later_token():
 def test_only_distances_between_positions_matter():
     model, params = make()
     positions = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
-    np.testing.assert_allclose(logits(model, params), logits(model, params, TOKENS, positions), atol=1e-6)
-    np.testing.assert_allclose(logits(model, params), logits(model, params, TOKENS, positions + 40), atol=2e-5)
-    assert jnp.abs(logits(model, params) - logits(model, params, TOKENS, positions * 3)).max() > 1e-3
+    found = np.asarray(logits(model, params))
+    np.testing.assert_allclose(found, logits(model, params, TOKENS, positions), atol=1e-6)
+    np.testing.assert_allclose(found, logits(model, params, TOKENS, positions + 40), atol=2e-5)
+    assert np.abs(found - logits(model, params, TOKENS, positions * 3)).max() > 1e-3
+
+
+@cache
+def gradients(model):
+    def loss(params):
+        out = model.apply({"params": params}, TOKENS)
+        return jnp.square(out).mean(), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def gradient(model, params):
-    return jax.jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, TOKENS)).mean()))(params)
+    return gradients(model)(params)[0]
 
 
 def test_unrolled_blocks_compute_what_the_scan_does():
     model, params = make(window=3, attention_pattern="LN")
-    flat, _ = make(window=3, attention_pattern="LN", scan=False)
-    np.testing.assert_allclose(logits(model, params), logits(flat, unstacked(params)), rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        unstacked(gradient(model, params)),
-        gradient(flat, unstacked(params)),
-    )
+    flat = Decoder(TransformerConfig(**SMALL, window=3, attention_pattern="LN", scan=False))
+    (grads, out), (flat_grads, flat_out) = gradients(model)(params), gradients(flat)(unstacked(params))
+    np.testing.assert_allclose(out, flat_out, rtol=1e-5, atol=1e-6)
+    grads = unstacked(jax.device_get(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, flat_grads)
 
 
 @pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "dots")])
@@ -272,7 +293,7 @@ def test_remat_changes_memory_and_not_gradients(remat, scan):
 
 def saved_products(remat):
     """Matrix products in the gradient's program, the scan's body counted once."""
-    model, params = make(remat=remat)
+    model, params = Decoder(TransformerConfig(**SMALL, remat=remat)), shapes()
     jaxpr = jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, TOKENS).sum()))(params)
     return str(jaxpr).count("dot_general[")
 
@@ -286,15 +307,14 @@ def test_remat_recomputes_products_only_when_full():
 def test_bfloat16_is_near_float32_with_float32_logits_and_gradients():
     model, params = make()
     half = Decoder(TransformerConfig(**SMALL, dtype="bfloat16"))
-    ours, exact = logits(half, params), logits(model, params)
+    (grads, ours), exact = gradients(half)(params), np.asarray(logits(model, params))
     assert ours.dtype == jnp.float32
     assert 1e-5 < jnp.abs(ours - exact).max() < 0.05 * jnp.abs(exact).max()
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(half, params))} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype("float32")}
 
 
 def test_tied_embeddings_are_one_parameter():
-    _, tied = make()
-    _, free = make(tied=False)
+    tied, free = shapes(), shapes(tied=False)
     assert "head" not in tied and jax.tree.leaves(free["head"])[0].size == 11 * 16
 
 
@@ -314,7 +334,7 @@ def test_another_feed_forward_layer_fits_in_and_reports_by_layer(monkeypatch, re
     monkeypatch.setitem(transformer.MLPS, "constant", Constant)
     model, params = make(mlp="constant", remat=remat)
     assert params["blocks"]["mlp"]["bias"].shape == (2,)
-    _, sown = model.apply({"params": params}, TOKENS, mutable=["intermediates"])
+    _, sown = jax.jit(lambda p: model.apply({"params": p}, TOKENS, mutable=["intermediates"]))(params)
     (load,) = sown["intermediates"]["blocks"]["mlp"]["load"]
     assert load.shape == (2,) and (load > 0).all()
 

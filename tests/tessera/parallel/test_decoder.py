@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 from jax.sharding import PartitionSpec as P
 
 from configs import moe_lm
@@ -78,7 +79,7 @@ def test_constraints_alone_give_the_same_numbers(axes):
     """The compiler's own choice of collectives, from where the parameters lie and the edges of the blocks."""
     mesh = make_mesh(Plan(axes))
     batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
-    params = jax.jit(Decoder(CONFIG).init)(jax.random.key(0), batch["tokens"])["params"]
+    params = drawn(Decoder(CONFIG), batch["tokens"])
     where = shardings(mesh, ShardedDecoder(CONFIG, Plan(axes)).specs)
 
     def constrain(x, axes):
@@ -217,7 +218,7 @@ def test_first_dense_layers_are_those_of_one_scanned_device(axes, scan):
     batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
     stacked = replace(CONFIG, layers=3, mlp="routed", moe=FIRST_DENSE, remat="1 full; 2 none")
     config = replace(stacked, scan=scan)
-    params = jax.jit(Decoder(stacked).init)(jax.random.key(0), batch["tokens"])["params"]
+    params = drawn(Decoder(stacked), batch["tokens"])
     assert params["dense_blocks"]["mlp"]["up"]["kernel"].shape == (1, 16, 16)
     assert params["blocks"]["mlp"]["experts"]["up"]["kernel"].shape == (2, 8, 16, 8)
     mine = join_blocks(params, split_blocks(params, stacked), config)

@@ -1,12 +1,14 @@
 """Documents packed into rows give the loss and the gradient of documents one by one, under every plan, in chunks."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +73,15 @@ def one_by_one(model, rows, size):
 
 
 def initialized(config):
-    return jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
+    return drawn(Decoder(config), jnp.zeros((1, LENGTH), jnp.int32))
+
+
+@cache
+def expectation(config):
+    """Parameters, and the loss and gradient of the documents of `LENGTHS` one by one."""
+    params = initialized(config)
+    alone, *arrays = one_by_one(Decoder(config), documents(LENGTHS), 32)
+    return params, jax.device_get(jax.jit(jax.value_and_grad(alone))(params, *arrays))
 
 
 def assert_equal(found, expected):
@@ -82,12 +92,15 @@ def assert_equal(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale, err_msg=path_name(path))
 
 
+# Of one model, whose documents one by one are one program.
 CASES = [
-    ("", {}, {}),
+    ("", {}, FORMS),
     ("cp=2, tp=2, dp=2", {}, FORMS),
-    ("pp=2, cp=2", {"context": "all_to_all"}, {}),
+    ("pp=2, cp=2", {"context": "all_to_all"}, FORMS),
 ]
 MORE_CASES = [
+    ("", {}, {}),
+    ("pp=2, cp=2", {"context": "all_to_all"}, {}),
     ("dp=2", {}, {}),
     ("tp=2", {"sequence": True}, {}),
     ("cp=2", {}, {}),
@@ -115,13 +128,12 @@ MORE_CASES = [
     ("axes", "options", "changes"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES]
 )
 def test_packed_documents_are_documents_one_by_one(axes, options, changes):
-    config, rows = replace(CONFIG, **changes), documents(LENGTHS)
-    params, batch, loss_fn = initialized(config), packed(rows), lm_loss(Decoder(config), loss_chunk_size=5)
+    config, batch = replace(CONFIG, **changes), packed(documents(LENGTHS))
+    (params, expected), loss_fn = expectation(config), lm_loss(Decoder(config), loss_chunk_size=5)
     if axes:
         loss_fn, params, batch = under(axes, options, config, params, batch)
     (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch)
-    alone, *arrays = one_by_one(Decoder(config), rows, 32)
-    assert_equal((loss, grads), jax.jit(jax.value_and_grad(alone))(jax.device_get(params), *arrays))
+    assert_equal((loss, grads), expected)
     assert metrics["cross_entropy"] == pytest.approx(float(loss), abs=1e-6)
     # Inputs without a document: of rows with 14 and 3 tokens and of the row with none.
     assert metrics["padding"] == pytest.approx((2 + 16 + 13) / (ROWS * LENGTH))
@@ -177,7 +189,7 @@ def test_no_expert_gets_padding(axes, options, changes):
 
     A row of padding alone would be a microbatch that weighs as much as others in the losses of routers.
     """
-    config = replace(CONFIG, mlp="routed", moe=replace(EXPERTS, **changes))
+    config = replace(CONFIG, mlp="routed", moe=replace(EXPERTS, **changes), window=0, attention_pattern="G")
     rows = documents([row or [4] for row in LENGTHS])
     params, batch = initialized(config), packed(rows)
     expected = jax.jit(jax.value_and_grad(lm_loss(Decoder(config)), has_aux=True))(params, batch)
