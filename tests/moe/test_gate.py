@@ -1,6 +1,7 @@
 """Settings of a router that reach it, and magnitudes that its formulas state."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,22 @@ SETTINGS = {
 }
 
 
+@cache
+def weights(config):
+    shapes = gate.parameter_shapes(config, D)
+    own = {key: np.random.default_rng(len(key)).normal(size=shape) for key, shape in shapes.items()}
+    own = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in own.items()}
+    found = jax.jit(lambda p: gate.gate(p, X, config, key=KEY, tokens_N=jnp.arange(N)))(own)
+    hot = np.zeros((N, E + 1))
+    np.put_along_axis(hot, np.asarray(found.experts_NK), np.asarray(found.weights_NK), 1)
+    return hot[:, :E]
+
+
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in SETTINGS.items() for field in fields])
 def test_no_setting_of_a_router_is_ignored(name, field):
     grouped = {"groups": 4, "top_groups": 2} if field == "top_groups" or name == "hierarchical" else {}
     base = gate.RouterConfig(name, experts=E, k=1 if name == "switch" else 2, **grouped)
     changed = replace(base, **{field: SETTINGS[name][field]})
-    shapes = gate.parameter_shapes(changed, D)
-    params = {key: np.random.default_rng(len(key)).normal(size=shape) for key, shape in shapes.items()}
-
-    def weights(config):
-        own = {key: jnp.asarray(params[key], jnp.float32) for key in gate.parameter_shapes(config, D)}
-        found = jax.jit(lambda p: gate.gate(p, X, config, key=KEY, tokens_N=jnp.arange(N)))(own)
-        hot = np.zeros((N, E + 1))
-        np.put_along_axis(hot, np.asarray(found.experts_NK), np.asarray(found.weights_NK), 1)
-        return hot[:, :E]
-
     before, after = weights(base), weights(changed)
     assert np.abs(after - before).max() > 1e-3
     if field == "scale":

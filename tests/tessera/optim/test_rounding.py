@@ -33,7 +33,7 @@ def test_a_slow_second_moment_moves_where_rounding_to_nearest_would_stop():
     expected = 9 - 8 * 0.999**1500
     nu = np.asarray(state.inner.nu["w"], np.float64)
     assert nu.mean() == pytest.approx(expected, rel=0.01)
-    nearest = jnp.bfloat16(1.0)
+    nearest, bfloat16 = np.float32(1), np.dtype(jnp.bfloat16)
     for _ in range(1500):
-        nearest = (0.999 * nearest.astype(jnp.float32) + 0.001 * 9).astype(jnp.bfloat16)
+        nearest = np.float32(0.999 * nearest + 0.001 * 9).astype(bfloat16).astype(np.float32)
     assert abs(float(nearest) - expected) > 1  # what the test would not see
