@@ -13,16 +13,21 @@ from tessera.models.vision import LeNet, MLPConfig
 LAYERS = ("dense0", "dense1", "output")
 
 
+def kept(params, which, counts, structure):
+    return jax.jit(lambda p: prune.keep(criteria.magnitude(p), masks.ones(p), which, counts, structure))(params)
+
+
 def ticket(structure="64x64", keep=0.6):
     model = LeNet(MLPConfig((128, 64)))
     x = jax.random.normal(jax.random.key(1), (6, 192))
-    params = model.init(jax.random.key(0), x)["params"]
-    biases = {name: 0.1 * jax.random.normal(jax.random.key(2), layer["bias"].shape) for name, layer in params.items()}
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(2)
+    biases = {name: jnp.float32(0.1 * rng.normal(size=layer["bias"].shape)) for name, layer in params.items()}
     params = {name: {**layer, "bias": biases[name]} for name, layer in params.items()}
     which = masks.prunable(params, (("output/kernel", False),))
     units = prune.units(params, which, structure)
     counts = {path: max(round(keep * n), 1) for path, n in units.items()}
-    mask = prune.keep(criteria.magnitude(params), masks.ones(params), which, counts, structure)
+    mask = kept(params, which, counts, structure)
     return model, masks.apply(params, mask), mask, x
 
 
@@ -30,11 +35,13 @@ def test_a_block_ticket_of_lenet_computes_and_learns_what_the_masked_network_doe
     model, params, mask, x = ticket()
     packed = block_sparse.pack_chain(params, mask, LAYERS[:2])
     assert packed["dense0"]["kernel"].structure.live == int(np.asarray(mask["dense0"]["kernel"]).sum()) // 64**2
-    logits = np.asarray(model.apply({"params": params}, x))
-    without = model.apply({"params": {**params, "dense0": jax.tree.map(jnp.zeros_like, params["dense0"])}}, x)
+    run = jax.jit(lambda params: model.apply({"params": params}, x))
+    logits = np.asarray(run(params))
+    without = run({**params, "dense0": jax.tree.map(jnp.zeros_like, params["dense0"])})
     # Blocks of one layer that meet none of the next would leave a constant; logits have both signs.
     assert np.abs(logits - without).max() > 0.1 and logits.min() < 0 < logits.max()
-    np.testing.assert_allclose(block_sparse.apply_chain(packed, x, LAYERS), logits, rtol=1e-5, atol=1e-6)
+    chain = jax.jit(lambda packed: block_sparse.apply_chain(packed, x, LAYERS))
+    np.testing.assert_allclose(chain(packed), logits, rtol=1e-5, atol=1e-6)
 
     def blocks_only(packed, blocks):
         new = {
@@ -49,14 +56,14 @@ def test_a_block_ticket_of_lenet_computes_and_learns_what_the_masked_network_doe
         return jnp.square(model.apply({"params": masks.apply(params, mask)}, x)).mean()
 
     blocks = {name: packed[name]["kernel"].blocks for name in LAYERS[:2]}
-    got, want = jax.jit(jax.grad(sparse_loss))(blocks), jax.grad(dense_loss)(params)
+    got, want = jax.jit(jax.grad(sparse_loss))(blocks), jax.jit(jax.grad(dense_loss))(params)
     for name in blocks:
         back = block_sparse.unpack(packed[name]["kernel"]._replace(blocks=got[name]))
         np.testing.assert_allclose(back, want[name]["kernel"], rtol=1e-4, atol=1e-6)
     # One step of any optimizer on the blocks is the step under the mask.
     tx = transform.sparse(optax.adam(0.1), mask)
-    updates, _ = tx.update(want, tx.init(params), params)
-    block_updates, _ = optax.adam(0.1).update(got, optax.adam(0.1).init(blocks))
+    updates, _ = jax.jit(tx.update)(want, tx.init(params), params)
+    block_updates, _ = jax.jit(optax.adam(0.1).update)(got, optax.adam(0.1).init(blocks))
     after = optax.apply_updates(blocks, block_updates)
     back = block_sparse.unpack(packed["dense0"]["kernel"]._replace(blocks=after["dense0"]))
     want_after = optax.apply_updates(params, updates)["dense0"]["kernel"]
@@ -66,16 +73,20 @@ def test_a_block_ticket_of_lenet_computes_and_learns_what_the_masked_network_doe
 
 def test_the_decoders_feed_forward_layer_runs_on_its_block_ticket():
     config = TransformerConfig(vocab_size=11, layers=2, width=64, heads=2, ff=128)
-    params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
     mlp = {name: leaf["kernel"] for name, leaf in params["blocks"]["mlp"].items()}
     which = masks.prunable(params, (("attention/", False),))
     counts = {path: round(0.5 * n) for path, n in prune.units(params, which, "64x64").items()}
-    mask = prune.keep(criteria.magnitude(params), masks.ones(params), which, counts, "64x64")["blocks"]["mlp"]
+    mask = jax.device_get(kept(params, which, counts, "64x64"))["blocks"]["mlp"]
+    mlp = jax.device_get(mlp)
     x = jax.random.normal(jax.random.key(1), (2, 5, 64))
     for layer in range(2):
-        packed = {name: block_sparse.pack(kernel[layer], mask[name]["kernel"][layer]) for name, kernel in mlp.items()}
-        dense = {name: jnp.where(mask[name]["kernel"][layer], kernel[layer], 0) for name, kernel in mlp.items()}
-        np.testing.assert_allclose(block_sparse.swiglu(x, **packed), swiglu(x, **dense), rtol=1e-4, atol=1e-5)
+        given = {name: (kernel[layer], mask[name]["kernel"][layer]) for name, kernel in mlp.items()}
+        packed = {name: block_sparse.pack(*map(jnp.asarray, pair)) for name, pair in given.items()}
+
+        dense = {name: np.where(live, kernel, 0) for name, (kernel, live) in given.items()}
+        found, expected = jax.jit(lambda x, a, b: (block_sparse.swiglu(x, **a), swiglu(x, **b)))(x, packed, dense)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_named():

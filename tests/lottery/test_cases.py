@@ -106,10 +106,17 @@ def unit_count(mask, structure):
     return int(mask.sum())
 
 
-@pytest.mark.parametrize(
-    ("criterion", "scope", "structure", "schedule"),
-    itertools.product(criteria.CRITERIA, ALLOCATIONS, STRUCTURES, SCHEDULES),
-)
+def cases():
+    """All combinations; by default every criterion, structure and schedule with one scope: all pairs of any two."""
+    tables = (criteria.CRITERIA, ALLOCATIONS, STRUCTURES, SCHEDULES)
+    for places in itertools.product(*(range(len(table)) for table in tables)):
+        case = [[*table][place] for table, place in zip(tables, places, strict=True)]
+        criterion, scope, structure, schedule = places
+        quick = scope == (criterion + structure + schedule) % len(ALLOCATIONS)
+        yield pytest.param(*case, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("criterion", "scope", "structure", "schedule"), cases())
 def test_exact_density_constant_masks_and_zeros_outside(criterion, scope, structure, schedule):
     scores, mask = scored(criterion), masks.ones(PARAMS)
     units = prune.units(PARAMS, WHICH, structure)

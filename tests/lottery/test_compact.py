@@ -16,16 +16,15 @@ LAYERS = ("dense0", "dense1", "output")
 
 
 def lenet():
-    params = LeNet(MLPConfig((20, 12))).init(jax.random.key(0), jnp.zeros((1, 30)))["params"]
-    keys = jax.random.split(jax.random.key(1), 3)
-    for name, key in zip(LAYERS, keys, strict=True):
-        params[name]["bias"] = jax.random.normal(key, params[name]["bias"].shape)
+    params = jax.jit(LeNet(MLPConfig((20, 12))).init)(jax.random.key(0), jnp.zeros((1, 30)))["params"]
+    rng = np.random.default_rng(1)
+    for name in LAYERS:
+        params[name]["bias"] = jnp.asarray(rng.normal(size=params[name]["bias"].shape), jnp.float32)
     return params
 
 
 def same(config, params, small_config, small, x):
-    want = LeNet(config).apply({"params": params}, x)
-    got = LeNet(small_config).apply({"params": small}, x)
+    want, got = (jax.jit(LeNet(c).apply)({"params": p}, x) for c, p in ((config, params), (small_config, small)))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
 
 
@@ -51,7 +50,8 @@ def test_neurons_that_read_nothing_become_part_of_the_next_bias(count):
     params = lenet()
     which = masks.prunable(params)
     removals = {"dense0/kernel": count, "dense1/kernel": min(count, 11)}
-    mask = prune.remove(criteria.magnitude(params), masks.ones(params), which, removals, "neuron")
+    remove = jax.jit(lambda p: prune.remove(criteria.magnitude(p), masks.ones(p), which, removals, "neuron"))
+    mask = remove(params)
     ticket = masks.apply(params, mask)
     small, hidden = compact.compact_mlp(ticket, LAYERS)
     assert hidden == (20 - count, 12 - min(count, 11))
@@ -69,24 +69,25 @@ def test_a_network_of_nothing_keeps_one_neuron_a_layer_and_its_constant_output()
 def test_the_decoder_loses_heads_and_neurons_and_says_the_same(kv_heads):
     config = TransformerConfig(vocab_size=31, layers=2, width=16, heads=4, kv_heads=kv_heads, ff=12)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 31)
-    params = Decoder(config).init(jax.random.key(1), tokens)["params"]
+    run = jax.jit(lambda params: Decoder(config).apply({"params": params}, tokens))
+    params = jax.jit(Decoder(config).init)(jax.random.key(1), tokens)["params"]
     which = masks.prunable(params)
     groups = coupled.decoder_neurons() | coupled.decoder_heads(4, kv_heads)
     units = {"blocks_0/mlp": 12, "blocks_1/mlp": 12, "blocks_0/attention": kv_heads, "blocks_1/attention": kv_heads}
     assert coupled.unit_counts(params, groups) == units
     # The layers keep different numbers, and one is padded.
     counts = {"blocks_0/mlp": 5, "blocks_1/mlp": 6, "blocks_0/attention": 1, "blocks_1/attention": kv_heads - 1}
-    score = criteria.magnitude(params)
-    mask = coupled.keep_units(score, masks.ones(params), which, groups, counts)
+    keep = jax.jit(lambda p: coupled.keep_units(criteria.magnitude(p), masks.ones(p), which, groups, counts))
+    mask = keep(params)
     ticket = masks.apply(params, mask)
     small, sizes = compact.compact_decoder(ticket)
     assert 4 * sizes["ff"] < 4 * 12 and sizes["ff"] >= 6 and sizes["head_dim"] == 4
     assert sizes["heads"] == sizes["kv_heads"] * (4 // kv_heads)
     small_config = dataclasses.replace(config, **sizes)
-    want = Decoder(config).apply({"params": ticket}, tokens)
-    got = Decoder(small_config).apply({"params": small}, tokens)
+    want = run(ticket)
+    got = jax.jit(Decoder(small_config).apply)({"params": small}, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
-    assert not np.allclose(want, Decoder(config).apply({"params": params}, tokens), atol=1e-3)
+    assert not np.allclose(want, run(params), atol=1e-3)
 
 
 @pytest.mark.parametrize("function", [compact.compact_decoder, align.open_decoder])
@@ -153,25 +154,28 @@ def test_groups_that_do_not_fit_name_the_path():
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_dead_experts_leave_and_the_layer_says_the_same(keep):
-    params = experts.initialize(8, 12, 6, key=jax.random.key(0))
+    params = jax.jit(lambda key: experts.initialize(8, 12, 6, key=key))(jax.random.key(0))
     tree = {"experts": {name: {"kernel": kernel} for name, kernel in params.items()}}
     which = masks.prunable(tree)
     members = tuple(coupled.Member(f"experts/{name}/kernel", (0,)) for name in params)
-    mask = coupled.keep_units(
-        criteria.magnitude(tree), masks.ones(tree), which, {"experts": members}, {"experts": keep}
-    )
+    groups, counts = {"experts": members}, {"experts": keep}
+    run = jax.jit(lambda p: coupled.keep_units(criteria.magnitude(p), masks.ones(p), which, groups, counts))
+    mask = run(tree)
     ticket = masks.apply(tree, mask)["experts"]
     small, numbers = compact.compact_experts(ticket)
     assert small["up"]["kernel"].shape == (keep, 8, 12) and sorted(numbers)[-1] == keep
     x = jax.random.normal(jax.random.key(1), (20, 8))
-    routing = route.top_k(jax.random.normal(jax.random.key(2), (20, 6)), k=2)
-    full = {name: leaf["kernel"] for name, leaf in ticket.items()}
-    want = dispatch.dropless(x, routing, lambda rows, sizes: experts.expert_ffn(full, rows, sizes))
+    routing = jax.jit(route.top_k, static_argnames="k")(jax.random.normal(jax.random.key(2), (20, 6)), k=2)
+
+    @jax.jit
+    def layer(params, routing):
+        return dispatch.dropless(x, routing, lambda rows, sizes: experts.expert_ffn(params, rows, sizes))
+
+    want = layer({name: leaf["kernel"] for name, leaf in ticket.items()}, routing)
     ids, weights = compact.renumber(routing.experts_NK, routing.weights_NK, numbers, keep)
     first = {name: getattr(routing, name)[:, :keep] for name in ("probs_NE", "logits_NE")}
     fewer = dataclasses.replace(routing, experts_NK=ids, weights_NK=weights, **first)
-    part = {name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}
-    got = dispatch.dropless(x, fewer, lambda rows, sizes: experts.expert_ffn(part, rows, sizes))
+    got = layer({name: jnp.asarray(leaf["kernel"]) for name, leaf in small.items()}, fewer)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
 
 

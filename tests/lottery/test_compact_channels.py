@@ -18,12 +18,22 @@ def shaken(tree):
     """Norms and statistics as training leaves them: nothing at its initial zero or one."""
     generator = np.random.default_rng(0)
     shake = lambda leaf: leaf + 0.3 * np.abs(generator.normal(size=leaf.shape)).astype(np.float32)  # noqa: E731
-    return jax.tree.map(lambda leaf: jnp.asarray(shake(leaf)) if leaf.ndim == 1 else leaf, tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(shake(np.asarray(leaf))) if leaf.ndim == 1 else leaf, tree)
+
+
+def removed(tree, which, removals):
+    run = lambda p: prune.remove(criteria.magnitude(p), masks.ones(p), which, removals, "channel")  # noqa: E731
+    return jax.jit(run)(tree)
+
+
+def kept(tree, which, groups, counts):
+    run = lambda p: coupled.keep_units(criteria.magnitude(p), masks.ones(p), which, groups, counts)  # noqa: E731
+    return jax.jit(run)(tree)
 
 
 def close(network, ticket, small_network, small):
-    want = network.apply(ticket, X)
-    got = small_network.apply(jax.tree.map(jnp.asarray, small), X)
+    want = jax.jit(network.apply)(ticket, X)
+    got = jax.jit(small_network.apply)(jax.tree.map(jnp.asarray, small), X)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * float(jnp.abs(want).max()))
 
 
@@ -36,10 +46,10 @@ CONV = ConvConfig(blocks=((6, 8), (10,)), dense=(), classes=4)
 def test_channels_of_a_chain_are_cut_out(norm, dense, count):
     config = dataclasses.replace(CONV, norm=norm, dense=dense)
     network = conv_net(config, X)
-    tree = shaken(network.init(jax.random.key(0)))
+    tree = shaken(jax.jit(network.init)(jax.random.key(0)))
     which = masks.prunable(tree, (("dense|output", False),))
     removals = {f"conv{i}/kernel": count for i in range(3)}
-    mask = prune.remove(criteria.magnitude(tree), masks.ones(tree), which, removals, "channel")
+    mask = removed(tree, which, removals)
     ticket = masks.apply(tree, mask)
     links = compact_channels.chain(3, "dense0" if dense else "output", norm == "batch")
     small, left = compact_channels.compact_channels(ticket, links)
@@ -55,19 +65,17 @@ def test_channels_of_a_chain_are_cut_out(norm, dense, count):
 def test_coupled_channels_of_a_residual_network_are_cut_out():
     config = ResNetConfig(blocks=1, widths=(6, 8), classes=4)
     network = resnet(config, X)
-    tree = shaken(network.init(jax.random.key(0)))
+    tree = shaken(jax.jit(network.init)(jax.random.key(0)))
     links = compact_channels.residual(2, 1)
     groups = compact_channels.channel_groups(links)
     which = masks.prunable(tree)
     counts = {"stage0_0_first_conv": 2, "stage1_0_first_conv": 5}
-    mask = coupled.keep_units(criteria.magnitude(tree), masks.ones(tree), which, groups, counts)
+    mask = kept(tree, which, groups, counts)
     ticket = masks.apply(tree, mask)
     small, left = compact_channels.compact_channels(ticket, links)
     assert left == counts
     close(network, ticket, resnet(dataclasses.replace(config, inner=tuple(left.values())), X), small)
-    alone = prune.remove(
-        criteria.magnitude(tree), masks.ones(tree), which, {"stage0_0_first_conv/kernel": 3}, "channel"
-    )
+    alone = removed(tree, which, {"stage0_0_first_conv/kernel": 3})
     ticket = masks.apply(tree, alone)
     small, left = compact_channels.compact_channels(ticket, links)
     # What three dead channels leave behind, if anything, fits into one.
@@ -86,9 +94,9 @@ def test_channels_behind_group_normalization_go_where_nobody_writes_and_nobody_r
         links = compact_channels.residual(2, 1, groups=2)
         counts = {"stage0_0_first_conv": 1, "stage1_0_first_conv": 5}
     network = make(config, X)
-    tree = shaken(network.init(jax.random.key(0)))
+    tree = shaken(jax.jit(network.init)(jax.random.key(0)))
     groups = compact_channels.channel_groups(links)
-    mask = coupled.keep_units(criteria.magnitude(tree), masks.ones(tree), masks.prunable(tree), groups, counts)
+    mask = kept(tree, masks.prunable(tree), groups, counts)
     ticket = masks.apply(tree, mask)
     small, left = compact_channels.compact_channels(ticket, links)
     parts = compact_channels.group_sizes(ticket, links)
@@ -99,16 +107,15 @@ def test_channels_behind_group_normalization_go_where_nobody_writes_and_nobody_r
         sizes = dataclasses.replace(config, inner=tuple(left.values()), left=tuple(parts.values()))
     close(network, ticket, make(sizes, X), small)
     # A filter of zeros that somebody reads is not a constant here, and stays.
-    alone = prune.remove(
-        criteria.magnitude(tree), masks.ones(tree), masks.prunable(tree), {f"{links[0].writer}/kernel": 3}, "channel"
-    )
+    alone = removed(tree, masks.prunable(tree), {f"{links[0].writer}/kernel": 3})
     assert compact_channels.compact_channels(masks.apply(tree, alone), links)[1][links[0].writer] == 6
     with pytest.raises(ValueError, match="does not fit channels"):
         dataclasses.replace(sizes, left=((3, 3, 3),) * len(sizes.left))
 
 
 def test_layers_that_do_not_chain_are_named():
-    tree = conv_net(CONV, X).init(jax.random.key(0))
+    shapes = jax.eval_shape(conv_net(CONV, X).init, jax.random.key(0))
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     tree = {**tree, "norm0": {"scale": np.ones(6, np.float32), "bias": np.zeros(6, np.float32)}}  # as of groups
     for links, message in [
         ((compact_channels.Link("conv0", "conv1", "norm0"),), "norm0 has no running mean and variance"),

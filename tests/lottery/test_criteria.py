@@ -33,6 +33,9 @@ def whole(params):
     return loss_fn(params, BATCHES.reshape(-1, 3))
 
 
+slope = jax.jit(jax.grad(loss_fn))
+
+
 def assert_close(got, want):
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
@@ -40,8 +43,8 @@ def assert_close(got, want):
 
 def test_snip_is_the_derivative_with_respect_to_the_mask():
     ones = jax.tree.map(jnp.ones_like, PARAMS)
-    want = jax.grad(lambda c: whole(jax.tree.map(jnp.multiply, c, PARAMS)))(ones)
-    assert_close(criteria.snip(loss_fn, PARAMS, BATCHES), jax.tree.map(jnp.abs, want))
+    want = jax.jit(jax.grad(lambda c: whole(jax.tree.map(jnp.multiply, c, PARAMS))))(ones)
+    assert_close(jax.jit(lambda p: criteria.snip(loss_fn, p, BATCHES))(PARAMS), jax.tree.map(jnp.abs, want))
 
 
 def test_grasp_is_the_weight_times_hessian_times_gradient():
@@ -54,10 +57,12 @@ def test_grasp_is_the_weight_times_hessian_times_gradient():
 
 
 def test_taylor_and_fisher_average_squares_over_batches():
-    grads = [jax.grad(loss_fn)(PARAMS, batch) for batch in BATCHES]
+    grads = [slope(PARAMS, batch) for batch in BATCHES]
     mean = jax.tree.map(lambda *g: sum(x**2 for x in g) / len(g), *grads)
-    assert_close(criteria.taylor(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f, PARAMS, mean))
-    assert_close(criteria.fisher(loss_fn, PARAMS, BATCHES), jax.tree.map(lambda w, f: w**2 * f / 2, PARAMS, mean))
+    score = jax.jit(lambda p: (criteria.taylor(loss_fn, p, BATCHES), criteria.fisher(loss_fn, p, BATCHES)))
+    taylor, fisher = score(PARAMS)
+    assert_close(taylor, jax.tree.map(lambda w, f: w**2 * f, PARAMS, mean))
+    assert_close(fisher, jax.tree.map(lambda w, f: w**2 * f / 2, PARAMS, mean))
 
 
 def test_magnitude_increase():
@@ -70,7 +75,7 @@ def test_movement_adds_up_minus_weight_times_gradient_and_changes_no_update():
     params, state = PARAMS, tx.init(PARAMS)
     total = jax.tree.map(jnp.zeros_like, PARAMS)
     for batch in BATCHES:
-        grads = jax.grad(loss_fn)(params, batch)
+        grads = slope(params, batch)
         total = jax.tree.map(lambda t, w, g: t - w * g, total, params, grads)
         updates, state = tx.update(grads, state, params)
         assert_close(updates, jax.tree.map(lambda g: -0.1 * g, grads))

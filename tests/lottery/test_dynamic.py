@@ -138,13 +138,19 @@ def test_straight_through_is_dpf_with_momentum_and_decay_against_numpy(every, ra
     dense = np.random.default_rng(3).normal(size=(2, 2, 3)) * 0.3
     target = np.zeros((2, 2, 3))
     target[0, 1], target[1, 0, 0] = [1.0, 1.0, -1.0], 0.2
-    one = lambda part: {"kernel": jnp.asarray(part, jnp.float32)}  # noqa: E731
+    one = lambda part: {"kernel": np.float32(part)}  # noqa: E731
     tree = lambda x: {"a": one(x[0]), "b": one(x[1])}  # noqa: E731
     flat = lambda t: np.stack([t["a"]["kernel"], t["b"]["kernel"]])  # noqa: E731
     inner = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=momentum))
     tx = dynamic.straight_through(inner, which, {"*": left}, every, ramp=ramp)
-    state = tx.init(tree(dense))
+    state = tx.init(jax.tree.map(jnp.asarray, tree(dense)))
     params = masks.apply(tree(dense), dynamic.masks_of(state))
+
+    @jax.jit
+    def step_of(gradient, state, params):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
     buffer, mask = np.zeros_like(dense), np.ones(dense.shape, bool)
     first = None
     for step in range(12):
@@ -154,8 +160,7 @@ def test_straight_through_is_dpf_with_momentum_and_decay_against_numpy(every, ra
             mask = np.abs(dense) >= np.sort(np.abs(dense).ravel())[size - count]
         first = mask if first is None else first
         np.testing.assert_allclose(flat(params), dense * mask, atol=2e-6)
-        updates, state = tx.update(tree(dense * mask - target), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step_of(tree(dense * mask - target), state, params)
         buffer = momentum * buffer + (dense * mask - target) + decay * dense
         dense = dense - rate * buffer
     np.testing.assert_allclose(flat(state.dense), dense, atol=2e-6)
@@ -237,7 +242,7 @@ def test_a_move_is_the_published_one_also_for_what_is_dropped_and_grown_at_once(
     state = tx.init(params)
     trace = state.inner[0]._replace(trace={"kernel": jnp.asarray(moments)})
     state = state._replace(step=jnp.int32(step), inner=(trace, *state.inner[1:]))
-    updates, state = tx.update({"kernel": jnp.asarray(gradient)}, state, params)
+    updates, state = jax.jit(tx.update)({"kernel": jnp.asarray(gradient)}, state, params)
     got = optax.apply_updates(params, updates)["kernel"], state.inner[0].trace["kernel"], state.masks["kernel"]
     if step == 8:  # `until`: there the published code moves int(0 * alive) weights, and here training goes on
         np.testing.assert_array_equal(got[2], mask)
@@ -263,7 +268,8 @@ def test_any_optimizer_stays_finite_and_forgets_what_is_dropped(inner):
         return (params, state), (params["kernel"], state.masks["kernel"], state.inner[0].mu)
 
     start = masks.apply({"kernel": jax.random.normal(KEY, (3, 4))}, mask)
-    weights, alive, moments = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(STEPS))[1]
+    run = jax.jit(lambda start: jax.lax.scan(step, (start, tx.init(start)), jnp.arange(STEPS))[1])
+    weights, alive, moments = run(start)
     assert np.all(np.isfinite(weights)) and np.abs(weights).max() < 10
     assert np.any(alive[4] != alive[1]), "weights moved"
     (moments,) = jax.tree.leaves(moments)

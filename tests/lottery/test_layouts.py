@@ -27,7 +27,8 @@ def halved(tree, structure, layouts=()):
     tree = jax.tree.map(jnp.asarray, tree)
     which = masks.prunable(tree, layouts=layouts)
     counts = {layer: n // 2 for layer, n in prune.units(tree, which, structure).items()}
-    return masks.flatten(prune.keep(criteria.magnitude(tree), masks.ones(tree), which, counts, structure))
+    keep = jax.jit(lambda tree: prune.keep(criteria.magnitude(tree), masks.ones(tree), which, counts, structure))
+    return masks.flatten(keep(tree))
 
 
 @pytest.mark.parametrize("structure", ["2:4", "4x2", "neuron"])

@@ -60,7 +60,7 @@ def search(trainer=None, store=None, given=None, **settings):
 
 def arm(store, config, level, name, part="masks"):
     tree, rows = store.load(level, None)
-    return transfer.of_arm(tree[part], rows, name)[0]
+    return jax.device_get(transfer.of_arm(tree[part], rows, name)[0])
 
 
 def one(stack, i):
@@ -91,10 +91,11 @@ def test_scopes_structures_and_schedules_keep_what_they_say(scope, structure, sc
     rates = schedules.cubic(0.5, 2) if schedule == "cubic" else schedules.geometric(1 - 0.5**0.5, 2)
     units = prune.units(SHAPES, WHICH, structure)
     before = masks.ones(one(arm(store, config, 0, "dense"), 0))
+    count = jax.jit(lambda mask: prune.alive_units(mask, WHICH, structure))
     for level, density in enumerate(schedules.densities(rates), start=1):
         for name in settings["arms"]:
             mask = one(arm(store, config, level, name), 0)
-            alive = {path: int(n) for path, n in prune.alive_units(mask, WHICH, structure).items()}
+            alive = {path: int(n) for path, n in count(mask).items()}
             if scope == "uniform":
                 assert alive == {path: round(density * n) for path, n in units.items()}
             elif scope == "global":
@@ -113,21 +114,31 @@ def test_scopes_structures_and_schedules_keep_what_they_say(scope, structure, sc
                 before = mask
 
 
-@pytest.mark.parametrize("score", criteria.CRITERIA)
+# One of each kind of input; `test_cases.py` has every criterion in all its parts.
+INPUTS = ("random", "magnitude_increase", "movement", "snip", "synflow")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [score if score in INPUTS else pytest.param(score, marks=pytest.mark.slow) for score in criteria.CRITERIA],
+)
 def test_criteria_score_the_trained_weights_of_the_level_before(score):
     config, _, store, _ = search(Trainer(score == "movement"), score=score, scope="uniform", arms=("ticket",))
     counts = level_counts(config, prune.sizes(SHAPES, WHICH), {})
-    for level, i in itertools.product((1, 2), (0, 1)):
-        tree, rows = store.load(level - 1, None)
-        initial = one(imp.initial_weights(init_fn, config), i)
-        score_inputs = {"key": imp.search_keys(config, level, "ticket")[i], "initial": initial}
-        if score == "movement":
-            score_inputs["opt_state"] = criteria.MovementState(one(tree["movement"], i))
+    stacked = jax.device_get(imp.initial_weights(init_fn, config))
+
+    @jax.jit
+    def kept(tree, key, initial, count):
+        more = {"opt_state": criteria.MovementState(tree["movement"])} if score == "movement" else {}
         full = criteria.ScoreInputs(
-            loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0], **score_inputs
+            key=key, initial=initial, loss_fn=loss_fn, batches=BATCHES, apply_fn=apply_fn, inputs=BATCHES[0], **more
         )
-        got = criteria.score(score, one(tree["params"], i), full)
-        want = prune.keep(got, one(tree["masks"], i), WHICH, counts[level - 1])
+        return prune.keep(criteria.score(score, tree["params"], full), tree["masks"], WHICH, count)
+
+    for level, i in itertools.product((1, 2), (0, 1)):
+        tree, _ = jax.device_get(store.load(level - 1, None))
+        parts = {name: one(tree[name], i) for name in ("params", "masks", "movement") if name in tree}
+        want = kept(parts, imp.search_keys(config, level, "ticket")[i], one(stacked, i), counts[level - 1])
         assert_same(one(arm(store, config, level, "ticket"), i), want)
 
 
@@ -135,8 +146,10 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
     given = {level: jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape), bool), SHAPES) for level in (1, 2)}
     names = tuple(imp.ARMS)
     config, _, store, trainer = search(given=given.get, arms=names, score="synflow", rounds=3, rewind=4)
-    initial = imp.initial_weights(init_fn, config)
-    dense = store.load(0, None)[0]
+    initial = jax.device_get(imp.initial_weights(init_fn, config))
+    dense = jax.device_get(store.load(0, None)[0])
+    count = jax.jit(lambda mask: masks.count(mask, WHICH))
+    largest = jax.jit(lambda params, counts: prune.keep(criteria.magnitude(params), masks.ones(params), WHICH, counts))
     for level in (1, 2):
         mask = {name: arm(store, config, level, name) for name in names}
         starts = trainer.starts[level]
@@ -152,13 +165,10 @@ def test_arms_get_the_masks_and_weights_they_are_named_for():
                 signs = np.sign(masks.flatten(initial)[path]) * np.asarray(masks.flatten(mask["ticket"])[path])
                 np.testing.assert_array_equal(np.sign(leaf), signs)
         for i in range(2):
-            counts = masks.count(one(mask["ticket"], i), WHICH)
-            full = masks.ones(one(initial, i))
-            assert_same(
-                one(mask["large_init"], i), prune.keep(criteria.magnitude(one(initial, i)), full, WHICH, counts)
-            )
+            counts = count(one(mask["ticket"], i))
+            assert_same(one(mask["large_init"], i), largest(one(initial, i), counts))
             final = level_counts(config, prune.sizes(SHAPES, WHICH), {})[level - 1]
-            assert {path: int(n) for path, n in masks.count(one(mask["at_init"], i), WHICH).items()} == final
+            assert {path: int(n) for path, n in count(one(mask["at_init"], i)).items()} == final
         late = dict(zip(starts.names, starts.late, strict=True))
         assert {name for (name, _), value in late.items() if value} == {"finetune"}
 

@@ -69,6 +69,7 @@ OPTIMIZERS = {
 }
 
 
+@jax.jit
 def init_params(key):
     first, second = jax.random.split(key)
     return {
@@ -77,6 +78,7 @@ def init_params(key):
     }
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def random_masks(params, density, key):
     which = masks.prunable(params)
     keys = jax.tree.unflatten(jax.tree.structure(params), jax.random.split(key, 4))
@@ -176,12 +178,16 @@ def test_any_mask_holds_under_any_gradient(name, density, seed):
 def test_with_nothing_pruned_it_is_the_optimizer_itself(name):
     params, inner = init_params(jax.random.key(0)), OPTIMIZERS[name]()
     tx = transform.sparse(inner, masks.ones(params))
-    grads = jax.grad(loss_fn)(params, jnp.ones((3, 6)))
     mine, theirs = tx.init(params), inner.init(params)
     assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+
+    @jax.jit
+    def both(mine, theirs):
+        grads = jax.grad(loss_fn)(params, jnp.ones((3, 6)))
+        return tx.update(grads, mine, params), inner.update(grads, theirs, params)
+
     for _ in range(2):
-        a, mine = tx.update(grads, mine, params)
-        b, theirs = inner.update(grads, theirs, params)
+        (a, mine), (b, theirs) = both(mine, theirs)
         for x, y in zip(jax.tree.leaves((a, mine)), jax.tree.leaves((b, theirs)), strict=True):
             np.testing.assert_array_equal(x, y)
 
@@ -199,11 +205,16 @@ def test_surviving_weights_train_as_if_the_pruned_ones_did_not_exist(name):
     tx = transform.sparse(inner, mask)
     params, small = masks.apply(params, mask), params["kernel"].ravel()[kept]
     state, small_state = tx.init(params), inner.init(small)
-    for _ in range(5):
+
+    @jax.jit
+    def step(params, state, small, small_state):
         updates, state = tx.update(jax.grad(lambda p: loss(p["kernel"]))(params), state, params)
         params = optax.apply_updates(params, updates)
         updates, small_state = inner.update(jax.grad(compact_loss)(small), small_state, small)
-        small = optax.apply_updates(small, updates)
+        return params, state, optax.apply_updates(small, updates), small_state
+
+    for _ in range(5):
+        params, state, small, small_state = step(params, state, small, small_state)
     np.testing.assert_allclose(params["kernel"].ravel()[kept], small, rtol=1e-6, atol=1e-7)
 
 
@@ -254,9 +265,12 @@ def test_sams_inner_step_neither_moves_nor_measures_pruned_weights():
 
 def test_a_stack_of_masks_under_vmap_is_each_mask_alone():
     stack = jax.vmap(init_params)(jax.random.split(jax.random.key(0), 3))
-    mask = jax.vmap(random_masks, in_axes=(0, None, 0))(stack, 0.5, jax.random.split(jax.random.key(1), 3))
+    mask = jax.jit(jax.vmap(lambda params, key: random_masks(params, 0.5, key)))(
+        stack, jax.random.split(jax.random.key(1), 3)
+    )
     keys = jax.random.split(jax.random.key(2), 3)
-    together = jax.jit(jax.vmap(functools.partial(train, "adam")))(stack, mask, keys)
+    together = jax.device_get(jax.jit(jax.vmap(functools.partial(train, "adam")))(stack, mask, keys))
+    stack, mask = jax.device_get((stack, mask))
     for i in range(3):
         at = lambda tree: jax.tree.map(lambda x: x[i], tree)  # noqa: E731, B023
         alone = train("adam", at(stack), at(mask), keys[i])
