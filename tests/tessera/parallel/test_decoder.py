@@ -216,8 +216,8 @@ FIRST_DENSE = MoEConfig(router=RouterConfig("top_k", 8, 2), first_k_dense_replac
 )
 def test_first_dense_layers_are_those_of_one_scanned_device(axes, scan):
     batch = {"tokens": jax.random.randint(jax.random.key(1), (8, 17), 0, 32, jnp.int32)}
-    stacked = replace(CONFIG, layers=3, mlp="routed", moe=FIRST_DENSE, remat="1 full; 2 none")
-    config = replace(stacked, scan=scan)
+    stacked = replace(CONFIG, layers=3, mlp="routed", moe=FIRST_DENSE)
+    config = replace(stacked, scan=scan, remat="1 full; 2 none")
     params = drawn(Decoder(stacked), batch["tokens"])
     assert params["dense_blocks"]["mlp"]["up"]["kernel"].shape == (1, 16, 16)
     assert params["blocks"]["mlp"]["experts"]["up"]["kernel"].shape == (2, 8, 16, 8)
