@@ -78,7 +78,7 @@ def init_params(key):
     }
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit
 def random_masks(params, density, key):
     which = masks.prunable(params)
     keys = jax.tree.unflatten(jax.tree.structure(params), jax.random.split(key, 4))
