@@ -147,10 +147,14 @@ class Rows:
             if name not in self.columns:
                 problems.append((0, name, f"the column is missing; there are {', '.join(self.columns)}"))
                 continue
-            values = [_number(value) for value in self.columns[name].tolist()]
+            column = self.columns[name]
+            if column.dtype.kind in "fiu" and np.isfinite(column).all():
+                found[name] = column.astype(np.float64)
+                continue
+            values = [_number(value) for value in column.tolist()]
             problems += [
                 (i + 1, name, _complaint(raw, positive=False))
-                for i, (raw, value) in enumerate(zip(self.columns[name].tolist(), values, strict=True))
+                for i, (raw, value) in enumerate(zip(column.tolist(), values, strict=True))
                 if value is None
             ]
             found[name] = np.array([math.nan if v is None else v for v in values])

@@ -43,7 +43,7 @@ def test_a_trunk_warms_up_and_stays():
 
 def test_the_base_width_is_trained_as_optax_would():
     config = TrialConfig(base_width=16, clip_norm=1.0, weight_decay=0.1)
-    trial, tokens = Trial(settings(16), 0, config), text()
+    trial, tokens = Trial(settings(16, layers=1), 0, config), text()
     state = jax.jit(trial.init)()
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask=_matrices))
     params, opt_state, index = state.params, tx.init(state.params), np.arange(24, dtype=np.int32).reshape(3, 8)
@@ -61,9 +61,9 @@ def test_the_base_width_is_trained_as_optax_would():
 
 
 def test_a_trunk_and_its_decays_are_one_program():
-    trial, tokens = Trial(settings(8), 0, TrialConfig()), text()
+    trial, tokens = Trial(settings(8, layers=1), 0, TrialConfig()), text()
     advance = jax.jit(chex.assert_max_traces(trial.advance, n=1))
-    index, state = np.arange(24, dtype=np.int32).reshape(3, 8), trial.init()
+    index, state = np.arange(24, dtype=np.int32).reshape(3, 8), jax.jit(trial.init)()
     trunk, _ = advance(state, tokens, index, np.int32(3), Schedule(1e-2, 2))
     for branch, end, count in ((3, 5, 2), (3, 4, 1)):
         state, _ = advance(trunk, tokens, index, np.int32(count), Schedule(1e-2, 2, branch, end))
@@ -83,7 +83,7 @@ def test_every_leaf_has_a_role():
 
 
 def test_windows_hold_the_text_and_one_call_is_many():
-    trial, tokens = Trial(settings(8), 0, TrialConfig()), text()
+    trial, tokens = Trial(settings(8, layers=1), 0, TrialConfig()), text()
     windows = np.asarray(trial.windows(tokens, jnp.array([0, 3])))
     np.testing.assert_array_equal(windows[1], np.asarray(tokens)[3 * LENGTH : 4 * LENGTH + 1])
     programs, index = compile_programs(trial), np.arange(40, dtype=np.int32).reshape(10, 4)

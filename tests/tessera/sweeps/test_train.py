@@ -17,13 +17,26 @@ from tessera.data.text import ByteTokenizer, TextConfig, TextSplits, load_text
 from tessera.infra.artifacts import ArtifactStore
 from tessera.infra.config import ConfigError
 from tessera.sweeps import train
-from tessera.sweeps.programs import TrialConfig
+from tessera.sweeps.programs import TrialConfig, compile_programs
 from tessera.sweeps.train import TextStore, load_texts, train_run
 
 CONFIG = TrialConfig(eval_tokens=2048, noise_batches=2, chunk=16, save_seconds=0.0)
 PLAN = PlanConfig(
     widths=(8,), tokens=(4096.0, 8192.0), batch=Rule(4.0, multiple=1), warmup=4, least_steps=4, lr=Rule(2e-2)
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_program_a_shape():
+    """Runs of one model, seed and config share their programs, which are functions of their arguments alone."""
+    made = {}
+
+    def compile_once(trial):
+        return made.setdefault((trial.model, trial.seed, trial.config), compile_programs(trial))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compile_programs", compile_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +201,8 @@ def test_a_sweep_trains_on_any_tokens_and_on_sources_by_weight(tmp_path):
         stream, own = (splits.parts[0][0], number) if number < first else (splits.parts[1][0], number - first - 1)
         np.testing.assert_array_equal(stored[number * 16 :][:17], stream[own * 16 :][:17])
     (run,) = plan_runs(Family(vocab=400, length=16), PlanConfig(**{**PLAN.__dict__, "tokens": (2048.0,)}), {})
-    ((_, measured),) = train_run(run, tmp_path / "run", lambda steps: None, text=text, config=CONFIG)
+    config = replace(CONFIG, noise_batches=0)
+    ((_, measured),) = train_run(run, tmp_path / "run", lambda steps: None, text=text, config=config)
     size = bytes_of(splits.validation, golden)
     bits = measured["loss"] / np.log(2) * len(splits.validation) / size
     assert measured["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
