@@ -21,7 +21,7 @@ def test_the_traps_of_the_published_rows(shared_data):
     rows = full.without_highest_losses(5)
     fitted = fit(rows, CHINCHILLA)
     found = {
-        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 200), all_rows=full)
+        finding.name: finding for finding in doctor.examine(fitted, 5.88e23, bootstrap(fitted, 100), all_rows=full)
     }
     assert found["convergence"].verdict == "fine"
     starts = found["unconverged starts"].numbers
@@ -41,7 +41,7 @@ def test_the_traps_of_the_published_rows(shared_data):
     assert abs(found["rounded parameters"].numbers["log_shift"]) < 0.1
     # Keeping all 245 is a warning: a handful of rows moves the optimum by more than its standard error.
     refitted = fit(full, CHINCHILLA, starts=fitted.theta[:, None])
-    outliers = doctor.outliers(refitted, bootstrap(refitted, 200), 5.88e23)
+    outliers = doctor.outliers(refitted, bootstrap(refitted, 100), 5.88e23)
     assert outliers.verdict == "warning"
     assert outliers.numbers["standard_errors"] > 1
 

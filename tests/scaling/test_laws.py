@@ -105,9 +105,9 @@ def test_laws_are_their_papers_formulas(name):
         assert found[i] == pytest.approx(by_hand(name, TRUTH[name], row), rel=1e-10)
 
 
-def assert_recovered(law, truth, noise, tolerance):
+def assert_recovered(law, truth, noise, tolerance, starts=0):
     rows = simulate(law, truth, noise)
-    found = fit(rows, law, FitConfig(objective="normal" if noise else "huber"))
+    found = fit(rows, law, FitConfig(objective="normal" if noise else "huber", starts=starts))
     mean = law.predict(law.raw(truth)[:, None], law.gather(rows))[:, 0]
     predicted = law.predict(found.theta[:, None], law.gather(rows))[:, 0]
     np.testing.assert_allclose(predicted, mean, atol=max(noise, 1e-9))
@@ -119,7 +119,7 @@ def assert_recovered(law, truth, noise, tolerance):
 
 @pytest.mark.parametrize("name", ["chinchilla", "curve", "compute", "kaplan"])
 def test_truth_is_recovered_exactly_without_noise(name):
-    assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-5)
+    assert_recovered(find_law(name), TRUTH[name], 0.0, 1e-5, starts=400)
 
 
 @pytest.mark.slow

@@ -120,13 +120,13 @@ def test_acquiring_never_looks_ahead_and_stops():
         simulate_losses(candidate_runs(rows, budgets=3, sizes=7), truth, NOISE, rng),
     )
     starts = CHINCHILLA.raw(truth)[:, None]
-    found = planner.acquire_runs(first, CHINCHILLA, others, budget=TARGET, wanted=0.0, most=3, starts=starts)
-    assert len(found.rows) == len(first) + 3 and len(found.widths) == 4
+    found = planner.acquire_runs(first, CHINCHILLA, others, budget=TARGET, wanted=0.0, most=2, starts=starts)
+    assert len(found.rows) == len(first) + 2 and len(found.widths) == 3
     # Losses of runs that were not acquired change nothing.
     acquired = {tuple(r) for r in np.stack([found.rows[n] for n in ("params", "tokens")], 1)[len(first) :]}
     unseen = [tuple(r) not in acquired for r in np.stack([others["params"], others["tokens"]], 1)]
     other = Rows({**others.columns, "loss": np.where(unseen, 99.0, others["loss"])}, "others")
-    again = planner.acquire_runs(first, CHINCHILLA, other, budget=TARGET, wanted=0.0, most=3, starts=starts)
+    again = planner.acquire_runs(first, CHINCHILLA, other, budget=TARGET, wanted=0.0, most=2, starts=starts)
     np.testing.assert_array_equal(again.rows["params"], found.rows["params"])
     assert found.flops == pytest.approx(found.rows["flops"].sum())
     # An interval that is narrow enough acquires nothing.

@@ -80,9 +80,10 @@ def test_a_directory_comes_out_that_loads_as_the_pruned_model(folder, capsys):
     assert row["tokens"] == len((folder / "judge.txt").read_bytes())
     # The same figures as `tessera evaluate`, whose engine has a cache of keys and values.
     text = (folder / "judge.txt").read_text()
+    programs = None  # of the one architecture
     for params, key in ((dense, "nats per token"), (loaded.params, "pruned, nats")):
         placed, served = serve(params, loaded.config, Plan(""))
-        programs = make_programs(served, ServeConfig(slots=4, length=34, chunk=16))
+        programs = programs or make_programs(served, ServeConfig(slots=4, length=34, chunk=16))
         engine = Engine(programs, programs.place(placed))
         tokens = loaded.tokenizer.encode(text).tolist()
         wanted = scoring.perplexity(engine, [tokens], len(text), loaded.begin, length=33)

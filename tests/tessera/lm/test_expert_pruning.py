@@ -27,6 +27,12 @@ def params_of(config):
     return jax.jit(Decoder(config).init)(jax.random.key(1), TOKENS)["params"]
 
 
+def filled(config, value):
+    """Parameters that are all one number."""
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(1), TOKENS)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(np.full(leaf.shape, value, leaf.dtype)), shapes)
+
+
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_smaller_decoder_is_the_whole_one_that_never_chooses_what_was_cut(scan):
     config = replace(CONFIG, scan=scan)
@@ -49,7 +55,7 @@ def test_the_smaller_decoder_is_the_whole_one_that_never_chooses_what_was_cut(sc
 
 
 def test_masks_are_the_lotterys():
-    params = jax.tree.map(jnp.ones_like, params_of(CONFIG))
+    params = filled(CONFIG, 1)
     masks = prune_experts(params, LOAD, 3, CONFIG)
     masks_lib.check(masks, params)
     mlp = masks["blocks"]["layer_1"]["mlp"]
@@ -82,7 +88,7 @@ def test_what_cannot_be_is_refused(load, keep, config, message):
 
 
 def test_layers_that_keep_different_numbers_are_refused():
-    params = jax.tree.map(jnp.zeros_like, params_of(CONFIG))
+    params = filled(CONFIG, 0)
     masks = prune_experts(params, LOAD, 3, CONFIG)
     up = masks["blocks"]["layer_1"]["mlp"]["experts"]["up"]["kernel"]
     path = ("blocks", "layer_1", "mlp", "experts", "up", "kernel")
@@ -93,8 +99,7 @@ def test_layers_that_keep_different_numbers_are_refused():
 @pytest.mark.parametrize("scan", [True, False])
 def test_every_layer_is_scored_by_its_own_load(scan):
     config = replace(CONFIG, scan=scan)
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(1), TOKENS)["params"]
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    params = filled(config, 0)
     scores = load_scores(params, jnp.asarray(LOAD), config)
     kernels = np.concatenate(
         [np.reshape(at(scores, path)["router"]["kernel"], (-1, 16, 6)) for path in router_paths(config)]

@@ -41,6 +41,12 @@ def params_of(config):
     return jax.jit(Decoder(config).init)(jax.random.key(1), TOKENS)["params"]
 
 
+def drawn(config):
+    """Parameters whose numbers are all different, without a program that draws them."""
+    shapes, stream = jax.eval_shape(Decoder(config).init, jax.random.key(1), TOKENS)["params"], np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(stream.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
 def logits(config, params):
     return jax.jit(Decoder(config).apply)({"params": params}, TOKENS)
 
@@ -127,7 +133,7 @@ def test_noise_tells_experts_apart(dense):
 @pytest.mark.parametrize("scan", [True, False])
 def test_blocks_are_split_and_joined_by_either_layout(scan):
     config = routed(2, scan=scan)
-    params = params_of(config)
+    params = drawn(config)
     blocks = split_blocks(params, config)
     assert ["experts" in block["mlp"] for block in blocks] == [False, True]
     chex.assert_trees_all_equal(join_blocks(params, blocks, config), params)
@@ -148,7 +154,7 @@ def test_what_does_not_fit_is_refused(target, start, message, dense):
 
 
 def test_other_counts_of_experts_are_refused():
-    made = jax.tree.map(jnp.zeros_like, params_of(routed()))
+    made = drawn(routed())
     other = routed(1, RouterConfig("top_k", 8, 2))
     with pytest.raises(ValueError, match=r"\(2, 4, 16, 24\) there, \(2, 8, 16, 24\) needed"):
         convert(made, routed(), other, key=KEY)
@@ -172,7 +178,7 @@ TRAINING = """
 import sys, jax.numpy as jnp
 from tessera.infra.checkpoint import Checkpoints, CheckpointConfig
 with Checkpoints(sys.argv[1], CheckpointConfig(keep=1, best=0)) as checkpoints:
-    for step in range(1, 61):
+    for step in range(1, int(sys.argv[2]) + 1):
         params = {"embed": {"table": jnp.full((256, 16), float(step))}}
         params |= {f"leaf{i}": jnp.full((50, 40), float(step)) for i in range(20)}
         checkpoints.save(step, {"params": params})
@@ -183,10 +189,11 @@ print("ended", flush=True)
 """
 
 
-def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
+@pytest.mark.parametrize("steps", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path, steps):
     (tmp_path / "run.json").write_text(json.dumps({"format": FORMAT}))
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "width": 16, "heads": 2}}))
-    command = [sys.executable, "-c", TRAINING, str(tmp_path / "checkpoints")]
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / "checkpoints"), str(steps)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[3]
     training = subprocess.Popen(
@@ -202,7 +209,7 @@ def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path):
     output, errors = training.communicate()
     assert training.returncode == 0 and output == "ended\n", errors
     assert seen == sorted(seen) and len(set(seen)) > 1
-    assert float(read_model(tmp_path)[0]["leaf0"].max()) == 60.0
+    assert float(read_model(tmp_path)[0]["leaf0"].max()) == steps
 
 
 def test_reading_leaves_a_run_as_it_is(tmp_path):

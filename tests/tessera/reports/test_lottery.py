@@ -59,10 +59,10 @@ def test_differences_are_paired_by_seed():
 @pytest.mark.parametrize(
     "case",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"seeds": 1},
         {"levels": 0},
-        {"levels": 1, "seeds": 2},
+        pytest.param({"levels": 1, "seeds": 2}, marks=pytest.mark.slow),
         {"levels": 25},
         {"arms": ("continue",)},
         {"arms": ("ticket", "my_own_arm")},

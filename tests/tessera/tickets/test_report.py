@@ -30,7 +30,9 @@ def ticket_rows(seeds=3, levels=3):
 
 
 @pytest.mark.parametrize("seeds, levels", [(3, 3), (1, 3), (2, 0)])
-def test_ticket_report_of_any_search(tmp_path, seeds, levels):
+def test_ticket_report_of_any_search(tmp_path, monkeypatch, seeds, levels):
+    if seeds != 3:  # the page is drawn for each, the files beside it once
+        monkeypatch.setattr("tessera.reports.html._write_png", lambda path, figure: None)
     rows = ticket_rows(seeds, levels)
     masks = {level: np.ones((seeds, 16, 4), bool) for level in range(levels + 1)}
     (tmp_path / "config.json").write_text(json.dumps({"data": {"name": "digits"}, "search": {"rate": 0.5}}))
@@ -47,7 +49,8 @@ def test_ticket_report_of_any_search(tmp_path, seeds, levels):
         assert table[4] == ["3", "12.5", "8", f"91.00 ± {half:.2f}", f"76.00 ± {half:.2f}"]
 
 
-def test_the_page_of_ones_own_rows_shows_what_they_have(tmp_path):
+def test_the_page_of_ones_own_rows_shows_what_they_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("tessera.reports.html._write_png", lambda path, figure: None)
     rows = [
         {key: row[key] for key in ("level", "arm", "seed", "density", "alive", "prunable", "layers")}
         | {"my_accuracy": row["final_test_accuracy"]}

@@ -77,8 +77,8 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
     setup, store, _ = run(config)
     level0, _ = store.load(0, None)
     level1, rows = store.load(1, None)
-    params = setup.network.init(imp.search_keys(setup.search, 0, "init")[1])
-    state, kept = setup.optimizer.init(params), None
+    params = jax.jit(setup.network.init)(imp.search_keys(setup.search, 0, "init")[1])
+    state, kept = jax.jit(setup.optimizer.init)(params), None
 
     @jax.jit
     def train_step(params, state, x, y):

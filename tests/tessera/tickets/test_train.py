@@ -1,5 +1,7 @@
 """A stack of tickets: against a plain loop, across stack modes, and through kills."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,15 +39,25 @@ def splits():
     return ImageSplits(images(SIZE), images(33), images(41), 4)
 
 
+@functools.cache
+def masked_params(count, density):
+    @jax.jit
+    def draw():
+        params = jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 3, 3, 1)))["params"])(
+            jax.random.split(jax.random.key(1), count)
+        )
+        masks = jax.tree.map(lambda p: jax.random.uniform(jax.random.key(p.size), p.shape) < density, params)
+        masks = jax.tree.map(lambda m: jnp.ones_like(m) if m.ndim == 2 else m, masks)  # biases stay
+        return masks_lib.apply(params, masks), masks
+
+    return draw()
+
+
 def make_starts(opt_state=None, start_step=0, density=0.5):
     names = (("ticket", 0), ("ticket", 5), ("reinit", 0))
-    params = jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 3, 3, 1)))["params"])(
-        jax.random.split(jax.random.key(1), len(names))
-    )
-    masks = jax.tree.map(lambda p: jax.random.uniform(jax.random.key(p.size), p.shape) < density, params)
-    masks = jax.tree.map(lambda m: jnp.ones_like(m) if m.ndim == 2 else m, masks)  # biases stay
+    params, masks = masked_params(len(names), density)
     seeds = np.asarray([seed for _, seed in names], np.int32)
-    return Starts(masks_lib.apply(params, masks), masks, opt_state, start_step, seeds, names)
+    return Starts(params, masks, opt_state, start_step, seeds, names)
 
 
 def run(splits, config=CONFIG, starts=None, optimizer=None, **kwargs):
@@ -62,11 +74,15 @@ def test_agrees_with_a_plain_loop_over_one_network(splits):
     state = tx.init(params)
     losses = {}
     index = index_block(seed=5, start=0, steps=24, batch_size=8, size=SIZE)
-    for step, rows in enumerate(index, start=1):
-        x, y = splits.train.images[rows], splits.train.labels[rows]
-        gradient = jax.grad(lambda p, x=x, y=y: -jax.nn.log_softmax(apply(p, x))[jnp.arange(8), y].mean())(params)
+
+    @jax.jit
+    def train_step(params, state, x, y):
+        gradient = jax.grad(lambda p: -jax.nn.log_softmax(apply(p, x))[jnp.arange(8), y].mean())(params)
         updates, state = tx.update(jax.tree.map(jnp.multiply, gradient, masks), state, params)
-        params = jax.tree.map(jnp.multiply, optax.apply_updates(params, updates), masks)
+        return jax.tree.map(jnp.multiply, optax.apply_updates(params, updates), masks), state
+
+    for step, rows in enumerate(index, start=1):
+        params, state = train_step(params, state, splits.train.images[rows], splits.train.labels[rows])
         if step % 8 == 0:
             logits = np.asarray(apply(params, splits.validation.images), np.float64)
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -188,7 +204,7 @@ def test_a_search_trains_through_it(splits):
     optimizer = optax.adam(0.02)
     programs = make_programs(splits, NETWORK, optimizer, config)
     rows = search(
-        lambda key: MODEL.init(key, jnp.zeros((1, 3, 3, 1)))["params"],
+        jax.jit(lambda key: MODEL.init(key, jnp.zeros((1, 3, 3, 1)))["params"]),
         lambda starts, level: train_stack(starts, programs, config=config, size=SIZE),
         Memory(),
         SearchConfig(seeds=(0, 1), levels=2, rate=0.5, rewind=4, rewind_optimizer=True),
