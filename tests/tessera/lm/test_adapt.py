@@ -81,9 +81,15 @@ def advance(run, steps, state=None):
 LORA = {"lora.rank": 2, "lora.alpha": 6.0}
 
 
-def test_adapters_are_trained_and_the_model_stays(home, pretrained):
+@pytest.fixture(scope="module")
+def adapted(home, pretrained):
+    """A run of adapters on one device, and its states and losses of two steps."""
     run = build_run(settings(home, pretrained, **LORA), pretrained)
-    states, losses = advance(run, 2)
+    return run, *advance(run, 2)
+
+
+def test_adapters_are_trained_and_the_model_stays(pretrained, adapted):
+    run, states, losses = adapted
     assert run.config.model.vocab_size == 64 and run.tokenizer.vocab_size == 60
     assert run.loop.flops == training_flops(run.config.model, 8, states[0].params)
     jax.tree.map(np.testing.assert_array_equal, states[0].frozen["base"], pretrained.params)
@@ -98,7 +104,7 @@ def test_adapters_are_trained_and_the_model_stays(home, pretrained):
     wanted = -0.1 * 3.0 * np.einsum("lir,lio->lro", up(states[0].params)["a"], up(kernels))
     np.testing.assert_allclose(up(states[1].params)["b"], wanted, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(up(states[1].params)["a"], up(states[0].params)["a"])
-    merged = lora.apply(pretrained.params, states[2].params, run.config.lora)
+    merged = jax.jit(lambda adapters: lora.apply(pretrained.params, adapters, run.config.lora))(states[2].params)
     assert np.abs(np.asarray(up(merged)) - up(pretrained.params)).max() > 1e-4
     found = run.eval_fn(states[2], "validation")
     assert found["loss"] == pytest.approx(float(lm_loss_of(run, merged)), rel=1e-5)
@@ -112,8 +118,8 @@ def lm_loss_of(run, params):
 
 
 @pytest.mark.parametrize("plan", ["fsdp=2, tp=2, dp=2", pytest.param("pp=2, tp=2, dp=2", marks=pytest.mark.slow)])
-def test_a_plan_trains_adapters_as_one_device_does(home, pretrained, plan):
-    alone = advance(build_run(settings(home, pretrained, **LORA), pretrained), 2)
+def test_a_plan_trains_adapters_as_one_device_does(home, pretrained, adapted, plan):
+    alone = adapted[1:]
     split = advance(build_run(settings(home, pretrained, plan=plan, **LORA), pretrained), 2)
     for ours, theirs in zip(split[1], alone[1], strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), abs=1e-5)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 from rich.console import Console
+from scipy.special import log_softmax
 
 from configs import lm
 from moe.gate import RouterConfig
@@ -273,12 +274,14 @@ def test_further_texts_are_scored_with_validation_by_name(tmp_path):
     state = run.init_fn(False)
     result = run.eval_fn(state, "validation")
     assert set(run.eval_fn(state, "test")) == {key for key in result if ": " not in key}
+    apply = jax.jit(Decoder(run.config.model).apply)
     texts = (("tile " * 60 + "\0the route").encode(), ("ticket é " * 20).encode())
     for name, text in zip(names, texts, strict=True):
-        windows = [np.frombuffer(text, np.uint8)[i : i + 17].astype(np.int32) for i in range(0, len(text) - 16, 16)]
-        tokens = jnp.asarray(np.stack(windows))
-        logits = Decoder(run.config.model).apply({"params": state.params}, tokens[:, :-1])
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+        cut = [np.frombuffer(text, np.uint8)[i : i + 17].astype(np.int32) for i in range(0, len(text) - 16, 16)]
+        windows = np.stack(cut)
+        tokens = jnp.asarray(windows)
+        logits = apply({"params": state.params}, tokens[:, :-1])
+        chosen = np.take_along_axis(log_softmax(np.asarray(logits, np.float64), -1), windows[:, 1:, None], axis=-1)
         assert result[f"{name}: loss"] == pytest.approx(-float(chosen.mean()), rel=1e-5)
         size = len(text) - text.count(b"\0")  # separators are tokens and no text
         wanted = result[f"{name}: loss"] / np.log(2) * len(text) / size
@@ -305,8 +308,8 @@ def test_packed_answers_are_scored_as_each_by_itself(tmp_path):
     stream = load_text(TextConfig(**data, validation=0.3, test=0.3)).validation
     texts = np.split(stream, np.flatnonzero(stream == 0) + 1)
     rows = np.stack([np.pad(text, (0, 41 - len(text))) for text in texts]).astype(np.int32)
-    logits = Decoder(run.config.model).apply({"params": state.params}, jnp.asarray(rows[:, :-1]))
-    nll, logits = [], np.asarray(jax.nn.log_softmax(logits))
+    logits = jax.jit(Decoder(run.config.model).apply)({"params": state.params}, jnp.asarray(rows[:, :-1]))
+    nll, logits = [], log_softmax(np.asarray(logits, np.float64), -1)
     for k, text in enumerate(texts):
         begin = bytes(text.astype(np.uint8)).index(b"? ") + 2
         nll += [-logits[k, i - 1, rows[k, i]] for i in range(begin, len(text))]

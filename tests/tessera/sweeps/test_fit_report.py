@@ -47,6 +47,7 @@ def test_fit_json_and_report(tmp_path, approach):
         "resamples": 40,
         "budgets": (1e20, 1e22),
         "fit": {"starts": 60, "keep": 4},
+        "laws": ("curve",),  # by its closed form, as Chinchilla's: nothing is compiled
     }
     result, page = write_fit(tmp_path, sweep(), build(ScalingConfig, settings))
     saved = json.loads((tmp_path / "fit.json").read_text())
@@ -85,7 +86,7 @@ def test_the_envelope_takes_runs_by_label_or_by_size(tmp_path, labelled):
 
 
 def test_a_law_without_a_best_size_is_reported(tmp_path):
-    result, page = write(tmp_path, sweep(), law="curve")
+    result, page = write(tmp_path, sweep(), law="curve", misfit=False)
     assert result["off_optimum"] == [] and np.isnan(result["budgets"][0]["params"])
     assert "no best size" in page.read_text()
     assert json.loads((tmp_path / "fit.json").read_text())["budgets"][0]["params"] is None
@@ -184,7 +185,7 @@ def test_what_rows_cannot_determine_is_said_in_place_of_an_optimum(tmp_path, cau
         # Three runs of each, so that the number of rows is not the cause.
         params, tokens = np.repeat(params, 3), np.repeat(tokens, 3)
         loss = np.repeat(loss, 3) * np.exp(0.002 * np.random.default_rng(0).standard_normal(15))
-    config = neutral("sweep.csv", resamples=10)
+    config = neutral("sweep.csv", resamples=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = fit_runs(tmp_path, make_rows({"params": params, "tokens": tokens, "loss": loss}), config)
