@@ -1,14 +1,17 @@
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scaling.batch import critical_batch
+from scaling.fitting.fit import FitConfig
 from scaling.rows import make_rows
 from scaling.sweeps.sweep import table
 from tessera.reports.html import Table, section_html
+from tessera.sweeps.fit_report import ScalingConfig
 from tessera.sweeps.report import (
     ReportConfig,
     best_rows,
@@ -60,14 +63,16 @@ def rows(*, sizes=8, factors=(1.0,), batches=(16,), noise=0.002, shift=1.0, budg
     return found
 
 
-def reported(tmp_path, found, **changes):
+def reported(tmp_path, monkeypatch, found, **changes):
+    quick = partial(ScalingConfig, fit=FitConfig(starts=100, keep=8))
+    monkeypatch.setattr("tessera.sweeps.report.ScalingConfig", quick)
     (tmp_path / "runs.csv").write_text(table(found))
     found = fit_sweep(tmp_path, ReportConfig(resamples=40, **changes), length=64)
     return found.lead, sweep_page(tmp_path, found).read_text(), json.loads((tmp_path / "fit.json").read_text())
 
 
-def test_a_sweep_is_fitted_both_ways(tmp_path):
-    lead, page, fit = reported(tmp_path, rows())
+def test_a_sweep_is_fitted_both_ways(tmp_path, monkeypatch):
+    lead, page, fit = reported(tmp_path, monkeypatch, rows())
     truth = T["beta"] / (T["alpha"] + T["beta"])
     assert fit["isoflop"]["exponents"]["a"]["value"] == pytest.approx(truth, abs=0.06)
     assert fit["parametric"]["exponents"]["a"]["value"] == pytest.approx(truth, abs=0.1)
