@@ -354,6 +354,7 @@ def _write_png(path: Path, figure: Figure) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png", dpi=160, facecolor=PAPER, metadata={"Software": None})
     os.replace(temporary, path)
+    figure.set_layout_engine("none")  # the places of the axes hold: computing them again is half of drawing again
 
 
 def print_report(write: Callable[..., Path], *arguments: Any) -> None:
