@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import run_here
 
 from lottery import export, masks
 from tessera.infra.checkpoint import Checkpoints
@@ -47,9 +48,12 @@ ENVIRONMENT = os.environ | {
 }
 
 
+ASKED = ("--config.prompt=def ", "--config.sampling.max_tokens=12")
+ASKED += ("--config.sizes.slots=2", "--config.sizes.length=64", "--config.sizes.chunk=16")
+
+
 def generate(run, *settings):
-    sizes = ("--config.sizes.slots=2", "--config.sizes.length=64", "--config.sizes.chunk=16")
-    asked = command("generate.py", run, "--config.prompt=def ", "--config.sampling.max_tokens=12", *sizes, *settings)
+    asked = command("generate.py", run, *ASKED, *settings)
     return subprocess.run(asked, env=ENVIRONMENT, capture_output=True, timeout=300)
 
 
@@ -59,11 +63,11 @@ def draft_of(run):
 
 def test_a_wrong_setting_and_a_missing_run_are_said_in_one_line(made_run, tmp_path):
     for settings, words in (
-        (["--config.sampling.top_p=2.0"], b"top_p=2.0 must be in (0, 1]"),
-        ([f"--config.model.dir={tmp_path}"], b"no run in"),
+        (["--config.sampling.top_p=2.0"], "top_p=2.0 must be in (0, 1]"),
+        ([f"--config.model.dir={tmp_path}"], "no run in"),
     ):
-        done = generate(made_run, *settings)
-        assert done.returncode in (1, 2) and words in done.stderr and b"Traceback" not in done.stderr
+        status, output = run_here("generate", f"--config.model.dir={made_run}", *ASKED, *settings)
+        assert status in (1, 2) and words in output and "Traceback" not in output
 
 
 @pytest.mark.slow

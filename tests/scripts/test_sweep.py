@@ -1,4 +1,4 @@
-"""The sweep script in processes of its own: an end-to-end sweep, killed, and settings that are wrong."""
+"""The sweep script: an end-to-end sweep, killed in processes of its own, and settings that are wrong."""
 
 import os
 import random
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 from scaling.tables import read_csv
 
@@ -26,11 +27,14 @@ SMALL = [
 ]
 
 
-def start(workdir, *more):
+def flags_of(workdir, *more):
     given = {flag.split("=")[0] for flag in more}  # a flag may be given once
-    flags = [flag for flag in SMALL if flag.split("=")[0] not in given]
+    return [*(flag for flag in SMALL if flag.split("=")[0] not in given), f"--workdir={workdir}", *more]
+
+
+def start(workdir, *more):
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.sweep", *flags, f"--workdir={workdir}", *more],
+        [sys.executable, "-m", "scripts.sweep", *flags_of(workdir, *more)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -71,7 +75,6 @@ def test_a_sweep_killed_at_random_moments_ends_the_same(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(tmp_path, argument, message):
-    process = start(tmp_path / "bad", argument)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 2
+    status, output = run_here("sweep", *flags_of(tmp_path / "bad", argument))
+    assert status == 2
     assert message in output and "Traceback" not in output
