@@ -97,32 +97,15 @@ def token_cost(
       PlanError: a plan that does not fit the model or the sizes.
       ValueError: a group that does not divide a kernel's inputs.
     """
-    decoder: Any = None
-
-    def served(params: Any) -> Any:
-        nonlocal decoder
-        params, decoder = serve(params, config, plan, dtype)
-        return params
-
-    shapes = param_shapes(config)
-    params = jax.eval_shape(served, shapes if weights is None else quantized_shapes(shapes, weights))
-    programs = Programs(decoder, sizes, abstract_mesh(plan))
-    state = jax.eval_shape(programs.empty)
+    decoder, programs, params, counted = _traced(config, plan, sizes, dtype, weights)
     context = context or sizes.length // 2
     placed = placements(params, quantized_specs(params, decoder), {axis: plan.size(axis) for axis in MESH_AXES})
     table = sum(one.bytes for one in placed if one.path.startswith("embed/") and not decoder.config.tied)
     held = sum(one.bytes for one in placed)
     experts = sum(one.bytes for one in placed if "/experts/" in one.path)
 
-    def drawn(steps: int) -> Any:
-        def call(params: Any, state: Any) -> Any:
-            slots = jnp.zeros(sizes.slots, jnp.int32)
-            return programs.generate(params, state, slots, slots + 1, greedy(sizes.slots), steps=steps)
-
-        return call
-
     # The second step's share: filling and draining a pipeline is left out.
-    moved, flops = _difference(*(_counted(config, drawn(steps), params, state) for steps in (1, 2)))
+    moved, flops = _difference(*counted[:2])
     rows = sizes.slots // programs.parts
     ticks = max(programs.groups, plan.size("pp"))  # of which each reads the stage's weights for one group's slots
     tokens = rows / programs.groups
@@ -133,13 +116,7 @@ def token_cost(
     step = step_roofline(hardware, flops=flops, traffic=traffic, moved=[(one.group, False, one.moved) for one in moved])
     count = sum(one.count for one in moved)
 
-    def read(params: Any, state: Any) -> Any:
-        n = sizes.rows * programs.parts
-        none = np.zeros(n, np.int32)
-        chunk = Rows(np.zeros((n, sizes.chunk), np.int32), none, none, none + 1)
-        return programs.extend(params, state, chunk)
-
-    found, work = _counted(config, read, params, state)
+    found, work = counted[2]
     work += plan.size("pp") * _expert_flops(decoder, sizes.rows * sizes.chunk)
     exchanged = [(one.group, False, one.moved) for one in found]
     prompt = step_roofline(hardware, flops=work, traffic=float(plan.size("pp") * held), moved=exchanged)
@@ -156,6 +133,39 @@ def token_cost(
         sizes.slots,
         (prompt.serial + wait) / (sizes.rows * programs.parts * sizes.chunk),
     )
+
+
+def _traced(
+    config: TransformerConfig, plan: Plan, sizes: ServeConfig, dtype: str, weights: QuantConfig | None
+) -> tuple[ShardedDecoder, Programs, Any, list[tuple[list[Collective], float]]]:
+    """Decoder, programs and shapes of the weights; collectives and FLOPs of one step, of two, and of a chunk read."""
+    decoder: Any = None
+
+    def served(params: Any) -> Any:
+        nonlocal decoder
+        params, decoder = serve(params, config, plan, dtype)
+        return params
+
+    shapes = param_shapes(config)
+    params = jax.eval_shape(served, shapes if weights is None else quantized_shapes(shapes, weights))
+    programs = Programs(decoder, sizes, abstract_mesh(plan))
+    state = jax.eval_shape(programs.empty)
+
+    def drawn(steps: int) -> Any:
+        def call(params: Any, state: Any) -> Any:
+            slots = jnp.zeros(sizes.slots, jnp.int32)
+            return programs.generate(params, state, slots, slots + 1, greedy(sizes.slots), steps=steps)
+
+        return call
+
+    def read(params: Any, state: Any) -> Any:
+        n = sizes.rows * programs.parts
+        none = np.zeros(n, np.int32)
+        chunk = Rows(np.zeros((n, sizes.chunk), np.int32), none, none, none + 1)
+        return programs.extend(params, state, chunk)
+
+    counted = [_counted(config, function, params, state) for function in (drawn(1), drawn(2), read)]
+    return decoder, programs, params, counted
 
 
 def _counted(config: TransformerConfig, function: Any, *args: Any) -> tuple[list[Collective], float]:

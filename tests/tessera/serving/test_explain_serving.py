@@ -1,5 +1,6 @@
 """Costs of a decode step by hand: what a layer, a device and a text more add."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,7 @@ from sharding.analysis.hardware import find_hardware
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.models.transformer import TransformerConfig, param_shapes
+from tessera.serving import explain
 from tessera.serving.explain import _touched, filled, serving_plans, table, token_cost
 from tessera.serving.programs import ServeConfig
 from tessera.serving.quantized import quantise_decoder, quantized_shapes
@@ -21,6 +23,14 @@ CONFIG = TransformerConfig(vocab_size=64, layers=4, width=16, heads=8, kv_heads=
 SIZES = ServeConfig(slots=8, length=32, chunk=16)
 SHAPES = param_shapes(CONFIG)
 V5E = find_hardware("v5e")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_traced_once():
+    """Latency, context and hardware change nothing in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain, "_traced", functools.cache(explain._traced))
+        yield
 
 
 def cost(axes, config=CONFIG, sizes=SIZES, **options):
@@ -60,12 +70,12 @@ def test_pages_take_the_memory_that_they_have_and_more_texts_have_more_of_them()
     "axes, collectives, moved",
     [
         # A layer of tp: two all-reduces of [8, 16] float32; twice (n - 1) / n of it is sent.
-        ("tp=2", 2, 2 * 2 * (1 / 2) * 8 * 16 * 4),
+        pytest.param("tp=2", 2, 2 * 2 * (1 / 2) * 8 * 16 * 4, marks=pytest.mark.slow),
         ("tp=4", 2, 2 * 2 * (3 / 4) * 8 * 16 * 4),
         # Of cp: the maximum of every row and head, then numerators [h] and denominator: 8 heads of 2.
         ("cp=2", 2, 2 * (1 / 2) * 8 * 8 * (1 + 2 + 1) * 4),
         ("dp=2, tp=2", 2, 2 * 2 * (1 / 2) * 4 * 16 * 4),
-        ("dp=8", 0, 0.0),
+        pytest.param("dp=8", 0, 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_layer_more_adds_what_is_exchanged_in_it(axes, collectives, moved):
@@ -102,9 +112,16 @@ def test_experts_are_read_where_a_token_goes_to_them():
     assert more.collectives - split.collectives == 4 * 3, "sizes, tokens there, and back"
 
 
-@pytest.mark.parametrize("axes", ["", "tp=2"])
+WAYS = {"int8": QuantConfig(8), "int4": QuantConfig(4, group=2), "awq": QuantConfig(4, "awq", 2)}
+
+
 @pytest.mark.parametrize(
-    "how", [QuantConfig(8), QuantConfig(4, group=2), QuantConfig(4, "awq", 2)], ids=["int8", "int4", "awq"]
+    "how, axes",
+    [
+        pytest.param(how, axes, id=f"{name}-{axes}", marks=[pytest.mark.slow] * (not axes and name != "int4"))
+        for name, how in WAYS.items()
+        for axes in ("", "tp=2")
+    ],
 )
 def test_quantized_weights_are_counted_as_they_are_held(how, axes):
     """Bytes by hand: 8 or 4 bits a weight, a float32 scale a group and output, AWQ's factor an input."""
@@ -127,7 +144,7 @@ def test_quantized_weights_are_counted_as_they_are_held(how, axes):
     assert all(leaf for path, leaf in jax.tree.leaves_with_path(same) if "gain" not in str(path))
 
 
-@pytest.mark.parametrize("axes", ["", "dp=2", "pp=2"])
+@pytest.mark.parametrize("axes", [pytest.param("", marks=pytest.mark.slow), "dp=2", "pp=2"])
 def test_a_filled_plan_has_as_many_texts_as_the_memory_holds(axes):
     one = cost(axes)
     per = one.cache / (8 // one.plan.data)
