@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -355,6 +356,11 @@ def test_an_engine_refuses_tokens_outside_the_vocabulary():
     assert not engine.busy and engine.submit(np.array([1, 2]).tolist(), Sampling(max_tokens=1)).prompt == (1, 2)
 
 
+@cache
+def undisturbed():
+    return generate_all(tiny.engine(), PROMPTS, SAMPLINGS)
+
+
 def bad(name):
     def raises(*_, **__):
         raise OverflowError(f"in {name}")
@@ -366,7 +372,7 @@ def bad(name):
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "after-a-while"])
 def test_a_text_that_fails_on_the_host_ends_alone(where, late, monkeypatch):
     """Before and while it decodes; the others, running and waiting, draw what they draw without it."""
-    expected = generate_all(tiny.engine(), PROMPTS, SAMPLINGS)
+    expected = undisturbed()
     engine = tiny.engine()
     texts = [engine.submit(p, s) for p, s in zip(PROMPTS, SAMPLINGS, strict=True)]
     ill = texts[2]

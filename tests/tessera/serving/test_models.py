@@ -91,7 +91,8 @@ def test_a_block_is_calibrated_on_what_the_quantised_blocks_before_it_compute(mo
     assert sum(same) >= 3, "of queries, keys and values; what else a block reads depends on its own kernels"
 
 
-@pytest.mark.parametrize("axes", ["", pytest.param("tp=4, dp=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["", "tp=4, dp=2"])
 def test_quantised_kernels_are_served_as_they_are(axes):
     params = weights(DENSE)
     small = quantise_decoder(params, DENSE, QuantConfig(4, "awq", 4), TEXT)

@@ -55,7 +55,6 @@ def test_packed_weights_are_those_of_the_library_that_packed_them(name, golden):
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("gptq", ""),
         ("gptq-act-order", "tp=2, ep=2"),
         *(
             pytest.param(name, axes, marks=pytest.mark.slow)
@@ -102,9 +101,9 @@ def words(numbers, bits, axis, order=range(8)):
 def test_every_layout_is_unpacked_to_the_published_formula(data):
     layout = data.draw(st.sampled_from(["gptq", "gptq_v2", "awq", "compressed-tensors"]))
     bits = data.draw(st.sampled_from([4] if layout == "awq" else [4, 8]))
-    heads, size = data.draw(st.sampled_from([(1, 8), (2, 8), (2, 16), (3, 8)]))
-    inputs, outputs = heads * size, data.draw(st.sampled_from([8, 24]))
-    group = data.draw(st.sampled_from([n for n in (4, 8, 16, 24) if inputs % n == 0]))
+    heads, size = data.draw(st.sampled_from([(1, 8), (3, 8)]))
+    inputs, outputs = heads * size, 16  # few shapes, and never as many outputs as inputs: each is compiled
+    group = data.draw(st.sampled_from([n for n in (4, 8, 24) if inputs % n == 0]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     limit, J = 2**bits, inputs // group
     signed = layout == "compressed-tensors"
