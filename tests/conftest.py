@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, checked shapes and types, and compiled programs kept between runs."""
 
+import collections
 import functools
 import gc
 import json
@@ -60,6 +61,21 @@ if find_spec("hypothesis"):
     # `make test-faults` draws more examples.
     settings.register_profile("tessera", deadline=None, max_examples=int(os.environ.get("TESSERA_FUZZ", "100")))
     settings.load_profile("tessera")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that `-m` and `-k` leave
+def pytest_collection_modifyitems(config, items):
+    """TESSERA_TEST_ROWS=n keeps the first of every n rows of a parametrized test, and all tests without parameters."""
+    every, seen, kept = int(os.environ.get("TESSERA_TEST_ROWS", "1")), collections.Counter(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % every == 0:
+            kept.append(item)
+        seen[test] += 1
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
 
 # Linux allows a process 65,530 memory maps, and a compiled program takes some: those of the whole suite are too many.
 MAPS = 30_000
