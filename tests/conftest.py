@@ -66,15 +66,14 @@ if find_spec("hypothesis"):
 @pytest.hookimpl(trylast=True)  # of the tests that `-m` and `-k` leave
 def pytest_collection_modifyitems(config, items):
     """TESSERA_TEST_ROWS=n keeps the first of every n rows of a parametrized test, and all tests without parameters."""
-    every, seen, kept = int(os.environ.get("TESSERA_TEST_ROWS", "1")), collections.Counter(), []
+    every, seen, rows = int(os.environ.get("TESSERA_TEST_ROWS", "1")), collections.Counter(), ([], [])
     for item in items:
         test = item.nodeid.partition("[")[0]
-        if seen[test] % every == 0:
-            kept.append(item)
+        rows[seen[test] % every > 0].append(item)
         seen[test] += 1
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+    items[:], dropped = rows
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
 # Linux allows a process 65,530 memory maps, and a compiled program takes some: those of the whole suite are too many.

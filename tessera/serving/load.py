@@ -74,9 +74,8 @@ class DraftConfig:
     (self-speculation: Zhang et al. 2023, arXiv:2309.08168), or looked up in the text (`tessera.serving.lookup`).
 
     Attributes:
-      dir, dtype, bits, group: see `SourceConfig` (rounded to nearest); without a `dir` the model itself drafts, if
-        `layers` or `ticket` says with which part of it.
-      ticket: see `SourceConfig`; without a `dir` a ticket of the model.
+      dir, ticket, dtype, bits, group: see `SourceConfig` (rounded to nearest). Without a `dir` the model itself drafts,
+        if `ticket` or `layers` says with which part of it; what is left out is then the model's.
       layers: the draft's first layers, followed by its output layer; 0 is all.
       plan: how it is split; "same" as the large model. Slots must be split over as many devices.
       tokens: drafted per round.
@@ -303,16 +302,16 @@ def make_engine(
         return Engine(programs, programs.place(params), queue, ends, prefix_cache, **options), loaded._replace(
             params=None
         )
-    own: Any = {name: getattr(draft, name) for name in ("dtype", "bits", "group")}
+    own: Any = {name: getattr(draft, name) for name in ("dir", "ticket", "dtype", "bits", "group")}
     if draft.dir:
-        small = SourceConfig(tokenizer=source.tokenizer, dir=draft.dir, ticket=draft.ticket, **own)
+        small = SourceConfig(tokenizer=source.tokenizer, **own)
     else:
-        small = replace(source, method="rtn", ticket=draft.ticket or source.ticket, **own)
+        small = replace(source, **{name: value for name, value in own.items() if value})
     split = plan if draft.plan == "same" else Plan(draft.plan)
     drafted = load(small) if draft.dir or draft.ticket else loaded
     if draft.layers:
-        params, config = first_layers(drafted.params, drafted.config, draft.layers)
-        drafted = drafted._replace(params=params, config=config)
+        first, smaller = first_layers(drafted.params, drafted.config, draft.layers)
+        drafted = drafted._replace(params=first, config=smaller)
     _check_length(drafted, small, sizes)
     drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)

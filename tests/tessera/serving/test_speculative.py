@@ -17,7 +17,7 @@ from tessera.serving.lookup import NGrams
 from tessera.serving.requests import Sampling
 from tessera.serving.speculative import Speculating
 
-SMALL = replace(tiny.CONFIG, layers=1)
+SMALL, DEEP = (replace(tiny.CONFIG, layers=layers) for layers in (1, 3))
 PROMPTS = [[5, 6, 7], list(range(14)), [1], list(range(9, 25)), [200], [3, 1, 4, 1, 5]]
 LONG = list(range(40))  # read in pieces
 GREEDY = [
@@ -184,38 +184,47 @@ def test_the_text_or_a_model_drafts(given):
 
 
 @pytest.fixture(scope="module")
-def last_layers_add_nothing(tmp_path_factory):
-    """A decoder of three layers, of which the last two add zeros to what the first makes."""
-    config = replace(tiny.CONFIG, layers=3)
-    params = jax.tree.map(np.array, tiny.weights(config))
-    params["blocks"]["attention"]["output"]["kernel"][1:] = 0
-    params["blocks"]["mlp"]["down"]["kernel"][1:] = 0
-    directory = tmp_path_factory.mktemp("models") / "model"
-    export_directory(Loaded(params, config, BPETokenizer.of_bytes()), directory)
-    return SourceConfig(str(directory))
+def own_drafts(tmp_path_factory):
+    """Decoders of three layers, as Hugging Face directories: one as it is, one whose last two layers add zeros."""
+    params = jax.tree.map(np.array, tiny.weights(DEEP))
+    made = {}
+    for name in ("deep", "last add nothing"):
+        directory = tmp_path_factory.mktemp("models") / "model"
+        export_directory(Loaded(params, DEEP, BPETokenizer.of_bytes()), directory)
+        made[name] = SourceConfig(str(directory))
+        params["blocks"]["attention"]["output"]["kernel"][1:] = 0
+        params["blocks"]["mlp"]["down"]["kernel"][1:] = 0
+    return made
 
 
-def test_a_models_first_layers_draft_for_it(last_layers_add_nothing):
-    plain, _ = make_engine(last_layers_add_nothing, Plan(), tiny.SIZES)
-    both, _ = make_engine(last_layers_add_nothing, Plan(), tiny.SIZES, draft=DraftConfig(layers=1, tokens=3))
+@pytest.mark.parametrize("name", ["deep", "last add nothing"])
+def test_a_models_first_layers_draft_for_it(own_drafts, name):
+    plain, _ = make_engine(own_drafts[name], Plan(), tiny.SIZES)
+    both, _ = make_engine(own_drafts[name], Plan(), tiny.SIZES, draft=DraftConfig(layers=1, tokens=3))
     assert isinstance(both.programs, Speculating) and both.programs.draft.decoder.config.layers == 1
     texts = [generate_all(one, PROMPTS[:1], GREEDY[:1])[0].tokens for one in (plain, both)]
     assert texts[0] == texts[1]
-    # Both compute the same, so what is drafted stays: after the prompt's token 11 more, 3 and one in each of 3 rounds.
-    assert both.counts["accepted"] == both.counts["drafted"] == 9
+    if name == "deep":
+        assert both.counts["accepted"] < both.counts["drafted"]
+    else:  # both compute the same: after the prompt's token 11 more, 3 drafted and one drawn in each of 3 rounds
+        assert both.counts["accepted"] == both.counts["drafted"] == 9
 
 
-def test_a_models_ticket_drafts_for_it(last_layers_add_nothing, tmp_path):
-    params = load(last_layers_add_nothing).params
+def test_a_models_ticket_drafts_for_it(own_drafts, tmp_path):
+    params = load(own_drafts["deep"]).params
     masks = jax.tree.map(lambda leaf: np.arange(leaf.size).reshape(leaf.shape) % 4 > 0, params)
     export.save(tmp_path / "own.safetensors", params, masks)
     sizes, draft = replace(tiny.SIZES, layout="stacked"), DraftConfig(ticket=str(tmp_path / "own.safetensors"))
-    both, _ = make_engine(last_layers_add_nothing, Plan(), sizes, draft=draft)
+    both, _ = make_engine(own_drafts["deep"], Plan(), sizes, draft=draft)
     for large, small, mask in zip(*map(jax.tree.leaves, (*both.params, masks)), strict=True):
         np.testing.assert_array_equal(np.asarray(small), np.where(mask, large, 0))
+    rounded = make_engine(replace(own_drafts["deep"], bits=8), Plan(), sizes, draft=replace(draft, layers=2))[0]
+    for part, layers in zip(rounded.params, (3, 2), strict=True):
+        assert part["blocks"]["mlp"]["up"]["kernel"].values.dtype == np.int8
+        assert part["blocks"]["mlp"]["up"]["kernel"].values.shape[0] == layers
 
 
 @pytest.mark.parametrize("layers", [3, 4])
-def test_a_draft_has_fewer_layers_than_the_model(last_layers_add_nothing, layers):
+def test_a_draft_has_fewer_layers_than_the_model(own_drafts, layers):
     with pytest.raises(ValueError, match=rf"layers={layers}: the model has 3; 1 to 2 of them can draft"):
-        make_engine(last_layers_add_nothing, Plan(), tiny.SIZES, draft=DraftConfig(layers=layers))
+        make_engine(own_drafts["deep"], Plan(), tiny.SIZES, draft=DraftConfig(layers=layers))
