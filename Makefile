@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = $(if $(filter Linux,$(shell uname)),$(wildcard requirements/ci-$(PYTHON_VERSION).txt))
 
-.PHONY: demo demo-isoflop smollm2 docs test test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants evidence race records clean
+.PHONY: demo demo-isoflop smollm2 docs test test-long test-all test-docs test-notebooks test-kernels test-gpu test-wheel test-cluster test-urls test-harness test-faults bench coverage golden lock lint mutants evidence race records clean
 
 $(VENV)/installed: setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tessera needs Python >= 3.11; this is " + sys.version)'
@@ -36,6 +36,10 @@ smollm2: .cache/smollm2/config.json
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# What takes four seconds or more a test: whole commands, models under plans, kills. With `make test` it is what CI runs.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'long and not slow'
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not tpu and not wheel and not cluster'

@@ -7,7 +7,7 @@ forked from a process that has imported JAX and pytest and has started no backen
 
 A mutant is tried with the file that mirrors its module, tests/<path>/test_<module>.py, then with the test files below
 the same package that import the module, and the examples of its docstrings, shortest first, within --budget seconds of
-processor time; markers as in the default suite. It is killed by the first failing test, if that test passes without the
+processor time, those marked long too. It is killed by the first failing test, if that test passes without the
 mutant, and also by running out of time.
 
     python tests/mutants.py --only lottery/ moe/gate.py      # what starts with these
@@ -236,6 +236,7 @@ def child(root: Path, task: Task, scratch: Path):
 
     recorder = Recorder(set(task.first), task.budget)
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch / 'tmp'}"]
+    options += ["-m", "not slow and not gpu and not tpu and not docs and not wheel"]
     options += ["-Wignore::pytest.PytestAssertRewriteWarning"]  # plugins that are imported before the fork
     options += ["-n0"] * bool(
         importlib.util.find_spec("xdist") and not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")

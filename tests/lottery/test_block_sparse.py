@@ -31,6 +31,7 @@ def ticket(structure="64x64", keep=0.6):
     return model, masks.apply(params, mask), mask, x
 
 
+@pytest.mark.long
 def test_a_block_ticket_of_lenet_computes_and_learns_what_the_masked_network_does():
     model, params, mask, x = ticket()
     packed = block_sparse.pack_chain(params, mask, LAYERS[:2])

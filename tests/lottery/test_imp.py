@@ -121,6 +121,7 @@ def test_each_level_removes_the_smallest_trained_weights_of_the_level_before(sco
                     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.long
 def test_arms_start_from_the_weights_and_masks_they_are_named_for(everything):
     _, store, trainer = everything
     dense, _ = store.load(0, None)

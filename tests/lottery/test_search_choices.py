@@ -142,6 +142,7 @@ def test_criteria_score_the_trained_weights_of_the_level_before(score):
         assert_same(one(arm(store, config, level, "ticket"), i), want)
 
 
+@pytest.mark.long
 def test_arms_get_the_masks_and_weights_they_are_named_for():
     given = {level: jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape), bool), SHAPES) for level in (1, 2)}
     names = tuple(imp.ARMS)

@@ -38,6 +38,7 @@ def test_every_subnetwork_by_hand():
         strong.enumerate_errors(count, 23)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (5, 22))])
 def test_the_count_is_that_of_enumeration_within_its_interval(seed):
     count, (pilot_key, *keys) = problem(seed), jax.random.split(jax.random.key(100 + seed), 7)

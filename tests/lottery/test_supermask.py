@@ -34,6 +34,7 @@ def test_popup_keeps_the_highest_scores_and_passes_gradients_straight_through():
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_weights))
 
 
+@pytest.mark.long
 def test_edge_popup_on_digits_beats_chance_by_far_with_untrained_weights():
     digits = load_digits()
     x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)

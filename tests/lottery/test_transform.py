@@ -158,6 +158,7 @@ def test_pruned_weights_and_moments_are_exactly_zero_from_the_first_step(name):
         assert len(found) >= 4 * MOMENTS[name], list(found)
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(["adam", "nesterov", "adamw", "lion", "muon", "MultiSteps", "sam", "clip and decay"]),

@@ -188,6 +188,7 @@ def gradient(mesh, exchange, slack, backend="auto"):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
+@pytest.mark.long
 def test_memory_of_bounded_buffers_does_not_grow_with_the_devices():
     params, bytes_of = experts.initialize(64, 64, E, key=jax.random.key(0)), {}
     for devices in (2, 8):

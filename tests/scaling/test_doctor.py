@@ -16,6 +16,7 @@ from scaling.rows import make_rows
 from scaling.tables import read_csv
 
 
+@pytest.mark.long
 def test_the_traps_of_the_published_rows(shared_data):
     full = read_csv(shared_data("scaling/chinchilla_figure4.csv"))
     rows = full.without_highest_losses(5)

@@ -111,6 +111,7 @@ def test_the_planner_needs_half_of_the_grids_flops_on_a_hundred_surfaces():
     assert held.mean() >= 0.85
 
 
+@pytest.mark.long
 def test_acquiring_never_looks_ahead_and_stops():
     truth = dict(T)
     rng = np.random.default_rng(0)

@@ -70,6 +70,7 @@ def reference(tmp_path_factory):
     return workdir, output
 
 
+@pytest.mark.long
 def test_a_search_ends_with_a_table_a_csv_and_a_page(reference):
     workdir, output = reference
     assert str(workdir / "report.html") in output.replace("\n", "")
@@ -103,6 +104,7 @@ def kill_until_done(workdir, kills, *more):
     return died
 
 
+@pytest.mark.long
 def test_killed_once_it_ends_the_same(reference, tmp_path, monkeypatch):
     process = start(tmp_path)
     while process.poll() is None and not (tmp_path / "levels" / "00").exists():
@@ -141,6 +143,7 @@ def test_a_wrong_setting_is_one_clear_line(tmp_path, argument, message):
     assert message in output and "Traceback" not in output
 
 
+@pytest.mark.long
 def test_a_workdir_made_with_another_config_is_refused(reference):
     status, output = search(reference[0], "--config.lr=0.5")
     assert status != 0

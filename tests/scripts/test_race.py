@@ -42,6 +42,7 @@ def test_the_records_configs_are_within_their_budget(track):
         run.check_budget(track, text.training_cost(made, config.steps + 1 + config.steps // 50), "more steps")
 
 
+@pytest.mark.long
 def test_more_than_the_budget_is_refused_before_anything_is_trained(tmp_path, capsys):
     for flags, said in (
         (["--track=digits", "--config.search.density=0.05"], "live weights; the track digits allows 2000"),
@@ -65,6 +66,7 @@ def test_live_weights_are_those_of_the_masks_and_what_is_never_pruned():
     assert digits.live_weights(setup) == sum(last.values()) + 10 + 10  # two biases
 
 
+@pytest.mark.long
 def test_a_row_has_all_that_a_score_depends_on(tmp_path, capsys):
     flags = ["--track=digits", "--seeds=1,2", "--config.train.steps=20it", "--config.train.eval_every=10"]
     flags += ["--config.search.levels=1", "--config.model.hidden=(8,)", f"--out={tmp_path / 'rows.jsonl'}"]

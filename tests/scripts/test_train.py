@@ -130,6 +130,7 @@ def test_a_whole_run(whole_run):
     assert settings["model"]["width"] == 16 and len(settings["data_sha256"]) == 64
 
 
+@pytest.mark.long
 def test_killed_once(reference, text, tmp_path):
     killed = tmp_path / "run"
     _, status, _ = interrupt(start(killed, text), killed, 12, signal.SIGKILL, 0.0)

@@ -34,8 +34,8 @@ OLMO2 = {"qk_norm": True, "qk_norm_scope": "projection", "norm_position": "post"
 # Plan, options of the plan, changes of the model. The heavy rest is every pair and more triples.
 PLANS = [
     ("fsdp=2, tp=2, cp=2", {"sequence": True}, {"remat": "dots", "qkv_bias": True, "qk_norm": True}),
-    ("ep=4, tp=2", {}, ROUTED | OLMO2),
 ]
+LONG = [("ep=4, tp=2", {}, ROUTED | OLMO2)]
 MORE_PLANS = [
     ("fsdp=8", {}, {"tied": False, "remat": "full"}),
     ("tp=2, fsdp=4", {"sequence": True}, {"kv_heads": 2}),
@@ -81,8 +81,8 @@ PARTS = replace(WHOLE["moe"], importance=0.2, z=0.1)
 RELU = WHOLE | {"moe": replace(PARTS, router=RouterConfig("relu", 4, 2, penalty=0.1))}
 UNEVEN = [
     ("fsdp=2, tp=4", {"sequence": True}, {"vocab_size": 37, "kv_heads": 2, "tied": False, "layers": 1}),
-    ("pp=2, tp=2", {}, WHOLE | {"vocab_size": 37, "kv_heads": 1}),
 ]
+LONG += [("pp=2, tp=2", {}, WHOLE | {"vocab_size": 37, "kv_heads": 1})]
 MORE_UNEVEN = [
     ("tp=3", {}, ODD),
     ("tp=3, fsdp=2", {}, ODD | {"kv_heads": 3, "width": 18, "tied": False}),
@@ -194,6 +194,7 @@ def check(one_device, text, options, changes, parts=1):
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=name(case)) for case in PLANS + UNEVEN]
+    + [pytest.param(case, id=name(case), marks=pytest.mark.long) for case in LONG]
     + [pytest.param(case, id=name(case), marks=pytest.mark.slow) for case in MORE_PLANS + MORE_UNEVEN],
 )
 def test_a_plan_computes_what_one_device_does(one_device, case):

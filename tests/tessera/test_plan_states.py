@@ -52,6 +52,7 @@ def train(config, axes, params, tx, steps=2):
     return state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
@@ -79,6 +80,7 @@ def test_a_ticket_trains_as_on_one_device(axes, changes):
     assert any(leaf.sharding.num_devices == 8 for leaf in jax.tree.leaves(found.params))
 
 
+@pytest.mark.long
 def test_adafactor_with_split_moments_trains_as_on_one_device():
     """Rows and columns of what is split over fsdp and tp, against one device and against the paper in float64."""
     config = TransformerConfig(**SIZES | {"vocab_size": 37, "layers": 1, "ff": 24})
@@ -100,6 +102,7 @@ def test_adafactor_with_split_moments_trains_as_on_one_device():
         np.testing.assert_allclose(moment, square.mean(axis), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_products_in_bfloat16_leave_masters_and_moments_float32():
     config = TransformerConfig(**SIZES, dtype="bfloat16")
     params = first_params(config)
@@ -113,6 +116,7 @@ def test_products_in_bfloat16_leave_masters_and_moments_float32():
     assert float(jnp.mean(rounded == again)) > 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axes", ["fsdp=2, tp=2, dp=2", pytest.param("pp=2, fsdp=4", marks=pytest.mark.slow)])
 def test_moments_in_bfloat16_and_skipped_spikes_are_those_of_one_device(axes):
     """The noise of rounding depends on no sharding; a state with calm steps behind it skips the next one."""
@@ -198,6 +202,7 @@ def test_a_run_of_an_odd_vocabulary_goes_on_with_other_padding(tmp_path, tied):
     jax.tree.map(close, jax.device_get(state.params), jax.device_get(expected.params))
 
 
+@pytest.mark.long
 def test_a_run_on_uneven_stages_goes_on_under_another_plan(tmp_path):
     """Seven layers on three stages, saved, then on two stages with ZeRO-3: the steps and the state of one device."""
     config = TransformerConfig(**SIZES | {"layers": 7, "width": 24, "vocab_size": 48, "ff": 36})

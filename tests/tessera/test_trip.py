@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from ml_collections import ConfigDict
 
 from configs import lm, lottery_digits
@@ -35,6 +36,7 @@ def files_entered(call: Callable[[], object]) -> list[str]:
     return [name for name in sorted(found) if not name.startswith(("tests/", "."))]
 
 
+@pytest.mark.long
 def test_a_dense_training_passes_through_few_files(tmp_path):
     from tessera.cli import train
     from tessera.cli.main import Invocation
@@ -51,6 +53,7 @@ def test_a_dense_training_passes_through_few_files(tmp_path):
     assert len(trip) <= 19, "\n".join(trip)
 
 
+@pytest.mark.long
 def test_a_search_passes_through_few_files(tmp_path):
     from tessera.cli import find_ticket
     from tessera.cli.main import Invocation

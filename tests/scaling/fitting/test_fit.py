@@ -44,6 +44,7 @@ def objective(theta, rows, counts):
     return value, np.array([np.sum(pull * slope) for slope in slopes])
 
 
+@pytest.mark.long
 def test_the_exact_huber_optimum(fitted):
     found = fitted.parameters
     exact = {"A": 477.826, "B": 2143.417, "E": 1.817218, "alpha": 0.3473105, "beta": 0.3671724}

@@ -83,6 +83,7 @@ def test_the_planner_ends_with_the_interval_or_the_flops(tmp_path):
     assert first < len(few) < len(full)
 
 
+@pytest.mark.long
 def test_killed_and_continued_the_same_runs_are_chosen(tmp_path):
     full = acquired(tmp_path / "full", PlannerConfig(begin=2), wanted=0.2)
     counter = itertools.count()

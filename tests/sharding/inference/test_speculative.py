@@ -29,6 +29,7 @@ def settings(rows, temperature=1.0, top_k=0, presence=0.0):
 CASES = [{}, {"temperature": 0.8, "top_k": 4}, {"presence": 1.5}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how, tp", [(CASES[2], 2), *(pytest.param(x, 1, marks=pytest.mark.slow) for x in CASES)])
 def test_tokens_are_distributed_as_the_large_models_own(how, tp):
     """Chi-square of the first two tokens that come out against the exact product of the large model's probabilities."""

@@ -57,6 +57,7 @@ def _leaves(config, path=""):
             yield f"{path}{key}"
 
 
+@pytest.mark.long
 def test_thirty_random_fields_are_set_from_the_command_line():
     draw = random.Random(0)
     cases = []
@@ -337,6 +338,7 @@ def test_every_script_is_a_command_and_every_config_has_one():
             load_config(f"{path.stem}:{variant}" if variant else path.stem)
 
 
+@pytest.mark.long
 def test_fields_and_print_config_run_nothing():
     table = run("-m", "scripts.find_ticket", "--fields", "--config.model.name=conv2")
     assert table.returncode == 0, table.stderr

@@ -63,6 +63,7 @@ def test_a_permuted_copy_is_found_again_and_the_soup_computes_what_it_did():
     assert np.abs(apply({"params": plain.params}, TOKENS) - wanted).max() > 0.1
 
 
+@pytest.mark.long
 def test_slerp_goes_layer_by_layer_and_expert_by_expert():
     config = TransformerConfig(vocab_size=256, layers=2, width=8, heads=2, ff=8, mlp="routed", moe=MoEConfig(ff=8))
     models = [made(0, config), made(1, config)]

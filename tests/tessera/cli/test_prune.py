@@ -66,6 +66,7 @@ def run(folder, *flags, workdir="out", command=prune, arms=None):
     return command.main(replace(invocation, flags=invocation.flags | {"upload_seconds": 15.0}))
 
 
+@pytest.mark.long
 def test_a_directory_comes_out_that_loads_as_the_pruned_model(folder, capsys):
     assert run(folder) == 0
     out = folder / "out"
@@ -139,6 +140,7 @@ ARMS = {
 }
 
 
+@pytest.mark.long
 def test_arms_are_compared_draw_by_draw_and_go_on_after_a_kill(folder, monkeypatch):
     flags = ("draws=3,5", "tokens=150")
     pruned, killed = [], prune_decoder

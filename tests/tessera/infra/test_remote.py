@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -402,6 +403,10 @@ def test_every_command_takes_urls(tmp_path):
             for name in same:
                 assert fs.cat_file(f"{bucket}/{command}/{name}") == (tmp_path / command / name).read_bytes()
             assert b"</html>" in fs.cat_file(f"{bucket}/{command}/report.html")
+        looked_at = f"--config.search={bucket}/find-ticket"
+        assert "--workdir=DIR is needed" in done("analyze-ticket", looked_at, status=2)
+        done("analyze-ticket", looked_at, f"--workdir={bucket}/analysis")
+        assert b"</html>" in fs.cat_file(f"{bucket}/analysis/report.html")
         rows = [(1e6 * 4**i, 1e8 * 4**j) for i in range(4) for j in range(4)]
         table = [f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n, d in rows]
         fs.pipe_file(f"{bucket}/runs.csv", "\n".join(["params,tokens,loss", *table]).encode())
@@ -415,4 +420,17 @@ def test_every_command_takes_urls(tmp_path):
         greedy = ["--config.prompt=the ", "--config.sampling.max_tokens=8"]
         first, second = (done("generate", f"--config.model.dir={bucket}/{name}", *greedy) for name in ("lm", "model"))
         assert first == second and first
+        server = start("serve", "server", f"--config.model.dir={bucket}/model", "--config.port=0")
+        try:
+            address = next(line.split()[-1] for line in server.stdout if line.startswith("serving "))
+            asked = {"model": "tessera", "prompt": "the ", "max_tokens": 8, "temperature": 0}
+            request = urllib.request.Request(
+                f"{address}/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                text = json.load(answer)["choices"][0]["text"]
+        finally:
+            server.terminate()
+            said, _ = server.communicate(timeout=60)
+        assert text and text in first, said
         assert f"nothing is at {bucket}/none" in done("generate", f"--config.model.dir={bucket}/none", status=2)

@@ -88,6 +88,7 @@ def adapted(home, pretrained):
     return run, *advance(run, 2)
 
 
+@pytest.mark.long
 def test_adapters_are_trained_and_the_model_stays(pretrained, adapted):
     run, states, losses = adapted
     assert run.config.model.vocab_size == 64 and run.tokenizer.vocab_size == 60
@@ -117,6 +118,7 @@ def lm_loss_of(run, params):
     return np.mean([loss_fn({"tokens": batch["tokens"]}) for batch in run.held_out("validation")])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plan", ["fsdp=2, tp=2, dp=2", pytest.param("pp=2, tp=2, dp=2", marks=pytest.mark.slow)])
 def test_a_plan_trains_adapters_as_one_device_does(home, pretrained, adapted, plan):
     alone = adapted[1:]
@@ -128,6 +130,7 @@ def test_a_plan_trains_adapters_as_one_device_does(home, pretrained, adapted, pl
     )
 
 
+@pytest.mark.long
 def test_a_mask_goes_on_other_weights(home, pretrained):
     """Its zeros, or as many of every layer at other places, in the directory's weights or in random ones."""
     keep = lambda leaf: np.where(leaf > np.quantile(leaf, 0.25, axis=(-2, -1), keepdims=True), leaf, 0)  # noqa: E731
@@ -209,6 +212,7 @@ def test_the_loss_with_a_teacher_is_that_of_numpy(pretrained, weight, temperatur
     assert float(metrics["cross_entropy"]) == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.long
 def test_distillation_from_the_start_moves_nothing_and_from_a_teacher_towards_it(home, pretrained):
     """With itself as the teacher, and the logits alone, the gradient is zero; text enters by 1 - weight."""
     run = build_run(settings(home, pretrained, **{"distill.weight": 1.0}), pretrained)
@@ -247,6 +251,7 @@ def carried_out(workdir, home, pretrained, **changes):
         return run, train(run.step_fn, init, run.loader("train"), replace(run.loop, peak=1e9), **options).state
 
 
+@pytest.mark.long
 def test_a_run_of_adapters_is_saved_without_its_base_resumed_and_read_back(home, pretrained, tmp_path):
     whole = lambda workdir, steps: carried_out(workdir, home, pretrained, steps=steps, **LORA)  # noqa: E731
     _, at_once = whole(tmp_path / "once", 4)

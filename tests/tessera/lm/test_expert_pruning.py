@@ -33,6 +33,7 @@ def filled(config, value):
     return jax.tree.map(lambda leaf: jnp.asarray(np.full(leaf.shape, value, leaf.dtype)), shapes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_smaller_decoder_is_the_whole_one_that_never_chooses_what_was_cut(scan):
     config = replace(CONFIG, scan=scan)

@@ -28,6 +28,7 @@ def random_like(tree):
     return treedef.unflatten([jnp.asarray(stream.standard_normal(x.shape), jnp.float32) for x in leaves])
 
 
+@pytest.mark.long
 def test_every_kernel_gets_its_own_product_and_nothing_else_changes(params):
     apply = jax.jit(lambda adapters: lora.apply(params, adapters, LORA))
     adapters = jax.jit(lambda key: lora.initialize(params, LORA, key=key))(jax.random.key(1))

@@ -93,6 +93,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, changes, m
         build_run(settings(tmp_path, **changes))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_ramp_compiles_each_size_once_and_trains_on_the_rows_in_order(tmp_path, parts):
     """With gradient accumulation too, whose parts keep their rows: 4, so 1, 2 and then 3 of them."""
@@ -292,6 +293,7 @@ def test_further_texts_are_scored_with_validation_by_name(tmp_path):
         build_run(settings(tmp_path, eval={"texts": ("nothing.txt",)}))
 
 
+@pytest.mark.long
 def test_packed_answers_are_scored_as_each_by_itself(tmp_path):
     """Held-out loss by hand, a document a row, of what follows the prompts; a step, and the line at the start."""
     rows = [{"ask": f"{i}? ", "answer": "tile " * (i % 5 + 1)} for i in range(90)]

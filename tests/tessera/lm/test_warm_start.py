@@ -72,6 +72,7 @@ def dense():
     return params, logits(DENSE, params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name if name in ("top_k",) else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
@@ -189,6 +190,7 @@ print("ended", flush=True)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_run_that_trains_can_be_read_and_goes_on(tmp_path, steps):
     (tmp_path / "run.json").write_text(json.dumps({"format": FORMAT}))

@@ -120,6 +120,7 @@ def test_every_routers_bias_follows_its_own_layers_load(scan):
     np.testing.assert_allclose(np.reshape(biases, (2, 4)), expected, atol=1e-8)
 
 
+@pytest.mark.long
 def test_the_penalty_of_relu_routers_moves_with_the_choices_of_all_layers():
     moe = MoEConfig(router=RouterConfig("relu", 4, 1, penalty=0.5, penalty_rate=1.25), balance=0.0)
     model, params = make(moe=moe, layers=2)
@@ -182,6 +183,7 @@ def trained():
     return model, state, rows
 
 
+@pytest.mark.long
 def test_training_learns_and_moves_the_biases(trained):
     _, state, rows = trained
     assert rows[-1]["cross_entropy"] < 0.5 * rows[0]["cross_entropy"]
@@ -232,6 +234,7 @@ ACCUMULATED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "given"), ACCUMULATED)
 def test_metrics_of_routers_from_parts_are_those_of_the_batchs_choices(name, given):
     """From the choices of all tokens, in float64; with positions the parts have 14, 6 and 15 of 16 tokens."""

@@ -71,6 +71,7 @@ def reference():
     return params, gradients(lm_loss(model), params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plan", "remat"),
     [

@@ -71,6 +71,7 @@ def test_what_fsdp_splits(zero):
     assert adam.count.spec == where.step.spec == P()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "axes",
     ["fsdp=4, tp=2", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("dp=8", "fsdp=2, tp=2, cp=2"))],
@@ -202,6 +203,7 @@ def test_training_of_experts_under_a_plan_is_that_of_one_device(axes, groups, mo
 FIRST_DENSE = MoEConfig(router=RouterConfig("top_k", 8, 2), first_k_dense_replace=1, ff=8, z=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("axes", "scan"),
     [

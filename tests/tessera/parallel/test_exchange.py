@@ -80,6 +80,7 @@ def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(plan, option
     assert found
 
 
+@pytest.mark.long
 def test_the_exchange_of_one_microbatch_runs_beside_the_products_of_another():
     """DualPipeV: in the loop over the layers of a pair, each of F and B has products for the exchanges of the other."""
     found = 0

@@ -175,6 +175,7 @@ def test_a_batch_without_weight_has_no_loss_and_no_gradient(one_device):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("axes", "options", "changes"),
     [
@@ -211,6 +212,7 @@ def test_no_expert_gets_padding(axes, options, changes):
         np.testing.assert_allclose(found[0][1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 def test_gradient_accumulation_and_evaluation_weigh_targets_not_parts(one_device):
     """Rows i and i + 2 are a part, of very different weights."""
     _, _, params, model = one_device

@@ -49,6 +49,8 @@ LATENT = {"kv_heads": 0, "latent": LatentConfig(8, 6, 4, 4, 6)}
 # Plan, options of the plan, changes of the model.
 PLANS = [
     ("pp=2, tp=2, dp=2", {"sequence": True}, {"layers": 2, "attention_pattern": "LN", **FORMS}),
+]
+LONG = [
     ("pp=3, fsdp=2", {}, {"layers": 4, "width": 24, "window": 3, "attention_pattern": "LN"}),
 ]
 MORE_PLANS = [
@@ -113,6 +115,7 @@ def value_and_grad(loss_fn, params, batch):
 @pytest.mark.parametrize(
     "text, options, changes",
     [pytest.param(*case, id=name(case)) for case in PLANS]
+    + [pytest.param(*case, id=name(case), marks=pytest.mark.long) for case in LONG]
     + [pytest.param(*case, id=name(case), marks=pytest.mark.slow) for case in MORE_PLANS],
 )
 def test_a_plan_with_stages_computes_what_one_device_does(text, options, changes):
@@ -134,6 +137,7 @@ def test_a_plan_with_stages_computes_what_one_device_does(text, options, changes
         assert scale > 1e-4, path_name(path)
 
 
+@pytest.mark.long
 def test_metrics_of_routers_on_uneven_stages_are_those_of_the_layers():
     """Three routed layers on two stages, of which one has a layer of padding; the loss alone."""
     parts, mesh, params, loss_fn = make("pp=2", {"microbatches": 2}, ROUTED | {"layers": 3})

@@ -156,6 +156,7 @@ def test_flops_of_a_routed_step_are_those_by_hand(dtype):
     assert explain(make_run("dp=8", model), H100).flops == pytest.approx(by_hand, rel=0.01)
 
 
+@pytest.mark.long
 def test_the_search_cuts_the_batch_until_it_fits():
     """What eight devices hold only in parts: the fewest parts of gradient accumulation, or so many microbatches."""
     run = make_run("", MODEL, batch_size=512, length=256)

@@ -76,6 +76,7 @@ def data(tmp_path):
     return {"train": f"--config.data.name={tmp_path}/text.txt", "fit_scaling": f"--config.runs={tmp_path}/runs.csv"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [pytest.param(name, marks=[pytest.mark.slow] * (name != "train")) for name in CASES])
 def test_a_run_ends_with_one_line_and_its_results(script, data, tmp_path):
     flags, files = CASES[script]

@@ -27,6 +27,7 @@ SAMPLINGS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "axes", ["", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("dp=2, tp=2, cp=2", "pp=2, dp=2"))]
 )
@@ -187,7 +188,9 @@ def test_a_prefix_is_copied_from_a_text_that_still_runs():
 ROUTED = replace(tiny.CONFIG, mlp="routed", moe=MoEConfig(every=2, router=RouterConfig(experts=4, k=2)))
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, ROUTED], ids=["dense", "routed"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(tiny.CONFIG, id="dense"), pytest.param(ROUTED, id="routed", marks=pytest.mark.long)]
+)
 def test_batch_invariance_a_texts_numbers_are_the_same_bits_whatever_its_neighbors(config):
     """Alone, after others in the same slots, and among three neighbors that come and go."""
     made, params = tiny.programs(tiny.SIZES, config)
@@ -271,6 +274,7 @@ def test_a_text_ends_at_a_stop_token_at_its_limit_or_where_there_is_no_room():
     assert full.finish == "length" and len(full.tokens) == tiny.SIZES.length - 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pages", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_after_the_warm_up_nothing_is_compiled(caplog, pages):
     """Prompts of all lengths, chunked and not, and texts that lose their pages; and the warm-up changes no text."""

@@ -37,6 +37,7 @@ def cost(axes, config=CONFIG, sizes=SIZES, **options):
     return token_cost(config, Plan(axes), sizes, V5E, **options)
 
 
+@pytest.mark.long
 def test_one_device_reads_its_weights_and_the_texts_and_sends_nothing():
     one = cost("", context=20)
     weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG))) * 4
@@ -98,6 +99,7 @@ def test_stages_read_their_weights_once_for_every_group_of_slots():
     assert four.moved == pytest.approx(two.moved, rel=0.5) and four.collectives == 2 * two.collectives
 
 
+@pytest.mark.long
 def test_experts_are_read_where_a_token_goes_to_them():
     moe = MoEConfig(router=RouterConfig(experts=8, k=2))
     routed = replace(CONFIG, mlp="routed", moe=moe)

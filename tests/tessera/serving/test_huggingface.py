@@ -86,8 +86,8 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
 
 PLANS = [
     ("gemma3_text", "pp=2, tp=2"),
-    ("gpt_oss", "ep=2, tp=2, cp=2"),
-    ("deepseek_v3", "ep=2, tp=2"),
+    pytest.param("gpt_oss", "ep=2, tp=2, cp=2", marks=pytest.mark.long),
+    pytest.param("deepseek_v3", "ep=2, tp=2", marks=pytest.mark.long),
 ]
 SLOW_PLANS = [
     *((name, axes) for name in ROUTED for axes in ("", "ep=2, tp=4", "tp=2", "ep=4", "pp=2, tp=2, ep=2")),
@@ -133,6 +133,7 @@ def test_windows_of_qwen_without_a_list_of_layers_are_in_the_last_ones(tmp_path)
     assert read_config(tmp_path).window == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cache_dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "int8"))]
 )

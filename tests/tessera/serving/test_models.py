@@ -104,6 +104,7 @@ def test_quantised_kernels_are_served_as_they_are(axes):
     np.testing.assert_allclose(found, logits(dequantize_layer(small, "float32"), DENSE)[:, -1], atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("axes", "how"),
     [
@@ -155,6 +156,7 @@ def test_a_ticket_is_served_with_zeros_outside_its_mask(tmp_path):
         read_ticket(path, replace(DENSE, width=32))
 
 
+@pytest.mark.long
 def test_a_hugging_face_directory_is_served(tmp_path):
     pytest.importorskip("safetensors")
     from tessera.serving.huggingface import save_directory

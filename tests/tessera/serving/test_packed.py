@@ -52,6 +52,7 @@ def test_packed_weights_are_those_of_the_library_that_packed_them(name, golden):
     assert np.array_equal(found[:, 11:-1].argmax(-1), case[f"{name}.greedy"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
@@ -97,6 +98,7 @@ def words(numbers, bits, axis, order=range(8)):
     return packed_RC.astype(np.uint32).view(np.int32)
 
 
+@pytest.mark.long
 @given(st.data())
 def test_every_layout_is_unpacked_to_the_published_formula(data):
     layout = data.draw(st.sampled_from(["gptq", "gptq_v2", "awq", "compressed-tensors"]))

@@ -151,7 +151,7 @@ def at_random(engine, prompts, samplings, rng):
     return texts, waited
 
 
-@pytest.mark.parametrize("prefix_cache", [0, 4])
+@pytest.mark.parametrize("prefix_cache", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_texts_that_come_and_go_where_pages_are_scarce_are_those_of_one_at_a_time(prefix_cache):
     """With penalties, which count what was drawn before a text lost its pages as drawn; beside contiguous slots."""
     rng = np.random.default_rng(prefix_cache)
@@ -212,6 +212,7 @@ def test_the_text_that_ended_first_loses_its_last_page_first():
     assert engine.counts["prefix_tokens"] == 21 + 8
 
 
+@pytest.mark.long
 def test_pages_that_do_not_fit_are_refused_by_name():
     decoder = tiny.programs()[0].decoder
     for axes, more, words in (

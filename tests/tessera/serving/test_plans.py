@@ -114,7 +114,10 @@ def continued(programs, params):
 
 
 @pytest.mark.parametrize(
-    "name, axes", [*PLANS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PLANS)], ids=str
+    "name, axes",
+    [PLANS[-1], *(pytest.param(*case, marks=pytest.mark.long) for case in PLANS[:-1])]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PLANS],
+    ids=str,
 )
 def test_greedy_tokens_and_logits_are_those_of_the_whole_forward_pass(name, axes):
     # Prompts in two pieces for some plans, in one for the rest: half as much to compile.
@@ -147,6 +150,7 @@ def test_more_groups_of_slots_than_stages_change_nothing_and_several_steps_are_o
     assert np.asarray(state.cache.lengths).tolist() == (LENGTHS + budget).tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, atol", [pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow), ("int8", 3e-2)])
 def test_a_smaller_cache_is_near(dtype, atol):
     programs, params = programs_for("short", "", replace(SIZES, cache_dtype=dtype))

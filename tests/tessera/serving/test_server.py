@@ -243,6 +243,7 @@ def test_a_response_format_is_kept_to(server):
     assert "".join(part.choices[0].delta.content for part in stream).lstrip().startswith("{")
 
 
+@pytest.mark.long
 def test_tools_are_called_in_the_form_of_the_models_template():
     """An untrained model, made to call one; then the call and its result go into the next prompt."""
     template = (

@@ -40,6 +40,7 @@ def engine(axes="", small=SMALL, draft_axes=None, drafted=3, **options):
     return Engine(both, both.place(params, draft_params), **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "axes, draft_axes",
     [
@@ -197,7 +198,7 @@ def own_drafts(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", ["deep", "last add nothing"])
+@pytest.mark.parametrize("name", [pytest.param("deep", marks=pytest.mark.long), "last add nothing"])
 def test_a_models_first_layers_draft_for_it(own_drafts, name):
     plain, _ = make_engine(own_drafts[name], Plan(), tiny.SIZES)
     both, _ = make_engine(own_drafts[name], Plan(), tiny.SIZES, draft=DraftConfig(layers=1, tokens=3))

@@ -39,7 +39,7 @@ def write_fit(workdir, rows, config):
     return found.result, fit_page(workdir, found, rows.source)
 
 
-@pytest.mark.parametrize("approach", [2, 3])
+@pytest.mark.parametrize("approach", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_fit_json_and_report(tmp_path, approach):
     settings = {
         "runs": "sweep.csv",
@@ -408,6 +408,7 @@ def bent_sweep(bend, seed):
     return make_rows(rows.columns | {"loss": loss}, "bent.csv")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("bend", "seed"), [(0.01, 0), pytest.param(-0.008, 2, marks=pytest.mark.slow)])
 def test_every_value_of_a_rejected_law_lies_in_its_interval(tmp_path, bend, seed):
     rows, settings = bent_sweep(bend, seed), {"misfit": True, "resamples": 10, "fit": {"starts": 30, "keep": 2}}
@@ -550,6 +551,7 @@ def test_standard_errors_are_of_the_finite_draws():
     assert spread_of(draws) == pytest.approx(3.0) and np.isnan(spread_of(draws[:2]))
 
 
+@pytest.mark.long
 def test_rows_without_noise_have_a_report(tmp_path):
     """All resamples agree on N* to the last bits, which leaves a histogram no width."""
     sizes, tokens = (grid.ravel() for grid in np.meshgrid(1e6 * 4.0 ** np.arange(4), 1e8 * 4.0 ** np.arange(4)))

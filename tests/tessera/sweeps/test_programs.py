@@ -41,6 +41,7 @@ def test_a_trunk_warms_up_and_stays():
     assert rates == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3, 0.3]) and NEVER > 10**9
 
 
+@pytest.mark.long
 def test_the_base_width_is_trained_as_optax_would():
     config = TrialConfig(base_width=16, clip_norm=1.0, weight_decay=0.1)
     trial, tokens = Trial(settings(16, layers=1), 0, config), text()

@@ -71,6 +71,7 @@ def reported(tmp_path, monkeypatch, found, **changes):
     return found.lead, sweep_page(tmp_path, found).read_text(), json.loads((tmp_path / "fit.json").read_text())
 
 
+@pytest.mark.long
 def test_a_sweep_is_fitted_both_ways(tmp_path, monkeypatch):
     lead, page, fit = reported(tmp_path, monkeypatch, rows())
     truth = T["beta"] / (T["alpha"] + T["beta"])

@@ -64,6 +64,7 @@ def trained(text, directory, run=None):
     return Store(directory).rows(run), directory
 
 
+@pytest.mark.long
 def test_rows_hold_what_was_measured(whole):
     rows, _ = whole
     assert [row["tokens"] for row in rows] == [4096, 8192]
@@ -83,6 +84,7 @@ def test_a_readout_is_what_a_run_of_that_length_gives(text, whole, tmp_path):
     assert rows == whole[0][:1]
 
 
+@pytest.mark.long
 def test_a_readout_added_later_branches_off_the_trunk_that_is_there(text, whole, tmp_path):
     trained(text, tmp_path, plan(tokens=(4096.0,)))
     steps = []
@@ -96,6 +98,7 @@ def test_a_readout_added_later_branches_off_the_trunk_that_is_there(text, whole,
     assert steps[0] == first.branch and sum(steps) == last.steps  # the trunk's first part is not trained again
 
 
+@pytest.mark.long
 def test_a_readout_added_before_the_end_of_the_trunk_is_what_it_would_have_been(text, whole, tmp_path):
     trained(text, tmp_path, plan(tokens=(8192.0,)))
     path = Store(tmp_path).path(plan())
@@ -180,6 +183,7 @@ def test_rows_have_the_unique_tokens_of_their_text(tmp_path):
     assert store.rows(run)[0]["unique_tokens"] == 128_000
 
 
+@pytest.mark.long
 def test_a_sweep_trains_on_any_tokens_and_on_sources_by_weight(tmp_path):
     """Numbers of windows against the streams, one by one; bits per byte against the bytes of the held-out text."""
     golden = Path(__file__).parents[2] / "golden" / "tokenizers" / "bytelevel.json"

@@ -11,6 +11,7 @@ from tessera.tickets.alignment import decoder_activations
 CONFIG = TransformerConfig(vocab_size=29, layers=2, width=16, heads=4, kv_heads=2, ff=10)
 
 
+@pytest.mark.long
 def test_activations_put_a_shuffled_decoder_back():
     tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 29)
     params = Decoder(CONFIG).init(jax.random.key(1), tokens)["params"]

@@ -71,6 +71,7 @@ def test_distillation_agrees_with_torch(golden):
         assert float(got) == pytest.approx(float(case["loss"]), rel=1e-5)
 
 
+@pytest.mark.long
 def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
     config = small(search__rewind="2it", search__output="^output/", search__arms=("ticket",))
     config.model = ConfigDict({"name": "resnet20", "blocks": 1, "widths": (2,)})
@@ -96,6 +97,7 @@ def test_batch_statistics_are_trained_kept_rewound_and_never_pruned():
     assert rows[0]["density"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.long
 def test_the_decoder_is_searched_on_text_and_its_embedding_stays():
     config = completed(SCHEMA, lottery_lm.get_config("tiny"))
     config.seeds = (0,)

@@ -199,6 +199,7 @@ def test_settings_that_cannot_be_run_are_refused(bad):
         TicketConfig(**bad)
 
 
+@pytest.mark.long
 def test_a_search_trains_through_it(splits):
     config = TicketConfig(steps=8, batch_size=8, eval_every=8, rewind=4)
     optimizer = optax.adam(0.02)
