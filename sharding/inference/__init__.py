@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = attach(
         "sample": ("Settings", "greedy", "sample_tokens"),
         "speculative": ("accept",),
         "quantize": ("QuantConfig", "Quantized", "dequantize", "observe", "quantize_matrix"),
+        "adapters": ("AdaptedProjection",),
         "few_rows": ("RowKernel", "lay_out_rows", "row_product"),
         "pipeline_ring": ("Ring",),
         "top_p": (),

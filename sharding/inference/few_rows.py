@@ -8,6 +8,7 @@ Axes: R rows, I inputs, O outputs.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import jax
@@ -91,11 +92,29 @@ def row_product(x_RI: Float[Array, "R I"], kernel: RowKernel) -> Float[Array, "R
     return y_RO.astype(jnp.float32) * scale_R[:, None] * kernel.scales[None]
 
 
-class RowProjection:
-    """A `RowKernel` in the place of the kernel [*inputs, *outputs] of a layer: `projection(x)` is the product.
+class Projection(ABC):
+    """What stands in the place of the kernel [*inputs, *outputs] of a layer: `projection(x)` is the product.
 
     A leaf of the tree that Flax is given, with the shape that it expects.
     """
+
+    shape: tuple[int, ...]
+
+    def astype(self, dtype: Any) -> "Projection":
+        """The same: the product has the dtype of its input."""
+        return self
+
+    @abstractmethod
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Multiply x [*N, *inputs] to [*N, *outputs], in the dtype of x."""
+
+    def __rmatmul__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product, written x @ projection."""
+        return self(x)
+
+
+class RowProjection(Projection):
+    """A `RowKernel` in the place of a kernel of `shape`, whose first axes are `inputs`."""
 
     def __init__(self, kernel: RowKernel, shape: tuple[int, ...], inputs: int):
         self.kernel, self.shape, self.inputs = kernel, shape, inputs
@@ -105,18 +124,12 @@ class RowProjection:
         """Those of the kernel."""
         return self.kernel.scales
 
-    def astype(self, dtype: Any) -> "RowProjection":
-        """The same: the product has the dtype of its input."""
-        return self
-
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Multiply x [*N, *inputs] to [*N, *outputs], in the dtype of x."""
+        """Multiply by the kernel."""
         front = x.shape[: x.ndim - self.inputs]
         y_RO = row_product(x.reshape(math.prod(front), -1), self.kernel)
         return y_RO.reshape(*front, *self.shape[self.inputs :]).astype(x.dtype)
 
-    __rmatmul__ = __call__
 
-
-Kernel = Float[Array, "..."] | RowProjection
-"""Of a layer: an array, or what stands for it in decoding on a CPU."""
+Kernel = Float[Array, "..."] | Projection
+"""Of a layer: an array, or what stands for it in decoding."""

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
       seed: of the row's noise.
       index: number of the token to be drawn, from 0.
       alternatives: whether `top_logprobs` are wanted; 0 is off.
+      adapter: LoRA adapter that the logits are computed with, 0 is the base; None where the model has no adapters.
 
     Example:
       >>> from sharding.inference import greedy
@@ -52,6 +53,7 @@ class Settings(NamedTuple):
     seed: Any
     index: Any
     alternatives: Any
+    adapter: Any = None
 
 
 def greedy(rows: int) -> Settings:

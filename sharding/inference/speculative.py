@@ -70,7 +70,7 @@ def accept(
 
     def over_time(logits_NXV: Array) -> Array:
         length, columns = logits_NXV.shape[1:]
-        rows = Settings(*(jnp.repeat(x, length) for x in settings))
+        rows = jax.tree.map(lambda x: jnp.repeat(x, length), settings)
         flat = penalize(logits_NXV.reshape(-1, columns), seen_NUV[:, :length].reshape(-1, columns), rows)
         return distribution(flat, rows, tp, candidates).reshape(logits_NXV.shape)
 

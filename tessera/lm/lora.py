@@ -23,7 +23,7 @@ Example:
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from lottery import structures
 from sharding.inference.quantize import dequantize, is_quantized
 from sharding.rules import path_name
 
-__all__ = ["LoRAConfig", "apply", "initialize", "nested", "pairs"]
+__all__ = ["LoRAConfig", "apply", "initialize", "nested", "pairs", "stack"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,38 @@ def _added(path: str, kernel: Any, a: Array, b: Array, scale: float, alive: Any)
     product = a.reshape(stack, -1, rank) @ b.reshape(stack, rank, -1)
     total = (kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
     return total if alive is None else jnp.where(alive, total, jnp.zeros_like(total))
+
+
+def stack(adapters: Sequence[tuple[PyTree, LoRAConfig]]) -> dict[str, Any]:
+    """Stack adapters of one model behind an adapter 0 that adds nothing, for rows that each choose one.
+
+    Ranks are padded to the largest with zeros, kernels that an adapter leaves out get zeros, scales are folded into b.
+
+    Args:
+      adapters: each with its settings, of kernels that are stacked by layer only.
+
+    Returns:
+      a [L, A + 1, *inputs, R] and b [L, A + 1, R, *outputs], float32 on the host, of every kernel that any adapts.
+
+    Example:
+      >>> import numpy as np
+      >>> from tessera.lm import lora
+      >>> one = {"blocks": {"up": {"kernel": {"a": np.ones((2, 8, 1)), "b": np.ones((2, 1, 4))}}}}
+      >>> two = {"blocks": {"up": {"kernel": {"a": np.ones((2, 8, 3)), "b": np.ones((2, 3, 4))}}}}
+      >>> made = lora.stack([(one, lora.LoRAConfig(1, alpha=2.0)), (two, lora.LoRAConfig(3, alpha=3.0))])
+      >>> made["blocks"]["up"]["kernel"]["a"].shape, made["blocks"]["up"]["kernel"]["b"][0, :, 0, 0].tolist()
+      ((2, 3, 8, 3), [0.0, 2.0, 1.0])
+    """
+    found: dict[str, Any] = {}
+    most = max(pair["a"].shape[-1] for tree, _ in adapters for _, pair in pairs(tree))
+    for number, (tree, config) in enumerate(adapters, 1):
+        for path, pair in pairs(tree):
+            (layers, *inputs, rank), outputs = pair["a"].shape, pair["b"].shape[2:]
+            shapes = {"a": (layers, len(adapters) + 1, *inputs, most), "b": (layers, len(adapters) + 1, most, *outputs)}
+            made = found.setdefault(path, {side: np.zeros(shape, np.float32) for side, shape in shapes.items()})
+            made["a"][:, number, ..., :rank] = pair["a"]
+            made["b"][:, number, :rank] = config.scale * np.asarray(pair["b"], np.float32)
+    return nested(found)
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:

@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moe.layer import ONE_DEVICE, ExpertAxes, MoE, MoEConfig
 from sharding.attention import AttentionForm, packed_window
-from sharding.inference.few_rows import Kernel, RowProjection
+from sharding.inference.few_rows import Kernel, Projection
 from sharding.tensor_parallel import INSIDE, RESIDUAL
 from tessera.models.attention_forms import (
     IMPLEMENTATIONS,
@@ -433,7 +433,7 @@ def rotate(
 
 def to_heads(x_BTD: Float[Array, "B T D"], kernel_DHh: Kernel) -> Float[Array, "B T H h"]:
     """Project activations to one vector per head; computes in x's dtype."""
-    if isinstance(kernel_DHh, RowProjection):
+    if isinstance(kernel_DHh, Projection):
         return kernel_DHh(x_BTD)
     return jnp.einsum("btd,dhk->bthk", x_BTD, kernel_DHh.astype(x_BTD.dtype))
 
@@ -508,16 +508,16 @@ def project_latent(
 
 def from_heads(x_BTHh: Float[Array, "B T H h"], kernel_HhD: Kernel) -> Float[Array, "B T D"]:
     """Project the heads' outputs back to the residual stream; computes in x's dtype."""
-    if isinstance(kernel_HhD, RowProjection):
+    if isinstance(kernel_HhD, Projection):
         return kernel_HhD(x_BTHh)
     return jnp.einsum("bthk,hkd->btd", x_BTHh, kernel_HhD.astype(x_BTHh.dtype))
 
 
 def swiglu(
     x: Float[Array, "*N D"],
-    gate: Float[Array, "D F"] | RowProjection,
-    up: Float[Array, "D F"] | RowProjection,
-    down: Float[Array, "F D"] | RowProjection,
+    gate: Float[Array, "D F"] | Projection,
+    up: Float[Array, "D F"] | Projection,
+    down: Float[Array, "F D"] | Projection,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> Float[Array, "*N D"]:
     """Gated feed-forward layer (silu(x gate) * (x up)) down without biases, or of another activation than SiLU.

@@ -27,6 +27,7 @@ from moe.metrics import token_means
 from sharding.attention import AttentionForm
 from sharding.context_parallel import contiguous_positions, ring_attention, ulysses_attention, zigzag_positions
 from sharding.errors import PlanError, nearest_sizes
+from sharding.inference.adapters import AdaptedProjection
 from sharding.inference.attention import cached_attention
 from sharding.inference.few_rows import RowKernel, RowProjection
 from sharding.inference.kv_cache import Blocks, Cache, Past, Read
@@ -91,19 +92,25 @@ class Layer(NamedTuple):
       params: of its blocks.
       forms: `TransformerConfig.forms` of it.
       sums: of its router over the whole batch that the tokens are a part of, see `tessera.models.lm_loss.lm_loss`.
+      adapters: in serving, of its kernels (see `tessera.lm.lora.stack`), and which one each row has; None without.
     """
 
     params: PyTree
     forms: LayerForm | None = None
     sums: Any = None
+    adapters: tuple[PyTree, Any] | None = None
 
 
 class DecodeInputs(NamedTuple):
-    """Tokens of a serving call [N, T], position [N] of each row's first, how its KV cache is read (None: empty)."""
+    """Tokens of a serving call [N, T], position [N] of each row's first, how its KV cache is read (None: empty).
+
+    `adapter` [N] is that of each row where the parameters have adapters; None is the base for all.
+    """
 
     tokens: Any
     starts: Any
     read: Read | None
+    adapter: Any = None
 
 
 @dataclass(frozen=True)
@@ -297,6 +304,8 @@ class ShardedDecoder:
           packed: see `tessera.models.transformer.Block`.
         """
         params = self.gather(layer.params, stack.name, self.layer_specs(stack))
+        if layer.adapters is not None:
+            params = _adapted(params, *layer.adapters)
         forms, sums_SE = jax.lax.stop_gradient((layer.forms, layer.sums))
         sown = None
         for i, mlp in enumerate(stack.pattern):
@@ -475,7 +484,7 @@ class ShardedDecoder:
         positions_NT = inputs.starts[:, None] + steps_T[None]
 
         def step(stack: Stack, x_NTD: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
-            number, layer, forms = one
+            number, layer, forms, adapters = one
             made: list[tuple[jax.Array, jax.Array]] = []
 
             def attend(i: int) -> Attend:
@@ -492,24 +501,28 @@ class ShardedDecoder:
                 return over_cache
 
             layer = dequantize_layer(layer, self.config.dtype, self._stays_quantized)
-            x_NTD, _ = self.unit(stack, Layer(layer, forms), x_NTD, positions_NT, inputs.tokens, attend)
+            chosen = None if adapters is None else (adapters, inputs.adapter)
+            layer = Layer(layer, forms, adapters=chosen)
+            x_NTD, _ = self.unit(stack, layer, x_NTD, positions_NT, inputs.tokens, attend)
             return x_NTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
         pairs = []
+        every = {} if inputs.adapter is None else params.get("adapters", {})
         for stack in self.config.stacks:
-            period, blocks = len(stack.pattern), params[stack.name]
+            period, blocks, adapters = len(stack.pattern), params[stack.name], every.get(stack.name)
             with jax.named_scope("layers"):
                 if isinstance(blocks, tuple):  # see `tessera.serving.layout`
                     each, forms, shapes = [], self.config.forms(stack), param_shapes(self.config)[stack.name]
                     for u, layer in enumerate(blocks):
-                        one = (stack.start + period * u, _projections(layer, shapes), form_of(forms, u))
+                        given = None if adapters is None else adapters[u]
+                        one = (stack.start + period * u, _projections(layer, shapes), form_of(forms, u), given)
                         x_NTD, pair = step(stack, x_NTD, one)
                         each.append(pair)
                     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
                 else:
                     units = jax.tree.leaves(blocks)[0].shape[0]
                     numbers = stack.start + period * jnp.arange(units)
-                    layers = numbers, blocks, self._forms(stack, units)
+                    layers = numbers, blocks, self._forms(stack, units), adapters
                     x_NTD, pair = jax.lax.scan(partial(step, stack), x_NTD, layers)
             pairs.append([leaf.reshape(-1, *leaf.shape[2:]) for leaf in pair])
         k, v = pairs[0] if len(pairs) == 1 else (jnp.concatenate(both) for both in zip(*pairs, strict=True))
@@ -716,6 +729,13 @@ def _projections(layer: PyTree, stacked: PyTree) -> PyTree:
 
     is_leaf = lambda node: isinstance(node, RowKernel) or is_quantized(node)  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, layer, stacked, is_leaf=is_leaf)
+
+
+def _adapted(params: PyTree, adapters: PyTree, adapter_N: jax.Array) -> PyTree:
+    """A block's parameters with an `AdaptedProjection` in place of every kernel that has adapters."""
+    if set(adapters) == {"a", "b"}:
+        return AdaptedProjection(params, adapters["a"], adapters["b"], adapter_N)
+    return {**params, **{name: _adapted(params[name], one, adapter_N) for name, one in adapters.items()}}
 
 
 def dequantize_layer(layer: PyTree, dtype: str, keep: Callable[[str], bool] = lambda path: False) -> PyTree:

@@ -49,6 +49,7 @@ class Engine:
         they share from there, if they are so many (prefix caching); 0 reads every prompt whole.
       lookup: longest n-gram that greedy texts are drafted for by, see `tessera.serving.lookup`; 0 is off.
       drafted: T, most tokens of such a draft.
+      adapters: names of the LoRA adapters that the parameters have, in their order; see `Sampling.adapter`.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Engine:
         prefix_cache: int = 0,
         lookup: int = 0,
         drafted: int = 4,
+        adapters: Sequence[str] = (),
     ):
         if lookup and isinstance(programs, Speculating):
             raise ValueError(f"lookup={lookup} beside a draft model: one of the two drafts")
         self.lookup, self.drafted = lookup, drafted if lookup else 0
         self.programs, self.params, self.queue, self.ends = programs, params, queue, frozenset(ends)
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.adapters = prefix_cache, tuple(adapters)
         slots = programs.config.slots
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * slots
@@ -75,7 +77,9 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self._state: Any = programs.start()
         self._last = np.zeros(slots, np.int32)
-        self._settings = Settings(*(np.array(leaf) for leaf in greedy(slots)))
+        self._settings: Settings = jax.tree.map(np.array, greedy(slots))
+        if self.adapters:
+            self._settings = self._settings._replace(adapter=np.zeros(slots, np.int32))
         self._lock = threading.Lock()
         self._cancelled: set[Request] = set()
 
@@ -114,9 +118,9 @@ class Engine:
         for width in widths:
             for fresh in (True, False) if sizes.length - 1 > sizes.chunk else (True,):
                 chunk = self._rows(rows, width)
-                settings = Settings(*(array[[0] * rows] for array in self._settings))
+                settings = self._settings_of([0] * rows)
                 self._state, _ = self.programs.extend(self.params, self._state, chunk, settings, fresh=fresh)
-        settings = Settings(*(array.copy() for array in self._settings))
+        settings = jax.tree.map(np.copy, self._settings)
         budget = np.zeros(len(self.slots), np.int32)
         self._state, _ = self.programs.generate(self.params, self._state, self._last, budget, settings)
         if self.lookup and isinstance(self.programs, Programs):
@@ -144,7 +148,8 @@ class Engine:
         Raises:
           QueueFull: too many requests wait.
           PromptTooLong: a prompt that fills the context length, or no prompt.
-          OutOfRange: a token outside the vocabulary, or no `Sampling`; a logit bias or a constraint beside a draft.
+          OutOfRange: a token outside the vocabulary, or no `Sampling`; a logit bias or a constraint beside a draft; an
+            adapter that there is not.
         """
         if not isinstance(sampling, Sampling):
             raise OutOfRange("sampling", sampling, "a Sampling")
@@ -154,6 +159,8 @@ class Engine:
         if isinstance(self.programs, Speculating) and (sampling.logit_bias or constraint is not None):
             name = "logit_bias" if sampling.logit_bias else "response_format"
             raise OutOfRange(name, sampling.logit_bias or "of tokens", "left out beside a draft model")
+        if sampling.adapter and sampling.adapter not in self.adapters:
+            raise OutOfRange("adapter", sampling.adapter, f'"" or one of the adapters {list(self.adapters)}')
         biased = [token for token, _ in sampling.logit_bias]
         for name, tokens in (("prompt", prompt), ("stop_tokens", sampling.stop_tokens), ("logit_bias", biased)):
             for token in tokens:
@@ -163,6 +170,7 @@ class Engine:
                     valid = f"in 0..{vocabulary - 1}: token {show(token)} is not in the vocabulary of {vocabulary}"
                     raise OutOfRange(name, token, valid) from error
         request = Request(tuple(int(token) for token in prompt), sampling, constraint=constraint)
+        request.adapter = self.adapters.index(sampling.adapter) + 1 if sampling.adapter else 0
         if notify is not None:
             request.notify = notify
         with self._lock:
@@ -249,8 +257,9 @@ class Engine:
         text = np.asarray(request.text[:-1], np.int32)  # the last one is read for the logits of the next
         found = dict.fromkeys((slot // self._local for slot in self._free), NOTHING)
         for part in found if least else ():
-            others = self._of(part)
-            prefix = self._pools[part].find(text, [(one, self._in_cache(one)) for one in others])
+            others = [one for one in self._of(part) if one.adapter == request.adapter]
+            running = [(one, self._in_cache(one)) for one in others]
+            prefix = self._pools[part].find(text, running, request.adapter)
             ahead = [common(text, np.asarray(one.text, np.int32)) for one in others if paged and one.reading]
             if max(ahead, default=0) >= prefix.shared + least:
                 return False
@@ -310,7 +319,7 @@ class Engine:
     def _leave(self, request: Request) -> None:
         """Free a request's slot, and its pages but those that a later text may begin with."""
         pool = self._pools[request.slot // self._local]
-        pool.end(request, self._in_cache(request)[: None if self.prefix_cache else 0])
+        pool.end(request, self._in_cache(request)[: None if self.prefix_cache else 0], request.adapter)
         self._write(request.slot, [])
         self.slots[request.slot], self._free[request.slot] = None, None
         request.slot = -1
@@ -346,10 +355,16 @@ class Engine:
             values.seed,
             len(request.tokens),
             values.top_logprobs,
+            request.adapter,
         )
         for array, value in zip(self._settings, row, strict=True):
-            array[request.slot] = value
+            if array is not None:
+                array[request.slot] = value
         self._last[request.slot] = request.tokens[-1] if request.tokens else 0
+
+    def _settings_of(self, slots: Sequence[int]) -> Settings:
+        """A copy of the settings of some slots."""
+        return jax.tree.map(lambda array: array[slots], self._settings)
 
     def _read(self) -> None:
         found = [self._next(request) for request in self.slots if request is not None and request.reading]
@@ -373,7 +388,7 @@ class Engine:
             if chunk.prompts is not None:
                 chunk.prompts[place] = len(request.prompt)
         where = [chosen[i][0].slot if i in chosen else 0 for i in range(count)]
-        settings = Settings(*(array[where] for array in self._settings))
+        settings = self._settings_of(where)
         bias = self._bias({place: request for place, (request, _) in chosen.items()}, count)
         chosen = {place: one for place, one in chosen.items() if not one[0].finish}
         targets = None
@@ -446,7 +461,7 @@ class Engine:
         running = [request for request in running if not request.finish]
         if not running:
             return
-        settings = Settings(*(array.copy() for array in self._settings))
+        settings = jax.tree.map(np.copy, self._settings)
         guesses = self._look_up(running, budget) if self.lookup and bias is None else None
         self._point()
         given = self.params, self._state, self._last

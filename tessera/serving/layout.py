@@ -44,4 +44,7 @@ def lay_out(params: Mapping[str, Any], config: TransformerConfig) -> PyTree:
     rows = lay_out_rows(quantize_matrix(head_OI.T, QuantConfig(8)), 1) if small else RowKernel(head_OI)
     kinds = "int8 times int8, rows quantized on the fly" if small else config.dtype
     logging.info("weights are laid out for one CPU: unrolled layers, transposed kernels, products in %s", kinds)
+    for name, stack in made.get("adapters", {}).items():
+        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(len(made[name]))]
+        made["adapters"] = made["adapters"] | {name: tuple(layers)}
     return made | {"rows": rows}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from tessera.serving import gguf, huggingface
 from tessera.serving.adapters import load_adapters
 from tessera.serving.engine import Engine
 from tessera.serving.huggingface import TextFormat
+from tessera.serving.multi_lora import load_stacked
 from tessera.serving.programs import Programs, ServeConfig, make_programs
 from tessera.serving.quantized import quantise_decoder
 from tessera.serving.served import serve
@@ -285,20 +287,35 @@ def make_engine(
     queue: int = 64,
     draft: DraftConfig = DraftConfig(),
     prefix_cache: int = 0,
+    adapters: Mapping[str, str] | None = None,
 ) -> tuple[Engine, Loaded]:
     """Load a model and make the engine that serves it; also returns what was loaded, without its weights.
 
+    Args:
+      source: the model, the base of the adapters.
+      plan: how it is split.
+      sizes: of the programs.
+      queue, prefix_cache: see `Engine`.
+      draft: what drafts for it, without adapters.
+      adapters: directories of LoRA adapters of `peft` by the names that requests choose them by (`Sampling.adapter`).
+
     Raises:
       PlanError: the plan does not fit the model, the sizes or the devices; a draft that does not fit the model.
-      ValueError: texts longer than the model's positions.
-      and what `load` raises.
+      ValueError: texts longer than the model's positions; adapters beside a ticket.
+      and what `load` and `multi_lora.load_stacked` raise.
     """
+    if adapters and source.ticket:
+        raise ValueError(
+            f"adapters {list(adapters)} beside ticket={source.ticket!r}: what they add would fill its zeros; merge one "
+            "into it (adapter)"
+        )
     loaded = load(source)
     _check_length(loaded, source, sizes)
-    programs, params = _programs(loaded, source, plan, sizes)
-    ends = loaded.format.ends
+    stacked = load_stacked(adapters, loaded.config) if adapters else None
+    programs, params = _programs(loaded, source, plan, sizes, stacked)
+    ends, options = loaded.format.ends, dict[str, Any](adapters=tuple(adapters or ()))
     if not draft.model:
-        options: Any = {"lookup": draft.lookup, "drafted": draft.tokens}
+        options |= {"lookup": draft.lookup, "drafted": draft.tokens}
         return Engine(programs, programs.place(params), queue, ends, prefix_cache, **options), loaded._replace(
             params=None
         )
@@ -315,7 +332,8 @@ def make_engine(
     _check_length(drafted, small, sizes)
     drafting, draft_params = _programs(drafted, small, split, replace(sizes, groups=0))
     both = Speculating(programs, drafting, draft.tokens)
-    return Engine(both, both.place(params, draft_params), queue, ends, prefix_cache), loaded._replace(params=None)
+    engine = Engine(both, both.place(params, draft_params), queue, ends, prefix_cache, **options)
+    return engine, loaded._replace(params=None)
 
 
 def first_layers(params: PyTree, config: TransformerConfig, layers: int) -> tuple[PyTree, TransformerConfig]:
@@ -337,13 +355,17 @@ def _check_length(loaded: Loaded, source: SourceConfig, sizes: ServeConfig) -> N
         raise ValueError(f"length={sizes.length}: {source.dir} has max_position_embeddings={most}")
 
 
-def _programs(loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig) -> tuple[Programs, PyTree]:
+def _programs(
+    loaded: Loaded, source: SourceConfig, plan: Plan, sizes: ServeConfig, adapters: PyTree = None
+) -> tuple[Programs, PyTree]:
     params = loaded.params
     if source.bits and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ValueError(f"bits={source.bits}: the weights of {source.dir} are quantized already; leave bits=0")
     if source.bits:
         text = read_calibration(source.calibration, loaded.tokenizer) if source.method != "rtn" else None
         params = quantise_decoder(params, loaded.config, QuantConfig(source.bits, source.method, source.group), text)
+    if adapters is not None:
+        params = {**params, "adapters": adapters}
     params, served = serve(params, loaded.config, plan, source.dtype)
     return make_programs(served, sizes), params
 

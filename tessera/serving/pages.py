@@ -50,7 +50,7 @@ class Pool:
 
     Attributes:
       running: pages of every running text, by its slot.
-      ended: tokens and pages of texts that ended, the oldest first.
+      ended: tokens, pages and adapter of texts that ended, the oldest first.
       counts: owners of every page, [2, pages]: running texts, and texts that ended.
 
     Example:
@@ -65,7 +65,7 @@ class Pool:
     def __init__(self, pages: int, size: int):
         self.size = size
         self.running: dict[object, list[int]] = {}
-        self.ended: dict[int, tuple[np.ndarray, list[int]]] = {}
+        self.ended: dict[int, tuple[np.ndarray, list[int], int]] = {}
         self.counts = np.zeros((2, pages), np.int64)
         self._free = deque(range(pages))
         self._number = 0
@@ -79,15 +79,16 @@ class Pool:
         """Pages of so many tokens."""
         return -(-tokens // self.size)
 
-    def find(self, text: np.ndarray, running: Iterable[tuple[object, np.ndarray]]) -> Prefix:
+    def find(self, text: np.ndarray, running: Iterable[tuple[object, np.ndarray]], adapter: int = 0) -> Prefix:
         """The longest beginning of a text that is in the cache.
 
         Args:
           text: its tokens.
-          running: slot of every running text, and its tokens in the cache.
+          running: slot of every running text with its adapter, and its tokens in the cache.
+          adapter: that it is read with: the keys and values of another are others.
         """
         found = NOTHING
-        texts = [(tokens, pages, True) for tokens, pages in self.ended.values()]
+        texts = [(tokens, pages, True) for tokens, pages, other in self.ended.values() if other == adapter]
         texts += [(tokens, self.running[slot], False) for slot, tokens in running]
         for tokens, pages, ended in texts:
             shared = common(text, tokens)
@@ -110,7 +111,7 @@ class Pool:
             self._drop(0, pages)
             return None
         if own:
-            for key, (_, others) in list(self.ended.items()):
+            for key, (_, others, _) in list(self.ended.items()):
                 if pages[-1] in others:
                     self._cut(key, others.index(pages[-1]))
         fresh = self._take(self.pages(room) - whole - own)
@@ -129,19 +130,19 @@ class Pool:
         self.running[slot] += self._take(lacking)
         return True
 
-    def end(self, slot: object, tokens: np.ndarray) -> None:
+    def end(self, slot: object, tokens: np.ndarray, adapter: int = 0) -> None:
         """Take the pages of a text back; those of `tokens`, with which it begins, stay until others need them."""
         pages = self.running.pop(slot)
         stay = pages[: self.pages(len(tokens))]
         if stay and self._alone(stay[-1]):  # else another text begins with all of it
             self._hold(1, stay)
-            self.ended[self._number] = tokens, stay
+            self.ended[self._number] = tokens, stay, adapter
             self._number += 1
         self._drop(0, pages)
 
     def _take(self, count: int) -> list[int]:
         while len(self._free) < count:
-            key, (_, pages) = next(iter(self.ended.items()))
+            key, (_, pages, _) = next(iter(self.ended.items()))
             self._cut(key, len(pages) - 1)
         fresh = [self._free.popleft() for _ in range(count)]
         self._hold(0, fresh)
@@ -149,10 +150,10 @@ class Pool:
 
     def _cut(self, key: int, count: int) -> None:
         """Leave a text that ended its first pages; none, if another text has all of them."""
-        tokens, pages = self.ended[key]
+        tokens, pages, adapter = self.ended[key]
         self._drop(1, pages[count:])
         if count and self._alone(pages[count - 1]):
-            self.ended[key] = tokens[: count * self.size], pages[:count]
+            self.ended[key] = tokens[: count * self.size], pages[:count], adapter
         else:
             self._drop(1, pages[:count])
             del self.ended[key]

@@ -29,6 +29,7 @@ from tessera.models.lm_loss import replaced
 from tessera.models.transformer import TransformerConfig
 from tessera.optim.param_axes import Axes, kernel_axes
 from tessera.parallel.decoder import ShardedDecoder, dequantize_layer
+from tessera.serving.multi_lora import adapter_specs
 
 
 def quantise_decoder(
@@ -140,6 +141,8 @@ def _groups(shape: tuple[int, ...], how: QuantConfig, count: int) -> tuple[tuple
 def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
     """Partition of every array of served parameters: a quantized kernel's values, scales and factors like the kernel.
 
+    That of "adapters", if there are any, is from `tessera.serving.multi_lora.adapter_specs`.
+
     Raises:
       PlanError: groups that do not divide by the mesh axes that split the kernel's inputs.
     """
@@ -172,4 +175,6 @@ def quantized_specs(params: PyTree, decoder: ShardedDecoder) -> PyTree:
             cut(node.groups),
         )
 
-    return jax.tree.map(one, params, decoder.specs, is_leaf=is_quantized)
+    model = {name: part for name, part in params.items() if name != "adapters"}
+    specs = jax.tree.map(one, model, decoder.specs, is_leaf=is_quantized)
+    return specs | {name: adapter_specs(params[name], decoder.specs) for name in params.keys() - model.keys()}

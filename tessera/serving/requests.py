@@ -50,6 +50,7 @@ class Sampling:
       top_logprobs: most probable tokens to give with every token drawn, 0..20, with their log-probabilities.
       prompt_logprobs: give the log-probabilities of the prompt's tokens too, and as many most probable ones.
       logit_bias: (token, number in -100..100) pairs, added to the tokens' logits.
+      adapter: name of one of the engine's LoRA adapters; "" is the base.
 
     Raises:
       OutOfRange: a value of the wrong type, not finite or out of range.
@@ -68,6 +69,7 @@ class Sampling:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -175,6 +177,7 @@ class Request:
         end of the context), "cancelled" or "error" (its own, or of a step that all requests share).
       read: tokens of `text` in the cache.
       slot: where it is decoded; -1 while it waits, at first or for pages, and when it is done.
+      adapter: number of its adapter at the engine; 0 is the base.
       number: order of arrival at its engine.
       constraint: what the text may be; None is anything.
       prompt_logprobs: of the prompt's tokens but the first, if asked for; complete before the first token is drawn.
@@ -192,6 +195,7 @@ class Request:
     finish: str = ""
     read: int = 0
     slot: int = -1
+    adapter: int = 0
     number: int = -1
     constraint: Constraint | None = None
     prompt_logprobs: list[float] = field(default_factory=list)

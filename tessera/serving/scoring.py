@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from tessera.serving.engine import Engine, generate_all
@@ -59,13 +60,16 @@ class Perplexity(NamedTuple):
 READ = Sampling(temperature=0.0, max_tokens=0, prompt_logprobs=True, top_logprobs=1)
 
 
-def score(engine: Engine, parts: Sequence[Part], progress: Callable[[int], None] = lambda tokens: None) -> list[Score]:
+def score(
+    engine: Engine, parts: Sequence[Part], progress: Callable[[int], None] = lambda tokens: None, adapter: str = ""
+) -> list[Score]:
     """Score parts of texts, as many at once as the engine has slots.
 
     Args:
       engine: that nobody else steps.
       parts: a context too long for the engine loses its first tokens.
       progress: called with the number of scored tokens of a part when it is done.
+      adapter: see `Sampling.adapter`.
 
     Raises:
       ValueError: a part without context or tokens, or with more tokens than fit behind one of context.
@@ -83,7 +87,7 @@ def score(engine: Engine, parts: Sequence[Part], progress: Callable[[int], None]
 
     prompts = [(*part.context, *part.tokens)[-most:] for part in parts]
     listeners = [listener(len(part.tokens)) for part in parts]
-    requests = generate_all(engine, prompts, [READ] * len(parts), listeners)
+    requests = generate_all(engine, prompts, [replace(READ, adapter=adapter)] * len(parts), listeners)
     scores = []
     for part, request in zip(parts, requests, strict=True):
         if request.finish != "length":
@@ -129,6 +133,7 @@ def perplexity(
     length: int = 0,
     stride: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    adapter: str = "",
 ) -> Perplexity:
     """Score all tokens of some texts, each by itself.
 
@@ -139,7 +144,7 @@ def perplexity(
       begin: token that a text follows, the model's beginning or end of text.
       length: see `windows`; 0 is the engine's.
       stride: see `windows`.
-      progress: see `score`.
+      progress, adapter: see `score`.
 
     Raises:
       ValueError: no tokens; a length that does not fit.
@@ -149,6 +154,6 @@ def perplexity(
     parts = [part for text in texts for part in windows(text, begin, length, stride)]
     if not parts:
         raise ValueError("no text to score: every document is empty")
-    scores = score(engine, parts, progress)
+    scores = score(engine, parts, progress, adapter)
     nats = -math.fsum(logprob for one in scores for logprob in one.logprobs)
     return Perplexity(sum(len(part.tokens) for part in parts), size, nats)

@@ -20,7 +20,7 @@ from tessera.lm.warm_start import join_blocks, split_blocks
 from tessera.models.transformer import DTYPES, TransformerConfig
 from tessera.parallel.decoder import ShardedDecoder
 
-FLOAT32 = r"(^|/)router/|/gain$"  # routers choose in float32, gains are small
+FLOAT32 = r"(^|/)router/|/gain$|^adapters/"  # routers choose in float32, the others are small
 
 
 def serve(
@@ -33,7 +33,8 @@ def serve(
     kernels have the compute dtype.
 
     Args:
-      params: of a decoder of `config`, any float dtype, on any device.
+      params: of a decoder of `config`, any float dtype, on any device; beside its parts there may be "adapters", from
+        `tessera.lm.lora.stack`.
       config: the model.
       plan: all its sizes known (see `Plan.fill`).
       dtype: "float32" or "bfloat16"; "" keeps the model's.
@@ -79,7 +80,7 @@ def repeat_heads(params: PyTree, times: int) -> PyTree:
     """Every key/value head `times` times: the same model, with a copy for each device that needs it."""
 
     def repeat(path: tuple, leaf: Any) -> Any:
-        if not re.search(r"attention/(key|value)/(kernel|bias|gain)$", path_name(path)):
+        if not re.search(r"attention/(key|value)/(kernel|bias|gain|kernel/b)$", path_name(path)):
             return leaf
         if not is_quantized(leaf):
             return jnp.repeat(leaf, times, axis=-2)

@@ -89,7 +89,8 @@ def extend_program(
     def local(
         params: PyTree, state: State, rows: Rows, settings: Settings, bias: Any, targets: Any
     ) -> tuple[State, Drawn]:
-        x_NTD, cache = _read(decoder, params, state.cache, rows, None if fresh else read_slots(rows.slots))
+        past = None if fresh else read_slots(rows.slots)
+        x_NTD, cache = _read(decoder, params, state.cache, rows, past, settings.adapter)
         last_N = jnp.maximum(rows.counts - 1, 0)
         if not (every or scored):
             x_NTD = jnp.take_along_axis(x_NTD, last_N[:, None, None], axis=1)
@@ -145,11 +146,11 @@ def _settings_specs(row: PartitionSpec) -> Settings:
 
 
 def _read(
-    decoder: ShardedDecoder, params: PyTree, cache: Cache, rows: Rows, read: Read | None
+    decoder: ShardedDecoder, params: PyTree, cache: Cache, rows: Rows, read: Read | None, adapter: Any
 ) -> tuple[jax.Array, Cache]:
     """Rows through all stages; the result [N, T, D] is that of the first stage's devices."""
     stage = 0 if decoder.pp is None else jax.lax.axis_index(decoder.pp)
-    inputs = DecodeInputs(rows.tokens, rows.starts, read)
+    inputs = DecodeInputs(rows.tokens, rows.starts, read, adapter)
 
     def tick(carry: tuple, number: jax.Array) -> tuple:
         x_NTD, cache = carry
@@ -214,7 +215,7 @@ def generate_program(programs: Any, ring: Ring, *, logits: bool, biased: bool) -
             starts_N = state.cache.lengths[slots_N]
             entering_N1D = decoder.embed(params, tokens_N[:, None])
             x_N1D = jnp.where(stage == 0, entering_N1D, x_N1D)
-            inputs = DecodeInputs(tokens_N[:, None], starts_N, read_range(slots_N[0], count))
+            inputs = DecodeInputs(tokens_N[:, None], starts_N, read_range(slots_N[0], count), settings_N.adapter)
             y_N1D, k, v = decoder.cached_layers(params, x_N1D, state.cache, inputs)
             counts_N = _after(live_N.astype(jnp.int32), y_N1D)
             cache = append(state.cache, k, v, slots_N, starts_N, counts_N, decoder.cp)
@@ -268,7 +269,7 @@ def verify_program(programs: Any) -> Callable:
         slots_B, live_B, starts_B = jnp.arange(b, dtype=jnp.int32), budget > 0, state.cache.lengths
         drafted_BT = drafted[:-1].T
         rows = Rows(jnp.concatenate([tokens[:, None], drafted_BT], 1), slots_B, starts_B, jnp.where(live_B, u, 0))
-        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b))
+        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b), settings.adapter)
         logits_BUV = decoder.logits(params, _from_first(x_BUD, decoder.pp))
         seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], decoder.tp, DRAWN)
         draft_BTV = logits[:-1].transpose(1, 0, 2)
@@ -303,7 +304,7 @@ def lookup_program(programs: Any) -> Callable:
         counts_B = jnp.where(live_B, 1 + (drafted_BT >= 0).sum(1), 0)
         read_BU = jnp.concatenate([tokens[:, None], jnp.maximum(drafted_BT, 0)], 1)
         rows = Rows(read_BU, slots_B, starts_B, counts_B.astype(jnp.int32))
-        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b))
+        x_BUD, cache = _read(decoder, params, state.cache, rows, read_range(0, b), settings.adapter)
         logits_BUV = decoder.logits(params, _from_first(x_BUD, decoder.pp))
         seen = mark_seen(state.seen, slots_B, tokens[:, None], live_B[:, None], decoder.tp, DRAWN)
         first_B, _ = sample_tokens(logits_BUV[:, 0], seen, settings, decoder.tp, config.candidates)

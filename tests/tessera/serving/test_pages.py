@@ -28,6 +28,7 @@ class Model:
     def __init__(self, pages, size):
         self.pool, self.size, self.memory = Pool(pages, size), size, np.full((pages, size), -1)
         self.texts = {}  # tokens in the cache of each running text
+        self.adapters = {}  # of each, running or not
 
     def read(self, pages, count):
         return self.memory[pages].reshape(-1)[:count].tolist()
@@ -37,7 +38,7 @@ class Model:
         page = self.pool.running[slot][place]
         others = [pages for key, pages in self.pool.running.items() if key != slot and page in pages]
         assert not others, "a page that is written has two owners"
-        for tokens, pages in self.pool.ended.values():  # one that ended may have the rows before
+        for tokens, pages, _ in self.pool.ended.values():  # one that ended may have the rows before
             assert page not in pages or len(tokens) <= pages.index(page) * self.size + row
         self.memory[page, row] = token
         self.texts[slot].append(token)
@@ -45,7 +46,7 @@ class Model:
     def check(self):
         pool = self.pool
         counts = np.zeros_like(pool.counts)
-        for kind, texts in enumerate((pool.running.values(), (pages for _, pages in pool.ended.values()))):
+        for kind, texts in enumerate((pool.running.values(), (pages for _, pages, _ in pool.ended.values()))):
             for pages in texts:
                 assert len(set(pages)) == len(pages)
                 for page in pages:
@@ -54,7 +55,7 @@ class Model:
         assert sorted(pool._free) == np.flatnonzero(counts.sum(0) == 0).tolist(), "a page is lost, or free twice"
         for slot, tokens in self.texts.items():
             assert self.read(pool.running[slot], len(tokens)) == tokens, "a text changed"
-        for tokens, pages in pool.ended.values():
+        for tokens, pages, _ in pool.ended.values():
             assert self.read(pages, len(tokens)) == tokens.tolist(), "a text that ended changed"
         assert len(pool.ended) <= len(pool.counts[0])
 
@@ -70,11 +71,15 @@ def test_pages_are_owned_once_or_only_read_and_none_is_lost(data, sizes, keep):
         act = data.draw(st.sampled_from(["begin", "begin", "grow", "grow", "end"]))
         if act == "begin":
             text = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=(pages * size) - 1))
-            found = model.pool.find(np.array(text[:-1], np.int32), [(i, np.array(model.texts[i])) for i in running])
+            adapter = data.draw(st.sampled_from([0, 0, 1]))
+            alike = [i for i in running if model.adapters[i] == adapter]
+            beside = [(i, np.array(model.texts[i])) for i in alike]
+            found = model.pool.find(np.array(text[:-1], np.int32), beside, adapter)
+            ended = [tokens for tokens, _, other in model.pool.ended.values() if other == adapter]
             best = max(
                 (
                     sum(np.cumprod([a == b for a, b in zip(text[:-1], other, strict=False)]))
-                    for other in [*model.texts.values(), *(tokens for tokens, _ in model.pool.ended.values())]
+                    for other in [*(model.texts[i] for i in alike), *ended]
                 ),
                 default=0,
             )
@@ -86,7 +91,7 @@ def test_pages_are_owned_once_or_only_read_and_none_is_lost(data, sizes, keep):
             else:
                 if begun.source != begun.target:
                     model.memory[begun.target] = model.memory[begun.source]
-                model.texts[number] = text[: begun.shared]
+                model.texts[number], model.adapters[number] = text[: begun.shared], adapter
                 for token in text[begun.shared :]:
                     model.write(number, token)
                 number += 1
@@ -95,7 +100,7 @@ def test_pages_are_owned_once_or_only_read_and_none_is_lost(data, sizes, keep):
             tokens = model.texts[slot]
             if act == "end":
                 del model.texts[slot]
-                model.pool.end(slot, np.array(tokens if keep else [], np.int32))
+                model.pool.end(slot, np.array(tokens if keep else [], np.int32), model.adapters[slot])
             elif len(tokens) < pages * size:
                 before = model.pool.obtainable
                 if model.pool.grow(slot, len(tokens) + 1):

@@ -1,4 +1,4 @@
-"""The small decoder that the tests of serving share, and programs for it."""
+"""The small decoder that the tests of serving share, adapters of it, and programs for both."""
 
 from dataclasses import replace
 from functools import cache
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.plan import Plan
+from tessera.lm import lora
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving.engine import Engine
 from tessera.serving.programs import ServeConfig, make_programs
@@ -36,18 +37,55 @@ def engine(sizes=SIZES, queue=64, axes="", **options):
     return Engine(made, params, queue, **options)
 
 
-def logits(tokens):
+LORA = {  # of other ranks, kernels and scales
+    "A": lora.LoRAConfig(rank=2, alpha=3.0, targets="/(query|value)/kernel$"),
+    "B": lora.LoRAConfig(rank=5, alpha=2.0, targets="/(attention/.*|mlp/(gate|up|down))/kernel$", rank_stabilized=True),
+}
+
+
+@cache
+def adapters(name, config=CONFIG):
+    """Random ones, so large that every text differs from the base's."""
+    made = lora.initialize(weights(config), LORA[name], key=jax.random.key(ord(name)))
+    rng = np.random.default_rng(ord(name))
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.4).astype(np.float32), made)
+
+
+@cache
+def merged(name, config=CONFIG):
+    """Weights with an adapter merged in; "" is the base's."""
+    return lora.apply(weights(config), adapters(name, config), LORA[name]) if name else weights(config)
+
+
+@cache
+def adapted_programs(sizes=SIZES, config=CONFIG, axes="", change=lambda params: params):
+    stacked = lora.stack([(adapters(name, config), LORA[name]) for name in LORA])
+    params, served = serve({**change(weights(config)), "adapters": stacked}, config, Plan(axes))
+    made = make_programs(served, sizes)
+    return made, made.place(params)
+
+
+def adapted_engine(sizes=SIZES, queue=64, config=CONFIG, axes="", **options):
+    """An engine with the adapters A and B."""
+    made, params = adapted_programs(sizes, config, axes)
+    return Engine(made, params, queue, adapters=tuple(LORA), **options)
+
+
+def logits(tokens, params=None, config=CONFIG):
     """Logits [N, V] of what follows each token, of the decoder without a cache."""
     padded = np.zeros((1, SIZES.length), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(_decode({"params": weights()}, padded), np.float64)[0, : len(tokens)]
+    params = weights() if params is None else params
+    return np.asarray(_decode(config)({"params": params}, padded), np.float64)[0, : len(tokens)]
 
 
-def logprobs(tokens):
+def logprobs(tokens, params=None, config=CONFIG):
     """Log-probabilities [N, V] of what follows each token, in float64."""
-    found = logits(tokens)
+    found = logits(tokens, params, config)
     found -= found.max(-1, keepdims=True)
     return found - np.log(np.exp(found).sum(-1, keepdims=True))
 
 
-_decode = jax.jit(Decoder(replace(CONFIG, dtype="float32")).apply)
+@cache
+def _decode(config):
+    return jax.jit(Decoder(replace(config, dtype="float32")).apply)
