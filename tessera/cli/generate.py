@@ -9,6 +9,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import build, checked
 from tessera.serving import schema
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
+from tessera.serving.multi_lora import named
 from tessera.serving.programs import ServeConfig
 from tessera.serving.requests import Sampling
 from tessera.serving.text import TextStream
@@ -24,7 +25,8 @@ def main(invocation: Invocation) -> int:
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     sampling = build(Sampling, c.sampling, "config.sampling")
     plan, draft = build(Plan, {}, "config", axes=c.plan), build(DraftConfig, c.draft, "config.draft")
-    engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft)
+    adapters = checked("config.adapters", named, c.adapters)
+    engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft, adapters=adapters)
     prompt = loaded.tokenizer.encode(c.prompt).tolist()
     stream, given = TextStream(loaded.tokenizer, prompt=prompt), 0
 

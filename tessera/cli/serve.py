@@ -13,6 +13,7 @@ from tessera.infra.checkpoint import CheckpointDamaged
 from tessera.infra.config import build, checked
 from tessera.serving import schema
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
+from tessera.serving.multi_lora import named
 from tessera.serving.programs import ServeConfig
 
 SCHEMA = schema.SCHEMA
@@ -35,11 +36,13 @@ def main(invocation: Invocation) -> int:
     key = os.environ.get(c.api_key_variable, "").strip()
     settings = build(schema.AppConfig, c.app, "config.app", api_key=key)
     draft = build(DraftConfig, c.draft, "config.draft")
+    adapters = checked("config.adapters", named, c.adapters, settings.model)
     console = Console()
     with bind(c.host, c.port) as socket:  # first: a port in use is told before the model is loaded
         host, port = socket.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        engine, loaded = checked("config.model", make_engine, source, plan, sizes, c.queue, draft, c.prefix_cache)
+        given = source, plan, sizes, c.queue, draft, c.prefix_cache, adapters
+        engine, loaded = checked("config.model", make_engine, *given)
         if c.host not in LOOPBACK and not key:
             logging.warning(
                 "%s is reachable from elsewhere and %s is not set: anybody may ask", c.host, c.api_key_variable
@@ -48,7 +51,8 @@ def main(invocation: Invocation) -> int:
         app = make_app(service, loaded.tokenizer, settings, loaded.format)
 
         def ready() -> None:
-            console.print(f"serving {settings.model} from {source.dir} on {address}", soft_wrap=True)
+            names = ", ".join((settings.model, *adapters))
+            console.print(f"serving {names} from {source.dir} on {address}", soft_wrap=True)
 
         server = make_server(app, service, settings, ready)
         if settings.warm_up:

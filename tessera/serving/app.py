@@ -127,6 +127,7 @@ class Pages:
 
     def __init__(self, service: Service, tokenizer: Tokenizer, config: AppConfig, text: TextFormat):
         self.service, self.tokenizer, self.config = service, tokenizer, config
+        self.names = (config.model, *service.engine.adapters)
         self.reader = Reader(tokenizer, service.engine.programs.decoder.vocabulary, text)
 
     async def completions(self, request: Any) -> Any:
@@ -140,16 +141,17 @@ class Pages:
     async def models(self, request: Any) -> Any:
         """GET /v1/models and /v1/models/NAME."""
         self._admit(request)
-        one = {"id": self.config.model, "object": "model", "created": 0, "owned_by": "tessera"}
+        same = {"object": "model", "created": 0, "owned_by": "tessera"}
+        every = {name: {"id": name} | same | {"parent": self.config.model} for name in self.names}
+        del every[self.config.model]["parent"]
         name = request.path_params.get("name")
         if name is None:
-            return JSONResponse({"object": "list", "data": [one]})
-        self._check_model(name)
-        return JSONResponse(one)
+            return JSONResponse({"object": "list", "data": list(every.values())})
+        return JSONResponse(every[self._name(name)])
 
     async def openapi(self, request: Any) -> Any:
         """GET /openapi.json."""
-        return JSONResponse(openapi(tessera.__version__, self.config.model, STATUSES))
+        return JSONResponse(openapi(tessera.__version__, self.names, STATUSES))
 
     async def health(self, request: Any) -> Any:
         """GET /health: 200 while the engine runs, its programs are compiled, and it takes requests."""
@@ -170,7 +172,9 @@ class Pages:
         read = functools.partial(read_body, chat=chat, limit=c.max_tokens, max_choices=c.max_choices)
         try:
             asked = await asyncio.to_thread(read, data, self.reader)  # a long prompt takes a while
-            self._check_model(asked.body.model)
+            model = self._name(asked.body.model)
+            if model != c.model:
+                asked = replace(asked, samplings=tuple(replace(one, adapter=model) for one in asked.samplings))
             requests, events = self.service.submit(asked.prompts, asked.samplings, asked.constraints)
         except BadRequest as error:
             raise Refused(400, str(error), parameter=error.parameter) from error
@@ -187,7 +191,7 @@ class Pages:
         streams = [TextStream(self.tokenizer, asked.stop, one.prompt) for one in requests]
         follow = self._follow(request, asked, requests, events, streams)
         if asked.body.stream:
-            stream = self._stream(asked, requests, streams, follow)
+            stream = self._stream(asked, model, requests, streams, follow)
             return StreamingResponse(stream, media_type="text/event-stream")
         texts, ends = [Delta()] * len(requests), [""] * len(requests)
         async for index, delta, finish in follow:
@@ -201,17 +205,18 @@ class Pages:
                 calls = calls[: asked.most_calls]
                 texts[i] = replace(texts[i], text=text)
             choices.append(choice(asked, number, texts[i], ends[i], streamed=False, calls=calls))
-        answer = response(asked, _identity(), choices, c.model, streamed=False)
+        answer = response(asked, _identity(), choices, model, streamed=False)
         return JSONResponse(answer | {"usage": usage(asked, requests, sum(one.count for one in streams))})
 
     async def _stream(
         self,
         asked: Asked,
+        model: str,
         requests: list[Request],
         streams: list[TextStream],
         follow: AsyncIterator[tuple[int, Delta, str]],
     ) -> AsyncIterator[str]:
-        identity, model = _identity(), self.config.model
+        identity = _identity()
         chats = [CallStream(self.reader.chat) for _ in requests] if asked.tools else []
         try:
             async for index, delta, finish in follow:
@@ -316,10 +321,14 @@ class Pages:
         if scheme.lower() != "bearer" or not right:
             raise Refused(401, "wrong or missing API key", "authentication_error", code="invalid_api_key")
 
-    def _check_model(self, name: str) -> None:
-        if name != self.config.model:
-            message = f"the model {show(name)} does not exist; this server has {self.config.model!r}"
+    def _name(self, name: str | None) -> str:
+        """The model or adapter that a request names; the model if it names none."""
+        if name is None:
+            return self.config.model
+        if name not in self.names:
+            message = f"the model {show(name)} does not exist; this server has {', '.join(map(repr, self.names))}"
             raise Refused(404, message, INVALID, "model", "model_not_found")
+        return name
 
 
 def _unavailable(error: Draining | EngineDead) -> Refused:

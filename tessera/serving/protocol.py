@@ -167,7 +167,7 @@ class ToolChoice(_Object):
 class Body(_Object):
     """What both endpoints understand."""
 
-    model: str = Field(description="the name of the model, a string")
+    model: str | None = Field(None, description="the name of the model or of an adapter, a string")
     max_tokens: int | None = _whole(1, LARGEST)
     max_completion_tokens: int | None = _whole(1, LARGEST)
     temperature: float = _number("temperature", 1.0)
@@ -573,12 +573,12 @@ def error_body(message: str, kind: str, parameter: str = "", code: str = "") -> 
     return Error(error=ErrorDetail(message=message, type=kind, param=parameter or None, code=code or None)).model_dump()
 
 
-def openapi(version: str, model: str, statuses: dict[int, str]) -> dict[str, Any]:
+def openapi(version: str, models: Sequence[str], statuses: dict[int, str]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the server.
 
     Args:
       version: of this program.
-      model: name of the model that is served.
+      models: names of the model that is served and of its adapters.
       statuses: of errors, with their meanings.
     """
     from pydantic.json_schema import models_json_schema
@@ -588,7 +588,7 @@ def openapi(version: str, model: str, statuses: dict[int, str]) -> dict[str, Any
         ref_template="#/components/schemas/{model}",
     )
     for kind in (CompletionBody, ChatBody):
-        found["$defs"][kind.__name__]["properties"]["model"]["enum"] = [model]
+        found["$defs"][kind.__name__]["properties"]["model"]["enum"] = list(models)
 
     def content(name: str) -> dict[str, Any]:
         return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
@@ -603,14 +603,14 @@ def openapi(version: str, model: str, statuses: dict[int, str]) -> dict[str, Any
             about["requestBody"] = {"required": True, "content": content(body)}
         return {method: about if public else about | {"security": [{"key": []}]}}
 
-    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
+    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(models)}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Tessera", "version": version},
         "paths": {
             "/v1/completions": path("post", "Continue prompts.", "CompletionBody"),
             "/v1/chat/completions": path("post", "Answer messages.", "ChatBody"),
-            "/v1/models": path("get", "The model that is served."),
+            "/v1/models": path("get", "The model that is served, and its adapters."),
             "/v1/models/{name}": path("get", "A model by name.") | {"parameters": [named]},
             "/health": path("get", "Whether requests are answered.", public=True),
             "/metrics": path("get", "Prometheus metrics.", kind="text/plain", public=True),

@@ -54,6 +54,8 @@ class ServeSettings:
       prefix_cache: a prompt that begins like a text that runs, or has ended and is still in the KV cache, takes the
         tokens they share from there, if they are so many; 0 reads every prompt whole ("Batch invariance" in
         docs/inference.md).
+      adapters: LoRA adapters of `peft` beside the model (multi-LoRA), NAME=DIRECTORY each; a request to the server asks
+        for one as its model, `tessera generate` by `sampling.adapter`. (`model.adapter` merges one into the model.)
       prompt: text to continue, for `tessera generate`.
       host: address to listen on; the default is reachable from this machine only.
       port: to listen on; 0 takes a free one.
@@ -63,6 +65,7 @@ class ServeSettings:
     plan: str = ""
     queue: int = 64
     prefix_cache: int = 16
+    adapters: tuple[str, ...] = ()
     prompt: str = "def "
     host: str = "127.0.0.1"
     port: int = 8000

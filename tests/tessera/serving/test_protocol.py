@@ -83,7 +83,7 @@ REFUSED = [  # chat, what is added to a body, the parameter that is named, a par
     (False, {"prompt": [[]]}, "prompt", "empty prompt"),
     (False, {"prompt": ["a", ""]}, "prompt", "empty prompt"),
     (False, {"prompt": None}, "prompt", "prompt is missing"),
-    (False, {"model": None}, "model", "model is missing"),
+    (False, {"model": 5}, "model", "model=5 must be the name of the model or of an adapter"),
     (False, {"prompt": ["a"] * 3, "n": 2}, "n", "3 prompts with n=2"),
     (False, {"max_tokens": True}, "max_tokens", "max_tokens=True must be a whole number"),
     (False, {"temperature": 1e-12}, "temperature", "or 0"),
@@ -156,7 +156,7 @@ def test_any_bytes_are_refused(data):
 
 
 def test_the_document_describes_every_field():
-    document = openapi("1.0", "tiny", {400: "no"})
+    document = openapi("1.0", ["tiny", "adapter"], {400: "no"})
     schemas = document["components"]["schemas"]
     for kind in (CompletionBody, ChatBody):
         fields = schemas[kind.__name__]["properties"]
@@ -166,3 +166,4 @@ def test_the_document_describes_every_field():
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in schemas
     assert schemas["CompletionBody"]["properties"]["top_p"]["maximum"] == 1
+    assert schemas["ChatBody"]["properties"]["model"]["enum"] == ["tiny", "adapter"]

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_model as tiny
 from hypothesis import given, settings
@@ -41,14 +42,18 @@ from tessera.serving.process import bind, make_server
 
 KEY = "a key"
 CONFIG = AppConfig(model="tiny", api_key=KEY, patience=0.2)
+ADAPTED = {  # by the name of a model
+    name: Sampling(temperature=0.0, max_tokens=5, adapter=adapter)
+    for name, adapter in (("tiny", ""), ("A", "A"), ("B", "B"))
+}
 SLOW = 0.1  # seconds between two steps where a text shall take a while
 
 
 class Running:
     """A server on a free port of the loopback interface, with a gate in front of every step of its engine."""
 
-    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0, warm_up=None, text=PLAIN):
-        self.engine = tiny.engine(sizes, queue)
+    def __init__(self, sizes=tiny.SIZES, queue=64, config=CONFIG, pause=0.0, warm_up=None, text=PLAIN, engine=None):
+        self.engine = engine or tiny.engine(sizes, queue)
         if warm_up is not None:
             self.engine.warm_up = warm_up
         self.service, self.said = Service(self.engine, warm_up=warm_up is not None, model="tiny"), []
@@ -331,6 +336,38 @@ def test_what_is_wrong_is_said_in_the_clients_own_errors(server):
     with pytest.raises(openai.APIStatusError) as error:
         client.completions.create(**ask | {"prompt": "a" * 2**20})
     assert error.value.status_code == 413
+
+
+def test_a_request_names_the_adapter_that_it_is_served_with():
+    with running(engine=tiny.adapted_engine()) as one:
+        client = one.client()
+        models = {model.id: model for model in client.models.list()}
+        assert list(models) == ["tiny", "A", "B"] and models["B"].parent == "tiny"
+        assert client.models.retrieve("A").id == "A"
+        prompt = [7, 8, 9, 10]
+        asked = {"prompt": prompt, "max_tokens": 5, "temperature": 0, "logprobs": 0, "echo": True}
+        for name in ("tiny", "A", "B"):
+            whole = client.completions.create(model=name, **asked)
+            assert whole.model == name
+            found = whole.choices[0].logprobs.token_logprobs
+            tokens = generate_all(tiny.adapted_engine(), [prompt], [ADAPTED[name]])[0].tokens
+            expected = tiny.logprobs([*prompt, *tokens], tiny.merged(name.replace("tiny", "")))
+            wanted = expected[np.arange(8), [*prompt, *tokens][1:]]
+            assert found[1:] == pytest.approx(wanted, abs=1e-4)
+        chunks = list(client.completions.create(model="B", **asked, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+        assert {chunk.model for chunk in chunks} == {"B"}
+        unnamed = one.post({**asked, "echo": False})[1]
+        assert unnamed["model"] == "tiny"
+        assert unnamed["choices"] == one.post({**asked, "echo": False, "model": "tiny"})[1]["choices"]
+        with pytest.raises(openai.NotFoundError, match="'C' does not exist; this server has 'tiny', 'A', 'B'"):
+            client.completions.create(model="C", **asked)
+        best = client.completions.create(model="A", prompt=prompt, max_tokens=4, seed=1, best_of=3, logprobs=0)
+        asked = [Sampling(seed=seed, max_tokens=4, adapter="A") for seed in (1, 2, 3)]
+        texts = generate_all(tiny.adapted_engine(), [prompt] * 3, asked)
+        assert sum(best.choices[0].logprobs.token_logprobs) == pytest.approx(
+            max(sum(text.logprobs) for text in texts), abs=1e-4
+        )
 
 
 def test_a_full_queue_is_refused_and_nothing_in_it_is_lost():
