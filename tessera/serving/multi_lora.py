@@ -20,7 +20,7 @@ from tessera.models.transformer import TransformerConfig
 from tessera.serving.adapters import WEIGHTS, load_adapters
 from tessera.serving.families import NotConvertible
 
-ADAPTED = r"/(attention/(query|key|value|output|query_down|query_up)|mlp/(gate|up|down))/kernel$"
+ADAPTED = r"/(attention/(query|key|value|output|query_down)|mlp/(gate|up|down))/kernel$"
 """Kernels that rows can multiply by adapters of their own: not those of experts and routers."""
 
 

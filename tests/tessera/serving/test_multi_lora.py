@@ -14,6 +14,7 @@ from moe.layer import MoEConfig
 from sharding.inference.quantize import QuantConfig
 from sharding.plan import Plan
 from tessera.lm import lora
+from tessera.models.attention_forms import LatentConfig
 from tessera.parallel.decoder import dequantize_layer
 from tessera.serving.adapters import save_adapters
 from tessera.serving.engine import Engine, generate_all
@@ -51,6 +52,8 @@ def test_rows_of_one_batch_have_the_numbers_of_their_merged_adapters():
         asked = [replace(ASKED, adapter=name) for name in order]
         for name, text in zip(order, generate_all(tiny.adapted_engine(), PROMPTS, asked), strict=True):
             check(text, tiny.merged(name))
+    only = generate_all(tiny.adapted_engine(), PROMPTS[2:], [replace(ASKED, adapter="A")])[0]
+    assert only.logprobs == text.logprobs  # batch invariance, bit for bit
     # The tokens are others', too: the tolerance hides nothing.
     texts = [tuple(tiny.logits(PROMPTS[1], tiny.merged(name)).argmax(-1)) for name in NAMES]
     assert len(set(texts)) == 3
@@ -117,18 +120,21 @@ def test_plans_split_adapters_like_their_kernels(axes):
         assert "tp" in of_kernels["up"]["kernel"]["b"].sharding.spec
 
 
+# The first layer is dense, every second after that is routed: stacks, and units of several layers.
+ROUTED = replace(tiny.CONFIG, layers=5, mlp="routed")
+ROUTED = replace(ROUTED, moe=MoEConfig(router=RouterConfig(experts=4, k=2), every=2, first_k_dense_replace=1))
+LATENT = LatentConfig(kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8, q_rank=6)
+OTHERS = {
+    "routed": (ROUTED, {"dense_blocks/mlp/up", "blocks/layer_0/mlp/up", "blocks/layer_1/attention/key"}),
+    "latent": (replace(tiny.CONFIG, kv_heads=0, latent=LATENT), {"blocks/attention/query_down", "blocks/mlp/down"}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["", "ep=2, tp=2"])
-def test_a_model_with_experts_has_adapters_elsewhere(axes):
-    """Its first layer is dense, every second after that is routed; stacks and units of several layers."""
-    moe = MoEConfig(router=RouterConfig(experts=4, k=2), every=2, first_k_dense_replace=1)
-    config = replace(tiny.CONFIG, layers=5, mlp="routed", moe=moe)
-    adapted = {path for path, _ in lora.pairs(tiny.adapters("B", config))}
-    assert {
-        "dense_blocks/mlp/up/kernel",
-        "blocks/layer_0/mlp/up/kernel",
-        "blocks/layer_1/attention/key/kernel",
-    } <= adapted
+@pytest.mark.parametrize("name, axes", [("routed", ""), ("routed", "ep=2, tp=2"), ("latent", "tp=2")])
+def test_other_models_have_adapters_of_what_is_a_projection(name, axes):
+    config, some = OTHERS[name]
+    assert {f"{path}/kernel" for path in some} <= {path for path, _ in lora.pairs(tiny.adapters("B", config))}
     one = tiny.adapted_engine(config=config, axes=axes)
     asked = [replace(ASKED, adapter=name) for name in NAMES]
     for name, text in zip(NAMES, generate_all(one, [*PROMPTS[:2], LONG], asked), strict=True):

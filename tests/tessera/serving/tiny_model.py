@@ -11,6 +11,7 @@ from sharding.plan import Plan
 from tessera.lm import lora
 from tessera.models.transformer import Decoder, TransformerConfig
 from tessera.serving.engine import Engine
+from tessera.serving.multi_lora import ADAPTED
 from tessera.serving.programs import ServeConfig, make_programs
 from tessera.serving.served import serve
 
@@ -38,8 +39,8 @@ def engine(sizes=SIZES, queue=64, axes="", **options):
 
 
 LORA = {  # of other ranks, kernels and scales
-    "A": lora.LoRAConfig(rank=2, alpha=3.0, targets="/(query|value)/kernel$"),
-    "B": lora.LoRAConfig(rank=5, alpha=2.0, targets="/(attention/.*|mlp/(gate|up|down))/kernel$", rank_stabilized=True),
+    "A": lora.LoRAConfig(rank=2, alpha=3.0, targets="/(query|value|output)/kernel$"),
+    "B": lora.LoRAConfig(rank=5, alpha=2.0, targets=ADAPTED, rank_stabilized=True),
 }
 
 
