@@ -240,7 +240,8 @@ def redraw(
             mine_NV = vocabulary_ids(logits_NV.shape[1], tp)[None] == tokens_N[:, None]
             logit_N = jax.lax.pmax(jnp.where(mine_NV, logits_NV, -jnp.inf).max(-1), tp)
         above_N = all_sum(jnp.where(logits_NV > logit_N[:, None], share_NV, 0.0))
-        return tokens_N, logit_N, (top_p_N < 1) & (above_N >= mass_N)
+        # The most probable token has nothing above it and is never outside, also where p of the mass is no float32.
+        return tokens_N, logit_N, (top_p_N < 1) & (above_N > 0) & (above_N >= mass_N)
 
     def again(carry: tuple) -> tuple:
         _, logit_N, outside_N = carry

@@ -98,6 +98,15 @@ def test_the_best_token_of_the_nucleus_is_drawn(how, spread):
         assert token == max(allowed, key=lambda i, scores=scores: scores[i])
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0, 60.0], ids=["flat", "peaked", "one"])
+def test_a_nucleus_too_small_for_a_float32_is_the_most_probable_token(spread):
+    top_p = [5e-324, 1e-45, 1e-38, 2e-38] * 15  # 0 as float32, or where such small numbers are taken for 0
+    logits = np.random.default_rng(3).normal(0, spread, (60, V)).astype(np.float32)
+    given = settings(60, top_p=top_p, seed=np.arange(60))
+    tokens, _ = SAMPLE(jnp.asarray(logits), jnp.zeros((60, V), jnp.int32), given)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
 def test_the_noise_is_uniform_and_ids_seeds_and_numbers_are_independent():
     """Kolmogorov-Smirnov over the ids of a row, and correlations of neighbors along each of the three."""
     ids, n = jnp.arange(20_000), 12
