@@ -417,7 +417,7 @@ def test_every_command_takes_urls(tmp_path):
         done("train", *SMALL, f"--config.data.name={tmp_path}/text.txt", f"--workdir={bucket}/lm")
         done("export-hf", f"{bucket}/lm", f"{bucket}/model")
         assert "exists" in done("export-hf", f"{bucket}/lm", f"{bucket}/model", status=1)
-        greedy = ["--config.prompt=the ", "--config.sampling.max_tokens=8"]
+        greedy = ["--config.prompt=the ", "--config.sampling.max_tokens=8", "--config.sampling.temperature=0.0"]
         first, second = (done("generate", f"--config.model.dir={bucket}/{name}", *greedy) for name in ("lm", "model"))
         assert first == second and first
         server = start("serve", "server", f"--config.model.dir={bucket}/model", "--config.port=0")
