@@ -99,7 +99,8 @@ test-cluster: $(VENV)/installed
 	$(PIP) $(LOCK:%=--constraint %) -e '.[slurm,ray]'
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
-# A workdir, a text and a model in a bucket of moto's S3 server on this machine, the run killed twice. A minute.
+# A workdir, a text and a model in a bucket of moto's S3 server on this machine, the run killed twice; then every command
+# at URLs, about five minutes alone.
 # Its packages have a directory of their own, since s3fs wants an fsspec of its own version, not the lock's.
 $(VENV)/urls: | $(VENV)/installed
 	$(PIP) --target $@ s3fs 'moto[server]' || { rm -rf $@; exit 1; }
