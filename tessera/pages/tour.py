@@ -139,10 +139,10 @@ def _told(point: lottery.Point, other: str) -> str:
     return f"{abs(100 * point.mean):.2f} points {more} {names[other]} ({interval_text(point.mean, point.half, 2, 100)})"
 
 
-def interval_text(mean: float, half: float, digits: int, scale: int = 1) -> str:
-    """The 95% interval of a difference in words, and whether it is clear of zero."""
-    if not np.isfinite(half):
-        return "one seed, no interval"
+def interval_text(mean: float, half: float | None, digits: int, scale: int = 1) -> str:
+    """The 95% interval of a difference in words, and whether it is clear of zero; None and NaN are too few seeds."""
+    if half is None or not np.isfinite(half):
+        return "too few seeds for an interval"
     span = f"{scale * (mean - half):+.{digits}f} to {scale * (mean + half):+.{digits}f}".replace("-", "−")
     return f"95% interval {span}, {'clear' if abs(mean) > half else 'not clear'} of zero"
 
@@ -158,10 +158,11 @@ def experts_part(root: Path) -> Part:
     config = runs[-1].config
     router = config["model"]["moe"]["router"]
     ratio = routed["kFLOPs per token"] / dense["kFLOPs per token"]
+    ends = f"{pair['lowest']:+.3f} to {pair['highest']:+.3f}".replace("-", "−")
     seen = (
         f"With {router['k']} of {router['experts']} experts per token, at {ratio:.1%} of the dense model's FLOPs per "
         f"token, the routed model ends {abs(gap):.3f} nats per byte {lower} ({routed['mean']:.3f} against "
-        f"{dense['mean']:.3f}; {interval_text(gap, half, 3)}; {pair['seeds']} seeds)."
+        f"{dense['mean']:.3f}; {interval_text(gap, half, 3)}; {ends} over {pair['seeds']} seeds)."
     )
     tokens = config["steps"] * config["batch_size"] * config["length"]
     caption = (

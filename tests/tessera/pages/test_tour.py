@@ -7,8 +7,10 @@ import pytest
 from report_cases import make_rows
 
 from lottery.summary import write_csv
+from tessera.infra.logger import METRICS
 from tessera.pages import tour
 from tessera.pages.token_experts import TokenExperts, color_of, experts_table, sentence, text_html
+from tests.tessera.reports.test_comparison import RUNS
 
 
 def write_search(root, fall, spread=0.0):
@@ -40,8 +42,30 @@ def test_the_ticket_and_its_controls(tmp_path, fall, spread, said):
     part.pictures[0]()
 
 
-def test_one_seed_has_no_interval():
-    assert tour.interval_text(0.5, float("nan"), 2) == "one seed, no interval"
+@pytest.mark.parametrize("half", [None, float("nan")])
+def test_few_seeds_have_no_interval(half):
+    assert tour.interval_text(0.5, half, 2) == "too few seeds for an interval"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        (1, "too few seeds for an interval; −0.100 to −0.100 over 1 seeds"),
+        (2, "too few seeds for an interval; −0.100 to −0.080 over 2 seeds"),
+        (3, "95% interval −0.115 to −0.065, clear of zero; −0.100 to −0.080 over 3 seeds"),
+    ],
+)
+def test_experts_beside_the_dense_arm(tmp_path, seeds, said):
+    """As many seeds as the demo has, and others; 0.0248 is Student's half-width (scipy, in the comparison's tests)."""
+    for run in RUNS:
+        path = tmp_path / "experts" / f"{run.arm}-{run.seed}"
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(run.config))
+        (path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in run.rows))
+    (tmp_path / "experts" / "config.json").write_text(json.dumps({"seeds": list(range(seeds))}))
+    part = tour.experts_part(tmp_path)
+    assert said in part.seen and "lower" in part.seen
+    part.pictures[0]()
 
 
 def write_plan(root, change, texts=("def a", "def a")):
