@@ -18,7 +18,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from tessera.cli import demo
 from tessera.cli import main as cli
+from tessera.pages import tour
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -399,9 +401,45 @@ def test_the_tutorial_on_pruning(directory, exported):
     assert "density 0.5" in run(directory, "-c", text)
 
 
+# What makes the tour short: everything of it runs, on less.
+FEWER = {
+    "find-ticket": ("--config.train.steps=20it", "--config.search.levels=2", "--config.seeds=0,1"),
+    "compare": ("--config.run.steps=30", "--config.run.eval.batches=1", "--config.run.data.max_bytes=200000"),
+    "train": ("--config.eval.batches=1", "--config.data.max_bytes=200000"),
+    "generate": ("--config.sampling.max_tokens=8",),
+    "report": (),
+    "sweep": (
+        *("--config.plan.widths=(8, 12, 16, 20)", "--config.plan.budgets=(2e8, 5e8)", "--config.plan.least_steps=5"),
+        *("--config.plan.tokens_per_parameter=(0.1, 1e4)", "--config.plan.warmup=2", "--config.train.eval_tokens=4096"),
+        "--config.report.resamples=20",
+    ),
+}
+
+
+def shortened(step):
+    """The step with the flags of `FEWER`."""
+    return step._replace(words=(*step.words, *FEWER[step.words[0]]))
+
+
+def make_tour(directory):
+    """Run the tour with `FEWER`, every command a process as for a user; returns its page."""
+    parts = {name: tuple(map(shortened, steps)) for name, steps in demo.PARTS.items()}
+    assert demo.carry_out(str(directory), parts) == 0 and demo.finish(str(directory)) == 0
+    return directory / "report.html"
+
+
+@pytest.mark.docs
+def test_the_demo(tmp_path):
+    """`make demo` to its page, on less; `test_pages.py` looks at the page in a browser."""
+    page = make_tour(tmp_path / "tour").read_text(encoding="utf-8")
+    assert page.count("<figure") >= 4 and "text colored by expert" in page  # a picture a part
+    assert all(f">{title}</h2>" in page for title in tour.TITLES.values())
+    assert "tokens that the last weights go on with" in (tmp_path / "tour/experts/moe-0/report.html").read_text()
+
+
 @pytest.mark.docs
 def test_the_commands_on_pages(directory):
-    """Those of reports.md on runs that they name; the tour is run, shortened, by `test_pages.py`."""
+    """Those of reports.md on runs that they name; the tour has a test of its own."""
     run(directory, script("train"), *TINY_LM, "--config.model.ff=24", "--workdir=runs/wide")
     run(directory, script("train"), *TINY_LM, "--config.model.mlp=routed", "--workdir=runs/moe")
     if not (directory / "runs" / "ticket").exists():

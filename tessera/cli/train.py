@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -31,6 +32,7 @@ from tessera.planning.report import run_sections
 from tessera.reports.html import print_report
 from tessera.reports.router import write_specialization
 from tessera.reports.run_report import lm_report
+from tessera.reports.sample import write_sample
 
 SCHEMA = lm_schema.SCHEMA
 MASK = 1  # folded into the run's key, for random weights and places of a mask
@@ -85,10 +87,13 @@ def main(invocation: Invocation) -> int:
         if run.config.lora is not None and first_process:
             adapters = result.state.params if result.state.ema is None else result.state.ema
             write_adapter(workdir, adapters, run.config.lora, run.config.model, c.start.dir)
-        model, batches = Decoder(run.config.model), run.held_out("validation")
+        model, params = Decoder(run.config.model), whole_model(run.config, result.state)
+        batches = run.held_out("validation")
         tokenizer = "bytes" if isinstance(run.tokenizer, ByteTokenizer) else c.data.tokenizer
         if run.tokenizer is not None:
-            write_specialization(workdir, model, whole_model(run.config, result.state), batches, tokenizer)
+            write_specialization(workdir, model, params, batches, tokenizer)
+            text_T = np.asarray(next(run.held_out("validation"))["tokens"])[0, :-1]
+            write_sample(workdir, model, params, text_T, run.tokenizer, c.eval.sample)
     if first_process:
         title = f"{workdir.name}: {c.steps} steps, cross-entropy on at most {c.eval.batches} batches of"
         Console().print(results_table(title, results))

@@ -204,6 +204,7 @@ def build_run(c: ConfigDict, pretrained: Pretrained | None = None) -> Run:
         ("batch_size", c.batch_size, 1),
         ("length", c.length, 1),
         ("eval.batches", c.eval.batches, 1),
+        ("eval.sample", c.eval.sample, 0),
     ):
         if value < least:
             raise ConfigError(f"config.{name}={value}: at least {least} is needed")

@@ -70,11 +70,14 @@ class EvalConfig:
       batches: batches of one evaluation, of every text.
       texts: further texts that are scored in every evaluation, each a name, file or glob as `data.name` has them; a row
         gets their nats per token and bits per byte by name.
+      sample: tokens that the trained model writes after the beginning of the validation text, for the report; 0: none.
+        At most what is left of `length` after the prompt, which is half of it or 64 tokens.
     """
 
     every: int = 0
     batches: int = 16
     texts: tuple[str, ...] = ()
+    sample: int = 64
 
 
 SCHEMA = Schema(

@@ -13,6 +13,7 @@ from tessera.reports.comparison import flops_per_token, shape
 from tessera.reports.curves import column, loss_figure, run_figure, training_loss, window_of
 from tessera.reports.html import Section, config_section, paragraphs, read_json, table_of, write_report
 from tessera.reports.router import router_sections
+from tessera.reports.sample import sample_section
 from tessera.reports.style import pick, short
 
 
@@ -53,6 +54,7 @@ def lm_report(
     sections = [
         Section("", paragraphs(*lm_findings(rows, timing, config, test)) + links),
         curves_section([*rows, *timing] if rows else []),
+        *sample_section(workdir),
         *router_sections(rows, workdir),
         *plan,
         Section("Numbers", table_of(_milestones(rows)), "Loss in nats per token at the steps where it was evaluated."),

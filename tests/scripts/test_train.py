@@ -123,7 +123,8 @@ def reference(whole_run):
 
 def test_a_whole_run(whole_run):
     workdir, output = whole_run
-    assert "validation" in output and "test" in output and (workdir / "report.html").exists()
+    assert "validation" in output and "test" in output
+    assert "tokens that the last weights go on with" in (workdir / "report.html").read_text()
     rows = read_rows(workdir / METRICS)
     assert rows[-1]["kind"] == "eval" and rows[-1]["step"] == 60 and rows[-1]["loss"] < rows[0]["loss"]
     settings = json.loads((workdir / "config.json").read_text())

@@ -78,6 +78,7 @@ def test_texts_that_are_large_enough_are_taken(tmp_path):
         ({"seed": 2**40}, "config.seed=1099511627776: a seed is a whole number in 0"),
         ({"steps": 0}, "config.steps=0: at least 1 is needed"),
         ({"eval": {"batches": 0}}, "config.eval.batches=0: at least 1 is needed"),
+        ({"eval": {"sample": -1}}, "config.eval.sample=-1: at least 0 is needed"),
         ({"loss_chunk_size": -1}, "config.loss_chunk_size=-1: tokens at a time, or 0"),
         ({"rampup_batch_size": (1, 1)}, "three numbers .start, increment, samples. are needed"),
         ({"rampup_batch_size": (3, 2, 9)}, "increments of 2 do not lead from start=3 to batch_size=4"),
