@@ -30,6 +30,8 @@ def main(invocation: Invocation) -> int:
     jax.config.update("jax_platforms", "cpu")  # libtpu is for compiling; there is no TPU to look for
     c, values = invocation.config, invocation.flags
     run = run_config(c, c.data.vocab_size)
+    if run.distill is not None:
+        raise ConfigError("config.distill: a teacher is not counted; explain the step with its weight and hidden of 0")
     device = checked("--hardware", hardware.find_hardware, values["compile"] or values["hardware"])
     count, slice_devices = values["devices"], []
     if values["compile"]:

@@ -13,7 +13,6 @@ from sharding.analysis.collectives import Collective
 from sharding.analysis.hlo import compiled_collectives
 from tessera.lm.run import RunConfig, first_state, under_plan
 from tessera.models.lm_loss import make_adjust
-from tessera.optim.optimizer import make_optimizer
 from tessera.step import make_train_step
 
 
@@ -51,7 +50,8 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Compiled:
       jax.errors.JaxRuntimeError: the compiler refuses the program, for want of memory for example.
     """
     loss_fn, placement = under_plan(run, devices=devices)
-    step = make_train_step(loss_fn, make_optimizer(run.optimizer), run.step, adjust=make_adjust(run.model))
+    adjust = make_adjust(run.model) if run.lora is None else None
+    step = make_train_step(loss_fn, run.tx, run.step, adjust=adjust, join=run.join)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         jax.eval_shape(lambda: first_state(run)),

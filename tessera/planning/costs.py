@@ -59,12 +59,22 @@ def estimate_costs(
     params = placed["params"]
     bytes_of = {one.path: float(one.bytes) for one in params}
     local = sum(bytes_of.values())
-    # Read and write weights and two moments, write and read gradients; weights in the compute dtype in every pass.
-    traffic = 8 * local + rounds * passes * local * plan.size("fsdp") * z.item / F32
+    # Weights in the compute dtype in every pass.
+    traffic = state_traffic(placed) + rounds * passes * local * plan.size("fsdp") * z.item / F32
     traffic += rounds * passes * _layer_traffic(z) + rounds * 3 * z.b * z.t * z.V * F32
     sizes = stages, plan.microbatch_count, plan.virtual, forward_passes(config, plan) - 1
     bubble = bubble_formula(plan.schedule, *sizes) if stages > 1 else 0.0
     return Costs(flops, traffic, tuple(_moved(decoder, z, bytes_of, rounds)), bubble)
+
+
+def state_traffic(placed: StateParts) -> float:
+    """Bytes that a step reads and writes of the train state.
+
+    Read and write weights and two moments, write and read gradients. A model that is adapted is read, its adapted
+    kernels are written with the adapters added, and their gradients written and read.
+    """
+    model, adapters, adapted = (sum(one.bytes for one in placed[part]) for part in ("params", "adapters", "adapted"))
+    return 8.0 * adapters + model + 3.0 * adapted if adapters else 8.0 * model
 
 
 # How often a layer's products run: forward, and twice for the backward pass; again where they are computed again.

@@ -15,10 +15,16 @@ from sharding.mesh import abstract_mesh
 from sharding.pipeline.lockstep import Lockstep, lockstep_schedule
 from sharding.plan import MESH_AXES, Plan
 from tessera.lm.run import RunConfig, accumulated_batch, first_state
-from tessera.optim.optimizer import make_optimizer
 from tessera.parallel.decoder import ShardedDecoder, sizes_of_params
 from tessera.parallel.pipelined_decoder import make_loss
-from tessera.planning.costs import Costs, count_plain_products, estimate_costs, expert_flops, forward_passes
+from tessera.planning.costs import (
+    Costs,
+    count_plain_products,
+    estimate_costs,
+    expert_flops,
+    forward_passes,
+    state_traffic,
+)
 from tessera.planning.memory import Memory, StateParts, estimate_memory, local_sizes, state_placements
 from tessera.step import make_train_step
 
@@ -33,13 +39,14 @@ class Explained:
     Attributes:
       run: what was explained, its plan filled in.
       hardware: the device.
-      params: where every parameter lies.
+      params: where every parameter of the model lies.
       memory: by what it is for, estimated.
       moved: collectives of the program by kind, group and cause.
       flops: of matrix products, counted in the program.
       traffic: bytes of their operands and results, and of the optimizer's pass over the state.
       time: at best.
       schedule: of the pipeline, None without one.
+      trained: parameters that a step trains: the model's, or its adapters' (LoRA).
     """
 
     run: RunConfig
@@ -51,6 +58,7 @@ class Explained:
     traffic: float
     time: Roofline
     schedule: Lockstep | None
+    trained: int
 
     @property
     def intensity(self) -> float:
@@ -82,7 +90,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     grad_accum_steps = run.step.grad_accum_steps
     decoder.check(accumulated_batch(run), run.length)
     state = jax.eval_shape(lambda: first_state(run))
-    step = make_train_step(make_loss(decoder, abstract_mesh(plan)), make_optimizer(run.optimizer), run.step)
+    step = make_train_step(make_loss(decoder, abstract_mesh(plan)), run.tx, run.step, join=run.join)
     arguments = (
         state,
         {"tokens": jax.ShapeDtypeStruct((run.batch_size, run.length + 1), jnp.int32)},
@@ -97,7 +105,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
     sums = count_plain_products(run.model, step, *arguments)
     placed = state_placements(decoder, state)
     flops = busy * sum(one.flops * one.runs for one in sums) + _expert_flops(run)
-    traffic = busy * sum(one.bytes * one.runs for one in sums) + 8.0 * sum(one.bytes for one in placed["params"])
+    traffic = busy * sum(one.bytes * one.runs for one in sums) + state_traffic(placed)
     return Explained(
         run,
         hardware,
@@ -114,6 +122,7 @@ def explain(run: RunConfig, hardware: Hardware) -> Explained:
             bubble=schedule.bubble(forward_passes(run.model, plan) - 1) if schedule else 0.0,
         ),
         schedule,
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     )
 
 

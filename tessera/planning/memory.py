@@ -24,13 +24,16 @@ from sharding.pipeline.split import split_layer
 from sharding.plan import Plan
 from sharding.rules import mirrored_specs
 from sharding.tensor_parallel import INSIDE, RESIDUAL
+from tessera.lm import lora
 from tessera.models.remat import Remat
 from tessera.models.transformer import DTYPES, Block, TransformerConfig, attention
 from tessera.parallel.decoder import ShardedDecoder
 from tessera.step import TrainState
 
 StateParts = dict[str, list[Placed]]
-"""A train state's arrays by what they are: "params", "optimizer" and "ema" (empty without one)."""
+"""A train state's arrays by what they are: the model's "params", "optimizer", "ema" (empty without one), "adapters" and
+the model's kernels that these belong to, "adapted", which a step adds them to in a copy (both empty without adapters).
+"""
 
 F32 = 4
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -41,7 +44,8 @@ class Memory:
     """Bytes on one device, by what they are for.
 
     Attributes:
-      params: float32 master weights, and their moving average if there is one.
+      params: float32 master weights, and their moving average if there is one; of a model that is adapted its own, the
+        adapters (LoRA), and the kernels with these added.
       optimizer: moments and counters.
       gradients: float32, split as the parameters are.
       saved: activations that wait for the backward pass, as the remat policy says.
@@ -153,8 +157,12 @@ def estimate_memory(
     config, plan = decoder.config, decoder.plan
     z = local_sizes(config, plan, batch_size, length, grad_accum_steps)
     live = LIVE["cpu" if (decoder.platform or jax.default_backend()) == "cpu" else "accelerator"]
-    params = sum(one.bytes for one in placed["params"])
-    gradients = params * (2 if grad_accum_steps > 1 or plan.size("pp") > 1 else 1)
+    bytes_of = {part: sum(one.bytes for one in found) for part, found in placed.items()}
+    gradients = bytes_of["adapted"] + bytes_of["adapters"] if placed["adapters"] else bytes_of["params"]
+    if plan.size("pp") > 1:
+        gradients *= 2
+    elif grad_accum_steps > 1:  # added up over the parts: those of what is trained
+        gradients += bytes_of["adapters"] if placed["adapters"] else gradients
     saved, host = _saved(config, plan, z, length)
     layer = _layer_bytes(decoder, placed["params"]) * z.item // F32
     again = any(way.base != "none" for way in config.remat_groups)
@@ -164,8 +172,8 @@ def estimate_memory(
     logits = tokens * z.V * F32
     head = z.D * z.V * (z.item + (F32 if chunk else 0))  # with chunks its gradient is added up in float32
     return Memory(
-        params=float(params + sum(one.bytes for one in placed["ema"])),
-        optimizer=float(sum(one.bytes for one in placed["optimizer"])),
+        params=float(sum(bytes_of[part] for part in ("params", "ema", "adapters", "adapted"))),
+        optimizer=float(bytes_of["optimizer"]),
         gradients=float(gradients),
         saved=saved,
         attention=_attention(plan, z, live, again),
@@ -178,11 +186,16 @@ def estimate_memory(
 
 def state_placements(decoder: ShardedDecoder, state: TrainState) -> StateParts:
     """Where everything of a train state (or of its shapes) lies under a plan."""
-    sizes, shapes = decoder.plan.sizes, state.params
+    sizes, adapted = decoder.plan.sizes, state.frozen is not None
+    shapes = state.frozen["base"] if adapted else state.params
     full_specs = decoder.stored(3)
-    found = {"params": placements(shapes, decoder.specs, sizes)}
+    found = {"params": placements(shapes, decoder.specs, sizes), "adapters": [], "adapted": []}
     for name, tree in (("optimizer", state.opt_state), ("ema", state.ema)):
         found[name] = placements(tree, mirrored_specs(tree, shapes, full_specs), sizes)
+    if adapted:  # replicated, see `tessera.parallel.decoder.state_shardings`
+        found["adapters"] = placements(state.params, mirrored_specs(state.params, shapes, full_specs), sizes)
+        kernels = {path for path, _ in lora.pairs(state.params)}
+        found["adapted"] = [one for one in found["params"] if one.path in kernels]
     return found
 
 

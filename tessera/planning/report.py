@@ -242,7 +242,8 @@ def model_line(explained: Explained) -> str:
     """The model by its shape and number of parameters, in a sentence."""
     model = explained.run.model
     count = sum(math.prod(one.shape) for one in explained.params)
-    text = f"The model: {count:,} parameters, {model.layers} layers, {model.width} wide, {model.heads} heads"
+    adapted = f" ({explained.trained:,} in adapters, which are all that a step trains)" if explained.run.lora else ""
+    text = f"The model: {count:,} parameters{adapted}, {model.layers} layers, {model.width} wide, {model.heads} heads"
     if model.mlp == "routed":
         text += f", {model.moe.router.experts} experts a routed layer, {model.moe.router.k} a token"
     return f"{text}, vocabulary {model.vocab_size:,}."

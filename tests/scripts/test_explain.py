@@ -29,8 +29,9 @@ def explain(workdir, *flags):
     [
         (["--config.plan=pp=2, dp=2, tp=2", "--config.sharding.microbatches=8"], ["Pipeline schedule", "bubble 11.1%"]),
         (["--config.plan=", "--devices=8"], ["Best plans", "8 x v5p"]),
+        (["--config.plan=dp=2, tp=2", "--config.lora.rank=4"], ["in adapters, which are all that a step trains"]),
     ],
-    ids=["a plan", "the best plan"],
+    ids=["a plan", "the best plan", "adapters"],
 )
 def test_a_page_is_written(tmp_path, flags, words):
     status, output = explain(tmp_path, "--config=configs/lm.py:tiny", *flags)
@@ -48,8 +49,9 @@ def test_a_page_is_written(tmp_path, flags, words):
         (["--config.plan=tp=2", "--compile=v5p"], "v5p:8x8x8"),
         (["--config.plan=tp=2", "--devices=8"], "nearest valid: tp=8"),
         (["--config.plan=pp=4, dp=2"], "take at most 2 stages"),
+        (["--config.plan=tp=2", "--config.distill.weight=0.5"], "config.distill: a teacher is not counted"),
     ],
-    ids=["heads", "hardware", "topology", "devices", "stages"],
+    ids=["heads", "hardware", "topology", "devices", "stages", "teacher"],
 )
 def test_what_is_wrong_is_one_message(tmp_path, flags, words):
     status, output = explain(tmp_path / "run", "--config=configs/lm.py:tiny", *flags, "--no-search")

@@ -14,6 +14,7 @@ from sharding.analysis.hardware import find_hardware
 from sharding.errors import PlanError
 from sharding.mesh import make_mesh
 from sharding.plan import Plan
+from tessera.lm.lora import LoRAConfig
 from tessera.lm.run import RunConfig, first_state
 from tessera.models.attention_forms import LatentConfig
 from tessera.models.remat import parse_remat
@@ -45,10 +46,12 @@ def make_run(plan, model=MODEL, batch_size=64, length=128, **options):
     return RunConfig(model, Plan(plan, **options), optimizer, StepConfig(), batch_size, length, 1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_state_bytes_are_those_of_the_arrays(ema):
+def test_state_bytes_are_those_of_the_arrays(ema, rank):
+    """Of adapters too: the model is frozen then, and besides the state a step holds the kernels with them added."""
     run = make_run("fsdp=2, tp=2, dp=2")
-    run = replace(run, step=StepConfig(ema=ema))
+    run = replace(run, step=StepConfig(ema=ema), lora=LoRAConfig(rank=rank) if rank else None)
     parts, mesh = ShardedDecoder(run.model, run.plan), make_mesh(run.plan)
     shapes = jax.eval_shape(lambda: first_state(run))
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(state_shardings(parts, mesh, shapes)), strict=True)
@@ -56,8 +59,13 @@ def test_state_bytes_are_those_of_the_arrays(ema):
     on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in state)
     placed = state_placements(parts, shapes)
     memory = estimate_memory(parts, placed, run.batch_size, run.length)
-    assert memory.state == on_first - 4  # the step counter
-    assert memory.gradients * (2 if ema else 1) == memory.params and memory.total > memory.state + memory.saved
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
+    frozen = [leaf for path, leaf in zip(paths, state, strict=True) if "frozen" in path and path.endswith("['kernel']")]
+    adapted = sum(leaf.addressable_shards[0].data.nbytes for leaf in frozen)  # all projections are
+    assert memory.state - adapted == on_first - 4  # the step counter
+    adapters = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params)) if rank else 0
+    trained = adapted + adapters if rank else memory.params / (2 if ema else 1)
+    assert memory.gradients == trained and memory.total > memory.state + memory.saved
 
 
 @pytest.mark.parametrize("chunk, tokens", [(0, 1024), (256, 256), (400, 342), (2000, 1024)])
@@ -326,6 +334,33 @@ def test_memory_estimates_are_within_a_tenth_of_the_compilers(remat):
     worst = max(found, key=lambda case: abs(found[case] - 1))
     print(f"worst: {worst}, {found[worst]:.3f} of the compiler's")
     assert all(0.9 < ratio < 1.1 for ratio in found.values()), found
+
+
+def test_a_step_that_trains_adapters_is_explained():
+    """As the whole model's, less the table's gradient, and of every adapted kernel a x b three products of a x r x b."""
+    run, rank = make_run("dp=8", length=32), 4
+    plain, found = explain(run, H100), explain(replace(run, lora=LoRAConfig(rank=rank)), H100)
+    inside = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of 4 layers: q, k, v, o and gate, up, down
+    table = 64 // 8 * 32 * 64 * 512
+    assert found.flops - plain.flops == 2 * (3 * inside * rank - table)
+    adapters = 4 * (4 * (64 + 64) + 3 * (64 + 128)) * rank
+    assert found.memory.optimizer == pytest.approx(2 * 4 * adapters, rel=0.01)
+    assert [one.path for one in found.params] == [one.path for one in plain.params]
+    assert found.trained == adapters and plain.trained == sum(np.prod(one.shape) for one in plain.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "parts"), [("dp=8", 1), ("dp=8", 2), ("dp=2, tp=4", 1), ("pp=2, dp=4", 1)])
+def test_memory_of_adapting_a_model_is_near_the_compilers(plan, parts):
+    """Weights are most of it: the frozen model, the sum with the adapters, and its gradient."""
+    model = replace(PLAIN, width=256, ff=1024)
+    run = make_run(plan, model, 16, 32, microbatches=2 if "pp" in plan else 0)
+    run = replace(run, step=StepConfig(grad_accum_steps=parts), lora=LoRAConfig(rank=4))
+    decoder = run.decoder(run.plan, "cpu")
+    memory = estimate_memory(
+        decoder, state_placements(decoder, jax.eval_shape(lambda: first_state(run))), 16, 32, parts
+    )
+    assert 0.87 < memory.total / compile_step(run, jax.devices()).total < 1.13
 
 
 @pytest.mark.slow
