@@ -337,7 +337,7 @@ def test_memory_estimates_are_within_a_tenth_of_the_compilers(remat):
 
 
 def test_a_step_that_trains_adapters_is_explained():
-    """As the whole model, less the gradient of the table; of each adapted kernel a x b three products a x r x b more."""
+    """As the whole model, less the gradient of the table, and for a kernel a x b three products a x r x b more."""
     run, rank = make_run("dp=8", length=32), 4
     plain, found = explain(run, H100), explain(replace(run, lora=LoRAConfig(rank=rank)), H100)
     inside = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of 4 layers: q, k, v, o and gate, up, down
