@@ -188,7 +188,8 @@ class Pages:
             name = NAMES.get(error.parameter, error.parameter)
             message = str(error).replace(f"{error.parameter}=", f"{name}=", 1)
             raise Refused(400, message, INVALID, name) from error
-        streams = [TextStream(self.tokenizer, asked.stop, one.prompt) for one in requests]
+        shown = self.reader.chat.shown if asked.tools else {}
+        streams = [TextStream(self.tokenizer, asked.stop, one.prompt, shown=shown) for one in requests]
         follow = self._follow(request, asked, requests, events, streams)
         if asked.body.stream:
             stream = self._stream(asked, model, requests, streams, follow)
@@ -201,7 +202,7 @@ class Pages:
         for number, i in enumerate(best(asked, requests)):
             calls: list[dict[str, Any]] = []
             if asked.tools:
-                text, calls = self.reader.chat.read_calls(texts[i].text)
+                text, calls = self.reader.chat.read_calls(texts[i].text, asked.tools)
                 calls = calls[: asked.most_calls]
                 texts[i] = replace(texts[i], text=text)
             choices.append(choice(asked, number, texts[i], ends[i], streamed=False, calls=calls))
@@ -217,7 +218,7 @@ class Pages:
         follow: AsyncIterator[tuple[int, Delta, str]],
     ) -> AsyncIterator[str]:
         identity = _identity()
-        chats = [CallStream(self.reader.chat) for _ in requests] if asked.tools else []
+        chats = [CallStream(self.reader.chat, asked.tools) for _ in requests] if asked.tools else []
         try:
             async for index, delta, finish in follow:
                 calls: list[dict[str, Any]] = []

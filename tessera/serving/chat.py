@@ -5,10 +5,14 @@ A template is a program that a model's author wrote: it runs in Jinja's sandbox 
 
 import functools
 import json
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tessera.data.text import BPETokenizer, Tokenizer
 from tessera.serving.huggingface import TextFormat
@@ -20,25 +24,154 @@ class BadChat(ValueError):
     """Messages or tools that the model's template does not take."""
 
 
+Call = tuple[str, Any]
+"""Name and arguments of a tool call; arguments that a model wrote as text stay text."""
+
+
 class ToolFormat(NamedTuple):
-    """How a model writes tool calls: JSON objects with a name and arguments, each between `begin` and `end`.
+    """How a model writes tool calls.
 
     Attributes:
-      begin, end: around the calls; both "" for a text that is a call and nothing else.
-      arguments: name of the arguments' field.
+      begin, end: around a call; "" for a text that is a call and nothing else. Without an end it lasts to the next.
+      read: (text between the two, schemas of the tools' parameters by name) -> calls; none if it is no call.
+      write: (name, schema of its parameters) -> a call as a sequence of a grammar in Lark's syntax.
+      head, tail: around all calls of a turn.
+      marks: further names of special tokens that belong to a call's text.
     """
 
     begin: str
     end: str
-    arguments: str = "arguments"
+    read: Callable[[str, Mapping[str, Any]], list[Call]]
+    write: Callable[[str, Any], str]
+    head: str = ""
+    tail: str = ""
+    marks: tuple[str, ...] = ()
 
 
-# What a template has in it, where it asks for calls in this form: Hermes (Qwen, SmolLM), Mistral, Llama 3.1.
-TOOL_FORMATS = {
-    "<tool_call>": ToolFormat("<tool_call>", "</tool_call>"),
-    "[TOOL_CALLS]": ToolFormat("", ""),  # a special token: it is not part of the text
-    '"parameters"': ToolFormat("", "", "parameters"),
-}
+def _quoted(text: str) -> str:
+    """A literal of a grammar in Lark's syntax."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+_NEWLINE = _quoted("\n")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _objects(field: str, text: str, schemas: Mapping[str, Any]) -> list[Call]:
+    """JSON objects with "name" and the arguments in `field`: one, or a list."""
+    value = _json(text)
+    found = value if isinstance(value, list) else [value]
+    if not all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and one.get(field) is not None for one in found
+    ):
+        return []
+    return [(one["name"], one[field]) for one in found]
+
+
+def _object(field: str, name: str, schema: Any) -> str:
+    fields = {"name": {"const": name}, field: schema}
+    call = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return f"%json {json.dumps(call)}"
+
+
+def _named(text: str, schemas: Mapping[str, Any]) -> list[Call]:
+    """Mistral's: a list of objects, or a name, [ARGS] (in some versions) and a JSON object."""
+    if calls := _objects("arguments", text, schemas):
+        return calls
+    found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(\{.*\})\s*", text, re.DOTALL)
+    arguments = _json(found[2]) if found else None
+    return [(found[1], arguments)] if found and isinstance(arguments, dict) else []
+
+
+SEPARATOR = "<｜tool▁sep｜>"
+
+
+def _separated(text: str, schemas: Mapping[str, Any]) -> list[Call]:
+    """DeepSeek's: type, separator, name and fenced JSON (V3, R1), or name, separator and JSON (V3.1)."""
+    first, found, rest = text.partition(SEPARATOR)
+    fenced = re.fullmatch(r"\s*(\S+)\s*```json\s*(\{.*\})\s*```\s*", rest, re.DOTALL)
+    name, arguments = (fenced[1], _json(fenced[2])) if fenced else (first.strip(), _json(rest))
+    return [(name, arguments)] if found and isinstance(arguments, dict) else []
+
+
+def _parameters(text: str, schemas: Mapping[str, Any]) -> list[Call]:
+    """Qwen3-Coder's: <function=NAME>, and a value between <parameter=NAME> and </parameter> each.
+
+    Values are JSON, but for parameters whose schema says that they are strings.
+    """
+    found = re.fullmatch(r"\s*<function=([^>]+)>(.*?)(?:</function>)?\s*", text, re.DOTALL)
+    if not found:
+        return []
+    name, body = found[1].strip(), found[2]
+    given = re.findall(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", body, re.DOTALL)
+    properties = schemas.get(name, {}).get("properties") or {}
+    arguments = {}
+    for key, written in given:
+        value = None if _is_text(properties.get(key.strip(), {})) else _json(written)
+        arguments[key.strip()] = written if value is None and written.strip() != "null" else value
+    return [(name, arguments)]
+
+
+def _is_text(schema: Any) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "string"
+
+
+_CLOSED = "\n</parameter>\n"
+_TEXT = f"text[suffix={json.dumps(_CLOSED)}]: /(?s:.*)/"  # a string up to the end of its parameter
+
+
+def _parameter_rules(name: str, schema: Any) -> str:
+    """Grammar of `_parameters`: in the schema's order, those that are not required may be left out."""
+    given, parts = schema if isinstance(schema, dict) else {}, []
+    for key, of in (given.get("properties") or {}).items():
+        value = f"%json {json.dumps(of)} {_quoted(_CLOSED)}"
+        if _is_text(of):
+            words = of.get("enum")
+            value = f"({' | '.join(_quoted(str(one) + _CLOSED) for one in words)})" if words else "text"
+        rule = f"{_quoted(f'<parameter={key}>')} {_NEWLINE} {value}"
+        parts.append(rule if key in (given.get("required") or ()) else f"( {rule} )?")
+    begin, end = _quoted(f"<function={name}>"), _quoted("</function>")
+    return " ".join([_NEWLINE, begin, _NEWLINE, *parts, end, _NEWLINE])
+
+
+def _fenced(name: str, schema: Any) -> str:
+    around = _quoted(f"{name}\n```json\n"), _quoted("\n```")
+    return f'"function" {_quoted(SEPARATOR)} {around[0]} %json {json.dumps(schema)} {around[1]}'
+
+
+def _plain(between: str, name: str, schema: Any) -> str:
+    return f"{_quoted(name)} {_quoted(between)} %json {json.dumps(schema)}"
+
+
+def _listed(name: str, schema: Any) -> str:
+    return f'"[" {_object("arguments", name, schema)} "]"'
+
+
+_HERMES = ToolFormat("<tool_call>", "</tool_call>", partial(_objects, "arguments"), partial(_object, "arguments"))
+_MISTRAL = ToolFormat("[TOOL_CALLS]", "", _named, _listed, marks=("[ARGS]",))
+_DEEPSEEK = ToolFormat(
+    *("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", _separated, _fenced),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", (SEPARATOR,)),
+)
+# What a template has in it, all of it, where it asks for calls in this form; the first that fits.
+TOOL_FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
+    (("<tool_call>", "<function="), _HERMES._replace(read=_parameters, write=_parameter_rules)),  # Qwen3-Coder
+    (("<tool_call>",), _HERMES),  # Qwen, SmolLM
+    (("<｜tool▁call▁begin｜>", "```json"), _DEEPSEEK),  # V3, R1
+    (("<｜tool▁call▁begin｜>",), _DEEPSEEK._replace(write=partial(_plain, SEPARATOR))),  # V3.1
+    (("[TOOL_CALLS]", "[ARGS]"), _MISTRAL._replace(write=partial(_plain, "[ARGS]"))),
+    (("[TOOL_CALLS]",), _MISTRAL),
+    (
+        ('"parameters"',),
+        ToolFormat("", "", partial(_objects, "parameters"), partial(_object, "parameters")),
+    ),  # Llama 3.1
+)
 
 
 class ChatFormat:
@@ -47,12 +180,20 @@ class ChatFormat:
     Args:
       tokenizer: of the model.
       text: the model's template and special tokens; without a template messages are "role: content" lines.
+
+    Attributes:
+      tools: how it writes tool calls; None if its template knows no tools.
+      shown: name of every special token that is part of a call, to be given out as text.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: TextFormat = PLAIN):
         self.tokenizer, self.text = tokenizer, text
         knows = text.template if "tools" in text.template else ""
-        self.tools = next((form for mark, form in TOOL_FORMATS.items() if mark in knows), None)
+        self.tools = next((form for marks, form in TOOL_FORMATS if all(mark in knows for mark in marks)), None)
+        form = self.tools
+        self.marks = [mark for mark in (form.head, form.begin) if mark] if form else []
+        names = {form.begin, form.end, form.head, form.tail, *form.marks} - {""} if form else set()
+        self.shown = {token: name for name in names if (token := self._special(name)) is not None}
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """The tokens of a chat up to where the assistant answers.
@@ -97,71 +238,83 @@ class ChatFormat:
         """
         if self.tools is None:
             raise BadChat("the model's chat template knows no tools")
-        calls = []
-        for tool in tools:
-            given = tool["function"].get("parameters") or {"type": "object"}
-            fields = {"name": {"const": tool["function"]["name"]}, self.tools.arguments: given}
-            call = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-            calls.append(f"%json {json.dumps(call)}")
-        around = [f" {json.dumps(mark)} " if mark else "" for mark in (self.tools.begin, self.tools.end)]
-        return f"start: {around[0]}call{around[1]}\ncall: " + " | ".join(calls)
+        form, special = self.tools, {name: f"<[{token}]>" for token, name in self.shown.items()}
+        calls = [form.write(name, schema) for name, schema in _schemas(tools).items()]
+        around = [special.get(mark, _quoted(mark)) if mark else "" for mark in form[:2] + (form.head, form.tail)]
+        begin, end, head, tail = around
+        for name, token in special.items():  # those inside a call
+            calls = [call.replace(_quoted(name), token) for call in calls]
+        rules = [
+            f"start: {head} {begin} call {end} {tail}",
+            "call: " + " | ".join(f"call{n}" for n in range(len(calls))),
+        ]
+        return "\n".join([*rules, *(f"call{number}: {call}" for number, call in enumerate(calls)), _TEXT])
 
-    def read_calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def read_calls(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> tuple[str, list[dict[str, Any]]]:
         """An answer without its tool calls, and the calls as OpenAI's API gives them; what is no call stays text."""
-        if self.tools is None:
+        form, schemas = self.tools, _schemas(tools)
+        if form is None:
             return text, []
-        if not self.tools.begin:
-            found = self._calls(text)
-            return ("", found) if found else (text, [])
-        rest, calls = "", []
-        before, *parts = text.split(self.tools.begin)
-        rest += before
+        if not form.begin:
+            found = form.read(text, schemas)
+            return ("", _as_calls(found)) if found else (text, [])
+        rest, *parts = text.split(form.begin)
+        calls = []
         for part in parts:
-            inside, end, after = part.partition(self.tools.end)
-            found = self._calls(inside)
-            rest += after.lstrip("\n") if found else self.tools.begin + inside + end + after
+            inside, end, after = part.partition(form.end) if form.end else (part, "", "")
+            found = form.read(inside, schemas)
+            rest += after.lstrip("\n") if found else form.begin + inside + end + after
             calls += found
-        return (rest.rstrip() if calls else rest), calls
+        for mark in filter(None, (form.head, form.tail) if calls else ()):
+            rest = rest.replace(mark, "")
+        return (rest.rstrip() if calls else rest), _as_calls(calls)
 
     def may_call(self, text: str) -> int:
         """Letters at the beginning of an unfinished answer that cannot belong to a tool call."""
         if self.tools is None:
             return len(text)
-        if not self.tools.begin:
+        if not self.marks:
             return 0 if text.lstrip()[:1] in ("", "{", "[") else len(text)
-        mark = self.tools.begin
-        if (place := text.find(mark)) >= 0:
-            return place
-        return len(text) - next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+        places = [place for mark in self.marks if (place := text.find(mark)) >= 0]
+        if places:
+            return min(places)
+        most = max(map(len, self.marks)) - 1
+        held = (n for n in range(min(most, len(text)), 0, -1) if any(mark.startswith(text[-n:]) for mark in self.marks))
+        return len(text) - next(held, 0)
 
-    def _calls(self, text: str) -> list[dict[str, Any]]:
-        assert self.tools is not None
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return []
-        calls = []
-        for one in value if isinstance(value, list) else [value]:
-            arguments = one.get(self.tools.arguments) if isinstance(one, dict) else None
-            if arguments is None or not isinstance(one.get("name"), str):
-                return []
-            written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            function = {"name": one["name"], "arguments": written}
-            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return calls
+    def _special(self, name: str) -> int | None:
+        """The number of a special token, which decoding leaves out; None for other text."""
+        token = self.tokenizer.token_of(name) if isinstance(self.tokenizer, BPETokenizer) else None
+        return token if token is not None and not self.tokenizer.decode(np.asarray([token])) else None
+
+
+def _schemas(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters' schema of every tool by name."""
+    return {tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"} for tool in tools}
+
+
+def _as_calls(found: Sequence[Call]) -> list[dict[str, Any]]:
+    calls = []
+    for name, arguments in found:
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        function = {"name": name, "arguments": written}
+        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+    return calls
 
 
 class CallStream:
     """Gives out an answer part by part, but for what may be a tool call, and the calls at its end."""
 
-    def __init__(self, chat: ChatFormat):
-        self._chat, self._text, self._given = chat, "", 0
+    def __init__(self, chat: ChatFormat, tools: Sequence[dict[str, Any]] = ()):
+        self._chat, self._tools, self._text, self._given = chat, tools, "", 0
 
     def feed(self, text: str, *, final: bool) -> tuple[str, list[dict[str, Any]]]:
         """The text to show, and at the end the calls, after `text` was added to the answer."""
         self._text += text
         whole, calls = (
-            self._chat.read_calls(self._text) if final else (self._text[: self._chat.may_call(self._text)], [])
+            self._chat.read_calls(self._text, self._tools)
+            if final
+            else (self._text[: self._chat.may_call(self._text)], [])
         )
         shown, self._given = whole[self._given :], max(self._given, len(whole))
         return shown, calls

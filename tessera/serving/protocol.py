@@ -347,9 +347,9 @@ class Asked:
         return getattr(self.body, "echo", False)
 
     @property
-    def tools(self) -> bool:
-        """Whether the answer may call tools."""
-        return isinstance(self.body, ChatBody) and bool(self.body.offered())
+    def tools(self) -> list[dict[str, Any]]:
+        """The tools that the answer may call."""
+        return self.body.offered() if isinstance(self.body, ChatBody) else []
 
     @property
     def most_calls(self) -> int | None:

@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -53,13 +54,22 @@ class TextStream:
       stop: strings that end the text; they are not part of it, nor are tokens that begin at or after them.
       prompt: tokens that the text continues.
       offset: letters before the text.
+      shown: special tokens that are given out, as this text; others have none.
 
     Attributes:
       stopped: whether a stop string has ended the text.
       count: tokens given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = (), offset: int = 0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        offset: int = 0,
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ):
+        self.shown = shown
         self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
         self.stopped, self.count = False, 0
         self._window = list(prompt[-CONTEXT:])
@@ -114,11 +124,17 @@ class TextStream:
 
     def would_add(self, token: int) -> str:
         """The text that another token would add here; `UNDECODED` in place of what is not yet a character."""
+        if name := self.shown.get(token):
+            return name
         text = self._decode([*self._window, token])
         return text[len(os.path.commonprefix([text, self._before])) :]
 
     def _append(self, token: int) -> str:
         """The text that one more token adds."""
+        if name := self.shown.get(token):
+            rest = self._decode()[len(self._before) :]
+            self._window, self._complete, self._before, self._open = [], 0, "", False
+            return rest + name
         self._window.append(token)
         text = self._decode()
         undecoded = min(len(text) - len(text.rstrip(UNDECODED)), CHARACTER)
