@@ -9,6 +9,7 @@ its tokens are read again later. What goes wrong on the host with one request en
 
 import contextlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -275,6 +276,7 @@ class Engine:
         slot = free if paged else part * self._local + pages[0]
         del self._free[slot]
         self.slots[slot], request.slot = request, slot
+        request.started = request.started or time.monotonic()
         self._write(slot, pages)
         self._set(request)
         self.counts["prefix_queries"] += len(request.text) if least else 0

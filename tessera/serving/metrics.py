@@ -1,10 +1,13 @@
-"""Prometheus metrics of a server (extra `serve`), under vLLM's names where it has the same: its dashboards fit."""
+"""Prometheus metrics of a server (extra `serve`), under vLLM's names where it has the same."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from tessera.serving.requests import Request
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -23,28 +26,65 @@ COUNTERS = {  # of the engine's counts: name and meaning
 }
 
 
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+HISTOGRAMS = {  # of texts that ended, in seconds or tokens: name, meaning and buckets
+    "time_to_first_token_seconds": ("From request to first token.", SECONDS),
+    "inter_token_latency_seconds": ("Between a token and the next; those that come together share the time.", SECONDS),
+    "request_time_per_output_token_seconds": ("Between the tokens of a text, its mean.", SECONDS),
+    "e2e_request_latency_seconds": ("From request to last token.", SECONDS),
+    "request_queue_time_seconds": ("From request to a slot.", SECONDS),
+    "request_prefill_time_seconds": ("From a slot to the first token.", SECONDS),
+    "request_decode_time_seconds": ("From the first token to the last.", SECONDS),
+    "request_inference_time_seconds": ("From a slot to the last token.", SECONDS),
+    "request_prompt_tokens": ("Tokens of a prompt.", TOKENS),
+    "request_generation_tokens": ("Tokens drawn for a text.", TOKENS),
+}
+REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # of a text's end, and vLLM's
+
+
 class Latencies:
-    """Histograms of seconds."""
+    """Histograms of texts; every clock is `time.monotonic`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._of = {
+            name: Histogram(f"vllm:{name}", meaning, ("model_name",), buckets=buckets, registry=self.registry)
+            for name, (meaning, buckets) in HISTOGRAMS.items()
+        }
 
-        def make(name: str, meaning: str) -> Histogram:
-            return Histogram(f"vllm:{name}", meaning, ("model_name",), buckets=SECONDS, registry=self.registry)
+    def follow(self, model: str) -> Callable[[Request], None]:
+        """Begin a text; returns what is to be called with it when it has gone on, and once more when it has ended."""
+        begun, first, last, count = time.monotonic(), 0.0, 0.0, 0
 
-        self._first = make("time_to_first_token_seconds", "From request to first token.")
-        self._each = make("request_time_per_output_token_seconds", "Between the tokens of a text, its mean.")
-        self._whole = make("e2e_request_latency_seconds", "From request to last token.")
+        def note(name: str, value: float | int) -> None:
+            self._of[name].labels(model).observe(value)
 
-    def first(self, model: str, seconds: float) -> None:
-        """Note when the first token of a text came."""
-        self._first.labels(model).observe(seconds)
+        def went_on(request: Request) -> None:
+            nonlocal first, last, count
+            now, new = time.monotonic(), len(request.tokens) - count
+            if new > 0 and not count:
+                first = last = now
+                note("time_to_first_token_seconds", now - begun)
+            elif new > 0:
+                for _ in range(new):
+                    note("inter_token_latency_seconds", (now - last) / new)
+                last = now
+            count += new
+            if not request.finish:
+                return
+            note("e2e_request_latency_seconds", now - begun)
+            note("request_prompt_tokens", len(request.prompt))
+            note("request_generation_tokens", count)
+            if request.started:
+                note("request_queue_time_seconds", request.started - begun)
+                note("request_inference_time_seconds", now - request.started)
+            if request.started and count:
+                note("request_prefill_time_seconds", first - request.started)
+                note("request_decode_time_seconds", now - first)
+            if count > 1:
+                note("request_time_per_output_token_seconds", (now - first) / (count - 1))
 
-    def end(self, model: str, seconds: float, first: float | None, tokens: int) -> None:
-        """Note when a text ended, `first` seconds after its first token, with how many tokens."""
-        self._whole.labels(model).observe(seconds)
-        if first is not None and tokens > 1:
-            self._each.labels(model).observe(first / (tokens - 1))
+        return went_on
 
 
 def page(service: Any, model: str) -> bytes:
@@ -70,8 +110,8 @@ class _Now:
         )
         yield _add(refused, model, service.refused)
         ended = CounterMetricFamily("vllm:request_success", "Texts ended.", labels=["model_name", "finished_reason"])
-        for reason in ("stop", "length", "cancelled", "error"):
-            ended.add_metric([self.model, reason], engine.counts[f"finished_{reason}"])
+        for reason, name in REASONS.items():
+            ended.add_metric([self.model, name], engine.counts[f"finished_{reason}"])
         yield ended
         gauges = {
             "vllm:num_requests_running": ("Texts that have a slot.", engine.running),

@@ -184,6 +184,7 @@ class Request:
       prompt_top: as `top`, in place of each of them.
       grams: n-grams of the text that drafts are looked up in, if they are.
       end: log-probability of the token that ended the text, which is no part of it, and `top` in its place.
+      started: when it had a slot first, by `time.monotonic`; 0.0 before.
     """
 
     prompt: tuple[int, ...]
@@ -202,6 +203,7 @@ class Request:
     prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     grams: NGrams | None = None
     end: tuple[float, tuple[tuple[int, float], ...]] | None = None
+    started: float = 0.0
 
     def since(self, start: int) -> tuple[list[int], list[float], list[tuple[tuple[int, float], ...]], str]:
         """Tokens from number `start` on, `logprobs` and `top` of each, and `finish`, of one moment; from any thread."""

@@ -113,18 +113,13 @@ class Service:
         if self.dead:
             raise EngineDead(DEAD)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[int]()
-        started, requests = time.monotonic(), list[Request]()
-        first = dict[int, float]()  # when its first token came
+        requests = list[Request]()
 
         def listener(index: int):
+            went_on = self.latencies.follow(self.model)
+
             def notify(request: Request) -> None:  # in the engine's thread
-                now = time.monotonic()
-                if request.tokens and index not in first:
-                    first[index] = now
-                    self.latencies.first(self.model, now - started)
-                if request.finish:
-                    since = now - first[index] if index in first else None
-                    self.latencies.end(self.model, now - started, since, len(request.tokens))
+                went_on(request)
                 try:
                     loop.call_soon_threadsafe(events.put_nowait, index)
                 except RuntimeError:  # the loop closed while the request ran
