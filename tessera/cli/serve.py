@@ -10,7 +10,7 @@ from sharding.errors import PlanError
 from sharding.plan import Plan
 from tessera.cli.main import Invocation
 from tessera.infra.checkpoint import CheckpointDamaged
-from tessera.infra.config import build, checked
+from tessera.infra.config import ConfigError, build, checked
 from tessera.serving import schema
 from tessera.serving.load import DraftConfig, SourceConfig, make_engine
 from tessera.serving.multi_lora import named
@@ -32,6 +32,12 @@ def main(invocation: Invocation) -> int:
     c = invocation.config
     source = build(SourceConfig, c.model, "config.model")
     sizes = build(ServeConfig, c.sizes, "config.sizes")
+    if c.batch_invariant and sizes.pages:
+        raise ConfigError(
+            f"config.batch_invariant with config.sizes.pages={sizes.pages}: a text that lost its pages is read again in "
+            "other chunks; pages of 0 are slots of its own"
+        )
+    prefix_cache = 0 if c.batch_invariant else c.prefix_cache
     plan = build(Plan, {}, "config", axes=c.plan)
     key = os.environ.get(c.api_key_variable, "").strip()
     settings = build(schema.AppConfig, c.app, "config.app", api_key=key)
@@ -41,7 +47,7 @@ def main(invocation: Invocation) -> int:
     with bind(c.host, c.port) as socket:  # first: a port in use is told before the model is loaded
         host, port = socket.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        given = source, plan, sizes, c.queue, draft, c.prefix_cache, adapters
+        given = source, plan, sizes, c.queue, draft, prefix_cache, adapters
         engine, loaded = checked("config.model", make_engine, *given)
         if c.host not in LOOPBACK and not key:
             logging.warning(

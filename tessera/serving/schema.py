@@ -52,8 +52,9 @@ class ServeSettings:
       plan: how the work is split over devices, like "tp=4, dp=2"; "" is one device. The other devices stay idle.
       queue: requests that may wait for a slot.
       prefix_cache: a prompt that begins like a text that runs, or has ended and is still in the KV cache, takes the
-        tokens they share from there, if they are so many; 0 reads every prompt whole ("Batch invariance" in
-        docs/inference.md).
+        tokens they share from there, if they are so many; 0 reads every prompt whole.
+      batch_invariant: a request's tokens and log-probabilities are the same bits whatever its neighbors: without the
+        prefix cache, and with slots of their own (`sizes.pages` 0).
       adapters: LoRA adapters of `peft` beside the model (multi-LoRA), NAME=DIRECTORY each; a request to the server asks
         for one as its model, `tessera generate` by `sampling.adapter`. (`model.adapter` merges one into the model.)
       prompt: text to continue, for `tessera generate`.
@@ -65,6 +66,7 @@ class ServeSettings:
     plan: str = ""
     queue: int = 64
     prefix_cache: int = 16
+    batch_invariant: bool = False
     adapters: tuple[str, ...] = ()
     prompt: str = "def "
     host: str = "127.0.0.1"
