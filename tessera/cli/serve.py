@@ -34,8 +34,8 @@ def main(invocation: Invocation) -> int:
     sizes = build(ServeConfig, c.sizes, "config.sizes")
     if c.batch_invariant and sizes.pages:
         raise ConfigError(
-            f"config.batch_invariant with config.sizes.pages={sizes.pages}: a text that lost its pages is read again in "
-            "other chunks; pages of 0 are slots of its own"
+            f"config.batch_invariant with config.sizes.pages={sizes.pages}: a text that lost its pages is read again "
+            "in other chunks; pages of 0 are slots of its own"
         )
     prefix_cache = 0 if c.batch_invariant else c.prefix_cache
     plan = build(Plan, {}, "config", axes=c.plan)

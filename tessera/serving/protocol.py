@@ -69,6 +69,7 @@ class StreamOptions(_Object):
     """What a stream says beside the text."""
 
     include_usage: bool = Field(False, description="true or false")
+    include_obfuscation: Literal[False] = Field(False, description="false: nothing is padded")
 
 
 class JsonSchema(_Object):

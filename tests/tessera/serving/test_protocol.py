@@ -67,6 +67,7 @@ REFUSED = [  # chat, what is added to a body, the parameter that is named, a par
     (False, {"service_tier": "flex"}, "service_tier", "not supported"),
     (False, {"stream_options": {"include_usage": "x"}}, "stream_options", "stream_options.include_usage='x'"),
     (False, {"stream_options": {"other": 1}}, "stream_options", "stream_options.other"),
+    (True, {"stream_options": {"include_obfuscation": True}}, "stream_options", "include_obfuscation=True"),
     (False, {"response_format": {"type": "xml"}}, "response_format", "{type: json_object}"),
     (False, {"response_format": {"type": "regex"}}, "response_format", "{type: regex, regex}"),
     (False, {"response_format": {"type": "text", "regex": "a"}}, "response_format", "{type: text}"),
