@@ -119,11 +119,11 @@ class Service:
             went_on = self.latencies.follow(self.model)
 
             def notify(request: Request) -> None:  # in the engine's thread
-                went_on(request)
                 try:
                     loop.call_soon_threadsafe(events.put_nowait, index)
                 except RuntimeError:  # the loop closed while the request ran
                     self.engine.cancel(request)
+                went_on(request)  # last: whoever waits is told, whatever fails here
 
             return notify
 
