@@ -239,7 +239,15 @@ def mixture(
     Returns:
       The weighted sums of the experts' outputs, and for dispatch "capacity" True for every choice that was not dropped
       (None for other dispatches).
+
+    Raises:
+      ValueError: tokens that are not [N, D], or a routing among another number of experts.
     """
+    if x_ND.ndim != 2:
+        raise ValueError(f"tokens of shape {x_ND.shape}: [N, D] is expected; x.reshape(-1, {x_ND.shape[-1]})")
+    held = jax.tree.leaves(params["up"])[0].shape[0] if "up" in params else routing.num_experts  # quantized ones too
+    if routing.slots is None and routing.num_experts != held:
+        raise ValueError(f"the router chooses among {routing.num_experts} experts, params hold {held}")
     hidden: Any = {"activation": config.activation, "gating": config.gating}
     if config.weigh == "input" and routing.slots is None:
         k, config = routing.k, replace(config, weigh="output")

@@ -281,6 +281,10 @@ class MoE(nn.Module):
           mask_BT: False for padding, which may be NaN and comes out as zeros.
           tokens_BT: token ids, for the hash router.
         """
+        if x_BTD.ndim != 3:
+            raise ValueError(
+                f"activations of shape {x_BTD.shape}: [batch, tokens, width] is expected; x[None] of a flat batch"
+            )
         c, (b, t, d) = self.config, x_BTD.shape
         train = self.has_rng("router")
         keys = jax.random.split(self.make_rng("router")) if train else (None, None)

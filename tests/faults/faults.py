@@ -148,7 +148,7 @@ def jobs(text: Path, trained: Path) -> dict[str, Job]:
     export = {
         "start": (Moment("tessera.serving.huggingface:write_config"),),
         "inside a save": (
-            Moment("tessera.serving.huggingface:_safetensors", number=1, delay=0.001),
+            Moment("tessera.serving.huggingface:safetensors_module", number=1, delay=0.001),
             Moment("tessera.serving.load:write_text", number=2),
         ),
         "between save and rename": (

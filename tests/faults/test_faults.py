@@ -1,6 +1,8 @@
 """A few of every fault that `make test-faults` counts, in a process that has not used JAX."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,13 @@ def test_nothing_is_lost():
         check=False,
     )
     assert found.returncode == 0 and "lost: 0" in found.stdout, found.stdout + found.stderr
+
+
+def test_every_moment_of_a_kill_is_in_the_code():
+    """A renamed function would be a kill that never comes."""
+    calls = re.findall(r'Moment\("([\w.]+):([\w.]+)"', (HERE / "faults.py").read_text())
+    assert len(calls) > 10
+    for module, path in calls:
+        owner = importlib.import_module(module)
+        for part in path.split("."):
+            owner = getattr(owner, part)

@@ -406,3 +406,14 @@ def test_symbolic_batches_and_forward_mode_work_or_are_refused():
     weights = jnp.cos(x)
     gradient = jax.jit(jax.grad(lambda x: (layer("dropless")(x) * weights).sum()))(x)
     np.testing.assert_allclose((slope * weights).sum(), gradient.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["dropless", "capacity", "dense"])
+@pytest.mark.parametrize(("held", "routed"), [(4, 8), (8, 4)])
+def test_a_router_among_another_number_of_experts_is_refused(how, held, routed):
+    """Choices of experts that are not there would go to the last one, and experts without choices would lie idle."""
+    params = experts.initialize(8, 4, held, key=jax.random.key(0))
+    x_ND = jax.random.normal(jax.random.key(1), (16, 8))
+    routing = route.top_k(jax.random.normal(jax.random.key(2), (16, routed)), k=2)
+    with pytest.raises(ValueError, match=f"among {routed} experts, params hold {held}"):
+        experts.mixture(params, x_ND, routing, experts.MixtureConfig(dispatch=how))
