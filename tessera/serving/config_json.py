@@ -22,6 +22,8 @@ from tessera.serving.families import (
     REFUSED,
     ROPE,
     ROPE_KINDS,
+    ROPE_REQUIRED,
+    SCORES,
     WHOLE,
     ZERO,
     Family,
@@ -49,8 +51,8 @@ def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
             if found.setdefault(one, count) != count:
                 raise NotConvertible(f"{where}: {other}={count!r} and {one}={found[one]!r} differ")
     c = dict(defaults) | found
-    if "rope_scaling" in found or "rope_parameters" in found:  # not together with those of the family
-        c["rope_parameters"] = found.get("rope_parameters")
+    if c.get("rope_parameters") is None:
+        c["rope_parameters"] = defaults.get("rope_parameters")
     _check_types(c, defaults, where)
     rope = _rope(c, where)
     for name in (*WHOLE, *NUMBERS):
@@ -62,7 +64,7 @@ def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind.startswith("qwen") and not c.get("use_sliding_window"):
         c["sliding_window"] = None  # the entry has no effect
     activation = "hidden_activation" if "hidden_activation" in defaults else "hidden_act"
-    refused = {name: value for name, value in REFUSED.items() if name not in defaults}
+    refused = {name: value for name, value in (REFUSED | SCORES.get(kind, {})).items() if name not in defaults}
     if activation == "hidden_activation":
         del refused["hidden_act"]  # the entry has no effect
     wrong = [
@@ -71,17 +73,23 @@ def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         if c.get(name) not in (None, fine)
     ]
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KINDS.get(rope["rope_type"], ())}
-    if rope["rope_type"] not in ROPE_KINDS or any(rope[name] is not None for name in rope.keys() - known):
+    kinds = ("default",) if kind == "phi3" else ROPE_KINDS  # transformers' Phi-3 scales by LongRoPE alone
+    if rope["rope_type"] not in kinds or any(rope[name] is not None for name in rope.keys() - known):
         wrong.append(f"rotary positions {rope}")
     windowed = "layer_types" in defaults and c.get("sliding_window")
     if types := set(c.get("layer_types") or ()) - (LETTERS.keys() if windowed else {"full_attention"}):
         wrong.append(f"layer_types {sorted(types)}" + " without sliding_window" * (not windowed))
     if wrong:
         raise NotConvertible(f"{where}: {', '.join(wrong)}: no counterpart here; {kind} loads without")
+    if missing := [name for name in ROPE_REQUIRED.get(rope["rope_type"], ()) if rope.get(name) is None]:
+        raise NotConvertible(f"{where}: rotary positions of rope_type={rope['rope_type']!r} need {', '.join(missing)}")
     return c
 
 
 def _check_types(c: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    for name, default in defaults.items():
+        if isinstance(default, bool) and not (isinstance(c[name], bool) or (c[name] is None and name in NULL)):
+            raise NotConvertible(f"{where}: {name}={c[name]!r} must be true or false")
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(c.get(name) or {}, dict):
             raise NotConvertible(f"{where}: {name}={c[name]!r} must be an object")
@@ -99,19 +107,31 @@ def _check_types(c: Mapping[str, Any], defaults: Mapping[str, Any], where: str) 
 
 def _rope(c: dict[str, Any], where: str) -> dict[str, Any]:
     """The rotary entries of all layers, of old and new names; those of local layers go to `rope_local_base_freq`."""
-    given = c.get("rope_parameters") or {}
-    if "full_attention" in given or "sliding_attention" in given:
+    two_sets = "rope_local_base_freq" in FAMILIES[c["model_type"]].defaults
+    given, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
+    sets = [given[name] or {} for name in ("full_attention", "sliding_attention") if name in given]
+    if not all(isinstance(one, dict) for one in sets):
+        raise NotConvertible(f"{where}: rope_parameters must hold objects")
+    if given and bool(sets) != two_sets:
+        must = "full_attention and sliding_attention" if two_sets else "one set for all layers"
+        raise NotConvertible(f"{where}: rope_parameters {given}: {c['model_type']} has {must}")
+    if two_sets:
         local = given.get("sliding_attention") or {}
-        if "rope_local_base_freq" not in c or local.get("rope_type", "default") != "default":
+        if local.get("rope_type", "default") != "default":
             raise NotConvertible(f"{where}: rope_parameters of sliding_attention {local}: no counterpart here")
         c["rope_local_base_freq"] = local.get("rope_theta") or c["rope_local_base_freq"]
-        given = given.get("full_attention") or {}
-    if not all(isinstance(one, dict) for one in (given, c.get("rope_scaling") or {})):
-        raise NotConvertible(f"{where}: rope_parameters must hold objects")
-    rope = {"rope_type": "default"} | (c.get("rope_scaling") or {}) | given
-    rope["rope_type"] = rope.pop("type", rope["rope_type"])
+        given = (given.get("full_attention") or {}) | scaling
+    else:
+        given = scaling or given  # transformers reads the new name where the old one is empty
+    rope = {"rope_type": given.get("type", "default"), **given}
+    rope.pop("type", None)
     if not isinstance(rope["rope_type"], str):
         raise NotConvertible(f"{where}: {rope['rope_type']!r} in rope_type or layer_types must be text")
+    if rope["rope_type"] in ("llama3", "yarn"):
+        # transformers takes the entry beside the rotary ones before the one among them, but of one set alone.
+        entry = "original_max_position_embeddings"
+        beside = None if two_sets else c.get(entry)
+        rope[entry] = beside or rope.get(entry) or c["max_position_embeddings"]
     c["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
     part = rope.get("partial_rotary_factor")
     c["partial_rotary_factor"] = c.get("partial_rotary_factor", 1.0) if part is None else part
@@ -160,8 +180,6 @@ def _rope_scaling(c: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         return {}
     found = {ROPE[name]: rope[name] for name in ROPE_KINDS[rope["rope_type"]] if rope.get(name) is not None}
-    if rope["rope_type"] in ("llama3", "yarn"):
-        found.setdefault("original_length", c["max_position_embeddings"])
     return {"kind": rope["rope_type"], **found}
 
 

@@ -269,7 +269,6 @@ GPT_OSS = LLAMA | {
     "rope_theta": 150000.0,
     "rope_parameters": {
         "rope_type": "yarn",
-        "rope_theta": 150000.0,
         "factor": 32.0,
         "beta_fast": 32.0,
         "beta_slow": 1.0,
@@ -409,7 +408,10 @@ NUMBERS = (
     *("routed_scaling_factor", "swiglu_alpha", "swiglu_limit", "partial_rotary_factor"),
 )
 ZERO = ("first_k_dense_replace", "max_window_layers", "num_nextn_predict_layers")
-NULL = ("num_key_value_heads", "sliding_window", "q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping")
+NULL = (
+    *("num_key_value_heads", "sliding_window", "q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping"),
+    "norm_topk_prob",
+)
 # Entries that change what the model computes and have no counterpart here, with the value that changes nothing; those
 # of a family's own defaults are read.
 REFUSED: dict[str, Any] = {
@@ -423,7 +425,13 @@ REFUSED: dict[str, Any] = {
     "use_bidirectional_attention": False,
     "attn_logit_softcapping": None,
     "rope_interleave": True,
+    "moe_layer_freq": 1,
     **DENSE_LAYERS,
+}
+# The same by family: how it scores and chooses experts, which transformers takes for granted.
+SCORES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax"},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
 # Entries of rotary scaling by kind, as fields of `RopeScaling`.
 ROPE = {
@@ -446,6 +454,12 @@ ROPE_KINDS = {
         *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
         *("mscale", "mscale_all_dim"),
     ),
+}
+# Those without a default.
+ROPE_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
 LETTERS = {"sliding_attention": "L", "full_attention": "G"}
 

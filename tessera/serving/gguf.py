@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from tessera.infra.checkpoint import short
+from tessera.models.attention_forms import RopeScaling, scaled_frequencies
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving.families import NotConvertible
 from tessera.serving.huggingface import TextFormat, assemble, some, tensor_names
@@ -37,6 +38,13 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 CONTROL = 3  # type of a special token
+# llama.cpp (llama-vocab.cpp) ends a text at the tokens of these fields, and at any that is called so.
+END_FIELDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+END_TEXTS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>", "<end_of_utterance>"),
+}
+FREQUENCIES = "rope_freqs.weight"
 
 
 def is_gguf(path: Path | str) -> bool:
@@ -55,13 +63,14 @@ def load_gguf(
 
     Raises:
       FileNotFoundError: no such file.
-      NotConvertible: another architecture, scaled rotary positions, or tensors missing, of other shapes or left over.
+      NotConvertible: another architecture, rotary positions scaled in other ways than `RopeScaling`'s, or tensors
+        missing, of other shapes or left over.
       ImportError: the extra `hf` is not installed.
     """
     reader = _open(file)
     with _sound(file):
         config = _config(file, reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != FREQUENCIES}
     with _sound(file):
         names = {theirs: _name(theirs) for theirs in tensor_names(config)}
     if missing := sorted(set(names.values()) - tensors.keys()):
@@ -78,7 +87,7 @@ def load_gguf(
     with _sound(file):
         shapes = jax.tree.leaves(param_shapes(config))
         if (asked := sum(math.prod(leaf.shape) for leaf in shapes)) != sum(
-            int(one.n_elements) for one in reader.tensors
+            int(one.n_elements) for one in tensors.values()
         ):
             raise NotConvertible(f"{file} says sizes of {asked} parameters, and its tensors have another number")
         return assemble(config, read, place), config
@@ -118,15 +127,18 @@ def read_tokenizer(file: Path | str) -> Any:
 def read_format(file: Path | str) -> TextFormat:
     """Special tokens, chat template and positions of a file."""
     fields = _fields(file, _open(file))
-    end = fields.get("tokenizer.ggml.eos_token_id")
-    found = TextFormat(
-        fields.get("tokenizer.ggml.bos_token_id"),
-        () if end is None else (end,),
-        fields.get("tokenizer.chat_template", ""),
-        fields.get("llama.context_length", 0),
+    begin, positions = fields.get("tokenizer.ggml.bos_token_id"), fields.get("llama.context_length", 0)
+    ends, tokens = (
+        {name: fields[name] for name in END_FIELDS if name in fields},
+        fields.get("tokenizer.ggml.tokens", []),
     )
-    if not all(type(one) is int for one in (found.begin or 0, *found.ends, found.positions)):
+    if not all(type(one) is int for one in (begin or 0, *ends.values(), positions)):
         raise NotConvertible(f"{file}: token ids and llama.context_length must be whole numbers")
+    if outside := [f"{name}={end}" for name, end in ends.items() if not 0 <= end < len(tokens)]:
+        raise NotConvertible(f"{file}: {', '.join(outside)}: it has tokens 0 to {len(tokens) - 1}")
+    named = [index for index, token in enumerate(tokens) if token in END_TEXTS]
+    template = fields.get("tokenizer.chat_template", "")
+    found = TextFormat(begin, tuple(dict.fromkeys([*ends.values(), *named])), template, positions)
     if not isinstance(found.template, str):
         raise NotConvertible(f"{file}: tokenizer.chat_template must be text")
     return found
@@ -134,9 +146,9 @@ def read_format(file: Path | str) -> TextFormat:
 
 def _config(file: Path | str, reader: Any) -> TransformerConfig:
     fields = _fields(file, reader)
-    kind = fields.get("general.architecture")
-    if kind != "llama":
-        raise NotConvertible(f"{file}: architecture {kind!r} has no counterpart here; 'llama' loads")
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise NotConvertible(f"{file}: architecture {architecture!r} has no counterpart here; 'llama' loads")
     c = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
     if large := [f"{name}={value}" for name, value in c.items() if isinstance(value, int) and value >= 2**31]:
         raise NotConvertible(f"{file}: {', '.join(large)}: no model has such sizes")
@@ -144,14 +156,27 @@ def _config(file: Path | str, reader: Any) -> TransformerConfig:
         raise NotConvertible(f"{file} has {len(reader.tensors)} tensors: too few for {c['block_count']} blocks")
     heads, width = c["attention.head_count"], c["embedding_length"]
     size = c.get("attention.key_length", width // heads)
+    kind, factor = c.get("rope.scaling.type", "linear"), _scaling_factor(c)
     wrong = {
         "expert_count": c.get("expert_count"),
-        "rope.scaling.type": c.get("rope.scaling.type", "none") != "none",
+        "attention.causal": not c.get("attention.causal", True),
+        "rope.scaling.type": kind not in ("none", "linear", "yarn"),
+        "rope.scaling.factor": factor < 1,
+        "rope.scale_linear": factor < 1,
+        "rope.scaling.attn_factor": c.get("rope.scaling.attn_factor", 1.0) != 1,
         "rope.dimension_count": c.get("rope.dimension_count", size) != size,
         "attention.value_length": c.get("attention.value_length", size) != size,
     }
-    if refused := [f"{name}={c[name]}" for name, bad in wrong.items() if bad]:
+    if refused := [f"{name}={c[name]}" for name, bad in wrong.items() if bad and name in c]:
         raise NotConvertible(f"{file}: {', '.join(refused)}: no counterpart here")
+    theta, scaling = float(c.get("rope.freq_base", 1e4)), RopeScaling()
+    if kind != "none" and factor != 1:
+        length = c.get("rope.scaling.original_context_length", c["context_length"]) if kind == "yarn" else 0
+        scaling = RopeScaling(kind, factor, length)
+    for tensor in reader.tensors:
+        if tensor.name == FREQUENCIES:
+            divisors = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+            scaling = _scaling_of(divisors, size, theta, scaling)
     return TransformerConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         layers=c["block_count"],
@@ -160,11 +185,40 @@ def _config(file: Path | str, reader: Any) -> TransformerConfig:
         kv_heads=c.get("attention.head_count_kv", heads),
         head_dim=size,
         ff=c["feed_forward_length"],
-        rope_theta=float(c.get("rope.freq_base", 1e4)),
-        # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
-        norm_eps=float(np.format_float_positional(np.float32(c["attention.layer_norm_rms_epsilon"]))),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_decimal(c["attention.layer_norm_rms_epsilon"]),
         tied=all(tensor.name != "output.weight" for tensor in reader.tensors),
     )
+
+
+def _scaling_factor(c: dict[str, Any]) -> float:
+    """As llama.cpp reads it: the old name counts where the new one is absent, and 0 is 1."""
+    return _decimal(c.get("rope.scaling.factor", c.get("rope.scale_linear", 0.0))) or 1.0
+
+
+def _scaling_of(divisors: np.ndarray, size: int, theta: float, also: RopeScaling) -> RopeScaling:
+    """The scaling whose frequencies are the plain ones over `divisors`, which a Llama 3.1 or later has as a tensor.
+
+    Raises:
+      NotConvertible: divisors of another model, or a factor beside them.
+    """
+    # The file says neither lengths nor turns: they are those of all Llama 3 models, or the divisors differ.
+    largest = float(divisors.max())
+    found = RopeScaling("llama3", largest, 8192) if largest > 1 else RopeScaling()
+    plain = RopeScaling("linear")
+    ours = scaled_frequencies(size, theta, plain) / scaled_frequencies(size, theta, found if largest > 1 else plain)
+    if also != RopeScaling() or divisors.shape != ours.shape or not np.allclose(divisors, ours, rtol=1e-4):
+        raise NotConvertible(
+            f"{FREQUENCIES} {divisors.tolist()[:8]} with scaling {also.kind!r}: no counterpart here; Llama 3's of 8192 "
+            f"tokens alone are {np.round(ours, 4).tolist()[:8]}"
+        )
+    return found
+
+
+def _decimal(number: float) -> float:
+    """A number stored as float32, in which 1e-5 comes back as 9.999999747378752e-06."""
+    return float(np.format_float_positional(np.float32(number)))
 
 
 def _name(theirs: str) -> str:

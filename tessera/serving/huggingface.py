@@ -95,6 +95,11 @@ def read_format(directory: Path | str) -> TextFormat:
         if not all(type(one) is int for one in (*ids, found.get("bos_token_id") or 0)):
             begin = found.get("bos_token_id")
             raise NotConvertible(f"{path / name}: eos_token_id={value!r}, bos_token_id={begin!r}: no token ids")
+        if outside := [one for one in ids if not 0 <= one < c["vocab_size"]]:
+            raise NotConvertible(
+                f"{path / name}: eos_token_id={outside[0]}: a vocabulary of {c['vocab_size']} has tokens 0 to "
+                f"{c['vocab_size'] - 1}"
+            )
         ends |= dict.fromkeys(ids)
     file = path / "chat_template.jinja"
     try:

@@ -897,6 +897,72 @@ MODELS = {
 }
 
 
+# Rotary entries of a config.json in every place where transformers looks for them: model, entries in place of its own.
+ROTARY = {
+    "llama3, original length beside": (
+        "olmo2",
+        {
+            "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 3.0},
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "yarn, original length beside": (
+        "olmo2",
+        {
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0},
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "yarn, two original lengths": (
+        "olmo2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            },
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "old entries and new": (
+        "olmo2",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_theta": 100.0,
+        },
+    ),
+    "two kinds": ("olmo2", {"rope_parameters": {"type": "linear", "rope_type": "default", "rope_theta": 100.0}}),
+    "null for the family's": ("gpt_oss", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 100.0}),
+    "two sets from old entries": (
+        "gemma3_text",
+        {
+            "rope_parameters": None,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            "rope_theta": 100.0,
+            "rope_local_base_freq": 10.0,
+            "original_max_position_embeddings": 8,  # which one set would take
+        },
+    ),
+}
+
+
+def make_rotary(tokens):
+    """Last logits of models of `huggingface/` with the rotary entries of `ROTARY`, which go to `rotary.json`."""
+    (HERE / "huggingface" / "rotary.json").write_text(json.dumps(ROTARY, indent=1) + "\n")
+    found, copy = {}, HERE / "huggingface" / "copy"
+    for name, (model, entries) in ROTARY.items():
+        shutil.copytree(HERE / "huggingface" / model, copy)
+        settings = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(settings | entries))
+        with torch.no_grad():
+            found[name] = transformers.AutoModelForCausalLM.from_pretrained(copy).eval()(tokens).logits[:, -1]
+        shutil.rmtree(copy)
+    return found
+
+
 def make_huggingface():
     """Directories that transformers writes, and their logits.
 
@@ -952,7 +1018,7 @@ def make_huggingface():
                 again = architecture.from_pretrained(copy).eval()(torch.tensor(tokens)).logits
             shutil.rmtree(copy)
             assert torch.equal(again, logits), f"{name}: transformers reads another model from our configuration"
-    return found
+    return found | {"rotary": make_rotary(torch.tensor(tokens))}
 
 
 def module_of(package, path, **stubs):

@@ -11,8 +11,8 @@ from sharding.plan import Plan
 from tessera.cli import export_hf
 from tessera.data.text import BPETokenizer
 from tessera.serving.families import NotConvertible
-from tessera.serving.gguf import load_gguf, read_tokenizer
-from tessera.serving.huggingface import TextFormat, load_directory
+from tessera.serving.gguf import load_gguf, read_format, read_tokenizer
+from tessera.serving.huggingface import TextFormat, load_directory, read_config
 from tessera.serving.load import SourceConfig, export_directory, load, make_engine
 from tessera.serving.programs import ServeConfig
 
@@ -50,8 +50,11 @@ def trained(vocab=300):
     return json.loads(found._inner.to_str())["model"], found
 
 
-def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), tokens=True, wide=None):
-    """A GGUF file of a golden Hugging Face directory; `wide` has down projections of 256 neurons, packed."""
+def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), tokens=True, wide=None, divisors=None):
+    """A GGUF file of a golden Hugging Face directory; `wide` has down projections of 256 neurons, packed.
+
+    `divisors` are those of the rotary frequencies.
+    """
     import safetensors.numpy
 
     c = json.loads((GOLDEN / name / "config.json").read_text()) | (
@@ -79,7 +82,10 @@ def write(path, name, kind="F32", architecture="llama", drop=(), fields=(), toke
         writer.add_token_merges(merges)
         writer.add_eos_token_id(0)
     for key, value in dict(fields).items():
-        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](key, value)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
     quantization = gguf.GGMLQuantizationType[kind]
     for theirs, weights in safetensors.numpy.load_file(GOLDEN / name / "model.safetensors").items():
         layer = theirs.split(".")[2] if "layers" in theirs else ""
@@ -174,7 +180,16 @@ def test_quantized_tensors_are_widened(kind, step, tmp_path):
 REFUSED = {
     "another architecture": ({"architecture": "gemma2"}, "'gemma2'"),
     "experts": ({"fields": {"llama.expert_count": 4}}, "expert_count=4"),
-    "scaled positions": ({"fields": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type=yarn"),
+    "positions of LongRoPE": ({"fields": {"llama.rope.scaling.type": "longrope"}}, "rope.scaling.type=longrope"),
+    "a shrunk context": ({"fields": {"llama.rope.scaling.factor": 0.5}}, "rope.scaling.factor=0.5"),
+    "scaled queries": ({"fields": {"llama.rope.scaling.attn_factor": 1.5}}, "rope.scaling.attn_factor=1.5"),
+    "divided frequencies": ({"divisors": [1, 1, 1, 1, 1, 2, 3, 4]}, r"rope_freqs\.weight .* no counterpart"),
+    "divisors of other channels": ({"divisors": [1.0] * 4}, r"rope_freqs\.weight .* no counterpart"),
+    "divided and scaled": (
+        {"divisors": [1.0] * 8, "fields": {"llama.rope.scaling.factor": 4.0}},
+        r"rope_freqs\.weight .* with scaling 'linear'",
+    ),
+    "attention to what follows": ({"fields": {"llama.attention.causal": False}}, "attention.causal=False"),
     "a missing tensor": ({"drop": ("blk.1.attn_q.weight",)}, r"no tensor blk\.1\.attn_q\.weight"),
 }
 
@@ -184,6 +199,64 @@ def test_what_has_no_counterpart_is_refused(name, tmp_path):
     options, message = REFUSED[name]
     with pytest.raises(NotConvertible, match=message):
         load_gguf(write(tmp_path / "model.gguf", "llama", **options))
+
+
+def llama3_divisors(factor, theta=5e4, size=16):
+    """What llama.cpp's convert_hf_to_gguf writes for Llama 3.1 and later: length 8192, turns from 1 to 4."""
+    found = []
+    for i in range(0, size, 2):
+        wavelength = 2 * np.pi * theta ** (i / size)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        within = 1 / ((1 - smooth) / factor + smooth)
+        found.append(1 if wavelength < 8192 / 4 else factor if wavelength > 8192 else within)
+    assert sum(1 < one < factor for one in found) == 1
+    return found
+
+
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+# Fields and divisors of a file, and the entries of Hugging Face that mean the same (llama.cpp, `load_hparams`).
+SCALED = {
+    "a factor without a kind": ({"llama.rope.scaling.factor": 4.0}, None, {"rope_type": "linear", "factor": 4.0}),
+    "a factor by its old name": ({"llama.rope.scale_linear": 4.0}, None, {"rope_type": "linear", "factor": 4.0}),
+    "a factor of nothing": ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None, {}),
+    "no factor": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None, {}),
+    "YaRN": (
+        YARN | {"llama.rope.scaling.original_context_length": 16},
+        None,
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "YaRN of the whole context": (YARN, None, {"rope_type": "yarn", "factor": 4.0}),
+    **{
+        f"Llama 3, factor {factor}": (
+            {},
+            llama3_divisors(factor),
+            {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 8192},
+        )
+        for factor in (8.0, 32.0)
+    },
+    "divisors of 1": ({}, [1.0] * 8, {}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_positions_are_those_of_llama_cpp(name, tmp_path):
+    fields, divisors, entries = SCALED[name]
+    _, found = load_gguf(write(tmp_path / "model.gguf", "llama", fields=fields, divisors=divisors))
+    c = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(c | {"rope_parameters": c["rope_parameters"] | entries}))
+    assert found == read_config(tmp_path) and (found.rope_scaling.kind == "none") == (not entries)
+
+
+def test_texts_end_where_llama_cpp_ends_them(tmp_path):
+    """llama-vocab.cpp: at the tokens of three fields and at those of certain texts."""
+    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 3}
+    assert read_format(write(tmp_path / "a.gguf", "llama", fields=ends)).ends == (0, 5, 3)
+    model, _ = trained()
+    assert read_format(tokenizer_file(tmp_path / "b.gguf", model)).ends == (len(model["vocab"]),)  # <|end|>
+    outside = write(tmp_path / "c.gguf", "llama", fields={"tokenizer.ggml.eot_token_id": 64})
+    with pytest.raises(NotConvertible, match=r"eot_token_id=64: it has tokens 0 to 63"):
+        read_format(outside)
 
 
 def test_a_file_that_is_none_is_said(tmp_path):

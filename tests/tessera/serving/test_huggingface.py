@@ -26,6 +26,7 @@ from tessera.serving.huggingface import (
     is_directory,
     load_directory,
     read_config,
+    read_format,
     save_directory,
     write_config,
 )
@@ -82,6 +83,18 @@ def test_a_model_of_transformers_gives_equal_logits_and_comes_back_the_same(name
     # With this file and the same tensors transformers computes the same logits: `make golden` asserts it.
     exported = (GOLDEN / f"{name}.exported_config.json").read_text()
     assert (tmp_path / "ours" / "config.json").read_text() == exported
+
+
+ROTARY = json.loads((GOLDEN / "rotary.json").read_text())
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_entries_are_found_where_transformers_finds_them(name, tmp_path, golden):
+    model, entries = ROTARY[name]
+    params, config = load_directory(tampered(tmp_path / "model", model, entries))
+    case = golden("huggingface")
+    found = jax.jit(Decoder(config).apply)({"params": params}, case["tokens"])
+    np.testing.assert_allclose(found[:, -1], case["rotary"][name], atol=1e-4)
 
 
 PLANS = [
@@ -306,6 +319,27 @@ UNREADABLE = {
     ),
     "an entry of scaling": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "mscal": 2.0}}, None, "'mscal': 2.0"),
     "another scaling": ("llama", {"rope_parameters": {"rope_type": "longrope"}}, None, "longrope"),
+    "scaling without a factor": ("llama", {"rope_parameters": {"rope_type": "linear"}}, None, "'linear' need factor"),
+    "YaRN without a factor": ("llama", {"rope_parameters": {"rope_type": "yarn"}}, None, "'yarn' need factor"),
+    "Llama 3's scaling in part": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        None,
+        "'llama3' need low_freq_factor, high_freq_factor",
+    ),
+    "scaling of Phi-3": ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, None, "'linear'"),
+    "one set of positions for two": (
+        "gemma3_text",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        None,
+        "gemma3_text has full_attention and sliding_attention",
+    ),
+    "tied by null": ("gemma2", {"tie_word_embeddings": None}, None, "tie_word_embeddings=None must be true or false"),
+    "biases by text": ("qwen3", {"attention_bias": "false"}, None, "attention_bias='false' must be true or false"),
+    "scores of another kind": ("deepseek_v3", {"scoring_func": "softmax"}, None, "scoring_func='softmax'"),
+    "scores of V3 in V2": ("deepseek_v2", {"scoring_func": "sigmoid"}, None, "scoring_func='sigmoid'"),
+    "a choice without groups": ("deepseek_v3", {"topk_method": "greedy"}, None, "topk_method='greedy'"),
+    "experts in every second layer": ("deepseek_v3", {"moe_layer_freq": 2}, None, "moe_layer_freq=2"),
     "a window of Llama": ("llama", {"sliding_window": 16}, None, "sliding_window=16"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
     "experts of another activation": ("olmoe", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
@@ -373,6 +407,18 @@ def test_what_would_load_as_another_model_is_refused_by_name(name, tmp_path):
     model, entries, change, message = UNREADABLE[name]
     with pytest.raises(NotConvertible, match=message):
         load_directory(tampered(tmp_path / "model", model, entries, change))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("end", [-1, 64, [2, 64]])
+def test_a_text_ends_at_a_token_of_the_vocabulary(file, end, tmp_path):
+    made = tampered(tmp_path / "model", "llama")
+    settings = json.loads((made / file).read_text()) if (made / file).exists() else {}
+    (made / file).write_text(json.dumps(settings | {"eos_token_id": 63}))
+    assert 63 in read_format(made).ends
+    (made / file).write_text(json.dumps(settings | {"eos_token_id": end}))
+    with pytest.raises(NotConvertible, match=rf"{file}: eos_token_id=(-1|64): .* 64 has tokens 0 to 63"):
+        read_format(made)
 
 
 def test_what_follows_from_the_config_may_lie_beside_the_weights(tmp_path):
