@@ -27,7 +27,7 @@ def main(invocation: Invocation) -> int:
     plan, draft = build(Plan, {}, "config", axes=c.plan), build(DraftConfig, c.draft, "config.draft")
     adapters = checked("config.adapters", named, c.adapters)
     engine, loaded = checked("config.model", make_engine, source, plan, sizes, draft=draft, adapters=adapters)
-    prompt = loaded.tokenizer.encode(c.prompt).tolist()
+    prompt = checked("config.prompt", loaded.tokenizer.encode, c.prompt).tolist()
     stream, given = TextStream(loaded.tokenizer, prompt=prompt), 0
 
     def show(text):

@@ -21,6 +21,7 @@ import numpy as np
 from tessera.data.documents import HUB, is_rows, is_saved_dataset, read_documents
 from tessera.data.download import Remote, fetch
 from tessera.data.packing import METHODS, Documents, Packed, joined_documents
+from tessera.data.special_tokens import add_named, read_settings, text_of
 from tessera.data.token_files import TokenFile, TokenStream, is_token_file, joined, open_tokens
 from tessera.infra.errors import ConfigError
 from tessera.infra.logger import read_object
@@ -90,12 +91,22 @@ class ByteTokenizer:
         return cls()
 
 
+class NoSuchToken(ValueError):
+    """A text with a token of the tokenizer that its model does not have."""
+
+
 class BPETokenizer:
     """A tokenizer of the `tokenizers` package: any tokenizer.json.
 
     `train` makes one of byte-level byte-pair encoding (Sennrich et al. 2016; on bytes as in GPT-2, Radford et al. 2019,
     section 2.2).
+
+    Attributes:
+      own_size: tokens of tokenizer.json itself, without those that the files beside it add.
+      limit: tokens of the model that reads the texts; a text with one beyond them is refused. None for any.
     """
+
+    limit: int | None = None
 
     def __init__(self, inner: Any):
         self._inner = inner  # a tokenizers.Tokenizer
@@ -104,6 +115,7 @@ class BPETokenizer:
         inner.no_padding()
         # Some vocabularies have gaps.
         self.vocab_size: int = max(inner.get_vocab_size(), max(inner.get_vocab().values(), default=-1) + 1)
+        self.own_size = self.vocab_size
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     @classmethod
@@ -135,8 +147,19 @@ class BPETokenizer:
         return cls(inner)
 
     def encode(self, text: str, *, special: bool = True) -> np.ndarray:
-        """Tokens [N], uint16 or, past 65536 tokens, int32; `special` adds those that begin or end every text."""
-        return np.asarray(self._inner.encode(text, add_special_tokens=special).ids, self._dtype)
+        """Tokens [N], uint16 or, past 65536 tokens, int32; `special` adds those that begin or end every text.
+
+        Raises:
+          NoSuchToken: the model has no such token.
+        """
+        ids = self._inner.encode(text, add_special_tokens=special).ids
+        if self.limit is not None and max(ids, default=0) >= self.limit:
+            beyond = max(ids)
+            raise NoSuchToken(
+                f"the text has {self.name_of(beyond)!r}, which is token {beyond} of the tokenizer; "
+                f"the model has tokens 0..{self.limit - 1}"
+            )
+        return np.asarray(ids, self._dtype)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Tokens of each text, on all cores, without the special tokens that a template would put around it."""
@@ -167,7 +190,7 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPETokenizer":
-        """Read a tokenizer in the JSON format of the `tokenizers` package.
+        """Read a tokenizer in the JSON format of the `tokenizers` package, with the tokens that files beside it name.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -176,11 +199,16 @@ class BPETokenizer:
         package = _import_tokenizers()
         read_object(path)
         try:
-            return cls(package.Tokenizer.from_file(str(path)))
+            inner = package.Tokenizer.from_file(str(path))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the package raises bare ones, and panics that are no Exception
             raise ValueError(f"{path} is no tokenizer of the `tokenizers` package: {error}") from error
+        own = cls(inner).vocab_size
+        add_named(inner, Path(path).parent)
+        found = cls(inner)
+        found.own_size = own
+        return found
 
 
 TOKENIZERS = {"bytes": ByteTokenizer, "bpe": BPETokenizer}
@@ -245,12 +273,9 @@ def separator_of(tokenizer: Tokenizer, path: str = "", name: str = "") -> int:
 
 def _end_of_text(path: str) -> Iterator[str]:
     place = local(path)
-    beside = (place if place.is_dir() else place.parent) / "tokenizer_config.json"
-    if beside.is_file():
-        token = read_object(beside).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            yield token
+    token = text_of(read_settings(place if place.is_dir() else place.parent).get("eos_token"))
+    if token is not None:
+        yield token
 
 
 @dataclass(frozen=True)

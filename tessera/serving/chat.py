@@ -17,6 +17,7 @@ import numpy as np
 from tessera.data.text import BPETokenizer, Tokenizer
 from tessera.serving.huggingface import TextFormat
 
+END_OF_LAST = "END_OF_LAST_MESSAGE "  # with a space, which shows whether a template strips texts
 PLAIN = TextFormat()  # of a model without special tokens, limit or template
 
 
@@ -211,11 +212,13 @@ class ChatFormat:
         special = {"special": False} if self.text.template and isinstance(self.tokenizer, BPETokenizer) else {}
         return tuple(self.tokenizer.encode(text, **special).tolist())
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The text of a chat up to where the assistant answers."""
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), *, goes_on: bool = False
+    ) -> str:
+        """The text of a chat up to where the assistant answers, or with `goes_on` to the end of what was said last."""
         if not self.text.template:
             lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
-            return "".join(lines) + "assistant:"
+            return "".join(lines)[:-1] if goes_on else "".join(lines) + "assistant:"
         from jinja2.exceptions import TemplateError
 
         names, ends = dict(self.text.special or {}), self.text.ends
@@ -223,12 +226,20 @@ class ChatFormat:
             names["bos_token"] = "" if self.text.begin is None else self.tokenizer.name_of(self.text.begin)
             names["eos_token"] = self.tokenizer.name_of(ends[0]) if ends else ""
         messages = [_with_arguments(message) for message in messages]
+        if goes_on:
+            messages[-1]["content"] = f"{messages[-1].get('content') or ''}{END_OF_LAST}"
         try:
-            return _template(self.text.template).render(
-                messages=messages, tools=list(tools) or None, documents=None, add_generation_prompt=True, **names
+            text = _template(self.text.template).render(
+                messages=messages, tools=list(tools) or None, documents=None, add_generation_prompt=not goes_on, **names
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BadChat(f"the model's chat template refuses these messages: {error}") from error
+        if not goes_on:
+            return text
+        before, found, after = text.rpartition(END_OF_LAST.strip())
+        if not found:
+            raise BadChat("the model's chat template leaves out the last message, which is to go on")
+        return before if after.startswith(" ") else before.rstrip()  # a template that strips texts
 
     def calls_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
         """A grammar (Lark's syntax) of one call of one of some tools.

@@ -6,6 +6,7 @@ docs/inference.md.
 
 from typing import Any
 
+from tessera.data.text import BPETokenizer
 from tessera.serving.chat import ChatFormat
 from tessera.serving.engine import Engine, generate_all
 from tessera.serving.load import Loaded
@@ -37,7 +38,11 @@ def harness_model(engine: Engine, loaded: Loaded, max_tokens: int = 256) -> Any:
         tokenizer_name = "tessera"
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-            return tokenizer.encode(string).tolist()
+            if not isinstance(tokenizer, BPETokenizer):
+                return tokenizer.encode(string).tolist()
+            if add_special_tokens is None:  # a chat template has written the beginning itself
+                add_special_tokens = not string.startswith(tokenizer.name_of(begin))
+            return tokenizer.encode(string, special=add_special_tokens).tolist()
 
         def _loglikelihood_tokens(self, requests: list, **more: Any) -> list[tuple[float, bool]]:
             parts = [Part(tuple(context), tuple(tokens)) for _, context, tokens in requests]
@@ -63,7 +68,7 @@ def harness_model(engine: Engine, loaded: Loaded, max_tokens: int = 256) -> Any:
             return _generate(engine, made)
 
         def apply_chat_template(self, chat_history: list, add_generation_prompt: bool = True) -> str:
-            return chat.render(chat_history)
+            return chat.render(chat_history, goes_on=not add_generation_prompt)
 
     return Harness()
 

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import PyTree
 
+from tessera.data import special_tokens
 from tessera.infra.logger import read_object, write_text
 from tessera.models.transformer import TransformerConfig, param_shapes
 from tessera.serving import packed
@@ -78,8 +79,6 @@ class TextFormat(NamedTuple):
     special: Mapping[str, str] | None = None
 
 
-# Names that a chat template knows special tokens by.
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Classes of tokenizers that have no special tokens but those that their files name.
 NO_DEFAULTS = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 
@@ -111,19 +110,18 @@ def read_format(directory: Path | str) -> TextFormat:
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     template = template if isinstance(template, str) else ""
-    special = _special_tokens(path, more["tokenizer_config.json"])
+    special = _special_tokens(path)
     return TextFormat(c.get("bos_token_id"), tuple(ends), template, c["max_position_embeddings"], special)
 
 
-def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str] | None:
+def _special_tokens(directory: Path) -> dict[str, str] | None:
     """Special tokens that a directory's tokenizer has for a template, as transformers reads them; None if unsaid."""
-    if "added_tokens_decoder" not in settings:  # else the older file is not read
-        settings = {**settings, **_read_json(directory / "special_tokens_map.json")}
-    said = {name: settings[name] for name in SPECIAL if name in settings}
+    settings = special_tokens.read_settings(directory)
+    said = {name: settings[name] for name in special_tokens.NAMES if name in settings}
     if not said and (settings.get("tokenizer_class") not in NO_DEFAULTS or not settings):
         return None
-    texts = {name: one.get("content") if isinstance(one, dict) else one for name, one in said.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    texts = {name: special_tokens.text_of(one) for name, one in said.items()}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

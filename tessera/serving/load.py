@@ -154,10 +154,11 @@ def load(source: SourceConfig) -> Loaded:
         adapters, settings = load_adapters(local(source.adapter), config)
         params = jax.tree.map(np.asarray, lora.apply(params, adapters, settings, alive))
     tokenizer = BPETokenizer.load(local(source.tokenizer)) if source.tokenizer else own_tokenizer(path, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: not made for each other"
-        )
+    own = tokenizer.own_size if isinstance(tokenizer, BPETokenizer) else tokenizer.vocab_size
+    if own > config.vocab_size:
+        raise ValueError(f"the tokenizer has {own} tokens, the model {config.vocab_size}: not made for each other")
+    if isinstance(tokenizer, BPETokenizer):  # files often name a token for padding that no model has
+        tokenizer.limit = config.vocab_size
     return Loaded(params, config, tokenizer, text)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tessera.data.text import Tokenizer
+from tessera.data.text import NoSuchToken, Tokenizer
 from tessera.serving.chat import PLAIN, BadChat, ChatFormat
 from tessera.serving.constrain import BadGrammar, Grammars
 from tessera.serving.huggingface import TextFormat
@@ -394,6 +394,8 @@ def read_body(data: bytes, reader: Reader, *, chat: bool, limit: int, max_choice
             prompts = body.prompts(reader.tokenizer)
     except BadChat as error:
         raise BadRequest(str(error), "tools" if "knows no tools" in str(error) else "messages") from error
+    except NoSuchToken as error:
+        raise BadRequest(str(error), "messages" if chat else "prompt") from error
     if not all(prompts) or not prompts:
         raise BadRequest("an empty prompt", "prompt")
     drawn = body.n

@@ -248,6 +248,15 @@ READERS = {
     "adapter_model.safetensors": Reader(adapter, ADAPTER, (("adapter_config.json", ADAPTER_CONFIG),)),
     "model.gguf": Reader(gguf_file, made_gguf()),
     "tokenizer_config.json": Reader(chat, SPECIAL, (("config.json", LLAMA_CONFIG),)),
+    **{
+        f"{name} of a tokenizer": Reader(lambda path: BPETokenizer.load(path.parent / "tokenizer.json"), sound, beside)
+        for beside in [(("tokenizer.json", BPE),)]
+        for name, sound in (
+            ("tokenizer_config.json", SPECIAL | {"added_tokens_decoder": {"3": {"content": "c", "special": True}}}),
+            ("special_tokens_map.json", {"eos_token": {"content": "c"}, "additional_special_tokens": ["d"]}),
+            ("added_tokens.json", {"c": 3}),
+        )
+    },
     "special_tokens_map.json": Reader(
         text_format, {"bos_token": "<s>"}, (("config.json", LLAMA_CONFIG), ("tokenizer_config.json", {}))
     ),

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ pytest.importorskip("jinja2")
 pytest.importorskip("pydantic")
 
 from tessera.data.text import BPETokenizer, ByteTokenizer
+from tessera.models.transformer import TransformerConfig
 from tessera.serving.chat import BadChat, CallStream, ChatFormat
+from tessera.serving.engine import Engine
 from tessera.serving.huggingface import TextFormat, read_format
-from tessera.serving.protocol import Reader, read_body
+from tessera.serving.load import Loaded
+from tessera.serving.protocol import BadRequest, Reader, read_body
 from tessera.serving.text import TextStream
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -96,6 +101,94 @@ def test_a_template_has_the_special_tokens_of_the_tokenizers_files(case, tmp_pat
     for name, content in (case["files"] | {"config.json": settings}).items():
         (tmp_path / name).write_text(json.dumps(content))
     assert ChatFormat(tokenizer(), read_format(tmp_path)).render([{"role": "user", "content": "?"}]) == case["text"]
+
+
+BEGUN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}+{% endif %}"
+)
+
+
+def begun(template=BEGUN):
+    """Letters from "!" on. "<s>" begins every text, as in Llama's tokenizer, and every chat by its template."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {"<s>": 1, "</s>": 2} | {chr(33 + i): i for i in range(64) if i not in (1, 2)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="!"))
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<s>", "</s>"])
+    options = {"single": "<s> $A", "pair": "<s> $A $B", "special_tokens": [("<s>", 1)]}
+    inner.post_processor = tokenizers.processors.TemplateProcessing(**options)
+    return BPETokenizer(inner), TextFormat(1, (2,), template)
+
+
+def test_a_chat_begins_once():
+    """Values of lm-eval 0.4.13's HFLM on transformers 5.24.0."""
+    messages = [{"role": "user", "content": "#$%"}, {"role": "assistant", "content": "&"}]
+    assert ChatFormat(*begun()).prompt(messages) == (1, 0, 3, 4, 2, 5, 2, 10)
+
+
+def test_the_harness_reads_texts_and_chats_as_its_own_model_does(monkeypatch):
+    """Values of lm-eval 0.4.13's HFLM on transformers 5.24.0; it is not needed here."""
+    from tessera.serving.harness import harness_model
+
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(TemplateLM=object))
+    known, text = begun()
+    engine = Engine.__new__(Engine)  # which draws nothing here
+    engine.programs = SimpleNamespace(config=SimpleNamespace(length=25))
+    found = harness_model(
+        engine, Loaded({}, TransformerConfig(vocab_size=66, layers=1, width=8, heads=2, kv_heads=1, ff=8), known, text)
+    )
+    for string, special, ids in (
+        ("#$%", None, [1, 0, 3, 4]),
+        ("#$%", True, [1, 0, 3, 4]),
+        ("#$%", False, [0, 3, 4]),
+        ("<s>#$%", None, [1, 0, 3, 4]),
+        ("<s>#$%", True, [1, 1, 0, 3, 4]),
+        ("<s>#$%", False, [1, 0, 3, 4]),
+        ("", None, [1]),
+        ("", False, []),
+    ):
+        assert found.tok_encode(string, add_special_tokens=special) == ids
+    messages = [{"role": "user", "content": "#$%"}, {"role": "assistant", "content": "&"}]
+    for generation, chat, ids in (
+        (True, "<s>#$%</s>&</s>+", [1, 0, 3, 4, 2, 5, 2, 10]),
+        (False, "<s>#$%</s>&", [1, 0, 3, 4, 2, 5]),
+    ):
+        assert found.apply_chat_template(messages, add_generation_prompt=generation) == chat
+        assert found.tok_encode(chat) == ids
+
+
+@pytest.mark.parametrize(
+    "template, content, text",
+    [
+        (BEGUN, "a ", "<s>a "),
+        (BEGUN.replace("m.content", "m.content | trim"), "a ", "<s>a"),
+        (BEGUN.replace("m.content", "'(' + m.content + ')'"), "a", "<s>(a"),
+        ("", "a", "user: a"),
+    ],
+)
+def test_a_last_message_goes_on_where_it_ends(template, content, text):
+    """Values of transformers 5.24.0, continue_final_message=True, but for the last, which has no template."""
+    chat = ChatFormat(*begun(template))
+    assert chat.render([{"role": "user", "content": content}], goes_on=True) == text
+
+
+def test_a_template_that_leaves_out_what_is_to_go_on_is_named():
+    with pytest.raises(BadChat, match="leaves out the last message"):
+        ChatFormat(*begun("{{ messages[0].role }}")).render([{"role": "user", "content": "a"}], goes_on=True)
+
+
+def test_a_token_that_the_model_has_not_is_one_error_by_name():
+    known = tokenizer()
+    known.limit = 259  # <|im_end|> is 259
+    reader, body = Reader(known, 259, TextFormat()), {"model": "tiny", "max_tokens": 1}
+    for chat, asked in (
+        (False, {"prompt": "a<|im_end|>"}),
+        (True, {"messages": [{"role": "user", "content": "<|im_end|>"}]}),
+    ):
+        with pytest.raises(BadRequest, match=r"'<\|im_end\|>', which is token 259 .* 0\.\.258") as error:
+            read_body(json.dumps(body | asked).encode(), reader, chat=chat, limit=9, max_choices=2)
+        assert error.value.parameter == ("messages" if chat else "prompt")
 
 
 def calls(found):
