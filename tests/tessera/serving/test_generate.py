@@ -1,6 +1,7 @@
 """`tessera generate`: a text up to its end, beside the decoder without a cache."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_model as tiny
@@ -15,6 +16,7 @@ from tessera.data.text import BPETokenizer
 from tessera.infra.errors import ConfigError
 from tessera.serving.huggingface import save_directory
 
+CONFIG = replace(tiny.CONFIG, layers=1)
 PROMPT = "ab"
 
 
@@ -23,7 +25,7 @@ def run(path, prompt):
         "model": {"dir": str(path)},
         "prompt": prompt,
         "sampling": {"temperature": 0.0, "max_tokens": 12},
-        "sizes": {"slots": 1, "length": 32, "chunk": 8},
+        "sizes": {"slots": 1, "length": 16, "chunk": 8},
     }
     return generate.main(Invocation(ConfigDict(generate.SCHEMA.complete(given)), "serve"))
 
@@ -32,10 +34,10 @@ def test_a_text_ends_at_its_end_token_which_is_not_printed(tmp_path, capsys):
     """The token is a plain one of tokenizer.json, which only tokenizer_config.json calls the end of a text."""
     tokens = list(PROMPT.encode())
     for _ in range(12):
-        tokens.append(int(tiny.logits(tokens)[-1].argmax()))
+        tokens.append(int(tiny.logits(tokens, tiny.weights(CONFIG), CONFIG)[-1].argmax()))
     drawn = tokens[len(PROMPT) :]
     first = next(i for i in range(3, 12) if drawn[i] not in tokens[: len(PROMPT) + i])  # that was not drawn before
-    save_directory(tmp_path / "model", tiny.weights(), tiny.CONFIG, eos_token_id=drawn[first])
+    save_directory(tmp_path / "model", tiny.weights(CONFIG), CONFIG, eos_token_id=drawn[first])
     known = BPETokenizer.of_bytes()
     known.save(tmp_path / "model" / "tokenizer.json")
     named = {"eos_token": known.name_of(drawn[first]), "pad_token": "<pad>"}
