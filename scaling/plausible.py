@@ -17,6 +17,9 @@ LEAST_SIZE = 1e4
 YARDSTICK = 1.35
 # Ratio of neighboring sizes, in a table in one unit, that is larger than any of the published tables'.
 MIXED = 200.0
+# A setting is of a full column.
+CELLS = "Write it behind each of these numbers, as in 1.2B."
+TO_NATS = "bits? Multiply them by ln 2: --config.units.loss=0.693147"
 
 
 def _finding(name: str, text: str, fine: str, **numbers: int | float) -> Finding:
@@ -35,7 +38,8 @@ def counted_flops(rows: Rows) -> Finding:
         verdict: Verdict = "note" if high > 1.1 or low < 0.9 else "fine"
         text += "; optima are for C = 6 N D, so budgets as counted in the table lie off by that factor."
         return Finding("counted FLOPs", verdict, text, numbers)
-    text += ": is one of them in another unit, or counted otherwise (no embeddings, forward pass only)?"
+    text += ": is one of them in another unit, or counted otherwise (no embeddings, forward pass only)? "
+    text += "--config.units.COLUMN=FACTOR multiplies a column."
     return Finding("counted FLOPs", "warning", text, numbers)
 
 
@@ -45,8 +49,9 @@ def size_units(rows: Rows) -> Finding:
     for name in ("params", "tokens"):
         middle = numbers[name] = float(np.median(rows[name]))
         if middle < LEAST_SIZE:
-            unit = "billions" if name == "tokens" or middle < 10 else "millions"
-            texts.append(f"Half of the runs have {middle:.3g} {name} or fewer: are they in {unit}? Counts are wanted.")
+            unit, factor = ("billions", "1e9") if name == "tokens" or middle < 10 else ("millions", "1e6")
+            text = f"Half of the runs have {middle:.3g} {name} or fewer: are they in {unit}? Counts are wanted; "
+            texts.append(text + f"--config.units.{name}={factor} multiplies them.")
     return _finding("units of sizes", " ".join(texts), "Params and tokens look like counts.", **numbers)
 
 
@@ -72,7 +77,7 @@ def mixed_units(rows: Rows) -> Finding:
             few = low if 2 * low.sum() <= len(rows) else ~low
             text = f"{name}: {int(low.sum())} of {len(rows)} rows are below the others by a factor of {factor:.2g} or "
             text += f"more, with none between ({rows.places(np.flatnonzero(few))}): is part of a column in thousands, "
-            return Finding("mixed units", "warning", text + "millions or billions?", {"rows": int(few.sum())})
+            return Finding("mixed units", "warning", text + f"millions or billions? {CELLS}", {"rows": int(few.sum())})
     if len(rows) > 3:
 
         def over_published(**moved: np.ndarray) -> np.ndarray:
@@ -85,7 +90,7 @@ def mixed_units(rows: Rows) -> Finding:
             there = over_published(**{name: np.where(low, unit * rows[name], rows[name])})
             if abs(np.median(there[low]) - np.median(there[~low])) < np.log(YARDSTICK) and np.ptp(there) < np.ptp(here):
                 text = f"{name}: {int(low.sum())} of {len(rows)} losses are those of {unit:.0e} times their {name} "
-                text += f"({rows.places(np.flatnonzero(low))}): are these in another unit?"
+                text += f"({rows.places(np.flatnonzero(low))}): are these in another unit? {CELLS}"
                 return Finding("mixed units", "warning", text, {"rows": int(low.sum())})
     return Finding("mixed units", "fine", "Every column looks to be in one unit.", {"rows": 0})
 
@@ -122,7 +127,7 @@ def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
         ratio = numbers["over_published"] = float(np.median(loss[usual] / law))
         as_nats = {
             guess: float(np.median(np.log(np.maximum(loss[usual], 1.001)) / law)),
-            "bits? Multiply them by ln 2": ratio * np.log(2),
+            TO_NATS: ratio * np.log(2),
         }
         guess = min(as_nats, key=lambda name: abs(np.log(as_nats[name])))
     text = f"The median loss is {ratio:.2f} times that of Hoffmann et al.'s runs at these sizes"
@@ -134,7 +139,7 @@ def loss_unit(rows: Rows, vocabulary: int = 0) -> Finding:
         # Of losses in bits many are above, or the rest are higher than in nats; a single one is a run that failed.
         single = len(usual) and ratio <= YARDSTICK and len(over) < 0.1 * len(rows)
         if vocabulary and loss.max() <= np.log2(vocabulary) and not single:
-            text += ": bits? Multiply them by ln 2."
+            text += f": {TO_NATS}."
         elif not single and (np.median(loss) > most or gap < 1.5):  # diverged runs stand apart from the others
             text += f": {guess}."
         else:
@@ -174,4 +179,7 @@ def examine_rows(rows: Rows, vocabulary: int = 0) -> list[Finding]:
       >>> [finding.name for finding in scaling.examine_rows(rows) if finding.verdict == "warning"]
       ['units of sizes']
     """
-    return [counted_flops(rows), size_units(rows), mixed_units(rows), loss_unit(rows, vocabulary), doubled_rows(rows)]
+    found = [size_units(rows), mixed_units(rows), loss_unit(rows, vocabulary), doubled_rows(rows)]
+    if not rows.completed:  # else FLOPs are 6 x params x tokens because they were computed so
+        found.insert(0, counted_flops(rows))
+    return [*(Finding("units read", "note", note, {}) for note in rows.notes), *found]

@@ -5,10 +5,11 @@ A row needs a loss and any two of params, tokens and flops; the third follows fr
 Files are read by `scaling.tables`.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,19 @@ from jaxtyping import Bool, Int
 SIZES = ("params", "tokens", "flops")
 PER_PARAMETER_AND_TOKEN = 6.0
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+WORDS = UNITS | {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+# A unit at the end of a column's name: "(M)", "[1e9]", "(in billions)"; "in millions"; "_M", which may be no unit.
+HEADER_UNITS = (
+    r"(.+?)\s*[(\[]\s*(?:in |x ?)?\s*([a-z]+?|1e\d\d?|10\^\d\d?)s?(?: (?:params|parameters|tokens|flops))?\s*[)\]]",
+    r"(.+?)[\s,_-]+(?:in[\s_])?(thousand|million|billion|trillion)s",
+    r"(.+)_([KMBT])",
+)
+# No run had more: a median above it has a unit twice.
+MOST = {"params": 1e13, "tokens": 1e14, "flops": 1e28}
 # Other names of the four columns, as tables have them; compared in small letters and digits alone.
 SYNONYMS = {
     "params": "n nparams numparams parameters parametercount numparameters nparameters modelsize size "
-    "nonembeddingparams paramsnoembed nonzeroparams",
+    "weights nweights numweights nonembeddingparams paramsnoembed nonzeroparams",
     "tokens": "d ntokens numtokens trainingtokens traintokens tokensseen tokencount",
     "flops": "c compute flop trainingflops trainflops computebudget budget c6nd",
     "loss": "l valloss validationloss evalloss testloss finalloss trainloss crossentropy nll lossnats",
@@ -37,6 +47,7 @@ class RowError(ValueError):
       problems: see there.
       source: of the rows.
       lines: the line of every row in its file, which the message then gives.
+      names: our name of a column -> the file's, which the message then gives too.
 
     Example:
       >>> import scaling
@@ -52,21 +63,28 @@ class RowError(ValueError):
         problems: Sequence[tuple[int, str, str]],
         source: str = "rows",
         lines: Sequence[int] | np.ndarray | None = None,
+        names: Mapping[str, str] | None = None,
     ):
+        names = names or {}
         self.problems = list(problems)
 
         def place(row: int) -> str:
             # Row 0 is the header: the full column.
             return "" if not row else f"row {row}, " if lines is None else f"line {lines[row - 1]}, "
 
-        shown = [f"  {place(row)}column {column!r}: {what}" for row, column, what in self.problems[:20]]
+        def called(column: str) -> str:
+            other = names.get(column, column)
+            return f"column {column!r}" + (f" (the file's {other!r})" if other != column else "")
+
+        shown = [f"  {place(row)}{called(column)}: {what}" for row, column, what in self.problems[:20]]
         if len(self.problems) > len(shown):
             shown.append(f"  ... and {len(self.problems) - len(shown)} more")
         count = "1 value" if len(self.problems) == 1 else f"{len(self.problems)} values"
         counted = "rows count from 1 after the header; " if lines is None else ""
-        super().__init__(
-            f"{source}: {count} cannot be used ({counted}wanted: positive finite numbers)\n" + "\n".join(shown)
-        )
+        head = f"{count} cannot be used ({counted}wanted: positive finite numbers)"
+        if not any(row for row, *_ in self.problems):
+            head = "columns cannot be used"
+        super().__init__(f"{source}: {head}\n" + "\n".join(shown))
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,9 @@ class Rows:
         A column with other than numbers has strings.
       source: where they come from, for messages.
       lines: the line of every row in its file [R]; None for rows that come from no file.
+      names: our name of a column -> the file's, where it has another.
+      notes: what was read from the names of columns, for messages.
+      completed: the one of params, tokens and flops that follows from the other two; "" where all were given.
 
     Example:
       >>> import scaling
@@ -89,6 +110,9 @@ class Rows:
     columns: Mapping[str, np.ndarray]
     source: str = "rows"
     lines: Int[np.ndarray, " R"] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    completed: str = ""
 
     def __len__(self) -> int:
         return len(self.columns["loss"])
@@ -102,7 +126,7 @@ class Rows:
     def take(self, which: Bool[np.ndarray, " R"] | Int[np.ndarray, " K"]) -> "Rows":
         """Select rows by a boolean mask or by indices (which may repeat)."""
         lines = None if self.lines is None else self.lines[which]
-        return Rows({name: values[which] for name, values in self.columns.items()}, self.source, lines)
+        return replace(self, columns={name: values[which] for name, values in self.columns.items()}, lines=lines)
 
     def thin(self, most: int) -> Int[np.ndarray, " K"]:
         """Choose at most `most` rows, by index: one at random of each of as many equal parts by rising FLOPs.
@@ -159,7 +183,7 @@ class Rows:
             ]
             found[name] = np.array([math.nan if v is None else v for v in values])
         if problems:
-            raise RowError(problems, self.source, self.lines)
+            raise RowError(problems, self.source, self.lines, self.names)
         return found
 
 
@@ -168,10 +192,10 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _number(value: Any, units: bool = False) -> float | None:
-    """A finite number, or None; `units`: 1.2B is 1.2e9."""
+def _number(value: Any, units: bool = False, times: float = 1.0) -> float | None:
+    """A finite number, or None; `units`: 1.2B is 1.2e9; `times`: the factor of one without a unit."""
     try:
-        number = float(value)
+        number = float(value) * times
     except (TypeError, ValueError):
         found = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([kmbgt])\s*", str(value), re.IGNORECASE)
         if not (units and found):
@@ -204,6 +228,9 @@ def make_rows(
     columns: Mapping[str, Sequence[Any] | np.ndarray],
     source: str = "rows",
     lines: Int[np.ndarray, " R"] | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    units: Mapping[str, float] | None = None,
 ) -> Rows:
     """Check columns and complete them.
 
@@ -212,6 +239,8 @@ def make_rows(
         Sizes may have units: "1.2B".
       source: for messages.
       lines: the line of every row in its file, for messages.
+      names: our name of a column -> the file's. A unit at its end, as in "weights (M)", is read.
+      units: factors of numbers that have no unit of their own, by column; they go before those of names.
 
     Raises:
       RowError: empty, non-positive, infinite, NaN or textual values among those four, or missing columns.
@@ -226,9 +255,18 @@ def make_rows(
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{source}: columns have different lengths: {lengths}")
+    names, units = names or {}, units or {}
     sizes = [name for name in SIZES if name in columns]
-    there = f"there are {', '.join(columns) or 'none'}"
-    guess = "".join(_guesses([name for name in ("loss", *SIZES) if name not in columns], columns))
+    own = [names.get(name, name) for name in columns]
+    there = f"there are {', '.join(own) or 'none'}"
+    absent = [name for name in ("loss", *SIZES) if name not in columns]
+    for name in names:
+        if near := difflib.get_close_matches(name.lower(), absent, 1, 0.7):
+            said = f"columns.{name} is none of ours; did you mean {near[0]}? "
+            raise RowError([(0, name, said + f"--config.columns.{near[0]}={names[name]!r}")], source)
+    guess = "".join(_guesses(absent, own))
+    if own and absent and not guess:
+        guess = f"; say which is the {absent[0]} with --config.columns.{absent[0]}=NAME"
     missing = [] if "loss" in columns else [(0, "loss", f"the column is missing; {there}")]
     if len(sizes) < 2:
         wanted = ", ".join(name for name in SIZES if name not in columns)
@@ -239,21 +277,74 @@ def make_rows(
         raise RowError(missing, source)
     if not lengths["loss"]:
         raise ValueError(f"{source}: no rows")
-    checked, problems = {}, []
+    strange = [(0, name, f"units names it, which is not there; there are {', '.join(columns)}") for name in units]
+    if strange := [problem for problem in strange if problem[1] not in columns]:
+        raise RowError(strange, source)
+    read, asked = _units_of_names(columns, names, units)
+    factors = read | dict(units)
+    checked, problems = {}, asked
     for name in ("loss", *sizes):
         raw = list(columns[name])
-        numbers = [_number(value, units=name != "loss") for value in raw]
+        numbers = [_number(value, name != "loss", factors.get(name, 1.0)) for value in raw]
+        if name in read and np.median([number or 0.0 for number in numbers]) > MOST[name]:
+            problems.append((0, name, _ask(name, names[name], read[name], "these look like counts")))
         bad = [i for i, number in enumerate(numbers) if number is None or number <= 0]
         problems += [(i + 1, name, _complaint(raw[i])) for i in bad]
         checked[name] = np.array([math.nan if number is None else number for number in numbers])
     if problems:
-        raise RowError(sorted(problems), source, lines)
-    return Rows(_complete(checked) | _others(columns), source, lines)
+        raise RowError(sorted(problems), source, lines, names)
+    notes = [
+        f"{name}: numbers without a unit are taken times {_power(factor)}, as the column's name {names[name]!r} says; "
+        f"--config.units.{name}=1 takes them as they are."
+        for name, factor in read.items()
+    ]
+    completed = next((name for name in SIZES if name not in sizes), "")
+    named = {name: theirs for name, theirs in names.items() if theirs != name}
+    return Rows(_complete(checked) | _others(columns, factors), source, lines, named, tuple(notes), completed)
 
 
-def _guesses(wanted: Sequence[str], there: Mapping[str, Any]) -> list[str]:
+def _units_of_names(
+    columns: Mapping[str, Sequence[Any] | np.ndarray], names: Mapping[str, str], given: Mapping[str, float]
+) -> tuple[dict[str, float], list[tuple[int, str, str]]]:
+    """Factors of numbers without a unit by what the file calls a column, and the problems of those that may be none."""
+    read, asked = {}, []
+    for name, theirs in names.items():
+        stem, factor, sure = _header_unit(theirs)
+        sized = re.search("params|tokens|flops", name)
+        if not (factor and sized) or name in given or all(_number(value) is None for value in columns[name]):
+            continue
+        plain = re.sub("[^a-z0-9]", "", stem.lower())
+        if sure or sized[0] in plain or sized[0][:-1] in plain or plain in SYNONYMS[sized[0]].split():
+            read[name] = factor
+        else:
+            asked.append((0, name, _ask(name, theirs, factor, "the name does not say of what")))
+    return read, asked
+
+
+def _header_unit(header: str) -> tuple[str, float, bool]:
+    """The name before a unit at its end, the unit's factor (0: none), and whether it can be nothing else."""
+    for i, pattern in enumerate(HEADER_UNITS):
+        found = re.fullmatch(pattern, header.strip(), re.IGNORECASE if i < 2 else 0)
+        word = found[2].lower() if found else ""
+        factor = float(word.replace("10^", "1e")) if word[:1] == "1" else WORDS.get(word, 0.0)
+        if found and factor:
+            return found[1], factor, i < 2
+    return header, 0.0, False
+
+
+def _ask(name: str, theirs: str, factor: float, why: str) -> str:
+    unit = _power(factor)
+    text = f"is {theirs!r} in units of {unit} ({why})? Say --config.units.{name}={unit} if it is, "
+    return text + f"--config.units.{name}=1 if it is not"
+
+
+def _power(factor: float) -> str:
+    return f"1e{round(math.log10(factor))}"
+
+
+def _guesses(wanted: Sequence[str], there: Sequence[str]) -> list[str]:
     """For each wanted column that a column by another name may be: how to say so."""
-    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in there}
+    plain = {re.sub(r"[^a-z0-9]", "", _header_unit(name)[0].lower()): name for name in there}
     found = []
     for name in wanted:
         same = [plain[word] for word in (name, *SYNONYMS[name].split()) if word in plain]
@@ -274,11 +365,12 @@ def _complete(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values for name, values in done.items() if values is not None} | {"loss": found["loss"]}
 
 
-def _others(columns: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, np.ndarray]:
+def _others(columns: Mapping[str, Sequence[Any] | np.ndarray], factors: Mapping[str, float]) -> dict[str, np.ndarray]:
     others = {}
     for name, raw in columns.items():
         if name not in (*SIZES, "loss"):
-            numbers = [_number(value, units=re.search("tokens|params", name) is not None) for value in raw]
+            sized, times = re.search("tokens|params", name) is not None, factors.get(name, 1.0)
+            numbers = [_number(value, sized, times) for value in raw]
             numeric = all(number is not None for number in numbers)
             others[name] = np.array(numbers, float) if numeric else np.array([str(value) for value in raw])
     return others

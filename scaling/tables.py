@@ -14,14 +14,17 @@ from scaling.rows import RowError, Rows, _number, make_rows
 SEPARATORS = ",;\t|"
 
 
-def read_csv(path: Path | str, columns: Mapping[str, str] | None = None) -> Rows:
+def read_csv(
+    path: Path | str, columns: Mapping[str, str] | None = None, units: Mapping[str, float] | None = None
+) -> Rows:
     """Load rows from a file of separated text whose first line that is not empty names the columns.
 
     Separators are commas, semicolons, tabs or bars, whichever the header has most of.
 
     Args:
       path: of the file, UTF-8 (or UTF-16 with its mark).
-      columns: our name of a column -> the file's.
+      columns: our name of a column -> the file's; a unit at its end is read, see `make_rows`.
+      units: factors of numbers without a unit of their own, by our name of the column.
 
     Raises:
       FileNotFoundError: no such file.
@@ -68,15 +71,18 @@ def read_csv(path: Path | str, columns: Mapping[str, str] | None = None) -> Rows
     if ragged:
         raise RowError(ragged, path.name, where)
     table = {name: [line[i] for line, _ in found] for i, name in enumerate(header)}
-    return make_rows(_renamed(table, columns or {}, path.name), path.name, where)
+    return make_rows(_renamed(table, columns or {}, path.name), path.name, where, names=columns, units=units)
 
 
-def read_rows(path: Path | str, columns: Mapping[str, str] | None = None) -> Rows:
+def read_rows(
+    path: Path | str, columns: Mapping[str, str] | None = None, units: Mapping[str, float] | None = None
+) -> Rows:
     """Load rows from a file: Parquet (extra `data`), JSON lines or JSON by its suffix, else `read_csv`.
 
     Args:
       path: of the file.
-      columns: our name of a column -> the file's.
+      columns: our name of a column -> the file's; a unit at its end is read, see `make_rows`.
+      units: factors of numbers without a unit of their own, by our name of the column.
 
     Raises:
       FileNotFoundError, RowError, ValueError: see `read_csv`.
@@ -97,8 +103,8 @@ def read_rows(path: Path | str, columns: Mapping[str, str] | None = None) -> Row
     elif path.suffix in (".xlsx", ".xls", ".ods", ".feather", ".arrow", ".pkl", ".npz", ".gz", ".zip"):
         raise ValueError(f"{path.name}: {path.suffix} is not read; save it as CSV, Parquet or JSON lines")
     else:
-        return read_csv(path, columns)
-    return make_rows(_renamed(table, columns or {}, path.name), path.name, lines)
+        return read_csv(path, columns, units)
+    return make_rows(_renamed(table, columns or {}, path.name), path.name, lines, names=columns, units=units)
 
 
 def _found(path: Path | str) -> Path:

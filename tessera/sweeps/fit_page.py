@@ -187,6 +187,7 @@ def fit_page(workdir: Path, found: FitPage, source: str) -> Path:
     Raises:
       MissingMatplotlib: matplotlib is not installed.
     """
-    lead = Section("", paragraphs(*found.lead, *summary(found.result)))
+    doubts = [one["text"] for one in found.result["doctor"] if "unit" in one["name"] and one["verdict"] != "fine"]
+    lead = Section("", paragraphs(*doubts, *found.lead, *summary(found.result)))
     sections = [lead, *number_sections(found.result), *found.own, config_section(workdir)]
     return write_report(workdir, f"Scaling law from {counted(found.result['rows'], 'run')}", sections, subtitle=source)

@@ -51,6 +51,8 @@ class ScalingConfig:
     Attributes:
       runs: the table of runs: CSV (or with tabs or semicolons), JSON lines or Parquet.
       columns: the file's name of a column by ours, such as params: parameter_count.
+      units: factors of a column's numbers that have no unit of their own, such as params: 1e6; they go before
+        a unit at the end of a name in `columns`, as in "weights (M)".
       law: name of a published law, or FILE.py:NAME for a `scaling.Law` of your own; for approach 3.
       hold: values at which parameters of the law are held, by name.
       tie: parameters of the law that are tied to another, such as beta: alpha.
@@ -78,6 +80,7 @@ class ScalingConfig:
 
     runs: str
     columns: tuple[tuple[str, str], ...] = ()
+    units: tuple[tuple[str, float], ...] = ()
     law: str = "chinchilla"
     hold: tuple[tuple[str, float], ...] = ()
     tie: tuple[tuple[str, str], ...] = ()
@@ -109,6 +112,8 @@ class ScalingConfig:
         for name in ("hold", "at"):
             if not all(math.isfinite(value) for _, value in getattr(self, name)):
                 raise ValueError(f"{name} {dict(getattr(self, name))}: finite numbers are wanted")
+        if not all(0 < value < math.inf for _, value in self.units):
+            raise ValueError(f"units {dict(self.units)}: positive finite factors are wanted, such as params: 1e6")
         if not (self.budgets or self.beyond):
             raise ValueError("budgets and beyond are empty: at least one budget to plan for is needed")
         if not 0 < self.level < 1:
@@ -127,7 +132,7 @@ class ScalingConfig:
 
 def load_runs(config: ScalingConfig) -> Rows:
     """Read the table of runs; errors as of `scaling.read_rows`."""
-    return read_rows(local(config.runs), dict(config.columns))
+    return read_rows(local(config.runs), dict(config.columns), dict(config.units))
 
 
 def law_of(config: ScalingConfig) -> Law:

@@ -99,6 +99,73 @@ def test_what_cannot_be_read_is_told_with_the_guess_a_person_would_make(tmp_path
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    "header, factor, units",
+    [
+        ("Weights (M)", 1e6, {}),
+        ("N (billions)", 1e9, {}),
+        ("params [1e9]", 1e9, {}),
+        ("size (in 10^6)", 1e6, {}),
+        ("weights in millions", 1e6, {}),
+        ("model size (M params)", 1e6, {}),
+        ("params_K", 1e3, {}),
+        ("size_B", 1e9, {}),
+        ("params_m", 1, {}),  # of no known meaning
+        ("weights (non-embedding)", 1, {}),
+        ("weights (M)", 1e9, {"params": 1e9}),
+        ("weights", 1e6, {"params": 1e6}),
+        ("run_B", 1e9, {"params": 1e9}),
+    ],
+)
+def test_units_of_a_named_column_are_those_of_numbers_without_one(tmp_path, header, factor, units):
+    cells = ["1.2B", *(f"{n / factor:g}" for n in PARAMS[1:])]
+    lines = [f"{header};tokens;loss", *(f"{n};{d};{y}" for n, d, y in zip(cells, TOKENS, LOSS, strict=True))]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    rows = read_rows(tmp_path / "runs.csv", {"params": header}, units)
+    np.testing.assert_allclose(rows["params"], PARAMS, rtol=1e-12)
+    assert len(rows.notes) == (factor > 1 and not units) and rows.completed == "flops"
+    assert rows.take(rows["loss"] < 3.5).notes == rows.notes
+
+
+@pytest.mark.parametrize(
+    "text, columns, units, says",
+    [
+        (
+            "id,# weights (M),tokens,loss\n1,1,1,1",
+            {"param": "# weights (M)"},
+            {},
+            "columns.param is none of ours; did you mean",
+        ),
+        ("id,# weights (M),tokens,loss\n1,1,1,1", {}, {}, "--config.columns.params='# weights .M.'$"),
+        ("a,b,loss\n1,1,1", {}, {}, "there are a, b, loss; say which is the params with --config.columns.params=NAME$"),
+        ("a,b,loss\n1,1,1", {"params": "a"}, {}, "there are a, b, loss; say which is the tokens"),
+        (
+            "params,tokens,val loss\n1,1,nan",
+            {"loss": "val loss"},
+            {},
+            "line 2, column 'loss' .the file's 'val loss'.: nan",
+        ),
+        (
+            "data_B,params,loss\n1,1,1",
+            {"tokens": "data_B"},
+            {},
+            "'data_B' in units of 1e9 .*--config.units.tokens=1e9 if",
+        ),
+        (
+            "n (M),tokens,loss\n1e9,1,1",
+            {"params": "n (M)"},
+            {},
+            "look like counts.*--config.units.params=1 if it is not",
+        ),
+        ("params,tokens,loss\n1,1,1", {}, {"param": 1e6}, "column 'param': units names it.*there are params, tokens"),
+    ],
+)
+def test_columns_and_units_are_asked_for_by_the_setting_that_answers(tmp_path, text, columns, units, says):
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(RowError, match=f"(?s)runs.csv.*{says}"):
+        read_rows(tmp_path / "runs.csv", columns, units)
+
+
 def test_files_that_are_no_tables_are_named(tmp_path):
     for name, content, says in (
         ("latin.csv", "params,tokens,loss\n1,1,1\n# Größe".encode("latin-1"), "latin.csv: byte 0xf6 in line 3 is not"),

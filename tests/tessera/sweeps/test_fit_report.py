@@ -226,10 +226,45 @@ def test_the_growth_of_a_law_with_further_columns_is_that_of_its_own_optima(tmp_
 
 def from_command_line(*argv):
     """The settings of `tessera fit ARGV`, with few resamples."""
+    return build(ScalingConfig, invocation_of(*argv).config)
+
+
+def invocation_of(*argv):
     quick = ("--config.resamples=0", "--config.laws=()", "--config.misfit=False", "--config.fit.starts=60")
     options, overrides = cli.parse_flags(cli.COMMANDS["fit"], [*argv, *quick])
     config, name = cli._load(cli.COMMANDS["fit"], vars(options))
-    return build(ScalingConfig, cli.invoke(fit_command.SCHEMA, config, overrides, name, vars(options)).config)
+    return cli.invoke(fit_command.SCHEMA, config, overrides, name, vars(options))
+
+
+def planted(path, header, factor):
+    """Write the planted law's runs without noise, sizes in units of `factor` and tokens in billions."""
+    loss = T["E"] + T["A"] / N ** T["alpha"] + T["B"] / D ** T["beta"]
+    rows = (f"{n / factor},{d / 1e9},{y:.9f}" for n, d, y in zip(N, D, loss, strict=True))
+    path.write_text("\n".join([f"{header},tokens (B),loss", *rows]))
+
+
+@pytest.mark.parametrize(
+    "header, units, first",
+    [
+        ("Weights (M)", (), "note: units read: params: numbers without a unit are taken times 1e6"),
+        ("weights", ("--config.units.params=1e6",), "note: units read: tokens:"),
+        ("weights", (), "warning: units of sizes: Half of the runs have .*--config.units.params=1e6"),
+    ],
+)
+def test_units_come_before_the_answer_and_give_the_planted_law(tmp_path, monkeypatch, capsys, header, units, first):
+    monkeypatch.setattr(fit_command, "print_report", lambda page, workdir, found, source: page(workdir, found, source))
+    planted(tmp_path / "runs.csv", header, 1e6)
+    columns = (f"--config.columns.params={header}", "--config.columns.tokens=tokens (B)")
+    where = (f"--config.runs={tmp_path / 'runs.csv'}", f"--workdir={tmp_path / 'fit'}")
+    fit_command.main(invocation_of(*where, *columns, *units))
+    text, saved = capsys.readouterr().out, json.loads((tmp_path / "fit" / "fit.json").read_text())
+    found = {name: one["value"] for name, one in saved["parameters"].items()}
+    read = not first.startswith("warning")
+    assert found["A"] == pytest.approx(T["A"] if read else T["A"] / 1e6 ** T["alpha"], rel=1e-3)
+    assert found["alpha"] == pytest.approx(T["alpha"], rel=1e-3)
+    told = re.search(first, text)
+    assert told and told.start() < text.index("standard") and "counted FLOPs" not in text
+    assert text.count(told[0]) == 1 and told[0].split(": ", 2)[2][:30] in (tmp_path / "fit" / "report.html").read_text()
 
 
 def test_names_and_values_are_set_one_by_one():
