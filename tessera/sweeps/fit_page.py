@@ -1,6 +1,6 @@
 """The page of a fit: its numbers in sentences and tables, the doctor's findings, the sections of its approach."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,10 +71,28 @@ def summary(result: Mapping[str, Any]) -> list[str]:
             "The law is rejected by its residuals: these optima are medians of the law with what it misses, intervals "
             f"allow for it. The law by itself would have {law_alone(result)}."
         )
+    if result.get("next_runs"):
+        best = min(result["next_runs"], key=lambda row: row["after"])
+        texts.append(
+            f"Next run to buy: {short(best['params'])} parameters on {short(best['tokens'])} tokens, takes the error "
+            f"of log N* from {short(best['before'])} to {short(best['after'])}.{beyond_rows(result, [best])}"
+        )
     warnings = [f["name"] for f in result["doctor"] if f["verdict"] == "warning"]
     if warnings:
         texts.append(f"The doctor warns of: {', '.join(warnings)}.")
     return texts
+
+
+def beyond_rows(result: Mapping[str, Any], runs: Sequence[Mapping[str, float]]) -> str:
+    """A sentence where the tokens per parameter of runs to buy lie outside those of the fitted rows."""
+    low, high = result["rows_ratio"]
+    # Sizes at the edge of the table have its ratio but for rounding.
+    out = [row["tokens"] / row["params"] for row in runs]
+    out = [ratio for ratio in out if not 0.999 * low < ratio < 1.001 * high]
+    if not out:
+        return ""
+    ratios = ", ".join(short(ratio) for ratio in out)
+    return f" Its tokens per parameter, {ratios}, lie outside those of the rows, {short(low)} to {short(high)}."
 
 
 def value_of(result: Mapping[str, Any], name: str, digits: int) -> str:
@@ -134,7 +152,8 @@ def number_sections(result: Mapping[str, Any]) -> list[Section]:
         caption = (
             "For each cost the size that takes most off the standard error of log N* at "
             f"{short(max(row['flops'] for row in result['budgets']))} FLOPs, at the noise of the residuals; the law is "
-            "assumed to hold."
+            "assumed to hold. Such a run teaches most about the law; it is not the best model, see What to train."
+            + beyond_rows(result, result["next_runs"]).replace(" Its tokens", " Some tokens")
         )
         sections.append(Section("The next run to buy", table, caption))
     elif result.get("next_runs_withheld"):

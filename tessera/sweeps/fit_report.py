@@ -628,6 +628,7 @@ def describe_fit(
         "inference": [] if reason else serving(fitted, config),
         # The best run for a law that is wrong is no good advice.
         "next_runs": [] if reason or lacking else suggest(fitted, target),
+        "rows_ratio": [float(edge(fitted.rows["tokens"] / fitted.rows["params"])) for edge in (np.min, np.max)],
         "next_runs_withheld": "the law is rejected by its residuals" if lacking else "",
         "doctor": [f._asdict() for f in findings],
     }

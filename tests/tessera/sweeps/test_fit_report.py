@@ -539,6 +539,21 @@ def test_a_rejected_law_buys_no_run(tmp_path, bend):
     # With the discrepancy (below) or without, the law is as wrong.
     result = fit_runs(tmp_path, bent_sweep(bend, 0), neutral("x", resamples=0)).result
     assert bool(result["next_runs"]) == (not bend) and bool(result["next_runs_withheld"]) == bool(bend)
+    assert ("Next run to buy: " in " ".join(summary(result))) == (not bend)
+
+
+def test_the_next_run_is_told_with_where_it_lies_outside_the_rows(tmp_path):
+    result = fit_runs(tmp_path, sweep(), neutral("x", resamples=0)).result
+    ratios = sweep()["tokens"] / sweep()["params"]
+    assert result["rows_ratio"] == pytest.approx([ratios.min(), ratios.max()])
+    run = {"flops": 6e20, "params": 1e9, "before": 0.2, "after": 0.1}
+    for ratio, outside in ((0.9 * ratios.min(), True), (ratios.min(), False), (1.1 * ratios.max(), True)):
+        result["next_runs"] = [run | {"after": 0.15, "tokens": 20e9}, run | {"tokens": 1e9 * ratio}]
+        line = next(text for text in summary(result) if text.startswith("Next run"))
+        assert "1e9 parameters on " in line and "takes the error of log N* from 0.2 to 0.1." in line
+        page = next(section for section in number_sections(result) if section.title == "The next run to buy")
+        assert "it is not the best model, see What to train" in page.caption
+        assert ("outside those of the rows" in line, "outside those of the rows" in page.caption) == (outside, outside)
 
 
 def test_splines_are_not_judged_as_parabolas(tmp_path):
