@@ -187,7 +187,9 @@ class Body(_Object):
         [], max_length=MAX_STOP_TOKENS, description=f"a list of at most {MAX_STOP_TOKENS} token ids in the vocabulary"
     )
     stream: bool = Field(False, description="true or false")
-    stream_options: StreamOptions = Field(StreamOptions(include_usage=False), description="an object")
+    stream_options: StreamOptions = Field(
+        StreamOptions(include_usage=False, include_obfuscation=False), description="an object"
+    )
     user: str = Field("", description="a string; it changes nothing")
     logit_bias: dict[str, Bias] = Field(
         {}, max_length=MAX_BIASES, description=f"an object of at most {MAX_BIASES} token ids and numbers in -100..100"
