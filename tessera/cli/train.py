@@ -87,10 +87,10 @@ def main(invocation: Invocation) -> int:
         if run.config.lora is not None and first_process:
             adapters = result.state.params if result.state.ema is None else result.state.ema
             write_adapter(workdir, adapters, run.config.lora, run.config.model, c.start.dir)
-        model, params = Decoder(run.config.model), whole_model(run.config, result.state)
-        batches = run.held_out("validation")
+        model, batches = Decoder(run.config.model), run.held_out("validation")
         tokenizer = "bytes" if isinstance(run.tokenizer, ByteTokenizer) else c.data.tokenizer
         if run.tokenizer is not None:
+            params = whole_model(run.config, result.state)
             write_specialization(workdir, model, params, batches, tokenizer)
             text_T = np.asarray(next(run.held_out("validation"))["tokens"])[0, :-1]
             write_sample(workdir, model, params, text_T, run.tokenizer, c.eval.sample)

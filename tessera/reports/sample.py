@@ -73,9 +73,9 @@ def write_sample(
 
 def sample_section(workdir: Path) -> list[Section]:
     """The section of `write_sample`'s text; none where there is none."""
-    if not (workdir / SAMPLE).exists():
-        return []
     found = read_json(workdir / SAMPLE)
+    if not found:
+        return []
     style = "white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.6 ui-monospace, monospace"
     shown = f'<div style="{style}">{html.escape(found["prompt"])}<mark>{html.escape(found["text"])}</mark></div>'
     caption = (

@@ -111,12 +111,17 @@ def _parameters(text: str, schemas: Mapping[str, Any]) -> list[Call]:
         return []
     name, body = found[1].strip(), found[2]
     given = re.findall(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", body, re.DOTALL)
-    properties = schemas.get(name, {}).get("properties") or {}
-    arguments = {}
+    properties, arguments = _properties(schemas.get(name)), {}
     for key, written in given:
         value = None if _is_text(properties.get(key.strip(), {})) else _json(written)
         arguments[key.strip()] = written if value is None and written.strip() != "null" else value
     return [(name, arguments)]
+
+
+def _properties(schema: Any) -> dict[str, Any]:
+    """Those of a client's schema, which may be anything."""
+    found = schema.get("properties") if isinstance(schema, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _is_text(schema: Any) -> bool:
@@ -129,14 +134,14 @@ _TEXT = f"text[suffix={json.dumps(_CLOSED)}]: /(?s:.*)/"  # a string up to the e
 
 def _parameter_rules(name: str, schema: Any) -> str:
     """Grammar of `_parameters`: in the schema's order, those that are not required may be left out."""
-    given, parts = schema if isinstance(schema, dict) else {}, []
-    for key, of in (given.get("properties") or {}).items():
+    needed, parts = schema.get("required"), []
+    for key, of in _properties(schema).items():
         value = f"%json {json.dumps(of)} {_quoted(_CLOSED)}"
         if _is_text(of):
-            words = of.get("enum")
+            words = of["enum"] if isinstance(of.get("enum"), list) else []
             value = f"({' | '.join(_quoted(str(one) + _CLOSED) for one in words)})" if words else "text"
         rule = f"{_quoted(f'<parameter={key}>')} {_NEWLINE} {value}"
-        parts.append(rule if key in (given.get("required") or ()) else f"( {rule} )?")
+        parts.append(rule if isinstance(needed, list) and key in needed else f"( {rule} )?")
     begin, end = _quoted(f"<function={name}>"), _quoted("</function>")
     return " ".join([_NEWLINE, begin, _NEWLINE, *parts, end, _NEWLINE])
 

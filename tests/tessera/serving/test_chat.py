@@ -354,3 +354,23 @@ def test_special_tokens_of_a_call_are_read_and_demanded(template, marks, text):
         assert whole == "Ü." + text
     rest, found = reader.chat.read_calls(whole, [TYPED])
     assert rest == "Ü." and calls(found)[0][0] == "typed" and calls(found)[0][1]["n"] == 7
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": [1]},
+        {"properties": "x"},
+        {"properties": {"a": {"type": "string", "enum": 5}}, "required": 7},
+        {"properties": {"a": 1}, "required": None},
+    ],
+)
+def test_a_schema_that_is_none_fails_nobodys_call(parameters):
+    """A client may send anything as a tool's parameters."""
+    chat, tools = (
+        ChatFormat(ByteTokenizer(), TextFormat(template=CODER)),
+        [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+    )
+    text = "<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"
+    assert "function=f" in chat.calls_grammar(tools)
+    assert [name for name, _ in calls(chat.read_calls(text, tools)[1])] == ["f"]
